@@ -1,0 +1,35 @@
+"""Packaging of megatron_moe_inject (tool settings live in pyproject.toml)."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megatron-moe-inject",
+    version="0.1.0",
+    description=(
+        "Megatron-Core plugin that distils small dense teachers into chosen experts "
+        "of a large MoE model while it trains"
+    ),
+    python_requires=">=3.12",
+    packages=find_packages(include=["megatron_moe_inject", "megatron_moe_inject.*"]),
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core[training]>=0.18.2,<0.21",
+        "omegaconf>=2.3",
+        "safetensors>=0.4",
+    ],
+    extras_require={
+        "te": ["transformer-engine[pytorch]>=2.8"],
+        "hf": ["transformers>=4.56", "tokenizers>=0.21"],
+        "report": ["matplotlib>=3.8", "jinja2>=3.1"],
+        "dev": [
+            "pytest>=8",
+            "hypothesis>=6",
+            "ruff>=0.9",
+            "transformers>=4.56",
+            "tokenizers>=0.21",
+            "matplotlib>=3.8",
+            "tensorboard>=2.16",
+        ],
+    },
+    entry_points={"console_scripts": ["moe-inject = megatron_moe_inject.cli:main"]},
+)
