@@ -1,0 +1,126 @@
+"""Domain labels: which domain each sample of a step belongs to, on every rank that needs it.
+
+Megatron's ``BlendedDataset`` returns ``dataset_id`` with each sample when ``--data-path`` has
+more than one entry. Only tensor-parallel rank 0 of the pipeline stages that read data sees it,
+so once per step the source rank turns the ids of all micro-batches into domain indices and
+broadcasts them over the model-parallel ranks. The broadcast runs over a gloo group: labels are
+needed on the host (they decide shapes), and a device broadcast would cost a synchronisation.
+
+Shapes: n micro-batches of the step, b samples of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+GENERAL = -1
+"""Label of a sample that belongs to no domain."""
+
+DATASET_ID = "dataset_id"
+"""Batch key set by ``megatron.core.datasets.blended_dataset.BlendedDataset``."""
+
+MicroBatch = dict[str, Any]
+
+
+def pull(iterator: Iterator[MicroBatch] | None, num_microbatches: int) -> list[MicroBatch] | None:
+    """Take the step's micro-batches from one data iterator.
+
+    ``next`` is called on the iterator that Megatron passed, so a ``RerunDataIterator`` records
+    them and replays them on a rerun. ``None`` (a rank that reads no data) stays ``None``.
+    """
+    if iterator is None:
+        return None
+    return [next(iterator) for _ in range(num_microbatches)]
+
+
+def without_dataset_id(batches: list[MicroBatch] | None) -> list[MicroBatch] | None:
+    """Copies without ``dataset_id``, which stock slicing under context parallelism cannot handle.
+
+    The originals stay as they are, because a rerun is given the same dictionaries again.
+    """
+    if batches is None:
+        return None
+    return [{k: v for k, v in batch.items() if k != DATASET_ID} for batch in batches]
+
+
+def domains_of(
+    batches: Sequence[MicroBatch], domain_of_entry: Sequence[int], micro_batch_size: int
+) -> torch.Tensor:
+    """Domain index of each sample of the step, ``[n, b]`` int64 on the host.
+
+    Args:
+        batches: the step's n micro-batches, still with ``dataset_id``.
+        domain_of_entry: domain index, or ``GENERAL``, of each entry of the blend.
+        micro_batch_size: b.
+
+    A blend of one dataset carries no ``dataset_id``: all samples belong to entry 0.
+    """
+    labels = torch.empty(len(batches), micro_batch_size, dtype=torch.int64)
+    entry_to_domain = torch.tensor(domain_of_entry, dtype=torch.int64)
+    for row, batch in zip(labels, batches, strict=True):
+        if DATASET_ID in batch:
+            entries = torch.as_tensor(batch[DATASET_ID]).cpu().reshape(-1).long()
+        else:
+            assert len(domain_of_entry) == 1, (
+                f"a blend of {len(domain_of_entry)} datasets gave a batch without {DATASET_ID!r}"
+            )
+            entries = torch.zeros(micro_batch_size, dtype=torch.int64)
+        row.copy_(entry_to_domain[entries])
+    return labels
+
+
+@dataclass(frozen=True)
+class HostGroup:
+    """The model-parallel ranks (TP x PP) of one data- and context-parallel position, over gloo.
+
+    Attributes:
+        group: the gloo process group, ``None`` where one rank is the whole group.
+        source: global rank that reads data for all of them: tensor rank 0 of the first stage.
+    """
+
+    group: dist.ProcessGroup | None
+    source: int
+
+    @classmethod
+    def create(cls, model_parallel_group: dist.ProcessGroup) -> HostGroup:
+        """Make the gloo twin of every model-parallel group of the job.
+
+        Collectives: one all-gather of rank lists and one ``new_group`` per model-parallel group,
+        over the whole world; every rank must call it.
+        """
+        ranks = tuple(dist.get_process_group_ranks(model_parallel_group))
+        if dist.get_world_size() == 1:
+            return cls(None, ranks[0])
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, ranks)
+        if all(len(other) == 1 for other in gathered):
+            return cls(None, ranks[0])
+        own = None
+        for members in sorted(set(gathered)):
+            group = dist.new_group(list(members), backend="gloo")
+            if members == ranks:
+                own = group
+        return cls(own if len(ranks) > 1 else None, min(ranks))
+
+    def broadcast_labels(
+        self, labels: torch.Tensor | None, num_microbatches: int, micro_batch_size: int
+    ) -> torch.Tensor:
+        """Give every rank of the group the step's labels, ``[n, b]`` int64.
+
+        Args:
+            labels: the labels on the source rank, ignored elsewhere.
+
+        Collectives: one broadcast of n*b int64 over this group, none where it is one rank.
+        """
+        if self.group is None:
+            assert labels is not None, "a single rank reads its own data"
+            return labels
+        if dist.get_rank() != self.source:
+            labels = torch.empty(num_microbatches, micro_batch_size, dtype=torch.int64)
+        dist.broadcast(labels, src=self.source, group=self.group)
+        return labels

@@ -1,0 +1,163 @@
+"""The freezing policy: which parameters of the student train.
+
+Applied to the bare model chunks before DDP and the optimizer exist, so that a frozen parameter
+has no gradient buffer, no optimizer state and no weight decay. Expert ids are global; Megatron
+places experts contiguously over expert-parallel ranks (``MoELayer.local_expert_indices``).
+Routers that stay frozen also keep their ``expert_bias``, which Megatron otherwise updates
+outside the optimizer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+EXPERTS = "experts"
+COMPONENTS = (
+    EXPERTS,
+    "router",
+    "shared_experts",
+    "attention",
+    "norms",
+    "mlp",
+    "embedding",
+    "output_layer",
+    "mtp",
+    "other",
+)
+"""Every parameter belongs to exactly one of these; the names are those of ``recipe.Train``."""
+
+_LAYER = re.compile(r"(?:^|\.)decoder\.layers\.(\d+)\.(.*)")
+_LOCAL_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.")
+_NORM = re.compile(r"(^|[._])(layer_?norm|input_layernorm|q_layernorm|k_layernorm|norm)(_|\.|$)")
+
+
+@dataclass(frozen=True)
+class ParameterPlace:
+    """Where a parameter sits in the student.
+
+    Attributes:
+        name: its name in the model chunk.
+        component: one of ``COMPONENTS``.
+        layer: 0-based global decoder layer, ``None`` outside the decoder's layers.
+        expert: global expert id for a parameter of one expert, ``None`` otherwise.
+    """
+
+    name: str
+    component: str
+    layer: int | None
+    expert: int | None
+
+
+def _component(name: str, in_layer: str | None) -> str:
+    """Component of a parameter; ``in_layer`` is its name inside its decoder layer."""
+    if re.search(r"(^|\.)mtp\.", name):
+        return "mtp"
+    if in_layer is None:
+        if "output_layer." in name:
+            return "output_layer"
+        if "embedding." in name:
+            return "embedding"
+        return "norms" if "norm" in name else "other"
+    if in_layer.startswith("mlp.experts."):
+        return EXPERTS
+    if in_layer.startswith("mlp.shared_experts."):
+        return "shared_experts"
+    if in_layer.startswith("mlp.router."):
+        return "router"
+    if _NORM.search(in_layer):
+        return "norms"
+    if in_layer.startswith(("self_attention.", "cross_attention.")):
+        return "attention"
+    return "mlp" if in_layer.startswith("mlp.") else "other"
+
+
+def decoder_layers(chunk: torch.nn.Module) -> list[torch.nn.Module]:
+    """The chunk's decoder layers; each has a 1-based global ``layer_number``."""
+    decoder = getattr(chunk, "decoder", None)
+    return [] if decoder is None else list(decoder.layers)
+
+
+def places(chunk: torch.nn.Module) -> Iterator[tuple[ParameterPlace, torch.nn.Parameter]]:
+    """Place of every parameter of a bare model chunk (no DDP or Float16 wrapper)."""
+    layers = decoder_layers(chunk)
+    for name, parameter in chunk.named_parameters():
+        match = _LAYER.search(name) if not re.search(r"(^|\.)mtp\.", name) else None
+        if match is None:
+            yield ParameterPlace(name, _component(name, None), None, None), parameter
+            continue
+        module, in_layer = layers[int(match[1])], match[2]
+        expert = None
+        if local := _LOCAL_EXPERT.match(in_layer):
+            expert = module.mlp.local_expert_indices[int(local[1])]
+        place = ParameterPlace(name, _component(name, in_layer), module.layer_number - 1, expert)
+        yield place, parameter
+
+
+@dataclass(frozen=True)
+class FreezePolicy:
+    """What trains.
+
+    Attributes:
+        experts: global expert ids that train, by 0-based global layer; ``None`` trains all.
+        components: other components that train whole, from ``COMPONENTS``.
+    """
+
+    experts: Mapping[int, frozenset[int]] | None
+    components: frozenset[str]
+
+    def trains(self, place: ParameterPlace) -> bool:
+        """Whether the parameter at ``place`` trains.
+
+        Raises:
+            NotImplementedError: some experts of a layer are chosen but the layer keeps its
+                experts in one fused parameter (grouped GEMM).
+        """
+        if place.component != EXPERTS:
+            return place.component in self.components
+        if self.experts is None:
+            return True
+        chosen = self.experts.get(place.layer, frozenset())
+        if chosen and place.expert is None:
+            raise NotImplementedError(
+                f"layer {place.layer} keeps its experts in one grouped parameter "
+                f"({place.name}); training experts {sorted(chosen)} alone needs one module per "
+                "expert: remove --moe-grouped-gemm"
+            )
+        return place.expert in chosen
+
+    def apply(self, chunks: Iterable[torch.nn.Module]) -> None:
+        """Set ``requires_grad`` on every parameter, and freeze the bias of frozen routers.
+
+        Must run before DDP and the optimizer are built. No collective.
+        """
+        for chunk in chunks:
+            for place, parameter in places(chunk):
+                parameter.requires_grad_(self.trains(place))
+            if "router" not in self.components:
+                for module in chunk.modules():
+                    if hasattr(module, "frozen_expert_bias"):
+                        module.frozen_expert_bias = True
+
+
+def first_trainable_layer(chunks: Iterable[torch.nn.Module], num_layers: int) -> int:
+    """Lowest position on this rank that needs gradients.
+
+    Returns:
+        -1 for the embedding, a 0-based global layer, or ``num_layers`` when nothing below the
+        final norm and the output layer trains (also when nothing trains on this rank).
+    """
+    lowest = num_layers
+    for chunk in chunks:
+        embedding_copy = not getattr(chunk, "pre_process", True)
+        for place, parameter in places(chunk):
+            if not parameter.requires_grad:
+                continue
+            if place.component == "embedding" and not embedding_copy:
+                return -1
+            if place.layer is not None:
+                lowest = min(lowest, place.layer)
+    return lowest
