@@ -1,0 +1,204 @@
+"""Everything one run injects, put together from the recipe and the built student.
+
+``install.py`` says when each method runs; this module says what is built: the freezing policy
+before DDP, and after the student is loaded the gradient boundary, the teachers, the loss hook
+and the step hook.
+"""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_moe_inject import compat
+from megatron_moe_inject.data.labels import GENERAL, HostGroup
+from megatron_moe_inject.experts.boundary import GradientBoundary, agree_boundary
+from megatron_moe_inject.experts.freeze import FreezePolicy
+from megatron_moe_inject.experts.verify import FrozenCheck
+from megatron_moe_inject.loss_hook import DomainLoss, LossHook
+from megatron_moe_inject.losses.objective import TermWeights
+from megatron_moe_inject.metrics.losses import LossReport
+from megatron_moe_inject.recipe import Recipe, RecipeError
+from megatron_moe_inject.step import SplitRegistry, StepHook
+from megatron_moe_inject.student import (
+    StudentFacts,
+    check_recipe,
+    split_labels,
+    student_facts_from_args,
+)
+from megatron_moe_inject.teachers import StudentTokenizer, check_teacher, load_teacher
+from megatron_moe_inject.teachers.step_pass import TeacherPass
+
+SPLITS = ("train", "valid", "test")
+
+
+def agree(action: Callable[[], Any]) -> Any:
+    """Run a step of the set-up that can fail on some ranks only, and fail on all or none.
+
+    Collectives: one all-gather of error strings over the whole world.
+
+    Raises:
+        RecipeError: the first failing rank's message, on every rank.
+    """
+    result, error = None, None
+    try:
+        result = action()
+    except RecipeError as failure:
+        error = str(failure)
+    errors: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    first = next((message for message in errors if message is not None), None)
+    if first is not None:
+        raise RecipeError(first)
+    return result
+
+
+def freeze_policy(recipe: Recipe) -> FreezePolicy:
+    """The policy that ``recipe.train`` and the domains' experts ask for."""
+    experts: dict[int, frozenset[int]] | None = {}
+    if recipe.train.experts == "all":
+        experts = None
+    elif recipe.train.experts == "selected":
+        experts = {layer: frozenset(ids) for layer, ids in recipe.experts_by_layer().items()}
+    return FreezePolicy(experts, frozenset(recipe.train.components()))
+
+
+def term_weights(recipe: Recipe) -> dict[int, TermWeights]:
+    """Loss weights by domain index, and under ``GENERAL`` those of general samples."""
+    objective = recipe.objective
+    weights = {GENERAL: TermWeights(alpha=0.0, beta=recipe.general_beta())}
+    for index, domain in enumerate(recipe.domains):
+        if domain.teacher is None:
+            weights[index] = TermWeights(alpha=0.0, beta=objective.beta)
+            continue
+        weights[index] = TermWeights(
+            alpha=objective.alpha,
+            beta=objective.beta,
+            kind=objective.divergence,
+            temperature=recipe.temperature(domain.teacher),
+        )
+    return weights
+
+
+class Injection:
+    """One run's plugin state.
+
+    Args:
+        recipe: what to do.
+        args: Megatron's parsed arguments.
+        valid_vocab_size: ids of the student's tokenizer; those beyond are padding.
+
+    Raises:
+        RecipeError: the recipe does not fit the student, its data or the teachers. Nothing
+            here needs ``torch.distributed``, so every rank fails alike before any collective.
+    """
+
+    def __init__(self, recipe: Recipe, args: Namespace, valid_vocab_size: int) -> None:
+        self.recipe = recipe
+        self.facts: StudentFacts = student_facts_from_args(args)
+        check_recipe(recipe, self.facts)
+        self.policy = freeze_policy(recipe)
+        self._args = args
+        self._valid_vocab_size = valid_vocab_size
+        self._labels = {split: split_labels(recipe, self.facts, split) for split in SPLITS}
+        self.splits = SplitRegistry(self._labels)
+        tokenizer = StudentTokenizer.from_args(args)
+        self.teacher_infos = {
+            name: check_teacher(name, spec.source, student_tokenizer=tokenizer)
+            for name, spec in recipe.teachers.items()
+        }
+        self.chunks: list[torch.nn.Module] = []
+        self.boundary: int | None = None
+        self.step_hook: StepHook | None = None
+        self._frozen: FrozenCheck | None = None
+
+    def freeze(self, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+        """``pre_wrap_hooks`` entry: apply the policy to bare chunks. No collective."""
+        self.policy.apply(chunks)
+        return chunks
+
+    def attach(self, chunks: Sequence[torch.nn.Module]) -> None:
+        """Attach to the student once it is built and loaded.
+
+        Args:
+            chunks: this rank's bare model chunks.
+
+        Collectives, over the whole world: one all-reduce for the boundary, group creation for
+        the labels, one all-gather for agreement on the teachers.
+        """
+        self.chunks = list(chunks)
+        device = next(self.chunks[0].parameters()).device
+        self.boundary = agree_boundary(self.chunks, self.facts.num_layers, device)
+        full_recompute = self._args.recompute_granularity == "full"
+        for chunk in self.chunks:
+            GradientBoundary(chunk, self.boundary, full_recompute)
+        groups = compat.process_groups(self.chunks[0])
+        host_group = HostGroup.create(groups.mp)
+        last = next((c for c in self.chunks if c.post_process), None)
+        loss_hook = agree(lambda: None if last is None else self._loss_hook(last, groups))
+        self.step_hook = StepHook(self.splits, host_group, loss_hook)
+
+    def _loss_hook(self, chunk: torch.nn.Module, groups: Any) -> LossHook:
+        passes = {name: self._teacher_pass(name, chunk, groups) for name in self.recipe.teachers}
+        losses = {
+            index: DomainLoss(weights, self._pass_of(index, passes))
+            for index, weights in term_weights(self.recipe).items()
+        }
+        report = LossReport(
+            [domain.name for domain in self.recipe.domains],
+            distilled=[i for i, loss in losses.items() if loss.teacher is not None],
+            by_class=len(set(self._labels["train"])) > 1,
+        )
+        return LossHook(
+            chunk,
+            losses,
+            report,
+            tp_group=groups.tp,
+            valid_vocab_size=self._valid_vocab_size,
+        )
+
+    def _pass_of(self, index: int, passes: dict[str, TeacherPass]) -> TeacherPass | None:
+        name = None if index == GENERAL else self.recipe.domains[index].teacher
+        return None if name is None else passes[name]
+
+    def _teacher_pass(self, name: str, chunk: torch.nn.Module, groups: Any) -> TeacherPass:
+        spec = self.recipe.teachers[name]
+        head_weight = chunk.shared_embedding_or_output_weight()
+        dtypes = {"params": head_weight.dtype, "fp32": torch.float32, "bf16": torch.bfloat16}
+        teacher = load_teacher(
+            name, spec.source, params_dtype=dtypes[spec.dtype], device=head_weight.device
+        )
+        rows = head_weight.shape[0]
+        start = groups.tp.rank() * rows
+        return TeacherPass(
+            teacher,
+            teacher.head_weight(start, start + rows),
+            tp_group=groups.tp,
+            cp_group=groups.cp,
+            share_group=groups.tp_cp,
+            window=spec.window,
+            resets_documents=self._args.reset_position_ids or self._args.reset_attention_mask,
+        )
+
+    def begin_training(self) -> None:
+        """Remember what must not change, if ``--inject-verify-frozen`` asks for the proof."""
+        if self.recipe.verify_frozen:
+            self._frozen = FrozenCheck(self.chunks)
+
+    def end_training(self) -> str | None:
+        """Check it; see ``FrozenCheck.verify``."""
+        return None if self._frozen is None else self._frozen.verify()
+
+
+def exit_with(error: RecipeError) -> SystemExit:
+    """The clean end of a run whose recipe is wrong: one message per node, no traceback."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        print(f"megatron_moe_inject: {error}", flush=True)
+    return SystemExit(2)

@@ -1,0 +1,129 @@
+"""The wiring: which Megatron extension point gets what. Read this first.
+
+| Megatron symbol | what is added |
+|---|---|
+| ``arguments.add_megatron_arguments`` | the ``--inject-*`` flags |
+| ``training.pretrain`` | reads and checks the recipe before anything is built |
+| ``training.setup_model_and_optimizer`` | freezing before DDP; hooks, boundary, teachers after |
+| ``training.build_train_valid_test_data_iterators`` | which split each iterator reads |
+| ``training.get_forward_backward_func`` | the step hook |
+| ``training.train`` | the proof that frozen parameters did not change |
+| ``ChainedOptimizer._synchronize_steps`` | stub optimizers can be saved (only when active) |
+
+Not patched: the optimizer's maths, DDP, schedules, routers, the checkpoint format, and any model
+code; the loss goes through ``GPTModel.forward``'s own ``output_processor``. Each wrapper keeps
+the stock function in ``__wrapped__`` and calls it untouched when no recipe is given.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from types import ModuleType
+
+from megatron_moe_inject import compat
+from megatron_moe_inject.injection import Injection, exit_with
+from megatron_moe_inject.recipe import RecipeError
+
+_MARK = "_megatron_moe_inject"
+
+
+def install() -> None:
+    """See ``megatron_moe_inject.install``.
+
+    Raises:
+        ImportError: this Megatron lacks a symbol the plugin needs; all of them are named.
+    """
+    compat.require_symbols()
+    import megatron.training
+    from megatron.training import arguments, training
+
+    if hasattr(training.pretrain, _MARK):
+        return
+    run = _Run()
+    _wrap(arguments, "add_megatron_arguments", run.add_arguments)
+    _wrap(training, "pretrain", run.pretrain)
+    megatron.training.pretrain = training.pretrain
+    _wrap(training, "setup_model_and_optimizer", run.setup_model_and_optimizer)
+    _wrap(training, "build_train_valid_test_data_iterators", run.build_data_iterators)
+    _wrap(training, "get_forward_backward_func", run.get_forward_backward_func)
+    _wrap(training, "train", run.train)
+
+
+def _wrap(module: ModuleType, name: str, around: Callable) -> None:
+    """Replace ``module.name`` by ``around(stock, *args, **kwargs)``, keeping its signature."""
+    stock = getattr(module, name)
+
+    @functools.wraps(stock)
+    def wrapper(*args, **kwargs):
+        return around(stock, *args, **kwargs)
+
+    setattr(wrapper, _MARK, True)
+    setattr(module, name, wrapper)
+
+
+class _Run:
+    """Holds the injection of the ``pretrain()`` that is running, ``None`` when off."""
+
+    def __init__(self) -> None:
+        self._injection: Injection | None = None
+
+    def add_arguments(self, stock, parser):
+        from megatron_moe_inject.arguments import add_inject_arguments
+
+        return add_inject_arguments(stock(parser))
+
+    def pretrain(self, stock, *args, **kwargs):
+        from megatron.training import get_args
+
+        from megatron_moe_inject.arguments import recipe_from_args
+
+        options = get_args()
+        try:
+            recipe = recipe_from_args(options)
+            if recipe is None:
+                return stock(*args, **kwargs)
+            compat.save_with_stub_optimizers()
+            self._injection = Injection(recipe, options, compat.tokenizer_vocab_size())
+            return stock(*args, **kwargs)
+        except RecipeError as error:
+            raise exit_with(error) from None
+        finally:
+            self._injection = None
+
+    def setup_model_and_optimizer(self, stock, *args, **kwargs):
+        injection = self._injection
+        if injection is None:
+            return stock(*args, **kwargs)
+        built = compat.call_with_pre_wrap_hook(stock, args, kwargs, injection.freeze)
+        injection.attach(compat.bare_chunks(built[0]))
+        if injection.dry_run:
+            injection.print_plan()
+            sys.exit(0)
+        return built
+
+    def build_data_iterators(self, stock, *args, **kwargs):
+        iterators = stock(*args, **kwargs)
+        if self._injection is not None:
+            self._injection.splits.register(*iterators)
+        return iterators
+
+    def get_forward_backward_func(self, stock, *args, **kwargs):
+        forward_backward = stock(*args, **kwargs)
+        if self._injection is None:
+            return forward_backward
+        return self._injection.step_hook.wrap(forward_backward)
+
+    def train(self, stock, *args, **kwargs):
+        injection = self._injection
+        if injection is None:
+            return stock(*args, **kwargs)
+        injection.begin_training()
+        try:
+            result = stock(*args, **kwargs)
+        except SystemExit:
+            injection.end_training()
+            raise
+        injection.end_training()
+        return result

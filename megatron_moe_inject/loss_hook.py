@@ -1,0 +1,158 @@
+"""The loss hook: the objective in the place of Megatron's cross-entropy.
+
+``GPTModel.forward`` takes an ``output_processor`` that gets the hidden states before any logits
+exist, and returns the model's output, here one total loss per token. Stock scripts do not pass
+it, so a forward pre-hook on the chunk with the output layer adds it. Micro-batches reach that
+chunk in order in every schedule, so a counter tells which one is being processed; the loss
+function that the script returned is wrapped to report the terms beside the total.
+
+Shapes: s sequence, b batch, h hidden, v vocabulary, p tensor-parallel size.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+
+from megatron_moe_inject.losses.objective import SampleGroup, TermWeights, injection_loss
+from megatron_moe_inject.metrics.losses import LossReport, merge
+from megatron_moe_inject.teachers.step_pass import TeacherPass
+
+
+@dataclass(frozen=True)
+class DomainLoss:
+    """Loss of one kind of sample: its weights and, for a distilled domain, its teacher."""
+
+    weights: TermWeights
+    teacher: TeacherPass | None = None
+
+
+class LossHook:
+    """Computes the objective on the model chunk that holds the output layer.
+
+    Args:
+        chunk: bare GPT model chunk with ``post_process``.
+        losses: by domain index, and under ``data.labels.GENERAL`` for general samples.
+        report: what to log.
+        tp_group: group that shards the vocabulary.
+        valid_vocab_size: number of ids that are not padding.
+    """
+
+    def __init__(
+        self,
+        chunk: torch.nn.Module,
+        losses: Mapping[int, DomainLoss],
+        report: LossReport,
+        *,
+        tp_group: torch.distributed.ProcessGroup,
+        valid_vocab_size: int,
+    ) -> None:
+        self._chunk = chunk
+        self._losses = losses
+        self._report = report
+        self._tp_group = tp_group if tp_group.size() > 1 else None
+        self._valid_vocab_size = valid_vocab_size
+        self._labels: list[list[int]] | None = None
+        self._next = 0
+        self._reports: deque[dict[str, torch.Tensor]] = deque()
+        chunk.register_forward_pre_hook(self._add_output_processor, with_kwargs=True)
+
+    @property
+    def teachers(self) -> list[TeacherPass]:
+        """The teachers in use, each once."""
+        passes = [loss.teacher for loss in self._losses.values() if loss.teacher is not None]
+        return list(dict.fromkeys(passes))
+
+    def taught_by(self, teacher: TeacherPass) -> list[int]:
+        """Indices of the domains that ``teacher`` teaches."""
+        return [index for index, loss in self._losses.items() if loss.teacher is teacher]
+
+    def begin(self, labels: torch.Tensor) -> None:
+        """Start a step whose micro-batches have these labels, ``[n, b]`` on the host."""
+        self._labels = labels.tolist()
+        self._next = 0
+        self._reports.clear()
+
+    def end(self) -> None:
+        """Finish the step; forward passes outside a step keep the stock output."""
+        self._labels = None
+
+    def wrap_forward_step(self, forward_step: Callable) -> Callable:
+        """The script's ``forward_step`` with its loss function reporting our terms as well."""
+
+        @functools.wraps(forward_step)
+        def wrapped(*args, **kwargs):
+            output, loss_func = forward_step(*args, **kwargs)
+            return output, self._wrap_loss_func(loss_func)
+
+        return wrapped
+
+    def _wrap_loss_func(self, loss_func: Callable) -> Callable:
+        @functools.wraps(loss_func)
+        def wrapped(output_tensor, **kwargs):
+            outputs = loss_func(output_tensor, **kwargs)
+            if kwargs.get("non_loss_data"):
+                return outputs
+            *loss, report = outputs
+            return (*loss, merge(report, self._reports.popleft()))
+
+        return wrapped
+
+    def _add_output_processor(self, chunk, args, kwargs):
+        if self._labels is None or kwargs.get("labels") is None:
+            return None
+        return args, kwargs | {"output_processor": self._process}
+
+    def _process(
+        self, *, hidden_states, output_layer, output_weight, labels, loss_mask, config, **_
+    ) -> torch.Tensor:
+        """``output_processor`` of Megatron: ``[s(/p under SP), b, h]`` to total loss ``[b, s]``."""
+        index, self._next = self._next, self._next + 1
+        domains = self._labels[index]
+        head = output_layer.weight if output_weight is None else output_weight
+        # With --overlap-param-gather the weight is complete only after the layer's pre-hooks.
+        for hook in list(output_layer._forward_pre_hooks.values()):
+            hook(output_layer, (hidden_states,))
+        if config.sequence_parallel:
+            hidden_states = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=True, group=self._tp_group
+            )
+        terms = injection_loss(
+            hidden_states,
+            head,
+            labels,
+            self._groups(index, domains),
+            tp_group=self._tp_group,
+            valid_vocab_size=self._valid_vocab_size,
+            reduce_hidden_grad=not config.sequence_parallel,
+            accumulate_main_grad=config.gradient_accumulation_fusion and head.requires_grad,
+        )
+        self._reports.append(self._report.values(terms, loss_mask, domains))
+        return terms.total
+
+    def _groups(self, index: int, domains: Sequence[int]) -> list[SampleGroup]:
+        """Partition of a micro-batch into groups of equal weights and teacher."""
+        members: dict[DomainLoss, list[int]] = {}
+        for position, domain in enumerate(domains):
+            members.setdefault(self._losses[domain], []).append(position)
+        states = {t: self._states_by_sample(t, index, domains) for t in self.teachers}
+        groups = []
+        for loss, samples in members.items():
+            if loss.teacher is None:
+                groups.append(SampleGroup(samples, loss.weights))
+                continue
+            hidden = states[loss.teacher]
+            rows = [hidden[0].index(position) for position in samples]
+            teacher_hidden = hidden[1] if rows == list(range(len(hidden[0]))) else hidden[1][rows]
+            groups.append(SampleGroup(samples, loss.weights, teacher_hidden, loss.teacher.head))
+        return groups
+
+    def _states_by_sample(self, teacher: TeacherPass, index: int, domains: Sequence[int]):
+        """Positions that ``teacher`` teaches in the micro-batch, and their states in order."""
+        taught = self.taught_by(teacher)
+        return [i for i, d in enumerate(domains) if d in taught], teacher.states(index)

@@ -1,0 +1,122 @@
+"""The injection objective on one micro-batch: distillation on domain samples, CE on all.
+
+    total = alpha * T^2 * D(teacher || student) + beta * CE        per token
+
+with alpha = 0 on general samples. Samples that share a teacher and weights form one group and
+one call of the fused loss, so a micro-batch that holds one kind of sample is one call.
+
+Shapes: s sequence (this context-parallel rank's part), b batch, h hidden, h_t teacher hidden,
+v vocabulary, p tensor-parallel size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_moe_inject.losses.fused import fused_linear_distillation
+
+
+@dataclass(frozen=True)
+class TermWeights:
+    """How the terms of one kind of sample are weighted and shaped."""
+
+    alpha: float
+    beta: float
+    kind: str = "forward_kl"
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class SampleGroup:
+    """Samples of a micro-batch that share weights and teacher.
+
+    Attributes:
+        samples: their positions in the batch dimension.
+        weights: how their loss is composed.
+        teacher_hidden: ``[len(samples), s, h_t]`` pre-head states, ``None`` without a teacher.
+        teacher_head: ``[v/p, h_t]``, ``None`` without a teacher.
+    """
+
+    samples: Sequence[int]
+    weights: TermWeights
+    teacher_hidden: torch.Tensor | None = None
+    teacher_head: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """Per-token losses ``[b, s]`` in fp32; ``total`` carries the graph, the others are detached.
+
+    ``kd`` is T^2 * D, unweighted and 0 for samples without a teacher; ``ce`` is unweighted.
+    """
+
+    total: torch.Tensor
+    ce: torch.Tensor
+    kd: torch.Tensor
+
+
+def injection_loss(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    labels: torch.Tensor,
+    groups: Sequence[SampleGroup],
+    *,
+    tp_group: torch.distributed.ProcessGroup | None,
+    valid_vocab_size: int | None,
+    reduce_hidden_grad: bool,
+    accumulate_main_grad: bool = False,
+    chunk_tokens: int | None = None,
+) -> LossTerms:
+    """Loss of one micro-batch from its hidden states.
+
+    Args:
+        hidden: ``[s, b, h]`` student states before the output layer, not sequence-sharded.
+        head: ``[v/p, h]`` this rank's rows of the student's output layer.
+        labels: ``[b, s]``.
+        groups: a partition of the batch positions.
+        tp_group: group over which the vocabulary is sharded, ``None`` if it is not.
+        valid_vocab_size: ids from here on are padding and get no probability in D.
+        reduce_hidden_grad: see ``fused_linear_distillation``.
+        accumulate_main_grad: see ``fused_linear_distillation``.
+        chunk_tokens: see ``fused_linear_distillation``.
+
+    Collectives: those of ``fused_linear_distillation``, once per group.
+    """
+    order = [i for group in groups for i in group.samples]
+    assert sorted(order) == list(range(labels.shape[0])), "groups must partition the batch"
+    parts = []
+    for group in groups:
+        rows = hidden if len(groups) == 1 else hidden[:, list(group.samples)]
+        targets = labels if len(groups) == 1 else labels[list(group.samples)]
+        teacher_rows = None
+        if group.teacher_hidden is not None:
+            teacher_rows = group.teacher_hidden.transpose(0, 1).flatten(0, 1)
+        loss = fused_linear_distillation(
+            rows.flatten(0, 1),
+            head,
+            teacher_rows,
+            group.teacher_head,
+            targets.t().flatten(),
+            kind=group.weights.kind,
+            temperature=group.weights.temperature,
+            alpha=group.weights.alpha,
+            beta=group.weights.beta,
+            tp_group=tp_group,
+            valid_vocab_size=valid_vocab_size,
+            chunk_tokens=chunk_tokens,
+            reduce_hidden_grad=reduce_hidden_grad,
+            accumulate_main_grad=accumulate_main_grad,
+        )
+        shape = (hidden.shape[0], len(group.samples))
+        parts.append([term.view(shape).t() for term in (loss.total, loss.ce, loss.kd)])
+    if len(parts) == 1:
+        total, ce, kd = parts[0]
+        return LossTerms(total.contiguous(), ce, kd)
+    position = torch.empty(len(order), dtype=torch.long)
+    position[torch.tensor(order)] = torch.arange(len(order))
+    position = position.to(hidden.device, non_blocking=True)
+    total, ce, kd = (torch.cat(terms)[position] for terms in zip(*parts, strict=True))
+    return LossTerms(total, ce, kd)

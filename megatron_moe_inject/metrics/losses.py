@@ -1,0 +1,79 @@
+"""Loss terms for Megatron's log line, TensorBoard and W&B.
+
+Megatron sums two-element report values ``[sum, count]`` over micro-batches and all-reduces them
+over DP x CP; every rank and micro-batch must report the same keys in the same order, with no
+sample of a domain too. ``lm loss`` keeps its stock meaning; what the stock loss function
+reported under it, the optimised loss, becomes ``total loss``.
+
+Shapes: b batch, s sequence, C classes (general data and each domain).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from megatron_moe_inject.data.labels import GENERAL
+from megatron_moe_inject.losses.objective import LossTerms
+
+LM_LOSS = "lm loss"
+KD_LOSS = "kd loss"
+TOTAL_LOSS = "total loss"
+
+_NO_TOKENS = 1e-9
+"""Added to every count: a class without tokens in a step reports 0, not 0/0. It vanishes in the
+fp32 sum with any real count."""
+
+
+class LossReport:
+    """Sums the loss terms of a micro-batch by class.
+
+    Args:
+        domains: domain names, by domain index.
+        distilled: indices of the domains that have a teacher.
+        by_class: also report each class, not only the sums over all of them.
+    """
+
+    def __init__(self, domains: Sequence[str], distilled: Sequence[int], by_class: bool) -> None:
+        self._classes = [GENERAL, *range(len(domains))]
+        self._names = ["general", *domains]
+        self._distilled = [index + 1 for index in distilled]
+        self._by_class = by_class
+
+    def values(
+        self, terms: LossTerms, loss_mask: torch.Tensor, labels: Sequence[int]
+    ) -> dict[str, torch.Tensor]:
+        """Report values of one micro-batch, each ``[2]`` fp32 on the loss's device.
+
+        Args:
+            terms: per-token losses ``[b, s]``.
+            loss_mask: ``[b, s]``.
+            labels: domain index or ``GENERAL`` of the b samples.
+
+        No collective and no device synchronisation.
+        """
+        mask = loss_mask.float()
+        rows = torch.stack([(terms.ce * mask).sum(1), (terms.kd * mask).sum(1), mask.sum(1)])
+        member = torch.tensor([[float(x == c) for c in self._classes] for x in labels])
+        ce, kd, count = rows @ member.to(rows.device, non_blocking=True)
+        report = {LM_LOSS: _pair(ce.sum(), count.sum())}
+        if self._distilled:
+            report[KD_LOSS] = _pair(kd[self._distilled].sum(), count[self._distilled].sum())
+        if self._by_class:
+            for index, name in enumerate(self._names):
+                report[f"{LM_LOSS}/{name}"] = _pair(ce[index], count[index])
+                if index in self._distilled:
+                    report[f"{KD_LOSS}/{name}"] = _pair(kd[index], count[index])
+        return report
+
+
+def _pair(total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    return torch.stack([total, count + _NO_TOKENS])
+
+
+def merge(stock: dict[str, torch.Tensor], ours: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The report of a micro-batch: stock's optimised loss as ``total loss`` beside our terms."""
+    merged = dict(stock)
+    merged[TOTAL_LOSS] = merged.pop(LM_LOSS)
+    return ours | merged

@@ -1,0 +1,140 @@
+"""The step hook: where a training or evaluation step begins for the plugin.
+
+One wrapper around Megatron's forward-backward function. It takes the step's micro-batches from
+the data iterators once, removes what stock code must not see, sends the domain labels to every
+model-parallel rank, runs the teachers on the last pipeline stage, and then lets the stock
+schedule run on the very same micro-batches. No collective of ours runs inside the schedule,
+except a teacher's when its recipe asks for a window of micro-batches.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from megatron_moe_inject.data import labels as domain_labels
+from megatron_moe_inject.data.labels import HostGroup, MicroBatch
+from megatron_moe_inject.loss_hook import LossHook
+
+
+class SplitRegistry:
+    """Remembers which split each data iterator reads, and the domain of its blend's entries.
+
+    Megatron hands the step only iterators; training and validation blends may differ.
+
+    Args:
+        domain_of_entry: by split (``train``, ``valid``, ``test``), the domain index or
+            ``GENERAL`` of each entry of the split's blend.
+    """
+
+    def __init__(self, domain_of_entry: dict[str, list[int]]) -> None:
+        self._domain_of_entry = domain_of_entry
+        self._by_iterator: dict[int, list[int]] = {}
+
+    def register(self, train: Any, valid: Any, test: Any) -> None:
+        """Record what ``build_train_valid_test_data_iterators`` returned.
+
+        With ``--multiple-validation-sets`` there is one iterator, over one blend entry, each.
+        """
+        for split, iterators in (("train", train), ("valid", valid), ("test", test)):
+            entries = self._domain_of_entry[split]
+            if isinstance(iterators, list):
+                for iterator, entry in zip(iterators, entries, strict=True):
+                    self._by_iterator[id(iterator)] = [entry]
+            elif iterators is not None:
+                self._by_iterator[id(iterators)] = entries
+
+    def domain_of_entry(self, iterator: Any) -> list[int]:
+        """Domain index or ``GENERAL`` by blend entry, of the data that ``iterator`` reads."""
+        return self._by_iterator[id(iterator)]
+
+
+class StepHook:
+    """Wraps a forward-backward function.
+
+    Args:
+        splits: which data each iterator reads.
+        host_group: the model-parallel ranks of this rank, for labels.
+        loss_hook: the loss of the last pipeline stage, ``None`` on other stages.
+    """
+
+    def __init__(
+        self, splits: SplitRegistry, host_group: HostGroup, loss_hook: LossHook | None
+    ) -> None:
+        self._splits = splits
+        self._host_group = host_group
+        self._loss_hook = loss_hook
+
+    def wrap(self, forward_backward: Callable) -> Callable:
+        """What ``train_step`` and ``evaluate`` call in the place of ``forward_backward``."""
+
+        @functools.wraps(forward_backward)
+        def step(
+            *,
+            forward_step_func: Callable,
+            data_iterator: Iterator | list[Iterator | None] | None,
+            num_microbatches: int,
+            micro_batch_size: int,
+            seq_length: int,
+            **kwargs,
+        ):
+            iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
+            batches = [domain_labels.pull(it, num_microbatches) for it in iterators]
+            labels = self._labels(iterators, batches, num_microbatches, micro_batch_size)
+            clean = [domain_labels.without_dataset_id(chunk) for chunk in batches]
+            if self._loss_hook is not None:
+                forward_step_func = self._loss_hook.wrap_forward_step(forward_step_func)
+                self._loss_hook.begin(labels)
+                self._run_teachers(labels, clean, seq_length)
+            replay = [None if chunk is None else iter(chunk) for chunk in clean]
+            try:
+                return forward_backward(
+                    forward_step_func=forward_step_func,
+                    data_iterator=replay if isinstance(data_iterator, list) else replay[0],
+                    num_microbatches=num_microbatches,
+                    micro_batch_size=micro_batch_size,
+                    seq_length=seq_length,
+                    **kwargs,
+                )
+            finally:
+                if self._loss_hook is not None:
+                    self._loss_hook.end()
+
+        return step
+
+    def _labels(
+        self,
+        iterators: Sequence[Iterator | None],
+        batches: Sequence[list[MicroBatch] | None],
+        num_microbatches: int,
+        micro_batch_size: int,
+    ) -> torch.Tensor:
+        """Labels ``[n, b]`` of the step on this rank; one broadcast, see ``HostGroup``."""
+        own = None
+        for iterator, chunk in zip(iterators, batches, strict=True):
+            if chunk is not None:
+                entries = self._splits.domain_of_entry(iterator)
+                own = domain_labels.domains_of(chunk, entries, micro_batch_size)
+                break
+        return self._host_group.broadcast_labels(own, num_microbatches, micro_batch_size)
+
+    def _run_teachers(
+        self,
+        labels: torch.Tensor,
+        batches: Sequence[list[MicroBatch] | None],
+        sequence_length: int,
+    ) -> None:
+        own = next((chunk for chunk in batches if chunk is not None), None)
+        inputs = None
+        if own is not None:
+            inputs = {
+                name: torch.stack([torch.as_tensor(batch[name]) for batch in own])
+                for name in ("tokens", "position_ids", "attention_mask")
+                if own[0].get(name) is not None
+            }
+        for teacher in self._loss_hook.teachers:
+            domains = torch.tensor(self._loss_hook.taught_by(teacher))
+            teacher.begin(inputs, torch.isin(labels, domains), sequence_length)

@@ -1,0 +1,134 @@
+"""One teacher's forward passes of a training step, on the ranks of the last pipeline stage.
+
+Only samples of the teacher's domains are run. The TP x CP ranks of the stage hold the same
+samples, so they share them (``forward.shared_forward``) instead of repeating them. What is kept
+is the pre-head hidden state of each sample, sliced to this rank's context-parallel part.
+
+Shapes: n micro-batches, b samples each, s sequence, c context-parallel size, h_t teacher hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from megatron_moe_inject.teachers.base import Teacher
+from megatron_moe_inject.teachers.forward import shared_forward
+
+
+def context_parallel_slice(states: torch.Tensor, rank: int, size: int) -> torch.Tensor:
+    """This rank's part of full sequences, ``[k, s, h_t] -> [k, s/c, h_t]``.
+
+    Megatron's zigzag layout (``get_batch_on_this_cp_rank``): of 2c equal pieces, rank r holds
+    pieces r and 2c-1-r.
+    """
+    if size == 1:
+        return states
+    count, length, width = states.shape
+    pieces = states.view(count, 2 * size, length // (2 * size), width)
+    return pieces[:, [rank, 2 * size - 1 - rank]].reshape(count, length // size, width)
+
+
+class TeacherPass:
+    """Runs one teacher over the step's samples and hands out their states by micro-batch.
+
+    Args:
+        teacher: the loaded teacher.
+        head: ``[v/p, h_t]`` this rank's rows of the teacher's head.
+        tp_group: tensor-parallel group of the last stage; its first rank reads the data.
+        cp_group: context-parallel group.
+        share_group: the TP x CP ranks that share the samples.
+        window: micro-batches whose states are kept at once, 0 for the whole step.
+        resets_documents: whether positions and attention start anew at each document
+            (``--reset-position-ids``, ``--reset-attention-mask``), so that the teacher must see
+            the batch's own ``position_ids`` and ``attention_mask``.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        head: torch.Tensor,
+        *,
+        tp_group: dist.ProcessGroup,
+        cp_group: dist.ProcessGroup,
+        share_group: dist.ProcessGroup,
+        window: int,
+        resets_documents: bool = False,
+    ) -> None:
+        self.teacher = teacher
+        self.head = head
+        self._tp_group = tp_group
+        self._cp = (cp_group.rank(), cp_group.size())
+        self._share_group = share_group if share_group.size() > 1 else None
+        self._window = window
+        self._input_names = ("tokens",)
+        if resets_documents:
+            self._input_names += ("position_ids", "attention_mask")
+        self._states: dict[int, torch.Tensor] = {}
+
+    def begin(
+        self,
+        inputs: dict[str, torch.Tensor | None] | None,
+        selected: torch.Tensor,
+        sequence_length: int,
+    ) -> None:
+        """Start a step: share the inputs of the selected samples and run the first window.
+
+        Args:
+            inputs: on the rank that reads data, ``tokens`` ``[n, b, s]``, and ``position_ids``
+                ``[n, b, s]`` and ``attention_mask`` ``[n, b, 1, s, s]`` where documents reset
+                them; ``None`` elsewhere in the TP group.
+            selected: ``[n, b]`` bool on the host, the samples this teacher teaches.
+            sequence_length: s.
+
+        Collectives: one broadcast over the TP group per input that is in use; those of
+        ``shared_forward`` once per window.
+        """
+        self._selected = selected
+        self._rows = selected.sum(dim=1).tolist()
+        self._states.clear()
+        self._inputs = self._share_inputs(inputs, selected, sequence_length)
+        self._run_window(0)
+
+    def _share_inputs(self, inputs, selected, length) -> dict[str, torch.Tensor | None]:
+        count = int(selected.sum())
+        device = self.head.device
+        shapes = {
+            "tokens": ((count, length), torch.int64),
+            "position_ids": ((count, length), torch.int64),
+            "attention_mask": ((count, 1, length, length), torch.bool),
+        }
+        source = dist.get_process_group_ranks(self._tp_group)[0]
+        shared: dict[str, torch.Tensor | None] = dict.fromkeys(shapes)
+        for name in self._input_names:
+            shape, dtype = shapes[name]
+            if inputs is not None:
+                value = inputs[name][selected].to(device, dtype, non_blocking=True)
+                value = value.reshape(shape).contiguous()
+            else:
+                value = torch.empty(shape, dtype=dtype, device=device)
+            if self._tp_group.size() > 1 and count:
+                dist.broadcast(value, src=source, group=self._tp_group)
+            shared[name] = value
+        return shared
+
+    def _run_window(self, first: int) -> None:
+        stop = len(self._rows) if not self._window else min(len(self._rows), first + self._window)
+        begin, end = sum(self._rows[:first]), sum(self._rows[:stop])
+        part = {k: None if v is None else v[begin:end] for k, v in self._inputs.items()}
+        states = shared_forward(
+            self.teacher,
+            part["tokens"],
+            part["position_ids"],
+            part["attention_mask"],
+            group=self._share_group,
+        )
+        states = context_parallel_slice(states, *self._cp)
+        for index, rows in enumerate(states.split(self._rows[first:stop]), start=first):
+            self._states[index] = rows
+
+    def states(self, micro_batch: int) -> torch.Tensor:
+        """States of a micro-batch's selected samples, ``[k, s/c, h_t]``, once each, in order."""
+        if micro_batch not in self._states:
+            self._run_window(micro_batch)
+        return self._states.pop(micro_batch)
