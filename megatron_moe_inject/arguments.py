@@ -1,0 +1,199 @@
+"""The ``--inject-*`` flags and what they say: nothing, a recipe file, or one plain domain.
+
+Every default is None, so that an absent flag can be told from any value and a run without
+``--inject-*`` is not touched. Values stay plain strings and lists until ``recipe_from_args``
+reads them: Megatron pickles its namespace into checkpoints, and a wrong number then ends in
+one ``RecipeError`` instead of argparse's thousand lines of usage.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_moe_inject import typed
+from megatron_moe_inject.recipe import DIVERGENCES, Recipe, load_recipe, recipe_from_flags
+from megatron_moe_inject.student import StudentFacts, check_recipe, student_facts_from_args
+from megatron_moe_inject.typed import RecipeError
+
+_OBJECTIVE = ("alpha", "beta", "general_beta", "temperature", "divergence")
+_PLAIN = ("teacher", "domain_data", "domain_name", "experts", *_OBJECTIVE, "train_router")
+_RUN = ("dry_run", "verify_frozen")
+_FLAG_OF_KEY = (
+    (r"domains\[0\]\.experts\.layers\.(\d+)", r"--inject-experts (layer \1)"),
+    (r"domains\[0\]\.experts(\.layers)?", "--inject-experts"),
+    (r"domains\[0\]\.teacher|teachers\.teacher(\.source)?", "--inject-teacher"),
+    (r"domains\[0\]\.data", "--inject-domain-data"),
+    (r"domains\[0\]\.name", "--inject-domain-name"),
+    (r"objective\.general_beta", "--inject-general-beta"),
+    (r"objective\.(alpha|beta|temperature|divergence)", r"--inject-\1"),
+)
+
+
+def add_inject_arguments(parser: ArgumentParser) -> ArgumentParser:
+    """Add the plugin's flags to Megatron's parser as one group; returns the parser."""
+    group = parser.add_argument_group(title="moe-inject")
+    group.add_argument(
+        "--inject-recipe",
+        metavar="PATH",
+        help="Recipe (YAML): domains, teachers, experts, objective, what trains.",
+    )
+    group.add_argument(
+        "--inject-set",
+        metavar="KEY=VALUE",
+        action="append",
+        nargs="+",
+        help="Override recipe fields, e.g. teachers.coder.temperature=2 domains[0].data=[1,2].",
+    )
+    for flag, text in (
+        ("dry-run", "Build everything, print the plan and exit."),
+        ("verify-frozen", "At the end, prove by checksums that frozen parameters are unchanged."),
+        ("train-router", "Without a recipe: train the routers as well."),
+    ):
+        group.add_argument(f"--inject-{flag}", action="store_true", default=None, help=text)
+    for flag, metavar, text in (
+        ("teacher", "SOURCE", "megatron:/dir or hf:/dir."),
+        ("domain-name", "NAME", "name in the logs (default: domain)."),
+        ("experts", "LAYER:IDS", 'experts by 0-based global layer, as in "12:3,40;13:1".'),
+        ("alpha", "W", "weight of distillation (default 1)."),
+        ("beta", "W", "weight of cross-entropy (default 0)."),
+        ("general-beta", "W", "weight of cross-entropy on general tokens (default: beta)."),
+        ("temperature", "T", "distillation temperature (default 1)."),
+        ("divergence", "KIND", f"{', '.join(DIVERGENCES)} (default {DIVERGENCES[0]})."),
+    ):
+        group.add_argument(f"--inject-{flag}", metavar=metavar, help=f"Without a recipe: {text}")
+    group.add_argument(
+        "--inject-domain-data",
+        metavar="ENTRY",
+        nargs="+",
+        help="Without a recipe: blend entries of the domain, by 0-based position or path prefix.",
+    )
+    return parser
+
+
+def recipe_from_args(args: Namespace, argv: Sequence[str] | None = None) -> Recipe | None:
+    """The recipe that parsed flags ask for, checked as far as the flags alone allow.
+
+    Args:
+        args: Megatron's namespace.
+        argv: the command line, to notice flags that ``--yaml-cfg`` discarded; default
+            ``sys.argv[1:]``.
+
+    Returns:
+        None when no ``--inject-*`` flag is given: the run is stock Megatron.
+
+    Raises:
+        RecipeError: any mistake in the flags or in the recipe file.
+    """
+    if not hasattr(args, "inject_recipe"):
+        _refuse_lost_flags(args, sys.argv[1:] if argv is None else argv)
+        return None
+    overrides = [item for group in args.inject_set or [] for item in group]
+    plain = [name for name in _PLAIN if _given(args, name)]
+    if args.inject_recipe is None and not plain:
+        if overrides or any(_given(args, name) for name in _RUN):
+            stray = "set" if overrides else next(name for name in _RUN if _given(args, name))
+            raise RecipeError(
+                f"{_flag(stray)}: there is no recipe; add --inject-recipe PATH "
+                "or the plain flags --inject-teacher, --inject-domain-data, --inject-experts"
+            )
+        return None
+    if args.inject_recipe is not None:
+        if plain:
+            raise RecipeError(
+                f"{_flag(plain[0])}: cannot be combined with --inject-recipe; "
+                "change the recipe with --inject-set KEY=VALUE, such as objective.alpha=0.7"
+            )
+        recipe = load_recipe(args.inject_recipe, overrides)
+    else:
+        recipe = _recipe_from_plain_flags(args, overrides)
+    recipe.verify_frozen = recipe.verify_frozen or bool(args.inject_verify_frozen)
+    return recipe
+
+
+def recipe_for_student(args: Namespace) -> tuple[Recipe, StudentFacts] | None:
+    """``recipe_from_args``, then checked against the student that the same flags describe.
+
+    No collective and no CUDA; every rank reaches the same verdict from the same flags.
+
+    Raises:
+        RecipeError: any mistake, in terms of flags where the recipe came from flags.
+    """
+    recipe = recipe_from_args(args)
+    if recipe is None:
+        return None
+    facts = student_facts_from_args(args)
+    try:
+        check_recipe(recipe, facts)
+    except RecipeError as error:
+        if args.inject_recipe is None:
+            raise flag_error(error) from None
+        raise RecipeError(f"{args.inject_recipe}: {error}", error.key) from None
+    return recipe, facts
+
+
+def flag_error(error: RecipeError) -> RecipeError:
+    """The same error with recipe keys replaced by the plain flags that set them."""
+    message = str(error)
+    for pattern, flag in _FLAG_OF_KEY:
+        message = re.sub(pattern, flag, message)
+    return RecipeError(message, error.key)
+
+
+def _recipe_from_plain_flags(args: Namespace, overrides: list[str]) -> Recipe:
+    if args.inject_domain_data is None:
+        raise RecipeError(
+            "--inject-domain-data: missing; name the blend entries of the domain by 0-based "
+            "position or path prefix (0 when there is one dataset)"
+        )
+    if args.inject_experts is None and not args.inject_train_router:
+        raise RecipeError(
+            "--inject-experts: missing; choose experts as LAYER:ID,ID;LAYER:ID, such as 12:3,40"
+        )
+    objective = {
+        name: _number(args, name) if name != "divergence" else args.inject_divergence
+        for name in _OBJECTIVE
+        if _given(args, name)
+    }
+    named = {} if args.inject_domain_name is None else {"name": args.inject_domain_name}
+    try:
+        return recipe_from_flags(
+            data=[_blend_entry(entry) for entry in args.inject_domain_data],
+            experts=args.inject_experts,
+            teacher=args.inject_teacher,
+            router=bool(args.inject_train_router),
+            overrides=overrides,
+            **named,
+            **objective,
+        )
+    except RecipeError as error:
+        raise flag_error(error) from None
+
+
+def _given(args: Namespace, name: str) -> bool:
+    return getattr(args, f"inject_{name}", None) is not None
+
+
+def _flag(name: str) -> str:
+    return "--inject-" + name.replace("_", "-")
+
+
+def _blend_entry(entry: Any) -> Any:
+    return int(entry) if re.fullmatch(r"-?[0-9]{1,9}", str(entry)) else entry
+
+
+def _number(args: Namespace, name: str) -> Any:
+    value = getattr(args, f"inject_{name}")
+    return typed.parse_scalar(value) if isinstance(value, str) else value
+
+
+def _refuse_lost_flags(args: Namespace, argv: Sequence[str]) -> None:
+    lost = next((arg for arg in argv if arg.startswith("--inject-")), None)
+    if lost is not None and getattr(args, "yaml_cfg", None) is not None:
+        raise RecipeError(
+            f"--yaml-cfg {args.yaml_cfg}: replaces the command line, so {lost} is lost; "
+            "give Megatron's options as flags instead"
+        )

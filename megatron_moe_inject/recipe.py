@@ -1,0 +1,350 @@
+"""The recipe: what is distilled from whom into which experts, and what else trains.
+
+A recipe is a small YAML file (or the plain ``--inject-*`` flags) that becomes one ``Recipe``.
+Everything that can be known without the student is checked when it is loaded; what depends on
+the student (layers, experts, datasets) is checked by ``student.check_recipe``. Each mistake is
+one ``RecipeError`` that names the key, the value and what would be right, because a recipe is
+read on every rank of a large job and a stack of frames per rank helps nobody.
+
+Layers are 0-based global decoder layers, as in checkpoint names ``decoder.layers.N``; expert
+ids are global. Domain ``i`` of ``domains`` has label ``i``; ``GENERAL`` labels everything else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from megatron_moe_inject import typed
+from megatron_moe_inject.recipe_rules import DIVERGENCES, EXPERT_MODES, validate
+from megatron_moe_inject.typed import RecipeError, fail, show, suggest
+
+__all__ = [
+    "DIVERGENCES",
+    "EXPERT_MODES",
+    "GENERAL",
+    "Domain",
+    "ExpertChoice",
+    "Objective",
+    "Recipe",
+    "RecipeError",
+    "TeacherSpec",
+    "Train",
+    "dump_recipe",
+    "load_recipe",
+    "parse_experts",
+    "recipe_from_flags",
+    "recipe_from_yaml",
+    "validate",
+]
+
+GENERAL = -1
+
+
+@dataclass
+class ExpertChoice:
+    """Chosen experts: 0-based global decoder layer -> global expert ids.
+
+    YAML also takes the flag's compact form, quoted: ``layers: "12:3,40;13:1"``.
+    """
+
+    layers: dict[int, list[int]] = field(default_factory=dict)
+
+
+@dataclass
+class Domain:
+    """One body of text with its teacher and its experts.
+
+    Attributes:
+        name: appears in logs as ``kd loss/<name>``; letters, digits, ``_`` and ``-``.
+        data: entries of the student's data blend, each a 0-based position in the training
+            blend or a path prefix exactly as written there.
+        teacher: key of ``Recipe.teachers``; None = no distillation here, cross-entropy only.
+        experts: the experts that this domain's knowledge goes to.
+    """
+
+    name: str = field(metadata={"remedy": "give the domain a name, such as name: code"})
+    data: list[int | str] = field(
+        metadata={"remedy": "name the blend entries of this domain, such as data: [1]"}
+    )
+    teacher: str | None = None
+    experts: ExpertChoice = field(default_factory=ExpertChoice)
+
+
+@dataclass
+class TeacherSpec:
+    """Where a teacher comes from and how it runs.
+
+    Attributes:
+        source: ``megatron:/dir`` (a ``torch_dist`` checkpoint) or ``hf:/dir`` (a local folder).
+        temperature: overrides ``objective.temperature`` for this teacher.
+        dtype: ``params`` (the student's parameter type), ``fp32`` or ``bf16``.
+        window: micro-batches whose teacher states are kept at once; 0 = the whole step.
+    """
+
+    source: str = field(metadata={"remedy": "write source: megatron:/dir or source: hf:/dir"})
+    temperature: float | None = None
+    dtype: str = "params"
+    window: int = 0
+
+    @property
+    def kind(self) -> str:
+        """``megatron`` or ``hf``."""
+        return self.source.partition(":")[0]
+
+    @property
+    def path(self) -> str:
+        """The directory behind ``kind:``."""
+        return self.source.partition(":")[2]
+
+
+@dataclass
+class Objective:
+    """L = alpha * T^2 * D(teacher || student) + beta * CE + gamma * R(original).
+
+    Attributes:
+        divergence: one of ``DIVERGENCES``.
+        temperature: softens both distributions; the loss is scaled by its square.
+        alpha: weight of the distillation term on domain tokens that have a teacher.
+        beta: weight of cross-entropy on all tokens.
+        general_beta: weight of cross-entropy on general tokens; None = beta.
+        gamma: weight of retention against the original model; not in this version.
+    """
+
+    divergence: str = "forward_kl"
+    temperature: float = 1.0
+    alpha: float = 1.0
+    beta: float = 0.0
+    general_beta: float | None = None
+    gamma: float = 0.0
+
+
+@dataclass
+class Train:
+    """What trains; everything else stays bitwise as it was.
+
+    Attributes:
+        experts: ``selected`` (those of the domains), ``all`` or ``none``.
+        mlp: the MLPs of dense layers. The other names are the model's components.
+    """
+
+    experts: str = "selected"
+    router: bool = False
+    shared_experts: bool = False
+    attention: bool = False
+    norms: bool = False
+    mlp: bool = False
+    embedding: bool = False
+    output_layer: bool = False
+
+    def components(self) -> list[str]:
+        """Names of the components besides the experts that train."""
+        return [name for name, value in asdict(self).items() if value is True]
+
+
+@dataclass
+class Recipe:
+    """The whole recipe. Build one with ``load_recipe``, ``recipe_from_flags`` or directly.
+
+    Attributes:
+        general_data: blend entries that belong to no domain. The rest of a blend is general
+            without being named; naming helps only where a validation or test blend of its own
+            cannot be matched to the training blend.
+        verify_frozen: compare checksums of frozen parameters before and after training.
+    """
+
+    domains: list[Domain] = field(
+        metadata={"remedy": "a recipe needs at least one domain with a name and data"}
+    )
+    teachers: dict[str, TeacherSpec] = field(default_factory=dict)
+    objective: Objective = field(default_factory=Objective)
+    train: Train = field(default_factory=Train)
+    general_data: list[int | str] = field(default_factory=list)
+    verify_frozen: bool = False
+    version: int = 1
+
+    def temperature(self, teacher: str) -> float:
+        """Temperature that applies to the named teacher."""
+        own = self.teachers[teacher].temperature
+        return self.objective.temperature if own is None else own
+
+    def general_beta(self) -> float:
+        """Cross-entropy weight on general tokens."""
+        own = self.objective.general_beta
+        return self.objective.beta if own is None else own
+
+    def experts_by_layer(self) -> dict[int, list[int]]:
+        """Union of all domains' chosen experts: layer -> sorted global ids, layers sorted."""
+        union: dict[int, set[int]] = {}
+        for domain in self.domains:
+            for layer, ids in domain.experts.layers.items():
+                union.setdefault(layer, set()).update(ids)
+        return {layer: sorted(union[layer]) for layer in sorted(union)}
+
+
+def parse_experts(text: str, key: str = "experts") -> dict[int, list[int]]:
+    """Expert ids by layer from the compact form ``"12:3,40;13:1"`` (layer:ids;layer:ids).
+
+    Raises:
+        RecipeError: a part that is not ``layer:id,id``, or a layer that appears twice.
+    """
+    layers: dict[int, list[int]] = {}
+    for part in text.split(";"):
+        match = re.fullmatch(r"\s*([0-9]{1,9})\s*:\s*([0-9,\s]+)", part)
+        ids = match[2].split(",") if match else []
+        if not match or not all(re.fullmatch(r"\s*[0-9]{1,9}\s*", i) for i in ids):
+            raise fail(
+                key, text, f"has the part {show(part)}", "write layer:id,id;layer:id as in 12:3,40"
+            )
+        layer = int(match[1])
+        if layer in layers:
+            raise fail(key, text, f"names layer {layer} twice", "join its ids with commas")
+        layers[layer] = [int(i) for i in ids]
+    return layers
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read, override and check a recipe file.
+
+    Args:
+        path: a YAML file.
+        overrides: ``key=value`` strings in OmegaConf's dotlist grammar, applied in order. A
+            value replaces what was there (``teachers.coder.temperature=2``,
+            ``domains[0].experts.layers.3=[0,5]``); list indices must exist.
+
+    Raises:
+        RecipeError: any mistake; the message begins with the file, or with the override that
+            set the offending key.
+    """
+    overrides = list(overrides)
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise RecipeError(
+            f"--inject-recipe {show(str(path))} cannot be read ({reason}); give a YAML file"
+        ) from None
+    try:
+        return recipe_from_yaml(text, overrides)
+    except RecipeError as error:
+        culprit = next((o for o in reversed(overrides) if _sets(o, error.key)), None)
+        where = f"--inject-set {culprit}: " if culprit else f"{path}: "
+        if str(error).startswith("--inject-set"):
+            where = ""
+        raise RecipeError(f"{where}{error}", error.key) from None
+
+
+def _sets(override: str, key: str | None) -> bool:
+    """Whether the override wrote ``key``, something inside it, or something around it."""
+    if not key:
+        return False
+    ours = _path_parts(override.partition("=")[0])
+    theirs = _path_parts(key)
+    return theirs[: len(ours)] == ours
+
+
+def _path_parts(key: str) -> list[str]:
+    return [part for part in re.split(r"[.\[\]]+", key.strip()) if part]
+
+
+def recipe_from_yaml(text: str, overrides: Iterable[str] = ()) -> Recipe:
+    """``load_recipe`` for text that is already in memory; errors do not name a file."""
+    return _finish(_expand_experts(typed.parse_yaml(text)), overrides)
+
+
+def _finish(plain: dict, overrides: Iterable[str]) -> Recipe:
+    for override in overrides:
+        key, raw = typed.split_override(override)
+        plain = _apply(plain, key, raw, override)
+    recipe = typed.build(Recipe, typed.resolve(plain))
+    validate(recipe)
+    return recipe
+
+
+def _apply(plain: dict, key: str, raw: str, override: str) -> dict:
+    parts = _path_parts(key)
+    teachers = plain.get("teachers")
+    try:
+        if parts[0] == "teachers" and len(parts) == 3 and parts[2] != "source":
+            known = teachers if isinstance(teachers, dict) else {}
+            if parts[1] not in known:
+                remedy = suggest(parts[1], known, "teachers")
+                raise RecipeError(f"{key}: no teacher {parts[1]!r}; {remedy}", key)
+        if parts[-1] == "layers" and ":" in raw and not raw.lstrip().startswith("{"):
+            value: Any = parse_experts(raw, key)  # YAML would read 12:3 as 12 * 60 + 3
+        else:
+            value = typed.parse_scalar(raw)
+        return _expand_experts(typed.update(plain, key, value), later_wins=True)
+    except RecipeError as error:
+        raise RecipeError(f"--inject-set {override}: {error}", error.key or key) from None
+
+
+def _expand_experts(plain: dict, later_wins: bool = False) -> dict:
+    """Compact expert strings become mappings; with ``later_wins`` keys 3 and "3" are unified."""
+    domains = plain.get("domains")
+    for i, domain in enumerate(domains if isinstance(domains, list) else []):
+        experts = domain.get("experts") if isinstance(domain, dict) else None
+        layers = experts.get("layers") if isinstance(experts, dict) else None
+        key = f"domains[{i}].experts.layers"
+        if isinstance(layers, str) and "${" not in layers:
+            experts["layers"] = parse_experts(layers, key)
+        elif isinstance(layers, int):
+            raise fail(key, layers, "is not a mapping", 'quote the compact form, as in "12:3"')
+        elif isinstance(layers, dict) and later_wins:
+            experts["layers"] = {
+                int(k) if isinstance(k, str) and k.isascii() and k.isdigit() else k: v
+                for k, v in layers.items()
+            }
+    return plain
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """YAML that ``load_recipe`` reads back to an equal recipe; every field is written."""
+    return OmegaConf.to_yaml(OmegaConf.create(asdict(recipe)))
+
+
+def recipe_from_flags(
+    *,
+    data: list[int | str],
+    experts: str | None = None,
+    teacher: str | None = None,
+    name: str = "domain",
+    router: bool = False,
+    overrides: Iterable[str] = (),
+    **objective: Any,
+) -> Recipe:
+    """The recipe of the plain flags: one domain, at most one teacher.
+
+    Args:
+        data: blend entries of the domain.
+        experts: compact form ``"12:3,40;13:1"``; None trains no experts (router only).
+        teacher: ``megatron:/dir`` or ``hf:/dir``; None = cross-entropy only.
+        overrides: as for ``load_recipe``.
+        objective: fields of ``Objective``; absent ones take its defaults.
+
+    Raises:
+        RecipeError: any mistake, named by the recipe's keys.
+    """
+    plain = {
+        "domains": [
+            {
+                "name": name,
+                "data": data,
+                "teacher": None if teacher is None else "teacher",
+                "experts": {
+                    "layers": parse_experts(experts, "domains[0].experts.layers")
+                    if experts is not None
+                    else {}
+                },
+            }
+        ],
+        "teachers": {} if teacher is None else {"teacher": {"source": teacher}},
+        "objective": objective,
+        "train": {"experts": "none" if experts is None else "selected", "router": router},
+    }
+    return _finish(plain, overrides)

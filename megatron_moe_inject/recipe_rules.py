@@ -1,0 +1,169 @@
+"""What a recipe must satisfy before anything is known about the student.
+
+Types, unknown and missing keys are ``typed.build``'s business; here are the rules between
+values: names that refer to each other, datasets with one owner, weights that leave no token
+without a loss, and that something trains at all.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from megatron_moe_inject.typed import RecipeError, fail, listing, suggest
+
+if TYPE_CHECKING:
+    from megatron_moe_inject.recipe import Recipe
+
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl")
+EXPERT_MODES = ("selected", "all", "none")
+TEACHER_KINDS = ("megatron", "hf")
+TEACHER_DTYPES = ("params", "fp32", "bf16")
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+
+def validate(recipe: Recipe) -> None:
+    """Check everything that does not depend on the student.
+
+    Raises:
+        RecipeError: the first mistake found, in the order of the file.
+    """
+    if recipe.version != 1:
+        raise fail("version", recipe.version, "is not known here", "this version reads version: 1")
+    if not recipe.domains:
+        raise fail("domains", [], "is empty", "a recipe needs at least one domain")
+    _check_domains(recipe)
+    _check_teachers(recipe)
+    _check_objective(recipe)
+    _check_train(recipe)
+
+
+def _check_domains(recipe: Recipe) -> None:
+    names: dict[str, str] = {"general": "the name of all other data"}
+    claims: dict[int | str, str] = {}
+    for i, domain in enumerate(recipe.domains):
+        path = f"domains[{i}]"
+        if not _NAME.fullmatch(domain.name):
+            raise fail(f"{path}.name", domain.name, "is no name", "use letters, digits, _ and -")
+        if domain.name in names:
+            taken = names[domain.name]
+            raise fail(f"{path}.name", domain.name, f"is already {taken}", "choose another name")
+        names[domain.name] = f"the name of {path}"
+        if not domain.data:
+            raise fail(f"{path}.data", domain.data, "is empty", "name blend entries, as in [1]")
+        _claim(domain.data, f"{path}.data", claims)
+        for layer, ids in domain.experts.layers.items():
+            _check_experts(f"{path}.experts.layers", layer, ids)
+        if domain.teacher is not None and domain.teacher not in recipe.teachers:
+            remedy = suggest(domain.teacher, recipe.teachers, "teachers")
+            raise fail(f"{path}.teacher", domain.teacher, "is not in 'teachers'", remedy)
+    _claim(recipe.general_data, "general_data", claims)
+
+
+def _claim(data: list[int | str], path: str, claims: dict[int | str, str]) -> None:
+    for j, entry in enumerate(data):
+        where = f"{path}[{j}]"
+        if isinstance(entry, int) and entry < 0:
+            raise fail(where, entry, "is negative", "positions in the blend count from 0")
+        if entry == "":
+            raise fail(where, entry, "is empty", "write a path prefix or a position")
+        if entry in claims:
+            raise fail(
+                where, entry, f"is already claimed by {claims[entry]}", "each entry has one owner"
+            )
+        claims[entry] = where
+
+
+def _check_experts(path: str, layer: int, ids: list[int]) -> None:
+    where = f"{path}.{layer}"
+    if layer < 0:
+        raise fail(where, layer, "is a negative layer", "decoder layers count from 0")
+    if not ids:
+        raise fail(where, ids, "chooses no expert", "list expert ids or remove the layer")
+    for expert in ids:
+        if expert < 0:
+            raise fail(where, ids, f"has the negative id {expert}", "experts count from 0")
+        if ids.count(expert) > 1:
+            raise fail(where, ids, f"lists expert {expert} twice", "list each expert once")
+
+
+def _check_teachers(recipe: Recipe) -> None:
+    used = {domain.teacher for domain in recipe.domains}
+    for name, spec in recipe.teachers.items():
+        path = f"teachers.{name}"
+        if not _NAME.fullmatch(name):
+            raise fail("teachers", name, "is no name", "use letters, digits, _ and -")
+        if spec.kind not in TEACHER_KINDS or not spec.path.strip():
+            raise fail(f"{path}.source", spec.source, "is no source", "megatron:/dir or hf:/dir")
+        _check_temperature(f"{path}.temperature", spec.temperature)
+        _check_choice(f"{path}.dtype", spec.dtype, TEACHER_DTYPES)
+        if spec.window < 0:
+            raise fail(f"{path}.window", spec.window, "is negative", "0 keeps the whole step")
+        if name not in used:
+            raise fail(path, spec.source, "is used by no domain", f"write teacher: {name} in one")
+
+
+def _check_temperature(path: str, value: float | None) -> None:
+    if value is not None and not value > 0:
+        raise fail(path, value, "is not positive", "write a number above 0, such as 2.0")
+
+
+def _check_choice(path: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise fail(path, value, "is not known", suggest(value, choices, "choices"))
+
+
+def _check_objective(recipe: Recipe) -> None:
+    objective = recipe.objective
+    _check_choice("objective.divergence", objective.divergence, DIVERGENCES)
+    _check_temperature("objective.temperature", objective.temperature)
+    for name in ("alpha", "beta", "general_beta", "gamma"):
+        weight = getattr(objective, name)
+        if weight is not None and weight < 0:
+            raise fail(f"objective.{name}", weight, "is negative", "weights are 0 or more")
+    if objective.gamma != 0:
+        raise fail("objective.gamma", objective.gamma, "is not in this version", "write gamma: 0")
+    taught = [i for i, domain in enumerate(recipe.domains) if domain.teacher is not None]
+    if objective.alpha == 0 and objective.beta == 0:
+        raise RecipeError(
+            "objective.alpha: 0 and objective.beta: 0 leave domain tokens without a loss; "
+            "give one of them a weight above 0",
+            "objective.alpha",
+        )
+    if objective.alpha > 0 and not taught:
+        raise fail(
+            "objective.alpha",
+            objective.alpha,
+            "weighs distillation but no domain has a teacher",
+            "add domains[0].teacher or set alpha to 0",
+        )
+    for i, domain in enumerate(recipe.domains):
+        if domain.teacher is None and objective.beta == 0:
+            raise fail(
+                f"domains[{i}].teacher",
+                None,
+                f"leaves domain {domain.name!r} without a loss, since objective.beta is 0",
+                "name a teacher or set objective.beta above 0",
+            )
+
+
+def _check_train(recipe: Recipe) -> None:
+    train = recipe.train
+    _check_choice("train.experts", train.experts, EXPERT_MODES)
+    if train.experts == "none" and not train.components():
+        names = [name for name, value in asdict(train).items() if value is False]
+        raise fail(
+            "train.experts",
+            "none",
+            "and nothing else leaves nothing to train",
+            f"train.experts: selected, or set one of {listing(names)} to true",
+        )
+    for i, domain in enumerate(recipe.domains):
+        if train.experts == "selected" and not domain.experts.layers:
+            raise fail(
+                f"domains[{i}].experts.layers",
+                {},
+                "chooses no experts while train.experts is 'selected'",
+                "write {layer: [expert ids]} or set train.experts to all or none",
+            )

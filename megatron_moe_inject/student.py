@@ -1,0 +1,310 @@
+"""What the student is, as far as a recipe cares, and whether the recipe fits it.
+
+``student_facts_from_args`` reads Megatron's namespace once into ``StudentFacts``; everything
+after it is pure, so that the same checks serve a training job, ``moe-inject plan`` and tests.
+"""
+
+from __future__ import annotations
+
+import difflib
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_moe_inject.recipe import GENERAL, Recipe, RecipeError
+from megatron_moe_inject.recipe_rules import validate
+from megatron_moe_inject.typed import fail, listing, show
+
+SPLITS = ("train", "valid", "test")
+
+_PACKED = "packs documents into one sequence, which a teacher's forward does not follow yet"
+_REFUSED: tuple[tuple[str, str, bool, str], ...] = (
+    ("yaml_cfg", "--yaml-cfg", False, "replaces the command line and loses the plugin's flags"),
+    ("use_megatron_fsdp", "--use-megatron-fsdp", False, "shards parameters before freezing"),
+    ("use_torch_fsdp2", "--use-torch-fsdp2", False, "shards parameters before freezing"),
+    ("sft", "--sft", True, _PACKED),
+    ("dataloader_inter_document_masking", "--dataloader-inter-document-masking", True, _PACKED),
+    ("hybrid_context_parallel", "--hybrid-context-parallel", False, "reschedules micro-batches"),
+    (
+        "overlap_moe_expert_parallel_comm",
+        "--overlap-moe-expert-parallel-comm",
+        False,
+        "builds its own schedule plan, which this version has not been verified with",
+    ),
+    ("moe_use_upcycling", "--moe-use-upcycling", False, "creates the experts at start"),
+    ("init_model_with_meta_device", "--init-model-with-meta-device", False, "has no weights yet"),
+    ("perform_rl_step", "--perform-rl-step", False, "replaces the training step"),
+    ("modelopt_enabled", "--modelopt-enabled", False, "replaces the model and its loss"),
+    ("logits_load_dir", "--logits-load-dir", False, "distils from stored logits by itself"),
+    (
+        "hybrid_layer_pattern",
+        "--hybrid-layer-pattern",
+        False,
+        "builds a hybrid model, whose forward has no output_processor",
+    ),
+    ("hybrid_override_pattern", "--hybrid-override-pattern", False, "builds a hybrid model"),
+    (
+        "multiple_validation_sets",
+        "--multiple-validation-sets",
+        False,
+        "yields validation samples that do not say which dataset they come from",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class TokenizerFacts:
+    """The student's tokenizer as named on the command line; nothing is loaded."""
+
+    kind: str | None = None
+    model: str | None = None
+    vocab_file: str | None = None
+    merge_file: str | None = None
+
+
+@dataclass(frozen=True)
+class ParallelFacts:
+    """Sizes of the student's parallel layout; ``vpp`` is None without virtual stages."""
+
+    tp: int = 1
+    pp: int = 1
+    vpp: int | None = None
+    cp: int = 1
+    ep: int = 1
+    etp: int = 1
+    sequence_parallel: bool = False
+
+
+@dataclass(frozen=True)
+class StudentFacts:
+    """The student as the recipe sees it.
+
+    Attributes:
+        num_layers: decoder layers, multi-token-prediction layers not counted.
+        num_moe_experts: experts of each MoE layer; None for a dense student.
+        moe_layers: 0-based global ids of the MoE layers.
+        data_paths: split -> blend entries in order; a split without data is absent. Under
+            ``--data-path`` all three splits have the same entries.
+        mock_data: ``--mock-data``: one dataset at position 0, whatever the paths.
+        padded_vocab_size: None before Megatron has built its tokenizer.
+        options: values of the flags that ``check_recipe`` refuses, where present.
+    """
+
+    num_layers: int
+    num_moe_experts: int | None = None
+    moe_layers: tuple[int, ...] = ()
+    data_paths: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    mock_data: bool = False
+    hidden_size: int | None = None
+    padded_vocab_size: int | None = None
+    tokenizer: TokenizerFacts = TokenizerFacts()
+    parallel: ParallelFacts = ParallelFacts()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def student_facts_from_args(args: Namespace) -> StudentFacts:
+    """Facts from Megatron's parsed flags, before or after its own validation.
+
+    Raises:
+        RecipeError: ``--moe-layer-freq`` or a file that lists data paths cannot be read.
+    """
+    experts = getattr(args, "num_experts", None) or None
+    mock = bool(getattr(args, "mock_data", False))
+    return StudentFacts(
+        num_layers=args.num_layers,
+        num_moe_experts=experts,
+        moe_layers=_moe_layers(args) if experts else (),
+        data_paths={} if mock else _data_paths(args),
+        mock_data=mock,
+        hidden_size=getattr(args, "hidden_size", None),
+        padded_vocab_size=getattr(args, "padded_vocab_size", None),
+        tokenizer=TokenizerFacts(
+            kind=getattr(args, "tokenizer_type", None),
+            model=getattr(args, "tokenizer_model", None),
+            vocab_file=getattr(args, "vocab_file", None),
+            merge_file=getattr(args, "merge_file", None),
+        ),
+        parallel=ParallelFacts(
+            tp=getattr(args, "tensor_model_parallel_size", 1),
+            pp=getattr(args, "pipeline_model_parallel_size", 1),
+            vpp=getattr(args, "virtual_pipeline_model_parallel_size", None),
+            cp=getattr(args, "context_parallel_size", 1),
+            ep=getattr(args, "expert_model_parallel_size", 1),
+            etp=getattr(args, "expert_tensor_parallel_size", None)
+            or getattr(args, "tensor_model_parallel_size", 1),
+            sequence_parallel=bool(getattr(args, "sequence_parallel", False)),
+        ),
+        options={name: getattr(args, name) for name, *_ in _REFUSED if getattr(args, name, None)},
+    )
+
+
+def _moe_layers(args: Namespace) -> tuple[int, ...]:
+    """0-based MoE layers: every freq-th from layer 0, or the ones of a 0/1 pattern."""
+    freq, layers = getattr(args, "moe_layer_freq", 1), args.num_layers
+    if isinstance(freq, int):
+        return tuple(i for i in range(layers) if i % freq == 0)
+    if len(freq) != layers:
+        raise fail(
+            "--moe-layer-freq", freq, f"has {len(freq)} entries", f"--num-layers is {layers}"
+        )
+    return tuple(i for i, is_moe in enumerate(freq) if is_moe)
+
+
+def _data_paths(args: Namespace) -> dict[str, tuple[str, ...]]:
+    from megatron.training.utils import get_blend_and_blend_per_split
+
+    try:
+        blend, per_split = get_blend_and_blend_per_split(args)
+    except (OSError, ValueError, KeyError) as error:
+        source = getattr(args, "data_args_path", None) or args.per_split_data_args_path
+        raise RecipeError(
+            f"--data-args-path {source}: cannot be read ({show(str(error))}); "
+            "it lists the student's datasets"
+        ) from None
+    blends = per_split if per_split is not None else [blend] * len(SPLITS)
+    return {
+        split: tuple(entries[0])
+        for split, entries in zip(SPLITS, blends, strict=True)
+        if entries is not None
+    }
+
+
+def check_recipe(recipe: Recipe, facts: StudentFacts) -> None:
+    """Check the recipe against the student.
+
+    Raises:
+        RecipeError: a Megatron option that the plugin does not work with, a dataset, layer or
+            expert that the student does not have, or a split whose datasets have no domain.
+    """
+    validate(recipe)
+    _check_options(recipe, facts)
+    _check_layers(recipe, facts)
+    for split in ("train", *(s for s in SPLITS[1:] if s in facts.data_paths)):
+        split_labels(recipe, facts, split)
+
+
+def _check_options(recipe: Recipe, facts: StudentFacts) -> None:
+    taught = any(domain.teacher is not None for domain in recipe.domains)
+    for name, flag, only_with_teacher, reason in _REFUSED:
+        if facts.options.get(name) and (taught or not only_with_teacher):
+            raise RecipeError(f"{flag}: {reason}; remove it to train with a recipe", flag)
+
+
+def _check_layers(recipe: Recipe, facts: StudentFacts) -> None:
+    count = facts.num_moe_experts
+    for i, domain in enumerate(recipe.domains):
+        for layer, ids in domain.experts.layers.items():
+            key = f"domains[{i}].experts.layers.{layer}"
+            if count is None:
+                raise fail(key, ids, "chooses experts of a dense student", "set --num-experts")
+            if layer >= facts.num_layers:
+                raise fail(key, layer, "is not a layer", f"layers are 0 to {facts.num_layers - 1}")
+            if layer not in facts.moe_layers:
+                near = sorted(facts.moe_layers, key=lambda moe: abs(moe - layer))[:2]
+                raise fail(
+                    key,
+                    layer,
+                    "is a dense layer",
+                    f"MoE layers: {ranges(facts.moe_layers)} (nearest {listing(sorted(near))})",
+                )
+            for expert in ids:
+                if expert >= count:
+                    raise fail(key, ids, f"names expert {expert}", f"experts are 0 to {count - 1}")
+    if recipe.train.experts == "all" and count is None:
+        raise fail("train.experts", "all", "on a dense student", "set --num-experts or none")
+
+
+def ranges(ids: tuple[int, ...] | list[int]) -> str:
+    """``(0, 2, 3, 4)`` as "0, 2-4"."""
+    runs: list[list[int]] = []
+    for i in sorted(ids):
+        if runs and runs[-1][1] == i - 1:
+            runs[-1][1] = i
+        else:
+            runs.append([i, i])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def split_labels(recipe: Recipe, facts: StudentFacts, split: str) -> list[int]:
+    """Domain index of each blend entry of ``split``, ``GENERAL`` (-1) for the rest.
+
+    Entry ``i`` is the sample's ``dataset_id``; a blend of one dataset has one label. An entry
+    of a validation or test blend of its own is known by its prefix in the recipe, by the same
+    prefix in the training blend, or, where both blends have equally many entries, by position.
+
+    Raises:
+        RecipeError: a claimed entry that no blend has, an entry claimed twice, a domain
+            without training data, or an entry that cannot be matched.
+    """
+    train, named = _train_labels(recipe, facts)
+    entries, train_entries = _entries(facts, split), _entries(facts, "train")
+    if entries == train_entries:
+        return train
+    by_prefix = {**dict(zip(train_entries, train, strict=True)), **named}
+    known = [by_prefix.get(entry) for entry in entries]
+    unknown = [entry for entry, label in zip(entries, known, strict=True) if label is None]
+    if not unknown:
+        return known
+    aligned = len(entries) == len(train) and all(
+        label in (None, at) for label, at in zip(known, train, strict=True)
+    )
+    if not aligned:
+        raise RecipeError(
+            f"--{split}-data-path: {show(unknown[0])} cannot be matched to a domain, since the "
+            f"blend has {len(entries)} entries and training has {len(train)} in another order; "
+            "name it in a domain's data or in general_data, or list the blends in one order"
+        )
+    return [at if label is None else label for label, at in zip(known, train, strict=True)]
+
+
+def _train_labels(recipe: Recipe, facts: StudentFacts) -> tuple[list[int], dict[str, int]]:
+    """Labels of the training blend, and the label of every prefix that the recipe names."""
+    entries = _entries(facts, "train")
+    if not entries:
+        raise RecipeError("--data-path: missing; a recipe needs training data or --mock-data")
+    everywhere = [entry for split in SPLITS for entry in _entries(facts, split)]
+    owners: list[str | None] = [None] * len(entries)
+    labels = [GENERAL] * len(entries)
+    named: dict[str, int] = {}
+    claims = [(f"domains[{i}].data", i, domain.data) for i, domain in enumerate(recipe.domains)]
+    for path, label, data in [*claims, ("general_data", GENERAL, recipe.general_data)]:
+        for j, entry in enumerate(data):
+            key = f"{path}[{j}]"
+            positions = _positions(key, entry, entries, everywhere)
+            if isinstance(entry, str):
+                named[entry] = label
+            for position in positions:
+                if owners[position] is not None:
+                    what = f"is entry {position}, already claimed by {owners[position]}"
+                    raise fail(key, entry, what, "each entry has one owner")
+                owners[position], labels[position] = key, label
+    for path, label, data in claims:
+        if label not in labels:
+            raise fail(path, data, "has no training data", f"training has {_described(entries)}")
+    return labels, named
+
+
+def _positions(
+    key: str, entry: int | str, entries: tuple[str, ...], everywhere: list[str]
+) -> list[int]:
+    if isinstance(entry, int):
+        if entry >= len(entries):
+            raise fail(key, entry, "is not in the training blend", f"it has {_described(entries)}")
+        return [entry]
+    if entry not in everywhere:
+        close = difflib.get_close_matches(entry, everywhere, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]}? " if close else ""
+        if entry.isdigit():
+            hint = "a position is written without quotes; "
+        remedy = f"{hint}the training blend has {_described(entries)}"
+        raise fail(key, entry, "is no prefix of the student's data", remedy)
+    return [i for i, known in enumerate(entries) if known == entry]
+
+
+def _entries(facts: StudentFacts, split: str) -> tuple[str, ...]:
+    return ("(mock data)",) if facts.mock_data else tuple(facts.data_paths.get(split, ()))
+
+
+def _described(entries: tuple[str, ...]) -> str:
+    return listing((f"{i}: {entry}" for i, entry in enumerate(entries)), limit=6)

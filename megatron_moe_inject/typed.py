@@ -1,0 +1,279 @@
+"""From YAML and dotted overrides to dataclasses, with errors that say where.
+
+OmegaConf reads the file (YAML 1.1 with duplicate keys refused, floats such as ``1e-3``,
+``${...}`` interpolation, nothing executable), applies ``key=value`` overrides in its dotlist
+grammar and writes configs back. The step from plain values to dataclasses is done here by
+walking the annotations rather than by merging into ``OmegaConf.structured``: that merge
+loses the path of everything inside a list (``nme`` instead of ``domains[0].nme``) and converts
+silently (``5`` becomes the string "5", ``3`` the boolean True). A recipe decides what a large
+run trains, so a value of the wrong type is an error here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+import types
+from collections.abc import Callable, Iterable
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+_KEY = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+|\[\d+\])*")
+_NOUNS = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
+
+
+class RecipeError(ValueError):
+    """A mistake in what the user wrote: one message with the key, the value and the remedy.
+
+    ``key`` is the dotted path the message starts with, where there is one
+    (``domains[0].experts.layers.3``), so that a caller can translate it to a flag.
+    """
+
+    def __init__(self, message: str, key: str | None = None):
+        super().__init__(message)
+        self.key = key
+
+
+def fail(key: str, value: Any, problem: str, remedy: str) -> RecipeError:
+    """The error "key: value problem; remedy" on one line; the value is shortened when long."""
+    return RecipeError(f"{key}: {show(value)} {problem}; {remedy}", key)
+
+
+def show(value: Any) -> str:
+    """``repr`` of a user's value on one line, at most 80 characters."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def listing(names: Iterable[Any], limit: int = 12) -> str:
+    """Names joined by commas, the tail beyond ``limit`` counted instead of shown."""
+    names = [str(name) for name in names]
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def suggest(word: Any, known: Iterable[Any], what: str) -> str:
+    """A remedy for a misspelt name: the closest known ones, then all of them."""
+    known = [str(name) for name in known]
+    close = difflib.get_close_matches(str(word), known, n=2, cutoff=0.5)
+    hint = f"did you mean {' or '.join(close)}? " if close else ""
+    return f"{hint}{what}: {listing(known) or '(none)'}"
+
+
+def child(path: str, key: Any) -> str:
+    """Dotted path of a mapping's entry."""
+    return f"{path}.{key}" if path else str(key)
+
+
+def parse_yaml(text: str) -> dict[Any, Any]:
+    """Plain nested containers from YAML text; interpolations are not resolved yet.
+
+    Raises:
+        RecipeError: invalid YAML (with line and column) or a document that is not a mapping.
+    """
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        if root is None:
+            raise RecipeError("the file is empty; a recipe needs at least 'domains'")
+        if not isinstance(root, yaml.MappingNode):
+            raise RecipeError(
+                f"the top level is a {root.id}, not a mapping; "
+                "a recipe starts with keys such as 'domains:' and 'teachers:'"
+            )
+        return OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"not valid YAML: {_yaml_problem(error)}") from None
+    except OmegaConfBaseException as error:
+        raise _from_omegaconf(error) from None
+    except RecursionError:
+        raise RecipeError("not a usable recipe: the YAML is nested too deeply") from None
+    except RecipeError:
+        raise
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        # Scalars that match a YAML 1.1 pattern but cannot be built, such as `0b_`.
+        raise RecipeError(f"not valid YAML: {show(str(error))}; quote the value") from None
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    if mark is None:
+        return problem
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}"
+
+
+def _from_omegaconf(error: OmegaConfBaseException) -> RecipeError:
+    key = getattr(error, "full_key", None) or ""
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return RecipeError(f"{key}: {reason}" if key else reason, key or None)
+
+
+def split_override(override: str) -> tuple[str, str]:
+    """``key=value`` to its two strings; RecipeError when either the form or the key is wrong."""
+    key, equals, raw = override.partition("=")
+    key = key.strip()
+    if not equals or not _KEY.fullmatch(key):
+        raise RecipeError(
+            f"--inject-set {show(override)} is not KEY=VALUE; "
+            "write for example --inject-set objective.alpha=0.7 or 'domains[0].name=code'"
+        )
+    return key, raw
+
+
+def parse_scalar(raw: str) -> Any:
+    """The value of an override, read as YAML the way OmegaConf reads dotlists.
+
+    Raises:
+        RecipeError: the text is not valid YAML.
+    """
+    try:
+        value = OmegaConf.from_dotlist([f"value={raw}"])
+        return OmegaConf.to_container(value, resolve=False)["value"]
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{show(raw)} is not valid YAML ({_yaml_problem(error)})") from None
+    except (OmegaConfBaseException, RecursionError, ValueError, TypeError, AttributeError) as error:
+        raise RecipeError(f"{show(raw)} cannot be read ({show(str(error))}); quote it") from None
+
+
+def update(plain: dict[Any, Any], key: str, value: Any) -> dict[Any, Any]:
+    """``plain`` with ``key`` (OmegaConf grammar, list indices included) replaced by ``value``.
+
+    Raises:
+        RecipeError: the key walks through an index that does not exist.
+    """
+    config = OmegaConf.create(plain)
+    try:
+        OmegaConf.update(config, key, value, merge=False)
+    except (OmegaConfBaseException, TypeError, IndexError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RecipeError(
+            f"{key}: no such place ({reason}); overrides reach existing list entries", key
+        ) from None
+    return OmegaConf.to_container(config, resolve=False)
+
+
+def resolve(plain: dict[Any, Any]) -> dict[Any, Any]:
+    """``plain`` with ``${...}`` replaced; RecipeError naming the key that does not resolve."""
+    try:
+        return OmegaConf.to_container(OmegaConf.create(plain), resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise _from_omegaconf(error) from None
+    except RecursionError:
+        raise RecipeError("interpolations refer to each other in a circle") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise RecipeError(f"cannot be resolved: {show(str(error))}") from None
+
+
+def build(kind: Any, value: Any, path: str = "") -> Any:
+    """A value of the annotated type ``kind`` from plain containers.
+
+    Dataclasses, ``list``, ``dict``, unions, ``int``, ``float``, ``str`` and ``bool`` are known.
+    The only conversions are int to float and digit strings to integer mapping keys. An empty
+    section (``train:`` and nothing below) takes its defaults.
+
+    Raises:
+        RecipeError: wrong type, unknown key, missing key, or a number that is not finite.
+    """
+    if dataclasses.is_dataclass(kind):
+        return _build_dataclass(kind, value, path)
+    origin = get_origin(kind)
+    if origin in (Union, types.UnionType):
+        return _build_union(kind, value, path)
+    if origin is list:
+        if not isinstance(value, list):
+            raise fail(path, value, "is not a list", f"write {path.rpartition('.')[2]}: [...]")
+        (item,) = get_args(kind)
+        return [build(item, entry, f"{path}[{i}]") for i, entry in enumerate(value)]
+    if origin is dict:
+        return _build_dict(kind, value, path)
+    return _build_leaf(kind, value, path)
+
+
+def _build_dataclass(kind: Any, value: Any, path: str) -> Any:
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    if not isinstance(value, dict):
+        raise fail(path, value, "is not a mapping", f"it has the keys {listing(fields)}")
+    hints = get_type_hints(kind)
+    for key in value:
+        if key not in fields:
+            raise RecipeError(
+                f"{child(path, key)}: unknown key; {suggest(key, fields, 'keys here')}",
+                child(path, key),
+            )
+    built = {}
+    for name, spec in fields.items():
+        where = child(path, name)
+        default = _default(spec)
+        if name not in value:
+            if default is None:
+                raise RecipeError(f"{where}: missing; {spec.metadata['remedy']}", where)
+        elif value[name] is None and default and _is_section(default()):
+            pass
+        else:
+            built[name] = build(hints[name], value[name], where)
+    return kind(**built)
+
+
+def _is_section(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) or isinstance(value, (dict, list))
+
+
+def _default(spec: dataclasses.Field) -> Callable[[], Any] | None:
+    if spec.default is not dataclasses.MISSING:
+        return lambda: spec.default
+    if spec.default_factory is not dataclasses.MISSING:
+        return spec.default_factory
+    return None
+
+
+def _build_union(kind: Any, value: Any, path: str) -> Any:
+    members = get_args(kind)
+    if value is None and type(None) in members:
+        return None
+    for member in members:
+        if type(value) is member or (member is float and type(value) is int):
+            return build(member, value, path)
+    names = [_NOUNS[m] for m in members if m in _NOUNS]
+    if type(None) in members:
+        names.append("null")
+    raise fail(path, value, f"is not {' or '.join(names)}", f"it is a {type(value).__name__}")
+
+
+def _build_dict(kind: Any, value: Any, path: str) -> dict:
+    key_kind, item = get_args(kind)
+    if not isinstance(value, dict):
+        raise fail(path, value, "is not a mapping", "write 'key: value' entries below it")
+    built = {}
+    for raw, entry in value.items():
+        key, where = raw, child(path, raw)
+        if key_kind is int and isinstance(raw, str) and raw.isascii() and raw.isdigit():
+            key = int(raw)
+        if type(key) is not key_kind:
+            raise RecipeError(f"{where}: the key {show(raw)} is not {_NOUNS[key_kind]}", where)
+        if key in built:
+            raise RecipeError(f"{where}: the key {key} appears twice; keep one entry", where)
+        built[key] = build(item, entry, where)
+    return built
+
+
+def _build_leaf(kind: Any, value: Any, path: str) -> Any:
+    if kind is float and type(value) is int:
+        try:
+            value = float(value)
+        except OverflowError:
+            raise fail(path, value, "is too large", "write a finite number") from None
+    if type(value) is not kind:
+        extra = ""
+        if kind is str and isinstance(value, (int, float)):
+            extra = " (quote it to make it a string)"
+        elif isinstance(value, str):
+            extra = " (without quotes)"
+        raise fail(path, value, f"is not {_NOUNS[kind]}", f"write {_NOUNS[kind]}{extra}")
+    if kind is float and not math.isfinite(value):
+        raise fail(path, value, "is not finite", "write a finite number")
+    return value
