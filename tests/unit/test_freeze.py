@@ -1,0 +1,126 @@
+"""The freezing policy on the parameter names of Megatron's GPT model."""
+
+import pytest
+import torch
+from torch import nn
+
+from megatron_moe_inject.experts.freeze import (
+    COMPONENTS,
+    FreezePolicy,
+    first_trainable_layer,
+    places,
+)
+
+
+class Bag(nn.Module):
+    """A module tree from dotted parameter names."""
+
+    def __init__(self, *names):
+        super().__init__()
+        for name in names:
+            module, *rest = name.split(".")
+            if not rest:
+                self.register_parameter(module, nn.Parameter(torch.zeros(2)))
+                continue
+            tails = [n.split(".", 1)[1] for n in names if n.split(".")[0] == module]
+            if not hasattr(self, module):
+                self.add_module(module, Bag(*tails))
+
+    def __iter__(self):
+        return iter(self.children())
+
+    def __len__(self):
+        return len(list(self.children()))
+
+
+LAYER = {
+    "input_layernorm.weight": "norms",
+    "self_attention.linear_proj.weight": "attention",
+    "self_attention.linear_qkv.weight": "attention",
+    "self_attention.linear_qkv.layer_norm_weight": "norms",
+    "self_attention.q_layernorm.weight": "norms",
+    "pre_mlp_layernorm.weight": "norms",
+    "mlp.router.weight": "router",
+    "mlp.shared_experts.linear_fc1.weight": "shared_experts",
+    "mlp.experts.local_experts.0.linear_fc1.weight": "experts",
+    "mlp.experts.local_experts.1.linear_fc2.weight": "experts",
+}
+OUTSIDE = {
+    "embedding.word_embeddings.weight": "embedding",
+    "decoder.final_layernorm.weight": "norms",
+    "output_layer.weight": "output_layer",
+    "mtp.layers.0.transformer_layer.mlp.experts.local_experts.0.linear_fc1.weight": "mtp",
+}
+
+
+def student(first_layer=4, layers=2, local_experts=(6, 7), extra=()):
+    names = [f"decoder.layers.{i}.{n}" for i in range(layers) for n in (*LAYER, *extra)]
+    chunk = Bag(*names, *OUTSIDE)
+    for number, layer in enumerate(chunk.decoder.layers):
+        layer.layer_number = first_layer + number + 1
+        layer.mlp.local_expert_indices = list(local_experts)
+    chunk.pre_process = True
+    return chunk
+
+
+def test_every_parameter_has_its_component_layer_and_global_expert():
+    found = {place.name: place for place, _ in places(student())}
+    for name, component in OUTSIDE.items():
+        assert (found[name].component, found[name].layer) == (component, None)
+    for index in (0, 1):
+        for name, component in LAYER.items():
+            place = found[f"decoder.layers.{index}.{name}"]
+            assert (place.component, place.layer) == (component, 4 + index)
+    expert = found["decoder.layers.1.mlp.experts.local_experts.1.linear_fc2.weight"]
+    assert expert.expert == 7
+    assert {place.component for place in found.values()} <= set(COMPONENTS)
+
+
+def trained(chunk):
+    return {name for name, p in chunk.named_parameters() if p.requires_grad}
+
+
+def test_only_the_chosen_experts_train():
+    chunk = student()
+    FreezePolicy({5: frozenset({7, 0})}, frozenset()).apply([chunk])
+    assert trained(chunk) == {"decoder.layers.1.mlp.experts.local_experts.1.linear_fc2.weight"}
+
+
+def test_all_experts_and_named_components():
+    chunk = student()
+    FreezePolicy(None, frozenset({"router", "norms"})).apply([chunk])
+    wanted = {n for n, c in LAYER.items() if c in ("experts", "router", "norms")}
+    names = {f"decoder.layers.{i}.{n}" for i in (0, 1) for n in wanted}
+    assert trained(chunk) == names | {"decoder.final_layernorm.weight"}
+
+
+def test_frozen_router_keeps_its_bias_and_a_trained_one_does_not():
+    for components, frozen in ((frozenset(), True), (frozenset({"router"}), False)):
+        chunk = student()
+        router = chunk.decoder.layers.get_submodule("0").mlp.router
+        router.frozen_expert_bias = False
+        FreezePolicy({4: frozenset({6})}, components).apply([chunk])
+        assert router.frozen_expert_bias is frozen
+
+
+def test_grouped_experts_cannot_be_split_yet_but_may_train_or_rest_whole():
+    grouped = student(extra=("mlp.experts.linear_fc1.weight0",))
+    with pytest.raises(NotImplementedError, match="--moe-grouped-gemm"):
+        FreezePolicy({4: frozenset({6})}, frozenset()).apply([grouped])
+    FreezePolicy(None, frozenset()).apply([grouped])
+    assert any("weight0" in name for name in trained(grouped))
+    FreezePolicy({}, frozenset({"router"})).apply([grouped])
+    assert not any("weight0" in name for name in trained(grouped))
+
+
+def test_lowest_trainable_position():
+    chunk = student()
+    for policy, lowest in (
+        (FreezePolicy({5: frozenset({6})}, frozenset()), 5),
+        (FreezePolicy({4: frozenset({6}), 5: frozenset({7})}, frozenset()), 4),
+        (FreezePolicy({}, frozenset({"output_layer"})), 12),
+        (FreezePolicy({}, frozenset({"embedding"})), -1),
+        (FreezePolicy({4: frozenset({99})}, frozenset()), 12),
+    ):
+        policy.apply([chunk])
+        assert first_trainable_layer([chunk], num_layers=12) == lowest
