@@ -18,37 +18,57 @@ from megatron_moe_inject.typed import fail, listing, show
 
 SPLITS = ("train", "valid", "test")
 
+
+@dataclass(frozen=True)
+class _Refusal:
+    """A Megatron option that the plugin does not work with.
+
+    Attributes:
+        value: the option's refused value; None refuses every value that is set.
+        with_teacher: refused only where some domain has a teacher.
+    """
+
+    name: str
+    reason: str
+    value: str | None = None
+    with_teacher: bool = False
+
+    @property
+    def flag(self) -> str:
+        flag = "--" + self.name.replace("_", "-")
+        return flag if self.value is None else f"{flag} {self.value}"
+
+    def matches(self, options: Mapping[str, Any]) -> bool:
+        found = options.get(self.name)
+        return found == self.value if self.value is not None else bool(found)
+
+
+_SHARDS = "shards the parameters before they can be frozen"
 _PACKED = "packs documents into one sequence, which a teacher's forward does not follow yet"
-_REFUSED: tuple[tuple[str, str, bool, str], ...] = (
-    ("yaml_cfg", "--yaml-cfg", False, "replaces the command line and loses the plugin's flags"),
-    ("use_megatron_fsdp", "--use-megatron-fsdp", False, "shards parameters before freezing"),
-    ("use_torch_fsdp2", "--use-torch-fsdp2", False, "shards parameters before freezing"),
-    ("sft", "--sft", True, _PACKED),
-    ("dataloader_inter_document_masking", "--dataloader-inter-document-masking", True, _PACKED),
-    ("hybrid_context_parallel", "--hybrid-context-parallel", False, "reschedules micro-batches"),
-    (
+_HYBRID = "builds a hybrid model, whose forward has no output_processor for the loss"
+_REFUSED = (
+    _Refusal("yaml_cfg", "replaces the command line and loses the plugin's flags"),
+    _Refusal("use_megatron_fsdp", _SHARDS),
+    _Refusal("use_torch_fsdp2", _SHARDS),
+    _Refusal("sft", _PACKED, with_teacher=True),
+    _Refusal("dataloader_inter_document_masking", _PACKED, with_teacher=True),
+    _Refusal("hybrid_context_parallel", "regroups the micro-batches of a step"),
+    _Refusal(
         "overlap_moe_expert_parallel_comm",
-        "--overlap-moe-expert-parallel-comm",
-        False,
-        "builds its own schedule plan, which this version has not been verified with",
+        "runs the loss inside a schedule plan, which this version is not verified with",
     ),
-    ("moe_use_upcycling", "--moe-use-upcycling", False, "creates the experts at start"),
-    ("init_model_with_meta_device", "--init-model-with-meta-device", False, "has no weights yet"),
-    ("perform_rl_step", "--perform-rl-step", False, "replaces the training step"),
-    ("modelopt_enabled", "--modelopt-enabled", False, "replaces the model and its loss"),
-    ("logits_load_dir", "--logits-load-dir", False, "distils from stored logits by itself"),
-    (
-        "hybrid_layer_pattern",
-        "--hybrid-layer-pattern",
-        False,
-        "builds a hybrid model, whose forward has no output_processor",
+    _Refusal("moe_use_upcycling", "makes all experts of a layer copies of one dense MLP"),
+    _Refusal("init_model_with_meta_device", "leaves no weights to check while freezing"),
+    _Refusal("perform_rl_step", "replaces the training step"),
+    _Refusal("modelopt_enabled", "replaces the model and its loss"),
+    _Refusal("logits_load_dir", "distils stored logits with a loss of its own"),
+    _Refusal("hybrid_layer_pattern", _HYBRID),
+    _Refusal("hybrid_override_pattern", _HYBRID),
+    _Refusal(
+        "multiple_validation_sets", "yields samples that do not say which dataset they are from"
     ),
-    ("hybrid_override_pattern", "--hybrid-override-pattern", False, "builds a hybrid model"),
-    (
-        "multiple_validation_sets",
-        "--multiple-validation-sets",
-        False,
-        "yields validation samples that do not say which dataset they come from",
+    _Refusal(
+        "cuda_graph_impl", "captures the whole step, teacher included", value="full_iteration"
     ),
 )
 
@@ -86,6 +106,8 @@ class StudentFacts:
         moe_layers: 0-based global ids of the MoE layers.
         data_paths: split -> blend entries in order; a split without data is absent. Under
             ``--data-path`` all three splits have the same entries.
+        shared_experts: the MoE layers have shared experts.
+        tied_embeddings: embedding and output layer are one matrix.
         mock_data: ``--mock-data``: one dataset at position 0, whatever the paths.
         padded_vocab_size: None before Megatron has built its tokenizer.
         options: values of the flags that ``check_recipe`` refuses, where present.
@@ -94,6 +116,8 @@ class StudentFacts:
     num_layers: int
     num_moe_experts: int | None = None
     moe_layers: tuple[int, ...] = ()
+    shared_experts: bool = False
+    tied_embeddings: bool = False
     data_paths: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     mock_data: bool = False
     hidden_size: int | None = None
@@ -109,12 +133,17 @@ def student_facts_from_args(args: Namespace) -> StudentFacts:
     Raises:
         RecipeError: ``--moe-layer-freq`` or a file that lists data paths cannot be read.
     """
+    hybrid = any(getattr(args, name, None) for name in ("hybrid_layer_pattern", "yaml_cfg"))
+    if args.num_layers is None and not hybrid:
+        raise RecipeError("--num-layers: missing; name it on the command line")
     experts = getattr(args, "num_experts", None) or None
     mock = bool(getattr(args, "mock_data", False))
     return StudentFacts(
-        num_layers=args.num_layers,
+        num_layers=args.num_layers or 0,
         num_moe_experts=experts,
         moe_layers=_moe_layers(args) if experts else (),
+        shared_experts=bool(getattr(args, "moe_shared_expert_intermediate_size", None)),
+        tied_embeddings=not getattr(args, "untie_embeddings_and_output_weights", False),
         data_paths={} if mock else _data_paths(args),
         mock_data=mock,
         hidden_size=getattr(args, "hidden_size", None),
@@ -135,13 +164,17 @@ def student_facts_from_args(args: Namespace) -> StudentFacts:
             or getattr(args, "tensor_model_parallel_size", 1),
             sequence_parallel=bool(getattr(args, "sequence_parallel", False)),
         ),
-        options={name: getattr(args, name) for name, *_ in _REFUSED if getattr(args, name, None)},
+        options={
+            option.name: getattr(args, option.name)
+            for option in _REFUSED
+            if getattr(args, option.name, None)
+        },
     )
 
 
 def _moe_layers(args: Namespace) -> tuple[int, ...]:
     """0-based MoE layers: every freq-th from layer 0, or the ones of a 0/1 pattern."""
-    freq, layers = getattr(args, "moe_layer_freq", 1), args.num_layers
+    freq, layers = getattr(args, "moe_layer_freq", 1), args.num_layers or 0
     if isinstance(freq, int):
         return tuple(i for i in range(layers) if i % freq == 0)
     if len(freq) != layers:
@@ -156,11 +189,17 @@ def _data_paths(args: Namespace) -> dict[str, tuple[str, ...]]:
 
     try:
         blend, per_split = get_blend_and_blend_per_split(args)
-    except (OSError, ValueError, KeyError) as error:
-        source = getattr(args, "data_args_path", None) or args.per_split_data_args_path
-        raise RecipeError(
-            f"--data-args-path {source}: cannot be read ({show(str(error))}); "
-            "it lists the student's datasets"
+    except (OSError, ValueError, KeyError, AssertionError) as error:
+        flag, path = next(
+            (
+                (f"--{name.replace('_', '-')}", getattr(args, name))
+                for name in ("data_args_path", "per_split_data_args_path")
+                if getattr(args, name, None)
+            ),
+            ("--data-path", args.data_path),
+        )
+        raise fail(
+            flag, path, f"cannot be read ({show(error)})", "it lists the student's datasets"
         ) from None
     blends = per_split if per_split is not None else [blend] * len(SPLITS)
     return {
@@ -180,15 +219,19 @@ def check_recipe(recipe: Recipe, facts: StudentFacts) -> None:
     validate(recipe)
     _check_options(recipe, facts)
     _check_layers(recipe, facts)
+    _check_components(recipe, facts)
     for split in ("train", *(s for s in SPLITS[1:] if s in facts.data_paths)):
         split_labels(recipe, facts, split)
 
 
 def _check_options(recipe: Recipe, facts: StudentFacts) -> None:
     taught = any(domain.teacher is not None for domain in recipe.domains)
-    for name, flag, only_with_teacher, reason in _REFUSED:
-        if facts.options.get(name) and (taught or not only_with_teacher):
-            raise RecipeError(f"{flag}: {reason}; remove it to train with a recipe", flag)
+    for option in _REFUSED:
+        if option.matches(facts.options) and (taught or not option.with_teacher):
+            remedy = "remove it"
+            if option.with_teacher:
+                remedy = "remove it, or use a recipe without teachers"
+            raise RecipeError(f"{option.flag}: {option.reason}; {remedy}", option.flag)
 
 
 def _check_layers(recipe: Recipe, facts: StudentFacts) -> None:
@@ -211,8 +254,31 @@ def _check_layers(recipe: Recipe, facts: StudentFacts) -> None:
             for expert in ids:
                 if expert >= count:
                     raise fail(key, ids, f"names expert {expert}", f"experts are 0 to {count - 1}")
-    if recipe.train.experts == "all" and count is None:
-        raise fail("train.experts", "all", "on a dense student", "set --num-experts or none")
+
+
+def _check_components(recipe: Recipe, facts: StudentFacts) -> None:
+    """Every component that is to train must exist: a pattern that matches nothing is an error."""
+    train, moe = recipe.train, facts.num_moe_experts is not None
+    for name, exists, why in (
+        ("router", moe, "the student is dense (no --num-experts)"),
+        (
+            "shared_experts",
+            moe and facts.shared_experts,
+            "the student has none (no --moe-shared-expert-intermediate-size)",
+        ),
+        ("mlp", len(facts.moe_layers) < facts.num_layers, "every layer is a MoE layer"),
+    ):
+        if getattr(train, name) and not exists:
+            raise fail(f"train.{name}", True, "matches nothing", f"{why}; set it to false")
+    if train.experts == "all" and not moe:
+        raise fail("train.experts", "all", "matches nothing", "the student is dense; write none")
+    if facts.tied_embeddings and train.embedding != train.output_layer:
+        raise RecipeError(
+            f"train.embedding: {train.embedding} and train.output_layer: {train.output_layer} "
+            "disagree about one matrix, which the student shares between both; set both alike "
+            "or use --untie-embeddings-and-output-weights",
+            "train.embedding",
+        )
 
 
 def ranges(ids: tuple[int, ...] | list[int]) -> str:
