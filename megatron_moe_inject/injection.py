@@ -7,7 +7,6 @@ and the step hook.
 
 from __future__ import annotations
 
-import os
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -193,12 +192,3 @@ class Injection:
     def end_training(self) -> str | None:
         """Check it; see ``FrozenCheck.verify``."""
         return None if self._frozen is None else self._frozen.verify()
-
-
-def exit_with(error: RecipeError) -> SystemExit:
-    """The clean end of a run whose recipe is wrong: one message per node, no traceback."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        print(f"megatron_moe_inject: {error}", flush=True)
-    return SystemExit(2)

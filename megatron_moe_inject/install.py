@@ -18,13 +18,19 @@ the stock function in ``__wrapped__`` and calls it untouched when no recipe is g
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
 
 from megatron_moe_inject import compat
-from megatron_moe_inject.injection import Injection, exit_with
 from megatron_moe_inject.recipe import RecipeError
+
+if TYPE_CHECKING:
+    from megatron_moe_inject.injection import Injection
 
 _MARK = "_megatron_moe_inject"
 
@@ -84,11 +90,13 @@ class _Run:
             recipe = recipe_from_args(options)
             if recipe is None:
                 return stock(*args, **kwargs)
+            from megatron_moe_inject.injection import Injection
+
             compat.save_with_stub_optimizers()
             self._injection = Injection(recipe, options, compat.tokenizer_vocab_size())
             return stock(*args, **kwargs)
         except RecipeError as error:
-            raise exit_with(error) from None
+            raise _clean_exit(error) from None
         finally:
             self._injection = None
 
@@ -127,3 +135,12 @@ class _Run:
             raise
         injection.end_training()
         return result
+
+
+def _clean_exit(error: RecipeError) -> SystemExit:
+    """The end of a run whose recipe is wrong: one message per node and no traceback."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        print(f"megatron_moe_inject: {error}", file=sys.stderr, flush=True)
+    return SystemExit(2)

@@ -35,17 +35,10 @@ class SplitRegistry:
         self._by_iterator: dict[int, list[int]] = {}
 
     def register(self, train: Any, valid: Any, test: Any) -> None:
-        """Record what ``build_train_valid_test_data_iterators`` returned.
-
-        With ``--multiple-validation-sets`` there is one iterator, over one blend entry, each.
-        """
-        for split, iterators in (("train", train), ("valid", valid), ("test", test)):
-            entries = self._domain_of_entry[split]
-            if isinstance(iterators, list):
-                for iterator, entry in zip(iterators, entries, strict=True):
-                    self._by_iterator[id(iterator)] = [entry]
-            elif iterators is not None:
-                self._by_iterator[id(iterators)] = entries
+        """Record what ``build_train_valid_test_data_iterators`` returned, once per model chunk."""
+        for split, iterator in (("train", train), ("valid", valid), ("test", test)):
+            if iterator is not None:
+                self._by_iterator[id(iterator)] = self._domain_of_entry[split]
 
     def domain_of_entry(self, iterator: Any) -> list[int]:
         """Domain index or ``GENERAL`` by blend entry, of the data that ``iterator`` reads."""
