@@ -1,0 +1,22 @@
+"""Distillation losses: exact at any tensor-parallel size, on explicit tensors and process groups.
+
+``reference`` says what each loss means, ``divergences`` computes it on existing logits and
+``fused`` from hidden states and heads without ever holding the logits, both with the maths in
+``rows``. ``objective`` composes them for a micro-batch of domain and general samples.
+"""
+
+from megatron_moe_inject.losses.divergences import vocab_parallel_divergence
+from megatron_moe_inject.losses.fused import (
+    FusedLoss,
+    default_chunk_tokens,
+    fused_linear_distillation,
+)
+from megatron_moe_inject.losses.rows import KINDS
+
+__all__ = [
+    "KINDS",
+    "FusedLoss",
+    "default_chunk_tokens",
+    "fused_linear_distillation",
+    "vocab_parallel_divergence",
+]

@@ -1,0 +1,374 @@
+"""Language-model head, cross-entropy and distillation in one pass that never holds full logits.
+
+Shapes: t tokens, h student hidden, h_t teacher hidden, v vocabulary, p tensor-parallel size.
+
+The tokens go through in chunks. Of each chunk the student's and the teacher's logits exist only
+long enough to give the loss and its gradient by the logits (maths in ``rows.py``), which a further
+matrix product turns into a gradient by the student's hidden states.
+
+The gradient that arrives from above, one number per token (loss mask, loss scale, 1/tokens), is not
+known in the forward pass, but it only scales a token's row. Hence two ways:
+
+- Head frozen: the forward pass keeps the unscaled gradient by the hidden states, [t, h], and the
+  backward pass scales it. 3 matrix products per chunk; no logits twice.
+- Head trained: its gradient mixes tokens, so the scale has to be known first. The forward pass
+  keeps a few numbers per token, and the backward pass computes each chunk's logits again: 2 + 4
+  products. The alternative would be to keep the gradient by the logits, [t, v/p], which is what a
+  fused loss is there to avoid.
+
+Without gradients (``torch.no_grad()``, or nothing that requires them) only the 2 products of the
+values run.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+
+from megatron_moe_inject.losses.divergences import check_temperature
+from megatron_moe_inject.losses.head_gradient import HeadGradient
+from megatron_moe_inject.losses.rows import (
+    Divergence,
+    RowStats,
+    VocabShard,
+    add_cross_entropy_gradient,
+    divergence_gradient,
+    maths_dtype,
+    row_statistics,
+)
+
+# Working memory of a chunk by device type: GPUs need larger chunks for busy matrix products.
+_CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
+# Float32 copies of a chunk's logits that the row maths holds at its peak.
+_WORKING_COPIES = 5
+
+
+class FusedLoss(NamedTuple):
+    """Per-token losses [t] in float32. ``total`` = alpha kd + beta ce carries the graph.
+
+    ``kd`` is T^2 times the divergence, 0 without a teacher; ``ce`` the cross-entropy, 0 where the
+    label is negative. Both are detached and not multiplied by their weights. A token contributes
+    nothing to ``total`` and the gradient through a term whose weight is 0, whatever its value.
+    """
+
+    total: Tensor
+    kd: Tensor
+    ce: Tensor
+
+
+def fused_linear_distillation(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
+    labels: Tensor,
+    *,
+    kind: str = "forward_kl",
+    temperature: float | Tensor = 1.0,
+    alpha: float | Tensor = 1.0,
+    beta: float | Tensor = 0.0,
+    jsd_beta: float = 0.5,
+    skew: float = 0.1,
+    tp_group: ProcessGroup | None = None,
+    valid_vocab_size: int | None = None,
+    chunk_tokens: int | None = None,
+    reduce_hidden_grad: bool = True,
+    accumulate_main_grad: bool = False,
+) -> FusedLoss:
+    """alpha T^2 D(teacher || student) + beta CE of every token, from hidden states and heads.
+
+    Args:
+        student_hidden: [t, h], what the student's head reads; the same on all of ``tp_group``.
+        student_weight: [v/p, h], this rank's rows of the student's head, same dtype.
+        teacher_hidden: [t, h_t], a constant. None together with ``teacher_weight`` leaves out all
+            teacher work; alpha must then be the number 0.
+        teacher_weight: [v/p, h_t], the same vocabulary ids as ``student_weight``, same dtype as
+            ``teacher_hidden``; a constant.
+        labels: [t] int64 global ids; a negative label has no cross-entropy (its KD counts, by
+            alpha). A label that is padding or beyond the vocabulary gives a cross-entropy of +inf.
+        kind, jsd_beta, skew: the divergence, see ``vocab_parallel_divergence``.
+        temperature: T > 0 of the divergence, a number or [t]. The cross-entropy is always at 1.
+        alpha, beta: weights of KD and of CE, numbers or [t]; constants. The number 0 skips the
+            gradient of the term; its value is still reported.
+        tp_group: the group over whose ranks both heads are sharded, equally and in rank order;
+            None for heads that are not sharded.
+        valid_vocab_size: global ids from here on are padding, see ``vocab_parallel_divergence``.
+        chunk_tokens: tokens per chunk, the same on every rank of ``tp_group``; None for
+            ``default_chunk_tokens``. Losses do not depend on it, up to rounding in the products.
+        reduce_hidden_grad: sum the gradient by ``student_hidden`` over ``tp_group``. False leaves
+            this rank's part, for a caller whose own backward sums: under sequence parallelism, the
+            reduce-scatter behind the gather of the hidden states.
+        accumulate_main_grad: add the head's gradient to ``student_weight.main_grad`` instead of
+            returning it, as Megatron's gradient accumulation fusion does.
+
+    Returns:
+        FusedLoss; ``total`` is differentiable by ``student_hidden`` and ``student_weight``, with
+        any upstream gradient per token. Every rank of ``tp_group`` gets the same bits.
+
+    Raises:
+        ValueError: shapes, dtypes or parameters that do not fit, with the values.
+
+    Collectives over ``tp_group``. Forward, per chunk of c tokens: one all-gather of at most 7 c
+    float32 numbers, and for jsd and skew_kl one all-reduce of 2 c. Backward: one all-reduce of
+    ``student_hidden``'s size and dtype with ``reduce_hidden_grad``, nothing else.
+    """
+    check_temperature(temperature)
+    _check_student(student_hidden, student_weight, labels, temperature, alpha, beta)
+    _check_teacher(student_hidden, student_weight, teacher_hidden, teacher_weight, alpha)
+    if chunk_tokens is None:
+        chunk_tokens = default_chunk_tokens(student_hidden, student_weight)
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens={chunk_tokens} must be at least 1")
+
+    plan = _Plan(
+        divergence=None if teacher_hidden is None else Divergence(kind, jsd_beta, skew),
+        shard=VocabShard.of(student_weight.shape[0], tp_group, valid_vocab_size),
+        kd_gradient=teacher_hidden is not None and _may_be_nonzero(alpha),
+        ce_gradient=_may_be_nonzero(beta),
+        mask_kd_gradient=isinstance(alpha, Tensor),
+        chunk_tokens=chunk_tokens,
+        hidden_gradient=torch.is_grad_enabled() and student_hidden.requires_grad,
+        weight_gradient=torch.is_grad_enabled() and student_weight.requires_grad,
+        reduce_hidden_grad=reduce_hidden_grad,
+        accumulate_main_grad=accumulate_main_grad,
+    )
+    if plan.weight_gradient and accumulate_main_grad:
+        HeadGradient.check(student_weight)
+    return FusedLoss(
+        *_FusedLinearDistillation.apply(
+            student_hidden,
+            student_weight,
+            teacher_hidden,
+            teacher_weight,
+            labels,
+            temperature,
+            _per_token(alpha, student_hidden),
+            _per_token(beta, student_hidden),
+            plan,
+        )
+    )
+
+
+def default_chunk_tokens(student_hidden: Tensor, student_weight: Tensor) -> int:
+    """Tokens per chunk whose working memory stays within 128 MiB on a CPU and 1 GiB on a GPU.
+
+    A token takes v/p * (3 * itemsize + 5 * 4) bytes: both logits and the gradient by the student's
+    in their own dtype, and what the row maths holds in float32. Rounded down to a multiple of 64
+    where that leaves anything, and evened out over the chunks.
+    """
+    vocab = student_weight.shape[0]
+    per_token = max(1, vocab * (3 * student_weight.element_size() + _WORKING_COPIES * 4))
+    budget = _CHUNK_BYTES.get(student_hidden.device.type, _CHUNK_BYTES["cuda"])
+    limit = max(1, budget // per_token)
+    tokens = max(1, len(student_hidden))
+    even = -(-tokens // -(-tokens // limit))
+    return min(limit // 64 * 64 or limit, -(-even // 64) * 64)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    divergence: Divergence | None
+    shard: VocabShard
+    kd_gradient: bool
+    ce_gradient: bool
+    mask_kd_gradient: bool
+    chunk_tokens: int
+    hidden_gradient: bool
+    weight_gradient: bool
+    reduce_hidden_grad: bool
+    accumulate_main_grad: bool
+
+    def chunks(self, tokens: int) -> list[slice]:
+        """The token slices, one empty slice when there is no token."""
+        step = self.chunk_tokens
+        return [slice(start, start + step) for start in range(0, max(tokens, 1), step)]
+
+
+class _Inputs(NamedTuple):
+    """The tensors of one call, or of one chunk of it."""
+
+    hidden: Tensor
+    weight: Tensor
+    teacher_hidden: Tensor | None
+    teacher_weight: Tensor | None
+    labels: Tensor
+    temperature: float | Tensor
+    alpha: Tensor
+    beta: Tensor
+
+    def chunk(self, rows: slice, columns: int) -> "_Inputs":
+        """Some tokens, and of the heads the rows of real vocabulary ids."""
+        with_teacher = self.teacher_hidden is not None
+        per_token = isinstance(self.temperature, Tensor)
+        return _Inputs(
+            self.hidden[rows],
+            self.weight[:columns],
+            self.teacher_hidden[rows] if with_teacher else None,
+            self.teacher_weight[:columns] if with_teacher else None,
+            self.labels[rows],
+            self.temperature[rows] if per_token else self.temperature,
+            self.alpha[rows],
+            self.beta[rows],
+        )
+
+    def logits(self) -> tuple[Tensor, Tensor | None]:
+        """Student and teacher logits, [t, c] each."""
+        x = self.hidden @ self.weight.t()
+        if self.teacher_hidden is None:
+            return x, None
+        return x, self.teacher_hidden @ self.teacher_weight.t()
+
+
+class _FusedLinearDistillation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, teacher_hidden, teacher_weight, labels, temperature, alpha,
+                beta, plan):  # fmt: skip
+        inputs = _Inputs(
+            hidden, weight, teacher_hidden, teacher_weight, labels, temperature, alpha, beta
+        )
+        unscaled = None
+        if plan.hidden_gradient and not plan.weight_gradient:
+            unscaled = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+        parts = []
+        for rows in plan.chunks(len(hidden)):
+            chunk = inputs.chunk(rows, plan.shard.columns)
+            x, y = chunk.logits()
+            stats = row_statistics(
+                x, y, chunk.labels, plan.divergence, chunk.temperature, plan.shard
+            )
+            if unscaled is not None:
+                gradient = _logit_gradient(x, y, stats, chunk, plan, chunk.alpha, chunk.beta)
+                torch.mm(gradient.to(weight.dtype), chunk.weight, out=unscaled[rows])
+            parts.append(stats)
+        stats = RowStats.cat(parts)
+
+        ctx.plan = plan
+        if plan.weight_gradient:
+            ctx.weight = weight
+            ctx.temperature = temperature
+            per_token = temperature if isinstance(temperature, Tensor) else None
+            kept = stats._replace(divergence=None, ce=None)
+            ctx.save_for_backward(*inputs._replace(temperature=per_token), *kept)
+        else:
+            ctx.save_for_backward(unscaled)
+        kd = torch.zeros_like(alpha)
+        if plan.divergence is not None:
+            kd = stats.divergence * temperature**2
+        total = torch.where(alpha == 0, 0.0, alpha * kd) + torch.where(
+            beta == 0, 0.0, beta * stats.ce
+        )
+        ctx.mark_non_differentiable(kd, stats.ce)
+        return total, kd, stats.ce
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_total, _grad_kd, _grad_ce):
+        plan = ctx.plan
+        if plan.weight_gradient:
+            grad_hidden, grad_weight = _recomputed_gradients(ctx, grad_total)
+        else:
+            (unscaled,) = ctx.saved_tensors
+            grad_hidden, grad_weight = torch.empty_like(unscaled), None
+            torch.mul(unscaled, grad_total[:, None], out=grad_hidden)
+        if plan.hidden_gradient and plan.reduce_hidden_grad and plan.shard.group is not None:
+            dist.all_reduce(grad_hidden, group=plan.shard.group)
+        return grad_hidden, grad_weight, *[None] * 7
+
+
+def _recomputed_gradients(ctx, grad_total: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients by the hidden states (this rank's part) and by the head, from logits made again."""
+    plan = ctx.plan
+    saved = ctx.saved_tensors
+    inputs = _Inputs(*saved[: len(_Inputs._fields)])
+    stats = RowStats(*saved[len(_Inputs._fields) :])
+    if inputs.temperature is None:
+        inputs = inputs._replace(temperature=ctx.temperature)
+
+    grad_hidden = None
+    if plan.hidden_gradient:
+        grad_hidden = torch.empty_like(inputs.hidden, memory_format=torch.contiguous_format)
+    head = HeadGradient(ctx.weight, plan.accumulate_main_grad)
+    for rows in plan.chunks(len(grad_total)):
+        chunk = inputs.chunk(rows, plan.shard.columns)
+        x, y = chunk.logits()
+        scale = grad_total[rows]
+        gradient = _logit_gradient(
+            x, y, stats.rows(rows), chunk, plan, chunk.alpha * scale, chunk.beta * scale
+        ).to(chunk.weight.dtype)
+        if plan.hidden_gradient:
+            torch.mm(gradient, chunk.weight, out=grad_hidden[rows])
+        head.add(gradient, chunk.hidden)
+    return grad_hidden, head.finish()
+
+
+def _logit_gradient(x, y, stats, chunk, plan, kd_weight, ce_weight) -> Tensor:
+    """Derivative of kd_weight kd + ce_weight ce by the student's logits x, [t, c]."""
+    if plan.kd_gradient:
+        gradient = divergence_gradient(x, y, stats, plan.divergence, chunk.temperature)
+        gradient.mul_((kd_weight * chunk.temperature)[:, None])
+        if plan.mask_kd_gradient:
+            gradient.masked_fill_((kd_weight == 0)[:, None], 0)
+    else:
+        gradient = x.new_zeros(x.shape, dtype=maths_dtype(x.dtype))
+    if plan.ce_gradient:
+        add_cross_entropy_gradient(gradient, x, chunk.labels, stats, ce_weight, plan.shard)
+    return gradient
+
+
+def _may_be_nonzero(weight: float | Tensor) -> bool:
+    return isinstance(weight, Tensor) or weight != 0
+
+
+def _per_token(weight: float | Tensor, hidden: Tensor) -> Tensor:
+    dtype = maths_dtype(hidden.dtype)
+    if isinstance(weight, Tensor):
+        return weight.detach().to(dtype)
+    return torch.full(hidden.shape[:1], weight, dtype=dtype, device=hidden.device)
+
+
+def _check_student(hidden, weight, labels, temperature, alpha, beta) -> None:
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"student_hidden {tuple(hidden.shape)} and student_weight {tuple(weight.shape)} "
+            "must be [t, h] and [v/p, h]"
+        )
+    if hidden.dtype != weight.dtype:
+        raise ValueError(
+            f"student_hidden is {hidden.dtype} and student_weight {weight.dtype}; use one dtype"
+        )
+    per_token = {"labels": labels, "temperature": temperature, "alpha": alpha, "beta": beta}
+    for name, value in per_token.items():
+        if isinstance(value, Tensor) and value.shape != hidden.shape[:1]:
+            raise ValueError(
+                f"{name} {tuple(value.shape)} must be [t], t={len(hidden)} as in student_hidden"
+            )
+
+
+def _check_teacher(hidden, weight, teacher_hidden, teacher_weight, alpha) -> None:
+    if (teacher_hidden is None) != (teacher_weight is None):
+        raise ValueError("give teacher_hidden and teacher_weight together, or neither")
+    if teacher_hidden is None:
+        if _may_be_nonzero(alpha):
+            raise ValueError(
+                "alpha is not the number 0, so teacher_hidden and teacher_weight must be given"
+            )
+        return
+    expected = (len(hidden), len(weight))
+    if (len(teacher_hidden), len(teacher_weight)) != expected or (
+        teacher_hidden.shape[1:] != teacher_weight.shape[1:]
+    ):
+        raise ValueError(
+            f"teacher_hidden {tuple(teacher_hidden.shape)} and teacher_weight "
+            f"{tuple(teacher_weight.shape)} must be [t, h_t] and [v/p, h_t] with t={expected[0]} "
+            f"and v/p={expected[1]}; pad the teacher's rows to the student's vocabulary shard and "
+            "set valid_vocab_size"
+        )
+    if teacher_hidden.dtype != teacher_weight.dtype:
+        raise ValueError(
+            f"teacher_hidden is {teacher_hidden.dtype} and teacher_weight {teacher_weight.dtype}; "
+            "use one dtype"
+        )

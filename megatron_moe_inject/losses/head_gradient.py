@@ -1,0 +1,62 @@
+"""Where the gradient of a trained language-model head goes, summed over chunks of tokens.
+
+Shapes: t tokens, h hidden, v vocabulary, p tensor-parallel size.
+
+Two destinations. An ordinary gradient is summed in float32 and handed to autograd in the weight's
+dtype. Under Megatron's gradient accumulation fusion the sum goes straight into
+``weight.main_grad``. The contract, from Megatron-Core's
+``LinearWithGradAccumulationAndAsyncCommunication``: a weight with the attribute
+``grad_added_to_main_grad`` (DDP sets it) gets it set to True and autograd receives a placeholder,
+so that DDP's hook still fires and sees that nothing is left to add. The placeholder must be zeros
+when ``zero_out_wgrad`` is set: an embedding shares the weight, its own gradient is summed with the
+placeholder, and DDP adds that sum. A weight without the attribute gets no gradient.
+"""
+
+import torch
+from torch import Tensor
+
+from megatron_moe_inject.losses.rows import maths_dtype
+
+
+class HeadGradient:
+    """Sum of ``gradient.T @ hidden`` over chunks for one head weight [v/p, h]."""
+
+    def __init__(self, weight: Tensor, accumulate_main_grad: bool):
+        self.weight = weight
+        self.main_grad = weight.main_grad if accumulate_main_grad else None
+        dtype = maths_dtype(weight.dtype)
+        if self.main_grad is not None and self.main_grad.dtype == dtype:
+            self.sum = self.main_grad
+        else:
+            self.sum = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+
+    @staticmethod
+    def check(weight: Tensor) -> None:
+        """Raise ValueError for a weight without the buffer that ``accumulate_main_grad`` needs."""
+        main_grad = getattr(weight, "main_grad", None)
+        if main_grad is None or main_grad.shape != weight.shape:
+            found = "none" if main_grad is None else f"one of shape {tuple(main_grad.shape)}"
+            raise ValueError(
+                f"accumulate_main_grad=True needs student_weight.main_grad {tuple(weight.shape)}, "
+                f"found {found}; Megatron's DDP creates it, pass False elsewhere"
+            )
+
+    def add(self, gradient: Tensor, hidden: Tensor) -> None:
+        """Add a chunk: ``gradient`` [t, c] by the logits of the first c rows, ``hidden`` [t, h]."""
+        rows = self.sum[: gradient.shape[1]]
+        if gradient.dtype == rows.dtype:
+            rows.addmm_(gradient.t(), hidden)
+        else:
+            rows.add_(gradient.t() @ hidden)
+
+    def finish(self) -> Tensor | None:
+        """What autograd receives as the weight's gradient."""
+        if self.main_grad is None:
+            return self.sum.to(self.weight.dtype)
+        if self.sum is not self.main_grad:
+            self.main_grad.add_(self.sum)
+        if not hasattr(self.weight, "grad_added_to_main_grad"):
+            return None
+        self.weight.grad_added_to_main_grad = True
+        zero = getattr(self.weight, "zero_out_wgrad", False)
+        return (torch.zeros_like if zero else torch.empty_like)(self.weight)
