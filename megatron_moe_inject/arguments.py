@@ -15,7 +15,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_moe_inject import typed
-from megatron_moe_inject.recipe import DIVERGENCES, Recipe, load_recipe, recipe_from_flags
+from megatron_moe_inject.recipe import (
+    DIVERGENCES,
+    Recipe,
+    load_recipe,
+    located,
+    recipe_from_flags,
+)
 from megatron_moe_inject.student import StudentFacts, check_recipe, student_facts_from_args
 from megatron_moe_inject.typed import RecipeError
 
@@ -91,7 +97,7 @@ def recipe_from_args(args: Namespace, argv: Sequence[str] | None = None) -> Reci
     if not hasattr(args, "inject_recipe"):
         _refuse_lost_flags(args, sys.argv[1:] if argv is None else argv)
         return None
-    overrides = [item for group in args.inject_set or [] for item in group]
+    overrides = _overrides(args)
     plain = [name for name in _PLAIN if _given(args, name)]
     if args.inject_recipe is None and not plain:
         if overrides or any(_given(args, name) for name in _RUN):
@@ -131,7 +137,7 @@ def recipe_for_student(args: Namespace) -> tuple[Recipe, StudentFacts] | None:
     except RecipeError as error:
         if args.inject_recipe is None:
             raise flag_error(error) from None
-        raise RecipeError(f"{args.inject_recipe}: {error}", error.key) from None
+        raise located(error, args.inject_recipe, _overrides(args)) from None
     return recipe, facts
 
 
@@ -171,6 +177,10 @@ def _recipe_from_plain_flags(args: Namespace, overrides: list[str]) -> Recipe:
         )
     except RecipeError as error:
         raise flag_error(error) from None
+
+
+def _overrides(args: Namespace) -> list[str]:
+    return [item for group in args.inject_set or [] for item in group]
 
 
 def _given(args: Namespace, name: str) -> bool:

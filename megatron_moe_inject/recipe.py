@@ -37,6 +37,7 @@ __all__ = [
     "Train",
     "dump_recipe",
     "load_recipe",
+    "located",
     "parse_experts",
     "recipe_from_flags",
     "recipe_from_yaml",
@@ -232,15 +233,20 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     try:
         return recipe_from_yaml(text, overrides)
     except RecipeError as error:
-        culprit = next((o for o in reversed(overrides) if _sets(o, error.key)), None)
-        where = f"--inject-set {culprit}: " if culprit else f"{path}: "
-        if str(error).startswith("--inject-set"):
-            where = ""
-        raise RecipeError(f"{where}{error}", error.key) from None
+        raise located(error, path, overrides) from None
+
+
+def located(error: RecipeError, path: str | Path, overrides: Iterable[str]) -> RecipeError:
+    """The same error, beginning with the override or the file that the key comes from."""
+    if str(error).startswith("--inject-set"):
+        return error
+    culprit = next((o for o in reversed(list(overrides)) if _sets(o, error.key)), None)
+    where = f"--inject-set {typed.one_line(culprit)}" if culprit else path
+    return RecipeError(f"{where}: {error}", error.key)
 
 
 def _sets(override: str, key: str | None) -> bool:
-    """Whether the override wrote ``key``, something inside it, or something around it."""
+    """Whether the override wrote ``key`` or something around it."""
     if not key:
         return False
     ours = _path_parts(override.partition("=")[0])
@@ -261,7 +267,7 @@ def _finish(plain: dict, overrides: Iterable[str]) -> Recipe:
     for override in overrides:
         key, raw = typed.split_override(override)
         plain = _apply(plain, key, raw, override)
-    recipe = typed.build(Recipe, typed.resolve(plain))
+    recipe = typed.build(Recipe, _expand_experts(typed.resolve(plain)))
     validate(recipe)
     return recipe
 
@@ -275,13 +281,14 @@ def _apply(plain: dict, key: str, raw: str, override: str) -> dict:
             if parts[1] not in known:
                 remedy = suggest(parts[1], known, "teachers")
                 raise RecipeError(f"{key}: no teacher {parts[1]!r}; {remedy}", key)
-        if parts[-1] == "layers" and ":" in raw and not raw.lstrip().startswith("{"):
+        if parts[-1] == "layers" and re.match(r"\s*[0-9]+\s*:", raw):
             value: Any = parse_experts(raw, key)  # YAML would read 12:3 as 12 * 60 + 3
         else:
             value = typed.parse_scalar(raw)
         return _expand_experts(typed.update(plain, key, value), later_wins=True)
     except RecipeError as error:
-        raise RecipeError(f"--inject-set {override}: {error}", error.key or key) from None
+        where = f"--inject-set {typed.one_line(override)}"
+        raise RecipeError(f"{where}: {error}", error.key or key) from None
 
 
 def _expand_experts(plain: dict, later_wins: bool = False) -> dict:
@@ -293,11 +300,11 @@ def _expand_experts(plain: dict, later_wins: bool = False) -> dict:
         key = f"domains[{i}].experts.layers"
         if isinstance(layers, str) and "${" not in layers:
             experts["layers"] = parse_experts(layers, key)
-        elif isinstance(layers, int):
+        elif isinstance(layers, int):  # YAML 1.1 reads 12:3 as 12 * 60 + 3
             raise fail(key, layers, "is not a mapping", 'quote the compact form, as in "12:3"')
         elif isinstance(layers, dict) and later_wins:
             experts["layers"] = {
-                int(k) if isinstance(k, str) and k.isascii() and k.isdigit() else k: v
+                int(k) if isinstance(k, str) and re.fullmatch("[0-9]{1,9}", k) else k: v
                 for k, v in layers.items()
             }
     return plain

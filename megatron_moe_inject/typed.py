@@ -24,6 +24,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 _KEY = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+|\[\d+\])*")
+_WORD = re.compile(r"[\w-]{1,80}")
+_LARGEST = 2**63 - 1
 _NOUNS = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
 
 
@@ -46,8 +48,16 @@ def fail(key: str, value: Any, problem: str, remedy: str) -> RecipeError:
 
 def show(value: Any) -> str:
     """``repr`` of a user's value on one line, at most 80 characters."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 80 else text[:77] + "..."
+    try:
+        return one_line(repr(value))
+    except (ValueError, RecursionError):  # an integer of thousands of digits, a deep nest
+        return f"this {type(value).__name__}"
+
+
+def one_line(text: str, limit: int = 80) -> str:
+    """Text with its white space collapsed, cut to ``limit`` characters."""
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def listing(names: Iterable[Any], limit: int = 12) -> str:
@@ -66,8 +76,9 @@ def suggest(word: Any, known: Iterable[Any], what: str) -> str:
 
 
 def child(path: str, key: Any) -> str:
-    """Dotted path of a mapping's entry."""
-    return f"{path}.{key}" if path else str(key)
+    """Dotted path of a mapping's entry; a key that is no word is shown quoted."""
+    text = key if isinstance(key, str) and _WORD.fullmatch(key) else show(key)
+    return f"{path}.{text}" if path else text
 
 
 def parse_yaml(text: str) -> dict[Any, Any]:
@@ -101,7 +112,7 @@ def parse_yaml(text: str) -> dict[Any, Any]:
 
 def _yaml_problem(error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
-    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    problem = one_line(getattr(error, "problem", None) or _reason(error), 160)
     if mark is None:
         return problem
     return f"line {mark.line + 1}, column {mark.column + 1}: {problem}"
@@ -109,8 +120,13 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
 
 def _from_omegaconf(error: OmegaConfBaseException) -> RecipeError:
     key = getattr(error, "full_key", None) or ""
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    reason = _reason(error)
     return RecipeError(f"{key}: {reason}" if key else reason, key or None)
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an exception's message; OmegaConf appends details on further lines."""
+    return one_line((str(error).splitlines() or [type(error).__name__])[0], 160)
 
 
 def split_override(override: str) -> tuple[str, str]:
@@ -119,7 +135,7 @@ def split_override(override: str) -> tuple[str, str]:
     key = key.strip()
     if not equals or not _KEY.fullmatch(key):
         raise RecipeError(
-            f"--inject-set {show(override)} is not KEY=VALUE; "
+            f"--inject-set {show(override)}: not KEY=VALUE; "
             "write for example --inject-set objective.alpha=0.7 or 'domains[0].name=code'"
         )
     return key, raw
@@ -150,9 +166,8 @@ def update(plain: dict[Any, Any], key: str, value: Any) -> dict[Any, Any]:
     try:
         OmegaConf.update(config, key, value, merge=False)
     except (OmegaConfBaseException, TypeError, IndexError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RecipeError(
-            f"{key}: no such place ({reason}); overrides reach existing list entries", key
+            f"{key}: no such place ({_reason(error)}); overrides reach existing list entries", key
         ) from None
     return OmegaConf.to_container(config, resolve=False)
 
@@ -251,9 +266,9 @@ def _build_dict(kind: Any, value: Any, path: str) -> dict:
     built = {}
     for raw, entry in value.items():
         key, where = raw, child(path, raw)
-        if key_kind is int and isinstance(raw, str) and raw.isascii() and raw.isdigit():
+        if key_kind is int and isinstance(raw, str) and re.fullmatch(r"[0-9]{1,9}", raw):
             key = int(raw)
-        if type(key) is not key_kind:
+        if type(key) is not key_kind or (key_kind is int and abs(key) > _LARGEST):
             raise RecipeError(f"{where}: the key {show(raw)} is not {_NOUNS[key_kind]}", where)
         if key in built:
             raise RecipeError(f"{where}: the key {key} appears twice; keep one entry", where)
@@ -274,6 +289,8 @@ def _build_leaf(kind: Any, value: Any, path: str) -> Any:
         elif isinstance(value, str):
             extra = " (without quotes)"
         raise fail(path, value, f"is not {_NOUNS[kind]}", f"write {_NOUNS[kind]}{extra}")
+    if kind is int and abs(value) > _LARGEST:
+        raise fail(path, value, "is too large", "write a 64-bit integer")
     if kind is float and not math.isfinite(value):
         raise fail(path, value, "is not finite", "write a finite number")
     return value

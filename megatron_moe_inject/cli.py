@@ -1,0 +1,118 @@
+"""``moe-inject``: look at a recipe without starting a job.
+
+``plan`` checks a recipe by itself and, with the flags of a training command after ``--``,
+against the student that they describe. Megatron's own parser reads those flags; nothing is
+built, no process group, no GPU. A mistake is one line on stderr and exit status 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import NoReturn
+
+from megatron_moe_inject import __version__
+from megatron_moe_inject.arguments import add_inject_arguments, recipe_for_student
+from megatron_moe_inject.plan import Plan, render_plan
+from megatron_moe_inject.recipe import RecipeError, load_recipe
+
+_EXAMPLES = """examples:
+  moe-inject plan recipe.yaml
+  moe-inject plan recipe.yaml --inject-set objective.alpha=0.5
+  moe-inject plan recipe.yaml -- --num-layers 24 --num-experts 64 --data-path 9 code 1 text ...
+"""
+
+
+class _TrainingParser(argparse.ArgumentParser):
+    """Megatron's parser, except that an error is one line and not its whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise RecipeError(f"Megatron flags: {message}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status (0, or 2 for a mistake in the input)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    ours, flags = argv, None
+    if "--" in argv:
+        at = argv.index("--")
+        ours, flags = argv[:at], argv[at + 1 :]
+    options = _parser().parse_args(ours)
+    try:
+        print(render_plan(_plan(options, flags)))
+    except RecipeError as error:
+        print(f"moe-inject: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="moe-inject",
+        description="Tools around training with megatron_moe_inject.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    plan = commands.add_parser(
+        "plan",
+        help="check a recipe and print what it would do",
+        description="Check a recipe and print what it would do. With the flags of a training "
+        "command after --, check it against that student as well.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    plan.add_argument("recipe", metavar="RECIPE", help="a recipe file (YAML)")
+    plan.add_argument(
+        "--inject-set",
+        metavar="KEY=VALUE",
+        action="append",
+        nargs="+",
+        default=[],
+        help="override recipe fields, as in training",
+    )
+    return parser
+
+
+def _plan(options: argparse.Namespace, flags: list[str] | None) -> Plan:
+    overrides = [item for group in options.inject_set for item in group]
+    if not flags:
+        return Plan(load_recipe(options.recipe, overrides))
+    with _quiet():
+        from megatron.training.arguments import add_megatron_arguments
+
+    parser = _TrainingParser(prog="moe-inject plan", allow_abbrev=False)
+    add_megatron_arguments(parser)
+    if "--inject-recipe" not in parser._option_string_actions:
+        add_inject_arguments(parser)
+    args, unknown = parser.parse_known_args(flags)
+    if args.inject_recipe is not None:
+        raise RecipeError("--inject-recipe: the recipe is already named; leave it out after --")
+    args.inject_recipe = options.recipe
+    args.inject_set = [overrides, *(args.inject_set or [])]
+    found = recipe_for_student(args)
+    assert found is not None
+    recipe, facts = found
+    remarks = [f"not Megatron flags, ignored: {' '.join(unknown)}"] if unknown else []
+    return Plan(recipe, facts, warnings=remarks)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Megatron's import-time remarks about missing GPU libraries off the terminal."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,281 @@
+"""The plan of a run as text: what ``--inject-dry-run`` and ``moe-inject plan`` print.
+
+Rendering only. The caller supplies the rows that exist at its point: none beyond the recipe for
+a file on a laptop, the student's facts with Megatron's flags, parameter and teacher rows once
+the model is built. Columns are aligned plain text, because a plan ends in job logs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from megatron_moe_inject.recipe import GENERAL, Recipe
+from megatron_moe_inject.student import StudentFacts, ranges, split_labels
+from megatron_moe_inject.typed import listing
+
+_MAX_LAYERS = 16
+
+
+@dataclass(frozen=True)
+class ParameterRow:
+    """Parameters of one component, counted over the whole model.
+
+    Attributes:
+        component: a name such as ``experts`` or ``attention``.
+        trained: elements that train, each counted once whatever the parallel layout.
+        frozen: elements that do not.
+        per_rank: elements that train on each rank, in rank order; empty when not known.
+    """
+
+    component: str
+    trained: int
+    frozen: int
+    per_rank: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class TeacherRow:
+    """One teacher as found.
+
+    Attributes:
+        name: its key in the recipe.
+        kind: ``megatron`` or ``hf``, with the architecture where known.
+        parameters: elements, None when not known.
+        memory: bytes on each rank that holds it, None when not known.
+        held_by: the ranks that hold it, in words.
+    """
+
+    name: str
+    kind: str
+    parameters: int | None = None
+    memory: int | None = None
+    held_by: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a plan shows; what is None or empty is left out of the text.
+
+    Attributes:
+        boundary: first layer whose backward runs, agreed over all ranks; None when not known.
+        warnings: remarks of the caller, shown after ``recipe_warnings``.
+    """
+
+    recipe: Recipe
+    facts: StudentFacts | None = None
+    parameters: Sequence[ParameterRow] = ()
+    teachers: Sequence[TeacherRow] = ()
+    boundary: int | None = None
+    warnings: Sequence[str] = field(default_factory=tuple)
+
+
+def render_plan(plan: Plan) -> str:
+    """The plan as lines of plain text, without a trailing newline."""
+    sections = [
+        ("domains", _domain_lines(plan)),
+        ("experts", _expert_lines(plan)),
+        ("loss", _loss_lines(plan.recipe)),
+        ("trains", _train_lines(plan)),
+        ("teachers", _teacher_lines(plan)),
+        ("student", _student_lines(plan.facts)),
+        ("warnings", [*recipe_warnings(plan.recipe), *plan.warnings]),
+    ]
+    lines = ["moe-inject plan"]
+    for title, body in sections:
+        if body:
+            lines += ["", title, *(f"  {line}" for line in body)]
+    return "\n".join(lines)
+
+
+def recipe_warnings(recipe: Recipe) -> list[str]:
+    """What is allowed but worth a second look, one sentence each."""
+    warnings = []
+    owners: dict[tuple[int, int], list[str]] = {}
+    for domain in recipe.domains:
+        for layer, ids in domain.experts.layers.items():
+            for expert in ids:
+                owners.setdefault((layer, expert), []).append(domain.name)
+    shared: dict[tuple[str, ...], dict[int, list[int]]] = {}
+    for (layer, expert), names in sorted(owners.items()):
+        if len(names) > 1:
+            shared.setdefault(tuple(names), {}).setdefault(layer, []).append(expert)
+    for names, layers in shared.items():
+        where = listing((f"layer {la}: {ranges(ids)}" for la, ids in layers.items()), limit=4)
+        warnings.append(f"{' and '.join(names)} share experts ({where})")
+    if recipe.objective.alpha == 0 and recipe.teachers:
+        warnings.append("objective.alpha is 0: teachers run for the reported losses only")
+    if owners and recipe.train.experts == "none":
+        warnings.append("train.experts is none: the experts chosen by the domains stay frozen")
+    if recipe.general_beta() == 0:
+        warnings.append("general tokens have no loss: nothing holds general ability")
+    return warnings
+
+
+def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
+    """Rows of cells as aligned lines; columns in ``right`` are flush right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def count(value: int) -> str:
+    """A number of parameters in three digits: 12,345,678 -> "12.3 M"."""
+    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if value >= size:
+            digits = max(0, 3 - len(str(value // size)))
+            return f"{value / size:.{digits}f} {unit}"
+    return str(value)
+
+
+def memory_text(size: int) -> str:
+    """Bytes in binary units: 3221225472 -> "3.0 GiB"."""
+    for unit, power in (("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if size >= 1 << power:
+            return f"{size / (1 << power):.1f} {unit}"
+    return f"{size} B"
+
+
+def _domain_lines(plan: Plan) -> list[str]:
+    rows = [("domain", "teacher", "data")]
+    for i, domain in enumerate(plan.recipe.domains):
+        rows.append((domain.name, domain.teacher or "(none: CE only)", _data_of(plan, i)))
+    general = _data_of(plan, GENERAL)
+    if general:
+        rows.append(("(general)", "(none: CE only)", general))
+    return table(rows)
+
+
+def _data_of(plan: Plan, label: int) -> str:
+    """Training blend entries with a label, as paths where the student is known."""
+    if plan.facts is None:
+        if label == GENERAL:
+            return "the rest of the blend"
+        return listing(plan.recipe.domains[label].data, limit=4)
+    if plan.facts.mock_data:
+        return "mock data" if label != GENERAL else ""
+    labels = split_labels(plan.recipe, plan.facts, "train")
+    entries = plan.facts.data_paths["train"]
+    ours = [f"{j}: {entries[j]}" for j, found in enumerate(labels) if found == label]
+    return listing(ours, limit=4)
+
+
+def _expert_lines(plan: Plan) -> list[str]:
+    if plan.recipe.train.experts == "all":
+        return ["all experts of all MoE layers"]
+    rows = [("domain", "layer", "experts")]
+    for domain in plan.recipe.domains:
+        layers = sorted(domain.experts.layers.items())
+        for layer, ids in layers[:_MAX_LAYERS]:
+            rows.append((domain.name, str(layer), ranges(ids)))
+        if len(layers) > _MAX_LAYERS:
+            rest = layers[_MAX_LAYERS:]
+            total = sum(len(ids) for _, ids in rest)
+            rows.append((domain.name, ranges([layer for layer, _ in rest]), f"{total} in all"))
+    return table(rows, right=(1,)) if len(rows) > 1 else []
+
+
+def _loss_lines(recipe: Recipe) -> list[str]:
+    objective, lines = recipe.objective, []
+    for domain in recipe.domains:
+        terms = []
+        if domain.teacher is not None and objective.alpha > 0:
+            temperature = recipe.temperature(domain.teacher)
+            terms.append(
+                f"{objective.alpha:g} * {temperature:g}^2 * "
+                f"{objective.divergence}({domain.teacher} || student, T={temperature:g})"
+            )
+        if objective.beta > 0:
+            terms.append(f"{objective.beta:g} * CE")
+        lines.append((domain.name, " + ".join(terms)))
+    weight = recipe.general_beta()
+    lines.append(("(general)", f"{weight:g} * CE" if weight > 0 else "0"))
+    return table([(name, "=", formula) for name, formula in lines])
+
+
+def _train_lines(plan: Plan) -> list[str]:
+    train = plan.recipe.train
+    names = [_trained_experts(plan)] if train.experts != "none" else []
+    lines = [", ".join(names + train.components()) + "; everything else is frozen"]
+    if plan.parameters:
+        rows = [("component", "trained", "frozen", "trained per rank")]
+        for row in plan.parameters:
+            rows.append(_parameter_cells(row))
+        ranks = {len(row.per_rank) for row in plan.parameters}
+        total = ParameterRow(
+            "total",
+            sum(row.trained for row in plan.parameters),
+            sum(row.frozen for row in plan.parameters),
+            [sum(column) for column in zip(*(r.per_rank for r in plan.parameters), strict=True)]
+            if len(ranks) == 1
+            else (),
+        )
+        rows.append(_parameter_cells(total))
+        lines += table(rows, right=(1, 2))
+    if plan.boundary is not None:
+        lines.append(f"backward stops at layer {plan.boundary}; below it only the forward runs")
+    return lines
+
+
+def _trained_experts(plan: Plan) -> str:
+    chosen = plan.recipe.experts_by_layer()
+    if plan.recipe.train.experts == "all":
+        return "all experts"
+    total = sum(len(ids) for ids in chosen.values())
+    text = f"{total} experts in {len(chosen)} layers"
+    facts = plan.facts
+    if facts is not None and facts.num_moe_experts is not None:
+        text += f" (of {facts.num_moe_experts * len(facts.moe_layers)} in {len(facts.moe_layers)})"
+    return text
+
+
+def _parameter_cells(row: ParameterRow) -> tuple[str, str, str, str]:
+    ranks = list(row.per_rank)
+    if not ranks:
+        spread = ""
+    elif len(set(ranks)) == 1:
+        spread = count(ranks[0])
+    else:
+        spread = f"{count(min(ranks))} to {count(max(ranks))}"
+        if 0 in ranks:
+            spread += f" (nothing on {ranks.count(0)} of {len(ranks)} ranks)"
+    return row.component, count(row.trained), count(row.frozen), spread
+
+
+def _teacher_lines(plan: Plan) -> list[str]:
+    if not plan.recipe.teachers:
+        return []
+    found = {row.name: row for row in plan.teachers}
+    rows = [("teacher", "source", "kind", "parameters", "memory", "held by")]
+    for name, spec in plan.recipe.teachers.items():
+        row = found.get(name, TeacherRow(name, spec.kind))
+        rows.append(
+            (
+                name,
+                spec.source,
+                row.kind,
+                "" if row.parameters is None else count(row.parameters),
+                "" if row.memory is None else memory_text(row.memory),
+                row.held_by,
+            )
+        )
+    keep = [i for i in range(len(rows[0])) if i < 2 or any(row[i] for row in rows[1:])]
+    return table([[row[i] for i in keep] for row in rows])
+
+
+def _student_lines(facts: StudentFacts | None) -> list[str]:
+    if facts is None:
+        return []
+    kind = "dense"
+    if facts.num_moe_experts is not None:
+        kind = f"{facts.num_moe_experts} experts in layers {ranges(facts.moe_layers)}"
+    layout = facts.parallel
+    sizes = [("TP", layout.tp), ("PP", layout.pp), ("VPP", layout.vpp), ("CP", layout.cp)]
+    sizes += [("EP", layout.ep), ("ETP", layout.etp)]
+    shown = " ".join(f"{name}={size}" for name, size in sizes if size and size > 1)
+    return [f"{facts.num_layers} layers, {kind}", f"layout: {shown or 'no model parallelism'}"]
