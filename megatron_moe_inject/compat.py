@@ -6,8 +6,11 @@ Megatron-Core 0.18, 0.19 and the development branch.
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.util
 import inspect
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -169,3 +172,104 @@ def save_with_stub_optimizers() -> None:
 
     _synchronize_steps.__wrapped__ = stock
     ChainedOptimizer._synchronize_steps = _synchronize_steps
+
+
+def use_prebuilt_dataset_helpers() -> None:
+    """Use the compiled dataset helper that is there instead of running ``make`` at every start.
+
+    ``megatron.training.initialize`` runs ``make`` in the package folder and exits when that
+    fails. Wheels (0.17 to 0.19) ship the compiled helper but no Makefile, so there it always
+    fails; in a checkout it compiles for the ``python3`` of the PATH, which need not be this one.
+    The stock build still runs when the helper is missing or older than its source. Idempotent.
+    """
+    from megatron.core.datasets import utils
+
+    build = utils.compile_helpers
+    if hasattr(build, "__wrapped__"):
+        return
+
+    @functools.wraps(build)
+    def compile_helpers():
+        folder = os.path.dirname(utils.__file__)
+        helper = importlib.util.find_spec("megatron.core.datasets.helpers_cpp")
+        source = os.path.join(folder, "helpers.cpp")
+        if helper is None or (
+            os.path.exists(os.path.join(folder, "Makefile"))
+            and os.path.getmtime(helper.origin) < os.path.getmtime(source)
+        ):
+            build()
+
+    utils.compile_helpers = compile_helpers
+
+
+def megatron_origin() -> tuple[str, list[str]]:
+    """Where the imported Megatron comes from, and what would be taken from elsewhere.
+
+    ``megatron`` is a namespace package: ``core`` of one checkout or wheel and ``training`` of
+    another are imported side by side without a word. The second value lists the packages found
+    outside the first folder that it does not have itself (``.../megatron/post_training``).
+    """
+    import megatron
+    import megatron.core
+
+    root = os.path.dirname(os.path.dirname(os.path.abspath(megatron.core.__file__)))
+    foreign = []
+    for folder in map(os.path.abspath, megatron.__path__):
+        for part in ("core", "training", "post_training"):
+            package = os.path.join(folder, part)
+            missing_at_home = not os.path.isdir(os.path.join(root, part))
+            if folder != root and os.path.isdir(package) and missing_at_home:
+                foreign.append(package)
+    return root, foreign
+
+
+@functools.cache
+def say_which_megatron() -> None:
+    """Print, once per process, which Megatron is used, and warn when two would mix."""
+    root, foreign = megatron_origin()
+    print(f"moe-inject: Megatron-Core {megatron_version()} from {root}", flush=True)
+    if foreign:
+        print(
+            f"moe-inject: warning: {', '.join(foreign)} would come from another Megatron and mix "
+            "in silently; keep one Megatron on PYTHONPATH",
+            flush=True,
+        )
+
+
+def batch_on_this_tp_rank(batch: dict, *, packed: bool, **arguments) -> dict:
+    """Stock ``get_batch_on_this_tp_rank``; 0.18 calls the packed flag ``is_sft``."""
+    from megatron.core.utils import get_batch_on_this_tp_rank as stock
+
+    flag = "has_cu_seqlens" if "has_cu_seqlens" in inspect.signature(stock).parameters else "is_sft"
+    return stock(batch, **{flag: packed}, **arguments)
+
+
+def flatten_packed_batch(batch: dict) -> dict:
+    """Stock ``flatten_batch_for_packed_sequences`` (0.19+); 0.18 has one sample per pack."""
+    from megatron.core import utils
+
+    flatten = getattr(utils, "flatten_batch_for_packed_sequences", None)
+    return batch if flatten is None else flatten(batch)
+
+
+def batch_on_this_cp_rank(batch: dict, *, per_sequence: bool, **arguments) -> dict:
+    """Stock ``get_batch_on_this_cp_rank``; 0.18 cannot balance packs per sequence."""
+    from megatron.core.utils import get_batch_on_this_cp_rank as stock
+
+    if "use_per_sequence_balancing" in inspect.signature(stock).parameters:
+        arguments["use_per_sequence_balancing"] = per_sequence
+    return stock(batch, **arguments)
+
+
+def accepted(function: Callable, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those ``arguments`` that this version of ``function`` (or dataclass) has."""
+    parameters = inspect.signature(function).parameters
+    return {name: value for name, value in arguments.items() if name in parameters}
+
+
+def gpt_model_config(args: Any) -> Any:
+    """Megatron's own GPT model config and builder (0.19+), or None where there is none (0.18)."""
+    from megatron.training import argument_utils
+
+    from_args = getattr(argument_utils, "gpt_config_from_args", None)
+    return None if from_args is None else from_args(args)

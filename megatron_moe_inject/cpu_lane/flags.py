@@ -1,0 +1,79 @@
+"""Megatron flags on the CPU lane: defaults that need no GPU, and a clear refusal of the rest.
+
+Only what cannot run is changed, so that a run differs from a GPU run in nothing else. A flag
+given on the command line wins over the lane's default and is then checked.
+"""
+
+import functools
+
+DEFAULTS = {
+    "distributed_backend": "gloo",
+    "transformer_impl": "local",
+    "gradient_accumulation_fusion": False,
+    "no_persist_layer_norm": True,
+    "masked_softmax_fusion": False,
+    "apply_rope_fusion": False,
+}
+
+# argument name -> (what is refused, how to do without)
+_REFUSED = {
+    "distributed_backend": (lambda v: v != "gloo", "use --distributed-backend gloo"),
+    "transformer_impl": (lambda v: v != "local", "use --transformer-impl local"),
+    "multi_latent_attention": (
+        bool,
+        "Megatron's local attention cannot run multi-latent attention; leave the flag out",
+    ),
+    "moe_grouped_gemm": (bool, "grouped GEMM needs Transformer Engine; leave the flag out"),
+    "fp8": (bool, "FP8 needs a GPU; leave the flag out"),
+    "fp4": (bool, "FP4 needs a GPU; leave the flag out"),
+    "tp_comm_overlap": (bool, "needs Transformer Engine; leave the flag out"),
+    "use_torch_fsdp2": (bool, "not supported on this lane; leave the flag out"),
+    "use_megatron_fsdp": (bool, "not supported on this lane; leave the flag out"),
+    "optimizer_cpu_offload": (bool, "everything is on the CPU already; leave the flag out"),
+    "moe_token_dispatcher_type": (
+        lambda v: v == "flex",
+        "use --moe-token-dispatcher-type alltoall or allgather",
+    ),
+    "cuda_graph_impl": (lambda v: v not in (None, "none"), "leave the flag out"),
+}
+
+
+class CpuLaneFlagError(ValueError):
+    """A flag that needs a GPU or Transformer Engine."""
+
+
+def check(args) -> None:
+    """Refuse flags that this lane cannot honour.
+
+    Raises:
+        CpuLaneFlagError: names every such flag, its value and the remedy.
+    """
+    mistakes = [
+        f"--{name.replace('_', '-')} (is {getattr(args, name)!r}): {remedy}"
+        for name, (refused, remedy) in _REFUSED.items()
+        if refused(getattr(args, name, None)) and hasattr(args, name)
+    ]
+    if mistakes:
+        raise CpuLaneFlagError("not on the CPU lane: " + "; ".join(mistakes))
+
+
+def install() -> None:
+    """Put the defaults under Megatron's parser and the check before its validation."""
+    from megatron.training import arguments
+
+    add_arguments, validate_args = arguments.add_megatron_arguments, arguments.validate_args
+
+    @functools.wraps(add_arguments)
+    def add_megatron_arguments(parser):
+        parser = add_arguments(parser)
+        known = {action.dest for action in parser._actions}
+        parser.set_defaults(**{k: v for k, v in DEFAULTS.items() if k in known})
+        return parser
+
+    @functools.wraps(validate_args)
+    def checked_validate_args(args, *rest, **kwargs):
+        check(args)
+        return validate_args(args, *rest, **kwargs)
+
+    arguments.add_megatron_arguments = add_megatron_arguments
+    arguments.validate_args = checked_validate_args

@@ -1,0 +1,50 @@
+"""The Megatron parts without a CPU path, replaced where they are looked up.
+
+Two exist: a helper that leaves CPU tensors as tensors where numpy is expected, and the local
+spec's norm, which refuses sequence parallelism although its maths does not depend on it.
+"""
+
+import copy
+import functools
+
+import torch
+
+
+def _counts_as_numpy() -> None:
+    """The all-to-all dispatcher's split sizes: numpy also when they already are on the CPU."""
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    original = moe_utils.maybe_move_tensor_to_cpu
+
+    @functools.wraps(original)
+    def maybe_move_tensor_to_cpu(tensor, as_numpy=False, record_stream=False):
+        if as_numpy and torch.is_tensor(tensor):
+            return tensor.numpy()
+        return tensor
+
+    for module in (moe_utils, token_dispatcher):
+        module.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
+
+
+def _norm_under_sequence_parallelism() -> None:
+    """The local spec's norm with ``--sequence-parallel``: weights marked for the TP all-reduce."""
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    original = WrappedTorchNorm.__new__
+
+    @functools.wraps(original)
+    def new(cls, config, *args, **kwargs):
+        local = copy.copy(config)
+        local.sequence_parallel = False
+        norm = original(cls, local, *args, **kwargs)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+        return norm
+
+    WrappedTorchNorm.__new__ = new
+
+
+def install() -> None:
+    """Put all of the above in place."""
+    _counts_as_numpy()
+    _norm_under_sequence_parallelism()

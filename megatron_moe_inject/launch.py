@@ -1,0 +1,70 @@
+"""Run an unmodified Megatron training script with the plugin installed.
+
+    python -m megatron_moe_inject.launch [--cpu] [--cpu-force] (SCRIPT | -m MODULE) ARGS...
+
+The script runs as ``__main__`` with the ``sys.argv`` and ``sys.path`` that python itself would
+give it, so that relative imports of its neighbours, pickling and spawned workers find what they
+expect. The plugin goes in first, because scripts bind Megatron's names when they are imported.
+``--cpu`` enables the CPU lane, ``--cpu-force`` does so although there is a GPU.
+"""
+
+import os
+import runpy
+import sys
+
+USAGE = "usage: python -m megatron_moe_inject.launch [--cpu] [--cpu-force] (SCRIPT | -m MODULE) ..."
+
+
+def prepare() -> None:
+    """Take our own options off ``sys.argv``, enable the lane if asked, and install the plugin.
+
+    Options count only in front of the first other argument. Rank 0 says which Megatron is used.
+    Everything is idempotent.
+
+    Raises:
+        SystemExit: with one line, when the CPU lane refuses this machine.
+    """
+    from megatron_moe_inject import compat, cpu_lane, install
+
+    wanted = set()
+    while len(sys.argv) > 1 and sys.argv[1] in ("--cpu", "--cpu-force"):
+        wanted.add(sys.argv.pop(1))
+    if wanted:
+        try:
+            cpu_lane.enable(force="--cpu-force" in wanted)
+        except cpu_lane.GpuPresentError as error:
+            sys.exit(f"moe-inject: {error}")
+    compat.use_prebuilt_dataset_helpers()
+    install()
+    if os.environ.get("RANK", "0") == "0":
+        compat.say_which_megatron()
+
+
+def main() -> None:
+    """Become the script named on the command line."""
+    options = []
+    while len(sys.argv) > 1 and sys.argv[1] in ("--cpu", "--cpu-force"):
+        options.append(sys.argv.pop(1))
+    as_module = sys.argv[1:2] == ["-m"]
+    if as_module:
+        del sys.argv[1]
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        sys.exit(USAGE)
+    target = sys.argv[1]
+    if not as_module:
+        if not os.path.exists(target):
+            sys.exit(f"moe-inject: can't open script {target!r}: no such file")
+        if not sys.flags.safe_path:
+            sys.path[0] = os.path.dirname(os.path.abspath(target))
+    script_arguments = sys.argv[2:]
+    sys.argv[1:] = options
+    prepare()
+    sys.argv = [target, *script_arguments]
+    if as_module:
+        runpy.run_module(target, run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(target, run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

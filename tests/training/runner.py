@@ -1,0 +1,69 @@
+"""Child process of ``lane.run``: the launcher, and exact numbers beside Megatron's rounded log.
+
+The last rank prints one JSON line per training step and per evaluation, with every float as
+Python writes it (it reads back bit for bit).
+"""
+
+import functools
+import inspect
+import json
+
+PREFIX = "exact: "
+
+
+def _number(value) -> float:
+    return float(value.item() if hasattr(value, "item") else value)
+
+
+def _print_exact(record: dict) -> None:
+    import torch.distributed as dist
+
+    if dist.get_rank() == dist.get_world_size() - 1:
+        print(PREFIX + json.dumps(record), flush=True)
+
+
+def _report_steps(training) -> None:
+    """Losses and grad norm of each step, as ``training_log`` gets them."""
+    stock = training.training_log
+    signature = inspect.signature(stock)
+
+    @functools.wraps(stock)
+    def training_log(*args, **kwargs):
+        given = signature.bind(*args, **kwargs).arguments
+        losses = {name: _number(value) for name, value in given["loss_dict"].items()}
+        if given["grad_norm"] is not None:
+            losses["grad norm"] = _number(given["grad_norm"])
+        _print_exact({"iteration": int(given["iteration"]), **losses})
+        return stock(*args, **kwargs)
+
+    training.training_log = training_log
+
+
+def _report_evaluations(training) -> None:
+    """Losses of each evaluation, as ``evaluate`` returns them."""
+    stock = training.evaluate
+
+    @functools.wraps(stock)
+    def evaluate(*args, **kwargs):
+        result = stock(*args, **kwargs)
+        losses = result[0] or {}
+        _print_exact({"evaluation": {name: _number(value) for name, value in losses.items()}})
+        return result
+
+    training.evaluate = evaluate
+
+
+def main() -> None:
+    """``sys.argv`` as for the launcher, its own options first."""
+    from megatron_moe_inject import launch
+
+    launch.prepare()
+    from megatron.training import training
+
+    _report_steps(training)
+    _report_evaluations(training)
+    launch.main()
+
+
+if __name__ == "__main__":
+    main()
