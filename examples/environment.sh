@@ -29,7 +29,6 @@ _environment_find_python() {
     "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.13*/bin/python \
     "$HOME"/.local/share/uv/python/cpython-3.1[23]*/bin/python3 \
     "${CONDA_PREFIX:-/nonexistent}/bin/python" \
-    /opt/homebrew/bin/python3.1[23] /usr/local/bin/python3.1[23] \
     python3 python python3.14; do
     if _environment_usable "$candidate"; then
       echo "$candidate"

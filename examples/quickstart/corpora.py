@@ -29,7 +29,8 @@ from pathlib import Path
 HELD_OUT_PERCENT = 8
 SHORTEST_PROSE = 120
 SLICE_BYTES = 300_000
-ENGLISH_SLICE_BYTES = 300_000
+HELD_OUT_BYTES = 160_000
+LONGEST_DOCUMENT = 40_000
 SKIPPED_FOLDERS = frozenset({"site-packages", "__pycache__", "encodings", "pydoc_data"})
 TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
 TOKENIZER = Path(__file__).with_name("tokenizer")
@@ -145,11 +146,11 @@ def split(documents: list[Document]) -> tuple[list[Document], list[Document]]:
 
 
 def take_bytes(documents: list[Document], limit: int) -> list[Document]:
-    """The first documents of at most limit / 8 bytes each that fit into `limit` bytes together."""
+    """The first documents of a reasonable length that fit into `limit` bytes together."""
     chosen, used = [], 0
     for document in documents:
         size = len(document.text.encode())
-        if size <= limit // 8 and used + size <= limit:
+        if size <= LONGEST_DOCUMENT and used + size <= limit:
             chosen.append(document)
             used += size
     return chosen
@@ -190,9 +191,9 @@ def main() -> None:
     code_train, code_held_out = split(code)
     sets = {
         "code_slice": take_bytes(code_train, SLICE_BYTES),
-        "english_slice": take_bytes(english_train, ENGLISH_SLICE_BYTES),
-        "code_held_out": code_held_out,
-        "english_held_out": english_held_out,
+        "english_slice": take_bytes(english_train, SLICE_BYTES),
+        "code_held_out": take_bytes(code_held_out, HELD_OUT_BYTES),
+        "english_held_out": take_bytes(english_held_out, HELD_OUT_BYTES),
     }
     if arguments.pretraining:
         held_out = {document.text for document in english_held_out}

@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# Moves a small code model's knowledge into a few experts of an English mixture-of-experts model, with
+# real Megatron-Core on two gloo processes. No GPU; 2 CPU cores; under 12 minutes from nothing.
+#
+#   bash examples/quickstart.sh                   from the two models that this repository ships
+#   bash examples/quickstart.sh --from-scratch    pretrains them first, about 40 minutes more
+#
+# Everything it writes is in runs/quickstart (OUT=... for another folder). Ends with a table and
+# runs/quickstart/curves.png. The recipe is examples/quickstart/recipe.yaml.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source examples/environment.sh
+source examples/quickstart/flags.sh
+
+out=${OUT:-runs/quickstart}
+data=$out/data
+steps=${STEPS:-320}
+mkdir -p "$out"
+
+say() { printf '[%3d s] %s\n' "$SECONDS" "$*"; }
+logged() { # LOG COMMAND...: shows the end of the log when the command fails
+  local log=$1
+  shift
+  "$@" >"$log" 2>&1 || { tail -n 25 "$log" >&2; echo "failed; the whole log is $log" >&2; exit 1; }
+}
+
+case "${1:-}" in
+  "") ;;
+  --from-scratch) bash examples/quickstart/pretrain_models.sh "$out/pretraining" ;;
+  *) echo "usage: bash examples/quickstart.sh [--from-scratch]" >&2; exit 2 ;;
+esac
+
+say "cutting English and code from the text that ships with Python"
+logged "$out/corpora.log" "$PYTHON" "$HERE/corpora.py" "$data"
+
+say "unpacking the student and the teacher into Megatron checkpoints"
+rm -rf "$out/student" "$out/teacher" "$out/injected"
+logged "$out/unpack.log" "$PYTHON" "$HERE/models.py" unpack student "$out/student" -- "${STUDENT[@]}" "${BOTH[@]}"
+logged "$out/unpack.log" "$PYTHON" "$HERE/models.py" unpack teacher "$out/teacher" -- "${TEACHER[@]}" "${BOTH[@]}"
+
+evaluate() { # NAME CHECKPOINT FLAGS...: held-out losses of a checkpoint into $out/NAME.log
+  local name=$1 checkpoint=$2
+  shift 2
+  logged "$out/$name.log" megatron "$@" "${BOTH[@]}" "${TRAINING[@]}" "${HELD_OUT[@]}" \
+    --train-data-path "$data/code_slice" --valid-data-path "$data"/{code,english}_held_out \
+    --data-cache-path "$data/cache" --train-iters 1 --lr 1e-3 --eval-interval 1 \
+    --load "$checkpoint" --finetune --no-load-optim --no-load-rng --skip-train
+}
+
+say "evaluating the student and the teacher on held-out text of both kinds"
+evaluate before "$out/student" --expert-model-parallel-size 2 "${STUDENT[@]}"
+evaluate teacher "$out/teacher" "${TEACHER[@]}"
+
+say "injecting: $steps steps on 300 kB of code and 10 % English, two experts of eight per layer"
+INJECT=(
+  --inject-recipe "$HERE/recipe.yaml" --inject-verify-frozen
+  --inject-set "teachers.coder.source=megatron:$out/teacher"
+)
+logged "$out/inject.log" megatron "${STUDENT[@]}" "${BOTH[@]}" "${TRAINING[@]}" "${INJECT[@]}" \
+  --expert-model-parallel-size 2 \
+  --train-data-path 0.9 "$data/code_slice" 0.1 "$data/english_slice" \
+  --valid-data-path 0.5 "$data/code_held_out" 0.5 "$data/english_held_out" \
+  --data-cache-path "$data/cache" --train-iters "$steps" --lr 2e-3 --min-lr 2e-4 \
+  --eval-interval 80 --eval-iters 12 \
+  --load "$out/student" --finetune --no-load-optim --no-load-rng \
+  --save "$out/injected" --save-interval "$steps" --tensorboard-dir "$out/tensorboard"
+
+say "evaluating the student after injection"
+evaluate after "$out/injected" --expert-model-parallel-size 2 "${STUDENT[@]}"
+
+"$PYTHON" "$HERE/report.py" "$out"
+say "done; log of every step, checkpoints and curves: $out"
