@@ -68,10 +68,10 @@ def listing(names: Iterable[Any], limit: int = 12) -> str:
 
 
 def suggest(word: Any, known: Iterable[Any], what: str) -> str:
-    """A remedy for a misspelt name: the closest known ones, then all of them."""
+    """A remedy for a misspelt name: the closest known one, then all of them."""
     known = [str(name) for name in known]
-    close = difflib.get_close_matches(str(word), known, n=2, cutoff=0.5)
-    hint = f"did you mean {' or '.join(close)}? " if close else ""
+    close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]}? " if close else ""
     return f"{hint}{what}: {listing(known) or '(none)'}"
 
 
@@ -160,11 +160,20 @@ def update(plain: dict[Any, Any], key: str, value: Any) -> dict[Any, Any]:
     """``plain`` with ``key`` (OmegaConf grammar, list indices included) replaced by ``value``.
 
     Raises:
-        RecipeError: the key walks through an index that does not exist.
+        RecipeError: the key walks through an index that does not exist or through a value
+            that has no keys, which OmegaConf would discard.
     """
     config = OmegaConf.create(plain)
     try:
+        for dot in re.finditer(r"[.\[]", key):
+            around = OmegaConf.select(config, key[: dot.start()])
+            if around is not None and not OmegaConf.is_config(around):
+                raise fail(
+                    key[: dot.start()], around, "has no keys", f"nothing lies in it at {key}"
+                )
         OmegaConf.update(config, key, value, merge=False)
+    except RecipeError:
+        raise
     except (OmegaConfBaseException, TypeError, IndexError, ValueError) as error:
         raise RecipeError(
             f"{key}: no such place ({_reason(error)}); overrides reach existing list entries", key

@@ -1,0 +1,472 @@
+"""The recipe file: every mistake, overrides, round trip, and nothing but Recipe or RecipeError."""
+
+import copy
+import os
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megatron_moe_inject.recipe import (
+    Domain,
+    ExpertChoice,
+    Objective,
+    Recipe,
+    RecipeError,
+    TeacherSpec,
+    Train,
+    dump_recipe,
+    load_recipe,
+    parse_experts,
+    recipe_from_yaml,
+    validate,
+)
+
+GOOD = {
+    "domains": [
+        {"name": "code", "data": [1], "teacher": "coder", "experts": {"layers": {3: [0, 5]}}},
+        {"name": "math", "data": ["/d/math"], "experts": {"layers": {3: [5], 7: [1]}}},
+    ],
+    "teachers": {"coder": {"source": "megatron:/ckpt/coder"}},
+    "objective": {"alpha": 0.7, "beta": 0.3},
+}
+
+
+def text_with(changes):
+    """GOOD as YAML with dotted paths replaced; a value of ``...`` deletes the key."""
+    tree = copy.deepcopy(GOOD)
+    for path, value in changes.items():
+        node, parts = tree, [int(p) if p.isdigit() else p for p in path.split(".")]
+        for part in parts[:-1]:
+            node = node.setdefault(part, {}) if isinstance(node, dict) else node[part]
+        if value is ...:
+            del node[parts[-1]]
+        else:
+            node[parts[-1]] = value
+    return yaml.safe_dump(tree, sort_keys=False)
+
+
+def message_of(call):
+    with pytest.raises(RecipeError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_good_recipe_and_its_defaults():
+    recipe = recipe_from_yaml(text_with({}))
+    assert recipe == Recipe(
+        domains=[
+            Domain("code", [1], "coder", ExpertChoice({3: [0, 5]})),
+            Domain("math", ["/d/math"], None, ExpertChoice({3: [5], 7: [1]})),
+        ],
+        teachers={"coder": TeacherSpec("megatron:/ckpt/coder", None, "params", 0)},
+        objective=Objective("forward_kl", 1.0, 0.7, 0.3, None, 0.0),
+        train=Train(experts="selected"),
+        verify_frozen=False,
+    )
+    assert recipe.train.components() == []
+    assert recipe.general_beta() == 0.3
+    assert recipe.temperature("coder") == 1.0
+    assert recipe.experts_by_layer() == {3: [0, 5], 7: [1]}
+    assert recipe.teachers["coder"].kind == "megatron"
+    assert recipe.teachers["coder"].path == "/ckpt/coder"
+
+
+MISTAKES = [
+    # unknown keys, at any depth, with the closest known one
+    ({"domain": []}, ["domain: unknown key", "did you mean domains?"]),
+    ({"domains.0.nme": "x"}, ["domains[0].nme: unknown key", "did you mean name?"]),
+    ({"domains.1.experts.layer": {}}, ["domains[1].experts.layer:", "did you mean layers?"]),
+    ({"teachers.coder.temprature": 1}, ["teachers.coder.temprature:", "mean temperature?"]),
+    ({"objective.lamda": 1}, ["objective.lamda: unknown key", "keys here: divergence"]),
+    ({"train.routers": True}, ["train.routers:", "did you mean router?"]),
+    ({"3": 4}, ["3: unknown key"]),
+    # wrong types
+    ({"version": "1"}, ["version: '1' is not an integer", "without quotes"]),
+    ({"version": 2}, ["version: 2", "version: 1"]),
+    ({"domains": {"code": {}}}, ["domains: {'code': {}} is not a list", "domains: [...]"]),
+    ({"domains": None}, ["domains: None is not a list"]),
+    ({"domains.0": "code"}, ["domains[0]: 'code' is not a mapping", "name, data"]),
+    ({"domains.0.name": 5}, ["domains[0].name: 5 is not a string", "quote it"]),
+    ({"domains.0.data": 1}, ["domains[0].data: 1 is not a list", "data: [...]"]),
+    ({"domains.0.data": [1.5]}, ["domains[0].data[0]: 1.5 is not an integer or a string"]),
+    ({"domains.0.data": [True]}, ["domains[0].data[0]: True", "it is a bool"]),
+    ({"domains.0.teacher": ["coder"]}, ["domains[0].teacher: ['coder'] is not a string or null"]),
+    ({"domains.0.experts.layers": [3]}, ["domains[0].experts.layers: [3] is not a mapping"]),
+    ({"domains.0.experts.layers": {"a": [1]}}, ["domains[0].experts.layers.a:", "an integer"]),
+    ({"domains.0.experts.layers": {3: 5}}, ["domains[0].experts.layers.3: 5 is not a list"]),
+    ({"domains.0.experts.layers": {3: ["x"]}}, ["layers.3[0]: 'x' is not an integer"]),
+    ({"domains.0.experts.layers": {3: [2**70]}}, ["layers.3[0]:", "is too large"]),
+    ({"domains.0.experts.layers": {3: [1], "3": [2]}}, ["domains[0].experts.layers.3:", "3"]),
+    ({"domains.0.experts.layers": 723}, ["experts.layers: 723", 'as in "12:3"']),
+    ({"teachers": ["coder"]}, ["teachers: ['coder'] is not a mapping"]),
+    ({"teachers.coder": "megatron:/x"}, ["teachers.coder: 'megatron:/x' is not a mapping"]),
+    ({"teachers.coder.window": 1.5}, ["teachers.coder.window: 1.5 is not an integer"]),
+    ({"teachers.coder.temperature": "hot"}, ["teachers.coder.temperature: 'hot' is not a number"]),
+    ({"objective.alpha": True}, ["objective.alpha: True is not a number"]),
+    ({"objective": [1]}, ["objective: [1] is not a mapping"]),
+    ({"train.router": 1}, ["train.router: 1 is not true or false"]),
+    ({"train.router": None}, ["train.router: None is not true or false"]),
+    ({"verify_frozen": "yes"}, ["verify_frozen: 'yes' is not true or false"]),
+    # missing
+    ({"domains": ...}, ["domains: missing", "at least one domain"]),
+    ({"domains.0.name": ...}, ["domains[0].name: missing", "name: code"]),
+    ({"domains.1.data": ...}, ["domains[1].data: missing", "data: [1]"]),
+    ({"teachers.coder.source": ...}, ["teachers.coder.source: missing", "hf:/dir"]),
+    ({"teachers.coder.source": "???"}, ["teachers.coder.source", "Missing mandatory value"]),
+    # values
+    ({"domains": []}, ["domains: [] is empty", "at least one domain"]),
+    ({"domains.0.name": "a b"}, ["domains[0].name: 'a b'", "letters, digits"]),
+    ({"domains.0.name": "general"}, ["domains[0].name: 'general' is already", "another name"]),
+    ({"domains.1.name": "code"}, ["domains[1].name: 'code'", "name of domains[0]", "another"]),
+    ({"domains.0.data": []}, ["domains[0].data: [] is empty", "[1]"]),
+    ({"domains.0.data": [-1]}, ["domains[0].data[0]: -1 is negative", "count from 0"]),
+    ({"domains.0.data": [""]}, ["domains[0].data[0]: '' is empty", "path prefix"]),
+    ({"domains.1.data": [1]}, ["domains[1].data[0]: 1", "claimed by domains[0].data[0]"]),
+    ({"domains.0.data": [2, 2]}, ["domains[0].data[1]: 2", "claimed by domains[0].data[0]"]),
+    ({"general_data": ["/d/math"]}, ["general_data[0]:", "claimed by domains[1].data[0]"]),
+    ({"domains.0.teacher": "codr"}, ["domains[0].teacher: 'codr'", "did you mean coder?"]),
+    ({"domains.0.experts.layers": {-1: [0]}}, ["layers.-1: -1 is a negative layer"]),
+    ({"domains.0.experts.layers": {3: []}}, ["domains[0].experts.layers.3: [] chooses no expert"]),
+    ({"domains.0.experts.layers": {3: [1, 1]}}, ["layers.3: [1, 1] lists expert 1 twice"]),
+    ({"domains.0.experts.layers": {3: [-2]}}, ["layers.3: [-2] has the negative id -2"]),
+    ({"domains.0.experts.layers": {}}, ["domains[0].experts.layers: {}", "train.experts to all"]),
+    ({"domains.0.experts": None}, ["domains[0].experts.layers: {} chooses no experts"]),
+    ({"domains.0.experts.layers": "3:1;3:2"}, ["layers: '3:1;3:2' names layer 3 twice"]),
+    ({"domains.0.experts.layers": "3-5:1"}, ["layers: '3-5:1' has the part '3-5:1'", "12:3,40"]),
+    ({"teachers.coder.source": "/ckpt"}, ["teachers.coder.source: '/ckpt'", "megatron:/dir"]),
+    ({"teachers.coder.source": "store:/x"}, ["teachers.coder.source: 'store:/x'", "hf:/dir"]),
+    ({"teachers.coder.source": "hf:"}, ["teachers.coder.source: 'hf:' is no source"]),
+    ({"teachers.coder.temperature": 0}, ["teachers.coder.temperature: 0.0 is not positive"]),
+    ({"teachers.coder.dtype": "fp16"}, ["teachers.coder.dtype: 'fp16'", "params, fp32, bf16"]),
+    ({"teachers.coder.window": -1}, ["teachers.coder.window: -1 is negative", "0 keeps"]),
+    ({"teachers.b.c": 1}, ["teachers.b.c: unknown key"]),
+    ({"teachers.old": {"source": "hf:/x"}}, ["teachers.old: 'hf:/x' is used by no domain"]),
+    ({"teachers.a/b": {"source": "hf:/x"}}, ["teachers: 'a/b' is no name"]),
+    ({"objective.divergence": "forward_lk"}, ["'forward_lk'", "did you mean forward_kl"]),
+    ({"objective.temperature": 0.0}, ["objective.temperature: 0.0 is not positive", "above 0"]),
+    ({"objective.temperature": -1}, ["objective.temperature: -1.0 is not positive"]),
+    ({"objective.alpha": -0.1}, ["objective.alpha: -0.1 is negative", "0 or more"]),
+    ({"objective.beta": -1}, ["objective.beta: -1.0 is negative"]),
+    ({"objective.general_beta": -1}, ["objective.general_beta: -1.0 is negative"]),
+    ({"objective.alpha": float("nan")}, ["objective.alpha: nan is not finite"]),
+    ({"objective.beta": float("inf")}, ["objective.beta: inf is not finite"]),
+    ({"objective.gamma": 0.1}, ["objective.gamma: 0.1 is not in this version", "gamma: 0"]),
+    ({"objective.alpha": 0, "objective.beta": 0}, ["objective.alpha: 0 and objective.beta: 0"]),
+    (
+        {"domains.0.teacher": None, "teachers": {}},
+        ["objective.alpha: 0.7", "no domain has a teacher", "set alpha to 0"],
+    ),
+    ({"objective.beta": 0}, ["domains[1].teacher: None", "'math' without a loss", "beta above 0"]),
+    ({"train.experts": "some"}, ["train.experts: 'some'", "selected, all, none"]),
+    ({"train.experts": "none"}, ["train.experts: 'none'", "nothing to train", "router"]),
+]
+
+
+@pytest.mark.parametrize(("changes", "parts"), MISTAKES)
+def test_mistake_names_key_value_and_remedy(changes, parts):
+    message = message_of(lambda: recipe_from_yaml(text_with(changes)))
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("", ["empty", "domains"]),
+        ("# only a comment", ["empty"]),
+        ("- a\n- b", ["sequence, not a mapping"]),
+        ("domains", ["scalar, not a mapping"]),
+        ("domains: [\n  {name: a\n", ["not valid YAML: line"]),
+        ("a: 1\nb: [}\n", ["line 2"]),
+        ("version: 1\nversion: 1", ["line 2", "duplicate key"]),
+        ("a: &a [*a]", ["recursive"]),
+        ("a: !!python/object/apply:os.system [ls]", ["line 1", "python/object"]),
+        ("a: 0b_", ["not valid YAML", "quote the value"]),
+        ("a: {[1]: 2}", ["line 1"]),
+        ("a: \x00", ["not valid YAML"]),
+        ("{null: 1}", ["NoneType"]),
+        ("[" * 2000, ["nested too deeply"]),
+        ("version: ${nope}", ["version", "nope"]),
+        ("version: ${oc.env:NO_SUCH_VARIABLE_HERE}", ["version", "NO_SUCH_VARIABLE_HERE"]),
+        ("version: '${x'", ["version"]),
+        ("a: ${b}\nb: ${a}", ["a"]),
+    ],
+)
+def test_yaml_that_is_no_recipe(text, parts):
+    message = message_of(lambda: recipe_from_yaml(text))
+    for part in parts:
+        assert part in message
+
+
+def test_file_errors_name_the_file(tmp_path):
+    missing = tmp_path / "nope.yaml"
+    assert f"{str(missing)!r} cannot be read (No such file" in message_of(
+        lambda: load_recipe(missing)
+    )
+    assert "Is a directory" in message_of(lambda: load_recipe(tmp_path))
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe\x00a")
+    assert "not UTF-8 text" in message_of(lambda: load_recipe(binary))
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(text_with({"objective.alpa": 1}))
+    assert message_of(lambda: load_recipe(wrong)).startswith(f"{wrong}: objective.alpa: unknown")
+
+
+def test_interpolation_and_scientific_floats():
+    text = text_with({"objective.alpha": "${objective.beta}"}).replace("0.3", "5e-1")
+    recipe = recipe_from_yaml(text)
+    assert recipe.objective.alpha == recipe.objective.beta == 0.5
+
+
+def test_environment_variables_can_be_used(monkeypatch):
+    monkeypatch.setenv("CKPT_DIR", "/somewhere")
+    source = "megatron:${oc.env:CKPT_DIR}/coder"
+    recipe = recipe_from_yaml(text_with({"teachers.coder.source": source}))
+    assert recipe.teachers["coder"].source == "megatron:/somewhere/coder"
+
+
+def test_empty_sections_take_defaults():
+    recipe = recipe_from_yaml(text_with({"train": None}))
+    assert recipe.train == Train()
+
+
+def test_compact_experts():
+    assert parse_experts("12:3,40;13:1") == {12: [3, 40], 13: [1]}
+    assert parse_experts(" 0 : 7 ; 2:1, 2 ") == {0: [7], 2: [1, 2]}
+    recipe = recipe_from_yaml(text_with({"domains.0.experts.layers": "12:3,40;13:1"}))
+    assert recipe.domains[0].experts.layers == {12: [3, 40], 13: [1]}
+    for wrong in (
+        "",
+        "12",
+        "12:",
+        ":3",
+        "12:3;",
+        "12:3,",
+        "12:a",
+        "-1:3",
+        "1:-3",
+        "all:3",
+        "1:2:3",
+    ):
+        assert "12:3,40" in message_of(lambda wrong=wrong: parse_experts(wrong))
+
+
+OVERRIDES = [
+    ("teachers.coder.temperature=2", lambda r: r.teachers["coder"].temperature == 2.0),
+    ("domains[0].name=python", lambda r: r.domains[0].name == "python"),
+    ("domains.0.name=python", lambda r: r.domains[0].name == "python"),
+    ("domains[0].data=[0,/x]", lambda r: r.domains[0].data == [0, "/x"]),
+    ("domains[0].data[0]=4", lambda r: r.domains[0].data == [4]),
+    ("domains[0].experts.layers.3=[9]", lambda r: r.domains[0].experts.layers == {3: [9]}),
+    (
+        "domains[0].experts.layers.4=[9]",
+        lambda r: r.domains[0].experts.layers == {3: [0, 5], 4: [9]},
+    ),
+    ("domains[0].experts.layers=12:3", lambda r: r.domains[0].experts.layers == {12: [3]}),
+    (
+        "domains[0].experts.layers=1:2;3:4",
+        lambda r: r.domains[0].experts.layers == {1: [2], 3: [4]},
+    ),
+    ("domains[0].experts.layers={1: [2]}", lambda r: r.domains[0].experts.layers == {1: [2]}),
+    ("objective.beta=1e-3", lambda r: r.objective.beta == 0.001),
+    ("objective.general_beta=null", lambda r: r.objective.general_beta is None),
+    ("objective={alpha: 1, beta: 2}", lambda r: r.objective == Objective(alpha=1, beta=2)),
+    ("train.router=true", lambda r: r.train.components() == ["router"]),
+    ("train.experts=all", lambda r: r.train.experts == "all"),
+    ("teachers.coder={source: 'hf:/m'}", lambda r: r.teachers["coder"] == TeacherSpec("hf:/m")),
+    ("teachers.coder.source=hf:/a=b", lambda r: r.teachers["coder"].path == "/a=b"),
+]
+
+
+@pytest.mark.parametrize(("override", "holds"), OVERRIDES)
+def test_override(override, holds):
+    assert holds(recipe_from_yaml(text_with({}), [override]))
+
+
+def test_overrides_apply_in_order():
+    overrides = ["teachers.b.source=hf:/b", "teachers.b.temperature=3", "domains[1].teacher=b"]
+    recipe = recipe_from_yaml(text_with({}), overrides)
+    assert recipe.temperature("b") == 3.0
+    assert recipe.domains[1].teacher == "b"
+    twice = ["objective.alpha=1", "objective.alpha=2"]
+    assert recipe_from_yaml(text_with({}), twice).objective.alpha == 2.0
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("teachers.codr.temperature=2", ["teachers.codr.temperature: no teacher 'codr'", "coder?"]),
+        ("objective.alpa=1", ["objective.alpa: unknown key", "did you mean alpha?"]),
+        ("domains[7].name=x", ["domains[7].name: no such place"]),
+        ("domains.x.name=y", ["domains.x.name: no such place"]),
+        ("domains[0].data[3]=4", ["domains[0].data[3]: no such place"]),
+        ("objective.alpha", ["not KEY=VALUE", "objective.alpha=0.7"]),
+        ("=1", ["not KEY=VALUE"]),
+        ("a..b=1", ["not KEY=VALUE"]),
+        ("domains[0=1", ["not KEY=VALUE"]),
+        ("objective.alpha=[", ["not valid YAML"]),
+        ("objective.alpha=x", ["objective.alpha: 'x' is not a number"]),
+        ("objective.alpha.x=1", ["objective.alpha: 0.7 has no keys", "objective.alpha.x"]),
+        ("objective.alpha.x.y=1", ["objective.alpha: 0.7 has no keys"]),
+        ("domains[0].name[0]=1", ["domains[0].name: 'code' has no keys"]),
+        ("objective.alpha=-1", ["objective.alpha: -1.0 is negative"]),
+        ("objective.alpha=", ["objective.alpha: None is not a number"]),
+        ("domains[0].experts.layers=12:x", ["domains[0].experts.layers: '12:x'"]),
+        ("domains[0].experts.layers.3=5", ["domains[0].experts.layers.3: 5 is not a list"]),
+        ("domains.0.experts.layers.3=[5,5]", ["lists expert 5 twice"]),
+    ],
+)
+def test_wrong_override_is_named(tmp_path, override, parts):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text_with({}))
+    message = message_of(lambda: load_recipe(path, ["train.router=true", override]))
+    assert message.startswith(f"--inject-set {override}") or repr(override) in message
+    for part in parts:
+        assert part in message
+
+
+def test_mistakes_of_the_file_are_not_blamed_on_overrides(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text_with({"objective.alpha": -1}))
+    message = message_of(lambda: load_recipe(path, ["objective.beta=1"]))
+    assert message.startswith(f"{path}: objective.alpha")
+
+
+names = st.from_regex(r"[A-Za-z_-][A-Za-z0-9_-]{0,8}", fullmatch=True).filter(
+    lambda name: name != "general"
+)
+weights = st.floats(0, 1e6) | st.sampled_from([0.0, 1.0])
+positive = st.floats(1e-6, 1e6)
+choices = st.dictionaries(
+    st.integers(0, 90),
+    st.lists(st.integers(0, 300), min_size=1, max_size=4, unique=True),
+    min_size=1,
+    max_size=4,
+)
+
+
+@st.composite
+def recipes(draw):
+    prefixes = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
+    entries = prefixes.filter(lambda entry: "${" not in entry and entry != "???")
+    teachers = draw(st.lists(names, min_size=1, max_size=3, unique=True))
+    data = draw(
+        st.lists(st.integers(0, 50) | entries, min_size=len(teachers), max_size=9, unique=True)
+    )
+    domain_names = draw(
+        st.lists(names, min_size=len(teachers), max_size=len(teachers), unique=True)
+    )
+    domains = [
+        Domain(domain_names[i], data[i :: len(teachers)], teacher, ExpertChoice(draw(choices)))
+        for i, teacher in enumerate(teachers)
+    ]
+    specs = {
+        name: TeacherSpec(
+            f"{draw(st.sampled_from(['megatron', 'hf']))}:/{name}",
+            draw(st.none() | positive),
+            draw(st.sampled_from(["params", "fp32", "bf16"])),
+            draw(st.integers(0, 9)),
+        )
+        for name in teachers
+    }
+    objective = Objective(
+        draw(st.sampled_from(["forward_kl", "reverse_kl", "jsd", "skew_kl"])),
+        draw(positive),
+        draw(positive),
+        draw(weights),
+        draw(st.none() | weights),
+    )
+    train = Train(
+        draw(st.sampled_from(["selected", "all"])), *draw(st.tuples(*[st.booleans()] * 7))
+    )
+    return Recipe(domains, specs, objective, train, verify_frozen=draw(st.booleans()))
+
+
+@given(recipes())
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_round_trip(recipe):
+    validate(recipe)
+    assert recipe_from_yaml(dump_recipe(recipe)) == recipe
+
+
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.integers(14000, 15000).map(lambda bits: 2**bits)
+    | st.floats()
+    | st.text(max_size=6)
+    | st.sampled_from(["${x}", "${", "???", "selected", "coder", "12:3", "megatron:/x"])
+)
+values = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(scalars, inner, max_size=3)
+)
+places = st.sampled_from(
+    [
+        *(
+            "version",
+            "domains",
+            "domains.0",
+            "domains.0.name",
+            "domains.0.data",
+            "domains.0.data.0",
+        ),
+        *("domains.0.teacher", "domains.0.experts", "domains.0.experts.layers", "verify_frozen"),
+        *("domains.0.experts.layers.3", "domains.0.experts.layers.x", "teachers", "teachers.coder"),
+        *("teachers.coder.source", "teachers.coder.window", "teachers.new", "objective", "train"),
+        *("objective.alpha", "objective.general_beta", "objective.divergence", "train.experts"),
+        *("train.router", "general_data", "surprise", "domains.0.surprise"),
+    ]
+)
+
+
+def accepts_or_refuses(text, overrides=()):
+    try:
+        recipe = recipe_from_yaml(text, overrides)
+    except RecipeError as error:
+        recipe, message = None, str(error)
+    if recipe is None:
+        assert message
+        assert "\n" not in message
+        return
+    validate(recipe)
+    assert recipe_from_yaml(dump_recipe(recipe)) == recipe
+
+
+@given(st.dictionaries(places, values, max_size=2))
+@settings(max_examples=150, deadline=None)
+def test_arbitrary_values_end_in_recipe_or_error(changes):
+    try:
+        text = text_with(changes)
+    except (TypeError, AttributeError, IndexError, KeyError, ValueError):
+        return  # the changes do not fit into one tree, or yaml cannot write them
+    accepts_or_refuses(text)
+
+
+@given(st.text(max_size=60) | st.text("[]{}:,-&*!|>'\"%@`?# \nab1.$\t~", max_size=40))
+@settings(max_examples=300, deadline=None)
+def test_arbitrary_text_ends_in_recipe_or_error(text):
+    accepts_or_refuses(text)
+
+
+@given(places, st.text("[]{}:,-&*!'\"${}ab10.=\n", max_size=12) | st.text(max_size=8))
+@settings(max_examples=120, deadline=None)
+def test_arbitrary_overrides_end_in_recipe_or_error(key, raw):
+    accepts_or_refuses(text_with({}), [f"{key}={raw}"])
+
+
+@given(st.text(max_size=20))
+@settings(max_examples=100, deadline=None)
+def test_arbitrary_override_text_ends_in_recipe_or_error(override):
+    accepts_or_refuses(text_with({}), [override])
+
+
+def test_nothing_in_a_recipe_is_executed(tmp_path):
+    target = tmp_path / "made"
+    text = f"domains: !!python/object/apply:os.mkdir ['{target}']"
+    message_of(lambda: recipe_from_yaml(text))
+    assert not os.path.exists(target)
