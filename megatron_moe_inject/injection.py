@@ -17,11 +17,13 @@ import torch.distributed as dist
 from megatron_moe_inject import compat
 from megatron_moe_inject.data.labels import GENERAL, HostGroup
 from megatron_moe_inject.experts.boundary import GradientBoundary, agree_boundary
+from megatron_moe_inject.experts.census import parameter_rows
 from megatron_moe_inject.experts.freeze import FreezePolicy
 from megatron_moe_inject.experts.verify import FrozenCheck
 from megatron_moe_inject.loss_hook import DomainLoss, LossHook
 from megatron_moe_inject.losses.objective import TermWeights
 from megatron_moe_inject.metrics.losses import LossReport
+from megatron_moe_inject.plan import Plan, TeacherRow
 from megatron_moe_inject.recipe import Recipe, RecipeError
 from megatron_moe_inject.step import SplitRegistry, StepHook
 from megatron_moe_inject.student import (
@@ -99,6 +101,7 @@ class Injection:
 
     def __init__(self, recipe: Recipe, args: Namespace, valid_vocab_size: int) -> None:
         self.recipe = recipe
+        self.dry_run: bool = args.inject_dry_run or False
         self.facts: StudentFacts = student_facts_from_args(args)
         check_recipe(recipe, self.facts)
         self.policy = freeze_policy(recipe)
@@ -111,8 +114,15 @@ class Injection:
             name: check_teacher(name, spec.source, student_tokenizer=tokenizer)
             for name, spec in recipe.teachers.items()
         }
+        for name, info in self.teacher_infos.items():
+            if info.max_positions is not None and args.seq_length > info.max_positions:
+                raise RecipeError(
+                    f"teachers.{name}.source: {info.source} has positions up to "
+                    f"{info.max_positions}, but --seq-length is {args.seq_length}; use a teacher "
+                    "with longer positions or shorter sequences"
+                )
         self.chunks: list[torch.nn.Module] = []
-        self.boundary: int | None = None
+        self.plan: Plan | None = None
         self.step_hook: StepHook | None = None
         self._frozen: FrozenCheck | None = None
 
@@ -128,19 +138,38 @@ class Injection:
             chunks: this rank's bare model chunks.
 
         Collectives, over the whole world: one all-reduce for the boundary, group creation for
-        the labels, one all-gather for agreement on the teachers.
+        the labels, one all-gather each for agreement on the teachers and for the plan.
+
+        Raises:
+            RecipeError: on every rank, if a teacher cannot be loaded or nothing trains.
         """
         self.chunks = list(chunks)
         device = next(self.chunks[0].parameters()).device
-        self.boundary = agree_boundary(self.chunks, self.facts.num_layers, device)
+        boundary = agree_boundary(self.chunks, self.facts.num_layers, device)
         full_recompute = self._args.recompute_granularity == "full"
         for chunk in self.chunks:
-            GradientBoundary(chunk, self.boundary, full_recompute)
+            GradientBoundary(chunk, boundary, full_recompute)
         groups = compat.process_groups(self.chunks[0])
         host_group = HostGroup.create(groups.mp)
         last = next((c for c in self.chunks if c.post_process), None)
         loss_hook = agree(lambda: None if last is None else self._loss_hook(last, groups))
         self.step_hook = StepHook(self.splits, host_group, loss_hook)
+        self.plan = Plan(
+            self.recipe,
+            facts=self.facts,
+            parameters=parameter_rows(self.chunks, groups),
+            teachers=[self._teacher_row(name) for name in self.teacher_infos],
+            boundary=boundary,
+        )
+
+    def _teacher_row(self, name: str) -> TeacherRow:
+        info = self.teacher_infos[name]
+        sizes = {"params": self._args.params_dtype, "fp32": torch.float32, "bf16": torch.bfloat16}
+        item = sizes[self.recipe.teachers[name].dtype].itemsize
+        kind = f"{info.kind}: {info.num_layers} layers, hidden {info.hidden_size}"
+        return TeacherRow(
+            name, kind, info.parameters, info.parameters * item, "every rank of the last stage"
+        )
 
     def _loss_hook(self, chunk: torch.nn.Module, groups: Any) -> LossHook:
         passes = {name: self._teacher_pass(name, chunk, groups) for name in self.recipe.teachers}

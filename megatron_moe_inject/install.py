@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 
 from megatron_moe_inject import compat
+from megatron_moe_inject.plan import render_plan
 from megatron_moe_inject.recipe import RecipeError
 
 if TYPE_CHECKING:
@@ -106,9 +107,12 @@ class _Run:
             return stock(*args, **kwargs)
         built = compat.call_with_pre_wrap_hook(stock, args, kwargs, injection.freeze)
         injection.attach(compat.bare_chunks(built[0]))
+        if dist.get_rank() == 0:
+            print(render_plan(injection.plan), flush=True)
         if injection.dry_run:
-            injection.print_plan()
-            sys.exit(0)
+            dist.barrier()
+            dist.destroy_process_group()
+            raise SystemExit(0)
         return built
 
     def build_data_iterators(self, stock, *args, **kwargs):
@@ -130,11 +134,17 @@ class _Run:
         injection.begin_training()
         try:
             result = stock(*args, **kwargs)
-        except SystemExit:
-            injection.end_training()
+        except SystemExit:  # --exit-interval and the like leave the loop this way
+            self._prove_frozen(injection)
             raise
-        injection.end_training()
+        self._prove_frozen(injection)
         return result
+
+    @staticmethod
+    def _prove_frozen(injection: Injection) -> None:
+        proof = injection.end_training()
+        if proof is not None and dist.get_rank() == 0:
+            print(proof, flush=True)
 
 
 def _clean_exit(error: RecipeError) -> SystemExit:

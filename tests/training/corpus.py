@@ -1,0 +1,32 @@
+"""Two small Megatron datasets that differ, over a NullTokenizer vocabulary."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+VOCAB = 61
+"""Ids of the text; the NullTokenizer adds one for end-of-document."""
+
+
+def write_corpora(folder: Path, documents: int = 40, length: int = 300) -> list[str]:
+    """Write ``general`` and ``domain`` and return their prefixes, in that order.
+
+    General documents count up by one, domain documents by seven, both with a little noise, so
+    that a model can tell them apart and learn either.
+    """
+    rng = np.random.default_rng(0)
+    prefixes = []
+    for name, stride in (("general", 1), ("domain", 7)):
+        prefix = folder / name
+        builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+        for _ in range(documents):
+            start = rng.integers(VOCAB)
+            tokens = (start + stride * np.arange(length)) % VOCAB
+            noise = rng.random(length) < 0.1
+            tokens[noise] = rng.integers(VOCAB, size=noise.sum())
+            builder.add_document(torch.from_numpy(tokens), [length])
+        builder.finalize(f"{prefix}.idx")
+        prefixes.append(str(prefix))
+    return prefixes
