@@ -135,15 +135,16 @@ def recipe_for_student(args: Namespace) -> tuple[Recipe, StudentFacts] | None:
     try:
         check_recipe(recipe, facts)
     except RecipeError as error:
-        if args.inject_recipe is None:
-            raise flag_error(error) from None
-        raise located(error, args.inject_recipe, _overrides(args)) from None
+        raise name_error(error, args) from None
     return recipe, facts
 
 
-def flag_error(error: RecipeError) -> RecipeError:
-    """The same error with recipe keys replaced by the plain flags that set them."""
+def name_error(error: RecipeError, args: Namespace) -> RecipeError:
+    """The same error in terms of where its key was written: override, recipe file or flag."""
+    error = located(error, args.inject_recipe, _overrides(args))
     message = str(error)
+    if args.inject_recipe is not None or message.startswith("--inject-set"):
+        return error
     for pattern, flag in _FLAG_OF_KEY:
         message = re.sub(pattern, flag, message)
     return RecipeError(message, error.key)
@@ -176,7 +177,7 @@ def _recipe_from_plain_flags(args: Namespace, overrides: list[str]) -> Recipe:
             **objective,
         )
     except RecipeError as error:
-        raise flag_error(error) from None
+        raise name_error(error, args) from None
 
 
 def _overrides(args: Namespace) -> list[str]:
@@ -197,7 +198,10 @@ def _blend_entry(entry: Any) -> Any:
 
 def _number(args: Namespace, name: str) -> Any:
     value = getattr(args, f"inject_{name}")
-    return typed.parse_scalar(value) if isinstance(value, str) else value
+    try:
+        return typed.parse_scalar(value) if isinstance(value, str) else value
+    except RecipeError as error:
+        raise RecipeError(f"{_flag(name)}: {error}; write a number") from None
 
 
 def _refuse_lost_flags(args: Namespace, argv: Sequence[str]) -> None:

@@ -236,13 +236,13 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         raise located(error, path, overrides) from None
 
 
-def located(error: RecipeError, path: str | Path, overrides: Iterable[str]) -> RecipeError:
-    """The same error, beginning with the override or the file that the key comes from."""
+def located(error: RecipeError, path: str | Path | None, overrides: Iterable[str]) -> RecipeError:
+    """The same error, beginning with the override or else the file that set its key."""
     if str(error).startswith("--inject-set"):
         return error
     culprit = next((o for o in reversed(list(overrides)) if _sets(o, error.key)), None)
     where = f"--inject-set {typed.one_line(culprit)}" if culprit else path
-    return RecipeError(f"{where}: {error}", error.key)
+    return error if where is None else RecipeError(f"{where}: {error}", error.key)
 
 
 def _sets(override: str, key: str | None) -> bool:

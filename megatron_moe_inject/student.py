@@ -110,7 +110,7 @@ class StudentFacts:
         tied_embeddings: embedding and output layer are one matrix.
         mock_data: ``--mock-data``: one dataset at position 0, whatever the paths.
         padded_vocab_size: None before Megatron has built its tokenizer.
-        options: values of the flags that ``check_recipe`` refuses, where present.
+        options: flags in use that ``check_recipe`` refuses, with their values.
     """
 
     num_layers: int
@@ -167,7 +167,7 @@ def student_facts_from_args(args: Namespace) -> StudentFacts:
         options={
             option.name: getattr(args, option.name)
             for option in _REFUSED
-            if getattr(args, option.name, None)
+            if option.matches(vars(args))
         },
     )
 

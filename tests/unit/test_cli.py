@@ -1,0 +1,194 @@
+"""``moe-inject`` and the text of a plan."""
+
+import pytest
+
+from megatron_moe_inject import __version__
+from megatron_moe_inject.cli import main
+from megatron_moe_inject.plan import (
+    ParameterRow,
+    Plan,
+    TeacherRow,
+    count,
+    memory_text,
+    recipe_warnings,
+    render_plan,
+)
+from megatron_moe_inject.recipe import recipe_from_yaml
+from megatron_moe_inject.student import ParallelFacts, StudentFacts
+
+RECIPE = """
+domains:
+  - {name: code, data: [1], teacher: coder, experts: {layers: {3: [0, 5], 4: [1, 2, 3]}}}
+  - {name: math, data: [/d/math], experts: {layers: {3: [5]}}}
+teachers: {coder: {source: "hf:/models/coder", temperature: 2}}
+objective: {alpha: 0.7, beta: 0.3, general_beta: 1}
+train: {router: true}
+"""
+STUDENT = "--num-layers 8 --num-experts 16 --data-path 8 /d/en 1 /d/code 1 /d/math"
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    return str(path)
+
+
+def test_plan_of_a_recipe_alone(recipe_file, capsys):
+    assert main(["plan", recipe_file]) == 0
+    out = capsys.readouterr().out
+    assert out == "\n".join(
+        [
+            "moe-inject plan",
+            "",
+            "domains",
+            "  domain     teacher          data",
+            "  code       coder            1",
+            "  math       (none: CE only)  /d/math",
+            "  (general)  (none: CE only)  the rest of the blend",
+            "",
+            "experts",
+            "  domain  layer  experts",
+            "  code        3  0, 5",
+            "  code        4  1-3",
+            "  math        3  5",
+            "",
+            "loss",
+            "  code       =  0.7 * 2^2 * forward_kl(coder || student, T=2) + 0.3 * CE",
+            "  math       =  0.3 * CE",
+            "  (general)  =  1 * CE",
+            "",
+            "trains",
+            "  5 experts in 2 layers, router; everything else is frozen",
+            "",
+            "teachers",
+            "  teacher  source            kind",
+            "  coder    hf:/models/coder  hf",
+            "",
+            "warnings",
+            "  code and math share experts (layer 3: 5)",
+            "",
+        ]
+    )
+
+
+def test_plan_against_a_student(recipe_file, capsys):
+    flags = f"{STUDENT} --expert-model-parallel-size 4 --moe-layer-freq [0]*2+[1]*6 --mine 3"
+    assert main(["plan", recipe_file, "--", *flags.split()]) == 0
+    captured = capsys.readouterr()
+    for line in (
+        "  code       coder            1: /d/code",
+        "  math       (none: CE only)  2: /d/math",
+        "  (general)  (none: CE only)  0: /d/en",
+        "  5 experts in 2 layers (of 96 in 6), router; everything else is frozen",
+        "  8 layers, 16 experts in layers 2-7",
+        "  layout: EP=4",
+        "  not Megatron flags, ignored: --mine 3",
+    ):
+        assert line in captured.out.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--inject-set", "objective.alpha=-1"], "--inject-set objective.alpha=-1: objective.alph"),
+        (["--", *STUDENT.split(), "--moe-layer-freq", "2"], "{path}: domains[0].experts.layers.3"),
+        (["--", "--num-layers", "x"], "Megatron flags: argument --num-layers: invalid int"),
+        (
+            ["--", *STUDENT.split(), "--inject-recipe", "x"],
+            "--inject-recipe: the recipe is already",
+        ),
+        (["--", *STUDENT.split(), "--inject-alpha", "1"], "--inject-alpha: cannot be combined"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(recipe_file, capsys, arguments, expected):
+    assert main(["plan", recipe_file, *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("moe-inject: " + expected.format(path=recipe_file))
+    assert captured.err.count("\n") == 1
+
+
+def test_missing_file(capsys):
+    assert main(["plan", "/no/such.yaml"]) == 2
+    assert "/no/such.yaml" in capsys.readouterr().err
+
+
+def test_version_and_usage(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["--version"])
+    assert done.value.code == 0
+    assert capsys.readouterr().out == f"moe-inject {__version__}\n"
+    for arguments in ([], ["profile"], ["plan"]):
+        with pytest.raises(SystemExit) as done:
+            main(arguments)
+        assert done.value.code == 2
+
+
+def test_rows_of_a_built_model():
+    facts = StudentFacts(
+        num_layers=8,
+        num_moe_experts=16,
+        moe_layers=tuple(range(8)),
+        data_paths={"train": ("/d/en", "/d/code", "/d/math")},
+        parallel=ParallelFacts(tp=2, pp=2, vpp=2, ep=2),
+    )
+    plan = Plan(
+        recipe_from_yaml(RECIPE),
+        facts,
+        parameters=[
+            ParameterRow("experts", 2_000_000, 98_000_000, [2_000_000, 0]),
+            ParameterRow("router", 4096, 0, [2048, 2048]),
+        ],
+        teachers=[TeacherRow("coder", "hf (LlamaForCausalLM)", 1_234_567, 3 << 20, "last stage")],
+        boundary=3,
+        warnings=["something odd"],
+    )
+    lines = render_plan(plan).splitlines()
+    for line in (
+        "  component  trained  frozen  trained per rank",
+        "  experts     2.00 M  98.0 M  0 to 2.00 M (nothing on 1 of 2 ranks)",
+        "  router      4.10 k       0  2.05 k",
+        "  total       2.00 M  98.0 M  2.05 k to 2.00 M",
+        "  backward stops at layer 3; below it only the forward runs",
+        "  coder    hf:/models/coder  hf (LlamaForCausalLM)  1.23 M      3.0 MiB  last stage",
+        "  layout: TP=2 PP=2 VPP=2 EP=2",
+        "  something odd",
+    ):
+        assert line in lines, line
+
+
+def test_long_choices_are_summarised():
+    layers = {layer: [0, 1] for layer in range(40)}
+    text = RECIPE.replace("{3: [0, 5], 4: [1, 2, 3]}", str(layers))
+    lines = render_plan(Plan(recipe_from_yaml(text))).splitlines()
+    assert "  code    16-39  48 in all" in lines
+    assert len([line for line in lines if line.startswith("  code ")]) == 19
+
+
+@pytest.mark.parametrize(
+    ("overrides", "warning"),
+    [
+        (["objective.alpha=0"], "objective.alpha is 0: teachers run for the reported losses only"),
+        (["train.experts=none"], "train.experts is none"),
+        (["objective.general_beta=0"], "general tokens have no loss"),
+        ([], "code and math share experts (layer 3: 5)"),
+    ],
+)
+def test_warnings(overrides, warning):
+    warnings = recipe_warnings(recipe_from_yaml(RECIPE, overrides))
+    assert any(found.startswith(warning) for found in warnings)
+
+
+def test_no_warning_without_reason():
+    overrides = ["domains[1].experts.layers={5: [1]}"]
+    assert recipe_warnings(recipe_from_yaml(RECIPE, overrides)) == []
+
+
+def test_units():
+    assert [count(n) for n in (0, 999, 1000, 12_345_678, 671_000_000_000, 10**15)] == [
+        *("0", "999", "1.00 k", "12.3 M", "671 B", "1000 T"),
+    ]
+    assert [memory_text(n) for n in (0, 1023, 1024, 3 << 30, 5 << 40)] == [
+        *("0 B", "1023 B", "1.0 KiB", "3.0 GiB", "5.0 TiB"),
+    ]

@@ -1,0 +1,367 @@
+"""A recipe against its student: facts from Megatron's flags, layers, options, dataset labels."""
+
+import dataclasses
+import json
+from argparse import ArgumentParser
+
+import pytest
+
+from megatron_moe_inject.recipe import GENERAL, RecipeError, recipe_from_flags, recipe_from_yaml
+from megatron_moe_inject.student import (
+    ParallelFacts,
+    StudentFacts,
+    TokenizerFacts,
+    check_recipe,
+    ranges,
+    split_labels,
+    student_facts_from_args,
+)
+
+
+@pytest.fixture(scope="module")
+def parse():
+    """Megatron's own parser; flags are checked by nothing else."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = ArgumentParser(allow_abbrev=False)
+    add_megatron_arguments(parser)
+    return lambda line: parser.parse_args(line.split())
+
+
+def facts(train=("/d/en", "/d/code"), **changes):
+    paths = {split: tuple(train) for split in ("train", "valid", "test")}
+    paths |= changes.pop("data_paths", {})
+    base = StudentFacts(
+        num_layers=8,
+        num_moe_experts=16,
+        moe_layers=tuple(range(1, 8)),
+        data_paths={split: entries for split, entries in paths.items() if entries is not None},
+    )
+    return dataclasses.replace(base, **changes)
+
+
+def recipe(*data, experts="3:0,5", **more):
+    return recipe_from_flags(data=list(data or (1,)), experts=experts, teacher="hf:/t", **more)
+
+
+def two_domains(first, second, general=()):
+    return recipe_from_yaml(
+        json.dumps(
+            {
+                "domains": [
+                    {"name": "a", "data": first, "experts": {"layers": {"3": [0]}}},
+                    {"name": "b", "data": second, "experts": {"layers": {"3": [1]}}},
+                ],
+                "general_data": list(general),
+                "objective": {"alpha": 0, "beta": 1},
+            }
+        )
+    )
+
+
+def message_of(call):
+    with pytest.raises(RecipeError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# facts from flags
+
+
+def test_facts_from_flags(parse):
+    line = (
+        "--num-layers 4 --hidden-size 64 --num-experts 8 --data-path 9 /d/en 1 /d/code "
+        "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 4 --sequence-parallel "
+        "--context-parallel-size 3 --expert-model-parallel-size 8 "
+        "--tokenizer-type HuggingFaceTokenizer --tokenizer-model /tok --mtp-num-layers 1 "
+        "--moe-shared-expert-intermediate-size 32 --untie-embeddings-and-output-weights"
+    )
+    found = student_facts_from_args(parse(line))
+    blend = ("/d/en", "/d/code")
+    assert found == StudentFacts(
+        num_layers=4,
+        num_moe_experts=8,
+        moe_layers=(0, 1, 2, 3),
+        shared_experts=True,
+        tied_embeddings=False,
+        data_paths={"train": blend, "valid": blend, "test": blend},
+        hidden_size=64,
+        tokenizer=TokenizerFacts("HuggingFaceTokenizer", "/tok"),
+        parallel=ParallelFacts(tp=2, pp=4, cp=3, ep=8, etp=2, sequence_parallel=True),
+    )
+
+
+@pytest.mark.parametrize(
+    ("flag", "expected"),
+    [
+        ("", (0, 1, 2, 3, 4, 5)),
+        ("--moe-layer-freq 1", (0, 1, 2, 3, 4, 5)),
+        ("--moe-layer-freq 2", (0, 2, 4)),
+        ("--moe-layer-freq 4", (0, 4)),
+        ("--moe-layer-freq ([0]+[1]*5)", (1, 2, 3, 4, 5)),
+        ("--moe-layer-freq ([1]*1+[0]*2)*2", (0, 3)),
+        ("--mtp-num-layers 2", (0, 1, 2, 3, 4, 5)),
+    ],
+)
+def test_moe_layers_follow_the_frequency(parse, flag, expected):
+    found = student_facts_from_args(parse(f"--num-layers 6 --num-experts 4 {flag}"))
+    assert found.moe_layers == expected
+
+
+def test_moe_layers_agree_with_megatron(parse):
+    """The same answer as the layer specs that Megatron builds."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    for freq in ("3", "([0]*2+[1]*3)"):
+        args = parse(f"--num-layers 5 --num-experts 4 --moe-layer-freq {freq}")
+        config = TransformerConfig(
+            num_layers=5,
+            hidden_size=8,
+            num_attention_heads=2,
+            num_moe_experts=4,
+            moe_layer_freq=args.moe_layer_freq,
+            add_bias_linear=False,
+        )
+        specs = get_gpt_decoder_layer_specs(
+            config, use_transformer_engine=False, normalization="RMSNorm"
+        )
+        built = []
+        for i, spec in enumerate(specs):
+            mlp = spec.submodules.mlp
+            module = getattr(mlp, "module", None) or getattr(mlp, "func", None)
+            if module is MoELayer:
+                built.append(i)
+        assert built
+        assert student_facts_from_args(args).moe_layers == tuple(built)
+
+
+def test_dense_student(parse):
+    for flags in ("", "--num-experts 0"):
+        found = student_facts_from_args(parse(f"--num-layers 4 {flags}"))
+        assert found.num_moe_experts is None
+        assert found.moe_layers == ()
+        assert found.tied_embeddings
+
+
+def test_pattern_of_the_wrong_length(parse):
+    args = parse("--num-layers 4 --num-experts 2 --moe-layer-freq [1]*3")
+    message = message_of(lambda: student_facts_from_args(args))
+    assert "--moe-layer-freq: [1, 1, 1] has 3 entries; --num-layers is 4" in message
+
+
+def test_missing_layers(parse):
+    assert "--num-layers: missing" in message_of(lambda: student_facts_from_args(parse("")))
+
+
+def test_data_of_each_split(parse, tmp_path):
+    base = "--num-layers 2 "
+    per_split = parse(base + "--train-data-path 1 a 2 b --valid-data-path c")
+    assert student_facts_from_args(per_split).data_paths == {"train": ("a", "b"), "valid": ("c",)}
+    listed = tmp_path / "blend.txt"
+    listed.write_text("3 a\n4 b\n")
+    from_file = student_facts_from_args(parse(base + f"--data-args-path {listed}"))
+    assert from_file.data_paths["train"] == from_file.data_paths["test"] == ("a", "b")
+    listed = tmp_path / "splits.json"
+    listed.write_text(json.dumps({"train": "1 a 1 b", "valid": ["c"], "test": ["d"]}))
+    from_file = student_facts_from_args(parse(base + f"--per-split-data-args-path {listed}"))
+    assert from_file.data_paths == {"train": ("a", "b"), "valid": ("c",), "test": ("d",)}
+    listed.write_text("{")
+    args = parse(base + f"--per-split-data-args-path {listed}")
+    assert f"--per-split-data-args-path: '{listed}' cannot be read" in message_of(
+        lambda: student_facts_from_args(args)
+    )
+    args = parse(base + "--data-args-path /no/such/file")
+    assert "'/no/such/file' cannot be read" in message_of(lambda: student_facts_from_args(args))
+
+
+def test_mock_data_is_one_dataset(parse):
+    found = student_facts_from_args(parse("--num-layers 8 --num-experts 16 --mock-data"))
+    assert found.mock_data
+    assert [split_labels(recipe(0), found, split) for split in ("train", "valid")] == [[0], [0]]
+    message = message_of(lambda: check_recipe(recipe(1), found))
+    assert "domains[0].data[0]: 1 is not in the training blend; it has 0: (mock data)" in message
+
+
+# recipe against facts
+
+
+def test_a_recipe_that_fits():
+    check_recipe(recipe(1), facts())
+
+
+@pytest.mark.parametrize(
+    ("experts", "changes", "parts"),
+    [
+        ("8:0", {}, ["domains[0].experts.layers.8: 8 is not a layer", "0 to 7"]),
+        ("0:1", {}, ["layers.0: 0 is a dense layer", "MoE layers: 1-7", "nearest 1, 2"]),
+        ("3:1,16", {}, ["layers.3: [1, 16] names expert 16", "0 to 15"]),
+        ("3:1", {"num_moe_experts": None, "moe_layers": ()}, ["dense student", "--num-experts"]),
+    ],
+)
+def test_experts_that_the_student_lacks(experts, changes, parts):
+    message = message_of(lambda: check_recipe(recipe(1, experts=experts), facts(**changes)))
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("override", "changes", "parts"),
+    [
+        ("train.shared_experts=true", {}, ["train.shared_experts: True matches nothing"]),
+        ("train.mlp=true", {"moe_layers": tuple(range(8))}, ["train.mlp: True matches nothing"]),
+        ("train.embedding=true", {"tied_embeddings": True}, ["train.output_layer: False", "alike"]),
+    ],
+)
+def test_components_that_the_student_lacks(override, changes, parts):
+    wrong = recipe(1, overrides=[override])
+    message = message_of(lambda: check_recipe(wrong, facts(**changes)))
+    for part in parts:
+        assert part in message
+
+
+def test_components_of_a_dense_student():
+    dense = facts(num_moe_experts=None, moe_layers=())
+    free = ["domains[0].experts={}", "train.experts=none", "train.attention=true"]
+    check_recipe(recipe(1, overrides=[*free, "train.mlp=true"]), dense)
+    router = recipe(1, overrides=[*free, "train.router=true"])
+    assert "train.router: True matches nothing" in message_of(lambda: check_recipe(router, dense))
+    everything = recipe(1, overrides=[*free, "train.experts=all"])
+    assert "train.experts: 'all' matches nothing" in message_of(
+        lambda: check_recipe(everything, dense)
+    )
+
+
+REFUSED = [
+    ("--yaml-cfg x.yaml", False),
+    ("--use-megatron-fsdp", False),
+    ("--use-torch-fsdp2", False),
+    ("--sft", True),
+    ("--dataloader-inter-document-masking", True),
+    ("--hybrid-context-parallel", False),
+    ("--overlap-moe-expert-parallel-comm", False),
+    ("--moe-use-upcycling", False),
+    ("--init-model-with-meta-device", False),
+    ("--perform-rl-step", False),
+    ("--logits-load-dir /x", False),
+    ("--hybrid-layer-pattern M*M*", False),
+    ("--hybrid-override-pattern M*M*", False),
+    ("--multiple-validation-sets", False),
+    ("--cuda-graph-impl full_iteration", False),
+]
+
+
+@pytest.mark.parametrize(("flag", "only_with_teacher"), REFUSED)
+def test_megatron_options_that_do_not_fit(parse, flag, only_with_teacher):
+    line = f"--num-layers 8 --num-experts 16 --data-path 1 /d/en 1 /d/code {flag}"
+    try:
+        args = parse(line)
+    except SystemExit:
+        pytest.skip("this version of Megatron has no such flag")
+    name = flag if "cuda-graph" in flag else flag.split()[0]
+    found = student_facts_from_args(args)
+    message = message_of(lambda: check_recipe(recipe(1), found))
+    assert message.startswith(f"{name}: ")
+    assert "remove it" in message
+    taught = two_domains([0], [1])
+    if only_with_teacher:
+        check_recipe(taught, found)
+    else:
+        assert message_of(lambda: check_recipe(taught, found)) == message
+
+
+def test_modelopt_is_refused():
+    with pytest.raises(RecipeError, match="--modelopt-enabled: replaces the model"):
+        check_recipe(recipe(1), facts(options={"modelopt_enabled": True}))
+
+
+def test_harmless_options_pass(parse):
+    line = (
+        "--num-layers 8 --num-experts 16 --data-path 1 /d/en 1 /d/code --fim-data "
+        "--cuda-graph-impl local"
+    )
+    check_recipe(recipe(1), student_facts_from_args(parse(line)))
+
+
+# labels
+
+
+def test_labels_of_the_training_blend():
+    three = facts(["/en", "/code", "/math"])
+    assert split_labels(recipe(1), three, "train") == [GENERAL, 0, GENERAL]
+    assert split_labels(recipe("/math", 1), three, "train") == [GENERAL, 0, 0]
+    assert split_labels(two_domains(["/math"], [0]), three, "train") == [1, GENERAL, 0]
+    assert split_labels(recipe(0), facts(["/only"]), "train") == [0]
+    assert split_labels(recipe(1), three, "valid") == [GENERAL, 0, GENERAL]
+    assert split_labels(recipe("/en"), facts(["/en", "/code", "/en"]), "train") == [0, -1, 0]
+
+
+@pytest.mark.parametrize(
+    ("data", "parts"),
+    [
+        ([2], ["domains[0].data[0]: 2 is not in the training blend", "0: /d/en, 1: /d/code"]),
+        (["/d/cod"], ["data[0]: '/d/cod' is no prefix", "did you mean /d/code?", "1: /d/code"]),
+        (["1"], ["domains[0].data[0]: '1'", "a position is written without quotes"]),
+        ([1, "/d/code"], ["data[1]: '/d/code' is entry 1", "claimed by domains[0].data[0]"]),
+    ],
+)
+def test_claims_that_do_not_fit(data, parts):
+    message = message_of(lambda: check_recipe(recipe(*data), facts()))
+    for part in parts:
+        assert part in message
+
+
+def test_two_domains_cannot_claim_one_entry():
+    message = message_of(lambda: check_recipe(two_domains([1], ["/d/code"]), facts()))
+    assert "domains[1].data[0]: '/d/code' is entry 1, already claimed by domains[0]" in message
+
+
+def test_no_training_data():
+    message = message_of(lambda: check_recipe(recipe(0), facts(data_paths={"train": None})))
+    assert "--data-path: missing" in message
+
+
+def test_validation_with_a_blend_of_its_own():
+    def labels(recipe, valid, train=("/en", "/code")):
+        found = facts(train, data_paths={"valid": tuple(valid), "test": None})
+        check_recipe(recipe, found)
+        assert split_labels(recipe, found, "test") == []
+        return split_labels(recipe, found, "valid")
+
+    assert labels(recipe(1), ["/v_en", "/v_code"]) == [GENERAL, 0]  # by position
+    assert labels(recipe("/code"), ["/v_en", "/v_code"]) == [GENERAL, 0]
+    assert labels(recipe(1), ["/code", "/en"]) == [0, GENERAL]  # by the training prefix
+    assert labels(recipe(1), ["/code"]) == [0]
+    assert labels(recipe(1, "/v_code"), ["/v_code", "/en", "/v_code"]) == [0, GENERAL, 0]
+    assert labels(two_domains([1], ["/en", "/v_en"]), ["/code", "/v_en"]) == [0, 1]
+    assert labels(two_domains([1], [0]), ["/x", "/y"]) == [1, 0]
+    general = two_domains(["/a"], ["/b", "/v_b"], general=["/v_en"])
+    assert labels(general, ["/v_en", "/v_b", "/a"], ["/en", "/a", "/b"]) == [GENERAL, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("data", "valid"),
+    [
+        ([1], ["/v_code"]),  # fewer entries, unknown
+        ([1], ["/code", "/other"]),  # as many, but plainly in another order
+        (["/code", "/v_code"], ["/v_code", "/v_en", "/x"]),
+    ],
+)
+def test_validation_that_cannot_be_matched(data, valid):
+    found = facts(["/en", "/code"], data_paths={"valid": tuple(valid)})
+    message = message_of(lambda: check_recipe(recipe(*data), found))
+    assert message.startswith("--valid-data-path: ")
+    assert "general_data" in message
+
+
+def test_domain_with_validation_data_only():
+    found = facts(data_paths={"valid": ("/d/en", "/v_code")})
+    message = message_of(lambda: check_recipe(two_domains([1], ["/v_code"]), found))
+    assert "domains[1].data: ['/v_code'] has no training data; training has 0: /d/en" in message
+
+
+def test_ranges():
+    assert ranges([]) == ""
+    assert ranges((5, 0, 2, 3, 4)) == "0, 2-5"
