@@ -1,0 +1,85 @@
+"""Teachers: dense models that run beside training and hand out pre-head hidden states.
+
+``base`` says what a teacher is, ``megatron`` and ``huggingface`` are the two kinds,
+``vocabulary`` compares tokenizers, and ``forward`` shares a step's work between ranks.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_moe_inject.teachers.base import Source, Teacher, TeacherInfo
+from megatron_moe_inject.teachers.forward import shared_forward
+from megatron_moe_inject.teachers.vocabulary import TokenizerFlags as StudentTokenizer
+
+__all__ = [
+    "StudentTokenizer",
+    "Teacher",
+    "TeacherInfo",
+    "check_teacher",
+    "load_teacher",
+    "shared_forward",
+]
+
+
+def _kind(source: Source):
+    """The module of a kind of teacher, imported when one is used: each needs its own library."""
+    if source.kind == "megatron":
+        from megatron_moe_inject.teachers import megatron
+
+        return megatron
+    from megatron_moe_inject.teachers import huggingface
+
+    return huggingface
+
+
+def check_teacher(name: str, source: str, *, student_tokenizer: StudentTokenizer) -> TeacherInfo:
+    """What can be known of a teacher without loading it; cheap, every rank may call it.
+
+    Args:
+        name: its key in the recipe.
+        source: ``megatron:/dir`` (a ``--save`` directory or one of its iterations) or
+            ``hf:/dir``.
+        student_tokenizer: the student's tokenizer flags.
+
+    Raises:
+        RecipeError: no such source, an incomplete or unsupported model, another vocabulary.
+
+    No collective, no random numbers, no weights read.
+    """
+    parsed = Source.parse(name, source)
+    return _kind(parsed).check(parsed, student_tokenizer.vocabulary())
+
+
+def load_teacher(
+    name: str,
+    source: str,
+    *,
+    params_dtype: torch.dtype,
+    device: torch.device | str,
+    resets_documents: bool = False,
+) -> Teacher:
+    """Load a whole teacher on this rank, outside every module of the student.
+
+    Args:
+        name: its key in the recipe.
+        source: as in ``check_teacher``.
+        params_dtype: type of its parameters and activations.
+        device: where it lives.
+        resets_documents: whether it will be given positions and masks that start anew at each
+            document; not every Hugging Face architecture takes them.
+
+    Raises:
+        RecipeError: it cannot be read, does not hold every weight, cannot take what
+            ``resets_documents`` promises, or its logits are more than ``head @ hidden``.
+
+    No collective: any subset of ranks may call it. Random number generators (torch's and
+    Megatron's tracker) are as before.
+    """
+    parsed = Source.parse(name, source)
+    return _kind(parsed).load(
+        parsed,
+        params_dtype=params_dtype,
+        device=torch.device(device),
+        resets_documents=resets_documents,
+    )

@@ -1,0 +1,137 @@
+"""What a teacher is: pre-head hidden states and a head, whatever the model behind them.
+
+A teacher's logits are ``hidden_states @ head.T`` and nothing else. The hidden state is much
+smaller than the logits, so it is what is computed, exchanged and kept; the loss projects it
+with the head chunk by chunk. A model that does more to its logits (bias, soft-capping, scaling)
+does not fit and is refused when it is checked or loaded.
+
+Shapes: n sequences, s sequence length, h_t teacher hidden, v vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+from megatron_moe_inject.recipe import RecipeError
+from megatron_moe_inject.typed import fail
+
+KINDS = ("megatron", "hf")
+
+
+@runtime_checkable
+class Teacher(Protocol):
+    """A whole model on this rank, in eval mode, outside every module of the student.
+
+    Attributes:
+        name: its key in the recipe.
+        hidden_size: h_t.
+        vocab_size: rows of the head that stand for tokens; padding is left out where the
+            teacher's tokenizer tells it.
+    """
+
+    name: str
+    hidden_size: int
+    vocab_size: int
+
+    def hidden_states(
+        self,
+        tokens: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """States after the final norm, ``[n, s] -> [n, s, h_t]`` in the parameters' dtype.
+
+        No graph, no collective, random number generators as before. ``position_ids`` is
+        ``[n, s]`` and ``attention_mask`` Megatron's bool ``[n or 1, 1, s, s]`` with True where
+        attention is forbidden; without them positions count from 0 and attention is causal.
+        """
+        ...
+
+    def head_weight(self, start: int, stop: int) -> torch.Tensor:
+        """Rows ``[start, stop)`` of the head, ``[stop - start, h_t]``.
+
+        Rows from ``vocab_size`` on are zero, also beyond the teacher's own rows, so that a
+        student with more padding can ask for its slice. A view where no such row is asked for,
+        else a new tensor: ask once and keep it. No collective.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class TeacherInfo:
+    """What is known about a teacher before it is loaded.
+
+    Attributes:
+        name: its key in the recipe.
+        source: as written in the recipe.
+        kind: ``megatron`` or ``hf``.
+        path: the directory that holds the weights.
+        architecture: class of the model.
+        num_layers: decoder layers.
+        hidden_size: h_t.
+        vocab_rows: rows of the head, padding included.
+        vocab_size: rows that stand for tokens; equal to ``vocab_rows`` where unknown.
+        parameters: number of parameters, head and embedding included.
+        max_positions: longest sequence that learned positions allow; None without such a limit.
+        vocabulary: one sentence that says how the vocabularies were compared.
+        config: sizes and switches of the architecture, for a report.
+    """
+
+    name: str
+    source: str
+    kind: str
+    path: str
+    architecture: str
+    num_layers: int
+    hidden_size: int
+    vocab_rows: int
+    vocab_size: int
+    parameters: int
+    max_positions: int | None
+    vocabulary: str
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the recipe says that a teacher is: ``megatron:/dir`` or ``hf:/dir``."""
+
+    name: str
+    text: str
+    kind: str
+    path: Path
+
+    @classmethod
+    def parse(cls, name: str, text: str) -> Source:
+        """Split ``kind:/dir``.
+
+        Raises:
+            RecipeError: another kind, or no existing directory behind it.
+        """
+        kind, colon, path = text.partition(":")
+        source = cls(name, text, kind, Path(path.strip()).expanduser())
+        if kind not in KINDS or not colon or not path.strip():
+            allowed = " or ".join(f"{known}:/dir" for known in KINDS)
+            raise source.error("is no teacher source", f"write {allowed}")
+        if not source.path.is_dir():
+            raise source.error("is no directory on this machine", "name an existing directory")
+        return source
+
+    def error(self, problem: str, remedy: str) -> RecipeError:
+        """The error that a problem with this source is reported as."""
+        return fail(f"teachers.{self.name}.source", self.text, problem, remedy)
+
+
+def padded_rows(head: torch.Tensor, vocab_size: int, start: int, stop: int) -> torch.Tensor:
+    """Rows ``[start, stop)`` of ``head`` ``[rows, h_t]``, zero from ``vocab_size`` on."""
+    assert 0 <= start <= stop, (start, stop)
+    if stop <= vocab_size:
+        return head[start:stop]
+    rows = head.new_zeros(stop - start, head.shape[1])
+    known = max(0, vocab_size - start)
+    rows[:known] = head[start : start + known]
+    return rows

@@ -1,0 +1,379 @@
+"""A local Hugging Face causal language model as a teacher.
+
+Any architecture that ``transformers`` loads by itself: weights from safetensors only, no remote
+code, no network. A teacher must satisfy ``logits = hidden @ head.T``; that is checked on a few
+random tokens when it is loaded, also with the head's input scaled up, because soft-capping
+shows only on large logits.
+
+Shapes: n sequences, s sequence length, h_t teacher hidden, v vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import logging
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from megatron_moe_inject.teachers import vocabulary
+from megatron_moe_inject.teachers.base import Source, TeacherInfo, padded_rows
+from megatron_moe_inject.teachers.rng import untouched_rng
+from megatron_moe_inject.typed import listing
+
+_LOG = logging.getLogger(__name__)
+_INDEX = "model.safetensors.index.json"
+_LOGIT_TRANSFORMS = {
+    "final_logit_softcapping": None,
+    "logit_scale": 1,
+    "logits_scaling": 1,
+    "lm_head_multiplier": 1,
+}
+_PLAIN_LOGITS = "use a teacher whose logits are head @ hidden"
+_PROBE_LOGIT = 256.0
+
+
+class HuggingFaceTeacher:
+    """See ``base.Teacher``.
+
+    Args:
+        name: its key in the recipe.
+        model: the loaded model.
+        vocab_size: number of ids in use.
+        resets_documents: whether it takes positions and masks.
+    """
+
+    def __init__(
+        self, name: str, model: torch.nn.Module, vocab_size: int, resets_documents: bool
+    ) -> None:
+        self.name = name
+        self._resets_documents = resets_documents
+        self._base = model.base_model
+        self._head = model.get_output_embeddings().weight.detach()
+        self.hidden_size = self._head.shape[1]
+        self.vocab_size = vocab_size
+
+    @torch.no_grad()
+    def hidden_states(
+        self,
+        tokens: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See ``base.Teacher``; positions and masks need ``resets_documents`` at loading."""
+        given = position_ids is not None or attention_mask is not None
+        assert self._resets_documents or not given, "load the teacher with resets_documents"
+        inputs: dict[str, Any] = {"input_ids": tokens}
+        if position_ids is None and attention_mask is not None:
+            position_ids = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        if position_ids is not None:
+            inputs["position_ids"] = position_ids
+            # Without a mask, transformers reads restarting positions as packed documents and
+            # separates them, which Megatron does only when a mask says so.
+            inputs["attention_mask"] = torch.ones_like(tokens)
+        if attention_mask is not None:
+            inputs["attention_mask"] = self._additive(attention_mask, len(tokens))
+        with untouched_rng(tokens.device):
+            states = self._base(**inputs, use_cache=False, return_dict=True).last_hidden_state
+        return states.to(self._head.dtype).contiguous()
+
+    def head_weight(self, start: int, stop: int) -> torch.Tensor:
+        """See ``base.Teacher``."""
+        return padded_rows(self._head, self.vocab_size, start, stop)
+
+    def _additive(self, forbidden: torch.Tensor, count: int) -> torch.Tensor:
+        """Megatron's bool mask as what every attention of ``transformers`` adds to its scores."""
+        dtype = self._head.dtype
+        mask = torch.zeros(forbidden.shape, dtype=dtype, device=forbidden.device)
+        mask.masked_fill_(forbidden, torch.finfo(dtype).min)
+        return mask.expand(count, -1, -1, -1)
+
+
+def check(source: Source, student: vocabulary.Vocabulary) -> TeacherInfo:
+    """What the folder says about itself; see ``teachers.check_teacher``."""
+    config = _config(source)
+    text = config.get_text_config()
+    shapes = _stored_shapes(source)
+    own = _vocabulary(source, text.vocab_size)
+    positions = getattr(text, "max_position_embeddings", None)
+    rotary = getattr(text, "rope_parameters", None) or getattr(text, "rope_theta", None)
+    names = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "hidden_act")
+    details = {name: getattr(text, name) for name in names if hasattr(text, name)}
+    return TeacherInfo(
+        name=source.name,
+        source=source.text,
+        kind=source.kind,
+        path=str(source.path),
+        architecture=(config.architectures or [type(config).__name__])[0],
+        num_layers=text.num_hidden_layers,
+        hidden_size=text.hidden_size,
+        vocab_rows=text.vocab_size,
+        vocab_size=own.size or text.vocab_size,
+        parameters=sum(math.prod(shape) for shape in shapes.values()),
+        max_positions=None if rotary else positions,
+        vocabulary=vocabulary.check_vocabulary(student, own, source),
+        config={"model_type": config.model_type, **details},
+    )
+
+
+def load(
+    source: Source, *, params_dtype: torch.dtype, device: torch.device, resets_documents: bool
+) -> HuggingFaceTeacher:
+    """Load and probe the folder's model on ``device``; see ``teachers.load_teacher``."""
+    config = _config(source)
+    _stored_shapes(source)
+    with untouched_rng(device):
+        model = _load_model(source, params_dtype)
+        model.to(device).eval().requires_grad_(False)
+        _check_head(source, model)
+        _check_logits(source, model, device)
+        rows = model.get_output_embeddings().weight.shape[0]
+        own = _vocabulary(source, config.get_text_config().vocab_size)
+        ids = min(own.size or rows, rows)
+        teacher = HuggingFaceTeacher(source.name, model, ids, resets_documents)
+        if resets_documents:
+            _check_documents(source, model, teacher, device)
+    return teacher
+
+
+def _config(source: Source) -> Any:
+    """The folder's config, of an architecture that is a causal language model here."""
+    if importlib.util.find_spec("transformers") is None:
+        raise source.error("needs the transformers package", "pip install megatron-moe-inject[hf]")
+    import transformers
+
+    if not (source.path / "config.json").is_file():
+        raise source.error(
+            "is no Hugging Face model folder: config.json is not there",
+            "name a folder that save_pretrained() wrote",
+        )
+    if (source.path / "adapter_config.json").is_file():
+        raise source.error(
+            "is an adapter, not a whole model", "merge it into its base model and save that"
+        )
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            str(source.path), local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise source.error(
+            f"has a config that transformers {transformers.__version__} cannot read by itself: "
+            f"{_first_line(error)}",
+            "use an architecture that transformers ships, or a newer transformers",
+        ) from error
+    if type(config) not in transformers.AutoModelForCausalLM._model_mapping:
+        raise source.error(
+            f"is a {config.model_type} model, which transformers does not load as a causal "
+            "language model",
+            "use a causal language model",
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise source.error("is quantized", "use the unquantized model")
+    text = config.get_text_config()
+    for name, neutral in _LOGIT_TRANSFORMS.items():
+        value = getattr(text, name, None)
+        if value is not None and value != neutral:
+            raise source.error(f"transforms its logits ({name} = {value})", _PLAIN_LOGITS)
+    return config
+
+
+def _stored_shapes(source: Source) -> dict[str, tuple[int, ...]]:
+    """Shapes by name from the headers of the safetensors files; they must all be whole."""
+    index = source.path / _INDEX
+    try:
+        if index.is_file():
+            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        else:
+            names = ["model.safetensors"]
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise _damaged(source, index, error) from error
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in names:
+        path = source.path / name
+        if not path.is_file():
+            pickled = sorted(p.name for p in source.path.glob("*.bin"))
+            found = f", only {pickled[0]}" if pickled else ""
+            raise source.error(
+                f"has no {name}{found}",
+                "save the model with safetensors: save_pretrained(folder)",
+            )
+        try:
+            with safe_open(path, framework="pt") as file:
+                stored = list(file.keys())
+                shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in stored}
+        except (OSError, SafetensorError) as error:
+            raise _damaged(source, path, error) from error
+    return shapes
+
+
+def _vocabulary(source: Source, rows: int) -> vocabulary.Vocabulary:
+    origin = f"tokenizer of {source.path.name}"
+    own = vocabulary.vocabulary_of_files(source.path, origin=origin, rows=rows)
+    if own.size is not None and own.size > rows:
+        raise source.error(
+            f"has {rows} embedding rows for a tokenizer with {own.size} ids",
+            "resize the embedding or restore the tokenizer that it was trained with",
+        )
+    return own
+
+
+def _load_model(source: Source, params_dtype: torch.dtype) -> torch.nn.Module:
+    import transformers
+
+    try:
+        with _no_progress_bar():
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                str(source.path),
+                dtype=params_dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise source.error(
+            f"cannot be loaded: {_first_line(error)}", "check the folder with transformers alone"
+        ) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise source.error(
+            f"lacks weights of {type(model).__name__}: {listing(missing, 4)}",
+            "copy the folder again; a head or layer that was never saved cannot teach",
+        )
+    mismatched = sorted(str(entry[0]) for entry in info["mismatched_keys"])
+    if mismatched or info.get("error_msgs"):
+        problem = listing(mismatched or info["error_msgs"], 4)
+        raise source.error(
+            f"holds weights that do not fit its config: {problem}",
+            "restore the config.json that belongs to the weights",
+        )
+    if info["unexpected_keys"]:
+        _LOG.warning(
+            "teacher %s: %s does not use these stored weights: %s",
+            source.name,
+            type(model).__name__,
+            listing(sorted(info["unexpected_keys"]), 4),
+        )
+    bad = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
+    if bad:
+        raise source.error(
+            f"holds weights that are not finite: {listing(bad, 4)}", "use an undamaged model"
+        )
+    return model
+
+
+@contextlib.contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Every rank would draw its own."""
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _check_head(source: Source, model: torch.nn.Module) -> None:
+    head = model.get_output_embeddings()
+    if head is None or getattr(head, "weight", None) is None or model.base_model is model:
+        raise source.error(
+            f"is a {type(model).__name__}, which has no separate head", _PLAIN_LOGITS
+        )
+    if getattr(head, "bias", None) is not None:
+        raise source.error(f"is a {type(model).__name__}, whose head has a bias", _PLAIN_LOGITS)
+
+
+@torch.no_grad()
+def _check_logits(source: Source, model: torch.nn.Module, device: torch.device) -> None:
+    """Compare the model's logits with ``hidden @ head.T`` on a few tokens, also scaled up."""
+    head = model.get_output_embeddings()
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(head.weight.shape[0], (2, 8), generator=generator).to(device)
+    hidden = model.base_model(input_ids=tokens, use_cache=False, return_dict=True)
+    expected = torch.nn.functional.linear(hidden.last_hidden_state, head.weight).float()
+    largest = expected.abs().max().item()
+    tolerance = 32 * torch.finfo(head.weight.dtype).eps
+    gain = 2.0 ** math.ceil(math.log2(_PROBE_LOGIT / largest)) if largest > 0 else 1.0
+    for factor in (1.0, max(gain, 1.0)):
+        with _scaled_input(head, factor) as ran:
+            logits = model(input_ids=tokens, use_cache=False, return_dict=True).logits.float()
+        if factor != 1.0 and not ran:
+            continue
+        error = (logits - factor * expected).abs().max().item()
+        if not error <= tolerance * factor * largest:
+            raise source.error(
+                f"transforms its logits: {type(model).__name__} differs from head @ hidden by "
+                f"{error:.3g} at logits up to {factor * largest:.3g} (soft-capping, scaling, "
+                "bias or a projection)",
+                _PLAIN_LOGITS,
+            )
+
+
+def _check_documents(
+    source: Source, model: torch.nn.Module, teacher: HuggingFaceTeacher, device: torch.device
+) -> None:
+    """Given the ordinary positions and mask from outside, the states must stay the same."""
+    architecture = type(model).__name__
+    remedy = "drop --reset-position-ids and --reset-attention-mask, or use another teacher"
+    if _has_windowed_layers(model.config):
+        raise source.error(
+            f"is a {architecture} with sliding-window layers, which take no mask from outside",
+            remedy,
+        )
+    tokens = torch.arange(min(8, teacher.vocab_size), device=device)[None]
+    positions = torch.arange(tokens.shape[1], device=device)[None]
+    mask = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=device).triu(1)
+    try:
+        given = teacher.hidden_states(tokens, positions, mask[None, None]).float()
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise source.error(
+            f"is a {architecture}, which takes no positions and mask from outside", remedy
+        ) from error
+    plain = teacher.hidden_states(tokens).float()
+    tolerance = 64 * torch.finfo(teacher.head_weight(0, 0).dtype).eps
+    if not (given - plain).abs().max() <= tolerance * plain.abs().max():
+        raise source.error(
+            f"is a {architecture}, which reads positions or masks in its own way", remedy
+        )
+
+
+@contextlib.contextmanager
+def _scaled_input(head: torch.nn.Module, factor: float) -> Iterator[list[bool]]:
+    """Multiply what enters ``head`` by a power of two; the list tells whether it was called."""
+    ran: list[bool] = []
+
+    def scale(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]):
+        ran.append(True)
+        return (inputs[0] * factor, *inputs[1:])
+
+    handle = head.register_forward_pre_hook(scale)
+    try:
+        yield ran
+    finally:
+        handle.remove()
+
+
+def _has_windowed_layers(config: Any) -> bool:
+    """Whether some layers see a part of the sequence only, so that no one mask fits them all."""
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None)
+    if kinds is not None:
+        return any(kind != "full_attention" for kind in kinds)
+    return getattr(text, "sliding_window", None) is not None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:200]
+
+
+def _damaged(source: Source, path: Path, error: Exception):
+    return source.error(f"cannot be read at {path}: {_first_line(error)}", "copy it again")

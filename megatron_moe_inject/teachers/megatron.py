@@ -1,0 +1,307 @@
+"""A dense GPT from a Megatron ``torch_dist`` checkpoint as a teacher.
+
+The model is Megatron's ``GPTModel`` with the teacher's own sizes, whole on this rank. Its
+process groups are bare groups of one rank without a backend: they answer ``rank()`` and
+``size()``, need nobody else to exist, and raise if anything tried to communicate through them.
+So only the ranks that want a teacher load one, inside a job of any layout.
+
+Every parameter is NaN before the checkpoint is read and must be finite afterwards, and the
+checkpoint may hold no model tensor that the built model does not have: a teacher is either the
+model that was trained or an error.
+
+Trust: see ``torch_dist``; a teacher checkpoint must be trusted like the student's own.
+
+Shapes: n sequences, s sequence length, h_t teacher hidden, v vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from argparse import Namespace
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from megatron_moe_inject.teachers import megatron_args, vocabulary
+from megatron_moe_inject.teachers.base import Source, TeacherInfo, padded_rows
+from megatron_moe_inject.teachers.rng import untouched_rng
+from megatron_moe_inject.teachers.torch_dist import Piece, TorchDistCheckpoint
+from megatron_moe_inject.typed import listing
+
+EMBEDDING = "embedding.word_embeddings.weight"
+
+_ATTENTION_SWITCHES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
+_KEY_LAYOUTS = ({}, {"non_homogeneous_layers": True}, {"singleton_local_shards": True})
+
+
+class MegatronTeacher:
+    """See ``base.Teacher``. Args: name, the loaded model, and the number of ids in use."""
+
+    def __init__(self, name: str, model: torch.nn.Module, vocab_size: int) -> None:
+        self.name = name
+        self.hidden_size = model.config.hidden_size
+        self.vocab_size = vocab_size
+        self._model = model
+        tied = model.share_embeddings_and_output_weights
+        layer = model.embedding.word_embeddings if tied else model.output_layer
+        self._head = layer.weight.detach()
+
+    @torch.no_grad()
+    def hidden_states(
+        self,
+        tokens: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See ``base.Teacher``. Transformer Engine's causal attention ignores the mask, as it
+        does for the student."""
+        if position_ids is None:
+            position_ids = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        with untouched_rng(self._head.device):
+            states = self._model(
+                tokens, position_ids, attention_mask, output_processor=_keep_hidden_states
+            )
+        return states.transpose(0, 1).to(self._head.dtype).contiguous()
+
+    def head_weight(self, start: int, stop: int) -> torch.Tensor:
+        """See ``base.Teacher``."""
+        return padded_rows(self._head, self.vocab_size, start, stop)
+
+
+def _keep_hidden_states(*, hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
+    """``output_processor`` of ``GPTModel``: the ``[s, n, h_t]`` states instead of logits."""
+    return hidden_states
+
+
+def check(source: Source, student: vocabulary.Vocabulary) -> TeacherInfo:
+    """What the checkpoint says about itself; see ``teachers.check_teacher``."""
+    checkpoint = TorchDistCheckpoint.open(source)
+    args = checkpoint.args
+    megatron_args.refuse_unsupported(source, args)
+    rows = _rows(checkpoint)
+    own = _vocabulary(checkpoint, rows)
+    learned = getattr(args, "position_embedding_type", None) == "learned_absolute"
+    sizes = [tensor.size.numel() for key, tensor in checkpoint.tensors.items() if _is_own(key)]
+    iteration = checkpoint.common.get("iteration", checkpoint.folder.name)
+    return TeacherInfo(
+        name=source.name,
+        source=source.text,
+        kind=source.kind,
+        path=str(checkpoint.folder),
+        architecture="GPTModel",
+        num_layers=args.num_layers,
+        hidden_size=args.hidden_size,
+        vocab_rows=rows,
+        vocab_size=own.size or rows,
+        parameters=sum(sizes),
+        max_positions=args.max_position_embeddings if learned else None,
+        vocabulary=vocabulary.check_vocabulary(student, own, source),
+        config=megatron_args.describe(args) | {"iteration": iteration},
+    )
+
+
+def load(
+    source: Source, *, params_dtype: torch.dtype, device: torch.device, resets_documents: bool
+) -> MegatronTeacher:
+    """Build the checkpoint's model on ``device`` and fill it; see ``teachers.load_teacher``.
+
+    ``resets_documents`` needs no check: positions and masks are Megatron's own.
+    """
+    del resets_documents
+    checkpoint = TorchDistCheckpoint.open(source)
+    megatron_args.refuse_unsupported(source, checkpoint.args)
+    rows = _rows(checkpoint)
+    on_gpu = device.type == "cuda"
+    context = torch.cuda.device(device) if on_gpu else contextlib.nullcontext()
+    with untouched_rng(device), context:
+        model = _build(source, checkpoint.args, rows, params_dtype, on_gpu)
+        model.to(device=device, dtype=params_dtype).eval().requires_grad_(False)
+        _fill(checkpoint, model)
+    return MegatronTeacher(source.name, model, _vocabulary(checkpoint, rows).size or rows)
+
+
+def _is_own(key: str) -> bool:
+    """Whether a stored tensor belongs to the decoder rather than to multi-token prediction."""
+    return not key.startswith("mtp.")
+
+
+def _rows(checkpoint: TorchDistCheckpoint) -> int:
+    """Rows of the embedding, padding included."""
+    tensors = checkpoint.tensors
+    if EMBEDDING not in tensors:
+        raise checkpoint.source.error(
+            f"holds no {EMBEDDING} but {listing(tensors, 4) or 'no model at all'}",
+            "use a checkpoint of a GPT model that Megatron's training loop saved",
+        )
+    experts = [key for key in tensors if ".experts." in key]
+    if experts:
+        raise checkpoint.source.error(
+            f"is a mixture of experts (it holds {experts[0]})",
+            "MoE teachers are not supported yet",
+        )
+    return tensors[EMBEDDING].size[0]
+
+
+def _vocabulary(checkpoint: TorchDistCheckpoint, rows: int) -> vocabulary.Vocabulary:
+    flags = vocabulary.TokenizerFlags.from_args(checkpoint.args)
+    own = dataclasses.replace(flags.vocabulary(checkpoint.folder / "tokenizer"), rows=rows)
+    if own.size is not None and own.size > rows:
+        raise checkpoint.source.error(
+            f"has {rows} embedding rows for a tokenizer with {own.size} ids",
+            "its tokenizer files were replaced since it was trained",
+        )
+    return own
+
+
+def _build(
+    source: Source, saved: Namespace, rows: int, params_dtype: torch.dtype, on_gpu: bool
+) -> torch.nn.Module:
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import gpt_layer_specs
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.training.argument_utils import core_transformer_config_from_args
+
+    assert parallel_state.model_parallel_is_initialized(), "Megatron must be initialized first"
+    use_te = on_gpu and gpt_layer_specs.HAVE_TE
+    if getattr(saved, "multi_latent_attention", False) and not use_te:
+        raise source.error(
+            "uses multi-latent attention, which Megatron builds with Transformer Engine only",
+            "install Transformer Engine and run on a GPU, or use another teacher",
+        )
+    args = megatron_args.teacher_arguments(
+        saved, params_dtype=params_dtype, on_gpu=on_gpu, use_te=use_te
+    )
+    try:
+        config = core_transformer_config_from_args(args)
+        with _own_attention_switches():
+            return GPTModel(
+                config=config,
+                transformer_layer_spec=_layer_spec(config, use_te),
+                vocab_size=rows,
+                max_sequence_length=args.max_position_embeddings,
+                share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+                position_embedding_type=args.position_embedding_type,
+                rotary_percent=args.rotary_percent,
+                rotary_base=args.rotary_base,
+                rope_scaling=args.use_rope_scaling,
+                seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor,
+                pg_collection=_groups_of_one(),
+            )
+    except (AssertionError, AttributeError, ImportError, TypeError, ValueError) as error:
+        raise source.error(
+            f"cannot be built by the installed Megatron: {error}",
+            "use the Megatron version and the layers (Transformer Engine) it was trained with",
+        ) from error
+
+
+def _layer_spec(config: Any, use_te: bool) -> Any:
+    from megatron.core.models.gpt import gpt_layer_specs
+
+    options: dict[str, Any] = {
+        "qk_layernorm": config.qk_layernorm,
+        "qk_l2_norm": config.qk_l2_norm,
+        "multi_latent_attention": config.multi_latent_attention,
+    }
+    if not use_te:
+        options["normalization"] = config.normalization
+        return gpt_layer_specs.get_gpt_layer_local_spec(**options)
+    if getattr(config, "mla_down_proj_fusion", False):
+        options["mla_down_proj_fusion"] = True
+    return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(**options)
+
+
+def _groups_of_one() -> Any:
+    """Every process group of Megatron's as a bare group that holds this rank alone.
+
+    ``torch.distributed.new_group`` would advance the counter that names later groups on the
+    calling ranks only, and those later groups would then never meet.
+    """
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    alone = torch.distributed.ProcessGroup(0, 1)
+    groups = ProcessGroupCollection(
+        **{field.name: alone for field in dataclasses.fields(ProcessGroupCollection)}
+    )
+    groups.hcp = [alone]
+    groups.embd = groups.pos_embd = None
+    return groups
+
+
+@contextlib.contextmanager
+def _own_attention_switches() -> Iterator[None]:
+    """Megatron pins the attention backend in the environment when a model is built; put it back.
+
+    At run time the teacher then uses the backends that the student's pins allow.
+    """
+    before = {name: os.environ.pop(name, None) for name in _ATTENTION_SWITCHES}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _fill(checkpoint: TorchDistCheckpoint, model: torch.nn.Module) -> None:
+    """Read every parameter of ``model`` from the checkpoint and prove that it was read."""
+    source = checkpoint.source
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))
+    stored = {key: tuple(t.size) for key, t in checkpoint.tensors.items() if _is_own(key)}
+    pieces = _best_pieces(model, checkpoint, stored)
+    wanted = {piece.key: tuple(piece.global_shape) for piece in pieces}
+    missing = sorted(wanted.keys() - stored.keys())
+    unexpected = sorted(stored.keys() - wanted.keys())
+    if missing or unexpected:
+        parts = [f"lacks {listing(missing, 4)}"] if missing else []
+        parts += [f"holds {listing(unexpected, 4)} besides"] if unexpected else []
+        raise source.error(
+            f"does not hold the model that its arguments describe: it {' and '.join(parts)}",
+            "use a checkpoint of a stock dense GPT model",
+        )
+    for key, shape in wanted.items():
+        if stored[key] != shape:
+            raise source.error(
+                f"holds {key} of shape {list(stored[key])} where its arguments ask for "
+                f"{list(shape)}",
+                "its arguments do not belong to its weights",
+            )
+    checkpoint.read(pieces)
+    bad = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
+    if bad:
+        raise source.error(
+            f"leaves weights missing or not finite: {listing(bad, 4)}",
+            "the checkpoint is damaged or its training diverged; name another iteration",
+        )
+
+
+def _best_pieces(
+    model: torch.nn.Module, checkpoint: TorchDistCheckpoint, stored: dict[str, tuple[int, ...]]
+) -> list[Piece]:
+    """The model's pieces under the naming that the checkpoint was written with.
+
+    Megatron stores layers stacked or one by one, and gated MLPs whole or as halves; newer
+    checkpoints say which, older ones are recognised by their names.
+    """
+    content = checkpoint.common.get("content_metadata") or {}
+    candidates = [_pieces(model, layout) for layout in (content, *_KEY_LAYOUTS)]
+    return max(candidates, key=lambda pieces: len({p.key for p in pieces} & stored.keys()))
+
+
+def _pieces(model: torch.nn.Module, layout: dict[str, Any]) -> list[Piece]:
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+    metadata = {**layout, "dp_cp_group": torch.distributed.ProcessGroup(0, 1)}
+    sharded = model.sharded_state_dict(metadata=metadata)
+    apply_factories(sharded)
+    return [
+        Piece(value.key, tuple(value.global_shape), tuple(value.global_offset), value.data)
+        for value in nested_values(sharded)
+        if isinstance(value, ShardedTensor)
+    ]

@@ -1,0 +1,206 @@
+"""A dense GPT's architecture, from the arguments stored in its checkpoint.
+
+Megatron's own translation from arguments to a config is used, so a flag that shapes the model
+means here what it meant when the teacher was trained. What only says how a run was executed
+(parallel layout, recomputation, low precision, fusions, dropout, CUDA graphs) is set to its
+neutral value: unknown flags are kept rather than dropped, because dropping one that shapes the
+model would change the teacher silently.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+from argparse import Namespace
+from typing import Any
+
+import torch
+
+from megatron_moe_inject.teachers.base import Source
+
+POSITIONS = ("rope", "learned_absolute", "none")
+
+_EXECUTION_PREFIXES = (
+    "account_for_",
+    "cpu_offloading",
+    "cuda_graph",
+    "delay_offload",
+    "delta_offload",
+    "fine_grained_",
+    "fp4",
+    "fp8",
+    "fused_",
+    "inference_",
+    "moe_",
+    "mtp_",
+    "offload_",
+    "recompute_",
+)
+_EXECUTION_FIELDS = (
+    "activation_func_fp8_input_store",
+    "batch_invariant_mode",
+    "calculate_per_token_loss",
+    "config_logger_dir",
+    "deterministic_mode",
+    "disable_parameter_transpose_cache",
+    "distribute_saved_activations",
+    "enable_cuda_graph",
+    "external_cuda_graph",
+    "first_last_layers_bf16",
+    "flash_attention_version",
+    "flash_decode",
+    "inference_rng_tracker",
+    "init_model_with_meta_device",
+    "kitchen_attention_backend",
+    "log_max_attention_logit",
+    "mlp_chunks_for_prefill",
+    "mlp_chunks_for_training",
+    "nccl_all_reduce_for_prefill",
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "pipeline_model_parallel_layout",
+    "qk_clip",
+    "quant_recipe",
+    "symmetric_ar_type",
+    "test_mode",
+    "tp_only_amax_red",
+    "use_inference_optimized_layers",
+    "use_kitchen",
+    "use_kitchen_attention",
+    "use_te_rng_tracker",
+    "use_transformer_engine_op_fuser",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Refusal:
+    argument: str
+    what: str
+    remedy: str = "use a dense GPT checkpoint"
+
+
+_REFUSALS = (
+    _Refusal("num_experts", "is a mixture of experts", "MoE teachers are not supported yet"),
+    _Refusal("hybrid_layer_pattern", "is a hybrid (Mamba) model"),
+    _Refusal("hybrid_override_pattern", "is a hybrid (Mamba) model"),
+    _Refusal("is_hybrid_model", "is a hybrid (Mamba) model"),
+    _Refusal("heterogeneous_layers_config_path", "has layers of different architectures"),
+    _Refusal("heterogeneous_layers_config_encoded_json", "has layers of different architectures"),
+    _Refusal("experimental_attention_variant", "uses an experimental attention"),
+    _Refusal("spec", "was built from a custom --spec"),
+    _Refusal("yaml_cfg", "was configured by --yaml-cfg, which keeps no flags"),
+)
+
+
+def refuse_unsupported(source: Source, args: Namespace) -> None:
+    """Raise for an architecture that cannot be a teacher.
+
+    Raises:
+        RecipeError: naming the argument of the teacher's checkpoint and its value.
+    """
+    for refusal in _REFUSALS:
+        value = getattr(args, refusal.argument, None)
+        if value:
+            where = f"its argument {refusal.argument} is {value!r:.60}"
+            raise source.error(f"{refusal.what} ({where})", refusal.remedy)
+    positions = getattr(args, "position_embedding_type", "learned_absolute")
+    if positions not in POSITIONS:
+        raise source.error(
+            f"has position embeddings of type {positions!r}",
+            f"supported: {', '.join(POSITIONS)}",
+        )
+    scale = getattr(args, "mup_output_mult", 1.0)
+    if getattr(args, "use_mup", False) and scale != 1.0:
+        raise source.error(
+            f"scales its logits (--mup-output-mult {scale})",
+            "use a teacher whose logits are head @ hidden",
+        )
+
+
+@functools.cache
+def _default_arguments() -> dict[str, Any]:
+    """Every argument of the installed Megatron at its default, for flags newer than the teacher."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    return vars(parser.parse_known_args([])[0])
+
+
+def _neutral_fields() -> dict[str, Any]:
+    """Fields of Megatron's config that say how a run is executed, at the class's defaults."""
+    from megatron.core.model_parallel_config import ModelParallelConfig
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    layout = {f.name for f in dataclasses.fields(ModelParallelConfig)}
+    neutral = {}
+    for field in dataclasses.fields(TransformerConfig):
+        executes = field.name in _EXECUTION_FIELDS or field.name.startswith(_EXECUTION_PREFIXES)
+        if not executes and field.name not in layout:
+            continue
+        if field.default is not dataclasses.MISSING:
+            neutral[field.name] = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            neutral[field.name] = field.default_factory()
+    return neutral
+
+
+def teacher_arguments(
+    saved: Namespace, *, params_dtype: torch.dtype, on_gpu: bool, use_te: bool
+) -> Namespace:
+    """Arguments that build the saved model whole on one rank, for evaluation.
+
+    Args:
+        saved: arguments stored in the checkpoint.
+        params_dtype: type of parameters and activations.
+        on_gpu: keep the fusions that the teacher was trained with.
+        use_te: build with Transformer Engine layers.
+    """
+    from megatron.core.transformer.enums import AttnBackend
+
+    known = _default_arguments() | vars(saved) | _neutral_fields()
+    args = Namespace(**known)
+    args.params_dtype = params_dtype
+    args.fp16 = params_dtype == torch.float16
+    args.bf16 = params_dtype == torch.bfloat16
+    args.perform_initialization = False
+    args.use_cpu_initialization = not on_gpu
+    args.transformer_impl = "transformer_engine" if use_te else "local"
+    args.attention_backend = AttnBackend.auto
+    args.hidden_dropout = args.attention_dropout = 0.0
+    # Scales scores down and back up around the softmax: the same numbers, an fp16 safeguard.
+    args.apply_query_key_layer_scaling = False
+    args.bias_dropout_fusion = on_gpu and args.bias_dropout_fusion
+    args.bias_swiglu_fusion = on_gpu and args.bias_swiglu_fusion
+    args.bias_gelu_fusion = on_gpu and args.bias_gelu_fusion
+    args.apply_rope_fusion = use_te and args.apply_rope_fusion
+    args.masked_softmax_fusion = False
+    args.no_persist_layer_norm = True
+    args.memory_efficient_layer_norm = False
+    args.cp_comm_type = ["p2p"]
+    args.fp8_param_gather = args.fp4_param_gather = False
+    args.decoder_first_pipeline_num_layers = args.decoder_last_pipeline_num_layers = None
+    args.kitchen_config_file = args.kitchen_recipe_number = args.te_precision_config_file = None
+    return args
+
+
+def describe(args: Namespace) -> dict[str, Any]:
+    """Sizes and switches of the architecture, for a report."""
+    gated = getattr(args, "swiglu", False) or getattr(args, "quick_geglu", False)
+    activation = "squared_relu" if getattr(args, "squared_relu", False) else "gelu"
+    activation = "swiglu" if getattr(args, "swiglu", False) else activation
+    grouped = getattr(args, "group_query_attention", False)
+    return {
+        "layers": args.num_layers,
+        "hidden": args.hidden_size,
+        "ffn": args.ffn_hidden_size,
+        "heads": args.num_attention_heads,
+        "kv_groups": args.num_query_groups if grouped else args.num_attention_heads,
+        "activation": "quick_geglu" if gated and activation != "swiglu" else activation,
+        "normalization": getattr(args, "normalization", "LayerNorm"),
+        "positions": getattr(args, "position_embedding_type", "learned_absolute"),
+        "linear_bias": getattr(args, "add_bias_linear", True),
+        "qkv_bias": getattr(args, "add_qkv_bias", False),
+        "qk_layernorm": getattr(args, "qk_layernorm", False),
+        "tied_embeddings": not getattr(args, "untie_embeddings_and_output_weights", False),
+    }

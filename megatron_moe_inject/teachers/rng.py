@@ -1,0 +1,53 @@
+"""Random number generators that a teacher must leave as they are.
+
+Building a module draws initial weights, Megatron's attention enters its RNG tracker, and fused
+attention kernels advance the CUDA generator's offset even without dropout. The student's
+dropout masks would then depend on whether a teacher is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+import torch
+
+_TRACKER_MODULE = "megatron.core.tensor_parallel.random"
+
+
+def _tracker():
+    """Megatron's RNG tracker where a run has seeded one; asking for it would create it."""
+    module = sys.modules.get(_TRACKER_MODULE)
+    if module is None or not module._CUDA_RNG_STATE_TRACKER_INITIALIZED:
+        return None
+    return module.get_cuda_rng_tracker()
+
+
+@contextlib.contextmanager
+def untouched_rng(device: torch.device) -> Iterator[None]:
+    """Put torch's CPU generator, that of ``device`` and Megatron's tracker back at the end.
+
+    Graph-safe trackers hold generators instead of states; these are set back in place, because
+    captured CUDA graphs refer to the objects. No collective.
+    """
+    cuda = device if device.type == "cuda" else None
+    cpu_state = torch.get_rng_state()
+    cuda_state = None if cuda is None else torch.cuda.get_rng_state(cuda)
+    tracker = _tracker()
+    states = {} if tracker is None else tracker.get_states()
+    inner = {
+        name: state.get_state() if isinstance(state, torch.Generator) else state
+        for name, state in states.items()
+    }
+    try:
+        yield
+    finally:
+        for name, state in inner.items():
+            if isinstance(states[name], torch.Generator):
+                states[name].set_state(state)
+        if states:
+            tracker.set_states(states)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda_state, cuda)
+        torch.set_rng_state(cpu_state)
