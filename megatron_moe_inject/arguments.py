@@ -140,7 +140,10 @@ def recipe_for_student(args: Namespace) -> tuple[Recipe, StudentFacts] | None:
 
 
 def name_error(error: RecipeError, args: Namespace) -> RecipeError:
-    """The same error in terms of where its key was written: override, recipe file or flag."""
+    """The same error in terms of where its key was written: override, recipe file or flag.
+
+    Applying it twice changes nothing more.
+    """
     error = located(error, args.inject_recipe, _overrides(args))
     message = str(error)
     if args.inject_recipe is not None or message.startswith("--inject-set"):

@@ -1,8 +1,9 @@
 """``moe-inject``: look at a recipe without starting a job.
 
 ``plan`` checks a recipe by itself and, with the flags of a training command after ``--``,
-against the student that they describe. Megatron's own parser reads those flags; nothing is
-built, no process group, no GPU. A mistake is one line on stderr and exit status 2.
+against the student that they describe and the teachers' directories. Megatron's own parser
+reads those flags; nothing is built, no process group, no GPU, no weights read. A mistake is one
+line on stderr and exit status 2.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from megatron_moe_inject import __version__
-from megatron_moe_inject.arguments import add_inject_arguments, recipe_for_student
-from megatron_moe_inject.plan import Plan, render_plan
-from megatron_moe_inject.recipe import RecipeError, load_recipe
+from megatron_moe_inject.arguments import add_inject_arguments, name_error, recipe_for_student
+from megatron_moe_inject.plan import Plan, TeacherRow, render_plan
+from megatron_moe_inject.recipe import Recipe, RecipeError, load_recipe
 
 _EXAMPLES = """examples:
   moe-inject plan recipe.yaml
@@ -62,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         "plan",
         help="check a recipe and print what it would do",
         description="Check a recipe and print what it would do. With the flags of a training "
-        "command after --, check it against that student as well.",
+        "command after --, check it against that student and the teachers' files as well.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -98,8 +99,25 @@ def _plan(options: argparse.Namespace, flags: list[str] | None) -> Plan:
     found = recipe_for_student(args)
     assert found is not None
     recipe, facts = found
+    teachers = _teacher_rows(recipe, args)
     remarks = [f"not Megatron flags, ignored: {' '.join(unknown)}"] if unknown else []
-    return Plan(recipe, facts, warnings=remarks)
+    return Plan(recipe, facts, teachers=teachers, warnings=remarks)
+
+
+def _teacher_rows(recipe: Recipe, args: argparse.Namespace) -> list[TeacherRow]:
+    """What the teachers' files say; RecipeError where a run would refuse them at start."""
+    from megatron_moe_inject.teachers import StudentTokenizer, check_teacher
+
+    tokenizer = StudentTokenizer.from_args(args)
+    rows = []
+    for name, spec in recipe.teachers.items():
+        try:
+            info = check_teacher(name, spec.source, student_tokenizer=tokenizer)
+        except RecipeError as error:
+            raise name_error(error, args) from None
+        kind = f"{info.kind} ({info.architecture})"
+        rows.append(TeacherRow(name, kind, info.parameters))
+    return rows
 
 
 @contextlib.contextmanager

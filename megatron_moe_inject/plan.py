@@ -227,11 +227,15 @@ def _trained_experts(plan: Plan) -> str:
     if plan.recipe.train.experts == "all":
         return "all experts"
     total = sum(len(ids) for ids in chosen.values())
-    text = f"{total} experts in {len(chosen)} layers"
+    text = f"{_some(total, 'expert')} in {_some(len(chosen), 'layer')}"
     facts = plan.facts
     if facts is not None and facts.num_moe_experts is not None:
         text += f" (of {facts.num_moe_experts * len(facts.moe_layers)} in {len(facts.moe_layers)})"
     return text
+
+
+def _some(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _parameter_cells(row: ParameterRow) -> tuple[str, str, str, str]:

@@ -237,8 +237,11 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def located(error: RecipeError, path: str | Path | None, overrides: Iterable[str]) -> RecipeError:
-    """The same error, beginning with the override or else the file that set its key."""
-    if str(error).startswith("--inject-set"):
+    """The same error, beginning with the override or else the file that set its key.
+
+    Errors that already begin with a flag or with the file stay as they are.
+    """
+    if str(error).startswith(("--", f"{path}: ")):
         return error
     culprit = next((o for o in reversed(list(overrides)) if _sets(o, error.key)), None)
     where = f"--inject-set {typed.one_line(culprit)}" if culprit else path

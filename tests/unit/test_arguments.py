@@ -8,6 +8,7 @@ import pytest
 
 from megatron_moe_inject.arguments import (
     add_inject_arguments,
+    name_error,
     recipe_for_student,
     recipe_from_args,
 )
@@ -203,9 +204,32 @@ def test_beside_megatron(recipe_file):
         "--inject-experts (layer 3): [16] names expert 16; experts are 0 to 15"
     )
     assert error(f"{PLAIN} --inject-domain-data 2").startswith("--inject-domain-data[0]: 2 is not")
+    assert error(f"--inject-recipe {recipe_file} --use-megatron-fsdp").startswith("--use-megatron")
     recipe_file.write_text(RECIPE.replace("3: [0, 5]", "9: [0]"))
     assert error(f"--inject-recipe {recipe_file}").startswith(f"{recipe_file}: domains[0].experts")
     override = "domains[0].experts.layers=3:99"
     assert error(f"--inject-recipe {recipe_file} --inject-set '{override}'").startswith(
         f"--inject-set {override}: domains[0].experts.layers.3: [99] names expert 99"
     )
+
+
+@pytest.mark.parametrize(
+    ("line", "key", "expected"),
+    [
+        ("--inject-recipe r.yaml", "teachers.coder.source", "r.yaml: teachers.coder.source: no"),
+        (
+            "--inject-recipe r.yaml --inject-set teachers.coder={source: x}",
+            "teachers.coder.source",
+            "--inject-set teachers.coder={source: x}: teachers.coder.source: no",
+        ),
+        (PLAIN, "teachers.teacher.source", "--inject-teacher: no"),
+        (PLAIN, "domains[0].experts.layers.3", "--inject-experts (layer 3): no"),
+        (PLAIN, "--sft", "--sft: no"),
+        ("--inject-recipe r.yaml", "--sft", "--sft: no"),
+    ],
+)
+def test_errors_of_later_checks_are_named_once(line, key, expected):
+    args = parse(line.replace("={source: x}", "='{source: x}'"))
+    error = name_error(RecipeError(f"{key}: no", key), args)
+    assert str(error) == expected
+    assert str(name_error(error, args)) == expected

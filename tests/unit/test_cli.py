@@ -1,8 +1,10 @@
 """``moe-inject`` and the text of a plan."""
 
+from types import SimpleNamespace
+
 import pytest
 
-from megatron_moe_inject import __version__
+from megatron_moe_inject import __version__, teachers
 from megatron_moe_inject.cli import main
 from megatron_moe_inject.plan import (
     ParameterRow,
@@ -72,11 +74,21 @@ def test_plan_of_a_recipe_alone(recipe_file, capsys):
     )
 
 
-def test_plan_against_a_student(recipe_file, capsys):
+def test_plan_against_a_student(recipe_file, capsys, monkeypatch):
+    """The teacher's own checks have their own tests; here it is whatever its files say."""
+    found = SimpleNamespace(kind="hf", architecture="LlamaForCausalLM", parameters=1_234_567)
+    seen = []
+    monkeypatch.setattr(
+        teachers,
+        "check_teacher",
+        lambda name, source, student_tokenizer: seen.append((name, source)) or found,
+    )
     flags = f"{STUDENT} --expert-model-parallel-size 4 --moe-layer-freq [0]*2+[1]*6 --mine 3"
     assert main(["plan", recipe_file, "--", *flags.split()]) == 0
     captured = capsys.readouterr()
+    assert seen == [("coder", "hf:/models/coder")]
     for line in (
+        "  coder    hf:/models/coder  hf (LlamaForCausalLM)  1.23 M",
         "  code       coder            1: /d/code",
         "  math       (none: CE only)  2: /d/math",
         "  (general)  (none: CE only)  0: /d/en",
@@ -93,6 +105,7 @@ def test_plan_against_a_student(recipe_file, capsys):
     [
         (["--inject-set", "objective.alpha=-1"], "--inject-set objective.alpha=-1: objective.alph"),
         (["--", *STUDENT.split(), "--moe-layer-freq", "2"], "{path}: domains[0].experts.layers.3"),
+        (["--", *STUDENT.split()], "{path}: teachers.coder.source: 'hf:/models/coder'"),
         (["--", "--num-layers", "x"], "Megatron flags: argument --num-layers: invalid int"),
         (
             ["--", *STUDENT.split(), "--inject-recipe", "x"],
