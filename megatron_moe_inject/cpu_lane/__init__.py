@@ -13,7 +13,7 @@ import os
 import torch
 
 from megatron_moe_inject import compat
-from megatron_moe_inject.cpu_lane import context_parallel, flags, megatron_parts, torch_device
+from megatron_moe_inject.cpu_lane import flags, megatron_parts, torch_device
 
 _MARK = "_moe_inject_cpu_lane"
 
@@ -52,6 +52,8 @@ def enable(force: bool = False) -> None:
     setattr(torch.cuda, _MARK, True)
     compat.use_prebuilt_dataset_helpers()
     megatron_parts.install()
+    from megatron_moe_inject.cpu_lane import context_parallel  # imports Megatron: not before
+
     context_parallel.install()
     flags.install()
     if os.environ.get("RANK", "0") == "0":

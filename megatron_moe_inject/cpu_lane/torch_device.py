@@ -196,6 +196,7 @@ def _no_driver_calls() -> None:
 def _device_generator_is_cpu_generator() -> None:
     """Megatron's RNG tracker, recompute and checkpoints: torch's code over the CPU generator."""
     torch.cuda._initialized = True
+    torch.cuda._is_in_bad_fork = lambda: False  # no driver state that a fork could spoil
     torch.cuda.default_generators = (torch.default_generator,) * device_count()
     torch.cuda.random.current_device = current_device
     torch.cuda.random.device_count = device_count

@@ -8,6 +8,8 @@ run.evaluations, run.output, run.returncode
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
 import re
@@ -21,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.training import zygote
 from tests.training.runner import PREFIX
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,7 +34,8 @@ MODEL = shlex.split(
     "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 64 "
     "--seq-length 32 --max-position-embeddings 32 --position-embedding-type rope "
     "--normalization RMSNorm --swiglu --disable-bias-linear --attention-dropout 0 "
-    "--hidden-dropout 0 --untie-embeddings-and-output-weights --use-cpu-initialization"
+    "--hidden-dropout 0 --untie-embeddings-and-output-weights --use-cpu-initialization "
+    "--make-vocab-size-divisible-by 32"
 )
 DATA = shlex.split("--mock-data --tokenizer-type NullTokenizer --vocab-size 127 --num-workers 0")
 TRAIN = shlex.split(
@@ -111,19 +115,20 @@ def run(
     timeout: float = 240.0,
     env: Mapping[str, str] | None = None,
     pythonpath: Sequence[str] = (),
+    fresh: bool = False,
     check: bool = True,
 ) -> Run:
     """Train with ``nproc`` processes of this machine and collect what they print.
 
     ``script`` is a path, or ``("-m", module)``; ``options`` are the launcher's. ``pythonpath``
-    goes in front (another Megatron, say). With ``check`` a failing run raises ``AssertionError``
-    with the end of the output; a run that outlives ``timeout`` is killed and always raises.
+    goes in front (another Megatron, say). The processes are forked from one that has done the
+    imports; ``fresh``, other ``options`` or a ``pythonpath`` start new interpreters instead.
+    With ``check`` a failing run raises ``AssertionError`` with the end of the output; a run that
+    outlives ``timeout`` is killed and always raises.
     """
-    command = [sys.executable, "-m", "tests.training.runner", *options, *script, *map(str, flags)]
-    shared = {
-        **os.environ,
+    argv = [*options, *script, *map(str, flags)]
+    ranks = {
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([*pythonpath, str(ROOT)]),
         "PYTHONWARNINGS": "ignore",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
@@ -131,49 +136,85 @@ def run(
         "LOCAL_WORLD_SIZE": str(nproc),
         **(env or {}),
     }
+    fresh = fresh or bool(pythonpath) or tuple(options) != ("--cpu",)
+    start = functools.partial(_run_fresh, pythonpath) if fresh else _zygote().run
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder, f"rank{rank}.log") for rank in range(nproc)]
-        processes = []
-        for rank, log in enumerate(logs):
-            ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            with log.open("wb") as out:
-                processes.append(
-                    subprocess.Popen(
-                        command, env={**shared, **ranks}, stdout=out, stderr=subprocess.STDOUT
-                    )
-                )
-        returncode = _wait(processes, started + timeout)
+        returncode = start(argv, ranks, logs, timeout)
         output = "\n".join(log.read_text(errors="replace") for log in logs)
     result = Run(returncode, output, seconds=time.monotonic() - started)
     _parse(result)
     if returncode is None:
         raise AssertionError(
-            f"still running after {timeout} s: {' '.join(command)}\n{result.tail()}"
+            f"still running after {timeout} s: {shlex.join(argv)}\n{result.tail()}"
         )
     if check and returncode:
-        raise AssertionError(f"exit {returncode}: {' '.join(command)}\n{result.tail()}")
+        raise AssertionError(f"exit {returncode}: {shlex.join(argv)}\n{result.tail()}")
     return result
 
 
-def _wait(processes: list[subprocess.Popen], deadline: float) -> int | None:
-    """The first non-zero exit code, 0 when all end well, None at the deadline; none survives.
+def _environment(pythonpath: Sequence[str] = ()) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([*pythonpath, str(ROOT)])}
 
-    Once one process has failed, the others get a little time to say why they stop.
-    """
-    failed = None
-    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-        if failed is None and any(process.returncode for process in processes):
-            failed = next(p.returncode for p in processes if p.returncode)
-            deadline = min(deadline, time.monotonic() + 5.0)
-        time.sleep(0.1)
-    running = [process for process in processes if process.poll() is None]
-    for process in running:
-        process.kill()
-        process.wait()
-    if failed is None and running:
-        return None
-    return failed or next((p.returncode for p in processes if p.returncode), 0)
+
+def _run_fresh(
+    pythonpath: Sequence[str], argv: list[str], ranks: dict, logs: list[Path], timeout: float
+) -> int | None:
+    """New interpreters; the exit code as ``zygote.wait`` gives it."""
+    pids = []
+    for rank, log in enumerate(logs):
+        environment = {**_environment(pythonpath), **ranks, "RANK": str(rank)}
+        environment["LOCAL_RANK"] = str(rank)
+        with log.open("wb") as out:
+            command = [sys.executable, "-m", "tests.training.runner", *argv]
+            process = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
+        pids.append(process.pid)
+    return zygote.wait(pids, timeout)
+
+
+class _Zygote:
+    """The forking process (see ``zygote.py``), started at the first run of a test session."""
+
+    def __init__(self) -> None:
+        answers, child_end = os.pipe()
+        environment = {
+            **_environment(),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONWARNINGS": "ignore",
+            "LOCAL_WORLD_SIZE": "64",
+            "MOE_INJECT_ZYGOTE_ANSWERS": str(child_end),
+        }
+        command = [sys.executable, "-m", "tests.training.zygote"]
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  lives as long as the process
+        self._process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=self._log,
+            stderr=self._log,
+            pass_fds=(child_end,),
+            text=True,
+        )
+        os.close(child_end)
+        self._answers = os.fdopen(answers)
+        atexit.register(self._process.kill)
+
+    def run(self, argv: list[str], ranks: dict, logs: list[Path], timeout: float) -> int | None:
+        request = {"argv": [sys.argv[0], *argv], "env": ranks, "seconds": timeout}
+        request["logs"] = list(map(str, logs))
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        answer = self._answers.readline()
+        if not answer:
+            self._log.seek(0)
+            raise AssertionError(f"the test process cannot start Megatron:\n{self._log.read()}")
+        return json.loads(answer)["returncode"]
+
+
+@functools.cache
+def _zygote() -> _Zygote:
+    return _Zygote()
 
 
 def _parse(result: Run) -> None:

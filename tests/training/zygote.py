@@ -1,0 +1,93 @@
+"""A process that has imported Megatron once and forks the ranks of each test run.
+
+Imports are most of a small run: forking makes it several times cheaper. Nothing but imports,
+the CPU lane and the plugin's installation happens before the fork, so that a forked rank starts
+where a fresh one is after its imports. One JSON request a line on stdin, one answer a line on
+the descriptor given as argument:
+
+    {"argv": [...], "env": {...}, "logs": [one path per rank], "seconds": 60.0}
+    {"returncode": 0}        # null: still running after that time, killed
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+
+GRACE_SECONDS = 5.0
+"""After one rank fails, the others get this long to say why they stop."""
+
+
+def _fork(request: dict, rank: int) -> int:
+    """A child that becomes ``rank``: 0 in the child, its pid here."""
+    pid = os.fork()
+    if pid:
+        return pid
+    log = os.open(request["logs"][rank], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for source, target in ((nothing, 0), (log, 1), (log, 2)):
+        os.dup2(source, target)
+    os.environ.update(request["env"], RANK=str(rank), LOCAL_RANK=str(rank))
+    sys.argv = request["argv"]
+    return 0
+
+
+def _exit_code(status: int) -> int:
+    return os.waitstatus_to_exitcode(status)
+
+
+def wait(pids: list[int], seconds: float) -> int | None:
+    """The first non-zero exit code, 0 when all end well, None at the deadline; none survives."""
+    deadline = time.monotonic() + seconds
+    running, failed = set(pids), None
+    while running and time.monotonic() < deadline:
+        for pid in list(running):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                running.discard(pid)
+                if failed is None and _exit_code(status):
+                    failed = _exit_code(status)
+                    deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+        time.sleep(0.02)
+    for pid in running:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    if failed is None and running:
+        return None
+    return failed or 0
+
+
+def serve(answers) -> None:
+    """Answer requests until stdin closes; returns in every forked rank."""
+    for line in sys.stdin:
+        request = json.loads(line)
+        pids = []
+        for rank in range(len(request["logs"])):
+            pid = _fork(request, rank)
+            if not pid:
+                answers.close()
+                return
+            pids.append(pid)
+        answers.write(json.dumps({"returncode": wait(pids, request["seconds"])}) + "\n")
+        answers.flush()
+    sys.exit()
+
+
+def main() -> None:
+    from megatron_moe_inject import launch
+
+    sys.argv = [sys.argv[0], "--cpu"]
+    launch.prepare()
+    import megatron.core.models.gpt.gpt_layer_specs
+    import megatron.training.argument_utils  # noqa: F401
+
+    import megatron_moe_inject.data.batches  # noqa: F401
+    from tests.training import runner
+
+    serve(os.fdopen(int(os.environ["MOE_INJECT_ZYGOTE_ANSWERS"]), "w"))
+    runner.main()
+
+
+if __name__ == "__main__":
+    main()
