@@ -11,7 +11,7 @@ from megatron_moe_inject.losses.fused import (
     default_chunk_tokens,
     fused_linear_distillation,
 )
-from megatron_moe_inject.losses.rows import KINDS
+from megatron_moe_inject.losses.spec import KINDS
 
 __all__ = [
     "KINDS",

@@ -15,20 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from megatron_moe_inject.losses.rows import (
-    Divergence,
-    RowStats,
-    VocabShard,
-    add_mixture,
-    divergence_gradient,
-    exchange,
-    local_statistics,
-    merge,
-    mixture_terms,
-)
-
-# Elements of one block of rows: bounds the temporaries to a few times 4 bytes each.
-_BLOCK_ELEMENTS = 1 << 22
+from megatron_moe_inject.losses.rows import LogitRows, logit_gradient, row_statistics
+from megatron_moe_inject.losses.spec import Divergence, VocabShard, check_temperature
 
 
 def vocab_parallel_divergence(
@@ -83,30 +71,24 @@ def vocab_parallel_divergence(
     )
 
 
-def check_temperature(temperature: float | Tensor) -> None:
-    """Raise ValueError unless a temperature given as a number is positive and finite."""
-    if not isinstance(temperature, Tensor) and not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature={temperature} must be positive and finite")
-
-
 class _VocabParallelDivergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student_logits, teacher_logits, divergence, temperature, shard, with_gradient):
-        x = student_logits.reshape(-1, student_logits.shape[-1])[:, : shard.columns]
-        y = teacher_logits.reshape(-1, teacher_logits.shape[-1])[:, : shard.columns]
-        blocks = _row_blocks(x)
-
-        stats = _statistics(x, y, blocks, divergence, temperature, shard)
+        tokens, width = student_logits.shape[:-1], student_logits.shape[-1]
+        logits = LogitRows(
+            student_logits.reshape(-1, width)[:, : shard.columns],
+            teacher_logits.reshape(-1, width)[:, : shard.columns],
+            labels=None,
+            temperature=temperature,
+        )
+        stats = row_statistics(logits, divergence, shard)
         if with_gradient:
             gradient = torch.zeros_like(student_logits, memory_format=torch.contiguous_format)
-            flat = gradient.view(-1, gradient.shape[-1])
-            for rows in blocks:
-                part = divergence_gradient(
-                    x[rows], y[rows], stats.rows(rows), divergence, temperature
-                )
-                flat[rows, : shard.columns] = part.mul_(temperature)
+            out = gradient.view(-1, width)[:, : shard.columns]
+            one = torch.ones_like(stats.divergence)
+            logit_gradient(logits, stats, divergence, shard, one, None, out)
             ctx.save_for_backward(gradient)
-        return (stats.divergence * temperature**2).view(student_logits.shape[:-1])
+        return (stats.divergence * temperature**2).view(tokens)
 
     @staticmethod
     @once_differentiable
@@ -114,25 +96,3 @@ class _VocabParallelDivergence(torch.autograd.Function):
         (gradient,) = ctx.saved_tensors
         out = torch.empty_like(gradient)
         return torch.mul(gradient, grad_loss.unsqueeze(-1), out=out), *[None] * 5
-
-
-def _row_blocks(x: Tensor) -> list[slice]:
-    tokens, columns = x.shape
-    step = max(1, _BLOCK_ELEMENTS // max(columns, 1))
-    return [slice(start, start + step) for start in range(0, max(tokens, 1), step)]
-
-
-def _statistics(x, y, blocks, divergence, temperature, shard) -> RowStats:
-    """The statistics of all rows, block by block, with one exchange for all of them."""
-    parts = [
-        local_statistics(x[rows], y[rows], None, divergence, temperature, shard) for rows in blocks
-    ]
-    local = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    stats = merge(exchange(local, shard), None, divergence, temperature)
-    if divergence.mixture is not None:
-        terms = [
-            mixture_terms(x[rows], y[rows], stats.rows(rows), divergence, temperature)
-            for rows in blocks
-        ]
-        stats = add_mixture(stats, torch.cat(terms, dim=1), shard)
-    return stats

@@ -29,22 +29,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from megatron_moe_inject.losses.divergences import check_temperature
 from megatron_moe_inject.losses.head_gradient import HeadGradient
 from megatron_moe_inject.losses.rows import (
-    Divergence,
+    LogitRows,
     RowStats,
-    VocabShard,
-    add_cross_entropy_gradient,
-    divergence_gradient,
+    logit_gradient,
     maths_dtype,
     row_statistics,
 )
+from megatron_moe_inject.losses.spec import Divergence, VocabShard, check_temperature
 
-# Working memory of a chunk by device type: GPUs need larger chunks for busy matrix products.
-_CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
-# Float32 copies of a chunk's logits that the row maths holds at its peak.
-_WORKING_COPIES = 5
+# Memory for the logits of one chunk, by device type: GPUs need larger chunks for busy products.
+_CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 
 
 class FusedLoss(NamedTuple):
@@ -129,7 +125,6 @@ def fused_linear_distillation(
         shard=VocabShard.of(student_weight.shape[0], tp_group, valid_vocab_size),
         kd_gradient=teacher_hidden is not None and _may_be_nonzero(alpha),
         ce_gradient=_may_be_nonzero(beta),
-        mask_kd_gradient=isinstance(alpha, Tensor),
         chunk_tokens=chunk_tokens,
         hidden_gradient=torch.is_grad_enabled() and student_hidden.requires_grad,
         weight_gradient=torch.is_grad_enabled() and student_weight.requires_grad,
@@ -154,14 +149,13 @@ def fused_linear_distillation(
 
 
 def default_chunk_tokens(student_hidden: Tensor, student_weight: Tensor) -> int:
-    """Tokens per chunk whose working memory stays within 128 MiB on a CPU and 1 GiB on a GPU.
+    """Tokens per chunk whose logits stay within 64 MiB on a CPU and 512 MiB on a GPU.
 
-    A token takes v/p * (3 * itemsize + 5 * 4) bytes: both logits and the gradient by the student's
-    in their own dtype, and what the row maths holds in float32. Rounded down to a multiple of 64
-    where that leaves anything, and evened out over the chunks.
+    A token takes 2 * v/p * itemsize bytes: the student's logits, which its gradient overwrites, and
+    the teacher's. (The float32 copies of the row maths live in small blocks.) Rounded down to a
+    multiple of 64 where that leaves anything, and evened out over the chunks.
     """
-    vocab = student_weight.shape[0]
-    per_token = max(1, vocab * (3 * student_weight.element_size() + _WORKING_COPIES * 4))
+    per_token = max(1, 2 * student_weight.shape[0] * student_weight.element_size())
     budget = _CHUNK_BYTES.get(student_hidden.device.type, _CHUNK_BYTES["cuda"])
     limit = max(1, budget // per_token)
     tokens = max(1, len(student_hidden))
@@ -175,12 +169,26 @@ class _Plan:
     shard: VocabShard
     kd_gradient: bool
     ce_gradient: bool
-    mask_kd_gradient: bool
     chunk_tokens: int
     hidden_gradient: bool
     weight_gradient: bool
     reduce_hidden_grad: bool
     accumulate_main_grad: bool
+
+    def logit_gradient(
+        self, logits: LogitRows, stats: RowStats, kd_weight: Tensor, ce_weight: Tensor
+    ) -> Tensor:
+        """Derivative of kd_weight kd + ce_weight ce by the student's logits, written over them."""
+        logit_gradient(
+            logits,
+            stats,
+            self.divergence,
+            self.shard,
+            kd_weight if self.kd_gradient else None,
+            ce_weight if self.ce_gradient else None,
+            out=logits.x,
+        )
+        return logits.x
 
     def chunks(self, tokens: int) -> list[slice]:
         """The token slices, one empty slice when there is no token."""
@@ -215,12 +223,11 @@ class _Inputs(NamedTuple):
             self.beta[rows],
         )
 
-    def logits(self) -> tuple[Tensor, Tensor | None]:
+    def logits(self) -> LogitRows:
         """Student and teacher logits, [t, c] each."""
         x = self.hidden @ self.weight.t()
-        if self.teacher_hidden is None:
-            return x, None
-        return x, self.teacher_hidden @ self.teacher_weight.t()
+        y = None if self.teacher_hidden is None else self.teacher_hidden @ self.teacher_weight.t()
+        return LogitRows(x, y, self.labels, self.temperature)
 
 
 class _FusedLinearDistillation(torch.autograd.Function):
@@ -236,13 +243,11 @@ class _FusedLinearDistillation(torch.autograd.Function):
         parts = []
         for rows in plan.chunks(len(hidden)):
             chunk = inputs.chunk(rows, plan.shard.columns)
-            x, y = chunk.logits()
-            stats = row_statistics(
-                x, y, chunk.labels, plan.divergence, chunk.temperature, plan.shard
-            )
+            logits = chunk.logits()
+            stats = row_statistics(logits, plan.divergence, plan.shard)
             if unscaled is not None:
-                gradient = _logit_gradient(x, y, stats, chunk, plan, chunk.alpha, chunk.beta)
-                torch.mm(gradient.to(weight.dtype), chunk.weight, out=unscaled[rows])
+                gradient = plan.logit_gradient(logits, stats, chunk.alpha, chunk.beta)
+                torch.mm(gradient, chunk.weight, out=unscaled[rows])
             parts.append(stats)
         stats = RowStats.cat(parts)
 
@@ -294,29 +299,12 @@ def _recomputed_gradients(ctx, grad_total: Tensor) -> tuple[Tensor | None, Tenso
     head = HeadGradient(ctx.weight, plan.accumulate_main_grad)
     for rows in plan.chunks(len(grad_total)):
         chunk = inputs.chunk(rows, plan.shard.columns)
-        x, y = chunk.logits()
-        scale = grad_total[rows]
-        gradient = _logit_gradient(
-            x, y, stats.rows(rows), chunk, plan, chunk.alpha * scale, chunk.beta * scale
-        ).to(chunk.weight.dtype)
+        alpha, beta = chunk.alpha * grad_total[rows], chunk.beta * grad_total[rows]
+        gradient = plan.logit_gradient(chunk.logits(), stats.rows(rows), alpha, beta)
         if plan.hidden_gradient:
             torch.mm(gradient, chunk.weight, out=grad_hidden[rows])
         head.add(gradient, chunk.hidden)
     return grad_hidden, head.finish()
-
-
-def _logit_gradient(x, y, stats, chunk, plan, kd_weight, ce_weight) -> Tensor:
-    """Derivative of kd_weight kd + ce_weight ce by the student's logits x, [t, c]."""
-    if plan.kd_gradient:
-        gradient = divergence_gradient(x, y, stats, plan.divergence, chunk.temperature)
-        gradient.mul_((kd_weight * chunk.temperature)[:, None])
-        if plan.mask_kd_gradient:
-            gradient.masked_fill_((kd_weight == 0)[:, None], 0)
-    else:
-        gradient = x.new_zeros(x.shape, dtype=maths_dtype(x.dtype))
-    if plan.ce_gradient:
-        add_cross_entropy_gradient(gradient, x, chunk.labels, stats, ce_weight, plan.shard)
-    return gradient
 
 
 def _may_be_nonzero(weight: float | Tensor) -> bool:
