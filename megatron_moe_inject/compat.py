@@ -12,9 +12,10 @@ import importlib.util
 import inspect
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 SUPPORTED = ("0.18.2", "0.19", "0.20 (development)")
 
@@ -137,6 +138,17 @@ def tokenizer_vocab_size() -> int:
     from megatron.training.global_vars import get_tokenizer
 
     return int(get_tokenizer().vocab_size)
+
+
+def run_forward_pre_hooks(module: torch.nn.Module, *inputs: Any) -> None:
+    """Run a module's forward pre-hooks, for code that uses its weight without calling it.
+
+    Under ``--overlap-param-gather`` DDP's pre-hook waits for the all-gather of the module's
+    parameters; before it the weight is stale. What other hooks return is not used.
+    """
+    takes_kwargs = module._forward_pre_hooks_with_kwargs
+    for key, hook in list(module._forward_pre_hooks.items()):
+        hook(module, inputs, {}) if key in takes_kwargs else hook(module, inputs)
 
 
 def process_groups(chunk: torch.nn.Module) -> Any:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_moe_inject import compat
-from megatron_moe_inject.data.labels import GENERAL, HostGroup
+from megatron_moe_inject.data.labels import HostGroup
 from megatron_moe_inject.experts.boundary import GradientBoundary, agree_boundary
 from megatron_moe_inject.experts.census import parameter_rows
 from megatron_moe_inject.experts.freeze import FreezePolicy
@@ -24,7 +24,7 @@ from megatron_moe_inject.loss_hook import DomainLoss, LossHook
 from megatron_moe_inject.losses.objective import TermWeights
 from megatron_moe_inject.metrics.losses import LossReport
 from megatron_moe_inject.plan import Plan, TeacherRow
-from megatron_moe_inject.recipe import Recipe, RecipeError
+from megatron_moe_inject.recipe import GENERAL, Recipe, RecipeError
 from megatron_moe_inject.step import SplitRegistry, StepHook
 from megatron_moe_inject.student import (
     StudentFacts,

@@ -22,9 +22,7 @@ import os
 import sys
 from collections.abc import Callable
 from types import ModuleType
-from typing import TYPE_CHECKING
-
-import torch.distributed as dist
+from typing import TYPE_CHECKING, NoReturn
 
 from megatron_moe_inject import compat
 from megatron_moe_inject.plan import render_plan
@@ -84,7 +82,7 @@ class _Run:
     def pretrain(self, stock, *args, **kwargs):
         from megatron.training import get_args
 
-        from megatron_moe_inject.arguments import recipe_from_args
+        from megatron_moe_inject.arguments import name_error, recipe_from_args
 
         options = get_args()
         try:
@@ -97,7 +95,11 @@ class _Run:
             self._injection = Injection(recipe, options, compat.tokenizer_vocab_size())
             return stock(*args, **kwargs)
         except RecipeError as error:
-            raise _clean_exit(error) from None
+            # One message per node and no traceback: every rank found the same mistake.
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                message = f"megatron_moe_inject: {name_error(error, options)}"
+                print(message, file=sys.stderr, flush=True)
+            _leave(2)
         finally:
             self._injection = None
 
@@ -107,12 +109,9 @@ class _Run:
             return stock(*args, **kwargs)
         built = compat.call_with_pre_wrap_hook(stock, args, kwargs, injection.freeze)
         injection.attach(compat.bare_chunks(built[0]))
-        if dist.get_rank() == 0:
-            print(render_plan(injection.plan), flush=True)
+        _print_rank_0(render_plan(injection.plan))
         if injection.dry_run:
-            dist.barrier()
-            dist.destroy_process_group()
-            raise SystemExit(0)
+            _leave(0)
         return built
 
     def build_data_iterators(self, stock, *args, **kwargs):
@@ -143,14 +142,22 @@ class _Run:
     @staticmethod
     def _prove_frozen(injection: Injection) -> None:
         proof = injection.end_training()
-        if proof is not None and dist.get_rank() == 0:
-            print(proof, flush=True)
+        if proof is not None:
+            _print_rank_0(proof)
 
 
-def _clean_exit(error: RecipeError) -> SystemExit:
-    """The end of a run whose recipe is wrong: one message per node and no traceback."""
+def _print_rank_0(text: str) -> None:
+    import torch.distributed as dist
+
+    if dist.get_rank() == 0:
+        print(text, flush=True)
+
+
+def _leave(code: int) -> NoReturn:
+    """End this process; every rank comes here, before or after process groups exist."""
+    import torch.distributed as dist
+
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        print(f"megatron_moe_inject: {error}", file=sys.stderr, flush=True)
-    return SystemExit(2)
+    raise SystemExit(code)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
+from megatron_moe_inject import compat
 from megatron_moe_inject.losses.objective import SampleGroup, TermWeights, injection_loss
 from megatron_moe_inject.metrics.losses import LossReport, merge
 from megatron_moe_inject.teachers.step_pass import TeacherPass
@@ -37,7 +38,7 @@ class LossHook:
 
     Args:
         chunk: bare GPT model chunk with ``post_process``.
-        losses: by domain index, and under ``data.labels.GENERAL`` for general samples.
+        losses: by domain index, and under ``recipe.GENERAL`` for general samples.
         report: what to log.
         tp_group: group that shards the vocabulary.
         valid_vocab_size: number of ids that are not padding.
@@ -115,9 +116,7 @@ class LossHook:
         index, self._next = self._next, self._next + 1
         domains = self._labels[index]
         head = output_layer.weight if output_weight is None else output_weight
-        # With --overlap-param-gather the weight is complete only after the layer's pre-hooks.
-        for hook in list(output_layer._forward_pre_hooks.values()):
-            hook(output_layer, (hidden_states,))
+        compat.run_forward_pre_hooks(output_layer, hidden_states)
         if config.sequence_parallel:
             hidden_states = gather_from_sequence_parallel_region(
                 hidden_states, tensor_parallel_output_grad=True, group=self._tp_group

@@ -18,9 +18,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-GENERAL = -1
-"""Label of a sample that belongs to no domain."""
-
 DATASET_ID = "dataset_id"
 """Batch key set by ``megatron.core.datasets.blended_dataset.BlendedDataset``."""
 

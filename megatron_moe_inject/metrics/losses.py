@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_moe_inject.data.labels import GENERAL
 from megatron_moe_inject.losses.objective import LossTerms
+from megatron_moe_inject.recipe import GENERAL
 
 LM_LOSS = "lm loss"
 KD_LOSS = "kd loss"

@@ -3,13 +3,8 @@
 import pytest
 import torch
 
-from megatron_moe_inject.data.labels import (
-    GENERAL,
-    HostGroup,
-    domains_of,
-    pull,
-    without_dataset_id,
-)
+from megatron_moe_inject.data.labels import HostGroup, domains_of, pull, without_dataset_id
+from megatron_moe_inject.recipe import GENERAL
 
 
 def batches(*ids):

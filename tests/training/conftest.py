@@ -1,0 +1,66 @@
+"""Shared material of the injection tests: a blend of two corpora, a student and a teacher."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.training import lane
+
+SEQUENCE = 32
+
+
+@dataclass(frozen=True)
+class Material:
+    """Paths that the tests train from.
+
+    Attributes:
+        general, domain: prefixes of Megatron datasets.
+        student: checkpoint of a 4-layer student with 4 experts, the same start at every layout.
+        teacher: checkpoint of a dense model of other sizes, better than the student on the domain.
+    """
+
+    folder: Path
+    general: str
+    domain: str
+    student: str
+    teacher: str
+
+    def flags(self, *extra: str, **layout: int) -> list[str]:
+        """Flags of an injection run on the blend, from the student's checkpoint."""
+        blend = ("--data-path", "0.4", self.general, "0.6", self.domain, "--split", "90,5,5")
+        start = ("--load", self.student, "--finetune", "--no-load-optim", "--no-load-rng")
+        return student_flags(*blend, *start, "--train-iters", "4", *extra, **layout)
+
+
+def student_flags(*extra: str, **layout: int) -> list[str]:
+    """A 4-layer student with weight decay high enough to be seen if it touched the frozen."""
+    small = ("--num-layers", "4", "--tokenizer-type", "NullTokenizer", "--vocab-size", "61")
+    optimizer = ("--lr", "1e-2", "--weight-decay", "0.1", "--make-vocab-size-divisible-by", "16")
+    return [f for f in lane.moe(**layout) if f != "--mock-data"] + [*small, *optimizer, *extra]
+
+
+@pytest.fixture(scope="session")
+def material(tmp_path_factory) -> Material:
+    from tests.training.corpus import write_corpora
+
+    folder = tmp_path_factory.mktemp("material")
+    general, domain = write_corpora(folder)
+    student, teacher = str(folder / "student"), str(folder / "teacher")
+    lane.run(
+        student_flags(
+            *("--data-path", general, "--split", "90,5,5", "--train-iters", "3"),
+            *("--save", student, "--save-interval", "100"),
+        )
+    )
+    teacher_flags = [f for f in lane.dense() if f != "--mock-data"]
+    lane.run(
+        [
+            *teacher_flags,
+            *("--hidden-size", "48", "--ffn-hidden-size", "64", "--vocab-size", "61"),
+            *("--make-vocab-size-divisible-by", "8", "--lr", "1e-2", "--train-iters", "40"),
+            *("--data-path", domain, "--split", "90,5,5", "--global-batch-size", "16"),
+            *("--save", teacher, "--save-interval", "100"),
+        ]
+    )
+    return Material(folder, general, domain, student, teacher)

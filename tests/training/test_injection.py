@@ -1,0 +1,141 @@
+"""Injection through the real ``pretrain()``: one curve whatever the layout, nothing frozen moves.
+
+The recipe trains expert 3 of layers 2 and 3 only. So with expert parallelism one rank, and with
+pipeline parallelism one stage, has nothing to train; stock Megatron hangs there.
+"""
+
+import re
+import zlib
+
+import pytest
+
+from tests.training import lane
+
+RECIPE = """
+domains:
+  - name: code
+    data: [1]
+    teacher: coder
+    experts: {{layers: {{2: [3], 3: [3]}}}}
+teachers:
+  coder: {{source: "megatron:{teacher}"}}
+objective: {{alpha: 0.7, beta: 0.3, temperature: 2.0}}
+"""
+TERMS = ("lm loss", "kd loss", "total loss", "lm loss/code", "lm loss/general", "grad norm")
+PROVEN = re.compile(r"frozen check: \d+ frozen tensors on \d+ ranks bitwise unchanged")
+
+
+def recipe_file(material, recipe: str = RECIPE) -> str:
+    """``recipe`` with the material's teacher, as a file."""
+    text = recipe.format(teacher=material.teacher)
+    path = material.folder / f"recipe-{zlib.crc32(text.encode())}.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def inject(material, recipe: str = RECIPE, *, nproc: int = 1, extra=(), check=True, **layout):
+    """One run with ``recipe`` and the frozen check; later ``extra`` flags win."""
+    ours = ("--inject-recipe", recipe_file(material, recipe), "--inject-verify-frozen")
+    flags = material.flags(*ours, *extra, **layout)
+    return lane.run(flags, nproc=nproc, check=check)
+
+
+@pytest.fixture(scope="session")
+def single(material):
+    """The curve of one process, the reference of all layouts."""
+    return inject(material)
+
+
+def test_terms_are_reported_and_add_up(single):
+    for step in single.iterations:
+        assert step["kd loss"] > 0
+        share = (step["lm loss/general"] - step["lm loss"]) / (
+            step["lm loss/general"] - step["lm loss/code"]
+        )
+        assert 0.3 < share < 0.9
+        whole = 0.3 * step["lm loss"] + 0.7 * share * step["kd loss"]
+        assert step["total loss"] == pytest.approx(whole, rel=1e-4)
+
+
+def test_distillation_moves_the_student_towards_the_teacher(material):
+    run = inject(material, extra=("--train-iters", "30"))
+    first, last = run.iterations[0], run.iterations[-1]
+    assert last["kd loss"] < 0.9 * first["kd loss"]
+    assert last["lm loss/code"] < first["lm loss/code"] - 0.2
+
+
+LAYOUTS = {
+    "ep2": dict(nproc=2, ep=2),
+    "tp2-sp": dict(nproc=2, tp=2),
+    "pp2": dict(nproc=2, pp=2),
+    "cp2": dict(nproc=2, cp=2),
+    "pp2-vpp2": dict(nproc=2, pp=2, extra=("--num-layers-per-virtual-pipeline-stage", "1")),
+    "micro-batch 1": dict(extra=("--micro-batch-size", "1")),
+    "full recompute": dict(
+        extra=(
+            *("--recompute-granularity", "full", "--recompute-method", "uniform"),
+            *("--recompute-num-layers", "1"),
+        )
+    ),
+    "distributed optimizer, ep2": dict(nproc=2, ep=2, extra=tuple(lane.DISTRIBUTED_OPTIMIZER)),
+    "per-token loss": dict(extra=("--calculate-per-token-loss",)),
+}
+SLOW_LAYOUTS = {
+    "tp2-pp2": dict(nproc=4, tp=2, pp=2),
+    "tp2-ep2-dp2": dict(nproc=4, tp=2, ep=2),
+    "pp2-vpp2-ep2": dict(
+        nproc=4, pp=2, ep=2, extra=("--num-layers-per-virtual-pipeline-stage", "1")
+    ),
+    "cp2-tp2": dict(nproc=4, cp=2, tp=2),
+    "pp4": dict(nproc=4, pp=4),
+    "tp4": dict(nproc=4, tp=4),
+}
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        *(pytest.param(v, id=k) for k, v in LAYOUTS.items()),
+        *(pytest.param(v, id=k, marks=pytest.mark.slow) for k, v in SLOW_LAYOUTS.items()),
+    ],
+)
+def test_the_curve_does_not_depend_on_the_layout(material, single, layout):
+    run = inject(material, **layout)
+    assert len(run.iterations) == 4
+    for term in TERMS:
+        assert run.losses(term) == pytest.approx(single.losses(term), rel=2e-5), term
+    assert PROVEN.search(run.output)
+
+
+@pytest.mark.parametrize(
+    "precision",
+    [
+        pytest.param(("--bf16",), id="bf16"),
+        pytest.param(("--bf16", *lane.DISTRIBUTED_OPTIMIZER), id="bf16, distributed optimizer"),
+    ],
+)
+def test_frozen_parameters_stay_bitwise_under_adamw_with_decay(material, single, precision):
+    run = inject(material, nproc=2, ep=2, extra=precision)
+    assert PROVEN.search(run.output)
+    assert run.losses("total loss") == pytest.approx(single.losses("total loss"), rel=0.02)
+
+
+def test_killed_and_resumed_run_gives_the_same_curve(material):
+    save = str(material.folder / "resumed")
+    whole = inject(material, nproc=2, ep=2, extra=("--train-iters", "6"))
+    keep = ("--train-iters", "6", "--save", save, "--save-interval", "3")
+    inject(material, nproc=2, ep=2, extra=(*keep, "--exit-interval", "3"))
+    flags = material.flags("--inject-recipe", recipe_file(material), *keep, ep=2)
+    for flag in ("--finetune", "--no-load-optim", "--no-load-rng"):
+        flags.remove(flag)
+    resumed = lane.run([*flags, "--load", save], nproc=2)
+    for term in TERMS:
+        assert resumed.losses(term) == whole.losses(term)[3:], term
+
+
+def test_dry_run_prints_the_plan_and_trains_nothing(material):
+    run = inject(material, extra=("--inject-dry-run",), nproc=2, ep=2)
+    assert "moe-inject plan" in run.output
+    assert "nothing on 1 of 2 ranks" in run.output
+    assert run.returncode == 0
+    assert not run.iterations
