@@ -16,6 +16,7 @@ out=${OUT:-runs/quickstart}
 data=$out/data
 steps=${STEPS:-320}
 mkdir -p "$out"
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
 
 say() { printf '[%3d s] %s\n' "$SECONDS" "$*"; }
 logged() { # LOG COMMAND...: shows the end of the log when the command fails
@@ -30,26 +31,38 @@ case "${1:-}" in
   *) echo "usage: bash examples/quickstart.sh [--from-scratch]" >&2; exit 2 ;;
 esac
 
+rm -rf "$data" "$out"/{student,teacher,injected,tensorboard}
 say "cutting English and code from the text that ships with Python"
 logged "$out/corpora.log" "$PYTHON" "$HERE/corpora.py" "$data"
 
-say "unpacking the student and the teacher into Megatron checkpoints"
-rm -rf "$out/student" "$out/teacher" "$out/injected"
-logged "$out/unpack.log" "$PYTHON" "$HERE/models.py" unpack student "$out/student" -- "${STUDENT[@]}" "${BOTH[@]}"
-logged "$out/unpack.log" "$PYTHON" "$HERE/models.py" unpack teacher "$out/teacher" -- "${TEACHER[@]}" "${BOTH[@]}"
-
-evaluate() { # NAME CHECKPOINT FLAGS...: held-out losses of a checkpoint into $out/NAME.log
-  local name=$1 checkpoint=$2
-  shift 2
-  logged "$out/$name.log" megatron "$@" "${BOTH[@]}" "${TRAINING[@]}" "${HELD_OUT[@]}" \
-    --train-data-path "$data/code_slice" --valid-data-path "$data"/{code,english}_held_out \
-    --data-cache-path "$data/cache" --train-iters 1 --lr 1e-3 --eval-interval 1 \
-    --load "$checkpoint" --finetune --no-load-optim --no-load-rng --skip-train
+unpack() { # NAME ARCHITECTURE...
+  logged "$out/unpack-$1.log" "$PYTHON" "$HERE/models.py" unpack "$1" "$out/$1" -- "${@:2}" "${BOTH[@]}"
 }
 
-say "evaluating the student and the teacher on held-out text of both kinds"
-evaluate before "$out/student" --expert-model-parallel-size 2 "${STUDENT[@]}"
-evaluate teacher "$out/teacher" "${TEACHER[@]}"
+evaluate() { # NAME CHECKPOINT FLAGS...: losses on held-out text into $out/NAME.log
+  logged "$out/$1.log" megatron "${@:3}" "${BOTH[@]}" "${TRAINING[@]}" "${HELD_OUT[@]}" \
+    --train-data-path "$data/code_slice" --valid-data-path "$data"/{code,english}_held_out \
+    --data-cache-path "$data/cache-$1" --train-iters 1 --lr 1e-3 --eval-interval 1 \
+    --load "$2" --finetune --no-load-optim --no-load-rng --skip-train
+}
+
+prepare_student() {
+  unpack student "${STUDENT[@]}"
+  PROCESSES=1 evaluate before "$out/student" "${STUDENT[@]}"
+}
+
+prepare_teacher() {
+  unpack teacher "${TEACHER[@]}"
+  PROCESSES=1 evaluate teacher "$out/teacher" "${TEACHER[@]}"
+}
+
+say "student and teacher: unpacking into Megatron checkpoints, evaluating on held-out text"
+prepare_student &
+student=$!
+prepare_teacher &
+teacher=$!
+wait "$student"
+wait "$teacher"
 
 say "injecting: $steps steps on 300 kB of code and 10 % English, two experts of eight per layer"
 INJECT=(
@@ -60,10 +73,10 @@ logged "$out/inject.log" megatron "${STUDENT[@]}" "${BOTH[@]}" "${TRAINING[@]}" 
   --expert-model-parallel-size 2 \
   --train-data-path 0.9 "$data/code_slice" 0.1 "$data/english_slice" \
   --valid-data-path 0.5 "$data/code_held_out" 0.5 "$data/english_held_out" \
-  --data-cache-path "$data/cache" --train-iters "$steps" --lr 2e-3 --min-lr 2e-4 \
+  --data-cache-path "$data/cache-inject" --train-iters "$steps" --lr 2e-3 --min-lr 2e-4 \
   --eval-interval 80 --eval-iters 12 \
   --load "$out/student" --finetune --no-load-optim --no-load-rng \
-  --save "$out/injected" --save-interval "$steps" --tensorboard-dir "$out/tensorboard"
+  --save "$out/injected" --save-interval "$steps" --no-save-optim --tensorboard-dir "$out/tensorboard"
 
 say "evaluating the student after injection"
 evaluate after "$out/injected" --expert-model-parallel-size 2 "${STUDENT[@]}"

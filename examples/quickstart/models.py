@@ -123,12 +123,16 @@ def pack(name: str, folder: Path, log: Path, flags: list[str]) -> None:
         "sha256": checksum(path),
         "parameters": sum(v.numel() for v in weights.values()),
         "stored_as": "float16",
-        "architecture": " ".join(flag for flag in flags if "/" not in flag),
+        "flags": " ".join(flags).replace(f"--tokenizer-model {args.tokenizer_model} ", ""),
         "training": {
             "iterations": iteration,
             "tokens": iteration * run.tokens_per_step(args.seq_length),
             "python": ".".join(map(str, sys.version_info[:3])),
-            "held_out_loss": {k: round(v[-1][1], 4) for k, v in run.validation.items()},
+            "peak_learning_rate": max(rate for _, rate in run.terms["learning rate"]),
+            "held_out_loss": {
+                name.removeprefix("lm loss/"): round(series[-1][1], 4)
+                for name, series in run.validation.items()
+            },
             "made_by": "examples/quickstart/pretrain_models.sh",
         },
     }

@@ -33,5 +33,5 @@ if [ "${ONLY:-student}" = student ]; then
   pretrain student english_train 1200 2 "${STUDENT[@]}"
 fi
 if [ "${ONLY:-teacher}" = teacher ]; then
-  pretrain teacher code_train 1400 1 "${TEACHER[@]}"
+  pretrain teacher code_train 900 1 "${TEACHER[@]}"
 fi
