@@ -235,6 +235,7 @@ def _load_model(source: Source, params_dtype: torch.dtype) -> torch.nn.Module:
                 trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below, by name
             )
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, ImportError) as error:
         raise source.error(

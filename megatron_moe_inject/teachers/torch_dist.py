@@ -237,6 +237,8 @@ class TorchDistCheckpoint:
                 )
 
     def _read_common(self) -> dict[str, Any]:
+        import megatron.core  # noqa: F401  registers the classes that torch.load may restore
+
         path = self.folder / "common.pt"
         try:
             if path.is_file():
@@ -254,8 +256,10 @@ class TorchDistCheckpoint:
         except RecipeError:
             raise
         except pickle.UnpicklingError as error:
+            refused = re.search(r"global:? (?:GLOBAL )?([\w.]+)", str(error), re.IGNORECASE)
             raise self.source.error(
-                f"holds objects that this Megatron does not know as data: {_first_line(error)}",
+                "holds objects that this Megatron does not know as data: "
+                f"{refused[1] if refused else _first_line(error)}",
                 "load it with the Megatron version that saved it",
             ) from error
         except _DAMAGED as error:

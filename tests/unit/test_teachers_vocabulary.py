@@ -1,0 +1,200 @@
+"""Vocabularies of student and teacher: read as data, compared by token or at least by size."""
+
+import json
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_moe_inject.recipe import RecipeError
+from megatron_moe_inject.teachers.base import Source, padded_rows
+from megatron_moe_inject.teachers.tokenizer_files import UnreadableTokenizer, read_token_ids
+from megatron_moe_inject.teachers.vocabulary import TokenizerFlags, Vocabulary, check_vocabulary
+
+TOKENS = {"a": 0, "b": 1, "ab": 2, "<eod>": 3}
+
+
+def source(path) -> Source:
+    return Source("coder", f"hf:{path}", "hf", Path(path))
+
+
+def write_tokenizer(folder: Path, vocab: dict[str, int], added: dict[str, int] | None = None):
+    folder.mkdir(exist_ok=True)
+    content = {
+        "added_tokens": [{"id": i, "content": t} for t, i in (added or {}).items()],
+        "model": {"type": "BPE", "vocab": vocab, "merges": []},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return folder
+
+
+def flags(folder: Path, **more) -> TokenizerFlags:
+    return TokenizerFlags("HuggingFaceTokenizer", model=str(folder), **more)
+
+
+def test_tokenizer_json_with_added_tokens(tmp_path):
+    folder = write_tokenizer(tmp_path / "t", {"a": 0, "b": 1, "ab": 2}, {"<eod>": 3})
+    assert read_token_ids(folder) == TOKENS
+    assert read_token_ids(folder / "tokenizer.json") == TOKENS
+
+
+def test_tokenizer_json_of_the_tokenizers_library(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    trained = tokenizers.Tokenizer(tokenizers.models.BPE())
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=40, special_tokens=["<eod>"])
+    trained.train_from_iterator(["the cat sat on the mat"] * 3, trainer)
+    trained.save(str(tmp_path / "tokenizer.json"))
+    assert read_token_ids(tmp_path) == trained.get_vocab(with_added_tokens=True)
+    unigram = tokenizers.Tokenizer(tokenizers.models.Unigram([("x", -1.0), ("y", -2.0)], 0))
+    unigram.save(str(tmp_path / "tokenizer.json"))
+    assert read_token_ids(tmp_path) == {"x": 0, "y": 1}
+
+
+def test_sentencepiece_model(tmp_path):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    (tmp_path / "text").write_text("the cat sat on the mat\n" * 20)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=15,
+        minloglevel=2,
+    )
+    ids = read_token_ids(tmp_path / "tokenizer.model")
+    assert ids["<unk>"] == 0
+    assert len(ids) == 15
+    (tmp_path / "tokenizer.model").write_bytes(b"\x00\x01nonsense")
+    with pytest.raises(UnreadableTokenizer, match="is damaged"):
+        read_token_ids(tmp_path / "tokenizer.model")
+
+
+def test_gpt2_and_wordpiece_files(tmp_path):
+    (tmp_path / "vocab.json").write_text(json.dumps({"a": 0, "b": 1}))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<eod>": 2}))
+    assert read_token_ids(tmp_path) == {"a": 0, "b": 1, "<eod>": 2}
+    (tmp_path / "vocab.txt").write_text("[PAD]\nword\n##s\n")
+    assert read_token_ids(tmp_path / "vocab.txt") == {"[PAD]": 0, "word": 1, "##s": 2}
+
+
+@pytest.mark.parametrize("content", ["{", "[1, 2]", '{"a": "b"}', '{"model": {"vocab": 3}}', "{}"])
+def test_damaged_files_are_unreadable(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(UnreadableTokenizer):
+        read_token_ids(tmp_path)
+
+
+def test_a_folder_without_tokenizer_is_unreadable(tmp_path):
+    with pytest.raises(UnreadableTokenizer, match=r"holds no tokenizer\.json"):
+        read_token_ids(tmp_path)
+    with pytest.raises(UnreadableTokenizer, match="is not there"):
+        read_token_ids(tmp_path / "nowhere")
+
+
+def test_flags_of_megatron(tmp_path):
+    folder = write_tokenizer(tmp_path / "t", TOKENS)
+    args = Namespace(
+        tokenizer_type="HuggingFaceTokenizer",
+        tokenizer_model=str(folder),
+        vocab_file=None,
+        special_tokens=["<x>", "a"],
+        vocab_size=None,
+        padded_vocab_size=256,
+        make_vocab_size_divisible_by=512,
+        tensor_model_parallel_size=4,
+    )
+    vocabulary = TokenizerFlags.from_args(args).vocabulary()
+    assert vocabulary.ids == TOKENS | {"<x>": 4}
+    assert (vocabulary.size, vocabulary.rows, vocabulary.padding) == (5, 256, 2048)
+    assert TokenizerFlags.from_args(Namespace()).vocabulary().sizes() is None
+
+
+def test_tokenizer_saved_with_the_model_stands_in(tmp_path):
+    folder = write_tokenizer(tmp_path / "saved", TOKENS)
+    gone = flags(tmp_path / "elsewhere")
+    assert gone.vocabulary().ids is None
+    assert gone.vocabulary(folder).ids == TOKENS
+
+
+def test_gpt2_flags_read_the_vocab_file(tmp_path):
+    (tmp_path / "v.json").write_text(json.dumps(TOKENS))
+    found = TokenizerFlags("GPT2BPETokenizer", vocab_file=str(tmp_path / "v.json")).vocabulary()
+    assert found.ids == TOKENS
+
+
+def test_equal_tokens_pass_whatever_the_padding(tmp_path):
+    student = flags(write_tokenizer(tmp_path / "s", TOKENS), padded_vocab_size=8).vocabulary()
+    teacher = flags(write_tokenizer(tmp_path / "t", TOKENS), padded_vocab_size=4096).vocabulary()
+    assert "the same 4 tokens" in check_vocabulary(student, teacher, source(tmp_path))
+
+
+def test_differing_tokens_are_named(tmp_path):
+    student = flags(write_tokenizer(tmp_path / "s", TOKENS)).vocabulary()
+    swapped = TOKENS | {"ab": 3, "<eod>": 2, "new": 4}
+    teacher = flags(write_tokenizer(tmp_path / "t", swapped)).vocabulary()
+    with pytest.raises(RecipeError) as caught:
+        check_vocabulary(student, teacher, source(tmp_path))
+    message = str(caught.value)
+    assert message.startswith("teachers.coder.source: 'hf:")
+    assert "3 ids differ" in message
+    assert "id 2 is 'ab' for the student and '<eod>' for the teacher" in message
+    assert "id 4 is nothing for the student and 'new' for the teacher" in message
+
+
+def test_teacher_rows_must_cover_the_students_ids(tmp_path):
+    student = flags(write_tokenizer(tmp_path / "s", TOKENS)).vocabulary()
+    with pytest.raises(RecipeError, match="has 3 embedding rows for the student's 4 ids"):
+        check_vocabulary(student, replace(student, rows=3), source(tmp_path))
+
+
+UNREAD = Vocabulary("Tik", unreadable="vocabularies of Tik cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "same"),
+    [
+        ({"size": 50257}, {"size": 50257, "rows": 50304}, True),
+        ({"size": 50257}, {"size": 50256, "rows": 50304}, False),
+        ({"size": 50257}, {"rows": 50304}, True),
+        ({"size": 50257}, {"rows": 50256}, False),
+        ({"size": 32000}, {"rows": 152064}, False),
+        ({"size": 32000}, {"rows": 32000 + 1023}, True),
+        ({"size": 32000}, {"rows": 32000 + 1024}, False),
+        ({"size": 32000}, {"rows": 32000 + 4095, "padding": 4096}, True),
+        ({"rows": 32768}, {"size": 32000, "rows": 32000}, True),
+        ({"rows": 32768}, {"rows": 32000}, True),
+        ({"rows": 32768}, {"rows": 50304}, False),
+    ],
+)
+def test_sizes_agree_up_to_padding(student, teacher, same):
+    student, teacher = replace(UNREAD, **student), replace(UNREAD, **teacher)
+    if same:
+        told = check_vocabulary(student, teacher, source("/t"))
+        assert told.startswith("sizes agree")
+        assert told.endswith("tokens not compared: vocabularies of Tik cannot be read")
+    else:
+        with pytest.raises(RecipeError, match="has another vocabulary"):
+            check_vocabulary(student, teacher, source("/t"))
+
+
+def test_without_any_size_nothing_is_compared_and_told_so():
+    told = check_vocabulary(UNREAD, replace(UNREAD, rows=8), source("/t"))
+    assert told == "not compared: vocabularies of Tik cannot be read"
+
+
+@pytest.mark.parametrize("text", ["", "coder", "store:/tmp", "megatron:", "hf: ", "/tmp"])
+def test_other_sources_are_refused(text):
+    with pytest.raises(RecipeError, match="write megatron:/dir or hf:/dir"):
+        Source.parse("coder", text)
+
+
+def test_head_rows_are_views_inside_and_zero_beyond_the_vocabulary():
+    import torch
+
+    head = torch.arange(12.0).view(6, 2) + 1
+    inside = padded_rows(head, 4, 1, 4)
+    assert inside.data_ptr() == head[1:].data_ptr()
+    across = padded_rows(head, 4, 3, 9)
+    assert torch.equal(across[0], head[3])
+    assert across.shape == (6, 2)
+    assert not across[1:].any()
+    assert not padded_rows(head, 4, 5, 8).any()
