@@ -24,6 +24,7 @@ REQUIRED_SYMBOLS = {
     "megatron.training.training": (
         "pretrain",
         "setup_model_and_optimizer",
+        "get_megatron_optimizer",
         "build_train_valid_test_data_iterators",
         "get_forward_backward_func",
         "train",
@@ -31,7 +32,6 @@ REQUIRED_SYMBOLS = {
     ),
     "megatron.training": ("pretrain", "get_args", "print_rank_0"),
     "megatron.core.models.gpt.gpt_model": ("GPTModel",),
-    "megatron.core.optimizer.optimizer": ("ChainedOptimizer",),
     "megatron.core.tensor_parallel": ("gather_from_sequence_parallel_region",),
     "megatron.core.utils": ("get_attr_wrapped_model", "unwrap_model"),
 }
@@ -161,31 +161,6 @@ def process_groups(chunk: torch.nn.Module) -> Any:
     return ProcessGroupCollection.use_mpu_process_groups()
 
 
-def save_with_stub_optimizers() -> None:
-    """Let ``torch_dist`` checkpoints be saved when only expert parameters train.
-
-    Megatron then keeps a stub, without an inner optimizer, for the dense parameters, and
-    ``ChainedOptimizer._synchronize_steps`` (0.18.2 to 0.19.2) reads the stub's
-    ``optimizer.param_groups``. The wrapper hides stubs from that one method. Idempotent.
-    """
-    from megatron.core.optimizer.optimizer import ChainedOptimizer
-
-    stock = ChainedOptimizer._synchronize_steps
-    if hasattr(stock, "__wrapped__"):
-        return
-
-    def _synchronize_steps(self):
-        everything = self.chained_optimizers
-        self.chained_optimizers = [o for o in everything if o.optimizer is not None]
-        try:
-            return stock(self)
-        finally:
-            self.chained_optimizers = everything
-
-    _synchronize_steps.__wrapped__ = stock
-    ChainedOptimizer._synchronize_steps = _synchronize_steps
-
-
 def use_prebuilt_dataset_helpers() -> None:
     """Use the compiled dataset helper that is there instead of running ``make`` at every start.
 
@@ -212,6 +187,51 @@ def use_prebuilt_dataset_helpers() -> None:
             build()
 
     utils.compile_helpers = compile_helpers
+
+
+def load_distributed_optimizer_without_te() -> None:
+    """Let distributed-optimizer checkpoints be loaded where neither TE nor Apex is installed.
+
+    With torch's Adam the step count is kept per parameter, and ``DistributedOptimizer`` (0.18.2
+    to 0.20 development) trips over it three times: ``state_dict`` demands a step before any has
+    been taken, the tensors read for a parameter have no step to copy, and ``load_state_dict``
+    gives all parameters one shared step tensor, which then counts once per parameter and step.
+    Idempotent; does nothing where TE or Apex is there.
+    """
+    import torch
+    from megatron.core.optimizer import distrib_optimizer
+
+    kind = distrib_optimizer.DistributedOptimizer
+    stock_state_dict, stock_load = kind.state_dict, kind.load_state_dict
+    if distrib_optimizer.HAVE_APEX_OR_TE or hasattr(stock_state_dict, "__wrapped__"):
+        return
+
+    @functools.wraps(stock_state_dict)
+    def state_dict(self):
+        if self.optimizer.state:
+            return stock_state_dict(self)
+        inner = self.optimizer.state_dict
+        untouched = {0: {"step": torch.zeros(())}}
+        self.optimizer.state_dict = lambda: {**inner(), "state": untouched}
+        try:
+            return stock_state_dict(self)
+        finally:
+            del self.optimizer.state_dict
+
+    @functools.wraps(stock_load)
+    def load_state_dict(self, *args, **kwargs):
+        stock_load(self, *args, **kwargs)
+        for state in self.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+    stock_set = kind._set_main_param_and_optimizer_states
+
+    @functools.wraps(stock_set)
+    def set_states(self, model_param, tensors):
+        stock_set(self, model_param, {"step": None, **tensors})
+
+    kind.state_dict, kind.load_state_dict = state_dict, load_state_dict
+    kind._set_main_param_and_optimizer_states = set_states
 
 
 def megatron_origin() -> tuple[str, list[str]]:

@@ -8,7 +8,7 @@
 | ``training.build_train_valid_test_data_iterators`` | which split each iterator reads |
 | ``training.get_forward_backward_func`` | the step hook |
 | ``training.train`` | the proof that frozen parameters did not change |
-| ``ChainedOptimizer._synchronize_steps`` | stub optimizers can be saved (only when active) |
+| ``training.get_megatron_optimizer`` | the optimizer can be saved where little trains |
 
 Not patched: the optimizer's maths, DDP, schedules, routers, the checkpoint format, and any model
 code; the loss goes through ``GPTModel.forward``'s own ``output_processor``. Each wrapper keeps
@@ -51,6 +51,7 @@ def install() -> None:
     _wrap(training, "pretrain", run.pretrain)
     megatron.training.pretrain = training.pretrain
     _wrap(training, "setup_model_and_optimizer", run.setup_model_and_optimizer)
+    _wrap(training, "get_megatron_optimizer", run.get_megatron_optimizer)
     _wrap(training, "build_train_valid_test_data_iterators", run.build_data_iterators)
     _wrap(training, "get_forward_backward_func", run.get_forward_backward_func)
     _wrap(training, "train", run.train)
@@ -91,7 +92,6 @@ class _Run:
                 return stock(*args, **kwargs)
             from megatron_moe_inject.injection import Injection
 
-            compat.save_with_stub_optimizers()
             self._injection = Injection(recipe, options, compat.tokenizer_vocab_size())
             return stock(*args, **kwargs)
         except RecipeError as error:
@@ -113,6 +113,14 @@ class _Run:
         if injection.dry_run:
             _leave(0)
         return built
+
+    def get_megatron_optimizer(self, stock, *args, **kwargs):
+        optimizer = stock(*args, **kwargs)
+        if self._injection is None:
+            return optimizer
+        from megatron_moe_inject.experts.optimizer_state import make_checkpointable
+
+        return make_checkpointable(optimizer)
 
     def build_data_iterators(self, stock, *args, **kwargs):
         iterators = stock(*args, **kwargs)

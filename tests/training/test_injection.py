@@ -70,7 +70,6 @@ LAYOUTS = {
     "pp2": dict(nproc=2, pp=2),
     "cp2": dict(nproc=2, cp=2),
     "pp2-vpp2": dict(nproc=2, pp=2, extra=("--num-layers-per-virtual-pipeline-stage", "1")),
-    "micro-batch 1": dict(extra=("--micro-batch-size", "1")),
     "full recompute": dict(
         extra=(
             *("--recompute-granularity", "full", "--recompute-method", "uniform"),
@@ -105,6 +104,16 @@ def test_the_curve_does_not_depend_on_the_layout(material, single, layout):
     for term in TERMS:
         assert run.losses(term) == pytest.approx(single.losses(term), rel=2e-5), term
     assert PROVEN.search(run.output)
+
+
+def test_the_curve_does_not_depend_on_the_micro_batch_size(material):
+    """Without the stock balance loss, which is taken per micro-batch."""
+    unbalanced = ("--moe-router-load-balancing-type", "none")
+    two, one = (
+        inject(material, extra=(*unbalanced, "--micro-batch-size", size)) for size in ("2", "1")
+    )
+    for term in TERMS:
+        assert one.losses(term) == pytest.approx(two.losses(term), rel=2e-5), term
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,73 @@
+"""Mistakes end at start: one message, the same exit on every rank, no traceback, no hang."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.training.test_injection import RECIPE, inject
+
+WRONG = {
+    "an expert the student lacks": (
+        RECIPE.replace("[3]", "[3, 4]", 1).replace("2: [3, 4]", "2: [3, 9]"),
+        ("domains[0].experts.layers", "9", "0 to 3"),
+    ),
+    "a layer the student lacks": (
+        RECIPE.replace("3: [3]", "7: [3]"),
+        ("domains[0].experts.layers", "7", "0 to 3"),
+    ),
+    "a dataset the blend lacks": (
+        RECIPE.replace("data: [1]", "data: [2]"),
+        ("domains[0].data", "2"),
+    ),
+    "a teacher that is not there": (
+        RECIPE.replace("{teacher}", "{teacher}/nowhere"),
+        ("teachers.coder.source", "nowhere", "existing directory"),
+    ),
+    "an unknown key": (
+        RECIPE + "stering: {{coeff: 0.1}}\n",
+        ("stering",),
+    ),
+}
+
+
+def assert_clean_end(run, fragments):
+    assert run.returncode == 2, run.tail()
+    assert "Traceback" not in run.output
+    messages = {x for x in run.output.splitlines() if x.startswith("megatron_moe_inject: ")}
+    assert len(messages) == 1
+    for fragment in fragments:
+        assert fragment in next(iter(messages))
+    assert not run.iterations
+
+
+@pytest.mark.parametrize(("recipe", "fragments"), WRONG.values(), ids=WRONG)
+def test_a_wrong_recipe_ends_at_start(material, recipe, fragments):
+    assert recipe != RECIPE
+    assert_clean_end(inject(material, recipe, check=False), fragments)
+
+
+def test_a_teacher_that_only_the_last_stage_finds_broken_ends_every_rank(material, tmp_path):
+    broken = tmp_path / "teacher"
+    shutil.copytree(material.teacher, broken)
+    weights = sorted(Path(broken).rglob("*.distcp"))
+    assert weights
+    for file in weights:
+        file.write_bytes(file.read_bytes()[:64])
+    recipe = RECIPE.replace("{teacher}", str(broken))
+    run = inject(material, recipe, nproc=2, pp=2, check=False)
+    assert_clean_end(run, ("teachers.coder.source", str(broken)))
+
+
+def test_plain_flags_are_enough_and_their_mistakes_name_the_flag(material):
+    flags = (
+        *("--inject-teacher", f"megatron:{material.teacher}", "--inject-domain-data", "1"),
+        *("--inject-experts", "2:3;3:3", "--inject-alpha", "0.7", "--inject-beta", "0.3"),
+    )
+    from tests.training import lane
+
+    good = lane.run(material.flags(*flags, "--inject-temperature", "2.0"))
+    same = inject(material)
+    assert good.losses("total loss") == same.losses("total loss")
+    wrong = lane.run(material.flags(*flags, "--inject-temperature", "-2"), check=False)
+    assert_clean_end(wrong, ("--inject-temperature", "-2"))

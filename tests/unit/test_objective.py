@@ -1,0 +1,139 @@
+"""The objective on a micro-batch of mixed samples, against per-token references."""
+
+import pytest
+import torch
+
+from megatron_moe_inject.losses import reference
+from megatron_moe_inject.losses.objective import (
+    LossTerms,
+    SampleGroup,
+    TermWeights,
+    injection_loss,
+)
+from megatron_moe_inject.metrics.losses import LossReport, merge
+from megatron_moe_inject.recipe import GENERAL
+
+S, B, H, HT, V, VALID = 5, 4, 8, 6, 16, 13
+ONE_PROCESS = {"tp_group": None, "valid_vocab_size": VALID, "reduce_hidden_grad": True}
+
+
+@pytest.fixture
+def tensors():
+    torch.manual_seed(0)
+    return {
+        "hidden": torch.randn(S, B, H, requires_grad=True),
+        "head": torch.randn(V, H),
+        "labels": torch.randint(VALID, (B, S)),
+        "teachers": [torch.randn(2, S, HT), torch.randn(1, S, HT)],
+        "heads": [torch.randn(V, HT), torch.randn(V, HT)],
+    }
+
+
+def groups(tensors):
+    """Samples 3 and 0 learn from one teacher, 2 from another, 1 is general."""
+    return [
+        SampleGroup(
+            [0, 3],
+            TermWeights(0.7, 0.3, "forward_kl", 2.0),
+            tensors["teachers"][0],
+            tensors["heads"][0],
+        ),
+        SampleGroup([1], TermWeights(0.0, 0.5)),
+        SampleGroup(
+            [2],
+            TermWeights(1.0, 0.0, "reverse_kl", 1.0),
+            tensors["teachers"][1],
+            tensors["heads"][1],
+        ),
+    ]
+
+
+def kl(student, teacher, kind, temperature):
+    function = {"forward_kl": reference.forward_kl, "reverse_kl": reference.reverse_kl}[kind]
+    return function(student, teacher, temperature=temperature, valid_vocab_size=VALID)
+
+
+def test_mixed_samples_each_get_their_own_loss_and_gradient(tensors):
+    loss = injection_loss(
+        tensors["hidden"], tensors["head"], tensors["labels"], groups(tensors), **ONE_PROCESS
+    )
+    hidden = tensors["hidden"].detach().clone().requires_grad_(True)
+    logits = (hidden @ tensors["head"].t()).transpose(0, 1)
+    ce = reference.cross_entropy(logits, tensors["labels"], valid_vocab_size=VALID)
+    expected, kd = [None] * B, torch.zeros(B, S)
+    for group in groups(tensors):
+        for row, sample in enumerate(group.samples):
+            w = group.weights
+            expected[sample] = w.beta * ce[sample]
+            if group.teacher_hidden is not None:
+                teacher = group.teacher_hidden[row] @ group.teacher_head.t()
+                value = kl(logits[sample], teacher, w.kind, w.temperature)
+                kd[sample] = value.detach()
+                expected[sample] = expected[sample] + w.alpha * value
+    expected = torch.stack(expected)
+    weight = torch.rand(B, S)
+    (loss.total * weight).sum().backward()
+    (expected * weight).sum().backward()
+    torch.testing.assert_close(loss.total, expected)
+    torch.testing.assert_close(loss.ce, ce.detach())
+    torch.testing.assert_close(loss.kd, kd)
+    torch.testing.assert_close(tensors["hidden"].grad, hidden.grad)
+
+
+def test_the_order_of_groups_does_not_matter(tensors):
+    mixed = groups(tensors)
+    arguments = (tensors["hidden"], tensors["head"], tensors["labels"])
+    one = injection_loss(*arguments, mixed, **ONE_PROCESS)
+    other = injection_loss(*arguments, mixed[::-1], **ONE_PROCESS)
+    for a, b in zip(vars(one).values(), vars(other).values(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_samples_left_out_or_taken_twice_are_a_bug(tensors):
+    mixed = groups(tensors)
+    with pytest.raises(AssertionError, match="partition"):
+        injection_loss(
+            tensors["hidden"], tensors["head"], tensors["labels"], mixed[:2], **ONE_PROCESS
+        )
+
+
+def terms():
+    return LossTerms(
+        total=torch.ones(2, 3),
+        ce=torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]),
+        kd=torch.tensor([[0.5, 0.5, 0.5], [0.0, 0.0, 0.0]]),
+    )
+
+
+def test_report_sums_by_class_under_the_loss_mask():
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    report = LossReport(["code", "law"], distilled=[0], by_class=True)
+    values = report.values(terms(), mask, [0, GENERAL])
+    pairs = {name: [round(x, 6) for x in value.tolist()] for name, value in values.items()}
+    assert pairs == {
+        "lm loss": [7.0, 3.0],
+        "kd loss": [1.0, 2.0],
+        "lm loss/general": [4.0, 1.0],
+        "lm loss/code": [3.0, 2.0],
+        "kd loss/code": [1.0, 2.0],
+        "lm loss/law": [0.0, 0.0],
+    }
+
+
+def test_a_class_without_tokens_reports_zero_and_counts_stay_exact():
+    report = LossReport(["code"], distilled=[0], by_class=True)
+    values = report.values(terms(), torch.ones(2, 3), [GENERAL, GENERAL])
+    total, count = values["kd loss/code"]
+    assert (total / count).item() == 0.0
+    total, count = values["lm loss"]
+    assert count.item() == 6.0
+
+
+def test_stock_loss_becomes_the_total():
+    stock = {"lm loss": torch.tensor([9.0, 3.0]), "other": torch.tensor([1.0, 1.0])}
+    merged = merge(stock, {"lm loss": torch.tensor([6.0, 3.0])})
+    assert {name: value.tolist() for name, value in merged.items()} == {
+        "lm loss": [6.0, 3.0],
+        "other": [1.0, 1.0],
+        "total loss": [9.0, 3.0],
+    }
