@@ -2,9 +2,9 @@
 
 Megatron assumes a CUDA device in a few hundred places. ``enable()`` answers those places with
 the CPU instead of changing them: a device-less ``torch.cuda`` (``torch_device``), the few
-Megatron parts that have no CPU path (``megatron_parts``, ``context_parallel``) and the flags
-that follow from it (``flags``). Maths, schedules, process groups, optimizers, data order and
-checkpoints stay Megatron's own, so that parallel logic can be developed and tested anywhere.
+Megatron parts without a CPU path (``megatron_parts``, ``context_parallel``, ``packed``) and the
+flags that follow from it (``flags``). Maths, schedules, process groups, optimizers, data order
+and checkpoints stay Megatron's own, so that parallel logic can be developed and tested anywhere.
 Speed, memory figures, kernels, FP8 and Transformer Engine are not what this lane shows.
 """
 
@@ -51,10 +51,12 @@ def enable(force: bool = False) -> None:
     torch_device.install()
     setattr(torch.cuda, _MARK, True)
     compat.use_prebuilt_dataset_helpers()
+    compat.load_distributed_optimizer_without_te()
     megatron_parts.install()
-    from megatron_moe_inject.cpu_lane import context_parallel  # imports Megatron: not before
+    from megatron_moe_inject.cpu_lane import context_parallel, packed  # these import Megatron
 
     context_parallel.install()
+    packed.install()
     flags.install()
     if os.environ.get("RANK", "0") == "0":
         print(

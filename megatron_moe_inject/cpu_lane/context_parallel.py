@@ -50,13 +50,19 @@ class ContextParallelAttention(DotProductAttention):
         if self.cp_group is None:
             self.cp_group = parallel_state.get_context_parallel_group()
 
-    def forward(self, query, key, value, attention_mask, *args, **kwargs):
+    def forward(self, query, key, value, attention_mask, *args, packed_seq_params=None, **kwargs):
         """``[s/c, b, n, d]`` queries, ``[s/c, b, g, d]`` keys and values -> ``[s/c, b, n*d]``.
 
         ``attention_mask`` (true = hidden) is ``[b, 1, s/c, s]`` or None; tokens after the query
         are hidden in any case. Two all-gathers of K and V over the context-parallel group, two
         reduce-scatters in backward.
         """
+        if packed_seq_params is not None:
+            raise ValueError(
+                "packed batches with --context-parallel-size "
+                f"{self.config.context_parallel_size} are not supported on the CPU lane; leave "
+                "out --dataloader-inter-document-masking"
+            )
         cp_size, rank = self.cp_group.size(), self.cp_group.rank()
         positions = zigzag_positions(cp_size, key.size(0) * cp_size)
         in_order = positions.flatten().argsort()

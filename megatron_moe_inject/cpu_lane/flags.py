@@ -5,6 +5,7 @@ given on the command line wins over the lane's default and is then checked.
 """
 
 import functools
+import sys
 
 DEFAULTS = {
     "distributed_backend": "gloo",
@@ -72,7 +73,10 @@ def install() -> None:
 
     @functools.wraps(validate_args)
     def checked_validate_args(args, *rest, **kwargs):
-        check(args)
+        try:
+            check(args)
+        except CpuLaneFlagError as error:
+            sys.exit(f"moe-inject: {error}")
         return validate_args(args, *rest, **kwargs)
 
     arguments.add_megatron_arguments = add_megatron_arguments

@@ -1,7 +1,8 @@
 """The Megatron parts without a CPU path, replaced where they are looked up.
 
-Two exist: a helper that leaves CPU tensors as tensors where numpy is expected, and the local
-spec's norm, which refuses sequence parallelism although its maths does not depend on it.
+A helper that leaves CPU tensors as tensors where numpy is expected; the local spec's norm, which
+refuses sequence parallelism although its maths does not depend on it; and, on the development
+branch, a type test that fails where Transformer Engine is absent.
 """
 
 import copy
@@ -44,7 +45,18 @@ def _norm_under_sequence_parallelism() -> None:
     WrappedTorchNorm.__new__ = new
 
 
+def _no_inference_linears() -> None:
+    """MTP's test for inference linears (0.20 development), whose types need Transformer Engine."""
+    from megatron.core.tensor_parallel import inference_layers
+    from megatron.core.transformer import multi_token_prediction
+
+    name = "is_inference_column_parallel_linear"
+    if hasattr(multi_token_prediction, name) and not inference_layers.HAVE_TE:
+        setattr(multi_token_prediction, name, lambda module: False)
+
+
 def install() -> None:
     """Put all of the above in place."""
     _counts_as_numpy()
     _norm_under_sequence_parallelism()
+    _no_inference_linears()

@@ -228,6 +228,16 @@ def _type_names_are_cuda() -> None:
     torch.Tensor.type = type_
 
 
+def _backward_keeps_the_mode() -> None:
+    """Recompute runs forward code in backward, where torch suspends ``OnCpu`` as it dispatches."""
+
+    def backward(self, gradient=None, retain_graph=None, create_graph=False, inputs=None):
+        torch.autograd.backward(self, gradient, retain_graph, create_graph, inputs=inputs)
+
+    torch.autograd.has_torch_function = lambda tensors: False
+    torch.Tensor.backward = backward
+
+
 def _torch_sees_no_accelerator() -> None:
     """``torch`` itself (data loader pinning, checkpoint planners) must not look for a device."""
     torch.accelerator.is_available = lambda: False
@@ -240,4 +250,5 @@ def install() -> None:
     _tensors_stay()
     _type_names_are_cuda()
     _torch_sees_no_accelerator()
+    _backward_keeps_the_mode()
     OnCpu().__enter__()

@@ -122,7 +122,7 @@ def run(
 
     ``script`` is a path, or ``("-m", module)``; ``options`` are the launcher's. ``pythonpath``
     goes in front (another Megatron, say). The processes are forked from one that has done the
-    imports; ``fresh``, other ``options`` or a ``pythonpath`` start new interpreters instead.
+    imports; ``fresh`` or other ``options`` start new interpreters instead.
     With ``check`` a failing run raises ``AssertionError`` with the end of the output; a run that
     outlives ``timeout`` is killed and always raises.
     """
@@ -136,8 +136,10 @@ def run(
         "LOCAL_WORLD_SIZE": str(nproc),
         **(env or {}),
     }
-    fresh = fresh or bool(pythonpath) or tuple(options) != ("--cpu",)
-    start = functools.partial(_run_fresh, pythonpath) if fresh else _zygote().run
+    if fresh or tuple(options) != ("--cpu",):
+        start = functools.partial(_run_fresh, pythonpath)
+    else:
+        start = _zygote(tuple(pythonpath)).run
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder, f"rank{rank}.log") for rank in range(nproc)]
@@ -176,10 +178,10 @@ def _run_fresh(
 class _Zygote:
     """The forking process (see ``zygote.py``), started at the first run of a test session."""
 
-    def __init__(self) -> None:
+    def __init__(self, pythonpath: tuple[str, ...]) -> None:
         answers, child_end = os.pipe()
         environment = {
-            **_environment(),
+            **_environment(pythonpath),
             "OMP_NUM_THREADS": "1",
             "PYTHONWARNINGS": "ignore",
             "LOCAL_WORLD_SIZE": "64",
@@ -208,13 +210,14 @@ class _Zygote:
         answer = self._answers.readline()
         if not answer:
             self._log.seek(0)
-            raise AssertionError(f"the test process cannot start Megatron:\n{self._log.read()}")
+            code, log = self._process.wait(), self._log.read()
+            raise AssertionError(f"the process that forks the ranks ended ({code}):\n{log}")
         return json.loads(answer)["returncode"]
 
 
 @functools.cache
-def _zygote() -> _Zygote:
-    return _Zygote()
+def _zygote(pythonpath: tuple[str, ...]) -> _Zygote:
+    return _Zygote(pythonpath)
 
 
 def _parse(result: Run) -> None:

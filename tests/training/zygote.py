@@ -79,10 +79,8 @@ def main() -> None:
 
     sys.argv = [sys.argv[0], "--cpu"]
     launch.prepare()
-    import megatron.core.models.gpt.gpt_layer_specs
-    import megatron.training.argument_utils  # noqa: F401
 
-    import megatron_moe_inject.data.batches  # noqa: F401
+    import megatron_moe_inject.gpt_entry  # noqa: F401
     from tests.training import runner
 
     serve(os.fdopen(int(os.environ["MOE_INJECT_ZYGOTE_ANSWERS"]), "w"))
