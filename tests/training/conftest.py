@@ -26,11 +26,15 @@ class Material:
     student: str
     teacher: str
 
+    @property
+    def blend(self) -> tuple[str, ...]:
+        """Data flags: entry 0 is general, entry 1 the domain."""
+        return ("--data-path", "0.4", self.general, "0.6", self.domain, "--split", "90,5,5")
+
     def flags(self, *extra: str, **layout: int) -> list[str]:
         """Flags of an injection run on the blend, from the student's checkpoint."""
-        blend = ("--data-path", "0.4", self.general, "0.6", self.domain, "--split", "90,5,5")
         start = ("--load", self.student, "--finetune", "--no-load-optim", "--no-load-rng")
-        return student_flags(*blend, *start, "--train-iters", "4", *extra, **layout)
+        return student_flags(*self.blend, *start, "--train-iters", "4", *extra, **layout)
 
 
 def student_flags(*extra: str, **layout: int) -> list[str]:

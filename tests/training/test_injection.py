@@ -10,6 +10,7 @@ import zlib
 import pytest
 
 from tests.training import lane
+from tests.training.conftest import student_flags
 
 RECIPE = """
 domains:
@@ -104,6 +105,33 @@ def test_the_curve_does_not_depend_on_the_layout(material, single, layout):
     for term in TERMS:
         assert run.losses(term) == pytest.approx(single.losses(term), rel=2e-5), term
     assert PROVEN.search(run.output)
+
+
+CE_ONLY = """
+domains:
+  - {{name: code, data: [1]}}
+objective: {{alpha: 0.0, beta: 1.0}}
+train:
+  experts: all
+  router: true
+  attention: true
+  norms: true
+  embedding: true
+  output_layer: true
+"""
+
+
+@pytest.mark.parametrize("layout", [{}, {"nproc": 2, "tp": 2}], ids=["single", "tp2-sp"])
+def test_cross_entropy_with_everything_training_is_stock_training(material, layout):
+    """The head trains too; the vocabulary needs no padding, which stock would count."""
+    layout = dict(layout)
+    nproc = layout.pop("nproc", 1)
+    fresh = student_flags(*material.blend, "--vocab-size", "63", "--train-iters", "4", **layout)
+    stock = lane.run(fresh, nproc=nproc)
+    ours = lane.run([*fresh, "--inject-recipe", recipe_file(material, CE_ONLY)], nproc=nproc)
+    assert ours.losses("lm loss") == pytest.approx(stock.losses("lm loss"), rel=2e-5)
+    assert ours.losses("total loss") == pytest.approx(stock.losses("lm loss"), rel=2e-5)
+    assert ours.losses("grad norm") == pytest.approx(stock.losses("grad norm"), rel=2e-4)
 
 
 def test_the_curve_does_not_depend_on_the_micro_batch_size(material):
