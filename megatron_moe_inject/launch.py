@@ -8,6 +8,7 @@ expect. The plugin goes in first, because scripts bind Megatron's names when the
 ``--cpu`` enables the CPU lane, ``--cpu-force`` does so although there is a GPU.
 """
 
+import importlib.util
 import os
 import runpy
 import sys
@@ -61,9 +62,18 @@ def main() -> None:
     prepare()
     sys.argv = [target, *script_arguments]
     if as_module:
+        if not _module_exists(target):
+            sys.exit(f"moe-inject: no module named {target!r}")
         runpy.run_module(target, run_name="__main__", alter_sys=True)
     else:
         runpy.run_path(target, run_name="__main__")
+
+
+def _module_exists(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 if __name__ == "__main__":
