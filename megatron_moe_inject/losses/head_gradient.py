@@ -17,6 +17,11 @@ from torch import Tensor
 
 from megatron_moe_inject.losses.rows import maths_dtype
 
+# Rows of the head that one product covers where it needs a float32 copy of operands or result.
+_ROWS = 4096
+# torch.mm(..., out_dtype=) came with torch 2.8.
+_HAS_OUT_DTYPE = hasattr(torch.ops.aten.mm, "dtype")
+
 
 class HeadGradient:
     """Sum of ``gradient.T @ hidden`` over chunks for one head weight [v/p, h]."""
@@ -46,8 +51,10 @@ class HeadGradient:
         rows = self.sum[: gradient.shape[1]]
         if gradient.dtype == rows.dtype:
             rows.addmm_(gradient.t(), hidden)
-        else:
-            rows.add_(gradient.t() @ hidden)
+            return
+        parts = zip(rows.split(_ROWS), gradient.split(_ROWS, dim=1), strict=True)
+        for part, part_gradient in parts:
+            _add_wide_product(part, part_gradient.t(), hidden)
 
     def finish(self) -> Tensor | None:
         """What autograd receives as the weight's gradient."""
@@ -60,3 +67,14 @@ class HeadGradient:
         self.weight.grad_added_to_main_grad = True
         zero = getattr(self.weight, "zero_out_wgrad", False)
         return (torch.zeros_like if zero else torch.empty_like)(self.weight)
+
+
+def _add_wide_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a @ b of 16-bit operands to the float32 ``total`` without rounding it to 16 bits.
+
+    Rounding each chunk's product would make the sum over chunks worse than one product over all.
+    """
+    if total.is_cuda and _HAS_OUT_DTYPE:
+        total.add_(torch.mm(a, b, out_dtype=total.dtype))
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))

@@ -62,6 +62,26 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, valid_vocab_size=None) -> T
     return torch.where(labels >= 0, -picked.squeeze(-1), 0.0)
 
 
+def linear_distillation(
+    student_hidden,
+    student_weight,
+    teacher_hidden,
+    teacher_weight,
+    labels,
+    *,
+    divergence=forward_kl,
+    temperature=1.0,
+    alpha=1.0,
+    beta=0.0,
+    valid_vocab_size=None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(alpha kd + beta ce, kd, ce) from hidden states and whole heads; see ``fused``."""
+    x, y = student_hidden @ student_weight.t(), teacher_hidden @ teacher_weight.t()
+    kd = divergence(x, y, temperature=temperature, valid_vocab_size=valid_vocab_size)
+    ce = cross_entropy(x, labels, valid_vocab_size=valid_vocab_size)
+    return alpha * kd + beta * ce, kd, ce
+
+
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     gap = torch.where(log_a == -torch.inf, 0.0, log_a - log_b)
     return (log_a.exp() * gap).sum(-1)

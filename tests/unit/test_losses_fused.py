@@ -1,0 +1,292 @@
+"""fused_linear_distillation on one process: work done, memory, precision, weights and misuse.
+
+Values and gradients at TP 1, 2 and 4 are in tests/parallel/test_losses_fused.py.
+"""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd.profiler import profile
+
+from megatron_moe_inject.losses import default_chunk_tokens, fused_linear_distillation, reference
+from tests.unit.losses_cases import (
+    KINDS,
+    REFERENCES,
+    VALID,
+    FusedCase,
+    V,
+    assert_close,
+    per_token,
+    relative_error,
+)
+
+
+def _operations(case, head_trains=False, grad=True, hidden_trains=True, backward=True, chunk=4):
+    """Number of matrix products, and the size of the largest tensor that any operation read."""
+    hidden, weight = case.leaves(head_trains)
+    hidden.requires_grad_(hidden_trains)
+    with profile(record_shapes=True) as trace:
+        with torch.set_grad_enabled(grad):
+            loss = case.call(hidden, weight, chunk_tokens=chunk)
+        if backward:
+            loss.total.backward(case.upstream)
+    events = trace.function_events
+    products = sum(event.name in ("aten::mm", "aten::addmm_") for event in events)
+    shapes = [shape for event in events for shape in event.input_shapes or ()]
+    return products, max(math.prod(shape) for shape in shapes)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 10**6),
+    t=st.integers(1, 9),
+    v=st.integers(2, 30),
+    chunk=st.integers(1, 12),
+    temperature=st.floats(0.5, 8.0),
+    weights=st.tuples(st.floats(0, 2), st.floats(0, 2)),
+    kind=st.sampled_from(KINDS),
+    head_trains=st.booleans(),
+)
+def test_matches_the_reference(seed, t, v, chunk, temperature, weights, kind, head_trains):
+    alpha, beta = weights
+    case = FusedCase.make(
+        seed, t=t, v=v, valid=v - 1, kind=kind, temperature=temperature, alpha=alpha, beta=beta
+    )
+    expected = case.dense()
+    hidden, weight = case.leaves(head_trains)
+    loss = case.call(hidden, weight, chunk_tokens=chunk)
+    loss.total.backward(case.upstream)
+    for name in ("total", "kd", "ce"):
+        assert_close(getattr(loss, name), expected[name], name)
+    assert_close(hidden.grad, expected["hidden"], "hidden gradient")
+    if head_trains:
+        assert_close(weight.grad, expected["weight"], "head gradient")
+
+
+def test_work_per_chunk():
+    case, chunks = FusedCase.make(t=11), 3
+    assert _operations(case)[0] == 3 * chunks
+    assert _operations(case, head_trains=True)[0] == 6 * chunks
+    assert _operations(case, head_trains=True, hidden_trains=False)[0] == 5 * chunks
+    assert _operations(case, grad=False, backward=False)[0] == 2 * chunks
+    assert _operations(case, hidden_trains=False, backward=False)[0] == 2 * chunks
+
+
+def test_no_teacher_no_teacher_work():
+    case, chunks = FusedCase.make(t=11, alpha=0.0, beta=1.3), 3
+    expected = case.dense()
+    case.teacher_hidden = case.teacher_weight = None
+    assert _operations(case)[0] == 2 * chunks
+    for head_trains in (False, True):
+        hidden, weight = case.leaves(head_trains)
+        loss = case.call(hidden, weight, chunk_tokens=4)
+        loss.total.backward(case.upstream)
+        assert (loss.kd == 0).all()
+        assert_close(loss.total, expected["total"], "total")
+        assert_close(hidden.grad, expected["hidden"], "hidden gradient")
+        if head_trains:
+            assert_close(weight.grad, expected["weight"], "head gradient")
+
+
+@pytest.mark.parametrize("head_trains", [False, True])
+def test_full_logits_never_exist(head_trains):
+    case = FusedCase.make(t=64, h=4, h_t=4, v=640, valid=640)
+    _, largest = _operations(case, head_trains, chunk=8)
+    assert largest == 8 * 640, "something larger than a chunk of logits"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("head_trains", [False, True])
+def test_bfloat16_is_no_worse_than_naive(kind, head_trains):
+    case = FusedCase.make(
+        t=96, h=64, h_t=32, v=512, valid=500, kind=kind, dtype=torch.bfloat16,
+        alpha=per_token(96), beta=per_token(96, seed=6),
+    )  # fmt: skip
+    case.weight, case.teacher_weight = case.weight / 8, case.teacher_weight / 4
+    expected = case.dense()
+
+    naive_hidden, naive_weight = case.leaves()
+    x = (naive_hidden @ naive_weight.t()).float()
+    y = (case.teacher_hidden @ case.teacher_weight.t()).float()
+    kd = REFERENCES[kind](x, y, temperature=2.0, valid_vocab_size=500)
+    ce = reference.cross_entropy(x, case.labels, valid_vocab_size=500)
+    naive_total = case.options["alpha"].float() * kd + case.options["beta"].float() * ce
+    naive_total.backward(case.upstream)
+
+    hidden, weight = case.leaves(head_trains)
+    loss = case.call(hidden, weight, chunk_tokens=32)
+    loss.total.backward(case.upstream)
+    assert loss.total.dtype == torch.float32
+
+    def within_budget(name, ours, naive):
+        error, budget = relative_error(ours, expected[name]), relative_error(naive, expected[name])
+        assert error <= 1.1 * budget, f"{name}: error {error:.3g}, naive path {budget:.3g}"
+
+    within_budget("total", loss.total, naive_total)
+    within_budget("hidden", hidden.grad, naive_hidden.grad)
+    if head_trains:
+        within_budget("weight", weight.grad, naive_weight.grad)
+
+
+@pytest.mark.parametrize("head_trains", [False, True])
+def test_tokens_of_weight_zero_contribute_nothing_whatever_the_teacher_says(head_trains):
+    alpha = torch.tensor([0.0, 0.5, 0.0, 1.0, 0.0])
+    case = FusedCase.make(t=5, alpha=alpha, kind="reverse_kl")
+    expected = case.dense()
+    case.teacher_hidden = case.teacher_hidden.masked_fill((alpha == 0)[:, None], torch.nan)
+    hidden, weight = case.leaves(head_trains)
+    loss = case.call(hidden, weight, chunk_tokens=2)
+    loss.total.backward(case.upstream)
+    assert_close(loss.total, expected["total"], "total")
+    assert_close(hidden.grad, expected["hidden"], "hidden gradient")
+    if head_trains:
+        assert_close(weight.grad, expected["weight"], "head gradient")
+
+
+@pytest.mark.parametrize("zero", [0.0, torch.zeros(11)])
+def test_all_weights_zero(zero):
+    case = FusedCase.make(t=11, alpha=zero, beta=zero)
+    expected = case.dense()
+    hidden, weight = case.leaves()
+    loss = case.call(hidden, weight)
+    loss.total.backward(case.upstream)
+    assert_close(loss.kd, expected["kd"], "kd is reported")
+    assert_close(loss.ce, expected["ce"], "ce is reported")
+    for zeros in (loss.total, hidden.grad, weight.grad):
+        assert (zeros == 0).all()
+
+
+@pytest.mark.parametrize("head_trains", [False, True])
+def test_upstream_zero_masks_the_token(head_trains):
+    case = FusedCase.make(t=11)
+    case.upstream[3:] = 0
+    hidden, weight = case.leaves(head_trains)
+    case.call(hidden, weight, chunk_tokens=2).total.backward(case.upstream)
+    assert (hidden.grad[3:] == 0).all()
+    assert (hidden.grad[:3] != 0).any(-1).all()
+
+
+def test_labels_outside_the_vocabulary_cannot_go_unseen():
+    case = FusedCase.make(t=4)
+    case.labels = torch.tensor([0, VALID, V, -1])
+    ce = case.call(*case.leaves()).ce
+    assert ce[0].isfinite()
+    assert (ce[1:3] == torch.inf).all()
+    assert ce[3] == 0
+
+
+def test_all_labels_ignored():
+    case = FusedCase.make(t=5, alpha=0.0, beta=1.0)
+    case.labels = torch.full((5,), -100)
+    hidden, weight = case.leaves()
+    loss = case.call(hidden, weight)
+    loss.total.backward(case.upstream)
+    for zeros in (loss.total, loss.ce, hidden.grad, weight.grad):
+        assert (zeros == 0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("head_trains", [False, True])
+def test_extreme_logits_in_float32(kind, head_trains):
+    case = FusedCase.make(kind=kind, dtype=torch.float32)
+    case.hidden, case.teacher_hidden = case.hidden * 3e3, case.teacher_hidden * 3e3
+    expected = case.dense()
+    assert (case.hidden @ case.weight.t()).abs().max() > 1e4
+    hidden, weight = case.leaves(head_trains)
+    loss = case.call(hidden, weight)
+    loss.total.backward(case.upstream)
+    assert_close(loss.total, expected["total"], "total", 1e-6)
+    assert_close(hidden.grad, expected["hidden"], "hidden gradient", 1e-5)
+    if head_trains:
+        assert_close(weight.grad, expected["weight"], "head gradient", 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "jsd", "skew_kl"])
+def test_one_hot_teacher(kind):
+    case = FusedCase.make(kind=kind, dtype=torch.float32)
+    case.teacher_hidden = torch.ones(11, 1)
+    case.teacher_weight = torch.zeros(V, 1).index_fill_(0, torch.tensor([5]), 1e4)
+    expected = case.dense()
+    hidden, weight = case.leaves()
+    loss = case.call(hidden, weight)
+    loss.total.backward(case.upstream)
+    assert_close(loss.kd, expected["kd"], "kd", 1e-5)
+    assert_close(hidden.grad, expected["hidden"], "hidden gradient", 1e-5)
+    assert_close(weight.grad, expected["weight"], "head gradient", 1e-5)
+
+
+def test_deterministic_and_repeatable():
+    case = FusedCase.make(t=33, dtype=torch.float32)
+    results = []
+    for _ in range(2):
+        hidden, weight = case.leaves()
+        loss = case.call(hidden, weight, chunk_tokens=8)
+        for _ in range(2):
+            grads = torch.autograd.grad(loss.total, (hidden, weight), case.upstream, True)
+            results.append((loss.total.detach(), *grads))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_parts_are_detached():
+    case = FusedCase.make()
+    loss = case.call(*case.leaves())
+    assert loss.total.requires_grad
+    assert not loss.kd.requires_grad
+    assert not loss.ce.requires_grad
+
+
+def test_works_under_recomputation():
+    case = FusedCase.make()
+    hidden, weight = case.leaves()
+    case.call(hidden, weight).total.backward(case.upstream)
+    again = case.leaves()
+    torch.utils.checkpoint.checkpoint(
+        lambda *leaves: case.call(*leaves).total, *again, use_reentrant=True
+    ).backward(case.upstream)
+    assert torch.equal(again[0].grad, hidden.grad)
+    assert torch.equal(again[1].grad, weight.grad)
+
+
+@pytest.mark.parametrize(("t", "v"), [(1, 8), (1000, 32768), (1024, 128256), (7, 10**9), (0, 8)])
+def test_default_chunk_keeps_its_budget(t, v):
+    hidden, weight = torch.empty(t, 1, device="meta"), torch.empty(v, 1, device="meta")
+    chunk = default_chunk_tokens(hidden, weight)
+    assert chunk >= 1
+    assert chunk == 1 or chunk * v * 2 * 4 <= 512 << 20
+    assert chunk < max(t, 1) + 64
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"student_hidden": torch.zeros(11, 5)}, r"student_hidden \(11, 5\)"),
+        ({"student_hidden": torch.zeros(11, 6).half()}, "student_hidden is torch.float16"),
+        ({"teacher_weight": torch.zeros(V - 1, 4).double()}, r"teacher_weight \(23, 4\)"),
+        ({"teacher_hidden": torch.zeros(11, 4)}, "teacher_hidden is torch.float32"),
+        ({"teacher_hidden": None}, "together"),
+        ({"teacher_hidden": None, "teacher_weight": None}, "alpha"),
+        ({"labels": torch.zeros(10).long()}, r"labels \(10,\)"),
+        ({"alpha": torch.zeros(10)}, r"alpha \(10,\)"),
+        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"chunk_tokens": 0}, "chunk_tokens=0"),
+        ({"kind": "tv"}, "kind='tv'"),
+        ({"kind": "jsd", "jsd_beta": 0.0}, "beta=0.0"),
+        ({"valid_vocab_size": V + 1}, f"valid_vocab_size={V + 1}"),
+        ({"accumulate_main_grad": True}, "student_weight.main_grad"),
+    ],
+)
+def test_misuse_is_named(change, message):
+    case = FusedCase.make()
+    arguments = {
+        "student_hidden": case.hidden,
+        "student_weight": case.weight.requires_grad_(),
+        "teacher_hidden": case.teacher_hidden,
+        "teacher_weight": case.teacher_weight,
+        "labels": case.labels,
+    }
+    with pytest.raises(ValueError, match=message):
+        fused_linear_distillation(**arguments | case.options | change)
