@@ -35,7 +35,6 @@ HELD_OUT=(--full-validation --multiple-validation-sets --validation-set-names co
 
 # Runs Megatron on gloo processes of this machine, two unless PROCESSES says otherwise.
 megatron() { # FLAGS...
-  OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore TOKENIZERS_PARALLELISM=false \
-    "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "${PROCESSES:-2}" \
+  "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "${PROCESSES:-2}" \
     -m megatron_moe_inject.pretrain --cpu "$@"
 }

@@ -9,6 +9,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source examples/environment.sh
 source examples/quickstart/flags.sh
+export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore TOKENIZERS_PARALLELISM=false
 work=${1:-runs/pretraining}
 mkdir -p "$work"
 data=$work/data

@@ -86,7 +86,9 @@ def print_table(bits: dict[str, dict[str, float]], changes: Changes, frozen: str
     print(f"frozen parameters    {frozen}")
     gap = bits["before"]["code"] - bits["teacher"]["code"]
     gain = bits["before"]["code"] - bits["after"]["code"]
-    print(f"of the teacher's lead on code, {100 * gain / gap:.0f} % went into the student\n")
+    if gap > 0:
+        print(f"of the teacher's lead on code, {100 * gain / gap:.0f} % went into the student")
+    print()
 
 
 def draw(folder: Path, bits: dict[str, dict[str, float]], manifest: dict, path: Path) -> None:
