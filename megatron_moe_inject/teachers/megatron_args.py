@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 from argparse import Namespace
 from typing import Any
 
@@ -118,7 +117,6 @@ def refuse_unsupported(source: Source, args: Namespace) -> None:
         )
 
 
-@functools.cache
 def _default_arguments() -> dict[str, Any]:
     """Every argument of the installed Megatron at its default, for flags newer than the teacher."""
     from megatron.training.arguments import add_megatron_arguments
@@ -186,9 +184,8 @@ def teacher_arguments(
 
 def describe(args: Namespace) -> dict[str, Any]:
     """Sizes and switches of the architecture, for a report."""
-    gated = getattr(args, "swiglu", False) or getattr(args, "quick_geglu", False)
-    activation = "squared_relu" if getattr(args, "squared_relu", False) else "gelu"
-    activation = "swiglu" if getattr(args, "swiglu", False) else activation
+    special = ("swiglu", "quick_geglu", "squared_relu")
+    activation = next((name for name in special if getattr(args, name, False)), "gelu")
     grouped = getattr(args, "group_query_attention", False)
     return {
         "layers": args.num_layers,
@@ -196,7 +193,7 @@ def describe(args: Namespace) -> dict[str, Any]:
         "ffn": args.ffn_hidden_size,
         "heads": args.num_attention_heads,
         "kv_groups": args.num_query_groups if grouped else args.num_attention_heads,
-        "activation": "quick_geglu" if gated and activation != "swiglu" else activation,
+        "activation": activation,
         "normalization": getattr(args, "normalization", "LayerNorm"),
         "positions": getattr(args, "position_embedding_type", "learned_absolute"),
         "linear_bias": getattr(args, "add_bias_linear", True),
