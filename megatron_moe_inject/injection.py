@@ -160,6 +160,11 @@ class Injection:
             parameters=parameter_rows(self.chunks, groups),
             teachers=[self._teacher_row(name) for name in self.teacher_infos],
             boundary=boundary,
+            warnings=[
+                f"teacher {name}: {info.vocabulary}"
+                for name, info in self.teacher_infos.items()
+                if info.vocabulary.startswith("not compared")
+            ],
         )
 
     def _teacher_row(self, name: str) -> TeacherRow:
@@ -196,11 +201,22 @@ class Injection:
 
     def _teacher_pass(self, name: str, chunk: torch.nn.Module, groups: Any) -> TeacherPass:
         spec = self.recipe.teachers[name]
-        head_weight = chunk.shared_embedding_or_output_weight()
+        head_weight = chunk.shared_embedding_or_output_weight()  # for its type, place and rows
         dtypes = {"params": head_weight.dtype, "fp32": torch.float32, "bf16": torch.bfloat16}
+        resets = self._args.reset_position_ids or self._args.reset_attention_mask
         teacher = load_teacher(
-            name, spec.source, params_dtype=dtypes[spec.dtype], device=head_weight.device
+            name,
+            spec.source,
+            params_dtype=dtypes[spec.dtype],
+            device=head_weight.device,
+            resets_documents=resets,
         )
+        if teacher.vocab_size < self._valid_vocab_size:
+            raise RecipeError(
+                f"teachers.{name}.source: {spec.source} knows {teacher.vocab_size} tokens, but the "
+                f"student's tokenizer has {self._valid_vocab_size}; use a teacher that was trained "
+                "with the student's tokenizer"
+            )
         rows = head_weight.shape[0]
         start = groups.tp.rank() * rows
         return TeacherPass(
@@ -210,7 +226,7 @@ class Injection:
             cp_group=groups.cp,
             share_group=groups.tp_cp,
             window=spec.window,
-            resets_documents=self._args.reset_position_ids or self._args.reset_attention_mask,
+            resets_documents=resets,
         )
 
     def begin_training(self) -> None:

@@ -1,6 +1,6 @@
 """Checkpoints of the optimizer when little trains.
 
-Megatron (0.18.2 to 0.19.2) cannot save its chained optimizer in two cases that freezing brings:
+Megatron (0.18.2 to 0.19.2) cannot save its chained optimizer in three cases that freezing brings:
 
 - No dense parameter trains anywhere. The dense part of the chain is then a stub without an inner
   optimizer, and saving reads the inner optimizer's groups.
@@ -8,17 +8,27 @@ Megatron (0.18.2 to 0.19.2) cannot save its chained optimizer in two cases that 
   parameters and so no ``step``, which the first rank writes for all: the file has no step, or
   saving stops at an assertion.
 
-The distributed optimizer keeps the state of each rank apart, so only the first concerns it. Both
-are mended on the optimizer that was built, not in Megatron's classes: a stub saves and loads
-nothing, and an empty inner optimizer reports the step that the other ranks are at.
+- Experts train, but not all of a layer or not in all layers. A checkpoint stacks a parameter over
+  layers and experts into one tensor, and the state of the frozen ones is a hole in it, which
+  saving refuses.
+
+All are mended on the optimizer that was built, not in Megatron's classes: a stub saves and loads
+nothing, an empty inner optimizer reports the step that the other ranks are at, and the state of a
+parameter is a tensor of its own, under a key that names its layer and expert by global number, so
+that it can still be loaded at another parallel layout. (The distributed optimizer keeps the state
+of each rank apart by itself, so the second case does not concern it.)
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 
 class _NoInnerOptimizer:
@@ -66,18 +76,45 @@ class _EmptyState:
         return packed
 
 
+def _unstacked(tensor: ShardedTensor) -> ShardedTensor:
+    """The same shard as part of a tensor without the axes stacked in front (layers, experts)."""
+    axes = tensor.prepend_axis_num
+    if axes == 0:
+        return tensor
+    place = ".".join(str(index) for index in tensor.global_offset[:axes])
+    return replace(
+        tensor,
+        key=f"{tensor.key}@{place}",
+        global_shape=tensor.global_shape[axes:],
+        global_offset=tensor.global_offset[axes:],
+        axis_fragmentations=tensor.axis_fragmentations[axes:],
+        prepend_axis_num=0,
+    )
+
+
+def _with_own_keys(state: Any) -> Any:
+    """Unstack every tensor of a sharded state dict, also those that a factory builds later."""
+    if isinstance(state, ShardedTensor):
+        return _unstacked(state)
+    if isinstance(state, ShardedTensorFactory):
+        build = state.build_fn
+        return replace(state, build_fn=lambda *args: _with_own_keys(build(*args)))
+    if isinstance(state, dict):
+        return {key: _with_own_keys(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [_with_own_keys(value) for value in state]
+    return state
+
+
 def make_checkpointable(optimizer: Any) -> Any:
     """Let ``optimizer`` be saved and loaded wherever its parameters are.
 
     Args:
-        optimizer: what ``get_megatron_optimizer`` returned. Changed in place and returned; one
-            with trainable parameters of every kind on every rank behaves as before.
+        optimizer: what ``get_megatron_optimizer`` returned; changed in place and returned.
 
     Collectives: none here; each later ``sharded_state_dict`` (every rank calls it, on save and
     load) adds one all-gather of a few numbers over the whole world.
     """
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
     empty: dict[int, _EmptyState] = {}
     for index, part in enumerate(optimizer.chained_optimizers):
         if part.optimizer is None:
@@ -97,7 +134,7 @@ def make_checkpointable(optimizer: Any) -> Any:
         for index, state in empty.items():
             found = [r[index] for r in ranks if index < len(r) and r[index][0] is not None]
             state.step, state.in_groups = max(found, default=(0.0, False))
-        return stock(*args, **kwargs)
+        return _with_own_keys(stock(*args, **kwargs))
 
     optimizer.sharded_state_dict = sharded_state_dict
     return optimizer
