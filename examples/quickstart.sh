@@ -74,10 +74,10 @@ logged "$out/inject.log" megatron "${STUDENT[@]}" "${BOTH[@]}" "${TRAINING[@]}" 
   --expert-model-parallel-size 2 \
   --train-data-path 0.9 "$data/code_slice" 0.1 "$data/english_slice" \
   --valid-data-path 0.5 "$data/code_held_out" 0.5 "$data/english_held_out" \
-  --data-cache-path "$data/cache-inject" --train-iters "$steps" --lr 2e-3 --min-lr 2e-4 \
-  --eval-interval 80 --eval-iters 12 \
+  --data-cache-path "$data/cache-inject" --train-iters "$steps" --lr 1e-3 --min-lr 1e-4 \
+  --eval-interval 80 --eval-iters 13 \
   --load "$out/student" --finetune --no-load-optim --no-load-rng \
-  --save "$out/injected" --save-interval "$steps" --no-save-optim --tensorboard-dir "$out/tensorboard"
+  --save "$out/injected" --save-interval "$steps" --tensorboard-dir "$out/tensorboard"
 
 say "evaluating the student after injection"
 evaluate after "$out/injected" --expert-model-parallel-size 2 "${STUDENT[@]}"
