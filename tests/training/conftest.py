@@ -1,5 +1,6 @@
 """Shared material of the injection tests: a blend of two corpora, a student and a teacher."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,18 +45,18 @@ def student_flags(*extra: str, **layout: int) -> list[str]:
     return [f for f in lane.moe(**layout) if f != "--mock-data"] + [*small, *optimizer, *extra]
 
 
-@pytest.fixture(scope="session")
-def material(tmp_path_factory) -> Material:
+def make_material(folder: Path, pythonpath: Sequence[str] = ()) -> Material:
+    """Write the corpora, and train student and teacher for a moment; see ``lane.run``."""
     from tests.training.corpus import write_corpora
 
-    folder = tmp_path_factory.mktemp("material")
     general, domain = write_corpora(folder)
     student, teacher = str(folder / "student"), str(folder / "teacher")
     lane.run(
         student_flags(
             *("--data-path", general, "--split", "90,5,5", "--train-iters", "3"),
             *("--save", student, "--save-interval", "100"),
-        )
+        ),
+        pythonpath=pythonpath,
     )
     teacher_flags = [f for f in lane.dense() if f != "--mock-data"]
     lane.run(
@@ -65,6 +66,12 @@ def material(tmp_path_factory) -> Material:
             *("--make-vocab-size-divisible-by", "8", "--lr", "1e-2", "--train-iters", "40"),
             *("--data-path", domain, "--split", "90,5,5", "--global-batch-size", "16"),
             *("--save", teacher, "--save-interval", "100"),
-        ]
+        ],
+        pythonpath=pythonpath,
     )
     return Material(folder, general, domain, student, teacher)
+
+
+@pytest.fixture(scope="session")
+def material(tmp_path_factory) -> Material:
+    return make_material(tmp_path_factory.mktemp("material"))

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-VOCAB = 61
-"""Ids of the text; the NullTokenizer adds one for end-of-document."""
+VOCAB = 60
+"""Ids of the text; id 60 is the end of a document for ``--vocab-size 61``."""
 
 
 def write_corpora(folder: Path, documents: int = 40, length: int = 300) -> list[str]:

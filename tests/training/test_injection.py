@@ -4,13 +4,14 @@ The recipe trains expert 3 of layers 2 and 3 only. So with expert parallelism on
 pipeline parallelism one stage, has nothing to train; stock Megatron hangs there.
 """
 
+import os
 import re
 import zlib
 
 import pytest
 
 from tests.training import lane
-from tests.training.conftest import student_flags
+from tests.training.conftest import make_material, student_flags
 
 RECIPE = """
 domains:
@@ -22,6 +23,7 @@ teachers:
   coder: {{source: "megatron:{teacher}"}}
 objective: {{alpha: 0.7, beta: 0.3, temperature: 2.0}}
 """
+OTHER = os.environ.get("MEGATRON_OTHER")
 TERMS = ("lm loss", "kd loss", "total loss", "lm loss/code", "lm loss/general", "grad norm")
 PROVEN = re.compile(r"frozen check: \d+ frozen tensors on \d+ ranks bitwise unchanged")
 
@@ -34,11 +36,11 @@ def recipe_file(material, recipe: str = RECIPE) -> str:
     return str(path)
 
 
-def inject(material, recipe: str = RECIPE, *, nproc: int = 1, extra=(), check=True, **layout):
+def inject(material, recipe: str = RECIPE, *, nproc=1, extra=(), check=True, path=(), **layout):
     """One run with ``recipe`` and the frozen check; later ``extra`` flags win."""
     ours = ("--inject-recipe", recipe_file(material, recipe), "--inject-verify-frozen")
     flags = material.flags(*ours, *extra, **layout)
-    return lane.run(flags, nproc=nproc, check=check)
+    return lane.run(flags, nproc=nproc, check=check, pythonpath=path)
 
 
 @pytest.fixture(scope="session")
@@ -126,7 +128,7 @@ def test_cross_entropy_with_everything_training_is_stock_training(material, layo
     """The head trains too; the vocabulary needs no padding, which stock would count."""
     layout = dict(layout)
     nproc = layout.pop("nproc", 1)
-    fresh = student_flags(*material.blend, "--vocab-size", "63", "--train-iters", "4", **layout)
+    fresh = student_flags(*material.blend, "--vocab-size", "64", "--train-iters", "4", **layout)
     stock = lane.run(fresh, nproc=nproc)
     ours = lane.run([*fresh, "--inject-recipe", recipe_file(material, CE_ONLY)], nproc=nproc)
     assert ours.losses("lm loss") == pytest.approx(stock.losses("lm loss"), rel=2e-5)
@@ -176,3 +178,14 @@ def test_dry_run_prints_the_plan_and_trains_nothing(material):
     assert "nothing on 1 of 2 ranks" in run.output
     assert run.returncode == 0
     assert not run.iterations
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not OTHER, reason="MEGATRON_OTHER names no second Megatron-Core")
+def test_the_other_supported_megatron_gives_the_same_curve(tmp_path, single):
+    """With its own checkpoints: those of a newer Megatron cannot be read by an older one."""
+    material = make_material(tmp_path, [OTHER])
+    run = inject(material, nproc=2, ep=2, path=[OTHER])
+    for term in TERMS:
+        assert run.losses(term) == pytest.approx(single.losses(term), rel=2e-5), term
+    assert PROVEN.search(run.output)

@@ -72,10 +72,8 @@ def call(step, iterator):
 
 
 def hook(iterator, loss_hook, split="train", entries=(GENERAL, 0)):
-    registry = SplitRegistry(
-        {name: [] for name in ("train", "valid", "test")} | {split: [*entries]}
-    )
-    registry.register(**{name: None for name in ("train", "valid", "test")} | {split: iterator})
+    registry = SplitRegistry(dict.fromkeys(SPLITS, ()) | {split: [*entries]})
+    registry.register(**dict.fromkeys(SPLITS) | {split: iterator})
     return StepHook(registry, HostGroup(None, 0), loss_hook).wrap(schedule)
 
 
