@@ -36,16 +36,8 @@ class ContextParallelAttention(DotProductAttention):
         alone.context_parallel_size = 1
         super().__init__(alone, layer_number, attn_mask_type, *args, **kwargs)
         self.config = config
-        if self.scale_mask_softmax.window_size is not None:
-            raise ValueError(
-                f"--window-size {config.window_size} with --context-parallel-size "
-                f"{config.context_parallel_size} is not supported on the CPU lane; leave one out"
-            )
-        if attn_mask_type is not AttnMaskType.causal:
-            raise ValueError(
-                f"attention mask type {attn_mask_type.name} with --context-parallel-size "
-                f"{config.context_parallel_size} is not supported on the CPU lane; only causal is"
-            )
+        assert self.scale_mask_softmax.window_size is None
+        assert attn_mask_type is AttnMaskType.causal, "only causal attention is sliced zigzag"
         self.cp_group = getattr(self.pg_collection, "cp", None)
         if self.cp_group is None:
             self.cp_group = parallel_state.get_context_parallel_group()
@@ -57,12 +49,7 @@ class ContextParallelAttention(DotProductAttention):
         are hidden in any case. Two all-gathers of K and V over the context-parallel group, two
         reduce-scatters in backward.
         """
-        if packed_seq_params is not None:
-            raise ValueError(
-                "packed batches with --context-parallel-size "
-                f"{self.config.context_parallel_size} are not supported on the CPU lane; leave "
-                "out --dataloader-inter-document-masking"
-            )
+        assert packed_seq_params is None
         cp_size, rank = self.cp_group.size(), self.cp_group.rank()
         positions = zigzag_positions(cp_size, key.size(0) * cp_size)
         in_order = positions.flatten().argsort()

@@ -38,6 +38,8 @@ _REFUSED = {
     "cuda_graph_impl": (lambda v: v not in (None, "none"), "leave the flag out"),
 }
 
+_REFUSED_UNDER_CONTEXT_PARALLELISM = ("window_size", "dataloader_inter_document_masking", "sft")
+
 
 class CpuLaneFlagError(ValueError):
     """A flag that needs a GPU or Transformer Engine."""
@@ -52,8 +54,15 @@ def check(args) -> None:
     mistakes = [
         f"--{name.replace('_', '-')} (is {getattr(args, name)!r}): {remedy}"
         for name, (refused, remedy) in _REFUSED.items()
-        if refused(getattr(args, name, None)) and hasattr(args, name)
+        if hasattr(args, name) and refused(getattr(args, name))
     ]
+    if getattr(args, "context_parallel_size", 1) > 1:
+        mistakes += [
+            f"--{name.replace('_', '-')} with --context-parallel-size "
+            f"{args.context_parallel_size}: leave one of them out"
+            for name in _REFUSED_UNDER_CONTEXT_PARALLELISM
+            if getattr(args, name, None)
+        ]
     if mistakes:
         raise CpuLaneFlagError("not on the CPU lane: " + "; ".join(mistakes))
 

@@ -9,11 +9,18 @@ the descriptor given as argument:
     {"returncode": 0}        # null: still running after that time, killed
 """
 
+import argparse
+import atexit
+import functools
+import gc
+import importlib
 import json
 import os
 import signal
 import sys
 import time
+import traceback
+from typing import NoReturn
 
 GRACE_SECONDS = 5.0
 """After one rank fails, the others get this long to say why they stop."""
@@ -74,17 +81,55 @@ def serve(answers) -> None:
     sys.exit()
 
 
+def _import_everything() -> None:
+    """What a training run imports before its first step, and the help texts of Megatron's flags.
+
+    Megatron parses the sources of its configs for help texts, three times per run; the answers
+    do not change.
+    """
+    for module in ("megatron.core.tokenizers.text", "megatron_moe_inject.gpt_entry"):
+        importlib.import_module(module)
+    from megatron.training import arguments
+    from megatron.training.argument_utils import ArgumentGroupFactory
+
+    stock = ArgumentGroupFactory._get_field_docstrings
+    known = functools.cache(lambda config_class: stock(factory, config_class))
+    factory = ArgumentGroupFactory.__new__(ArgumentGroupFactory)
+    ArgumentGroupFactory._get_field_docstrings = lambda self, config_class: known(config_class)
+    arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+
+
+def _become_rank() -> NoReturn:
+    """Train, and leave as an interpreter does, without tearing down the shared imports."""
+    from tests.training import runner
+
+    code = 0
+    try:
+        runner.main()
+    except SystemExit as exit_:
+        code = exit_.code or 0
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+            code = 1
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def main() -> None:
+    """Import, then serve; a forked rank comes back here and trains."""
     from megatron_moe_inject import launch
 
     sys.argv = [sys.argv[0], "--cpu"]
     launch.prepare()
-
-    import megatron_moe_inject.gpt_entry  # noqa: F401
-    from tests.training import runner
-
+    _import_everything()
+    gc.freeze()
     serve(os.fdopen(int(os.environ["MOE_INJECT_ZYGOTE_ANSWERS"]), "w"))
-    runner.main()
+    _become_rank()
 
 
 if __name__ == "__main__":

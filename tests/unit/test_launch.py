@@ -146,6 +146,15 @@ def test_lane_names_the_flag_it_cannot_honour(changed):
         flags.check(lane_arguments(**changed))
 
 
+@pytest.mark.parametrize("flag", ["window_size", "dataloader_inter_document_masking"])
+def test_lane_names_what_its_context_parallelism_lacks(flag):
+    one_rank = lane_arguments(**{flag: True}, context_parallel_size=1)
+    flags.check(one_rank)
+    one_rank.context_parallel_size = 2
+    with pytest.raises(flags.CpuLaneFlagError, match=r"--\S+ with --context-parallel-size 2: "):
+        flags.check(one_rank)
+
+
 def test_lane_names_every_flag_at_once():
     with pytest.raises(flags.CpuLaneFlagError, match=r"--fp8 .*; .*--|--.*; --fp8"):
         flags.check(lane_arguments(fp8="e4m3", multi_latent_attention=True))
