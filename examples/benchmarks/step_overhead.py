@@ -1,6 +1,6 @@
 """What the plugin adds to a training step beyond the teacher's forward pass.
 
-    python examples/benchmarks/step_overhead.py [--steps 40] [--hidden 256] [--vocab 4096] [--nproc 1]
+    python examples/benchmarks/step_overhead.py [--steps 40] [--hidden 256] [--vocab 4096]
 
 One run of real Megatron on the CPU lane. Steps alternate between stock (cross-entropy, everything
 trains) and injected (the same model and parameters, distillation and cross-entropy on every
@@ -103,6 +103,7 @@ def print_table(times: dict[str, list[float]], options: argparse.Namespace) -> N
     ):
         print(f"{name:<18}{value:>9.1f} ms")
     print(f"{'beyond teacher':<18}{100 * (median['injected'] / expected - 1):>+9.1f} %")
+    print(f"{'start-up added':<18}{median['start-up'] / 1e3:>9.1f} s (checks, teacher, hooks)")
 
 
 def child() -> None:
@@ -114,10 +115,11 @@ def child() -> None:
 
     import torch.distributed as dist
 
+    from megatron_moe_inject.injection import Injection
     from megatron_moe_inject.step import StepHook
     from megatron_moe_inject.teachers.step_pass import TeacherPass
 
-    times: dict[str, list[float]] = {"stock": [], "injected": [], "teacher": []}
+    times: dict[str, list[float]] = {"stock": [], "injected": [], "teacher": [], "start-up": []}
     number = itertools.count()
 
     def timed(name: str, function, *args, **kwargs):
@@ -126,6 +128,9 @@ def child() -> None:
         times[name].append(time.perf_counter() - started)
         return result
 
+    check, attach = Injection.__init__, Injection.attach
+    Injection.__init__ = lambda *args: timed("start-up", check, *args)
+    Injection.attach = lambda *args: timed("start-up", attach, *args)
     hook = StepHook.wrap
 
     def wrap(self, forward_backward):
@@ -160,7 +165,8 @@ def child() -> None:
         # The probe of the logits ran inside the injected steps: it is no part of them.
         own = [a - b for a, b in zip(times["injected"], times.pop("probe"), strict=True)]
         times["injected"] = own
-        kept = {name: values[skip:] for name, values in times.items()}
+        start_up = sum(times.pop("start-up"))
+        kept = {name: values[skip:] for name, values in times.items()} | {"start-up": [start_up]}
         Path(os.environ["STEP_OVERHEAD_TIMES"]).write_text(json.dumps(kept))
 
 

@@ -159,17 +159,44 @@ def test_frozen_parameters_stay_bitwise_under_adamw_with_decay(material, single,
     assert run.losses("total loss") == pytest.approx(single.losses("total loss"), rel=0.02)
 
 
-def test_killed_and_resumed_run_gives_the_same_curve(material):
-    save = str(material.folder / "resumed")
-    whole = inject(material, nproc=2, ep=2, extra=("--train-iters", "6"))
-    keep = ("--train-iters", "6", "--save", save, "--save-interval", "3")
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        pytest.param((), id="fp32"),
+        pytest.param(("--bf16", *lane.DISTRIBUTED_OPTIMIZER), id="bf16, distributed optimizer"),
+        pytest.param(("--bf16",), id="bf16", marks=pytest.mark.slow),
+    ],
+)
+def test_killed_and_resumed_run_gives_the_same_curve(material, tmp_path, optimizer):
+    """Bitwise: everything trained, the optimizer's state and the data order come back."""
+    save = str(tmp_path / "resumed")
+    keep = (*optimizer, "--train-iters", "6", "--save", save, "--save-interval", "3")
+    whole = inject(material, nproc=2, ep=2, extra=(*optimizer, "--train-iters", "6"))
     inject(material, nproc=2, ep=2, extra=(*keep, "--exit-interval", "3"))
-    flags = material.flags("--inject-recipe", recipe_file(material), *keep, ep=2)
-    for flag in ("--finetune", "--no-load-optim", "--no-load-rng"):
-        flags.remove(flag)
-    resumed = lane.run([*flags, "--load", save], nproc=2)
+    ours = ("--inject-recipe", recipe_file(material), "--load", save)
+    resumed = lane.run(student_flags(*material.blend, *keep, *ours, ep=2), nproc=2)
     for term in TERMS:
         assert resumed.losses(term) == whole.losses(term)[3:], term
+
+
+def test_a_deepseek_like_student_with_mtp_trains_and_keeps_its_router_bias(material, tmp_path):
+    """Sigmoid router with groups and expert bias, shared expert, MTP; from a random start."""
+    like = (*lane.DEEPSEEK_ROUTER, "--mtp-num-layers", "1", "--moe-router-topk", "1")
+    flags = student_flags(
+        *(*material.blend, "--train-iters", "3", *like, "--inject-verify-frozen"),
+        *("--inject-recipe", recipe_file(material)),
+        ep=2,
+    )
+    run = lane.run(flags, nproc=2)
+    assert PROVEN.search(run.output)
+    assert all(step["kd loss"] > 0 for step in run.iterations)
+    assert "mtp_1 loss" in run.output
+
+
+def test_evaluation_reports_the_same_terms(single):
+    evaluation = single.evaluations[-1]
+    for term in ("lm loss", "kd loss", "total loss", "lm loss/code", "lm loss/general"):
+        assert evaluation[term] > 0, term
 
 
 def test_dry_run_prints_the_plan_and_trains_nothing(material):
