@@ -15,7 +15,7 @@ export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore TOKENIZERS_PARAL
 
 out=${OUT:-runs/quickstart}
 data=$out/data
-steps=${STEPS:-320}
+steps=${STEPS:-300}
 mkdir -p "$out"
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
 
@@ -75,7 +75,7 @@ logged "$out/inject.log" megatron "${STUDENT[@]}" "${BOTH[@]}" "${TRAINING[@]}" 
   --train-data-path 0.9 "$data/code_slice" 0.1 "$data/english_slice" \
   --valid-data-path 0.5 "$data/code_held_out" 0.5 "$data/english_held_out" \
   --data-cache-path "$data/cache-inject" --train-iters "$steps" --lr 1e-3 --min-lr 1e-4 \
-  --eval-interval 80 --eval-iters 13 \
+  --eval-interval 100 --eval-iters 26 \
   --load "$out/student" --finetune --no-load-optim --no-load-rng \
   --save "$out/injected" --save-interval "$steps" --tensorboard-dir "$out/tensorboard"
 
