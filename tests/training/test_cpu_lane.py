@@ -72,9 +72,9 @@ slow = pytest.mark.slow
         pytest.param(2, {"pp": 2}, VIRTUAL_PIPELINE, id="virtual-pp"),
         pytest.param(2, {"cp": 2}, SELECTIVE_RECOMPUTE, id="cp-selective-recompute"),
         pytest.param(2, {"ep": 2}, lane.DISTRIBUTED_OPTIMIZER, id="ep-distributed-optimizer"),
-        pytest.param(2, {"pp": 2}, (), id="pp", marks=slow),
+        pytest.param(2, {"pp": 2}, (), id="pp"),
         pytest.param(2, {"tp": 2}, (), id="tp-sp", marks=slow),
-        pytest.param(2, {"cp": 2, "ep": 2}, FULL_RECOMPUTE, id="cp-ep-recompute", marks=slow),
+        pytest.param(2, {"cp": 2, "ep": 2}, FULL_RECOMPUTE, id="cp-ep-recompute"),
         pytest.param(4, {"cp": 4}, (), id="cp4", marks=slow),
         pytest.param(4, {"tp": 2, "pp": 2, "ep": 2}, VIRTUAL_PIPELINE, id="tp-pp-ep", marks=slow),
         pytest.param(4, {"tp": 2, "cp": 2}, RESHARDABLE, id="tp-cp-optimizer", marks=slow),
@@ -118,7 +118,6 @@ def test_checkpoint_with_optimizer_loads_at_another_layout(uninterrupted):
     close_runs(lane.run(flags, nproc=2), reference)
 
 
-@slow
 @pytest.mark.parametrize("layout", [{"pp": 2}, {"tp": 2}])
 def test_expert_parallel_checkpoint_loads_without_expert_parallelism(uninterrupted, layout):
     folder, reference = uninterrupted

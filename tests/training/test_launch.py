@@ -1,0 +1,123 @@
+"""The front doors: launcher, own entry, and the command as users type it."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.training import lane
+from tests.training.corpus import write_corpora
+from tests.training.test_cpu_lane import same_runs
+
+
+@pytest.fixture(scope="session")
+def blend(tmp_path_factory) -> list[str]:
+    """Data flags of a blend of two datasets with a split of its own for evaluation."""
+    general, domain = write_corpora(tmp_path_factory.mktemp("blend"))
+    return ["--data-path", "0.4", general, "0.6", domain, "--split", "90,5,5"]
+
+
+def on_files(flags: list[str], data: list[str]) -> list[str]:
+    return [flag for flag in flags if flag != "--mock-data"] + data
+
+
+def both_entries(flags: list[str], nproc: int) -> tuple[lane.Run, lane.Run]:
+    """Our entry, and an unmodified script through the launcher, on the same flags."""
+    return lane.run(flags, nproc=nproc), lane.run(flags, nproc=nproc, script=lane.MINIMAL_GPT)
+
+
+def test_entry_equals_script_on_a_deepseek_like_model():
+    router = ("--bf16", *lane.DEEPSEEK_ROUTER, *lane.DISTRIBUTED_OPTIMIZER)
+    same_runs(*both_entries(lane.moe(*router, ep=2), 2))
+
+
+def test_entry_equals_script_under_tensor_parallelism_and_dropout():
+    dropout = ("--hidden-dropout", "0.1", "--attention-dropout", "0.1", "--check-for-spiky-loss")
+    same_runs(*both_entries(lane.dense(*dropout, "--calculate-per-token-loss", tp=2), 2))
+
+
+def test_entry_equals_script_on_a_blend_under_context_parallelism(blend):
+    same_runs(*both_entries(on_files(lane.moe(cp=2), blend), 2))
+
+
+def test_splits_may_have_datasets_of_their_own(blend):
+    _, _, general, _, domain, *_ = blend
+    single = ["--data-path", general, "--split", "100,0,0"]
+    per_split = ["--train-data-path", "1", general, "--valid-data-path", "1", domain]
+    together = lane.run(on_files(lane.moe("--eval-iters", "0"), single))
+    apart = lane.run(on_files(lane.moe(), per_split))
+    assert apart.losses() == together.losses()
+    assert apart.evaluations
+    assert apart.evaluations[0]["lm loss"] > apart.losses()[-1]
+
+
+@pytest.mark.slow
+def test_entry_equals_script_on_pipeline_stages():
+    same_runs(*both_entries(lane.dense("--num-layers", "4", pp=2), 2))
+
+
+def test_entry_refuses_what_it_leaves_to_the_script():
+    run = lane.run(lane.dense("--sft"), check=False)
+    assert run.returncode == 1
+    assert re.search(r"moe-inject: --sft: .* run Megatron's own script", run.output)
+    assert "Traceback" not in run.output
+
+
+def command(*arguments: str, pythonpath: str = "", **env: str) -> subprocess.CompletedProcess:
+    """``python -m ...`` from an empty environment of ranks, as a user types it."""
+    path = os.pathsep.join(filter(None, (pythonpath, str(lane.ROOT))))
+    return subprocess.run(
+        [sys.executable, "-m", *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **env},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+
+
+def logged(output: str) -> list[tuple[str, str]]:
+    """Loss and grad norm of each iteration, as the log rounds them."""
+    return re.findall(r"lm loss: (\S+) .*?grad norm: (\S+) ", output)
+
+
+def test_documented_command_trains_and_saves(tmp_path):
+    flags = [*lane.moe("--save", str(tmp_path), "--save-interval", "3", ep=2), "--num-workers", "2"]
+    run = command(
+        *("torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *("-m", "megatron_moe_inject.launch", "--cpu", *lane.MINIMAL_GPT, *flags),
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("moe-inject: CPU development lane") == 1
+    assert run.stdout.count("moe-inject: Megatron-Core") == 1
+    assert f"minimal_gpt: {lane.MINIMAL_GPT[0]} {len(flags)}" in run.stdout
+    assert (tmp_path / "iter_0000003" / "metadata.json").exists()
+    forked = lane.run(lane.moe(ep=2), nproc=2, script=lane.MINIMAL_GPT)
+    assert logged(run.stdout) == logged(forked.output)
+    assert len(logged(run.stdout)) == 3
+
+
+def test_missing_script_ends_in_one_line():
+    run = command("megatron_moe_inject.launch", "--cpu", "nowhere.py", "--num-layers", "2")
+    assert run.returncode == 1
+    assert run.stderr.strip().splitlines()[-1].startswith("moe-inject: can't open script")
+    assert "Traceback" not in run.stderr
+
+
+@pytest.mark.slow
+def test_other_megatron_computes_the_same(tmp_path):
+    """Set MEGATRON_OTHER to an unpacked wheel or a checkout of another supported version."""
+    if "MEGATRON_OTHER" not in os.environ:
+        pytest.skip("set MEGATRON_OTHER to the folder of another Megatron version")
+    other = (os.environ["MEGATRON_OTHER"],)
+    where = tmp_path / "where.py"
+    where.write_text("import megatron.core; print('imported', megatron.core.__file__)")
+    place = lane.run((), script=(str(where),), pythonpath=other).output
+    assert f"imported {other[0]}" in place
+    flags = lane.moe("--bf16", *lane.DEEPSEEK_ROUTER, *lane.DISTRIBUTED_OPTIMIZER, ep=2)
+    here = lane.run(flags, nproc=2)
+    for script in (lane.PRETRAIN, lane.MINIMAL_GPT):
+        there = lane.run(flags, nproc=2, script=script, pythonpath=other)
+        assert there.losses() == here.losses()
+        assert there.losses("grad norm") == here.losses("grad norm")
