@@ -3,7 +3,7 @@
 # real Megatron-Core on two gloo processes. No GPU; 2 CPU cores; under 12 minutes from nothing.
 #
 #   bash examples/quickstart.sh                   from the two models that this repository ships
-#   bash examples/quickstart.sh --from-scratch    pretrains them first, about 40 minutes more
+#   bash examples/quickstart.sh --from-scratch    pretrains them first, about half an hour more
 #
 # Everything it writes is in runs/quickstart (OUT=... for another folder). Ends with a table and
 # runs/quickstart/curves.png. The recipe is examples/quickstart/recipe.yaml.
