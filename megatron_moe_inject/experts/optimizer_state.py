@@ -27,7 +27,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ShardedTensorFactory,
+)
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 
@@ -74,6 +77,12 @@ class _EmptyState:
         if self.in_groups:
             packed["param_groups"] = [g | {"step": int(self.step)} for g in packed["param_groups"]]
         return packed
+
+
+def _keep_local(state: dict, name: str) -> None:
+    """Leave the empty lists under ``name`` out of what the first rank writes for all ranks."""
+    if name in state:
+        state[name] = [LocalNonpersistentObject(group) for group in state[name]]
 
 
 def _unstacked(tensor: ShardedTensor) -> ShardedTensor:
@@ -134,7 +143,10 @@ def make_checkpointable(optimizer: Any) -> Any:
         for index, state in empty.items():
             found = [r[index] for r in ranks if index < len(r) and r[index][0] is not None]
             state.step, state.in_groups = max(found, default=(0.0, False))
-        return _with_own_keys(stock(*args, **kwargs))
+        packed = stock(*args, **kwargs)
+        for index in empty:
+            _keep_local(packed if len(own) == 1 else packed[index], "fp32_from_fp16_params")
+        return _with_own_keys(packed)
 
     optimizer.sharded_state_dict = sharded_state_dict
     return optimizer
