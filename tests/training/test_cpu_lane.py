@@ -128,6 +128,21 @@ def test_expert_parallel_checkpoint_loads_without_expert_parallelism(uninterrupt
     assert first["grad norm"] == pytest.approx(expected["grad norm"], rel=1e-5)
 
 
+def test_random_streams_continue_after_resume(tmp_path):
+    dropout = ("--hidden-dropout", "0.1", "--attention-dropout", "0.1")
+    save = ("--save", str(tmp_path), "--save-interval", "2")
+    whole = lane.run(lane.dense(*dropout, *save, tp=2), nproc=2)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("2")
+    rest = lane.run(lane.dense(*dropout, "--load", str(tmp_path), tp=2), nproc=2)
+    same_runs(rest, lane.Run(0, "", whole.iterations[2:], whole.evaluations))
+
+
+def test_overlapped_expert_communication_computes_the_same():
+    plain = lane.moe("--bf16", ep=2)
+    overlapped = lane.run([*plain, "--overlap-moe-expert-parallel-comm"], nproc=2)
+    same_runs(overlapped, lane.run(plain, nproc=2))
+
+
 def test_deepseek_like_model_trains_in_bf16():
     flags = lane.moe(*DEEPSEEK, *lane.DISTRIBUTED_OPTIMIZER, "--train-iters", "6", ep=2)
     run = lane.run([*flags, "--lr", "1e-2"], nproc=2)
