@@ -38,11 +38,17 @@ _REFUSED = {
     "cuda_graph_impl": (lambda v: v not in (None, "none"), "leave the flag out"),
 }
 
+_FLAG_NAMES = {"fp8": "--fp8-format", "fp4": "--fp4-format"}
+
 _REFUSED_UNDER_CONTEXT_PARALLELISM = ("window_size", "dataloader_inter_document_masking", "sft")
 
 
 class CpuLaneFlagError(ValueError):
     """A flag that needs a GPU or Transformer Engine."""
+
+
+def _flag(name: str) -> str:
+    return _FLAG_NAMES.get(name, "--" + name.replace("_", "-"))
 
 
 def check(args) -> None:
@@ -52,13 +58,13 @@ def check(args) -> None:
         CpuLaneFlagError: names every such flag, its value and the remedy.
     """
     mistakes = [
-        f"--{name.replace('_', '-')} (is {getattr(args, name)!r}): {remedy}"
+        f"{_flag(name)} (is {getattr(args, name)!r}): {remedy}"
         for name, (refused, remedy) in _REFUSED.items()
         if hasattr(args, name) and refused(getattr(args, name))
     ]
     if getattr(args, "context_parallel_size", 1) > 1:
         mistakes += [
-            f"--{name.replace('_', '-')} with --context-parallel-size "
+            f"{_flag(name)} with --context-parallel-size "
             f"{args.context_parallel_size}: leave one of them out"
             for name in _REFUSED_UNDER_CONTEXT_PARALLELISM
             if getattr(args, name, None)
