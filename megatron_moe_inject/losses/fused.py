@@ -240,24 +240,26 @@ class _FusedLinearDistillation(torch.autograd.Function):
         unscaled = None
         if plan.hidden_gradient and not plan.weight_gradient:
             unscaled = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-        parts = []
-        for rows in plan.chunks(len(hidden)):
-            chunk = inputs.chunk(rows, plan.shard.columns)
-            logits = chunk.logits()
-            stats = row_statistics(logits, plan.divergence, plan.shard)
-            if unscaled is not None:
-                gradient = plan.logit_gradient(logits, stats, chunk.alpha, chunk.beta)
-                torch.mm(gradient, chunk.weight, out=unscaled[rows])
-            parts.append(stats)
-        stats = RowStats.cat(parts)
+        stats = RowStats.cat(
+            [
+                _forward_chunk(
+                    inputs.chunk(rows, plan.shard.columns),
+                    plan,
+                    None if unscaled is None else unscaled[rows],
+                )
+                for rows in plan.chunks(len(hidden))
+            ]
+        )
 
         ctx.plan = plan
         if plan.weight_gradient:
             ctx.weight = weight
             ctx.temperature = temperature
-            per_token = temperature if isinstance(temperature, Tensor) else None
-            kept = stats._replace(divergence=None, ce=None)
-            ctx.save_for_backward(*inputs._replace(temperature=per_token), *kept)
+            if not isinstance(temperature, Tensor):
+                inputs = inputs._replace(temperature=None)
+            if not plan.kd_gradient:
+                inputs = inputs._replace(teacher_hidden=None, teacher_weight=None)
+            ctx.save_for_backward(*inputs, *stats._replace(divergence=None, ce=None))
         else:
             ctx.save_for_backward(unscaled)
         kd = torch.zeros_like(alpha)
@@ -284,6 +286,36 @@ class _FusedLinearDistillation(torch.autograd.Function):
         return grad_hidden, grad_weight, *[None] * 7
 
 
+# One function call per chunk, so that its logits are freed before those of the next are made.
+
+
+def _forward_chunk(chunk: _Inputs, plan: _Plan, unscaled: Tensor | None) -> RowStats:
+    """Statistics of a chunk; writes its gradient by the hidden states to ``unscaled`` [t, h]."""
+    logits = chunk.logits()
+    stats = row_statistics(logits, plan.divergence, plan.shard)
+    if unscaled is not None:
+        gradient = plan.logit_gradient(logits, stats, chunk.alpha, chunk.beta)
+        torch.mm(gradient, chunk.weight, out=unscaled)
+    return stats
+
+
+def _backward_chunk(
+    chunk: _Inputs,
+    stats: RowStats,
+    plan: _Plan,
+    grad_total: Tensor,
+    grad_hidden: Tensor | None,
+    head: HeadGradient,
+) -> None:
+    """Write a chunk's gradient by the hidden states to ``grad_hidden``, add to the head's."""
+    gradient = plan.logit_gradient(
+        chunk.logits(), stats, chunk.alpha * grad_total, chunk.beta * grad_total
+    )
+    if grad_hidden is not None:
+        torch.mm(gradient, chunk.weight, out=grad_hidden)
+    head.add(gradient, chunk.hidden)
+
+
 def _recomputed_gradients(ctx, grad_total: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Gradients by the hidden states (this rank's part) and by the head, from logits made again."""
     plan = ctx.plan
@@ -298,12 +330,14 @@ def _recomputed_gradients(ctx, grad_total: Tensor) -> tuple[Tensor | None, Tenso
         grad_hidden = torch.empty_like(inputs.hidden, memory_format=torch.contiguous_format)
     head = HeadGradient(ctx.weight, plan.accumulate_main_grad)
     for rows in plan.chunks(len(grad_total)):
-        chunk = inputs.chunk(rows, plan.shard.columns)
-        alpha, beta = chunk.alpha * grad_total[rows], chunk.beta * grad_total[rows]
-        gradient = plan.logit_gradient(chunk.logits(), stats.rows(rows), alpha, beta)
-        if plan.hidden_gradient:
-            torch.mm(gradient, chunk.weight, out=grad_hidden[rows])
-        head.add(gradient, chunk.hidden)
+        _backward_chunk(
+            inputs.chunk(rows, plan.shard.columns),
+            stats.rows(rows),
+            plan,
+            grad_total[rows],
+            None if grad_hidden is None else grad_hidden[rows],
+            head,
+        )
     return grad_hidden, head.finish()
 
 

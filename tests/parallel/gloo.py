@@ -15,9 +15,9 @@ ones.
 
 import atexit
 import functools
+import io
 import multiprocessing
 import os
-import pickle
 import time
 import traceback
 from collections import Counter
@@ -66,7 +66,7 @@ class Pool:
         """
         if not self._processes:
             self._start()
-        request = pickle.dumps((case, args, kwargs))
+        request = _pack((case, args, kwargs))
         for pipe in self._pipes:
             pipe.send_bytes(request)
         answers, errors = self._collect()
@@ -111,7 +111,7 @@ class Pool:
             for pipe in ready:
                 rank = waiting.pop(pipe)
                 try:
-                    succeeded, answer = pickle.loads(pipe.recv_bytes())
+                    succeeded, answer = _unpack(pipe.recv_bytes())
                 except EOFError:
                     self._processes[rank].join(timeout=5)
                     succeeded = False
@@ -178,8 +178,23 @@ def _serve(rank: int, world_size: int, port: int, timeout: float, pipe: Connecti
         except EOFError:
             return
         try:
-            case, args, kwargs = pickle.loads(request)
-            answer = pickle.dumps((True, case(*args, **kwargs)))
+            case, args, kwargs = _unpack(request)
+            answer = _pack((True, case(*args, **kwargs)))
         except Exception:
-            answer = pickle.dumps((False, traceback.format_exc()))
+            answer = _pack((False, traceback.format_exc()))
         pipe.send_bytes(answer)
+
+
+def _pack(value: object) -> bytes:
+    """``value`` as bytes.
+
+    Not by plain pickle: Megatron patches how that stores a tensor, and every worker would have to
+    import Megatron to read one back.
+    """
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _unpack(data: bytes) -> object:
+    return torch.load(io.BytesIO(data), weights_only=False)
