@@ -194,8 +194,9 @@ def load_distributed_optimizer_without_te() -> None:
 
     With torch's Adam the step count is kept per parameter, and ``DistributedOptimizer`` (0.18.2
     to 0.20 development) trips over it three times: ``state_dict`` demands a step before any has
-    been taken, the tensors read for a parameter have no step to copy, and ``load_state_dict``
-    gives all parameters one shared step tensor, which then counts once per parameter and step.
+    been taken, the tensors read for a parameter come without a step or with a stale one, and
+    ``load_state_dict`` gives all parameters one shared step tensor, which then counts once per
+    parameter and step.
     Idempotent; does nothing where TE or Apex is there.
     """
     import torch
@@ -208,7 +209,7 @@ def load_distributed_optimizer_without_te() -> None:
 
     @functools.wraps(stock_state_dict)
     def state_dict(self):
-        if self.optimizer.state:
+        if self.optimizer.state_dict()["state"]:
             return stock_state_dict(self)
         inner = self.optimizer.state_dict
         untouched = {0: {"step": torch.zeros(())}}
@@ -228,7 +229,7 @@ def load_distributed_optimizer_without_te() -> None:
 
     @functools.wraps(stock_set)
     def set_states(self, model_param, tensors):
-        stock_set(self, model_param, {"step": None, **tensors})
+        stock_set(self, model_param, {**tensors, "step": None})
 
     kind.state_dict, kind.load_state_dict = state_dict, load_state_dict
     kind._set_main_param_and_optimizer_states = set_states

@@ -15,8 +15,7 @@ Megatron (0.18.2 to 0.19.2) cannot save its chained optimizer in three cases tha
 All are mended on the optimizer that was built, not in Megatron's classes: a stub saves and loads
 nothing, an empty inner optimizer reports the step that the other ranks are at, and the state of a
 parameter is a tensor of its own, under a key that names its layer and expert by global number, so
-that it can still be loaded at another parallel layout. (The distributed optimizer keeps the state
-of each rank apart by itself, so the second case does not concern it.)
+that it can still be loaded at another parallel layout.
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ from megatron.core.dist_checkpointing.mapping import (
     LocalNonpersistentObject,
     ShardedTensorFactory,
 )
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 
 class _NoInnerOptimizer:
@@ -131,7 +129,7 @@ def make_checkpointable(optimizer: Any) -> Any:
             part.state_dict = dict
             part.load_state_dict = lambda state_dict: None
             part.sharded_state_dict = lambda *args, **kwargs: {}
-        elif _is_empty(part.optimizer) and not isinstance(part, DistributedOptimizer):
+        elif _is_empty(part.optimizer):
             empty[index] = part.optimizer.state_dict = _EmptyState(part.optimizer)
 
     stock = optimizer.sharded_state_dict
