@@ -95,7 +95,7 @@ def draw(folder: Path, bits: dict[str, dict[str, float]], manifest: dict, path: 
     """Three panels: loss terms while training, held-out bits per byte, and the result as bars.
 
     Between the whole evaluations before and after, the curves show evaluations on random windows of
-    the same text, which differ by about 0.01 from one to the next.
+    the same text, which differ by 0.01 to 0.02 from one to the next.
     """
     import matplotlib
 
