@@ -7,6 +7,9 @@ Python writes it (it reads back bit for bit).
 import functools
 import inspect
 import json
+import os
+import runpy
+import sys
 
 PREFIX = "exact: "
 
@@ -53,8 +56,27 @@ def _report_evaluations(training) -> None:
     training.evaluate = evaluate
 
 
+def _run_stock() -> None:
+    """The script on the CPU lane with the plugin never installed, to compare with."""
+    from megatron_moe_inject import compat, cpu_lane
+
+    sys.argv.remove("--cpu")
+    cpu_lane.enable()
+    compat.use_prebuilt_dataset_helpers()
+    from megatron.training import training
+
+    _report_steps(training)
+    _report_evaluations(training)
+    assert not hasattr(training.pretrain, "_megatron_moe_inject")
+    del sys.argv[0]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
 def main() -> None:
     """``sys.argv`` as for the launcher, its own options first."""
+    if os.environ.get("STOCK_MEGATRON"):
+        _run_stock()
+        return
     from megatron_moe_inject import launch
 
     launch.prepare()

@@ -58,6 +58,22 @@ def test_entry_equals_script_on_pipeline_stages():
     same_runs(*both_entries(lane.dense("--num-layers", "4", pp=2), 2))
 
 
+@pytest.mark.parametrize(
+    ("layout", "nproc"),
+    [
+        pytest.param({"ep": 2}, 2, id="ep2"),
+        pytest.param({"tp": 2}, 2, id="tp2-sp"),
+        pytest.param({"pp": 2}, 2, id="pp2", marks=pytest.mark.slow),
+    ],
+)
+def test_installed_but_unused_the_plugin_changes_no_bit(blend, layout, nproc):
+    flags = on_files(lane.moe(*lane.DISTRIBUTED_OPTIMIZER, **layout), blend)
+    stock = lane.run(
+        flags, nproc=nproc, script=lane.MINIMAL_GPT, fresh=True, env={"STOCK_MEGATRON": "1"}
+    )
+    same_runs(lane.run(flags, nproc=nproc, script=lane.MINIMAL_GPT), stock)
+
+
 def test_entry_refuses_what_it_leaves_to_the_script():
     run = lane.run(lane.dense("--sft"), check=False)
     assert run.returncode == 1
