@@ -104,6 +104,11 @@ class Injection:
         self.dry_run: bool = args.inject_dry_run or False
         self.facts: StudentFacts = student_facts_from_args(args)
         check_recipe(recipe, self.facts)
+        if recipe.train.experts == "selected" and getattr(args, "moe_grouped_gemm", False):
+            raise RecipeError(
+                "--moe-grouped-gemm True keeps all experts of a layer in one parameter, so "
+                "train.experts selected cannot train some of them; remove the flag"
+            )
         self.policy = freeze_policy(recipe)
         self._args = args
         self._valid_vocab_size = valid_vocab_size

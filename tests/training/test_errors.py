@@ -71,3 +71,20 @@ def test_plain_flags_are_enough_and_their_mistakes_name_the_flag(material):
     assert good.losses("total loss") == same.losses("total loss")
     wrong = lane.run(material.flags(*flags, "--inject-temperature", "-2"), check=False)
     assert_clean_end(wrong, ("--inject-temperature", "-2"))
+
+
+@pytest.mark.parametrize("flag", ["--moe-grouped-gemm", "--use-mup"])
+def test_flags_that_would_go_wrong_silently_are_refused_by_name(flag):
+    from argparse import ArgumentParser
+
+    from megatron.training.arguments import add_megatron_arguments
+
+    from megatron_moe_inject.injection import Injection
+    from megatron_moe_inject.recipe import RecipeError, recipe_from_flags
+
+    command = f"--num-layers 4 --num-experts 4 --mock-data {flag}"
+    args = add_megatron_arguments(ArgumentParser()).parse_args(command.split())
+    args.inject_dry_run = None
+    recipe = recipe_from_flags(data=[0], experts="2:3", beta=1.0, alpha=0.0)
+    with pytest.raises(RecipeError, match=flag):
+        Injection(recipe, args, valid_vocab_size=64)
