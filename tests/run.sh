@@ -9,7 +9,7 @@ source examples/environment.sh
 export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 # The other supported Megatron-Core, beside the installed one, for the tests of the contract with it.
-export MEGATRON_OTHER=${MEGATRON_OTHER:-$(dirname "$PYTHON")/../megatron-0.18.2}
+export MEGATRON_OTHER=${MEGATRON_OTHER:-$(cd "$(dirname "$PYTHON")/.." && pwd)/megatron-0.18.2}
 if [ ! -d "$MEGATRON_OTHER/megatron" ]; then
   "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps \
     --target "$MEGATRON_OTHER" megatron-core==0.18.2

@@ -11,10 +11,10 @@ known in the forward pass, but it only scales a token's row. Hence two ways:
 
 - Head frozen: the forward pass keeps the unscaled gradient by the hidden states, [t, h], and the
   backward pass scales it. 3 matrix products per chunk; no logits twice.
-- Head trained: its gradient mixes tokens, so the scale has to be known first. The forward pass
-  keeps a few numbers per token, and the backward pass computes each chunk's logits again: 2 + 4
-  products. The alternative would be to keep the gradient by the logits, [t, v/p], which is what a
-  fused loss is there to avoid.
+- Head trained: its gradient mixes tokens, so the scale has to be known first. Keeping the gradient
+  by all logits, [t, v/p], is what a fused loss is there to avoid, but one chunk of it is within the
+  budget anyway: the last chunk's is kept, 4 products. Of the others the forward pass keeps a few
+  numbers per token, and the backward pass computes their logits again: 2 + 4 products.
 
 Without gradients (``torch.no_grad()``, or nothing that requires them) only the 2 products of the
 values run.
@@ -237,22 +237,23 @@ class _FusedLinearDistillation(torch.autograd.Function):
         inputs = _Inputs(
             hidden, weight, teacher_hidden, teacher_weight, labels, temperature, alpha, beta
         )
-        unscaled = None
+        unscaled = kept = None
         if plan.hidden_gradient and not plan.weight_gradient:
             unscaled = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-        stats = RowStats.cat(
-            [
-                _forward_chunk(
-                    inputs.chunk(rows, plan.shard.columns),
-                    plan,
-                    None if unscaled is None else unscaled[rows],
-                )
-                for rows in plan.chunks(len(hidden))
-            ]
-        )
+        chunks, parts = plan.chunks(len(hidden)), []
+        for rows in chunks:
+            chunk = inputs.chunk(rows, plan.shard.columns)
+            if plan.weight_gradient and rows is chunks[-1]:
+                chunk_stats, kept = _statistics_and_gradient(chunk, plan)
+            else:
+                out = None if unscaled is None else unscaled[rows]
+                chunk_stats = _forward_chunk(chunk, plan, out)
+            parts.append(chunk_stats)
+        stats = RowStats.cat(parts)
 
         ctx.plan = plan
         if plan.weight_gradient:
+            ctx.kept = kept  # no saved tensor, so that the backward pass can free it
             ctx.weight = weight
             ctx.temperature = temperature
             if not isinstance(temperature, Tensor):
@@ -276,7 +277,7 @@ class _FusedLinearDistillation(torch.autograd.Function):
     def backward(ctx, grad_total, _grad_kd, _grad_ce):
         plan = ctx.plan
         if plan.weight_gradient:
-            grad_hidden, grad_weight = _recomputed_gradients(ctx, grad_total)
+            grad_hidden, grad_weight = _gradients_with_head(ctx, grad_total)
         else:
             (unscaled,) = ctx.saved_tensors
             grad_hidden, grad_weight = torch.empty_like(unscaled), None
@@ -289,37 +290,34 @@ class _FusedLinearDistillation(torch.autograd.Function):
 # One function call per chunk, so that its logits are freed before those of the next are made.
 
 
-def _forward_chunk(chunk: _Inputs, plan: _Plan, unscaled: Tensor | None) -> RowStats:
-    """Statistics of a chunk; writes its gradient by the hidden states to ``unscaled`` [t, h]."""
+def _statistics_and_gradient(chunk: _Inputs, plan: _Plan) -> tuple[RowStats, Tensor]:
+    """Statistics of a chunk and the gradient of its losses by the student's logits, [t, c]."""
     logits = chunk.logits()
     stats = row_statistics(logits, plan.divergence, plan.shard)
-    if unscaled is not None:
-        gradient = plan.logit_gradient(logits, stats, chunk.alpha, chunk.beta)
-        torch.mm(gradient, chunk.weight, out=unscaled)
+    return stats, plan.logit_gradient(logits, stats, chunk.alpha, chunk.beta)
+
+
+def _forward_chunk(chunk: _Inputs, plan: _Plan, unscaled: Tensor | None) -> RowStats:
+    """Statistics of a chunk; writes its gradient by the hidden states to ``unscaled`` [t, h]."""
+    if unscaled is None:
+        return row_statistics(chunk.logits(), plan.divergence, plan.shard)
+    stats, gradient = _statistics_and_gradient(chunk, plan)
+    torch.mm(gradient, chunk.weight, out=unscaled)
     return stats
 
 
-def _backward_chunk(
-    chunk: _Inputs,
-    stats: RowStats,
-    plan: _Plan,
-    grad_total: Tensor,
-    grad_hidden: Tensor | None,
-    head: HeadGradient,
-) -> None:
-    """Write a chunk's gradient by the hidden states to ``grad_hidden``, add to the head's."""
-    gradient = plan.logit_gradient(
-        chunk.logits(), stats, chunk.alpha * grad_total, chunk.beta * grad_total
-    )
-    if grad_hidden is not None:
-        torch.mm(gradient, chunk.weight, out=grad_hidden)
-    head.add(gradient, chunk.hidden)
+def _recomputed_gradient(chunk: _Inputs, stats: RowStats, plan: _Plan) -> Tensor:
+    """What ``_statistics_and_gradient`` gave, from logits made again."""
+    return plan.logit_gradient(chunk.logits(), stats, chunk.alpha, chunk.beta)
 
 
-def _recomputed_gradients(ctx, grad_total: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients by the hidden states (this rank's part) and by the head, from logits made again."""
+def _gradients_with_head(ctx, grad_total: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients by the hidden states (this rank's part) and by the head.
+
+    The scale from above, [t], multiplies rows of [t, h] tensors, never of logits.
+    """
     plan = ctx.plan
-    saved = ctx.saved_tensors
+    saved, kept, ctx.kept = ctx.saved_tensors, ctx.kept, None
     inputs = _Inputs(*saved[: len(_Inputs._fields)])
     stats = RowStats(*saved[len(_Inputs._fields) :])
     if inputs.temperature is None:
@@ -329,15 +327,19 @@ def _recomputed_gradients(ctx, grad_total: Tensor) -> tuple[Tensor | None, Tenso
     if plan.hidden_gradient:
         grad_hidden = torch.empty_like(inputs.hidden, memory_format=torch.contiguous_format)
     head = HeadGradient(ctx.weight, plan.accumulate_main_grad)
-    for rows in plan.chunks(len(grad_total)):
-        _backward_chunk(
-            inputs.chunk(rows, plan.shard.columns),
-            stats.rows(rows),
-            plan,
-            grad_total[rows],
-            None if grad_hidden is None else grad_hidden[rows],
-            head,
-        )
+    chunks = plan.chunks(len(grad_total))
+    # The kept chunk first: its memory is free before another's is taken. (A second backward pass
+    # through a retained graph finds none and computes it again.)
+    for rows in reversed(chunks):
+        chunk, gradient = inputs.chunk(rows, plan.shard.columns), kept
+        if gradient is None:
+            gradient = _recomputed_gradient(chunk, stats.rows(rows), plan)
+        scale = grad_total[rows, None]
+        if grad_hidden is not None:
+            torch.mm(gradient, chunk.weight, out=grad_hidden[rows])
+            torch.mul(grad_hidden[rows], scale, out=grad_hidden[rows])
+        head.add(gradient, (chunk.hidden * scale).to(chunk.hidden.dtype))
+        kept = gradient = None
     return grad_hidden, head.finish()
 
 

@@ -102,6 +102,19 @@ class RowStats(NamedTuple):
         return cls(*(None if field[0] is None else torch.cat(field) for field in fields))
 
 
+class _Scratch:
+    """Three blocks of float32 that the row maths works in, so that no step allocates memory."""
+
+    def __init__(self, logits: LogitRows, blocks: list[slice]):
+        rows = min(blocks[0].stop, len(logits.x))
+        shape = (3, rows, logits.x.shape[1])
+        self._buffers = logits.x.new_empty(shape, dtype=maths_dtype(logits.x.dtype))
+
+    def of(self, block: LogitRows) -> tuple[Tensor, Tensor, Tensor]:
+        """The three, each of the block's shape."""
+        return self._buffers[:, : len(block.x)].unbind(0)
+
+
 def maths_dtype(dtype: torch.dtype) -> torch.dtype:
     """What the loss is computed in: float32, or float64 for float64 input."""
     return torch.promote_types(dtype, torch.float32)
@@ -114,7 +127,8 @@ def row_statistics(logits: LogitRows, divergence: Divergence | None, shard: Voca
     skew_kl one all-reduce (sum) of 2 numbers per row.
     """
     blocks = logits.blocks()
-    parts = [_local_statistics(logits.rows(rows), divergence, shard) for rows in blocks]
+    scratch = _Scratch(logits, blocks)
+    parts = [_local_statistics(logits.rows(rows), divergence, shard, scratch) for rows in blocks]
     local = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     stats = _merge(_exchange(local, shard), logits, divergence)
     if divergence is None or divergence.mixture is None:
@@ -140,34 +154,34 @@ def logit_gradient(
     A weight [t] of None leaves its term out; a row where ``kd_weight`` is 0 gets nothing from D,
     whatever its value there. ``out`` may be ``logits.x`` itself.
     """
-    for rows in logits.blocks():
+    blocks = logits.blocks()
+    scratch = _Scratch(logits, blocks)
+    for rows in blocks:
         block, block_stats = logits.rows(rows), stats.rows(rows)
-        if kd_weight is not None:
-            weight = kd_weight[rows]
-            gradient = _divergence_gradient(block, block_stats, divergence)
-            gradient.mul_((weight * block.temperature)[:, None])
-            gradient.masked_fill_((weight == 0)[:, None], 0)
-        else:
-            gradient = torch.zeros_like(block.x, dtype=maths_dtype(block.x.dtype))
-        if ce_weight is not None:
-            _add_cross_entropy_gradient(gradient, block, block_stats, ce_weight[rows], shard)
-        out[rows] = gradient
+        kd = None if kd_weight is None else kd_weight[rows]
+        ce = None if ce_weight is None else torch.where(block.labels >= 0, ce_weight[rows], 0.0)
+        _block_gradient(block, block_stats, divergence, kd, ce, scratch, out[rows])
+        if ce is not None and shard.columns:
+            column, here = shard.locate(block.labels)
+            row = torch.arange(len(column), device=column.device)
+            out[rows][row, column] -= torch.where(here, ce, 0.0).to(out.dtype)
 
 
 def _local_statistics(
-    logits: LogitRows, divergence: Divergence | None, shard: VocabShard
+    logits: LogitRows, divergence: Divergence | None, shard: VocabShard, scratch: _Scratch
 ) -> dict[str, Tensor]:
     """What this rank's columns say about each row, by name, each [t]."""
+    a, b, c = scratch.of(logits)
     local = {"x_max": _local_maximum(logits.x)}
     if divergence is not None:
         local["y_max"] = _local_maximum(logits.y)
-        x = _shifted(logits.x, local["x_max"], logits.temperature)
-        y = _shifted(logits.y, local["y_max"], logits.temperature)
+        x = _shifted(logits.x, local["x_max"], logits.temperature, out=a)
+        y = _shifted(logits.y, local["y_max"], logits.temperature, out=b)
         if divergence.kind == "forward_kl":
-            local["y_sum"], local["cross"] = _sum_and_cross(y, x)
+            local["y_sum"], local["cross"] = _sum_and_cross(y, x, exp_a=c)
             local["x_sum"] = x.exp_().sum(-1)
         elif divergence.kind == "reverse_kl":
-            local["x_sum"], local["cross"] = _sum_and_cross(x, y)
+            local["x_sum"], local["cross"] = _sum_and_cross(x, y, exp_a=c)
             local["y_sum"] = y.exp_().sum(-1)
         else:
             local["x_sum"], local["y_sum"] = x.exp_().sum(-1), y.exp_().sum(-1)
@@ -175,7 +189,7 @@ def _local_statistics(
         if divergence is not None and _is_one(logits.temperature):
             local["ce_sum"] = local["x_sum"]
         else:
-            local["ce_sum"] = _shifted(logits.x, local["x_max"], 1.0).exp_().sum(-1)
+            local["ce_sum"] = _shifted(logits.x, local["x_max"], 1.0, out=a).exp_().sum(-1)
         local["label_logit"] = _label_logit(logits, shard)
     return local
 
@@ -231,10 +245,46 @@ def _mixture_terms(logits: LogitRows, stats: RowStats, divergence: Divergence) -
     return torch.stack((_zero_safe_sum(p, log_p_over_m), slope))
 
 
+def _block_gradient(
+    logits: LogitRows,
+    stats: RowStats,
+    divergence: Divergence | None,
+    kd_weight: Tensor | None,
+    ce_weight: Tensor | None,
+    scratch: _Scratch,
+    out: Tensor,
+) -> None:
+    """``logit_gradient`` of one block but for the labels' own -1; weights [t] or None."""
+    a, b, _ = scratch.of(logits)
+    gradient = None
+    if kd_weight is not None:
+        scale = kd_weight * logits.temperature
+        q_scale = scale
+        if (
+            divergence.kind == "forward_kl"
+            and ce_weight is not None
+            and _is_one(logits.temperature)
+        ):
+            q_scale, ce_weight = scale + ce_weight, None  # one exponential serves both terms
+        if divergence.kind == "forward_kl":
+            q = _log_q(logits, stats, out=a).exp_().mul_(q_scale[:, None])
+            p = _log_p(logits, stats, out=b).exp_().mul_(scale[:, None])
+            gradient = q.sub_(p.masked_fill_((kd_weight == 0)[:, None], 0))
+        else:
+            gradient = _divergence_gradient(logits, stats, divergence).mul_(scale[:, None])
+            gradient.masked_fill_((kd_weight == 0)[:, None], 0)
+    if ce_weight is not None:
+        probs = _shifted(logits.x, stats.x_max, 1.0, out=b).sub_(stats.ce_lse[:, None]).exp_()
+        probs.mul_(ce_weight[:, None])
+        gradient = probs if gradient is None else gradient.add_(probs)
+    if gradient is None:
+        out.zero_()
+    else:
+        out.copy_(gradient)
+
+
 def _divergence_gradient(logits: LogitRows, stats: RowStats, divergence: Divergence) -> Tensor:
-    """Derivative of D by the scaled student logits x / T, [t, c]."""
-    if divergence.kind == "forward_kl":
-        return _log_q(logits, stats).exp_().sub_(_log_p(logits, stats).exp_())
+    """Derivative of D by the scaled student logits x / T, [t, c]; not for forward_kl."""
     if divergence.kind == "reverse_kl":
         log_q = _log_q(logits, stats)
         q = log_q.exp()
@@ -249,19 +299,6 @@ def _divergence_gradient(logits: LogitRows, stats: RowStats, divergence: Diverge
     return g.sub_(stats.slope[:, None]).mul_(q).masked_fill_(q == 0, 0)
 
 
-def _add_cross_entropy_gradient(
-    gradient: Tensor, logits: LogitRows, stats: RowStats, weight: Tensor, shard: VocabShard
-) -> None:
-    """Add weight [t] times the derivative of the cross-entropy by x to ``gradient`` [t, c]."""
-    weight = torch.where(logits.labels >= 0, weight, 0.0)
-    probs = _shifted(logits.x, stats.x_max, 1.0).sub_(stats.ce_lse[:, None]).exp_()
-    gradient.addcmul_(probs, weight[:, None])
-    if shard.columns:
-        column, here = shard.locate(logits.labels)
-        row = torch.arange(len(column), device=column.device)
-        gradient[row, column] -= torch.where(here, weight, 0.0)
-
-
 def _is_one(temperature: float | Tensor) -> bool:
     return not isinstance(temperature, Tensor) and temperature == 1
 
@@ -273,20 +310,22 @@ def _local_maximum(logits: Tensor) -> Tensor:
     return logits.amax(-1).to(dtype).clamp_(min=_NO_MAXIMUM)
 
 
-def _shifted(logits: Tensor, maximum: Tensor, temperature: float | Tensor) -> Tensor:
-    """(logits - maximum) / temperature as a new tensor; exact near the maximum at any magnitude."""
-    shifted = logits - maximum[:, None]
+def _shifted(
+    logits: Tensor, maximum: Tensor, temperature: float | Tensor, out: Tensor | None = None
+) -> Tensor:
+    """(logits - maximum) / temperature in ``out``; exact near the maximum at any magnitude."""
+    shifted = torch.sub(logits, maximum[:, None], out=out)
     if _is_one(temperature):
         return shifted
     return shifted.div_(temperature[:, None] if isinstance(temperature, Tensor) else temperature)
 
 
-def _log_q(logits: LogitRows, stats: RowStats) -> Tensor:
-    return _shifted(logits.x, stats.x_max, logits.temperature).sub_(stats.x_lse[:, None])
+def _log_q(logits: LogitRows, stats: RowStats, out: Tensor | None = None) -> Tensor:
+    return _shifted(logits.x, stats.x_max, logits.temperature, out).sub_(stats.x_lse[:, None])
 
 
-def _log_p(logits: LogitRows, stats: RowStats) -> Tensor:
-    return _shifted(logits.y, stats.y_max, logits.temperature).sub_(stats.y_lse[:, None])
+def _log_p(logits: LogitRows, stats: RowStats, out: Tensor | None = None) -> Tensor:
+    return _shifted(logits.y, stats.y_max, logits.temperature, out).sub_(stats.y_lse[:, None])
 
 
 def _zero_safe_sum(probs: Tensor, log_ratio: Tensor) -> Tensor:
@@ -294,9 +333,9 @@ def _zero_safe_sum(probs: Tensor, log_ratio: Tensor) -> Tensor:
     return log_ratio.mul_(probs).masked_fill_(probs == 0, 0).sum(-1)
 
 
-def _sum_and_cross(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Row sums of exp(a) and of exp(a) * (a - b); overwrites ``a``."""
-    exp_a = a.exp()
+def _sum_and_cross(a: Tensor, b: Tensor, exp_a: Tensor) -> tuple[Tensor, Tensor]:
+    """Row sums of exp(a) and of exp(a) * (a - b); overwrites ``a`` and ``exp_a``."""
+    torch.exp(a, out=exp_a)
     return exp_a.sum(-1), _zero_safe_sum(exp_a, a.sub_(b))
 
 
