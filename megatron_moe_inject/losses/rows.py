@@ -107,12 +107,12 @@ class _Scratch:
 
     def __init__(self, logits: LogitRows, blocks: list[slice]):
         rows = min(blocks[0].stop, len(logits.x))
-        shape = (3, rows, logits.x.shape[1])
-        self._buffers = logits.x.new_empty(shape, dtype=maths_dtype(logits.x.dtype))
+        shape, dtype = (rows, logits.x.shape[1]), maths_dtype(logits.x.dtype)
+        self._buffers = [logits.x.new_empty(shape, dtype=dtype) for _ in range(3)]
 
-    def of(self, block: LogitRows) -> tuple[Tensor, Tensor, Tensor]:
+    def of(self, block: LogitRows) -> list[Tensor]:
         """The three, each of the block's shape."""
-        return self._buffers[:, : len(block.x)].unbind(0)
+        return [buffer[: len(block.x)] for buffer in self._buffers]
 
 
 def maths_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -160,11 +160,12 @@ def logit_gradient(
         block, block_stats = logits.rows(rows), stats.rows(rows)
         kd = None if kd_weight is None else kd_weight[rows]
         ce = None if ce_weight is None else torch.where(block.labels >= 0, ce_weight[rows], 0.0)
-        _block_gradient(block, block_stats, divergence, kd, ce, scratch, out[rows])
+        gradient = _block_gradient(block, block_stats, divergence, kd, ce, scratch)
         if ce is not None and shard.columns:
             column, here = shard.locate(block.labels)
             row = torch.arange(len(column), device=column.device)
-            out[rows][row, column] -= torch.where(here, ce, 0.0).to(out.dtype)
+            gradient[row, column] -= torch.where(here, ce, 0.0)
+        out[rows] = gradient
 
 
 def _local_statistics(
@@ -252,21 +253,16 @@ def _block_gradient(
     kd_weight: Tensor | None,
     ce_weight: Tensor | None,
     scratch: _Scratch,
-    out: Tensor,
-) -> None:
+) -> Tensor:
     """``logit_gradient`` of one block but for the labels' own -1; weights [t] or None."""
     a, b, _ = scratch.of(logits)
     gradient = None
     if kd_weight is not None:
         scale = kd_weight * logits.temperature
-        q_scale = scale
-        if (
-            divergence.kind == "forward_kl"
-            and ce_weight is not None
-            and _is_one(logits.temperature)
-        ):
-            q_scale, ce_weight = scale + ce_weight, None  # one exponential serves both terms
         if divergence.kind == "forward_kl":
+            q_scale = scale
+            if ce_weight is not None and _is_one(logits.temperature):
+                q_scale, ce_weight = scale + ce_weight, None  # one exponential serves both terms
             q = _log_q(logits, stats, out=a).exp_().mul_(q_scale[:, None])
             p = _log_p(logits, stats, out=b).exp_().mul_(scale[:, None])
             gradient = q.sub_(p.masked_fill_((kd_weight == 0)[:, None], 0))
@@ -277,10 +273,7 @@ def _block_gradient(
         probs = _shifted(logits.x, stats.x_max, 1.0, out=b).sub_(stats.ce_lse[:, None]).exp_()
         probs.mul_(ce_weight[:, None])
         gradient = probs if gradient is None else gradient.add_(probs)
-    if gradient is None:
-        out.zero_()
-    else:
-        out.copy_(gradient)
+    return a.zero_() if gradient is None else gradient
 
 
 def _divergence_gradient(logits: LogitRows, stats: RowStats, divergence: Divergence) -> Tensor:
