@@ -45,11 +45,12 @@ WARM_UP = 4
 def model_flags(options: argparse.Namespace, hidden: int) -> list[str]:
     """Flags that student and teacher share."""
     text = (
-        f"--num-layers 4 --hidden-size {hidden} --num-attention-heads 8 --seq-length 256 "
+        f"--num-layers {options.layers} --hidden-size {hidden} --num-attention-heads 8 "
+        "--seq-length 256 "
         "--max-position-embeddings 256 --position-embedding-type rope --normalization RMSNorm "
         "--swiglu --disable-bias-linear --attention-dropout 0 --hidden-dropout 0 --mock-data "
         f"--tokenizer-type NullTokenizer --vocab-size {options.vocab - 1} --num-workers 0 "
-        "--untie-embeddings-and-output-weights --micro-batch-size 4 --global-batch-size 16 "
+        "--untie-embeddings-and-output-weights --micro-batch-size 4 --global-batch-size 8 "
         "--lr 1e-4 --eval-interval 100000 --eval-iters 0 --log-interval 1000 "
     )
     return text.split()
@@ -68,8 +69,7 @@ def train(nproc: int, *flags: str, module: str, environment: dict[str, str]) -> 
 
 def parent(options: argparse.Namespace) -> None:
     """Make a teacher, run the timed training, print the table."""
-    threads = str(max(1, (os.cpu_count() or 1) // options.nproc))
-    environment = {"OMP_NUM_THREADS": threads, "PYTHONWARNINGS": "ignore"}
+    environment = {"OMP_NUM_THREADS": str(options.threads), "PYTHONWARNINGS": "ignore"}
     with tempfile.TemporaryDirectory() as folder:
         teacher = f"{folder}/teacher"
         flags = [*model_flags(options, options.teacher_hidden), "--train-iters", "1"]
@@ -102,8 +102,10 @@ def print_table(times: dict[str, list[float]], options: argparse.Namespace) -> N
     median = {name: 1e3 * statistics.median(values) for name, values in times.items()}
     expected = median["stock"] + median["teacher"]
     print(
-        f"hidden {options.hidden}, teacher {options.teacher_hidden}, vocabulary {options.vocab}, "
-        f"4,096 tokens a step, {options.nproc} process(es), {options.steps} steps each, medians, "
+        f"{options.layers} layers, hidden {options.hidden}, teacher {options.teacher_hidden}, "
+        f"vocabulary {options.vocab}, "
+        f"2,048 tokens a step, {options.nproc} process(es) of {options.threads} thread(s), "
+        f"{options.steps} steps each, medians, "
         f"head {'trained' if options.train_head else 'frozen'}"
     )
     for name, value in (
@@ -184,10 +186,12 @@ def child() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--teacher-hidden", type=int, default=128)
     parser.add_argument("--vocab", type=int, default=4096)
     parser.add_argument("--nproc", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="per process")
     parser.add_argument("--train-head", action="store_true", help="train head and embedding too")
     parent(parser.parse_args())
 

@@ -263,15 +263,17 @@ def _block_gradient(
             q_scale = scale
             if ce_weight is not None and _is_one(logits.temperature):
                 q_scale, ce_weight = scale + ce_weight, None  # one exponential serves both terms
-            q = _log_q(logits, stats, out=a).exp_().mul_(q_scale[:, None])
-            p = _log_p(logits, stats, out=b).exp_().mul_(scale[:, None])
+            q = _shifted(logits.x, stats.x_max, logits.temperature, out=a).exp_()
+            q.mul_((q_scale * stats.x_lse.neg().exp())[:, None])
+            p = _shifted(logits.y, stats.y_max, logits.temperature, out=b).exp_()
+            p.mul_((scale * stats.y_lse.neg().exp())[:, None])
             gradient = q.sub_(p.masked_fill_((kd_weight == 0)[:, None], 0))
         else:
             gradient = _divergence_gradient(logits, stats, divergence).mul_(scale[:, None])
             gradient.masked_fill_((kd_weight == 0)[:, None], 0)
     if ce_weight is not None:
-        probs = _shifted(logits.x, stats.x_max, 1.0, out=b).sub_(stats.ce_lse[:, None]).exp_()
-        probs.mul_(ce_weight[:, None])
+        probs = _shifted(logits.x, stats.x_max, 1.0, out=b).exp_()
+        probs.mul_((ce_weight * stats.ce_lse.neg().exp())[:, None])
         gradient = probs if gradient is None else gradient.add_(probs)
     return a.zero_() if gradient is None else gradient
 
@@ -313,12 +315,12 @@ def _shifted(
     return shifted.div_(temperature[:, None] if isinstance(temperature, Tensor) else temperature)
 
 
-def _log_q(logits: LogitRows, stats: RowStats, out: Tensor | None = None) -> Tensor:
-    return _shifted(logits.x, stats.x_max, logits.temperature, out).sub_(stats.x_lse[:, None])
+def _log_q(logits: LogitRows, stats: RowStats) -> Tensor:
+    return _shifted(logits.x, stats.x_max, logits.temperature).sub_(stats.x_lse[:, None])
 
 
-def _log_p(logits: LogitRows, stats: RowStats, out: Tensor | None = None) -> Tensor:
-    return _shifted(logits.y, stats.y_max, logits.temperature, out).sub_(stats.y_lse[:, None])
+def _log_p(logits: LogitRows, stats: RowStats) -> Tensor:
+    return _shifted(logits.y, stats.y_max, logits.temperature).sub_(stats.y_lse[:, None])
 
 
 def _zero_safe_sum(probs: Tensor, log_ratio: Tensor) -> Tensor:

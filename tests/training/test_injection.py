@@ -36,11 +36,13 @@ def recipe_file(material, recipe: str = RECIPE) -> str:
     return str(path)
 
 
-def inject(material, recipe: str = RECIPE, *, nproc=1, extra=(), check=True, path=(), **layout):
+def inject(
+    material, recipe: str = RECIPE, *, nproc=1, extra=(), check=True, path=(), env=None, **layout
+):
     """One run with ``recipe`` and the frozen check; later ``extra`` flags win."""
     ours = ("--inject-recipe", recipe_file(material, recipe), "--inject-verify-frozen")
     flags = material.flags(*ours, *extra, **layout)
-    return lane.run(flags, nproc=nproc, check=check, pythonpath=path)
+    return lane.run(flags, nproc=nproc, check=check, pythonpath=path, env=env)
 
 
 @pytest.fixture(scope="session")
@@ -82,6 +84,13 @@ LAYOUTS = {
         )
     ),
     "distributed optimizer, ep2": dict(nproc=2, ep=2, extra=tuple(lane.DISTRIBUTED_OPTIMIZER)),
+    "selective recompute": dict(
+        extra=(
+            *("--recompute-granularity", "selective"),
+            *("--recompute-modules", "core_attn", "moe"),
+        )
+    ),
+    "teacher window, pp2": dict(nproc=2, pp=2, extra=("--inject-set", "teachers.coder.window=1")),
     "per-token loss": dict(extra=("--calculate-per-token-loss",)),
 }
 SLOW_LAYOUTS = {
@@ -109,6 +118,23 @@ def test_the_curve_does_not_depend_on_the_layout(material, single, layout):
     for term in TERMS:
         assert run.losses(term) == pytest.approx(single.losses(term), rel=2e-5), term
     assert PROVEN.search(run.output)
+
+
+COMPONENTS = ("router", "attention", "norms", "embedding", "output_layer")
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_a_single_component_trains_and_nothing_else(material, component):
+    """No experts; of two stages one trains nothing where it lacks the component."""
+    only = ("--inject-set", "train.experts=none", f"train.{component}=true")
+    one = inject(material, extra=only)
+    two = inject(material, nproc=2, pp=2, extra=only)
+    for term in TERMS:
+        assert two.losses(term) == pytest.approx(one.losses(term), rel=2e-5), term
+    assert PROVEN.search(one.output)
+    assert PROVEN.search(two.output)
+    assert one.losses("total loss")[-1] != one.losses("total loss")[0]
+    assert min(one.losses("grad norm")) > 0
 
 
 CE_ONLY = """
