@@ -15,7 +15,7 @@ export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore TOKENIZERS_PARAL
 
 out=${OUT:-runs/quickstart}
 data=$out/data
-steps=${STEPS:-300}
+steps=${STEPS:-200}
 mkdir -p "$out"
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
 
