@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from megatron_moe_inject.recipe import GENERAL, Recipe
+from megatron_moe_inject.schedule import ever_positive, show_weight
 from megatron_moe_inject.student import StudentFacts, ranges, split_labels
 from megatron_moe_inject.typed import listing
 
@@ -103,11 +104,11 @@ def recipe_warnings(recipe: Recipe) -> list[str]:
     for names, layers in shared.items():
         where = listing((f"layer {la}: {ranges(ids)}" for la, ids in layers.items()), limit=4)
         warnings.append(f"{' and '.join(names)} share experts ({where})")
-    if recipe.objective.alpha == 0 and recipe.teachers:
-        warnings.append("objective.alpha is 0: teachers run for the reported losses only")
+    if recipe.teachers and not any(ever_positive(recipe.alpha(d)) for d in recipe.domains):
+        warnings.append("alpha is 0: teachers run for the reported losses only")
     if owners and recipe.train.experts == "none":
         warnings.append("train.experts is none: the experts chosen by the domains stay frozen")
-    if recipe.general_beta() == 0:
+    if not ever_positive(recipe.general_beta()):
         warnings.append("general tokens have no loss: nothing holds general ability")
     return warnings
 
@@ -182,20 +183,28 @@ def _expert_lines(plan: Plan) -> list[str]:
 
 def _loss_lines(recipe: Recipe) -> list[str]:
     objective, lines = recipe.objective, []
+    mixture = {"jsd": objective.jsd_beta, "skew_kl": objective.skew}.get(objective.divergence)
+    divergence = objective.divergence + ("" if mixture is None else f"[{mixture:g}]")
+    if objective.confidence != "none":
+        divergence = f"confidence[{objective.confidence}] * {divergence}"
     for domain in recipe.domains:
         terms = []
-        if domain.teacher is not None and objective.alpha > 0:
-            temperature = recipe.temperature(domain.teacher)
+        alpha, beta = recipe.alpha(domain), recipe.beta(domain)
+        if ever_positive(alpha):
+            temperature = recipe.temperature(domain)
             terms.append(
-                f"{objective.alpha:g} * {temperature:g}^2 * "
-                f"{objective.divergence}({domain.teacher} || student, T={temperature:g})"
+                f"{show_weight(alpha)} * {temperature:g}^2 * "
+                f"{divergence}({domain.teacher} || student, T={temperature:g})"
             )
-        if objective.beta > 0:
-            terms.append(f"{objective.beta:g} * CE")
+        if ever_positive(beta):
+            terms.append(f"{show_weight(beta)} * CE")
         lines.append((domain.name, " + ".join(terms)))
     weight = recipe.general_beta()
-    lines.append(("(general)", f"{weight:g} * CE" if weight > 0 else "0"))
-    return table([(name, "=", formula) for name, formula in lines])
+    lines.append(("(general)", f"{show_weight(weight)} * CE" if ever_positive(weight) else "0"))
+    shown = table([(name, "=", formula) for name, formula in lines])
+    if objective.skip_worse:
+        shown.append("no distillation where the teacher predicts the label worse than the student")
+    return shown
 
 
 def _train_lines(plan: Plan) -> list[str]:

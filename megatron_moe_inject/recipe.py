@@ -21,10 +21,12 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from megatron_moe_inject import typed
-from megatron_moe_inject.recipe_rules import DIVERGENCES, EXPERT_MODES, validate
+from megatron_moe_inject.recipe_rules import CONFIDENCES, DIVERGENCES, EXPERT_MODES, validate
+from megatron_moe_inject.schedule import Schedule, Weight
 from megatron_moe_inject.typed import RecipeError, fail, show, suggest
 
 __all__ = [
+    "CONFIDENCES",
     "DIVERGENCES",
     "EXPERT_MODES",
     "GENERAL",
@@ -33,6 +35,7 @@ __all__ = [
     "Objective",
     "Recipe",
     "RecipeError",
+    "Schedule",
     "TeacherSpec",
     "Train",
     "dump_recipe",
@@ -67,6 +70,7 @@ class Domain:
             blend or a path prefix exactly as written there.
         teacher: key of ``Recipe.teachers``; None = no distillation here, cross-entropy only.
         experts: the experts that this domain's knowledge goes to.
+        alpha, beta, temperature: override the objective's for this domain.
     """
 
     name: str = field(metadata={"remedy": "give the domain a name, such as name: code"})
@@ -75,6 +79,9 @@ class Domain:
     )
     teacher: str | None = None
     experts: ExpertChoice = field(default_factory=ExpertChoice)
+    alpha: float | Schedule | None = None
+    beta: float | Schedule | None = None
+    temperature: float | None = None
 
 
 @dataclass
@@ -108,6 +115,8 @@ class TeacherSpec:
 class Objective:
     """L = alpha * T^2 * D(teacher || student) + beta * CE + gamma * R(original).
 
+    A weight is a number or a schedule, ``{points: {0: 0.0, 500: 0.7}, shape: cosine}``.
+
     Attributes:
         divergence: one of ``DIVERGENCES``.
         temperature: softens both distributions; the loss is scaled by its square.
@@ -115,14 +124,31 @@ class Objective:
         beta: weight of cross-entropy on all tokens.
         general_beta: weight of cross-entropy on general tokens; None = beta.
         gamma: weight of retention against the original model; not in this version.
+        ce_share: shortcut for the form c * CE + (1 - c) * T^2 * KL in place of alpha and beta.
+        confidence: weighs each token's distillation by the teacher's confidence there, one of
+            ``CONFIDENCES``: its probability of the label, or 1 - entropy / log(vocabulary).
+        skip_worse: no distillation on tokens whose label the teacher predicts worse than the
+            student does.
+        jsd_beta, skew: the teacher's weight in the mixture of ``jsd`` and of ``skew_kl``.
     """
 
     divergence: str = "forward_kl"
     temperature: float = 1.0
-    alpha: float = 1.0
-    beta: float = 0.0
-    general_beta: float | None = None
+    alpha: float | Schedule = 1.0
+    beta: float | Schedule = 0.0
+    general_beta: float | Schedule | None = None
     gamma: float = 0.0
+    ce_share: float | None = None
+    confidence: str = "none"
+    skip_worse: bool = False
+    jsd_beta: float = 0.5
+    skew: float = 0.1
+
+    def weights(self) -> tuple[Weight, Weight]:
+        """alpha and beta, also where ``ce_share`` says them."""
+        if self.ce_share is None:
+            return self.alpha, self.beta
+        return 1 - self.ce_share, self.ce_share
 
 
 @dataclass
@@ -169,15 +195,25 @@ class Recipe:
     verify_frozen: bool = False
     version: int = 1
 
-    def temperature(self, teacher: str) -> float:
-        """Temperature that applies to the named teacher."""
-        own = self.teachers[teacher].temperature
-        return self.objective.temperature if own is None else own
+    def temperature(self, domain: Domain) -> float:
+        """Its own temperature, else its teacher's, else the objective's."""
+        teacher = self.teachers[domain.teacher].temperature if domain.teacher else None
+        return next(t for t in (domain.temperature, teacher, self.objective.temperature) if t)
 
-    def general_beta(self) -> float:
+    def alpha(self, domain: Domain) -> Weight:
+        """Weight of distillation in a domain; 0 without a teacher."""
+        if domain.teacher is None:
+            return 0.0
+        return self.objective.weights()[0] if domain.alpha is None else domain.alpha
+
+    def beta(self, domain: Domain) -> Weight:
+        """Weight of cross-entropy in a domain."""
+        return self.objective.weights()[1] if domain.beta is None else domain.beta
+
+    def general_beta(self) -> Weight:
         """Cross-entropy weight on general tokens."""
         own = self.objective.general_beta
-        return self.objective.beta if own is None else own
+        return self.objective.weights()[1] if own is None else own
 
     def experts_by_layer(self) -> dict[int, list[int]]:
         """Union of all domains' chosen experts: layer -> sorted global ids, layers sorted."""

@@ -11,12 +11,14 @@ import re
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from megatron_moe_inject.schedule import SHAPES, Schedule, Weight, ever_positive, lowest
 from megatron_moe_inject.typed import RecipeError, fail, listing, suggest
 
 if TYPE_CHECKING:
-    from megatron_moe_inject.recipe import Recipe
+    from megatron_moe_inject.recipe import Domain, Objective, Recipe
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl")
+CONFIDENCES = ("none", "label", "entropy")
 EXPERT_MODES = ("selected", "all", "none")
 TEACHER_KINDS = ("megatron", "hf")
 TEACHER_DTYPES = ("params", "fp32", "bf16")
@@ -117,35 +119,82 @@ def _check_choice(path: str, value: str, choices: tuple[str, ...]) -> None:
 def _check_objective(recipe: Recipe) -> None:
     objective = recipe.objective
     _check_choice("objective.divergence", objective.divergence, DIVERGENCES)
+    _check_choice("objective.confidence", objective.confidence, CONFIDENCES)
     _check_temperature("objective.temperature", objective.temperature)
+    for name in ("jsd_beta", "skew"):
+        share = getattr(objective, name)
+        if not 0 < share < 1:
+            remedy = "write a share strictly between; forward_kl and reverse_kl are the limits"
+            raise fail(f"objective.{name}", share, "is not between 0 and 1", remedy)
     for name in ("alpha", "beta", "general_beta", "gamma"):
-        weight = getattr(objective, name)
-        if weight is not None and weight < 0:
-            raise fail(f"objective.{name}", weight, "is negative", "weights are 0 or more")
+        _check_weight(f"objective.{name}", getattr(objective, name))
     if objective.gamma != 0:
         raise fail("objective.gamma", objective.gamma, "is not in this version", "write gamma: 0")
-    taught = [i for i, domain in enumerate(recipe.domains) if domain.teacher is not None]
-    if objective.alpha == 0 and objective.beta == 0:
-        raise RecipeError(
-            "objective.alpha: 0 and objective.beta: 0 leave domain tokens without a loss; "
-            "give one of them a weight above 0",
-            "objective.alpha",
-        )
-    if objective.alpha > 0 and not taught:
+    if objective.ce_share is not None:
+        _check_ce_share(objective)
+    taught = [domain for domain in recipe.domains if domain.teacher is not None]
+    if ever_positive(objective.weights()[0]) and not taught:
+        name = "alpha" if objective.ce_share is None else "ce_share"
         raise fail(
-            "objective.alpha",
-            objective.alpha,
+            f"objective.{name}",
+            getattr(objective, name),
             "weighs distillation but no domain has a teacher",
             "add domains[0].teacher or set alpha to 0",
         )
     for i, domain in enumerate(recipe.domains):
-        if domain.teacher is None and objective.beta == 0:
+        _check_domain_weights(recipe, i, domain)
+
+
+def _check_ce_share(objective: Objective) -> None:
+    share = objective.ce_share
+    if not 0 <= share <= 1:
+        raise fail("objective.ce_share", share, "is not between 0 and 1", "write 0.3 for 30 % CE")
+    if (objective.alpha, objective.beta) != (1.0, 0.0):
+        raise fail(
+            "objective.ce_share",
+            share,
+            "stands beside alpha or beta",
+            "it sets both (beta = ce_share, alpha = 1 - ce_share): keep one form",
+        )
+
+
+def _check_domain_weights(recipe: Recipe, index: int, domain: Domain) -> None:
+    path = f"domains[{index}]"
+    _check_weight(f"{path}.alpha", domain.alpha)
+    _check_weight(f"{path}.beta", domain.beta)
+    _check_temperature(f"{path}.temperature", domain.temperature)
+    alpha, beta = recipe.alpha(domain), recipe.beta(domain)
+    if ever_positive(alpha) or ever_positive(beta):
+        if domain.teacher is None and domain.alpha is not None and ever_positive(domain.alpha):
             raise fail(
-                f"domains[{i}].teacher",
-                None,
-                f"leaves domain {domain.name!r} without a loss, since objective.beta is 0",
-                "name a teacher or set objective.beta above 0",
-            )
+                f"{path}.alpha", domain.alpha, "weighs a teacher that the domain lacks",
+                f"write {path}.teacher or remove alpha",
+            )  # fmt: skip
+        return
+    if domain.teacher is None:
+        raise fail(
+            f"{path}.teacher",
+            None,
+            f"leaves domain {domain.name!r} without a loss, since its beta is 0",
+            "name a teacher or set objective.beta above 0",
+        )
+    raise RecipeError(
+        f"objective.alpha: 0 and objective.beta: 0 leave domain {domain.name!r} without a loss; "
+        "give one of them a weight above 0",
+        "objective.alpha",
+    )
+
+
+def _check_weight(path: str, weight: Weight | None) -> None:
+    if isinstance(weight, Schedule):
+        _check_choice(f"{path}.shape", weight.shape, SHAPES)
+        if not weight.points:
+            raise fail(f"{path}.points", {}, "is empty", "write iteration: value entries")
+        for iteration in weight.points:
+            if iteration < 0:
+                raise fail(f"{path}.points", iteration, "is negative", "iterations count from 0")
+    if weight is not None and lowest(weight) < 0:
+        raise fail(path, lowest(weight), "is negative", "weights are 0 or more")
 
 
 def _check_train(recipe: Recipe) -> None:

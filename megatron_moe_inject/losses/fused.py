@@ -33,27 +33,36 @@ from megatron_moe_inject.losses.head_gradient import HeadGradient
 from megatron_moe_inject.losses.rows import (
     LogitRows,
     RowStats,
+    distillation_factor,
     logit_gradient,
     maths_dtype,
     row_statistics,
 )
-from megatron_moe_inject.losses.spec import Divergence, VocabShard, check_temperature
+from megatron_moe_inject.losses.spec import (
+    Divergence,
+    LogitTransform,
+    TokenWeighting,
+    VocabShard,
+    check_temperature,
+)
 
 # Memory for the logits of one chunk, by device type: GPUs need larger chunks for busy products.
 _CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 
 
 class FusedLoss(NamedTuple):
-    """Per-token losses [t] in float32. ``total`` = alpha kd + beta ce carries the graph.
+    """Per-token losses [t] in float32. ``total`` = alpha factor kd + beta ce carries the graph.
 
     ``kd`` is T^2 times the divergence, 0 without a teacher; ``ce`` the cross-entropy, 0 where the
-    label is negative. Both are detached and not multiplied by their weights. A token contributes
-    nothing to ``total`` and the gradient through a term whose weight is 0, whatever its value.
+    label is negative. Both are detached and not multiplied by their weights. ``kd_factor`` is what
+    the token weighting left of the distillation, 1 without one. A token contributes nothing to
+    ``total`` and the gradient through a term whose weight is 0, whatever its value.
     """
 
     total: Tensor
     kd: Tensor
     ce: Tensor
+    kd_factor: Tensor
 
 
 def fused_linear_distillation(
@@ -74,6 +83,9 @@ def fused_linear_distillation(
     chunk_tokens: int | None = None,
     reduce_hidden_grad: bool = True,
     accumulate_main_grad: bool = False,
+    weighting: TokenWeighting | None = None,
+    student_transform: LogitTransform | None = None,
+    teacher_transform: LogitTransform | None = None,
 ) -> FusedLoss:
     """alpha T^2 D(teacher || student) + beta CE of every token, from hidden states and heads.
 
@@ -100,6 +112,9 @@ def fused_linear_distillation(
             reduce-scatter behind the gather of the hidden states.
         accumulate_main_grad: add the head's gradient to ``student_weight.main_grad`` instead of
             returning it, as Megatron's gradient accumulation fusion does.
+        weighting: distils confident tokens more, see ``TokenWeighting``; needs a teacher.
+        student_transform, teacher_transform: what makes logits of ``hidden @ weight.T``, see
+            ``LogitTransform``; None for nothing.
 
     Returns:
         FusedLoss; ``total`` is differentiable by ``student_hidden`` and ``student_weight``, with
@@ -109,12 +124,13 @@ def fused_linear_distillation(
         ValueError: shapes, dtypes or parameters that do not fit, with the values.
 
     Collectives over ``tp_group``. Forward, per chunk of c tokens: one all-gather of at most 7 c
-    float32 numbers, and for jsd and skew_kl one all-reduce of 2 c. Backward: one all-reduce of
-    ``student_hidden``'s size and dtype with ``reduce_hidden_grad``, nothing else.
+    float32 numbers (10 c with a weighting), and for jsd and skew_kl one all-reduce of 2 c.
+    Backward: one all-reduce of ``student_hidden``'s size and dtype with ``reduce_hidden_grad``,
+    nothing else.
     """
     check_temperature(temperature)
     _check_student(student_hidden, student_weight, labels, temperature, alpha, beta)
-    _check_teacher(student_hidden, student_weight, teacher_hidden, teacher_weight, alpha)
+    _check_teacher(student_hidden, student_weight, teacher_hidden, teacher_weight, alpha, weighting)
     if chunk_tokens is None:
         chunk_tokens = default_chunk_tokens(student_hidden, student_weight)
     if chunk_tokens < 1:
@@ -130,6 +146,9 @@ def fused_linear_distillation(
         weight_gradient=torch.is_grad_enabled() and student_weight.requires_grad,
         reduce_hidden_grad=reduce_hidden_grad,
         accumulate_main_grad=accumulate_main_grad,
+        weighting=weighting or None,
+        student_transform=student_transform or None,
+        teacher_transform=teacher_transform or None,
     )
     if plan.weight_gradient and accumulate_main_grad:
         HeadGradient.check(student_weight)
@@ -174,6 +193,30 @@ class _Plan:
     weight_gradient: bool
     reduce_hidden_grad: bool
     accumulate_main_grad: bool
+    weighting: TokenWeighting | None
+    student_transform: LogitTransform | None
+    teacher_transform: LogitTransform | None
+
+    def logits(self, chunk: "_Inputs") -> LogitRows:
+        """Student and teacher logits of a chunk, [t, c] each."""
+        x, y = chunk.hidden @ chunk.weight.t(), None
+        if self.student_transform:
+            self.student_transform.apply_(x)
+        if chunk.teacher_hidden is not None:
+            y = chunk.teacher_hidden @ chunk.teacher_weight.t()
+            if self.teacher_transform:
+                self.teacher_transform.apply_(y)
+        return LogitRows(x, y, chunk.labels, chunk.temperature, self.student_transform)
+
+    def statistics(self, logits: LogitRows) -> RowStats:
+        """Their losses."""
+        return row_statistics(logits, self.divergence, self.shard, self.weighting)
+
+    def kd_weight(self, chunk: "_Inputs", stats: RowStats) -> Tensor:
+        """alpha times the factor of the token weighting, [t]."""
+        if not self.weighting:
+            return chunk.alpha
+        return chunk.alpha * distillation_factor(stats, chunk.labels, self.weighting, self.shard)
 
     def logit_gradient(
         self, logits: LogitRows, stats: RowStats, kd_weight: Tensor, ce_weight: Tensor
@@ -223,12 +266,6 @@ class _Inputs(NamedTuple):
             self.beta[rows],
         )
 
-    def logits(self) -> LogitRows:
-        """Student and teacher logits, [t, c] each."""
-        x = self.hidden @ self.weight.t()
-        y = None if self.teacher_hidden is None else self.teacher_hidden @ self.teacher_weight.t()
-        return LogitRows(x, y, self.labels, self.temperature)
-
 
 class _FusedLinearDistillation(torch.autograd.Function):
     @staticmethod
@@ -260,21 +297,25 @@ class _FusedLinearDistillation(torch.autograd.Function):
                 inputs = inputs._replace(temperature=None)
             if not plan.kd_gradient:
                 inputs = inputs._replace(teacher_hidden=None, teacher_weight=None)
-            ctx.save_for_backward(*inputs, *stats._replace(divergence=None, ce=None))
+            unused = {"divergence": None} if plan.weighting else {"divergence": None, "ce": None}
+            ctx.save_for_backward(*inputs, *stats._replace(**unused))
         else:
             ctx.save_for_backward(unscaled)
-        kd = torch.zeros_like(alpha)
+        kd, factor = torch.zeros_like(alpha), torch.ones_like(alpha)
         if plan.divergence is not None:
             kd = stats.divergence * temperature**2
-        total = torch.where(alpha == 0, 0.0, alpha * kd) + torch.where(
+        if plan.weighting:
+            factor = distillation_factor(stats, labels, plan.weighting, plan.shard)
+        kd_weight = alpha * factor
+        total = torch.where(kd_weight == 0, 0.0, kd_weight * kd) + torch.where(
             beta == 0, 0.0, beta * stats.ce
         )
-        ctx.mark_non_differentiable(kd, stats.ce)
-        return total, kd, stats.ce
+        ctx.mark_non_differentiable(kd, stats.ce, factor)
+        return total, kd, stats.ce, factor
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_total, _grad_kd, _grad_ce):
+    def backward(ctx, grad_total, *_detached):
         plan = ctx.plan
         if plan.weight_gradient:
             grad_hidden, grad_weight = _gradients_with_head(ctx, grad_total)
@@ -292,15 +333,15 @@ class _FusedLinearDistillation(torch.autograd.Function):
 
 def _statistics_and_gradient(chunk: _Inputs, plan: _Plan) -> tuple[RowStats, Tensor]:
     """Statistics of a chunk and the gradient of its losses by the student's logits, [t, c]."""
-    logits = chunk.logits()
-    stats = row_statistics(logits, plan.divergence, plan.shard)
-    return stats, plan.logit_gradient(logits, stats, chunk.alpha, chunk.beta)
+    logits = plan.logits(chunk)
+    stats = plan.statistics(logits)
+    return stats, plan.logit_gradient(logits, stats, plan.kd_weight(chunk, stats), chunk.beta)
 
 
 def _forward_chunk(chunk: _Inputs, plan: _Plan, unscaled: Tensor | None) -> RowStats:
     """Statistics of a chunk; writes its gradient by the hidden states to ``unscaled`` [t, h]."""
     if unscaled is None:
-        return row_statistics(chunk.logits(), plan.divergence, plan.shard)
+        return plan.statistics(plan.logits(chunk))
     stats, gradient = _statistics_and_gradient(chunk, plan)
     torch.mm(gradient, chunk.weight, out=unscaled)
     return stats
@@ -308,7 +349,8 @@ def _forward_chunk(chunk: _Inputs, plan: _Plan, unscaled: Tensor | None) -> RowS
 
 def _recomputed_gradient(chunk: _Inputs, stats: RowStats, plan: _Plan) -> Tensor:
     """What ``_statistics_and_gradient`` gave, from logits made again."""
-    return plan.logit_gradient(chunk.logits(), stats, chunk.alpha, chunk.beta)
+    logits = plan.logits(chunk)
+    return plan.logit_gradient(logits, stats, plan.kd_weight(chunk, stats), chunk.beta)
 
 
 def _gradients_with_head(ctx, grad_total: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -372,10 +414,12 @@ def _check_student(hidden, weight, labels, temperature, alpha, beta) -> None:
             )
 
 
-def _check_teacher(hidden, weight, teacher_hidden, teacher_weight, alpha) -> None:
+def _check_teacher(hidden, weight, teacher_hidden, teacher_weight, alpha, weighting) -> None:
     if (teacher_hidden is None) != (teacher_weight is None):
         raise ValueError("give teacher_hidden and teacher_weight together, or neither")
     if teacher_hidden is None:
+        if weighting:
+            raise ValueError(f"{weighting} weighs distillation, so a teacher must be given")
         if _may_be_nonzero(alpha):
             raise ValueError(
                 "alpha is not the number 0, so teacher_hidden and teacher_weight must be given"

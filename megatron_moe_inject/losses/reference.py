@@ -10,6 +10,8 @@ by T^2, so that its gradient keeps its size when the temperature changes (Hinton
 which is the same as a logit of -inf on both. A teacher logit may be -inf: 0 log 0 counts as 0.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -74,12 +76,48 @@ def linear_distillation(
     alpha=1.0,
     beta=0.0,
     valid_vocab_size=None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(alpha kd + beta ce, kd, ce) from hidden states and whole heads; see ``fused``."""
-    x, y = student_hidden @ student_weight.t(), teacher_hidden @ teacher_weight.t()
+    weighting=None,
+    student_transform=None,
+    teacher_transform=None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(alpha factor kd + beta ce, kd, ce, factor) from hidden states and heads; see ``fused``."""
+    x = transformed(student_hidden @ student_weight.t(), student_transform)
+    y = transformed(teacher_hidden @ teacher_weight.t(), teacher_transform)
     kd = divergence(x, y, temperature=temperature, valid_vocab_size=valid_vocab_size)
     ce = cross_entropy(x, labels, valid_vocab_size=valid_vocab_size)
-    return alpha * kd + beta * ce, kd, ce
+    factor = torch.ones_like(kd)
+    if weighting is not None:
+        factor = distillation_factor(x, y, labels, weighting, valid_vocab_size=valid_vocab_size)
+    return alpha * factor * kd + beta * ce, kd, ce, factor
+
+
+def transformed(logits: Tensor, transform) -> Tensor:
+    """softcap tanh(scale logits / softcap), see ``spec.LogitTransform``."""
+    if transform is None:
+        return logits
+    logits = transform.scale * logits
+    cap = transform.softcap
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+@torch.no_grad()
+def distillation_factor(
+    student_logits, teacher_logits, labels, weighting, *, valid_vocab_size=None
+) -> Tensor:
+    """How much of its distillation each token keeps, see ``spec.TokenWeighting``."""
+    log_p = log_probs(teacher_logits, 1.0, valid_vocab_size)
+    teacher_ce = cross_entropy(teacher_logits, labels, valid_vocab_size=valid_vocab_size)
+    factor = torch.ones_like(teacher_ce)
+    if weighting.confidence == "label":
+        factor = torch.where(labels >= 0, (-teacher_ce).exp(), 0.0)
+    if weighting.confidence == "entropy":
+        factor = 1 + torch.special.xlogy(log_p.exp(), log_p.exp()).sum(-1) / math.log(
+            max(log_p.shape[-1], 2)
+        )
+    if weighting.skip_worse:
+        student_ce = cross_entropy(student_logits, labels, valid_vocab_size=valid_vocab_size)
+        factor = torch.where(teacher_ce > student_ce, 0.0, factor)
+    return factor
 
 
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
@@ -90,3 +128,51 @@ def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
 def _log_mixture(log_p: Tensor, log_q: Tensor, weight: float) -> Tensor:
     log_weights = torch.tensor([weight, 1 - weight], dtype=torch.float64).log().tolist()
     return torch.logaddexp(log_p + log_weights[0], log_q + log_weights[1])
+
+
+def sparse_divergence(
+    student_logits,
+    teacher_ids,
+    teacher_log_probs,
+    *,
+    kind="forward_kl",
+    tail="renormalize",
+    temperature=1.0,
+    valid_vocab_size=None,
+    beta=0.5,
+    skew=0.1,
+) -> Tensor:
+    """T^2 times a divergence from k teacher ids [..., k] and their log-probabilities at T.
+
+    A negative id or a log-probability of -inf is an unused slot. See ``sparse`` for the tails.
+    """
+    log_q = log_probs(student_logits, temperature, valid_vocab_size)
+    used = (teacher_ids >= 0) & (teacher_log_probs > -torch.inf)
+    ids = teacher_ids.where(used, 0)
+    log_q_ids = log_q.gather(-1, ids)
+    if tail == "sample":
+        weights = torch.where(used, teacher_log_probs.exp(), 0.0)
+        return -(temperature**2) * (weights * log_q_ids).sum(-1)
+    log_p = torch.where(used, teacher_log_probs, -torch.inf)
+    in_s = torch.zeros_like(log_q).scatter_add(-1, ids, used.to(log_q.dtype)) > 0
+    rest = (~in_s).any(-1, keepdim=True)
+    p_rest = (1 - log_p.exp().sum(-1, keepdim=True)).clamp(min=0)
+    if tail == "renormalize":
+        p_rest = torch.zeros_like(p_rest)
+    elif kind == "reverse_kl":
+        p_rest = p_rest.clamp(min=torch.finfo(p_rest.dtype).eps / 2)
+    log_p = torch.cat((log_p, torch.where(rest, p_rest, 0.0).log()), -1)
+    log_p = torch.where(used.any(-1, keepdim=True), log_p.log_softmax(-1), 0.0)
+    # An outcome that does not exist is equally likely, log 1, on both sides and adds nothing.
+    exists = torch.cat((used, rest), -1) & used.any(-1, keepdim=True)
+    log_q_rest = log_q.masked_fill(in_s, -torch.inf).logsumexp(-1, keepdim=True)
+    log_q = torch.where(exists, torch.cat((log_q_ids, log_q_rest), -1), 0.0)
+    log_p = torch.where(exists, log_p, 0.0)
+    if kind == "forward_kl":
+        return temperature**2 * _kl(log_p, log_q)
+    if kind == "reverse_kl":
+        return temperature**2 * _kl(log_q, log_p)
+    log_m = _log_mixture(log_p, log_q, beta if kind == "jsd" else skew)
+    if kind == "jsd":
+        return temperature**2 * (beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m))
+    return temperature**2 * _kl(log_p, log_m)

@@ -27,6 +27,7 @@ with M = w P + (1-w) Q. The KLs come out of sums that need no normaliser; the mi
 normalised P and Q, hence a second pass of statistics and an all-reduce.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
@@ -34,7 +35,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_moe_inject.losses.spec import Divergence, VocabShard
+from megatron_moe_inject.losses.spec import (
+    Divergence,
+    LogitTransform,
+    TokenWeighting,
+    VocabShard,
+)
 
 # Elements of the blocks that rows are worked through in, by device type. Small, so that the float32
 # temporaries stay in cache and are negligible beside the logits.
@@ -50,13 +56,14 @@ class LogitRows:
     """Rows of logits [t, c] and what belongs to them.
 
     ``y`` is None without a teacher, ``labels`` [t] None without cross-entropy; ``temperature`` is a
-    number or [t].
+    number or [t]. ``transform`` says what ``x`` has gone through, so that its gradient goes back.
     """
 
     x: Tensor
     y: Tensor | None
     labels: Tensor | None
     temperature: float | Tensor
+    transform: LogitTransform | None = None
 
     def rows(self, rows: slice) -> "LogitRows":
         """Some of the rows."""
@@ -65,6 +72,7 @@ class LogitRows:
             None if self.y is None else self.y[rows],
             None if self.labels is None else self.labels[rows],
             self.temperature[rows] if isinstance(self.temperature, Tensor) else self.temperature,
+            self.transform,
         )
 
     def blocks(self) -> list[slice]:
@@ -79,7 +87,8 @@ class RowStats(NamedTuple):
 
     ``x_max`` and ``y_max`` are the largest logits; ``x_lse``, ``y_lse`` and ``ce_lse`` the log of
     the sum of exponentials relative to them, the first two at the temperature and the last at 1.
-    ``divergence`` is D without T^2, ``ce`` the cross-entropy (0 where ignored).
+    ``divergence`` is D without T^2, ``ce`` the cross-entropy (0 where ignored). ``y_ce`` and
+    ``y_entropy`` are the teacher's cross-entropy of the label and its entropy, at temperature 1.
     """
 
     x_max: Tensor
@@ -90,6 +99,8 @@ class RowStats(NamedTuple):
     slope: Tensor | None = None
     ce_lse: Tensor | None = None
     ce: Tensor | None = None
+    y_ce: Tensor | None = None
+    y_entropy: Tensor | None = None
 
     def rows(self, rows: slice) -> Self:
         """The statistics of some rows."""
@@ -120,15 +131,25 @@ def maths_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def row_statistics(logits: LogitRows, divergence: Divergence | None, shard: VocabShard) -> RowStats:
+def row_statistics(
+    logits: LogitRows,
+    divergence: Divergence | None,
+    shard: VocabShard,
+    weighting: TokenWeighting | None = None,
+) -> RowStats:
     """Losses and all that ``logit_gradient`` needs; ``divergence`` is None without a teacher.
 
-    Collectives over the shard's group: one all-gather of at most 7 numbers per row, and for jsd and
-    skew_kl one all-reduce (sum) of 2 numbers per row.
+    ``weighting`` adds what ``distillation_factor`` needs; it takes labels.
+
+    Collectives over the shard's group: one all-gather of at most 7 numbers per row, 3 more with a
+    weighting, and for jsd and skew_kl one all-reduce (sum) of 2 numbers per row.
     """
     blocks = logits.blocks()
     scratch = _Scratch(logits, blocks)
-    parts = [_local_statistics(logits.rows(rows), divergence, shard, scratch) for rows in blocks]
+    parts = [
+        _local_statistics(logits.rows(rows), divergence, shard, weighting, scratch)
+        for rows in blocks
+    ]
     local = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     stats = _merge(_exchange(local, shard), logits, divergence)
     if divergence is None or divergence.mixture is None:
@@ -165,11 +186,32 @@ def logit_gradient(
             column, here = shard.locate(block.labels)
             row = torch.arange(len(column), device=column.device)
             gradient[row, column] -= torch.where(here, ce, 0.0)
+        if logits.transform:
+            logits.transform.pull_back_(gradient, block.x)
         out[rows] = gradient
 
 
+def distillation_factor(
+    stats: RowStats, labels: Tensor, weighting: TokenWeighting, shard: VocabShard
+) -> Tensor:
+    """How much of its distillation each token keeps, [t] between 0 and 1; no collective."""
+    if weighting.confidence == "label":
+        factor = torch.where(labels >= 0, stats.y_ce.neg().exp(), 0.0)
+    elif weighting.confidence == "entropy":
+        factor = (1 - stats.y_entropy / math.log(max(shard.valid, 2))).clamp(0, 1)
+    else:
+        factor = torch.ones_like(stats.y_ce)
+    if weighting.skip_worse:
+        factor.masked_fill_((labels >= 0) & (stats.y_ce > stats.ce), 0)
+    return factor
+
+
 def _local_statistics(
-    logits: LogitRows, divergence: Divergence | None, shard: VocabShard, scratch: _Scratch
+    logits: LogitRows,
+    divergence: Divergence | None,
+    shard: VocabShard,
+    weighting: TokenWeighting | None,
+    scratch: _Scratch,
 ) -> dict[str, Tensor]:
     """What this rank's columns say about each row, by name, each [t]."""
     a, b, c = scratch.of(logits)
@@ -191,7 +233,12 @@ def _local_statistics(
             local["ce_sum"] = local["x_sum"]
         else:
             local["ce_sum"] = _shifted(logits.x, local["x_max"], 1.0, out=a).exp_().sum(-1)
-        local["label_logit"] = _label_logit(logits, shard)
+        local["label_logit"] = _label_logit(logits.x, logits.labels, shard)
+    if weighting:
+        y = _shifted(logits.y, local["y_max"], 1.0, out=b)
+        probs = torch.exp(y, out=c)
+        local["y_ce_sum"], local["y_moment"] = probs.sum(-1), _zero_safe_sum(probs, y)
+        local["y_label_logit"] = _label_logit(logits.y, logits.labels, shard)
     return local
 
 
@@ -232,6 +279,12 @@ def _merge(ranks: dict[str, Tensor], logits: LogitRows, divergence: Divergence |
         stats["ce_lse"] = (x_below.exp() * ranks["ce_sum"]).sum(0).log()
         ce = x_max - ranks["label_logit"].amax(0) + stats["ce_lse"]
         stats["ce"] = torch.where(logits.labels >= 0, ce, 0.0)
+    if "y_ce_sum" in ranks:
+        weight = y_below.exp()
+        total = (weight * ranks["y_ce_sum"]).sum(0)
+        moment = (weight * (ranks["y_moment"] + ranks["y_ce_sum"] * y_below)).sum(0)
+        stats["y_entropy"] = total.log() - moment / total
+        stats["y_ce"] = stats["y_max"] - ranks["y_label_logit"].amax(0) + total.log()
     return RowStats(**stats)
 
 
@@ -334,13 +387,13 @@ def _sum_and_cross(a: Tensor, b: Tensor, exp_a: Tensor) -> tuple[Tensor, Tensor]
     return exp_a.sum(-1), _zero_safe_sum(exp_a, a.sub_(b))
 
 
-def _label_logit(logits: LogitRows, shard: VocabShard) -> Tensor:
+def _label_logit(logits: Tensor, labels: Tensor, shard: VocabShard) -> Tensor:
     """The label's logit where it is in this shard, else -inf (so is that of an id nobody holds)."""
-    dtype = maths_dtype(logits.x.dtype)
+    dtype = maths_dtype(logits.dtype)
     if shard.columns == 0:
-        return logits.x.new_full(logits.labels.shape, -torch.inf, dtype=dtype)
-    column, here = shard.locate(logits.labels)
-    picked = logits.x.gather(-1, column[:, None]).squeeze(-1).to(dtype)
+        return logits.new_full(labels.shape, -torch.inf, dtype=dtype)
+    column, here = shard.locate(labels)
+    picked = logits.gather(-1, column[:, None]).squeeze(-1).to(dtype)
     return torch.where(here, picked, -torch.inf)
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 KINDS = ("forward_kl", "reverse_kl", "jsd", "skew_kl")
+CONFIDENCES = ("none", "label", "entropy")
 
 
 @dataclass(frozen=True)
@@ -34,15 +35,76 @@ class Divergence:
 
 
 @dataclass(frozen=True)
+class LogitTransform:
+    """What a model does to ``head @ hidden`` before it calls it logits.
+
+    z = softcap * tanh(scale * (head @ hidden) / softcap), without the tanh where ``softcap`` is
+    None. ``scale`` is MuP's output multiplier, Cohere's logit_scale, 1 / Granite's logits_scaling;
+    ``softcap`` is Gemma's final_logit_softcapping.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __post_init__(self):
+        if not 0 < self.scale < float("inf"):
+            raise ValueError(f"scale={self.scale} of the logits must be positive and finite")
+        if self.softcap is not None and not 0 < self.softcap < float("inf"):
+            raise ValueError(f"softcap={self.softcap} of the logits must be positive and finite")
+
+    def __bool__(self) -> bool:
+        return self.scale != 1 or self.softcap is not None
+
+    def apply_(self, logits: Tensor) -> Tensor:
+        """Transform ``head @ hidden`` [..., v] in place, in its own dtype."""
+        if self.softcap is None:
+            return logits.mul_(self.scale)
+        return logits.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap)
+
+    def pull_back_(self, gradient: Tensor, logits: Tensor) -> None:
+        """Turn a gradient by the transformed ``logits`` into one by ``head @ hidden``, in place."""
+        if self.softcap is not None:
+            gradient.mul_((logits / self.softcap).square_().neg_().add_(1))
+        if self.scale != 1:
+            gradient.mul_(self.scale)
+
+
+@dataclass(frozen=True)
+class TokenWeighting:
+    """How much of the distillation each token gets; the factor is a constant for the gradient.
+
+    Attributes:
+        confidence: ``label``: the teacher's probability of the label, 0 where there is no label.
+            ``entropy``: 1 - H / log(v), with H the entropy of the teacher's distribution. Both at
+            temperature 1.
+        skip_worse: 0 where the teacher's cross-entropy of the label exceeds the student's.
+    """
+
+    confidence: str = "none"
+    skip_worse: bool = False
+
+    def __post_init__(self):
+        if self.confidence not in CONFIDENCES:
+            raise ValueError(
+                f"confidence={self.confidence!r} is not known; use one of {', '.join(CONFIDENCES)}"
+            )
+
+    def __bool__(self) -> bool:
+        return self.confidence != "none" or self.skip_worse
+
+
+@dataclass(frozen=True)
 class VocabShard:
     """The vocabulary ids of this rank's columns, ``start`` to ``start + columns``, no padding.
 
-    ``group`` is None where nothing is sharded, also for a group of one rank.
+    ``group`` is None where nothing is sharded, also for a group of one rank; ``valid`` counts
+    the ids of the whole vocabulary.
     """
 
     start: int
     columns: int
     group: ProcessGroup | None
+    valid: int
 
     @classmethod
     def of(cls, width: int, group: ProcessGroup | None, valid_vocab_size: int | None) -> Self:
@@ -58,7 +120,8 @@ class VocabShard:
                 f"ids that {size} shard(s) of {width} columns hold"
             )
         start = rank * width
-        return cls(start, min(max(valid - start, 0), width), group if size > 1 else None)
+        columns = min(max(valid - start, 0), width)
+        return cls(start, columns, group if size > 1 else None, valid)
 
     def locate(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Column of each label [t], any where it is not here, and whether it is here [t]."""

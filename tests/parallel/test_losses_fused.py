@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_moe_inject.losses.spec import CONFIDENCES, LogitTransform, TokenWeighting
 from tests.parallel import gloo
 from tests.unit.losses_cases import KINDS, VALID, FusedCase, V, assert_close, per_token
 
@@ -22,7 +23,7 @@ def _matches_dense(size, chunk, head_trains, tol=1e-10, **options):
     loss = part.call(hidden, weight, tp_group=group, chunk_tokens=chunk)
     loss.total.backward(part.upstream)
 
-    for name in ("total", "kd", "ce"):
+    for name in ("total", "kd", "ce", "kd_factor"):
         assert_close(getattr(loss, name), expected[name], name, tol)
     assert_close(hidden.grad, expected["hidden"], "hidden gradient", tol)
     if head_trains:
@@ -66,6 +67,37 @@ def test_weights_per_token(head_trains):
     weights = {"alpha": per_token(T, seed=1), "beta": per_token(T, seed=2)}
     gloo.pool(WORLD).run(_matches_dense, 4, 4, head_trains, **weights)
     gloo.pool(WORLD).run(_matches_dense, 2, 4, head_trains, alpha=0.0, beta=weights["beta"])
+
+
+TRANSFORMS = {
+    "scaled": LogitTransform(scale=0.25),
+    "capped": LogitTransform(softcap=3.0),
+    "both": LogitTransform(scale=2.0, softcap=5.0),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("head_trains", [False, True])
+def test_transformed_logits(transform, head_trains):
+    for kind in KINDS:
+        for size in (1, 2, 4):
+            gloo.pool(WORLD).run(
+                _matches_dense, size, 4, head_trains, kind=kind,
+                student_transform=transform, teacher_transform=LogitTransform(0.5, 4.0),
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize("confidence", CONFIDENCES)
+@pytest.mark.parametrize("skip_worse", [False, True])
+@pytest.mark.parametrize("head_trains", [False, True])
+def test_weighted_tokens(confidence, skip_worse, head_trains):
+    weighting = TokenWeighting(confidence, skip_worse)
+    for kind in KINDS:
+        for size in (1, 2, 4):
+            gloo.pool(WORLD).run(
+                _matches_dense, size, 4, head_trains, kind=kind, weighting=weighting,
+                alpha=per_token(T, seed=1),
+            )  # fmt: skip
 
 
 @pytest.mark.parametrize("valid", [1, 6, VALID, V, None])

@@ -91,13 +91,13 @@ class FusedCase:
             name: value.double() if isinstance(value, Tensor) else value
             for name, value in self.options.items()
         }
-        total, kd, ce = reference.linear_distillation(
+        total, kd, ce, factor = reference.linear_distillation(
             hidden, weight, self.teacher_hidden.double(), self.teacher_weight.double(),
             self.labels, divergence=REFERENCES[options.pop("kind")], **options,
         )  # fmt: skip
         grads = torch.autograd.grad(total, (hidden, weight), self.upstream.double())
         losses = {"total": total.detach(), "kd": kd.detach(), "ce": ce.detach()}
-        return losses | {"hidden": grads[0], "weight": grads[1]}
+        return losses | {"kd_factor": factor, "hidden": grads[0], "weight": grads[1]}
 
 
 def per_token(t: int, seed: int = 5) -> Tensor:

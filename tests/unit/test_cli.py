@@ -182,7 +182,7 @@ def test_long_choices_are_summarised():
 @pytest.mark.parametrize(
     ("overrides", "warning"),
     [
-        (["objective.alpha=0"], "objective.alpha is 0: teachers run for the reported losses only"),
+        (["objective.alpha=0"], "alpha is 0: teachers run for the reported losses only"),
         (["train.experts=none"], "train.experts is none"),
         (["objective.general_beta=0"], "general tokens have no loss"),
         ([], "code and math share experts (layer 3: 5)"),

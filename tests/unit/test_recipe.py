@@ -12,8 +12,10 @@ from megatron_moe_inject.recipe import (
     Objective,
     Recipe,
     RecipeError,
+    Schedule,
     TeacherSpec,
     Train,
+    dump_recipe,
     load_recipe,
     parse_experts,
     recipe_from_yaml,
@@ -65,7 +67,7 @@ def test_good_recipe_and_its_defaults():
     )
     assert recipe.train.components() == []
     assert recipe.general_beta() == 0.3
-    assert recipe.temperature("coder") == 1.0
+    assert recipe.temperature(recipe.domains[0]) == 1.0
     assert recipe.experts_by_layer() == {3: [0, 5], 7: [1]}
     assert recipe.teachers["coder"].kind == "megatron"
     assert recipe.teachers["coder"].path == "/ckpt/coder"
@@ -157,6 +159,28 @@ MISTAKES = [
         ["objective.alpha: 0.7", "no domain has a teacher", "set alpha to 0"],
     ),
     ({"objective.beta": 0}, ["domains[1].teacher: None", "'math' without a loss", "beta above 0"]),
+    ({"objective.jsd_beta": 1}, ["objective.jsd_beta: 1.0 is not between", "are the limits"]),
+    ({"objective.skew": 0}, ["objective.skew: 0.0 is not between 0 and 1"]),
+    ({"objective.confidence": "high"}, ["confidence: 'high'", "none, label, entropy"]),
+    ({"objective.skip_worse": 1}, ["objective.skip_worse: 1 is not true or false"]),
+    ({"objective.ce_share": 0.3}, ["objective.ce_share: 0.3 stands beside", "keep one form"]),
+    (
+        {"objective": {"ce_share": 1.5}},
+        ["objective.ce_share: 1.5 is not between 0 and 1", "30 % CE"],
+    ),
+    ({"objective.alpha": {"points": {}}}, ["objective.alpha.points: {} is empty"]),
+    ({"objective.alpha": {"shape": "linear"}}, ["objective.alpha.points: missing"]),
+    ({"objective.alpha": {"points": {0: 1}, "shap": 1}}, ["alpha.shap: unknown", "mean shape?"]),
+    ({"objective.alpha": {"points": {0: 1}, "shape": "cubic"}}, ["'cubic'", "linear, cosine"]),
+    ({"objective.alpha": {"points": {-5: 1}}}, ["points: -5 is negative", "count from 0"]),
+    ({"objective.alpha": {"points": {0: 1, 9: -2}}}, ["objective.alpha: -2.0 is negative"]),
+    ({"objective.alpha": {"points": {"x": 1}}}, ["points.x", "is not an integer"]),
+    ({"objective.alpha": [1]}, ["objective.alpha: [1] is not a number or a schedule"]),
+    ({"domains.0.alpha": -1}, ["domains[0].alpha: -1.0 is negative"]),
+    ({"domains.1.alpha": 1}, ["domains[1].alpha: 1.0 weighs a teacher", "domains[1].teacher"]),
+    ({"domains.0.temperature": 0}, ["domains[0].temperature: 0.0 is not positive"]),
+    ({"domains.1.beta": 0}, ["domains[1].teacher: None", "'math' without a loss"]),
+    ({"domains.0.alpha": 0, "domains.0.beta": 0}, ["domain 'code' without a loss"]),
     ({"train.experts": "some"}, ["train.experts: 'some'", "selected, all, none"]),
     ({"train.experts": "none"}, ["train.experts: 'none'", "nothing to train", "router"]),
 ]
@@ -278,6 +302,32 @@ OVERRIDES = [
 ]
 
 
+def test_weights_and_temperatures_by_domain():
+    changes = {"domains.0.alpha": 0.9, "domains.0.temperature": 4, "domains.1.beta": 2}
+    recipe = recipe_from_yaml(text_with({**changes, "teachers.coder.temperature": 3}))
+    code, math = recipe.domains
+    assert (recipe.alpha(code), recipe.beta(code), recipe.temperature(code)) == (0.9, 0.3, 4)
+    assert (recipe.alpha(math), recipe.beta(math), recipe.temperature(math)) == (0, 2, 1)
+    assert recipe.general_beta() == 0.3
+
+
+def test_share_of_cross_entropy_is_a_shortcut():
+    recipe = recipe_from_yaml(text_with({"objective": {"ce_share": 0.25}}))
+    assert recipe.alpha(recipe.domains[0]) == 0.75
+    assert recipe.beta(recipe.domains[0]) == recipe.general_beta() == 0.25
+
+
+def test_weights_may_be_schedules():
+    ramp = {"points": {0: 0, 100: 0.5}, "shape": "cosine"}
+    recipe = recipe_from_yaml(
+        text_with({"objective.alpha": ramp}),
+        ["objective.general_beta={points: {10: 1, 20: 2}}"],
+    )
+    assert recipe.alpha(recipe.domains[0]) == Schedule({0: 0.0, 100: 0.5}, "cosine")
+    assert recipe.general_beta() == Schedule({10: 1.0, 20: 2.0}, "linear")
+    assert recipe_from_yaml(dump_recipe(recipe)) == recipe
+
+
 @pytest.mark.parametrize(("override", "holds"), OVERRIDES)
 def test_override(override, holds):
     assert holds(recipe_from_yaml(text_with({}), [override]))
@@ -286,7 +336,7 @@ def test_override(override, holds):
 def test_overrides_apply_in_order():
     overrides = ["teachers.b.source=hf:/b", "teachers.b.temperature=3", "domains[1].teacher=b"]
     recipe = recipe_from_yaml(text_with({}), overrides)
-    assert recipe.temperature("b") == 3.0
+    assert recipe.temperature(recipe.domains[1]) == 3.0
     assert recipe.domains[1].teacher == "b"
     twice = ["objective.alpha=1", "objective.alpha=2"]
     assert recipe_from_yaml(text_with({}), twice).objective.alpha == 2.0

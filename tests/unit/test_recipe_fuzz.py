@@ -9,6 +9,7 @@ from megatron_moe_inject.recipe import (
     Objective,
     Recipe,
     RecipeError,
+    Schedule,
     TeacherSpec,
     Train,
     dump_recipe,
@@ -27,6 +28,13 @@ choices = st.dictionaries(
     st.lists(st.integers(0, 300), min_size=1, max_size=4, unique=True),
     min_size=1,
     max_size=4,
+)
+
+
+schedules = st.builds(
+    Schedule,
+    st.dictionaries(st.integers(0, 10**6), positive, min_size=1, max_size=4),
+    st.sampled_from(["linear", "cosine"]),
 )
 
 
@@ -57,9 +65,11 @@ def recipes(draw):
     objective = Objective(
         draw(st.sampled_from(["forward_kl", "reverse_kl", "jsd", "skew_kl"])),
         draw(positive),
-        draw(positive),
-        draw(weights),
-        draw(st.none() | weights),
+        draw(positive | schedules),
+        draw(weights | schedules),
+        draw(st.none() | weights | schedules),
+        confidence=draw(st.sampled_from(["none", "label", "entropy"])),
+        skip_worse=draw(st.booleans()),
     )
     train = Train(
         draw(st.sampled_from(["selected", "all"])), *draw(st.tuples(*[st.booleans()] * 7))
