@@ -2,7 +2,8 @@
 
 ``reference`` says what each loss means, ``divergences`` computes it on existing logits and
 ``fused`` from hidden states and heads without ever holding the logits, both with the maths in
-``rows``. ``objective`` composes them for a micro-batch of domain and general samples.
+``rows``. ``sparse`` compares with a teacher of which only some ids per token are stored.
+``objective`` composes them for a micro-batch of domain and general samples.
 """
 
 from megatron_moe_inject.losses.divergences import vocab_parallel_divergence
@@ -11,12 +12,20 @@ from megatron_moe_inject.losses.fused import (
     default_chunk_tokens,
     fused_linear_distillation,
 )
+from megatron_moe_inject.losses.sparse import (
+    TAILS,
+    sample_teacher,
+    vocab_parallel_sparse_divergence,
+)
 from megatron_moe_inject.losses.spec import KINDS
 
 __all__ = [
     "KINDS",
+    "TAILS",
     "FusedLoss",
     "default_chunk_tokens",
     "fused_linear_distillation",
+    "sample_teacher",
     "vocab_parallel_divergence",
+    "vocab_parallel_sparse_divergence",
 ]

@@ -144,7 +144,8 @@ def sparse_divergence(
 ) -> Tensor:
     """T^2 times a divergence from k teacher ids [..., k] and their log-probabilities at T.
 
-    A negative id or a log-probability of -inf is an unused slot. See ``sparse`` for the tails.
+    A negative id or a log-probability of -inf is an unused slot. See ``sparse`` for the
+    tails; in reverse KL a bucket has at least the probability 2^-24.
     """
     log_q = log_probs(student_logits, temperature, valid_vocab_size)
     used = (teacher_ids >= 0) & (teacher_log_probs > -torch.inf)
@@ -156,13 +157,11 @@ def sparse_divergence(
     log_p = torch.where(used, teacher_log_probs, -torch.inf)
     in_s = torch.zeros_like(log_q).scatter_add(-1, ids, used.to(log_q.dtype)) > 0
     rest = (~in_s).any(-1, keepdim=True)
-    p_rest = (1 - log_p.exp().sum(-1, keepdim=True)).clamp(min=0)
-    if tail == "renormalize":
-        p_rest = torch.zeros_like(p_rest)
-    elif kind == "reverse_kl":
-        p_rest = p_rest.clamp(min=torch.finfo(p_rest.dtype).eps / 2)
-    log_p = torch.cat((log_p, torch.where(rest, p_rest, 0.0).log()), -1)
-    log_p = torch.where(used.any(-1, keepdim=True), log_p.log_softmax(-1), 0.0)
+    left = 1 - log_p.exp().sum(-1, keepdim=True)
+    p_rest = left.clamp(min=2.0**-24 if kind == "reverse_kl" else 0)
+    p_rest = torch.where(rest, p_rest, 0.0) if tail == "bucket" else torch.zeros_like(left)
+    scaled = log_p.log_softmax(-1) + (1 - p_rest).log()
+    log_p = torch.cat((log_p.where(p_rest == left, scaled), p_rest.log()), -1)
     # An outcome that does not exist is equally likely, log 1, on both sides and adds nothing.
     exists = torch.cat((used, rest), -1) & used.any(-1, keepdim=True)
     log_q_rest = log_q.masked_fill(in_s, -torch.inf).logsumexp(-1, keepdim=True)
