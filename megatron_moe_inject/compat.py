@@ -306,3 +306,17 @@ def gpt_model_config(args: Any) -> Any:
 
     from_args = getattr(argument_utils, "gpt_config_from_args", None)
     return None if from_args is None else from_args(args)
+
+
+def logit_scale(config: Any) -> float:
+    """What a GPT model with this ``TransformerConfig`` multiplies its logits by (MuP)."""
+    return float(config.mup_output_mult) if getattr(config, "use_mup", False) else 1.0
+
+
+def optimizer_steps(args: Any) -> int:
+    """Optimiser steps taken since the start of training, a resumed run's earlier ones included.
+
+    Megatron's loop sets ``curr_iteration`` before each step; before the first, and in a run that
+    only evaluates, it is where the checkpoint left off.
+    """
+    return int(getattr(args, "curr_iteration", None) or args.iteration or 0)

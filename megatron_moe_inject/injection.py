@@ -20,11 +20,13 @@ from megatron_moe_inject.experts.boundary import GradientBoundary, agree_boundar
 from megatron_moe_inject.experts.census import parameter_rows
 from megatron_moe_inject.experts.freeze import FreezePolicy
 from megatron_moe_inject.experts.verify import FrozenCheck
-from megatron_moe_inject.loss_hook import DomainLoss, LossHook
+from megatron_moe_inject.loss_hook import LossHook
 from megatron_moe_inject.losses.objective import TermWeights
+from megatron_moe_inject.losses.spec import Divergence, TokenWeighting
 from megatron_moe_inject.metrics.losses import LossReport
 from megatron_moe_inject.plan import Plan, TeacherRow
 from megatron_moe_inject.recipe import GENERAL, Recipe, RecipeError
+from megatron_moe_inject.schedule import value_at
 from megatron_moe_inject.step import SplitRegistry, StepHook
 from megatron_moe_inject.student import (
     StudentFacts,
@@ -69,20 +71,22 @@ def freeze_policy(recipe: Recipe) -> FreezePolicy:
     return FreezePolicy(experts, frozenset(recipe.train.components()))
 
 
-def term_weights(recipe: Recipe) -> dict[int, TermWeights]:
-    """Loss weights by domain index, and under ``GENERAL`` those of general samples."""
+def term_weights(recipe: Recipe, iteration: int) -> dict[int, TermWeights]:
+    """Loss weights after ``iteration`` optimiser steps, by domain index; ``GENERAL`` for the rest.
+
+    Domains without a teacher have alpha 0.
+    """
     objective = recipe.objective
-    weights = {GENERAL: TermWeights(alpha=0.0, beta=recipe.general_beta())}
+    divergence = Divergence(objective.divergence, objective.jsd_beta, objective.skew)
+    weighting = TokenWeighting(objective.confidence, objective.skip_worse) or None
+    weights = {GENERAL: TermWeights(0.0, value_at(recipe.general_beta(), iteration))}
     for index, domain in enumerate(recipe.domains):
-        if domain.teacher is None:
-            weights[index] = TermWeights(alpha=0.0, beta=objective.beta)
-            continue
-        weights[index] = TermWeights(
-            alpha=objective.alpha,
-            beta=objective.beta,
-            kind=objective.divergence,
-            temperature=recipe.temperature(domain.teacher),
-        )
+        alpha = value_at(recipe.alpha(domain), iteration)
+        beta = value_at(recipe.beta(domain), iteration)
+        weights[index] = TermWeights(alpha, beta)
+        if domain.teacher is not None:
+            temperature = recipe.temperature(domain)
+            weights[index] = TermWeights(alpha, beta, divergence, temperature, weighting)
     return weights
 
 
@@ -158,7 +162,9 @@ class Injection:
         host_group = HostGroup.create(groups.mp)
         last = next((c for c in self.chunks if c.post_process), None)
         loss_hook = agree(lambda: None if last is None else self._loss_hook(last, groups))
-        self.step_hook = StepHook(self.splits, host_group, loss_hook)
+        self.step_hook = StepHook(
+            self.splits, host_group, loss_hook, lambda: compat.optimizer_steps(self._args)
+        )
         self.plan = Plan(
             self.recipe,
             facts=self.facts,
@@ -183,26 +189,22 @@ class Injection:
 
     def _loss_hook(self, chunk: torch.nn.Module, groups: Any) -> LossHook:
         passes = {name: self._teacher_pass(name, chunk, groups) for name in self.recipe.teachers}
-        losses = {
-            index: DomainLoss(weights, self._pass_of(index, passes))
-            for index, weights in term_weights(self.recipe).items()
-        }
+        taught = {i: d.teacher for i, d in enumerate(self.recipe.domains) if d.teacher}
+        objective = self.recipe.objective
         report = LossReport(
             [domain.name for domain in self.recipe.domains],
-            distilled=[i for i, loss in losses.items() if loss.teacher is not None],
+            distilled=list(taught),
             by_class=len(set(self._labels["train"])) > 1,
+            weighted=bool(TokenWeighting(objective.confidence, objective.skip_worse)),
         )
         return LossHook(
             chunk,
-            losses,
+            lambda iteration: term_weights(self.recipe, iteration),
+            {index: passes[name] for index, name in taught.items()},
             report,
             tp_group=groups.tp,
             valid_vocab_size=self._valid_vocab_size,
         )
-
-    def _pass_of(self, index: int, passes: dict[str, TeacherPass]) -> TeacherPass | None:
-        name = None if index == GENERAL else self.recipe.domains[index].teacher
-        return None if name is None else passes[name]
 
     def _teacher_pass(self, name: str, chunk: torch.nn.Module, groups: Any) -> TeacherPass:
         spec = self.recipe.teachers[name]

@@ -14,23 +14,15 @@ from __future__ import annotations
 import functools
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
 from megatron_moe_inject import compat
 from megatron_moe_inject.losses.objective import SampleGroup, TermWeights, injection_loss
+from megatron_moe_inject.losses.spec import LogitTransform
 from megatron_moe_inject.metrics.losses import LossReport, merge
 from megatron_moe_inject.teachers.step_pass import TeacherPass
-
-
-@dataclass(frozen=True)
-class DomainLoss:
-    """Loss of one kind of sample: its weights and, for a distilled domain, its teacher."""
-
-    weights: TermWeights
-    teacher: TeacherPass | None = None
 
 
 class LossHook:
@@ -38,7 +30,9 @@ class LossHook:
 
     Args:
         chunk: bare GPT model chunk with ``post_process``.
-        losses: by domain index, and under ``recipe.GENERAL`` for general samples.
+        weights_at: the weights after that many optimiser steps, by domain index, and under
+            ``recipe.GENERAL`` those of general samples.
+        teachers: by index of the domains that are distilled.
         report: what to log.
         tp_group: group that shards the vocabulary.
         valid_vocab_size: number of ids that are not padding.
@@ -47,14 +41,17 @@ class LossHook:
     def __init__(
         self,
         chunk: torch.nn.Module,
-        losses: Mapping[int, DomainLoss],
+        weights_at: Callable[[int], Mapping[int, TermWeights]],
+        teachers: Mapping[int, TeacherPass],
         report: LossReport,
         *,
         tp_group: torch.distributed.ProcessGroup,
         valid_vocab_size: int,
     ) -> None:
         self._chunk = chunk
-        self._losses = losses
+        self._weights_at = weights_at
+        self._weights: Mapping[int, TermWeights] = {}
+        self._teachers = teachers
         self._report = report
         self._tp_group = tp_group if tp_group.size() > 1 else None
         self._valid_vocab_size = valid_vocab_size
@@ -66,16 +63,16 @@ class LossHook:
     @property
     def teachers(self) -> list[TeacherPass]:
         """The teachers in use, each once."""
-        passes = [loss.teacher for loss in self._losses.values() if loss.teacher is not None]
-        return list(dict.fromkeys(passes))
+        return list(dict.fromkeys(self._teachers.values()))
 
     def taught_by(self, teacher: TeacherPass) -> list[int]:
         """Indices of the domains that ``teacher`` teaches."""
-        return [index for index, loss in self._losses.items() if loss.teacher is teacher]
+        return [index for index, own in self._teachers.items() if own is teacher]
 
-    def begin(self, labels: torch.Tensor) -> None:
+    def begin(self, labels: torch.Tensor, iteration: int) -> None:
         """Start a step whose micro-batches have these labels, ``[n, b]`` on the host."""
         self._labels = labels.tolist()
+        self._weights = self._weights_at(iteration)
         self._next = 0
         self._reports.clear()
 
@@ -130,25 +127,30 @@ class LossHook:
             valid_vocab_size=self._valid_vocab_size,
             reduce_hidden_grad=not config.sequence_parallel,
             accumulate_main_grad=config.gradient_accumulation_fusion and head.requires_grad,
+            student_transform=LogitTransform(scale=compat.logit_scale(config)),
         )
         self._reports.append(self._report.values(terms, loss_mask, domains))
         return terms.total
 
     def _groups(self, index: int, domains: Sequence[int]) -> list[SampleGroup]:
         """Partition of a micro-batch into groups of equal weights and teacher."""
-        members: dict[DomainLoss, list[int]] = {}
+        members: dict[tuple[TermWeights, TeacherPass | None], list[int]] = {}
         for position, domain in enumerate(domains):
-            members.setdefault(self._losses[domain], []).append(position)
+            kind = (self._weights[domain], self._teachers.get(domain))
+            members.setdefault(kind, []).append(position)
         states = {t: self._states_by_sample(t, index, domains) for t in self.teachers}
         groups = []
-        for loss, samples in members.items():
-            if loss.teacher is None:
-                groups.append(SampleGroup(samples, loss.weights))
+        for (weights, teacher), samples in members.items():
+            if teacher is None:
+                groups.append(SampleGroup(samples, weights))
                 continue
-            hidden = states[loss.teacher]
-            rows = [hidden[0].index(position) for position in samples]
-            teacher_hidden = hidden[1] if rows == list(range(len(hidden[0]))) else hidden[1][rows]
-            groups.append(SampleGroup(samples, loss.weights, teacher_hidden, loss.teacher.head))
+            taught, hidden = states[teacher]
+            rows = [taught.index(position) for position in samples]
+            if rows != list(range(len(taught))):
+                hidden = hidden[rows]
+            groups.append(
+                SampleGroup(samples, weights, hidden, teacher.head, teacher.teacher.logit_transform)
+            )
         return groups
 
     def _states_by_sample(self, teacher: TeacherPass, index: int, domains: Sequence[int]):

@@ -52,14 +52,20 @@ class StepHook:
         splits: which data each iterator reads.
         host_group: the model-parallel ranks of this rank, for labels.
         loss_hook: the loss of the last pipeline stage, ``None`` on other stages.
+        iteration: gives the number of optimiser steps taken so far, for schedules.
     """
 
     def __init__(
-        self, splits: SplitRegistry, host_group: HostGroup, loss_hook: LossHook | None
+        self,
+        splits: SplitRegistry,
+        host_group: HostGroup,
+        loss_hook: LossHook | None,
+        iteration: Callable[[], int],
     ) -> None:
         self._splits = splits
         self._host_group = host_group
         self._loss_hook = loss_hook
+        self._iteration = iteration
 
     def wrap(self, forward_backward: Callable) -> Callable:
         """What ``train_step`` and ``evaluate`` call in the place of ``forward_backward``."""
@@ -80,7 +86,7 @@ class StepHook:
             clean = [domain_labels.without_dataset_id(chunk) for chunk in batches]
             if self._loss_hook is not None:
                 forward_step_func = self._loss_hook.wrap_forward_step(forward_step_func)
-                self._loss_hook.begin(labels)
+                self._loss_hook.begin(labels, self._iteration())
                 self._run_teachers(labels, clean, seq_length)
             replay = [None if chunk is None else iter(chunk) for chunk in clean]
             try:

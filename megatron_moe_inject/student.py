@@ -60,7 +60,6 @@ _REFUSED = (
     _Refusal("moe_use_upcycling", "makes all experts of a layer copies of one dense MLP"),
     _Refusal("init_model_with_meta_device", "leaves no weights to check while freezing"),
     _Refusal("perform_rl_step", "replaces the training step"),
-    _Refusal("use_mup", "scales the logits, which the fused loss does not follow yet"),
     _Refusal("modelopt_enabled", "replaces the model and its loss"),
     _Refusal("logits_load_dir", "distils stored logits with a loss of its own"),
     _Refusal("hybrid_layer_pattern", _HYBRID),

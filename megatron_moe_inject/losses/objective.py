@@ -1,9 +1,10 @@
 """The injection objective on one micro-batch: distillation on domain samples, CE on all.
 
-    total = alpha * T^2 * D(teacher || student) + beta * CE        per token
+    total = alpha * factor * T^2 * D(teacher || student) + beta * CE        per token
 
-with alpha = 0 on general samples. Samples that share a teacher and weights form one group and
-one call of the fused loss, so a micro-batch that holds one kind of sample is one call.
+with alpha = 0 on general samples and factor = 1 without a token weighting. Samples that share a
+teacher and weights form one group and one call of the fused loss, so a micro-batch that holds one
+kind of sample is one call.
 
 Shapes: s sequence (this context-parallel rank's part), b batch, h hidden, h_t teacher hidden,
 v vocabulary, p tensor-parallel size.
@@ -17,16 +18,20 @@ from dataclasses import dataclass
 import torch
 
 from megatron_moe_inject.losses.fused import fused_linear_distillation
+from megatron_moe_inject.losses.spec import Divergence, LogitTransform, TokenWeighting
+
+_FORWARD_KL = Divergence("forward_kl")
 
 
 @dataclass(frozen=True)
 class TermWeights:
-    """How the terms of one kind of sample are weighted and shaped."""
+    """How the terms of one kind of sample are weighted and shaped; see ``recipe.Objective``."""
 
     alpha: float
     beta: float
-    kind: str = "forward_kl"
+    divergence: Divergence = _FORWARD_KL
     temperature: float = 1.0
+    weighting: TokenWeighting | None = None
 
 
 @dataclass(frozen=True)
@@ -38,12 +43,14 @@ class SampleGroup:
         weights: how their loss is composed.
         teacher_hidden: ``[len(samples), s, h_t]`` pre-head states, ``None`` without a teacher.
         teacher_head: ``[v/p, h_t]``, ``None`` without a teacher.
+        teacher_transform: what the teacher does to its logits.
     """
 
     samples: Sequence[int]
     weights: TermWeights
     teacher_hidden: torch.Tensor | None = None
     teacher_head: torch.Tensor | None = None
+    teacher_transform: LogitTransform | None = None
 
 
 @dataclass(frozen=True)
@@ -51,11 +58,13 @@ class LossTerms:
     """Per-token losses ``[b, s]`` in fp32; ``total`` carries the graph, the others are detached.
 
     ``kd`` is T^2 * D, unweighted and 0 for samples without a teacher; ``ce`` is unweighted.
+    ``kd_factor`` is what the token weighting left of the distillation, 1 without one.
     """
 
     total: torch.Tensor
     ce: torch.Tensor
     kd: torch.Tensor
+    kd_factor: torch.Tensor
 
 
 def injection_loss(
@@ -69,6 +78,7 @@ def injection_loss(
     reduce_hidden_grad: bool,
     accumulate_main_grad: bool = False,
     chunk_tokens: int | None = None,
+    student_transform: LogitTransform | None = None,
 ) -> LossTerms:
     """Loss of one micro-batch from its hidden states.
 
@@ -82,6 +92,7 @@ def injection_loss(
         reduce_hidden_grad: see ``fused_linear_distillation``.
         accumulate_main_grad: see ``fused_linear_distillation``.
         chunk_tokens: see ``fused_linear_distillation``.
+        student_transform: what the student does to its logits.
 
     Collectives: those of ``fused_linear_distillation``, once per group.
     """
@@ -100,7 +111,12 @@ def injection_loss(
             teacher_rows,
             group.teacher_head,
             targets.t().flatten(),
-            kind=group.weights.kind,
+            kind=group.weights.divergence.kind,
+            jsd_beta=group.weights.divergence.beta,
+            skew=group.weights.divergence.skew,
+            weighting=None if teacher_rows is None else group.weights.weighting,
+            student_transform=student_transform,
+            teacher_transform=group.teacher_transform,
             temperature=group.weights.temperature,
             alpha=group.weights.alpha,
             beta=group.weights.beta,
@@ -111,12 +127,13 @@ def injection_loss(
             accumulate_main_grad=accumulate_main_grad,
         )
         shape = (hidden.shape[0], len(group.samples))
-        parts.append([term.view(shape).t() for term in (loss.total, loss.ce, loss.kd)])
+        parts.append(
+            [term.view(shape).t() for term in (loss.total, loss.ce, loss.kd, loss.kd_factor)]
+        )
     if len(parts) == 1:
-        total, ce, kd = parts[0]
-        return LossTerms(total.contiguous(), ce, kd)
+        total, *others = parts[0]
+        return LossTerms(total.contiguous(), *others)
     position = torch.empty(len(order), dtype=torch.long)
     position[torch.tensor(order)] = torch.arange(len(order))
     position = position.to(hidden.device, non_blocking=True)
-    total, ce, kd = (torch.cat(terms)[position] for terms in zip(*parts, strict=True))
-    return LossTerms(total, ce, kd)
+    return LossTerms(*(torch.cat(terms)[position] for terms in zip(*parts, strict=True)))

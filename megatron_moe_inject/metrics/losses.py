@@ -19,6 +19,7 @@ from megatron_moe_inject.recipe import GENERAL
 
 LM_LOSS = "lm loss"
 KD_LOSS = "kd loss"
+KD_FACTOR = "kd factor"
 TOTAL_LOSS = "total loss"
 
 _NO_TOKENS = 1e-9
@@ -33,9 +34,17 @@ class LossReport:
         domains: domain names, by domain index.
         distilled: indices of the domains that have a teacher.
         by_class: also report each class, not only the sums over all of them.
+        weighted: also report the mean factor of the token weighting over distilled tokens.
     """
 
-    def __init__(self, domains: Sequence[str], distilled: Sequence[int], by_class: bool) -> None:
+    def __init__(
+        self,
+        domains: Sequence[str],
+        distilled: Sequence[int],
+        by_class: bool,
+        weighted: bool = False,
+    ) -> None:
+        self._weighted = weighted
         self._classes = [GENERAL, *range(len(domains))]
         self._names = ["general", *domains]
         self._distilled = [index + 1 for index in distilled]
@@ -54,17 +63,23 @@ class LossReport:
         No collective and no device synchronisation.
         """
         mask = loss_mask.float()
-        rows = torch.stack([(terms.ce * mask).sum(1), (terms.kd * mask).sum(1), mask.sum(1)])
+        summed = [(term * mask).sum(1) for term in (terms.ce, terms.kd, terms.kd_factor)]
+        rows = torch.stack([*summed, mask.sum(1)])
         member = torch.tensor([[float(x == c) for c in self._classes] for x in labels])
-        ce, kd, count = rows @ member.to(rows.device, non_blocking=True)
+        ce, kd, factor, count = rows @ member.to(rows.device, non_blocking=True)
         report = {LM_LOSS: _pair(ce.sum(), count.sum())}
         if self._distilled:
             report[KD_LOSS] = _pair(kd[self._distilled].sum(), count[self._distilled].sum())
+            if self._weighted:
+                given = factor[self._distilled].sum()
+                report[KD_FACTOR] = _pair(given, count[self._distilled].sum())
         if self._by_class:
             for index, name in enumerate(self._names):
                 report[f"{LM_LOSS}/{name}"] = _pair(ce[index], count[index])
                 if index in self._distilled:
                     report[f"{KD_LOSS}/{name}"] = _pair(kd[index], count[index])
+                    if self._weighted:
+                        report[f"{KD_FACTOR}/{name}"] = _pair(factor[index], count[index])
         return report
 
 

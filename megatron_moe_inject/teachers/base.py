@@ -1,9 +1,9 @@
 """What a teacher is: pre-head hidden states and a head, whatever the model behind them.
 
-A teacher's logits are ``hidden_states @ head.T`` and nothing else. The hidden state is much
-smaller than the logits, so it is what is computed, exchanged and kept; the loss projects it
-with the head chunk by chunk. A model that does more to its logits (bias, soft-capping, scaling)
-does not fit and is refused when it is checked or loaded.
+A teacher's logits are ``hidden_states @ head.T``, scaled or soft-capped where the model does so.
+The hidden state is much smaller than the logits, so it is what is computed, exchanged and kept;
+the loss projects it with the head chunk by chunk. A model that does more to its logits (a bias,
+another projection) does not fit and is refused when it is checked or loaded.
 
 Shapes: n sequences, s sequence length, h_t teacher hidden, v vocabulary.
 """
@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from megatron_moe_inject.losses.spec import LogitTransform
 from megatron_moe_inject.recipe import RecipeError
 from megatron_moe_inject.typed import fail
 
@@ -31,11 +32,13 @@ class Teacher(Protocol):
         hidden_size: h_t.
         vocab_size: rows of the head that stand for tokens; padding is left out where the
             teacher's tokenizer tells it.
+        logit_transform: what its logits are of ``hidden_states @ head.T``.
     """
 
     name: str
     hidden_size: int
     vocab_size: int
+    logit_transform: LogitTransform
 
     def hidden_states(
         self,

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from megatron_moe_inject.losses.spec import LogitTransform
 from megatron_moe_inject.teachers import vocabulary
 from megatron_moe_inject.teachers.base import Source, TeacherInfo, padded_rows
 from megatron_moe_inject.teachers.rng import untouched_rng
@@ -29,13 +30,10 @@ from megatron_moe_inject.typed import listing
 
 _LOG = logging.getLogger(__name__)
 _INDEX = "model.safetensors.index.json"
-_LOGIT_TRANSFORMS = {
-    "final_logit_softcapping": None,
-    "logit_scale": 1,
-    "logits_scaling": 1,
-    "lm_head_multiplier": 1,
-}
-_PLAIN_LOGITS = "use a teacher whose logits are head @ hidden"
+# Config entries that scale the logits, with the power of the value that multiplies them.
+_LOGIT_SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
+_SOFTCAP = "final_logit_softcapping"
+_PLAIN_LOGITS = "use a teacher whose logits are head @ hidden, scaled or soft-capped"
 _PROBE_LOGIT = 256.0
 
 
@@ -46,13 +44,20 @@ class HuggingFaceTeacher:
         name: its key in the recipe.
         model: the loaded model.
         vocab_size: number of ids in use.
+        logit_transform: what it does to head @ hidden.
         resets_documents: whether it takes positions and masks.
     """
 
     def __init__(
-        self, name: str, model: torch.nn.Module, vocab_size: int, resets_documents: bool
+        self,
+        name: str,
+        model: torch.nn.Module,
+        vocab_size: int,
+        logit_transform: LogitTransform,
+        resets_documents: bool,
     ) -> None:
         self.name = name
+        self.logit_transform = logit_transform
         self._resets_documents = resets_documents
         self._base = model.base_model
         self._head = model.get_output_embeddings().weight.detach()
@@ -132,11 +137,12 @@ def load(
         model = _load_model(source, params_dtype)
         model.to(device).eval().requires_grad_(False)
         _check_head(source, model)
-        _check_logits(source, model, device)
+        transform = _logit_transform(source, config)
+        _check_logits(source, model, transform, device)
         rows = model.get_output_embeddings().weight.shape[0]
         own = _vocabulary(source, config.get_text_config().vocab_size)
         ids = min(own.size or rows, rows)
-        teacher = HuggingFaceTeacher(source.name, model, ids, resets_documents)
+        teacher = HuggingFaceTeacher(source.name, model, ids, transform, resets_documents)
         if resets_documents:
             _check_documents(source, model, teacher, device)
     return teacher
@@ -175,12 +181,21 @@ def _config(source: Source) -> Any:
         )
     if getattr(config, "quantization_config", None) is not None:
         raise source.error("is quantized", "use the unquantized model")
-    text = config.get_text_config()
-    for name, neutral in _LOGIT_TRANSFORMS.items():
-        value = getattr(text, name, None)
-        if value is not None and value != neutral:
-            raise source.error(f"transforms its logits ({name} = {value})", _PLAIN_LOGITS)
+    _logit_transform(source, config)
     return config
+
+
+def _logit_transform(source: Source, config: Any) -> LogitTransform:
+    """What the config says that the model does to its logits; ``_check_logits`` tries it."""
+    text, scale = config.get_text_config(), 1.0
+    try:
+        for name, power in _LOGIT_SCALES.items():
+            value = getattr(text, name, None)
+            if isinstance(value, (int, float)):
+                scale *= float(value) ** power
+        return LogitTransform(scale, getattr(text, _SOFTCAP, None))
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise source.error(f"has a config that cannot be: {error}", _PLAIN_LOGITS) from error
 
 
 def _stored_shapes(source: Source) -> dict[str, tuple[int, ...]]:
@@ -294,27 +309,30 @@ def _check_head(source: Source, model: torch.nn.Module) -> None:
 
 
 @torch.no_grad()
-def _check_logits(source: Source, model: torch.nn.Module, device: torch.device) -> None:
-    """Compare the model's logits with ``hidden @ head.T`` on a few tokens, also scaled up."""
+def _check_logits(
+    source: Source, model: torch.nn.Module, transform: LogitTransform, device: torch.device
+) -> None:
+    """Compare the model's logits with ours on a few tokens, also with a larger input."""
     head = model.get_output_embeddings()
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(head.weight.shape[0], (2, 8), generator=generator).to(device)
     hidden = model.base_model(input_ids=tokens, use_cache=False, return_dict=True)
-    expected = torch.nn.functional.linear(hidden.last_hidden_state, head.weight).float()
-    largest = expected.abs().max().item()
-    tolerance = 32 * torch.finfo(head.weight.dtype).eps
+    plain = torch.nn.functional.linear(hidden.last_hidden_state, head.weight).float()
+    largest = plain.abs().max().item()
     gain = 2.0 ** math.ceil(math.log2(_PROBE_LOGIT / largest)) if largest > 0 else 1.0
     for factor in (1.0, max(gain, 1.0)):
         with _scaled_input(head, factor) as ran:
             logits = model(input_ids=tokens, use_cache=False, return_dict=True).logits.float()
         if factor != 1.0 and not ran:
             continue
-        error = (logits - factor * expected).abs().max().item()
-        if not error <= tolerance * factor * largest:
+        expected = transform.apply_(factor * plain)
+        tolerance = 32 * torch.finfo(head.weight.dtype).eps * expected.abs().max().item()
+        error = (logits - expected).abs().max().item()
+        if not error <= tolerance:
             raise source.error(
-                f"transforms its logits: {type(model).__name__} differs from head @ hidden by "
-                f"{error:.3g} at logits up to {factor * largest:.3g} (soft-capping, scaling, "
-                "bias or a projection)",
+                f"transforms its logits: {type(model).__name__} differs from {transform} of "
+                f"head @ hidden by {error:.3g} at logits up to {factor * largest:.3g} (another "
+                "soft-capping or scaling, a bias or a projection)",
                 _PLAIN_LOGITS,
             )
 

@@ -25,6 +25,8 @@ from typing import Any
 
 import torch
 
+from megatron_moe_inject import compat
+from megatron_moe_inject.losses.spec import LogitTransform
 from megatron_moe_inject.teachers import megatron_args, vocabulary
 from megatron_moe_inject.teachers.base import Source, TeacherInfo, padded_rows
 from megatron_moe_inject.teachers.rng import untouched_rng
@@ -44,6 +46,7 @@ class MegatronTeacher:
         self.name = name
         self.hidden_size = model.config.hidden_size
         self.vocab_size = vocab_size
+        self.logit_transform = LogitTransform(scale=compat.logit_scale(model.config))
         self._model = model
         tied = model.share_embeddings_and_output_weights
         layer = model.embedding.word_embeddings if tied else model.output_layer

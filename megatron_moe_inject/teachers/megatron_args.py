@@ -109,12 +109,6 @@ def refuse_unsupported(source: Source, args: Namespace) -> None:
             f"has position embeddings of type {positions!r}",
             f"supported: {', '.join(POSITIONS)}",
         )
-    scale = getattr(args, "mup_output_mult", 1.0)
-    if getattr(args, "use_mup", False) and scale != 1.0:
-        raise source.error(
-            f"scales its logits (--mup-output-mult {scale})",
-            "use a teacher whose logits are head @ hidden",
-        )
 
 
 def _default_arguments() -> dict[str, Any]:

@@ -45,6 +45,8 @@ GPT2 = shlex.split(
     "--num-layers 2 --hidden-size 24 --num-attention-heads 2 --ffn-hidden-size 96 "
     "--position-embedding-type learned_absolute"
 )
+# Scales its logits by half, as the width is twice the base; the flag for the scale stays unset.
+MUP = [*LLAMA, "--use-mup", "--mup-base-hidden-size", "16"]
 MOE = [*LLAMA, *shlex.split("--num-experts 2 --moe-router-topk 2")]
 COMMON = shlex.split(
     "--seq-length 16 --max-position-embeddings 16 --micro-batch-size 1 --global-batch-size 2 "
@@ -210,7 +212,7 @@ def write(rank: int, folder: Path) -> dict:
     logits = {}
     originals = {}
     _layout()
-    for name, flags, seed in (("llama", LLAMA, 3), ("gpt2", GPT2, 4)):
+    for name, flags, seed in (("llama", LLAMA, 3), ("gpt2", GPT2, 4), ("mup", MUP, 5)):
         model, args = _model(flags)
         _randomize(model, seed)
         logits[name] = _stock_logits(model)
@@ -340,12 +342,15 @@ def read_alone(folder: Path) -> dict:
     """Load in a world of one: the undamaged ones, and the errors of the others."""
     _layout()
     hidden, heads, errors = {}, {}, {}
-    for name in ("llama-tp1", "llama-tp2pp1", "gpt2-tp1/iter_0000003", "gpt2-tp2pp1"):
+    transforms = {}
+    names = ("llama-tp1", "llama-tp2pp1", "gpt2-tp1/iter_0000003", "gpt2-tp2pp1")
+    for name in (*names, "mup-tp1/iter_0000003"):
         teacher = load_teacher(
             name, f"megatron:{folder / name}", params_dtype=torch.float32, device="cpu"
         )
         hidden[name] = teacher.hidden_states(tokens())
         heads[name] = teacher.head_weight(0, ROWS + 8), teacher.head_weight(7, 50)
+        transforms[name] = teacher.logit_transform.scale
     for name in ("nan", "wrong-args", "moe", "missing", "unexpected", "hole"):
         try:
             source = f"megatron:{folder / name}"
@@ -356,7 +361,10 @@ def read_alone(folder: Path) -> dict:
     os.environ.pop("NVTE_UNFUSED_ATTN", None)
     load_teacher("x", f"megatron:{folder / 'llama-tp1'}", params_dtype=torch.float32, device="cpu")
     switches = {k: v for k, v in os.environ.items() if k.startswith("NVTE_")}
-    return {"hidden": hidden, "heads": heads, "errors": errors, "switches": switches}
+    return {
+        **{"hidden": hidden, "heads": heads, "scales": transforms},
+        **{"errors": errors, "switches": switches},
+    }
 
 
 # --- the tests ----------------------------------------------------------------------------------
@@ -391,12 +399,15 @@ def alone(folder):
         ("llama-tp2pp1", "llama"),
         ("gpt2-tp1/iter_0000003", "gpt2"),
         ("gpt2-tp2pp1", "gpt2"),
+        ("mup-tp1/iter_0000003", "mup"),
     ],
 )
 def test_hidden_and_head_give_the_logits_of_the_original(alone, logits, name, original):
     hidden, (head, _) = alone["hidden"][name], alone["heads"][name]
     assert hidden.shape[:2] == (SEQUENCES, LENGTH)
-    torch.testing.assert_close(hidden @ head[:IDS].T, logits[original], rtol=0, atol=0)
+    scale = alone["scales"][name]
+    assert scale == (0.5 if original == "mup" else 1.0)
+    torch.testing.assert_close(scale * (hidden @ head[:IDS].T), logits[original], rtol=0, atol=0)
     assert logits[original].std() > 0.1
 
 

@@ -10,6 +10,7 @@ from megatron_moe_inject.losses.objective import (
     TermWeights,
     injection_loss,
 )
+from megatron_moe_inject.losses.spec import Divergence, LogitTransform, TokenWeighting
 from megatron_moe_inject.metrics.losses import LossReport, merge
 from megatron_moe_inject.recipe import GENERAL
 
@@ -34,16 +35,17 @@ def groups(tensors):
     return [
         SampleGroup(
             [0, 3],
-            TermWeights(0.7, 0.3, "forward_kl", 2.0),
+            TermWeights(0.7, 0.3, temperature=2.0),
             tensors["teachers"][0],
             tensors["heads"][0],
         ),
         SampleGroup([1], TermWeights(0.0, 0.5)),
         SampleGroup(
             [2],
-            TermWeights(1.0, 0.0, "reverse_kl", 1.0),
+            TermWeights(1.0, 0.0, Divergence("reverse_kl"), 1.0, TokenWeighting("label")),
             tensors["teachers"][1],
             tensors["heads"][1],
+            LogitTransform(0.5, 4.0),
         ),
     ]
 
@@ -54,22 +56,32 @@ def kl(student, teacher, kind, temperature):
 
 
 def test_mixed_samples_each_get_their_own_loss_and_gradient(tensors):
+    student = LogitTransform(scale=1.5)
     loss = injection_loss(
-        tensors["hidden"], tensors["head"], tensors["labels"], groups(tensors), **ONE_PROCESS
+        *(tensors["hidden"], tensors["head"], tensors["labels"], groups(tensors)),
+        student_transform=student,
+        **ONE_PROCESS,
     )
     hidden = tensors["hidden"].detach().clone().requires_grad_(True)
-    logits = (hidden @ tensors["head"].t()).transpose(0, 1)
+    logits = (hidden @ tensors["head"].t()).transpose(0, 1) * student.scale
     ce = reference.cross_entropy(logits, tensors["labels"], valid_vocab_size=VALID)
-    expected, kd = [None] * B, torch.zeros(B, S)
+    expected, kd, factor = [None] * B, torch.zeros(B, S), torch.ones(B, S)
     for group in groups(tensors):
         for row, sample in enumerate(group.samples):
             w = group.weights
             expected[sample] = w.beta * ce[sample]
             if group.teacher_hidden is not None:
-                teacher = group.teacher_hidden[row] @ group.teacher_head.t()
-                value = kl(logits[sample], teacher, w.kind, w.temperature)
+                teacher = reference.transformed(
+                    group.teacher_hidden[row] @ group.teacher_head.t(), group.teacher_transform
+                )
+                value = kl(logits[sample], teacher, w.divergence.kind, w.temperature)
                 kd[sample] = value.detach()
-                expected[sample] = expected[sample] + w.alpha * value
+                if w.weighting:
+                    factor[sample] = reference.distillation_factor(
+                        *(logits[sample], teacher, tensors["labels"][sample], w.weighting),
+                        valid_vocab_size=VALID,
+                    )
+                expected[sample] = expected[sample] + w.alpha * factor[sample] * value
     expected = torch.stack(expected)
     weight = torch.rand(B, S)
     (loss.total * weight).sum().backward()
@@ -77,6 +89,8 @@ def test_mixed_samples_each_get_their_own_loss_and_gradient(tensors):
     torch.testing.assert_close(loss.total, expected)
     torch.testing.assert_close(loss.ce, ce.detach())
     torch.testing.assert_close(loss.kd, kd)
+    torch.testing.assert_close(loss.kd_factor, factor)
+    assert (factor[2] < 1).all()
     torch.testing.assert_close(tensors["hidden"].grad, hidden.grad)
 
 
@@ -102,6 +116,7 @@ def terms():
         total=torch.ones(2, 3),
         ce=torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]),
         kd=torch.tensor([[0.5, 0.5, 0.5], [0.0, 0.0, 0.0]]),
+        kd_factor=torch.tensor([[0.25, 0.5, 0.0], [1.0, 1.0, 1.0]]),
     )
 
 
@@ -118,6 +133,13 @@ def test_report_sums_by_class_under_the_loss_mask():
         "kd loss/code": [1.0, 2.0],
         "lm loss/law": [0.0, 0.0],
     }
+
+
+def test_report_of_weighted_tokens():
+    report = LossReport(["code"], distilled=[0], by_class=True, weighted=True)
+    values = report.values(terms(), torch.tensor([[1, 1, 0], [1, 0, 0]]), [0, GENERAL])
+    for name in ("kd factor", "kd factor/code"):
+        assert [round(x, 6) for x in values[name].tolist()] == [0.75, 2.0]
 
 
 def test_a_class_without_tokens_reports_zero_and_counts_stay_exact():

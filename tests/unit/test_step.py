@@ -45,7 +45,8 @@ class LossHook:
     def wrap_forward_step(self, forward_step):
         return lambda *args: ("wrapped", forward_step(*args))
 
-    def begin(self, labels):
+    def begin(self, labels, iteration):
+        assert iteration == 7
         self.log.append(("begin", labels.tolist()))
 
     def end(self):
@@ -74,7 +75,7 @@ def call(step, iterator):
 def hook(iterator, loss_hook, split="train", entries=(GENERAL, 0)):
     registry = SplitRegistry(dict.fromkeys(SPLITS, ()) | {split: [*entries]})
     registry.register(**dict.fromkeys(SPLITS) | {split: iterator})
-    return StepHook(registry, HostGroup(None, 0), loss_hook).wrap(schedule)
+    return StepHook(registry, HostGroup(None, 0), loss_hook, lambda: 7).wrap(schedule)
 
 
 def test_the_schedule_gets_the_same_micro_batches_without_ids_and_ours_are_told_the_labels():
@@ -131,5 +132,5 @@ def test_the_loss_is_told_of_the_end_when_the_schedule_fails():
     registry = SplitRegistry({"train": [GENERAL, 0], "valid": [], "test": []})
     registry.register(iterator, None, None)
     with pytest.raises(RuntimeError, match="out of memory"):
-        call(StepHook(registry, HostGroup(None, 0), loss).wrap(failing), iterator)
+        call(StepHook(registry, HostGroup(None, 0), loss, lambda: 7).wrap(failing), iterator)
     assert loss.log[-1] == "end"

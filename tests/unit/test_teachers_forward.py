@@ -3,13 +3,14 @@
 import pytest
 import torch
 
+from megatron_moe_inject.losses.spec import LogitTransform
 from megatron_moe_inject.teachers import Teacher, shared_forward
 
 
 class Echo:
     """Hidden state of a token: the token, its position, and how many it may attend to."""
 
-    name, hidden_size, vocab_size = "echo", 3, 100
+    name, hidden_size, vocab_size, logit_transform = "echo", 3, 100, LogitTransform()
 
     def __init__(self):
         self.batches = []

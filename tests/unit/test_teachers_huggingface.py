@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_moe_inject.losses.spec import LogitTransform
 from megatron_moe_inject.recipe import RecipeError
 from megatron_moe_inject.teachers import (
     StudentTokenizer,
@@ -202,21 +203,49 @@ def test_models_that_cannot_take_masks_are_refused_where_masks_are_used(tmp_path
 
 
 TRANSFORMED = {
-    "softcapping": lambda: transformers.Gemma2Config(**SIZES, head_dim=8),
-    "scale-up": lambda: transformers.CohereConfig(**SIZES, logit_scale=2.0),
-    "scale-down": lambda: transformers.GraniteConfig(**SIZES, logits_scaling=4.0),
+    "softcapping": (
+        lambda: transformers.Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=2.0),
+        LogitTransform(softcap=2.0),
+    ),
+    "scale-up": (
+        lambda: transformers.CohereConfig(**SIZES, logit_scale=2.0),
+        LogitTransform(2.0),
+    ),
+    "scale-down": (
+        lambda: transformers.GraniteConfig(**SIZES, logits_scaling=4.0),
+        LogitTransform(0.25),
+    ),
 }
 
 
 @pytest.mark.parametrize("name", TRANSFORMED)
-def test_transformed_logits_are_refused_at_check_and_by_the_probe(tmp_path, monkeypatch, name):
-    save(tmp_path, TRANSFORMED[name]())
-    with pytest.raises(RecipeError, match=r"transforms its logits \(\w+ = "):
-        check(tmp_path)
-    monkeypatch.setattr(huggingface, "_LOGIT_TRANSFORMS", {})
+def test_transformed_logits_are_those_of_the_model(tmp_path, name):
+    config, transform = TRANSFORMED[name]
+    model = save(tmp_path, config())
     check(tmp_path)
-    with pytest.raises(RecipeError, match=r"transforms its logits: .* differs from head @ hidden"):
+    teacher = load(tmp_path)
+    assert teacher.logit_transform == transform
+    plain = teacher.hidden_states(tokens()) @ teacher.head_weight(0, IDS).T
+    with torch.no_grad():
+        logits = model(tokens()).logits
+    assert not torch.allclose(plain, logits, atol=1e-3)
+    torch.testing.assert_close(transform.apply_(plain), logits)
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_a_transform_that_no_config_entry_tells_is_found_by_the_probe(tmp_path, monkeypatch, name):
+    save(tmp_path, TRANSFORMED[name][0]())
+    monkeypatch.setattr(huggingface, "_LOGIT_SCALES", {})
+    monkeypatch.setattr(huggingface, "_SOFTCAP", "")
+    with pytest.raises(RecipeError, match=r"transforms its logits: .* differs from"):
         load(tmp_path)
+
+
+def test_a_transform_that_cannot_be_is_refused(tmp_path):
+    save(tmp_path, transformers.CohereConfig(**SIZES, logit_scale=2.0))
+    edit_config(tmp_path, logit_scale=-1.0)
+    with pytest.raises(RecipeError, match=r"scale=-1.0 of the logits must be positive"):
+        check(tmp_path)
 
 
 def test_a_head_with_bias_is_refused(tmp_path):

@@ -1,0 +1,56 @@
+"""Options of the objective through the real ``pretrain()``."""
+
+import pytest
+
+from tests.training import lane
+from tests.training.conftest import student_flags
+from tests.training.test_injection import CE_ONLY, RECIPE, TERMS, inject, recipe_file
+
+RAMP = RECIPE.replace("alpha: 0.7", "alpha: {{points: {{1: 0.0, 5: 1.0}}}}")
+WEIGHTED = RECIPE.replace(
+    "temperature: 2.0", "divergence: jsd, jsd_beta: 0.3, confidence: label, skip_worse: true"
+)
+
+
+def _share(step) -> float:
+    """Of the tokens, those of the domain."""
+    gap = step["lm loss/general"] - step["lm loss/code"]
+    return (step["lm loss/general"] - step["lm loss"]) / gap
+
+
+def test_a_scheduled_weight_follows_the_iteration_also_after_a_resume(material, tmp_path):
+    save = str(tmp_path / "resumed")
+    keep = ("--train-iters", "6", "--save", save, "--save-interval", "3")
+    whole = inject(material, RAMP, nproc=2, ep=2, extra=("--train-iters", "6"))
+    for number, step in enumerate(whole.iterations):
+        alpha = min(max(number - 1, 0) / 4, 1.0)
+        expected = 0.3 * step["lm loss"] + alpha * _share(step) * step["kd loss"]
+        assert step["total loss"] == pytest.approx(expected, rel=1e-4)
+    inject(material, RAMP, nproc=2, ep=2, extra=(*keep, "--exit-interval", "3"))
+    ours = ("--inject-recipe", recipe_file(material, RAMP), "--load", save)
+    resumed = lane.run(student_flags(*material.blend, *keep, *ours, ep=2), nproc=2)
+    for term in TERMS:
+        assert resumed.losses(term) == whole.losses(term)[3:], term
+
+
+def test_weighted_tokens_give_one_curve_at_every_layout(material):
+    plain = inject(material, WEIGHTED.replace("label", "none").replace("true", "false"))
+    one = inject(material, WEIGHTED)
+    assert all(0 < step["kd factor"] < 0.9 for step in one.iterations)
+    assert "kd factor" not in plain.iterations[0]
+    assert one.losses("kd loss")[0] == pytest.approx(plain.losses("kd loss")[0], rel=1e-6)
+    assert one.losses("total loss")[0] < plain.losses("total loss")[0]
+    for layout in (dict(tp=2), dict(pp=2), dict(cp=2)):
+        run = inject(material, WEIGHTED, nproc=2, **layout)
+        for term in (*TERMS, "kd factor", "kd factor/code"):
+            assert run.losses(term) == pytest.approx(one.losses(term), rel=2e-5), (term, layout)
+
+
+def test_logits_that_the_student_scales_are_scaled_in_our_loss_as_well(material):
+    """MuP: cross-entropy alone, everything training, must stay stock training."""
+    mup = ("--use-mup", "--mup-base-hidden-size", "16", "--vocab-size", "64")
+    fresh = student_flags(*material.blend, *mup, "--train-iters", "3")
+    stock = lane.run(fresh)
+    ours = lane.run([*fresh, "--inject-recipe", recipe_file(material, CE_ONLY)])
+    assert ours.losses("lm loss") == pytest.approx(stock.losses("lm loss"), rel=2e-5)
+    assert ours.losses("grad norm") == pytest.approx(stock.losses("grad norm"), rel=2e-4)
