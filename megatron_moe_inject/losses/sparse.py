@@ -214,7 +214,7 @@ def sample_teacher(
     if draws < 1:
         raise ValueError(f"draws={draws} must be at least 1")
     dtype = maths_dtype(log_probs.dtype)
-    probs = log_probs.detach().to(dtype).exp()
+    probs = log_probs.to(dtype).exp()
     ids = torch.multinomial(
         probs.reshape(-1, probs.shape[-1]), draws, replacement=True, generator=generator
     ).view(*probs.shape[:-1], draws)
@@ -281,8 +281,8 @@ def sparse_gradient(
     outcomes.masked_fill_((weight == 0)[:, None], 0)
     for rows in logits.blocks():
         block, columns = logits.rows(rows), target.rows(rows).locate(shard)
-        copy = _rest_columns(block, columns, target.tail)
-        rest = copy[:, :-1]
+        copy = _with_spare_column(block.x)
+        rest = _rest(copy, columns, target.tail)
         _shifted(rest, stats.rest_max[rows], block.temperature, out=rest)
         rest.sub_(stats.rest_lse[rows, None]).exp_().mul_(outcomes[rows, -1:])
         copy.scatter_add_(1, columns, outcomes[rows, :-1])
@@ -319,24 +319,27 @@ def _local_statistics(logits: LogitRows, target: SparseTarget, shard: VocabShard
     parts = []
     for rows in logits.blocks():
         block, columns = logits.rows(rows), target.rows(rows).locate(shard)
-        copy = _rest_columns(block, columns, target.tail)
-        rest = copy[:, :-1]
+        copy = _with_spare_column(block.x)
+        picked = copy.gather(1, columns)
+        rest = _rest(copy, columns, target.tail)
         maximum = _local_maximum(rest)
         total = _shifted(rest, maximum, block.temperature, out=rest).exp_().sum(-1)
-        copy[:, :-1] = block.x
-        copy[:, -1] = -torch.inf
-        parts.append(torch.cat((maximum[None], total[None], copy.gather(1, columns).t())))
+        parts.append(torch.cat((maximum[None], total[None], picked.t())))
     return torch.cat(parts, dim=1)
 
 
-def _rest_columns(block: LogitRows, columns: Tensor, tail: str) -> Tensor:
-    """A copy of the logits [t, c + 1] in which, but for "sample", those of S are -inf.
+def _with_spare_column(x: Tensor) -> Tensor:
+    """A copy [t, c + 1] with -inf behind: slots of S that are not on this rank point there."""
+    copy = x.new_full((len(x), x.shape[1] + 1), -torch.inf, dtype=maths_dtype(x.dtype))
+    copy[:, :-1] = x
+    return copy
 
-    The last column is spare: the slots of S that are not on this rank point there.
-    """
-    copy = block.x.new_empty(len(block.x), block.x.shape[1] + 1, dtype=maths_dtype(block.x.dtype))
-    copy[:, :-1] = block.x
-    return copy if tail == "sample" else copy.scatter_(1, columns, -torch.inf)
+
+def _rest(copy: Tensor, columns: Tensor, tail: str) -> Tensor:
+    """The columns of ``copy`` without the spare one; but for "sample", S becomes -inf in them."""
+    if tail != "sample":
+        copy.scatter_(1, columns, -torch.inf)
+    return copy[:, :-1]
 
 
 def _merge(local: Tensor, logits: LogitRows, shard: VocabShard) -> tuple[Tensor, Tensor, Tensor]:

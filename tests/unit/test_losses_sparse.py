@@ -12,7 +12,7 @@ from megatron_moe_inject.losses import reference, sample_teacher, vocab_parallel
 from megatron_moe_inject.losses import rows as row_maths
 from megatron_moe_inject.losses.rows import LogitRows
 from megatron_moe_inject.losses.sparse import SparseTarget, sparse_gradient, sparse_statistics
-from megatron_moe_inject.losses.spec import Divergence, VocabShard
+from megatron_moe_inject.losses.spec import Divergence, LogitTransform, VocabShard
 from tests.unit.losses_cases import (
     KINDS,
     MIXTURE,
@@ -165,11 +165,13 @@ def test_low_precision_is_no_worse_than_naive(tail, kind, dtype):
     assert relative_error(gradient, expected[1]) <= 1.1 * budget + 1e-7
 
 
+@pytest.mark.parametrize("second", [-1, 2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_confident_teacher_keeps_its_bucket(kind):
+def test_a_confident_teacher_keeps_its_bucket(kind, second):
     """1 - P and 1 - Q are below what float32 can tell from 0."""
     x = torch.tensor([[30.0, 1.0, 2.0, 3.0]])
-    ids, log_probs = torch.tensor([[0]]), torch.tensor([[-1e-10]], dtype=torch.float64)
+    ids, log_probs = torch.tensor([[0, second]]), torch.tensor([[-1e-10, math.log(5e-11)]])
+    log_probs = log_probs.double()
     expected = _reference(x, ids, log_probs, kind=kind, tail="bucket")
     loss, gradient = _value_and_gradient(x, ids, log_probs.float(), kind=kind, tail="bucket")
     if kind == "reverse_kl":  # counts as one rounding unit, so that it stays finite
@@ -352,6 +354,25 @@ def test_parts_on_a_chunk_with_a_temperature_per_token(tail, kind):
         loss = stats.divergence[row - 2] * temperature[row] ** 2
         assert_close(loss, expected[0], "loss")
         assert_close(part.x[row - 2], expected[1] * weight[row], "gradient")
+
+
+@pytest.mark.parametrize(("tail", "kind"), TAIL_KINDS)
+def test_the_gradient_goes_back_through_a_transform(tail, kind):
+    raw, y = logits(16, 4, V)
+    ids, log_probs = stored_for(tail, y, 4)
+    transform = LogitTransform(scale=0.7, softcap=3.0)
+    leaf = raw.clone().requires_grad_()
+    capped = 3.0 * torch.tanh(0.7 * leaf / 3.0)
+    options = {"kind": kind, "tail": tail}
+    loss = reference.sparse_divergence(capped, ids, log_probs, **options, **MIXTURE)
+    (expected,) = torch.autograd.grad(loss.sum(), leaf)
+    target = SparseTarget.of(ids, log_probs, **options, vocab_size=V, dtype=torch.float64)
+    shard, divergence = VocabShard(0, V, None, V), Divergence(kind, **MIXTURE)
+    rows = LogitRows(transform.apply_(raw), None, None, 1.0, transform)
+    stats = sparse_statistics(rows, target, divergence, shard)
+    sparse_gradient(rows, target, stats, shard, torch.ones_like(loss).detach(), out=rows.x)
+    assert_close(stats.divergence, loss, "loss")
+    assert_close(rows.x, expected, "gradient")
 
 
 def test_inputs_are_left_as_they_are_and_may_change_afterwards():
