@@ -25,7 +25,7 @@ from megatron_moe_inject.recipe import (
 from megatron_moe_inject.student import StudentFacts, check_recipe, student_facts_from_args
 from megatron_moe_inject.typed import RecipeError
 
-_OBJECTIVE = ("alpha", "beta", "general_beta", "temperature", "divergence")
+_OBJECTIVE = ("alpha", "beta", "general_beta", "gamma", "temperature", "divergence")
 _PLAIN = ("teacher", "domain_data", "domain_name", "experts", *_OBJECTIVE, "train_router")
 _RUN = ("dry_run", "verify_frozen")
 _FLAG_OF_KEY = (
@@ -35,7 +35,7 @@ _FLAG_OF_KEY = (
     (r"domains\[0\]\.data", "--inject-domain-data"),
     (r"domains\[0\]\.name", "--inject-domain-name"),
     (r"objective\.general_beta", "--inject-general-beta"),
-    (r"objective\.(alpha|beta|temperature|divergence)", r"--inject-\1"),
+    (r"objective\.(alpha|beta|gamma|temperature|divergence)", r"--inject-\1"),
 )
 
 
@@ -67,6 +67,7 @@ def add_inject_arguments(parser: ArgumentParser) -> ArgumentParser:
         ("alpha", "W", "weight of distillation (default 1)."),
         ("beta", "W", "weight of cross-entropy (default 0)."),
         ("general-beta", "W", "weight of cross-entropy on general tokens (default: beta)."),
+        ("gamma", "W", "weight of KL to the original model on general tokens (default 0)."),
         ("temperature", "T", "distillation temperature (default 1)."),
         ("divergence", "KIND", f"{', '.join(DIVERGENCES)} (default {DIVERGENCES[0]})."),
     ):

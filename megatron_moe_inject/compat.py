@@ -30,6 +30,7 @@ REQUIRED_SYMBOLS = {
         "train",
         "evaluate",
     ),
+    "megatron.training.checkpointing": ("_build_sharded_state_dict_metadata",),
     "megatron.training": ("pretrain", "get_args", "print_rank_0"),
     "megatron.core.models.gpt.gpt_model": ("GPTModel",),
     "megatron.core.tensor_parallel": ("gather_from_sequence_parallel_region",),
@@ -320,3 +321,11 @@ def optimizer_steps(args: Any) -> int:
     only evaluates, it is where the checkpoint left off.
     """
     return int(getattr(args, "curr_iteration", None) or args.iteration or 0)
+
+
+def sharded_state_metadata(args: Any) -> dict[str, Any]:
+    """What this Megatron passes to ``sharded_state_dict`` when it saves with these arguments."""
+    from megatron.training import checkpointing
+
+    build = checkpointing._build_sharded_state_dict_metadata
+    return build(args)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,14 +20,16 @@ from megatron_moe_inject.data.labels import HostGroup
 from megatron_moe_inject.experts.boundary import GradientBoundary, agree_boundary
 from megatron_moe_inject.experts.census import parameter_rows
 from megatron_moe_inject.experts.freeze import FreezePolicy
+from megatron_moe_inject.experts.original import FOLDER, OriginalParameters
 from megatron_moe_inject.experts.verify import FrozenCheck
 from megatron_moe_inject.loss_hook import LossHook
 from megatron_moe_inject.losses.objective import TermWeights
 from megatron_moe_inject.losses.spec import Divergence, TokenWeighting
 from megatron_moe_inject.metrics.losses import LossReport
+from megatron_moe_inject.original_pass import OriginalPass
 from megatron_moe_inject.plan import Plan, TeacherRow
 from megatron_moe_inject.recipe import GENERAL, Recipe, RecipeError
-from megatron_moe_inject.schedule import value_at
+from megatron_moe_inject.schedule import ever_positive, value_at
 from megatron_moe_inject.step import SplitRegistry, StepHook
 from megatron_moe_inject.student import (
     StudentFacts,
@@ -74,12 +77,14 @@ def freeze_policy(recipe: Recipe) -> FreezePolicy:
 def term_weights(recipe: Recipe, iteration: int) -> dict[int, TermWeights]:
     """Loss weights after ``iteration`` optimiser steps, by domain index; ``GENERAL`` for the rest.
 
-    Domains without a teacher have alpha 0.
+    Domains without a teacher have alpha 0. General samples are distilled from the original model
+    with weight gamma, by forward KL at temperature 1.
     """
     objective = recipe.objective
     divergence = Divergence(objective.divergence, objective.jsd_beta, objective.skew)
     weighting = TokenWeighting(objective.confidence, objective.skip_worse) or None
-    weights = {GENERAL: TermWeights(0.0, value_at(recipe.general_beta(), iteration))}
+    gamma = value_at(objective.gamma, iteration)
+    weights = {GENERAL: TermWeights(gamma, value_at(recipe.general_beta(), iteration))}
     for index, domain in enumerate(recipe.domains):
         alpha = value_at(recipe.alpha(domain), iteration)
         beta = value_at(recipe.beta(domain), iteration)
@@ -131,6 +136,7 @@ class Injection:
                     "with longer positions or shorter sequences"
                 )
         self.chunks: list[torch.nn.Module] = []
+        self.originals: OriginalParameters | None = None
         self.plan: Plan | None = None
         self.step_hook: StepHook | None = None
         self._frozen: FrozenCheck | None = None
@@ -160,10 +166,15 @@ class Injection:
             GradientBoundary(chunk, boundary, full_recompute)
         groups = compat.process_groups(self.chunks[0])
         host_group = HostGroup.create(groups.mp)
+        self.originals = self._keep_originals()
         last = next((c for c in self.chunks if c.post_process), None)
         loss_hook = agree(lambda: None if last is None else self._loss_hook(last, groups))
         self.step_hook = StepHook(
-            self.splits, host_group, loss_hook, lambda: compat.optimizer_steps(self._args)
+            self.splits,
+            host_group,
+            loss_hook,
+            lambda: compat.optimizer_steps(self._args),
+            self._original_pass(loss_hook, groups, device),
         )
         self.plan = Plan(
             self.recipe,
@@ -177,6 +188,33 @@ class Injection:
                 if info.vocabulary.startswith("not compared")
             ],
         )
+
+    def _keep_originals(self) -> OriginalParameters | None:
+        """The original parameters where retention needs them: as loaded, or as the run began."""
+        if not ever_positive(self.recipe.objective.gamma):
+            return None
+        args = self._args
+        experts, components = self.policy.experts, sorted(self.policy.components)
+        chosen = "all" if experts is None else {str(k): sorted(v) for k, v in experts.items()}
+        originals = OriginalParameters(self.chunks, {"experts": chosen, "components": components})
+        metadata = compat.sharded_state_metadata(args)
+        if not args.finetune and args.iteration and args.load:
+            stored = Path(args.load) / FOLDER
+            if stored.is_dir():
+                agree(lambda: originals.load(stored, metadata))
+                return originals
+        if args.save and not self.dry_run:
+            originals.save(Path(args.save) / FOLDER, metadata)
+        return originals
+
+    def _original_pass(
+        self, loss_hook: LossHook | None, groups: Any, device: torch.device
+    ) -> OriginalPass | None:
+        if self.originals is None:
+            return None
+        interleaved = len(self.chunks) > 1
+        multiple = groups.pp.size() if interleaved else 1
+        return OriginalPass(self.originals, loss_hook, multiple=multiple, device=device)
 
     def _teacher_row(self, name: str) -> TeacherRow:
         info = self.teacher_infos[name]
@@ -196,6 +234,7 @@ class Injection:
             distilled=list(taught),
             by_class=len(set(self._labels["train"])) > 1,
             weighted=bool(TokenWeighting(objective.confidence, objective.skip_worse)),
+            retained=self.originals is not None,
         )
         return LossHook(
             chunk,
@@ -204,6 +243,7 @@ class Injection:
             report,
             tp_group=groups.tp,
             valid_vocab_size=self._valid_vocab_size,
+            originals=self.originals,
         )
 
     def _teacher_pass(self, name: str, chunk: torch.nn.Module, groups: Any) -> TeacherPass:

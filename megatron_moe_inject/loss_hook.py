@@ -11,17 +11,20 @@ Shapes: s sequence, b batch, h hidden, v vocabulary, p tensor-parallel size.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
 from megatron_moe_inject import compat
+from megatron_moe_inject.experts.original import OriginalParameters
 from megatron_moe_inject.losses.objective import SampleGroup, TermWeights, injection_loss
 from megatron_moe_inject.losses.spec import LogitTransform
 from megatron_moe_inject.metrics.losses import LossReport, merge
+from megatron_moe_inject.recipe import GENERAL
 from megatron_moe_inject.teachers.step_pass import TeacherPass
 
 
@@ -36,6 +39,7 @@ class LossHook:
         report: what to log.
         tp_group: group that shards the vocabulary.
         valid_vocab_size: number of ids that are not padding.
+        originals: the original parameters, where general samples are held to the original model.
     """
 
     def __init__(
@@ -47,8 +51,12 @@ class LossHook:
         *,
         tp_group: torch.distributed.ProcessGroup,
         valid_vocab_size: int,
+        originals: OriginalParameters | None = None,
     ) -> None:
         self._chunk = chunk
+        self._originals = originals
+        self._original_states: list[torch.Tensor] | None = None
+        self._original_place: dict[tuple[int, int], int] = {}
         self._weights_at = weights_at
         self._weights: Mapping[int, TermWeights] = {}
         self._teachers = teachers
@@ -57,6 +65,7 @@ class LossHook:
         self._valid_vocab_size = valid_vocab_size
         self._labels: list[list[int]] | None = None
         self._next = 0
+        self._keeping = False
         self._reports: deque[dict[str, torch.Tensor]] = deque()
         chunk.register_forward_pre_hook(self._add_output_processor, with_kwargs=True)
 
@@ -75,10 +84,23 @@ class LossHook:
         self._weights = self._weights_at(iteration)
         self._next = 0
         self._reports.clear()
+        if self._originals is not None:
+            general = (labels == GENERAL).nonzero().tolist()
+            self._original_place = {tuple(where): i for i, where in enumerate(general)}
+            self._original_states = []
 
     def end(self) -> None:
         """Finish the step; forward passes outside a step keep the stock output."""
-        self._labels = None
+        self._labels = self._original_states = None
+
+    @contextlib.contextmanager
+    def keeping_original_states(self) -> Iterator[None]:
+        """Inside, forward passes are the original model's: keep their states, form no loss."""
+        self._keeping = True
+        try:
+            yield
+        finally:
+            self._keeping = False
 
     def wrap_forward_step(self, forward_step: Callable) -> Callable:
         """The script's ``forward_step`` with its loss function reporting our terms as well."""
@@ -110,6 +132,9 @@ class LossHook:
         self, *, hidden_states, output_layer, output_weight, labels, loss_mask, config, **_
     ) -> torch.Tensor:
         """``output_processor`` of Megatron: ``[s(/p under SP), b, h]`` to total loss ``[b, s]``."""
+        if self._keeping:
+            self._original_states.append(hidden_states.detach())
+            return hidden_states.new_zeros(labels.shape, dtype=torch.float32)
         index, self._next = self._next, self._next + 1
         domains = self._labels[index]
         head = output_layer.weight if output_weight is None else output_weight
@@ -122,7 +147,7 @@ class LossHook:
             hidden_states,
             head,
             labels,
-            self._groups(index, domains),
+            self._groups(index, domains, head, config.sequence_parallel),
             tp_group=self._tp_group,
             valid_vocab_size=self._valid_vocab_size,
             reduce_hidden_grad=not config.sequence_parallel,
@@ -132,17 +157,28 @@ class LossHook:
         self._reports.append(self._report.values(terms, loss_mask, domains))
         return terms.total
 
-    def _groups(self, index: int, domains: Sequence[int]) -> list[SampleGroup]:
-        """Partition of a micro-batch into groups of equal weights and teacher."""
-        members: dict[tuple[TermWeights, TeacherPass | None], list[int]] = {}
+    def _groups(
+        self, index: int, domains: Sequence[int], head: torch.Tensor, sequence_parallel: bool
+    ) -> list[SampleGroup]:
+        """Partition of a micro-batch into groups of equal weights and teacher.
+
+        The teacher of general samples is the original model, where they are held to it.
+        """
+        members: dict[tuple[bool, TermWeights, TeacherPass | None], list[int]] = {}
         for position, domain in enumerate(domains):
-            kind = (self._weights[domain], self._teachers.get(domain))
+            kind = (domain == GENERAL, self._weights[domain], self._teachers.get(domain))
             members.setdefault(kind, []).append(position)
         states = {t: self._states_by_sample(t, index, domains) for t in self.teachers}
         groups = []
-        for (weights, teacher), samples in members.items():
+        for (general, weights, teacher), samples in members.items():
             if teacher is None:
-                groups.append(SampleGroup(samples, weights))
+                if general and self._originals is not None:
+                    hidden = self._original_hidden(index, samples, sequence_parallel)
+                    origin = LogitTransform(scale=compat.logit_scale(self._chunk.config))
+                    original_head = self._originals.of(head)
+                    groups.append(SampleGroup(samples, weights, hidden, original_head, origin))
+                else:
+                    groups.append(SampleGroup(samples, weights))
                 continue
             taught, hidden = states[teacher]
             rows = [taught.index(position) for position in samples]
@@ -152,6 +188,17 @@ class LossHook:
                 SampleGroup(samples, weights, hidden, teacher.head, teacher.teacher.logit_transform)
             )
         return groups
+
+    def _original_hidden(
+        self, index: int, samples: Sequence[int], sequence_parallel: bool
+    ) -> torch.Tensor:
+        """The original model's states of general samples, ``[len(samples), s, h]``."""
+        size = self._original_states[0].shape[1]
+        places = [divmod(self._original_place[index, sample], size) for sample in samples]
+        hidden = torch.stack([self._original_states[i][:, j] for i, j in places], dim=1)
+        if sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, group=self._tp_group)
+        return hidden.transpose(0, 1)
 
     def _states_by_sample(self, teacher: TeacherPass, index: int, domains: Sequence[int]):
         """Positions that ``teacher`` teaches in the micro-batch, and their states in order."""

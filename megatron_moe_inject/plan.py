@@ -108,7 +108,7 @@ def recipe_warnings(recipe: Recipe) -> list[str]:
         warnings.append("alpha is 0: teachers run for the reported losses only")
     if owners and recipe.train.experts == "none":
         warnings.append("train.experts is none: the experts chosen by the domains stay frozen")
-    if not ever_positive(recipe.general_beta()):
+    if not ever_positive(recipe.general_beta()) and not ever_positive(recipe.objective.gamma):
         warnings.append("general tokens have no loss: nothing holds general ability")
     return warnings
 
@@ -199,8 +199,12 @@ def _loss_lines(recipe: Recipe) -> list[str]:
         if ever_positive(beta):
             terms.append(f"{show_weight(beta)} * CE")
         lines.append((domain.name, " + ".join(terms)))
-    weight = recipe.general_beta()
-    lines.append(("(general)", f"{show_weight(weight)} * CE" if ever_positive(weight) else "0"))
+    general = (
+        (objective.gamma, "KL(original || student)"),
+        (recipe.general_beta(), "CE"),
+    )
+    terms = [f"{show_weight(weight)} * {name}" for weight, name in general if ever_positive(weight)]
+    lines.append(("(general)", " + ".join(terms) or "0"))
     shown = table([(name, "=", formula) for name, formula in lines])
     if objective.skip_worse:
         shown.append("no distillation where the teacher predicts the label worse than the student")

@@ -123,7 +123,8 @@ class Objective:
         alpha: weight of the distillation term on domain tokens that have a teacher.
         beta: weight of cross-entropy on all tokens.
         general_beta: weight of cross-entropy on general tokens; None = beta.
-        gamma: weight of retention against the original model; not in this version.
+        gamma: weight of KL(original || student) on general tokens, with the model as it was when
+            the injection began.
         ce_share: shortcut for the form c * CE + (1 - c) * T^2 * KL in place of alpha and beta.
         confidence: weighs each token's distillation by the teacher's confidence there, one of
             ``CONFIDENCES``: its probability of the label, or 1 - entropy / log(vocabulary).
@@ -137,7 +138,7 @@ class Objective:
     alpha: float | Schedule = 1.0
     beta: float | Schedule = 0.0
     general_beta: float | Schedule | None = None
-    gamma: float = 0.0
+    gamma: float | Schedule = 0.0
     ce_share: float | None = None
     confidence: str = "none"
     skip_worse: bool = False

@@ -128,8 +128,6 @@ def _check_objective(recipe: Recipe) -> None:
             raise fail(f"objective.{name}", share, "is not between 0 and 1", remedy)
     for name in ("alpha", "beta", "general_beta", "gamma"):
         _check_weight(f"objective.{name}", getattr(objective, name))
-    if objective.gamma != 0:
-        raise fail("objective.gamma", objective.gamma, "is not in this version", "write gamma: 0")
     if objective.ce_share is not None:
         _check_ce_share(objective)
     taught = [domain for domain in recipe.domains if domain.teacher is not None]

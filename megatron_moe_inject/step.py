@@ -18,6 +18,7 @@ import torch
 from megatron_moe_inject.data import labels as domain_labels
 from megatron_moe_inject.data.labels import HostGroup, MicroBatch
 from megatron_moe_inject.loss_hook import LossHook
+from megatron_moe_inject.original_pass import OriginalPass
 
 
 class SplitRegistry:
@@ -53,6 +54,7 @@ class StepHook:
         host_group: the model-parallel ranks of this rank, for labels.
         loss_hook: the loss of the last pipeline stage, ``None`` on other stages.
         iteration: gives the number of optimiser steps taken so far, for schedules.
+        original_pass: the original model's forward, ``None`` without retention.
     """
 
     def __init__(
@@ -61,11 +63,13 @@ class StepHook:
         host_group: HostGroup,
         loss_hook: LossHook | None,
         iteration: Callable[[], int],
+        original_pass: OriginalPass | None = None,
     ) -> None:
         self._splits = splits
         self._host_group = host_group
         self._loss_hook = loss_hook
         self._iteration = iteration
+        self._original_pass = original_pass
 
     def wrap(self, forward_backward: Callable) -> Callable:
         """What ``train_step`` and ``evaluate`` call in the place of ``forward_backward``."""
@@ -88,6 +92,15 @@ class StepHook:
                 forward_step_func = self._loss_hook.wrap_forward_step(forward_step_func)
                 self._loss_hook.begin(labels, self._iteration())
                 self._run_teachers(labels, clean, seq_length)
+            if self._original_pass is not None:
+                self._original_pass.run(
+                    forward_backward,
+                    labels,
+                    clean,
+                    forward_step_func=forward_step_func,
+                    seq_length=seq_length,
+                    **kwargs,
+                )
             replay = [None if chunk is None else iter(chunk) for chunk in clean]
             try:
                 return forward_backward(

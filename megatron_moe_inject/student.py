@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_moe_inject.recipe import GENERAL, Recipe, RecipeError
 from megatron_moe_inject.recipe_rules import validate
+from megatron_moe_inject.schedule import ever_positive
 from megatron_moe_inject.typed import fail, listing, show
 
 SPLITS = ("train", "valid", "test")
@@ -40,12 +41,15 @@ class _Refusal:
 
     def matches(self, options: Mapping[str, Any]) -> bool:
         found = options.get(self.name)
-        return found == self.value if self.value is not None else bool(found)
+        if self.value is not None:
+            return found == self.value
+        return bool(found) and found != "none"
 
 
 _SHARDS = "shards the parameters before they can be frozen"
 _PACKED = "packs documents into one sequence, which a teacher's forward does not follow yet"
 _HYBRID = "builds a hybrid model, whose forward has no output_processor for the loss"
+_GRAPHS = _Refusal("cuda_graph_impl", "replays the trained weights where the original should run")
 _REFUSED = (
     _Refusal("yaml_cfg", "replaces the command line and loses the plugin's flags"),
     _Refusal("use_megatron_fsdp", _SHARDS),
@@ -166,7 +170,7 @@ def student_facts_from_args(args: Namespace) -> StudentFacts:
         ),
         options={
             option.name: getattr(args, option.name)
-            for option in _REFUSED
+            for option in (*_REFUSED, _GRAPHS)
             if option.matches(vars(args))
         },
     )
@@ -222,6 +226,25 @@ def check_recipe(recipe: Recipe, facts: StudentFacts) -> None:
     _check_components(recipe, facts)
     for split in ("train", *(s for s in SPLITS[1:] if s in facts.data_paths)):
         split_labels(recipe, facts, split)
+    if ever_positive(recipe.objective.gamma):
+        _check_retention(recipe, facts)
+
+
+def _check_retention(recipe: Recipe, facts: StudentFacts) -> None:
+    gamma = recipe.objective.gamma
+    if GENERAL not in split_labels(recipe, facts, "train"):
+        raise fail(
+            "objective.gamma",
+            gamma,
+            "weighs retention on general data, but every dataset belongs to a domain",
+            "add general data to --data-path (5 to 10 %) or set gamma to 0",
+        )
+    for option in (*(o for o in _REFUSED if o.with_teacher), _GRAPHS):
+        if option.matches(facts.options):
+            raise RecipeError(
+                f"{option.flag}: {option.reason}; remove it, or set objective.gamma to 0",
+                option.flag,
+            )
 
 
 def _check_options(recipe: Recipe, facts: StudentFacts) -> None:

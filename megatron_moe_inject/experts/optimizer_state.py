@@ -99,17 +99,17 @@ def _unstacked(tensor: ShardedTensor) -> ShardedTensor:
     )
 
 
-def _with_own_keys(state: Any) -> Any:
+def with_own_keys(state: Any) -> Any:
     """Unstack every tensor of a sharded state dict, also those that a factory builds later."""
     if isinstance(state, ShardedTensor):
         return _unstacked(state)
     if isinstance(state, ShardedTensorFactory):
         build = state.build_fn
-        return replace(state, build_fn=lambda *args: _with_own_keys(build(*args)))
+        return replace(state, build_fn=lambda *args: with_own_keys(build(*args)))
     if isinstance(state, dict):
-        return {key: _with_own_keys(value) for key, value in state.items()}
+        return {key: with_own_keys(value) for key, value in state.items()}
     if isinstance(state, list):
-        return [_with_own_keys(value) for value in state]
+        return [with_own_keys(value) for value in state]
     return state
 
 
@@ -144,7 +144,7 @@ def make_checkpointable(optimizer: Any) -> Any:
         packed = stock(*args, **kwargs)
         for index in empty:
             _keep_local(packed if len(own) == 1 else packed[index], "fp32_from_fp16_params")
-        return _with_own_keys(packed)
+        return with_own_keys(packed)
 
     optimizer.sharded_state_dict = sharded_state_dict
     return optimizer

@@ -20,6 +20,7 @@ from megatron_moe_inject.recipe import GENERAL
 LM_LOSS = "lm loss"
 KD_LOSS = "kd loss"
 KD_FACTOR = "kd factor"
+RETENTION = "retention loss"
 TOTAL_LOSS = "total loss"
 
 _NO_TOKENS = 1e-9
@@ -35,6 +36,7 @@ class LossReport:
         distilled: indices of the domains that have a teacher.
         by_class: also report each class, not only the sums over all of them.
         weighted: also report the mean factor of the token weighting over distilled tokens.
+        retained: also report the divergence from the original model on general samples.
     """
 
     def __init__(
@@ -43,7 +45,9 @@ class LossReport:
         distilled: Sequence[int],
         by_class: bool,
         weighted: bool = False,
+        retained: bool = False,
     ) -> None:
+        self._retained = retained
         self._weighted = weighted
         self._classes = [GENERAL, *range(len(domains))]
         self._names = ["general", *domains]
@@ -73,6 +77,8 @@ class LossReport:
             if self._weighted:
                 given = factor[self._distilled].sum()
                 report[KD_FACTOR] = _pair(given, count[self._distilled].sum())
+        if self._retained:
+            report[RETENTION] = _pair(kd[0], count[0])
         if self._by_class:
             for index, name in enumerate(self._names):
                 report[f"{LM_LOSS}/{name}"] = _pair(ce[index], count[index])

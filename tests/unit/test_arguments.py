@@ -68,13 +68,14 @@ def test_plain_flags():
     line = (
         "--inject-teacher megatron:/t --inject-domain-name code --inject-domain-data 1 /d/code "
         '--inject-experts "12:3,40;13:1" --inject-alpha 0.7 --inject-beta 1e-1 '
-        "--inject-general-beta 0.5 --inject-temperature 2 --inject-divergence forward_kl "
+        "--inject-general-beta 0.5 --inject-gamma 3 --inject-temperature 2 "
+        "--inject-divergence forward_kl "
         "--inject-train-router --inject-verify-frozen"
     )
     assert recipe_from_args(parse(line)) == Recipe(
         domains=[Domain("code", [1, "/d/code"], "teacher", ExpertChoice({12: [3, 40], 13: [1]}))],
         teachers={"teacher": TeacherSpec("megatron:/t")},
-        objective=Objective("forward_kl", 2.0, 0.7, 0.1, 0.5),
+        objective=Objective("forward_kl", 2.0, 0.7, 0.1, 0.5, 3.0),
         train=Train(experts="selected", router=True),
         verify_frozen=True,
     )

@@ -152,7 +152,7 @@ MISTAKES = [
     ({"objective.general_beta": -1}, ["objective.general_beta: -1.0 is negative"]),
     ({"objective.alpha": float("nan")}, ["objective.alpha: nan is not finite"]),
     ({"objective.beta": float("inf")}, ["objective.beta: inf is not finite"]),
-    ({"objective.gamma": 0.1}, ["objective.gamma: 0.1 is not in this version", "gamma: 0"]),
+    ({"objective.gamma": -0.1}, ["objective.gamma: -0.1 is negative", "0 or more"]),
     ({"objective.alpha": 0, "objective.beta": 0}, ["objective.alpha: 0 and objective.beta: 0"]),
     (
         {"domains.0.teacher": None, "teachers": {}},

@@ -1,0 +1,148 @@
+"""The original model's forward pass of a step, for retention on general samples.
+
+Megatron's own pipeline schedule runs forward only, with the original parameters swapped in, over
+the step's general samples alone: they are packed into as few micro-batches as they fill. The last
+stage keeps the hidden states before the head and forms no logits. So retention costs the general
+share of one forward pass.
+
+Shapes: n micro-batches of the step, b samples each, s sequence (this context-parallel rank's part,
+divided by the tensor-parallel size under sequence parallelism while it is kept), h hidden.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_moe_inject.data.labels import MicroBatch
+from megatron_moe_inject.experts.original import OriginalParameters
+from megatron_moe_inject.loss_hook import LossHook
+from megatron_moe_inject.recipe import GENERAL
+
+
+class OriginalPass:
+    """Runs the original model over the general samples of each step.
+
+    Args:
+        originals: the original parameters of this rank.
+        loss_hook: keeps the hidden states on the last stage, ``None`` on other stages.
+        multiple: number of micro-batches that the schedule wants a multiple of: the pipeline size
+            under interleaving, else 1.
+        device: where to agree on the number of micro-batches.
+    """
+
+    def __init__(
+        self,
+        originals: OriginalParameters,
+        loss_hook: LossHook | None,
+        *,
+        multiple: int,
+        device: torch.device,
+    ) -> None:
+        self.originals = originals
+        self._loss_hook = loss_hook
+        self._multiple = multiple
+        self._device = device
+
+    def run(
+        self,
+        forward_backward: Callable,
+        labels: torch.Tensor,
+        batches: Sequence[list[MicroBatch] | None],
+        *,
+        forward_step_func: Callable,
+        model: Any,
+        **arguments: Any,
+    ) -> None:
+        """One forward-only pass; nothing runs where no rank has a general sample.
+
+        Args:
+            forward_backward: Megatron's schedule.
+            labels: ``[n, b]`` domain indices, on the host.
+            batches: by model chunk, the step's micro-batches, ``None`` on ranks without data.
+            forward_step_func, model, arguments: as the schedule gets them.
+
+        Collectives: one all-reduce (maximum) of one number over the whole world, since experts are
+        shared by data-parallel ranks and each needs as many micro-batches as the fullest; then
+        those of the schedule.
+        """
+        general = labels == GENERAL
+        count, size = self._agree(int(general.sum())), labels.shape[1]
+        rounds = -(-count // size)
+        rounds = -(-rounds // self._multiple) * self._multiple
+        if rounds == 0:
+            return
+        packed = [_packed(chunk, general, rounds) for chunk in batches]
+        replay = [None if chunk is None else iter(chunk) for chunk in packed]
+        chunks = model if isinstance(model, list) else [model]
+        kept = contextlib.nullcontext()
+        if self._loss_hook is not None:
+            kept = self._loss_hook.keeping_original_states()
+        with torch.no_grad(), _evaluating(chunks), self.originals.swapped(), kept:
+            forward_backward(
+                forward_step_func=_without_loss(forward_step_func),
+                data_iterator=replay if len(replay) > 1 else replay[0],
+                model=model,
+                num_microbatches=rounds,
+                micro_batch_size=size,
+                **arguments | {"forward_only": True},
+            )
+
+    def _agree(self, count: int) -> int:
+        largest = torch.tensor([count], device=self._device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return int(largest)
+
+
+def _packed(
+    batches: list[MicroBatch] | None, general: torch.Tensor, rounds: int
+) -> list[MicroBatch] | None:
+    """The general samples as ``rounds`` full micro-batches, filled up with samples that do not
+    count."""
+    if batches is None:
+        return None
+    size = general.shape[1]
+    chosen = general.flatten().nonzero().flatten()
+    filler = torch.zeros(rounds * size - len(chosen), dtype=chosen.dtype)
+    order = torch.cat([chosen, filler])
+    packed: list[MicroBatch] = [{} for _ in range(rounds)]
+    for key, value in batches[0].items():
+        if not isinstance(value, torch.Tensor):
+            for micro_batch in packed:
+                micro_batch[key] = value
+            continue
+        samples = torch.cat([torch.as_tensor(batch[key]) for batch in batches])[order]
+        for micro_batch, part in zip(packed, samples.split(size), strict=True):
+            micro_batch[key] = part
+    return packed
+
+
+def _without_loss(forward_step: Callable) -> Callable:
+    """The script's ``forward_step`` with a loss function that reports nothing."""
+
+    def loss_func(output: torch.Tensor, **_: Any):
+        tokens = torch.ones((), dtype=torch.int, device=output.device)
+        return output.new_zeros(()), tokens, {}
+
+    def wrapped(*args, **kwargs):
+        output, _ = forward_step(*args, **kwargs)
+        return output, loss_func
+
+    return wrapped
+
+
+@contextlib.contextmanager
+def _evaluating(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Chunks in eval mode: no expert-bias counts, no dropout, no auxiliary losses."""
+    training = [chunk.training for chunk in chunks]
+    try:
+        for chunk in chunks:
+            chunk.eval()
+        yield
+    finally:
+        for chunk, mode in zip(chunks, training, strict=True):
+            chunk.train(mode)

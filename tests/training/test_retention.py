@@ -1,0 +1,131 @@
+"""Retention (gamma) through the real ``pretrain()``: the original model on general samples."""
+
+import copy
+
+import pytest
+
+from tests.training import lane
+from tests.training.conftest import student_flags
+from tests.training.test_injection import PROVEN, RECIPE, inject, recipe_file
+
+GAMMA = RECIPE.replace("beta: 0.3", "beta: 0.3, gamma: 2.0")
+EVERYTHING = """
+domains:
+  - {{name: code, data: [1], teacher: coder}}
+teachers:
+  coder: {{source: "megatron:{teacher}"}}
+objective: {{alpha: 0.7, beta: 0.3, gamma: 2.0}}
+train:
+  {{experts: all, router: true, attention: true, norms: true, embedding: true, output_layer: true}}
+"""
+TERMS = ("lm loss", "kd loss", "retention loss", "total loss", "lm loss/general", "grad norm")
+LAYOUTS = {
+    "ep2": dict(nproc=2, ep=2),
+    "tp2-sp": dict(nproc=2, tp=2),
+    "pp2": dict(nproc=2, pp=2),
+    "cp2": dict(nproc=2, cp=2),
+    "pp2-vpp2": dict(nproc=2, pp=2, extra=("--num-layers-per-virtual-pipeline-stage", "1")),
+    "full recompute": dict(
+        extra=(
+            *("--recompute-granularity", "full", "--recompute-method", "uniform"),
+            *("--recompute-num-layers", "1"),
+        )
+    ),
+    "distributed optimizer, ep2": dict(nproc=2, ep=2, extra=tuple(lane.DISTRIBUTED_OPTIMIZER)),
+    "per-token loss": dict(extra=("--calculate-per-token-loss",)),
+}
+
+
+@pytest.fixture(scope="module")
+def single(material):
+    return inject(material, GAMMA)
+
+
+def _shares(step):
+    gap = step["lm loss/general"] - step["lm loss/code"]
+    domain = (step["lm loss/general"] - step["lm loss"]) / gap
+    return domain, 1 - domain
+
+
+def test_retention_is_zero_at_the_first_step_then_grows_and_adds_up(single):
+    losses = single.losses("retention loss")
+    assert abs(losses[0]) < 1e-6
+    assert min(losses[1:]) > 1e-5
+    for step in single.iterations:
+        domain, general = _shares(step)
+        expected = 0.3 * step["lm loss"] + 0.7 * domain * step["kd loss"]
+        expected += 2.0 * general * step["retention loss"]
+        assert step["total loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_evaluation_reports_it_too(single):
+    assert single.evaluations[-1]["retention loss"] > 1e-5
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_the_curve_does_not_depend_on_the_layout(material, single, layout):
+    run = inject(material, GAMMA, **copy.deepcopy(layout))
+    for term in TERMS:
+        assert run.losses(term) == pytest.approx(single.losses(term), rel=2e-5, abs=1e-6), term
+    assert PROVEN.search(run.output)
+
+
+@pytest.mark.parametrize("layout", [{}, dict(nproc=2, tp=2), dict(nproc=2, pp=2)], ids=str)
+def test_with_everything_training_the_original_head_and_embedding_are_kept_too(material, layout):
+    run = inject(material, EVERYTHING, **layout)
+    losses = run.losses("retention loss")
+    assert abs(losses[0]) < 1e-6
+    assert min(losses[1:]) > 1e-5
+
+
+def test_it_holds_general_samples_to_the_original(material):
+    """The same run without gamma goes away from the original further."""
+    more = ("--train-iters", "12")
+    held = inject(material, GAMMA.replace("2.0}}", "20.0}}"), extra=more)
+    watched = inject(material, GAMMA.replace("gamma: 2.0", "gamma: 1.0e-9"), extra=more)
+    assert held.losses("retention loss")[-1] < 0.7 * watched.losses("retention loss")[-1]
+
+
+def test_a_vanishing_gamma_changes_nothing_else(material):
+    """The pass of the original leaves no trace: its weight is what acts, not its running."""
+    router = (*lane.DEEPSEEK_ROUTER, "--moe-router-topk", "1", "--bf16")
+    watched = GAMMA.replace("gamma: 2.0", "gamma: {{points: {{100: 0.0, 200: 1.0}}}}")
+    fresh = student_flags(*material.blend, "--train-iters", "4", *router, ep=2)
+    runs = [
+        lane.run([*fresh, "--inject-recipe", recipe_file(material, recipe)], nproc=2)
+        for recipe in (RECIPE, watched)
+    ]
+    for term in ("lm loss", "kd loss", "total loss", "grad norm"):
+        assert runs[0].losses(term) == runs[1].losses(term), term
+    assert runs[1].losses("retention loss")[-1] > 0
+
+
+@pytest.mark.parametrize("precision", [(), ("--bf16", *lane.DISTRIBUTED_OPTIMIZER)], ids=str)
+def test_a_resumed_run_keeps_the_original_of_its_beginning(material, tmp_path, precision):
+    save = str(tmp_path / "resumed")
+    keep = (*precision, "--train-iters", "6", "--save", save, "--save-interval", "3")
+    whole = inject(material, GAMMA, nproc=2, ep=2, extra=(*precision, "--train-iters", "6"))
+    inject(material, GAMMA, nproc=2, ep=2, extra=(*keep, "--exit-interval", "3"))
+    ours = ("--inject-recipe", recipe_file(material, GAMMA), "--load", save)
+    resumed = lane.run(student_flags(*material.blend, *keep, *ours, ep=2), nproc=2)
+    for term in TERMS:
+        assert resumed.losses(term) == whole.losses(term)[3:], term
+
+
+def test_a_resumed_run_that_trains_something_else_is_told(material, tmp_path):
+    save = str(tmp_path / "resumed")
+    keep = ("--train-iters", "6", "--save", save, "--save-interval", "3")
+    inject(material, GAMMA, extra=(*keep, "--exit-interval", "3"))
+    other = ("--inject-recipe", recipe_file(material, GAMMA), "--load", save, "--no-load-optim")
+    other += ("--inject-set", "train.norms=true")
+    run = lane.run(student_flags(*material.blend, *keep, *other), check=False)
+    assert run.returncode == 2, run.tail()
+    assert "holds the originals of {'experts'" in run.output
+    assert "Traceback" not in run.output
+
+
+def test_without_general_data_it_is_refused(material):
+    only = ("--data-path", material.domain, "--inject-set", "domains[0].data=[0]")
+    run = inject(material, GAMMA, extra=only, check=False)
+    assert run.returncode == 2, run.tail()
+    assert "objective.gamma: 2.0 weighs retention on general data" in run.output
