@@ -147,6 +147,7 @@ PLAIN_ALONE = [
     "--inject-alpha 1",
     "--inject-beta 1",
     "--inject-general-beta 1",
+    "--inject-gamma 1",
     "--inject-temperature 1",
     "--inject-divergence jsd",
     "--inject-train-router",
