@@ -88,7 +88,7 @@ def test_it_holds_general_samples_to_the_original(material):
 
 def test_a_vanishing_gamma_changes_nothing_else(material):
     """The pass of the original leaves no trace: its weight is what acts, not its running."""
-    router = (*lane.DEEPSEEK_ROUTER, "--moe-router-topk", "1", "--bf16")
+    router = (*lane.DEEPSEEK_ROUTER, "--moe-router-topk", "1", "--mtp-num-layers", "1", "--bf16")
     watched = GAMMA.replace("gamma: 2.0", "gamma: {{points: {{100: 0.0, 200: 1.0}}}}")
     fresh = student_flags(*material.blend, "--train-iters", "4", *router, ep=2)
     runs = [
