@@ -1,0 +1,460 @@
+"""Time and memory of the distillation loss, forward and backward, beside what users have today.
+
+    python examples/benchmarks/loss_bench.py [--tp 1 2] [--json FILE] [--plot FILE.png]
+
+Peers: `pip install nvidia-modelopt liger-kernel`; one that is missing is listed as such. Every
+contender (``loss_contenders.py``) runs in processes of its own, is checked against the fp64
+reference at a small size first, and takes turns with the others; times are medians. Memory is the
+peak beyond the inputs (hidden states, heads, labels), gradients included: on a GPU of torch's
+allocator, on a CPU of the process's resident set, the largest of the repetitions.
+
+FLOP rates count the products that the task needs, not those that a contender spends: with t tokens,
+2 t v h for the student's logits, 2 t v h_t for the teacher's, 2 t v h for the gradient by the
+hidden states and, head trained, 2 t v h for the head's; the total over all ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from loss_contenders import CONTENDERS, Settings
+
+from megatron_moe_inject.losses import KINDS
+
+SIZES = {  # tokens, hidden, teacher_hidden, vocab
+    "cpu": (1024, 1024, 512, 131072),
+    "cuda": (8192, 4096, 2048, 128256),
+}
+# Dense bf16 matrix products, FLOP/s, from NVIDIA's data sheets.
+PEAK = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
+COLOURS = ("#8c8c8c", "#cc79a7", "#0072b2", "#e69f00", "#009e73", "#56b4e9", "#d55e00", "#222222")
+MIB = 2**20
+WORKER = Path(__file__).resolve().with_name("loss_worker.py")
+
+
+class Runner:
+    """The processes of one contender at one tensor-parallel size."""
+
+    def __init__(self, name: str, tp: int, options: argparse.Namespace, folder: str):
+        self.name, self.tp, self.status = name, tp, ""
+        self.folder = tempfile.mkdtemp(dir=folder)
+        self.processes = []
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
+        if options.threads:
+            environment["OMP_NUM_THREADS"] = str(options.threads)
+        for rank in range(tp):
+            settings = Settings(
+                name, options.kind, options.temperature, options.alpha, options.beta,
+                options.dtype, options.device, options.threads, tp, rank, f"{self.folder}/store",
+                options.hidden, options.teacher_hidden, options.topk,
+            )  # fmt: skip
+            with open(f"{self.folder}/stderr{rank}", "w") as errors:
+                command = [sys.executable, "-W", "ignore", str(WORKER)]
+                command.append(json.dumps(asdict(settings)))
+                pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
+                self.processes.append(
+                    subprocess.Popen(command, env=environment, text=True, bufsize=1, **pipes)
+                )
+
+    def ask(self, do: str, **command) -> dict | None:
+        """The largest of all ranks' answers, by name; None once the contender is out."""
+        if self.status:
+            return None
+        try:
+            for process in self.processes:
+                process.stdin.write(json.dumps({"do": do, **command}) + "\n")
+        except BrokenPipeError:
+            pass  # the empty answer tells
+        answers = [process.stdout.readline() for process in self.processes]
+        answers = [json.loads(line) if line else self._died(r) for r, line in enumerate(answers)]
+        for answer in answers:
+            if "absent" in answer:
+                install = CONTENDERS[self.name].install
+                self.status = f"not installed (pip install {install}): {answer['absent']}"
+            elif "failed" in answer:
+                self.status = f"failed: {answer['failed'].splitlines()[0]}"
+        if self.status:
+            return None
+        return {
+            key: None if answers[0][key] is None else max(answer[key] for answer in answers)
+            for key in answers[0]
+        }
+
+    def _died(self, rank: int) -> dict:
+        lines = Path(f"{self.folder}/stderr{rank}").read_text().strip().splitlines()
+        return {"failed": f"process ended with {self.processes[rank].wait()}: {lines[-1:]}"}
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.stdin.close()
+        for process in self.processes:
+            try:
+                process.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def unfit(name: str, tp: int, options: argparse.Namespace) -> str:
+    """Why a contender cannot do what is asked for, "" if it can."""
+    contender = CONTENDERS[name]
+    if options.kind not in contender.kinds:
+        return f"no {options.kind}"
+    if tp > 1 and not contender.shards:
+        return "no tensor parallelism"
+    if contender.needs_cuda and options.device != "cuda":
+        return "needs a GPU (Triton)"
+    if options.device == "cuda" and tp > torch.cuda.device_count():
+        return f"needs {tp} GPUs, here {torch.cuda.device_count()}"
+    return ""
+
+
+def needed_flops(name: str, tokens: int, vocab: int, trained: bool, o: argparse.Namespace) -> int:
+    """See the module; a stored teacher needs no product."""
+    teacher = 0 if CONTENDERS[name].stored_teacher else o.teacher_hidden
+    return 2 * tokens * vocab * (teacher + (3 if trained else 2) * o.hidden)
+
+
+def measure(runners: list[Runner], trained: bool, repeats: int) -> dict[str, tuple[float, int]]:
+    """Median seconds and peak extra bytes of each, from alternating repetitions."""
+    for runner in runners:
+        runner.ask("run", train_head=trained)
+    results = {runner.name: [] for runner in runners}
+    for _ in range(repeats):
+        for runner in runners:
+            answer = runner.ask("run", train_head=trained)
+            if answer is not None:
+                results[runner.name].append(answer)
+    measured = {}
+    for name, answers in results.items():
+        if len(answers) == repeats:
+            peaks = [a["extra_bytes"] for a in answers if a["extra_bytes"] is not None]
+            seconds = statistics.median(a["seconds"] for a in answers)
+            measured[name] = (seconds, max(peaks, default=None))
+    return measured
+
+
+def bench(tp: int, options: argparse.Namespace, folder: str, sweep: bool) -> dict:
+    """All contenders at one tensor-parallel size: rows, the sweep's points, the product's rate."""
+    rows, points, rate = [], [], None
+    runners, reasons, checks = [], {}, {}
+    try:
+        for name in options.contenders:
+            reasons[name] = unfit(name, tp, options)
+            if not reasons[name]:
+                runner = Runner(name, tp, options, folder)
+                runners.append(runner)
+                checks[name] = runner.ask("check")
+                runner.ask("inputs", tokens=options.tokens, vocab=options.vocab)
+                say(f"TP {tp}: {name} {runner.status or 'ready'}")
+        if runners:
+            rate = runners[0].ask("product")
+        for head in options.head:
+            say(f"TP {tp}: timing, head {head}")
+            measured = measure(runners, head == "trained", options.repeats)
+            gradients = options.tokens * options.hidden
+            gradients += options.vocab // tp * options.hidden * (head == "trained")
+            gradients *= getattr(torch, options.dtype).itemsize
+            for name in options.contenders:
+                status = {r.name: r.status for r in runners}.get(name, reasons[name])
+                row = dict(contender=name, tp=tp, head=head, status=status or "measured")
+                row |= checks.get(name) or {}
+                if name in measured:
+                    seconds, extra = measured[name]
+                    flops = needed_flops(
+                        name, options.tokens, options.vocab, head == "trained", options
+                    )
+                    row |= dict(seconds=seconds, extra_bytes=extra, gradient_bytes=gradients)
+                    row |= dict(flops_per_second=flops / seconds)
+                rows.append(row)
+        if sweep:
+            points = run_sweep(runners, options)
+    finally:
+        for runner in runners:
+            runner.close()
+    return dict(rows=rows, sweep=points, product=rate and rate["rate"])
+
+
+def run_sweep(runners: list[Runner], options: argparse.Namespace) -> list[dict]:
+    """Head frozen: four lengths at a quarter of the vocabulary, and the other way round."""
+    points = []
+    quarter = {"tokens": options.tokens // 4, "vocab": options.vocab // 4}
+    for axis, whole in (("tokens", options.tokens), ("vocab", options.vocab)):
+        for part in (8, 4, 2, 1):
+            size = quarter | {axis: max(whole // part, 1)}
+            say(f"sweep: {size}")
+            for runner in runners:
+                runner.ask("inputs", **size)
+            for name, (seconds, extra) in measure(runners, False, options.sweep_repeats).items():
+                points.append(
+                    dict(axis=axis, **size, contender=name, seconds=seconds, extra_bytes=extra)
+                )
+    return points
+
+
+def machine(options: argparse.Namespace) -> str:
+    if options.device == "cuda":
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+        model = re.search(r"model name\s*:\s*(.+)", text)[1]
+    except (OSError, TypeError):
+        model = platform.processor() or platform.machine()
+    return f"{os.cpu_count()} x {model}, {options.threads or 'all'} thread(s) a process"
+
+
+def versions() -> dict[str, str | None]:
+    """Of torch and the peers; None where one is not installed."""
+    found = {}
+    for name in ("torch", "megatron-core", "nvidia-modelopt", "liger-kernel"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def mib(count: float | None) -> str:
+    return "-" if count is None else f"{count / MIB:,.0f}"
+
+
+def table(result: dict) -> list[str]:
+    """The rows as text, and what each contender computes."""
+    lines = [
+        f"{'TP':<3}{'head':<9}{'contender':<23}{'value err':>10}{'grad err':>10}{'head err':>10}"
+        f"{'ms':>11}{'extra MiB':>11}{'- grads':>9}{'GFLOP/s':>10}{'time/naive':>12}"
+        f"{'mem/naive':>11}"
+    ]
+    for row in result["rows"]:
+        start = f"{row['tp']:<3}{row['head']:<9}{CONTENDERS[row['contender']].title:<23}"
+        if "value_error" in row:
+            for key in ("value_error", "gradient_error", "head_gradient_error"):
+                start += f"{row[key]:>10.1e}"
+        if "seconds" not in row:
+            lines.append(f"{start}  {row['status']}")
+            continue
+        naive = find(result, "naive", row["tp"], row["head"])
+        lines.append(
+            f"{start}{1e3 * row['seconds']:>11,.1f}{mib(row['extra_bytes']):>11}"
+            f"{mib(without_gradients(row)):>9}"
+            f"{row['flops_per_second'] / 1e9:>10,.1f}"
+            f"{ratio(row, naive, 'seconds'):>12}{ratio(row, naive, 'extra_bytes'):>11}"
+        )
+    lines += ["", "What each computes (D the divergence, a and b the weights, k ids per token):"]
+    names = dict.fromkeys(row["contender"] for row in result["rows"])
+    lines += [f"  {CONTENDERS[name].title:<23}{CONTENDERS[name].note}" for name in names]
+    lines += [
+        "Errors: relative, against whole-logits fp64 at 96 tokens and 1,000 ids.",
+        "'- grads': extra MiB without the gradients that were asked for.",
+    ]
+    return lines
+
+
+def without_gradients(row: dict) -> int | None:
+    return None if row["extra_bytes"] is None else row["extra_bytes"] - row["gradient_bytes"]
+
+
+def find(result: dict, contender: str, tp: int, head: str) -> dict | None:
+    """A measured row."""
+    for row in result["rows"]:
+        same = (row["contender"], row["tp"], row["head"]) == (contender, tp, head)
+        if same and "seconds" in row:
+            return row
+    return None
+
+
+def ratio(row: dict, other: dict | None, key: str) -> str:
+    if other is None or row[key] is None or not other[key]:
+        return "-"
+    return f"{row[key] / other[key]:.3f}"
+
+
+def aims(result: dict) -> list[dict]:
+    """What was aimed at and what came out; ``met`` is None where it was not measured."""
+    options, checked = result["options"], []
+
+    def aim(text: str, got: float | None, limit: float, above: bool = False):
+        met = None if got is None else (got >= limit if above else got <= limit)
+        checked.append(dict(aim=text, got=got, limit=limit, met=met))
+
+    def quotient(ours, other, key):
+        if ours is None or other is None or ours[key] is None or not other[key]:
+            return None
+        return ours[key] / other[key]
+
+    for tp in options["tp"]:
+        for head in options["head"]:
+            where = f"TP {tp}, head {head}"
+            ours, naive = find(result, "ours", tp, head), find(result, "naive", tp, head)
+            aim(f"{where}: memory / naive's", quotient(ours, naive, "extra_bytes"), 0.1)
+            if head == "trained":
+                beyond = [row and without_gradients(row) for row in (ours, naive)]
+                got = None if None in beyond or not beyond[1] else beyond[0] / beyond[1]
+                aim(f"{where}: the same, without the gradients", got, 0.1)
+            liger = [find(result, n, tp, head) for n in CONTENDERS if n.startswith("liger")]
+            liger = [row for row in liger if row and row["extra_bytes"]]
+            if tp == 1:
+                least = min(liger, key=lambda row: row["extra_bytes"], default=None)
+                name = least["contender"] if least else "Liger"
+                aim(f"{where}: memory / {name}'s", quotient(ours, least, "extra_bytes"), 1)
+            if options["device"] == "cpu":
+                aim(f"{where}: time / naive's", quotient(ours, naive, "seconds"), 1)
+            peak = result["peak_flops_per_second"]
+            share = ours["flops_per_second"] / peak / tp if ours and peak else None
+            aim(f"{where}: share of the GPU's peak product rate", share, 0.6, above=True)
+    return checked
+
+
+def report(result: dict) -> str:
+    o = result["options"]
+    rates = ", ".join(
+        f"TP {tp} {rate / 1e9:,.1f} GFLOP/s a rank"
+        for tp, rate in result["product"].items()
+        if rate
+    )
+    lines = [
+        f"{result['command']}",
+        f"{result['machine']}; "
+        + ", ".join(f"{k} {v or 'not installed'}" for k, v in result["versions"].items()),
+        f"t {o['tokens']:,}, h {o['hidden']:,}, h_t {o['teacher_hidden']:,}, v {o['vocab']:,}, "
+        f"{o['dtype']}, {o['kind']}, T {o['temperature']:g}, a {o['alpha']:g}, b {o['beta']:g}, "
+        f"k {o['topk']}; medians of {o['repeats']} alternating repetitions",
+        f"The student's logits as a product alone: {rates or 'not measured'}",
+        "", *table(result), "", "Aims, for 'ours, fused':",
+    ]  # fmt: skip
+    for checked in result["aims"]:
+        got = "not measured" if checked["got"] is None else f"{checked['got']:.3f}"
+        verdict = {None: "-", True: "met", False: "MISSED"}[checked["met"]]
+        lines.append(f"  {checked['aim']:<62}{got:>13}  aim {checked['limit']:g}  {verdict}")
+    return "\n".join(lines)
+
+
+def draw(result: dict, path: str) -> None:
+    """Four panels: time and memory against tokens and against the vocabulary."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    names = list(dict.fromkeys(point["contender"] for point in result["sweep"]))
+    for column, axis in enumerate(("tokens", "vocab")):
+        points = [point for point in result["sweep"] if point["axis"] == axis]
+        other = "vocab" if axis == "tokens" else "tokens"
+        for row, key in enumerate(("seconds", "extra_bytes")):
+            panel = panels[row][column]
+            for number, name in enumerate(names):
+                xs = [p[axis] for p in points if p["contender"] == name]
+                ys = [p[key] for p in points if p["contender"] == name]
+                if None in ys:
+                    continue
+                ys = [1e3 * y for y in ys] if key == "seconds" else [max(y / MIB, 1) for y in ys]
+                style = "-" if name.startswith("ours") else "--"
+                panel.plot(
+                    xs, ys, style, marker="o", markersize=4, label=CONTENDERS[name].title,
+                    linewidth=2.5 if name == "ours" else 1.3,
+                    color=COLOURS[number % len(COLOURS)],
+                )  # fmt: skip
+            panel.set_xscale("log", base=2)
+            panel.set_yscale("log")
+            ticks = sorted({p[axis] for p in points})
+            panel.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+            fixed = f"{points[0][other]:,} {'ids' if other == 'vocab' else 'tokens'}"
+            panel.set_title(f"{'Time' if row == 0 else 'Peak extra memory'}, {fixed}")
+            panel.set_ylabel("ms, forward and backward" if row == 0 else "MiB beyond the inputs")
+            panel.set_xlabel("tokens" if axis == "tokens" else "vocabulary ids")
+            panel.grid(alpha=0.25)
+            panel.spines[["top", "right"]].set_visible(False)
+    panels[0][0].legend(fontsize=8)
+    o = result["options"]
+    figure.suptitle(
+        f"Distillation loss, head frozen, TP 1, h {o['hidden']:,}, h_t {o['teacher_hidden']:,}, "
+        f"{o['dtype']}\n{result['machine']}",
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=130)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("--tokens", "--hidden", "--teacher-hidden", "--vocab"):
+        add(name, type=int, help="default by device")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="float32, on a GPU bfloat16")
+    add("--kind", choices=KINDS, default="forward_kl")
+    add("--temperature", type=float, default=2.0)
+    add("--alpha", type=float, default=0.7, help="weight of the divergence")
+    add("--beta", type=float, default=0.3, help="weight of the cross-entropy")
+    add("--topk", type=int, default=128, help="ids per token of the top-k contenders")
+    add("--tp", type=int, nargs="+", default=[1, 2])
+    add("--head", choices=("frozen", "trained"), nargs="+", default=["frozen", "trained"])
+    add("--contenders", choices=CONTENDERS, nargs="+", default=list(CONTENDERS))
+    add("--threads", type=int, help="per process; default 1 on a CPU, torch's choice on a GPU")
+    add("--repeats", type=int, default=5)
+    add("--sweep-repeats", type=int, default=3)
+    add("--json", metavar="FILE", help="write all figures")
+    add("--plot", metavar="FILE.png", help="sweep tokens and vocabulary, and draw")
+    options = parser.parse_args()
+    for name, default in zip(
+        ("tokens", "hidden", "teacher_hidden", "vocab"), SIZES[options.device], strict=True
+    ):
+        if getattr(options, name) is None:
+            setattr(options, name, default)
+    options.dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
+    if options.threads is None:
+        options.threads = 1 if options.device == "cpu" else 0
+    uneven = [tp for tp in options.tp if options.vocab % (4 * tp) or 1000 % tp]
+    if uneven or options.topk > options.vocab // 4:
+        parser.error(
+            f"--vocab {options.vocab} must be divisible by 4 x --tp {max(options.tp)}, "
+            f"--tp divide 1000, and --topk {options.topk} be at most a quarter of it"
+        )
+    return options
+
+
+def main() -> None:
+    options = parse()
+    parts = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for tp in options.tp:
+            sweep = bool(options.plot) and tp == 1
+            parts[tp] = bench(tp, options, folder, sweep)
+    where = machine(options)
+    bf16 = options.device == "cuda" and options.dtype == "bfloat16"
+    result = dict(
+        command=shlex.join(["python", "examples/benchmarks/loss_bench.py", *sys.argv[1:]]),
+        machine=where,
+        versions=versions(),
+        options=vars(options),
+        peak_flops_per_second=next((v for k, v in PEAK.items() if bf16 and k in where), None),
+        product={tp: part["product"] for tp, part in parts.items()},
+        rows=[row for part in parts.values() for row in part["rows"]],
+        sweep=[point for part in parts.values() for point in part["sweep"]],
+    )
+    result["aims"] = aims(result)
+    print(report(result))
+    if options.json:
+        Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
+    if options.plot and result["sweep"]:
+        draw(result, options.plot)
+
+
+if __name__ == "__main__":
+    main()
