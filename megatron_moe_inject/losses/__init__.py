@@ -14,6 +14,7 @@ from megatron_moe_inject.losses.fused import (
 )
 from megatron_moe_inject.losses.sparse import (
     TAILS,
+    SparseTeacher,
     sample_teacher,
     vocab_parallel_sparse_divergence,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "KINDS",
     "TAILS",
     "FusedLoss",
+    "SparseTeacher",
     "default_chunk_tokens",
     "fused_linear_distillation",
     "sample_teacher",

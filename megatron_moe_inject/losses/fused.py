@@ -20,7 +20,7 @@ Without gradients (``torch.no_grad()``, or nothing that requires them) only the 
 values run.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -37,6 +37,15 @@ from megatron_moe_inject.losses.rows import (
     logit_gradient,
     maths_dtype,
     row_statistics,
+)
+from megatron_moe_inject.losses.sparse import (
+    SparseStats,
+    SparseTarget,
+    SparseTeacher,
+    check_stored,
+    check_tail,
+    sparse_gradient,
+    sparse_statistics,
 )
 from megatron_moe_inject.losses.spec import (
     Divergence,
@@ -86,6 +95,7 @@ def fused_linear_distillation(
     weighting: TokenWeighting | None = None,
     student_transform: LogitTransform | None = None,
     teacher_transform: LogitTransform | None = None,
+    sparse_teacher: SparseTeacher | None = None,
 ) -> FusedLoss:
     """alpha T^2 D(teacher || student) + beta CE of every token, from hidden states and heads.
 
@@ -115,6 +125,8 @@ def fused_linear_distillation(
         weighting: distils confident tokens more, see ``TokenWeighting``; needs a teacher.
         student_transform, teacher_transform: what makes logits of ``hidden @ weight.T``, see
             ``LogitTransform``; None for nothing.
+        sparse_teacher: stored ids [t, k] of a teacher in place of its hidden states and head, at
+            one temperature for all tokens.
 
     Returns:
         FusedLoss; ``total`` is differentiable by ``student_hidden`` and ``student_weight``, with
@@ -124,22 +136,31 @@ def fused_linear_distillation(
         ValueError: shapes, dtypes or parameters that do not fit, with the values.
 
     Collectives over ``tp_group``. Forward, per chunk of c tokens: one all-gather of at most 7 c
-    float32 numbers (10 c with a weighting), and for jsd and skew_kl one all-reduce of 2 c.
-    Backward: one all-reduce of ``student_hidden``'s size and dtype with ``reduce_hidden_grad``,
-    nothing else.
+    float32 numbers (10 c with a weighting), and for jsd and skew_kl one all-reduce of 2 c; with a
+    sparse teacher one all-gather of 3 c and one of (k + 2) c. Backward: one all-reduce of
+    ``student_hidden``'s size and dtype with ``reduce_hidden_grad``, nothing else.
     """
     check_temperature(temperature)
     _check_student(student_hidden, student_weight, labels, temperature, alpha, beta)
-    _check_teacher(student_hidden, student_weight, teacher_hidden, teacher_weight, alpha, weighting)
+    if sparse_teacher is None:
+        _check_teacher(
+            student_hidden, student_weight, teacher_hidden, teacher_weight, alpha, weighting
+        )
+    else:
+        _check_sparse_teacher(student_hidden, teacher_hidden, sparse_teacher, kind, weighting)
+        if isinstance(temperature, Tensor):
+            raise ValueError("a sparse teacher is stored at one temperature; give a number")
+    with_teacher = teacher_hidden is not None or sparse_teacher is not None
+    shard = VocabShard.of(student_weight.shape[0], tp_group, valid_vocab_size)
     if chunk_tokens is None:
         chunk_tokens = default_chunk_tokens(student_hidden, student_weight)
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens={chunk_tokens} must be at least 1")
 
     plan = _Plan(
-        divergence=None if teacher_hidden is None else Divergence(kind, jsd_beta, skew),
-        shard=VocabShard.of(student_weight.shape[0], tp_group, valid_vocab_size),
-        kd_gradient=teacher_hidden is not None and _may_be_nonzero(alpha),
+        divergence=Divergence(kind, jsd_beta, skew) if with_teacher else None,
+        shard=shard,
+        kd_gradient=with_teacher and _may_be_nonzero(alpha),
         ce_gradient=_may_be_nonzero(beta),
         chunk_tokens=chunk_tokens,
         hidden_gradient=torch.is_grad_enabled() and student_hidden.requires_grad,
@@ -149,6 +170,16 @@ def fused_linear_distillation(
         weighting=weighting or None,
         student_transform=student_transform or None,
         teacher_transform=teacher_transform or None,
+        sparse=None
+        if sparse_teacher is None
+        else SparseTarget.of(
+            sparse_teacher.ids,
+            sparse_teacher.log_probs.detach(),
+            kind=kind,
+            tail=sparse_teacher.tail,
+            vocab_size=shard.valid,
+            dtype=maths_dtype(student_hidden.dtype),
+        ),
     )
     if plan.weight_gradient and accumulate_main_grad:
         HeadGradient.check(student_weight)
@@ -196,6 +227,11 @@ class _Plan:
     weighting: TokenWeighting | None
     student_transform: LogitTransform | None
     teacher_transform: LogitTransform | None
+    sparse: SparseTarget | None
+
+    def of(self, rows: slice) -> "_Plan":
+        """The plan for some of the tokens."""
+        return self if self.sparse is None else replace(self, sparse=self.sparse.rows(rows))
 
     def logits(self, chunk: "_Inputs") -> LogitRows:
         """Student and teacher logits of a chunk, [t, c] each."""
@@ -208,9 +244,13 @@ class _Plan:
                 self.teacher_transform.apply_(y)
         return LogitRows(x, y, chunk.labels, chunk.temperature, self.student_transform)
 
-    def statistics(self, logits: LogitRows) -> RowStats:
+    def statistics(self, logits: LogitRows) -> tuple[RowStats, SparseStats | None]:
         """Their losses."""
-        return row_statistics(logits, self.divergence, self.shard, self.weighting)
+        if self.sparse is None:
+            return row_statistics(logits, self.divergence, self.shard, self.weighting), None
+        stats = row_statistics(logits, None, self.shard)
+        sparse = sparse_statistics(logits, self.sparse, self.divergence, self.shard)
+        return stats._replace(divergence=sparse.divergence), sparse
 
     def kd_weight(self, chunk: "_Inputs", stats: RowStats) -> Tensor:
         """alpha times the factor of the token weighting, [t]."""
@@ -219,18 +259,25 @@ class _Plan:
         return chunk.alpha * distillation_factor(stats, chunk.labels, self.weighting, self.shard)
 
     def logit_gradient(
-        self, logits: LogitRows, stats: RowStats, kd_weight: Tensor, ce_weight: Tensor
+        self,
+        logits: LogitRows,
+        stats: RowStats,
+        sparse: SparseStats | None,
+        kd_weight: Tensor,
+        ce_weight: Tensor,
     ) -> Tensor:
-        """Derivative of kd_weight kd + ce_weight ce by the student's logits, written over them."""
-        logit_gradient(
-            logits,
-            stats,
-            self.divergence,
-            self.shard,
-            kd_weight if self.kd_gradient else None,
-            ce_weight if self.ce_gradient else None,
-            out=logits.x,
-        )
+        """Derivative of kd_weight kd + ce_weight ce by head @ hidden, written over the logits."""
+        kd = kd_weight if self.kd_gradient else None
+        ce = ce_weight if self.ce_gradient else None
+        if sparse is None or kd is None:
+            dense = self.divergence if sparse is None else None
+            logit_gradient(logits, stats, dense, self.shard, kd, ce, out=logits.x)
+            return logits.x
+        out = logits.x if ce is None else torch.empty_like(logits.x)
+        sparse_gradient(logits, self.sparse, sparse, self.shard, kd, out)
+        if ce is not None:
+            logit_gradient(logits, stats, None, self.shard, None, ce, out=logits.x)
+            logits.x.add_(out)
         return logits.x
 
     def chunks(self, tokens: int) -> list[slice]:
@@ -277,19 +324,21 @@ class _FusedLinearDistillation(torch.autograd.Function):
         unscaled = kept = None
         if plan.hidden_gradient and not plan.weight_gradient:
             unscaled = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-        chunks, parts = plan.chunks(len(hidden)), []
+        chunks, parts, sparse_parts = plan.chunks(len(hidden)), [], []
         for rows in chunks:
-            chunk = inputs.chunk(rows, plan.shard.columns)
+            chunk, own = inputs.chunk(rows, plan.shard.columns), plan.of(rows)
             if plan.weight_gradient and rows is chunks[-1]:
-                chunk_stats, kept = _statistics_and_gradient(chunk, plan)
+                chunk_stats, sparse_stats, kept = _statistics_and_gradient(chunk, own)
             else:
                 out = None if unscaled is None else unscaled[rows]
-                chunk_stats = _forward_chunk(chunk, plan, out)
+                chunk_stats, sparse_stats = _forward_chunk(chunk, own, out)
             parts.append(chunk_stats)
+            sparse_parts.append(sparse_stats)
         stats = RowStats.cat(parts)
 
         ctx.plan = plan
         if plan.weight_gradient:
+            ctx.sparse_parts = sparse_parts
             ctx.kept = kept  # no saved tensor, so that the backward pass can free it
             ctx.weight = weight
             ctx.temperature = temperature
@@ -331,26 +380,33 @@ class _FusedLinearDistillation(torch.autograd.Function):
 # One function call per chunk, so that its logits are freed before those of the next are made.
 
 
-def _statistics_and_gradient(chunk: _Inputs, plan: _Plan) -> tuple[RowStats, Tensor]:
-    """Statistics of a chunk and the gradient of its losses by the student's logits, [t, c]."""
+def _statistics_and_gradient(
+    chunk: _Inputs, plan: _Plan
+) -> tuple[RowStats, SparseStats | None, Tensor]:
+    """Statistics of a chunk and the gradient of its losses by head @ hidden, [t, c]."""
     logits = plan.logits(chunk)
-    stats = plan.statistics(logits)
-    return stats, plan.logit_gradient(logits, stats, plan.kd_weight(chunk, stats), chunk.beta)
+    stats, sparse = plan.statistics(logits)
+    kd_weight = plan.kd_weight(chunk, stats)
+    return stats, sparse, plan.logit_gradient(logits, stats, sparse, kd_weight, chunk.beta)
 
 
-def _forward_chunk(chunk: _Inputs, plan: _Plan, unscaled: Tensor | None) -> RowStats:
+def _forward_chunk(
+    chunk: _Inputs, plan: _Plan, unscaled: Tensor | None
+) -> tuple[RowStats, SparseStats | None]:
     """Statistics of a chunk; writes its gradient by the hidden states to ``unscaled`` [t, h]."""
     if unscaled is None:
         return plan.statistics(plan.logits(chunk))
-    stats, gradient = _statistics_and_gradient(chunk, plan)
+    stats, sparse, gradient = _statistics_and_gradient(chunk, plan)
     torch.mm(gradient, chunk.weight, out=unscaled)
-    return stats
+    return stats, sparse
 
 
-def _recomputed_gradient(chunk: _Inputs, stats: RowStats, plan: _Plan) -> Tensor:
+def _recomputed_gradient(
+    chunk: _Inputs, stats: RowStats, sparse: SparseStats | None, plan: _Plan
+) -> Tensor:
     """What ``_statistics_and_gradient`` gave, from logits made again."""
-    logits = plan.logits(chunk)
-    return plan.logit_gradient(logits, stats, plan.kd_weight(chunk, stats), chunk.beta)
+    logits, kd_weight = plan.logits(chunk), plan.kd_weight(chunk, stats)
+    return plan.logit_gradient(logits, stats, sparse, kd_weight, chunk.beta)
 
 
 def _gradients_with_head(ctx, grad_total: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -372,10 +428,10 @@ def _gradients_with_head(ctx, grad_total: Tensor) -> tuple[Tensor | None, Tensor
     chunks = plan.chunks(len(grad_total))
     # The kept chunk first: its memory is free before another's is taken. (A second backward pass
     # through a retained graph finds none and computes it again.)
-    for rows in reversed(chunks):
+    for rows, sparse in zip(reversed(chunks), reversed(ctx.sparse_parts), strict=True):
         chunk, gradient = inputs.chunk(rows, plan.shard.columns), kept
         if gradient is None:
-            gradient = _recomputed_gradient(chunk, stats.rows(rows), plan)
+            gradient = _recomputed_gradient(chunk, stats.rows(rows), sparse, plan.of(rows))
         scale = grad_total[rows, None]
         if grad_hidden is not None:
             torch.mm(gradient, chunk.weight, out=grad_hidden[rows])
@@ -440,3 +496,12 @@ def _check_teacher(hidden, weight, teacher_hidden, teacher_weight, alpha, weight
             f"teacher_hidden is {teacher_hidden.dtype} and teacher_weight {teacher_weight.dtype}; "
             "use one dtype"
         )
+
+
+def _check_sparse_teacher(hidden, teacher_hidden, sparse, kind, weighting) -> None:
+    if teacher_hidden is not None:
+        raise ValueError("give teacher_hidden and teacher_weight or sparse_teacher, not both")
+    if weighting:
+        raise ValueError(f"{weighting} needs a teacher's whole vocabulary, not a sparse_teacher")
+    check_tail(kind, sparse.tail)
+    check_stored(hidden, sparse.ids, sparse.log_probs)

@@ -151,10 +151,10 @@ def row_statistics(
         for rows in blocks
     ]
     local = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    stats = _merge(_exchange(local, shard), logits, divergence)
+    stats = _merge(exchange(local, shard), logits, divergence)
     if divergence is None or divergence.mixture is None:
         return stats
-    terms = [_mixture_terms(logits.rows(rows), stats.rows(rows), divergence) for rows in blocks]
+    terms = [mixture_terms(logits.rows(rows), stats.rows(rows), divergence) for rows in blocks]
     total = torch.cat(terms, dim=1)
     if shard.group is not None:
         dist.all_reduce(total, group=shard.group)
@@ -215,11 +215,11 @@ def _local_statistics(
 ) -> dict[str, Tensor]:
     """What this rank's columns say about each row, by name, each [t]."""
     a, b, c = scratch.of(logits)
-    local = {"x_max": _local_maximum(logits.x)}
+    local = {"x_max": local_maximum(logits.x)}
     if divergence is not None:
-        local["y_max"] = _local_maximum(logits.y)
-        x = _shifted(logits.x, local["x_max"], logits.temperature, out=a)
-        y = _shifted(logits.y, local["y_max"], logits.temperature, out=b)
+        local["y_max"] = local_maximum(logits.y)
+        x = shifted(logits.x, local["x_max"], logits.temperature, out=a)
+        y = shifted(logits.y, local["y_max"], logits.temperature, out=b)
         if divergence.kind == "forward_kl":
             local["y_sum"], local["cross"] = _sum_and_cross(y, x, exp_a=c)
             local["x_sum"] = x.exp_().sum(-1)
@@ -232,17 +232,17 @@ def _local_statistics(
         if divergence is not None and _is_one(logits.temperature):
             local["ce_sum"] = local["x_sum"]
         else:
-            local["ce_sum"] = _shifted(logits.x, local["x_max"], 1.0, out=a).exp_().sum(-1)
+            local["ce_sum"] = shifted(logits.x, local["x_max"], 1.0, out=a).exp_().sum(-1)
         local["label_logit"] = _label_logit(logits.x, logits.labels, shard)
     if weighting:
-        y = _shifted(logits.y, local["y_max"], 1.0, out=b)
+        y = shifted(logits.y, local["y_max"], 1.0, out=b)
         probs = torch.exp(y, out=c)
         local["y_ce_sum"], local["y_moment"] = probs.sum(-1), _zero_safe_sum(probs, y)
         local["y_label_logit"] = _label_logit(logits.y, logits.labels, shard)
     return local
 
 
-def _exchange(local: dict[str, Tensor], shard: VocabShard) -> dict[str, Tensor]:
+def exchange(local: dict[str, Tensor], shard: VocabShard) -> dict[str, Tensor]:
     """Every rank's local statistics: name -> [p, t]. One all-gather of len(local) * t numbers."""
     packed = torch.stack(tuple(local.values()))
     if shard.group is None:
@@ -288,7 +288,7 @@ def _merge(ranks: dict[str, Tensor], logits: LogitRows, divergence: Divergence |
     return RowStats(**stats)
 
 
-def _mixture_terms(logits: LogitRows, stats: RowStats, divergence: Divergence) -> Tensor:
+def mixture_terms(logits: LogitRows, stats: RowStats, divergence: Divergence) -> Tensor:
     """This rank's part of D and of the slope of a mixture kind: [2, t], to be summed."""
     w = divergence.mixture
     p, q, log_p_over_m, log_q_over_m = _mixture(logits, stats, w)
@@ -316,16 +316,16 @@ def _block_gradient(
             q_scale = scale
             if ce_weight is not None and _is_one(logits.temperature):
                 q_scale, ce_weight = scale + ce_weight, None  # one exponential serves both terms
-            q = _shifted(logits.x, stats.x_max, logits.temperature, out=a).exp_()
+            q = shifted(logits.x, stats.x_max, logits.temperature, out=a).exp_()
             q.mul_((q_scale * stats.x_lse.neg().exp())[:, None])
-            p = _shifted(logits.y, stats.y_max, logits.temperature, out=b).exp_()
+            p = shifted(logits.y, stats.y_max, logits.temperature, out=b).exp_()
             p.mul_((scale * stats.y_lse.neg().exp())[:, None])
             gradient = q.sub_(p.masked_fill_((kd_weight == 0)[:, None], 0))
         else:
             gradient = _divergence_gradient(logits, stats, divergence).mul_(scale[:, None])
             gradient.masked_fill_((kd_weight == 0)[:, None], 0)
     if ce_weight is not None:
-        probs = _shifted(logits.x, stats.x_max, 1.0, out=b).exp_()
+        probs = shifted(logits.x, stats.x_max, 1.0, out=b).exp_()
         probs.mul_((ce_weight * stats.ce_lse.neg().exp())[:, None])
         gradient = probs if gradient is None else gradient.add_(probs)
     return a.zero_() if gradient is None else gradient
@@ -351,29 +351,29 @@ def _is_one(temperature: float | Tensor) -> bool:
     return not isinstance(temperature, Tensor) and temperature == 1
 
 
-def _local_maximum(logits: Tensor) -> Tensor:
+def local_maximum(logits: Tensor) -> Tensor:
     dtype = maths_dtype(logits.dtype)
     if logits.shape[-1] == 0:
         return logits.new_full(logits.shape[:-1], _NO_MAXIMUM, dtype=dtype)
     return logits.amax(-1).to(dtype).clamp_(min=_NO_MAXIMUM)
 
 
-def _shifted(
+def shifted(
     logits: Tensor, maximum: Tensor, temperature: float | Tensor, out: Tensor | None = None
 ) -> Tensor:
     """(logits - maximum) / temperature in ``out``; exact near the maximum at any magnitude."""
-    shifted = torch.sub(logits, maximum[:, None], out=out)
+    difference = torch.sub(logits, maximum[:, None], out=out)
     if _is_one(temperature):
-        return shifted
-    return shifted.div_(temperature[:, None] if isinstance(temperature, Tensor) else temperature)
+        return difference
+    return difference.div_(temperature[:, None] if isinstance(temperature, Tensor) else temperature)
 
 
 def _log_q(logits: LogitRows, stats: RowStats) -> Tensor:
-    return _shifted(logits.x, stats.x_max, logits.temperature).sub_(stats.x_lse[:, None])
+    return shifted(logits.x, stats.x_max, logits.temperature).sub_(stats.x_lse[:, None])
 
 
 def _log_p(logits: LogitRows, stats: RowStats) -> Tensor:
-    return _shifted(logits.y, stats.y_max, logits.temperature).sub_(stats.y_lse[:, None])
+    return shifted(logits.y, stats.y_max, logits.temperature).sub_(stats.y_lse[:, None])
 
 
 def _zero_safe_sum(probs: Tensor, log_ratio: Tensor) -> Tensor:

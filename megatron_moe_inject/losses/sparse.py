@@ -36,12 +36,12 @@ from torch.distributed import ProcessGroup
 from megatron_moe_inject.losses.rows import (
     LogitRows,
     RowStats,
-    _exchange,
-    _local_maximum,
-    _mixture_terms,
-    _shifted,
+    exchange,
+    local_maximum,
     logit_gradient,
     maths_dtype,
+    mixture_terms,
+    shifted,
 )
 from megatron_moe_inject.losses.spec import Divergence, VocabShard, check_temperature
 
@@ -49,6 +49,17 @@ TAILS = ("renormalize", "bucket", "sample")
 
 # The least probability of a bucket in reverse KL: the rounding unit of float32.
 _LEAST_REST = 2.0**-24
+
+
+class SparseTeacher(NamedTuple):
+    """Stored ids of a teacher: ``ids`` [t, k], ``log_probs`` [t, k] and how to treat the tail.
+
+    See ``vocab_parallel_sparse_divergence``.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    tail: str = "renormalize"
 
 
 @dataclass(frozen=True)
@@ -181,7 +192,7 @@ def vocab_parallel_sparse_divergence(
     Collectives over ``tp_group``, n tokens: in the forward pass one all-gather of (k + 2) n float32
     numbers per rank; none in the backward pass. The student's logits never travel.
     """
-    _check_teacher(student_logits, teacher_ids, teacher_log_probs)
+    check_stored(student_logits, teacher_ids, teacher_log_probs)
     check_temperature(temperature)
     divergence = Divergence(kind, beta, skew)
     check_tail(kind, tail)
@@ -245,13 +256,13 @@ def sparse_statistics(
     # T^2 D by the logits, from D by the logits / T.
     scale = torch.ones_like(rest_max) * temperature
     if target.tail == "sample":
-        log_q = _shifted(picked, rest_max, temperature).sub_(rest_lse[:, None])
+        log_q = shifted(picked, rest_max, temperature).sub_(rest_lse[:, None])
         weight = target.log_p[:, :-1].exp()
         loss = -(weight * log_q).masked_fill(weight == 0, 0).sum(-1)
         gradient = torch.cat((-weight, weight.sum(-1, keepdim=True)), -1).mul_(scale[:, None])
     else:
         x_max = torch.maximum(rest_max, picked.amax(-1))
-        log_q_ids = _shifted(picked, x_max, temperature)
+        log_q_ids = shifted(picked, x_max, temperature)
         log_q_rest = (rest_max - x_max) / temperature + rest_lse
         lse = (log_q_ids.exp().sum(-1) + log_q_rest.exp()).log()
         log_q = torch.cat((log_q_ids, log_q_rest[:, None]), -1).sub_(lse[:, None])
@@ -283,7 +294,7 @@ def sparse_gradient(
         block, columns = logits.rows(rows), target.rows(rows).locate(shard)
         copy = _with_spare_column(block.x)
         rest = _rest(copy, columns, target.tail)
-        _shifted(rest, stats.rest_max[rows], block.temperature, out=rest)
+        shifted(rest, stats.rest_max[rows], block.temperature, out=rest)
         rest.sub_(stats.rest_lse[rows, None]).exp_().mul_(outcomes[rows, -1:])
         copy.scatter_add_(1, columns, outcomes[rows, :-1])
         if logits.transform:
@@ -322,8 +333,8 @@ def _local_statistics(logits: LogitRows, target: SparseTarget, shard: VocabShard
         copy = _with_spare_column(block.x)
         picked = copy.gather(1, columns)
         rest = _rest(copy, columns, target.tail)
-        maximum = _local_maximum(rest)
-        total = _shifted(rest, maximum, block.temperature, out=rest).exp_().sum(-1)
+        maximum = local_maximum(rest)
+        total = shifted(rest, maximum, block.temperature, out=rest).exp_().sum(-1)
         parts.append(torch.cat((maximum[None], total[None], picked.t())))
     return torch.cat(parts, dim=1)
 
@@ -344,7 +355,7 @@ def _rest(copy: Tensor, columns: Tensor, tail: str) -> Tensor:
 
 def _merge(local: Tensor, logits: LogitRows, shard: VocabShard) -> tuple[Tensor, Tensor, Tensor]:
     """Maximum [t] and sum of exponentials [t] of the whole rest, and the logits of S [t, k]."""
-    ranks = _exchange({"all": local}, shard)["all"]
+    ranks = exchange({"all": local}, shard)["all"]
     rest_max = ranks[:, 0].amax(0)
     below = (ranks[:, 0] - rest_max) / logits.temperature
     return rest_max, (below.exp() * ranks[:, 1]).sum(0), ranks[:, 2:].amax(0).t().contiguous()
@@ -367,7 +378,7 @@ def _outcomes(
         loss = _kl(log_p, log_m)
         if divergence.kind == "jsd":
             loss = w * loss + (1 - w) * _kl(log_q, log_m)
-        _, slope = _mixture_terms(outcomes, stats, divergence)
+        _, slope = mixture_terms(outcomes, stats, divergence)
     stats = stats._replace(divergence=loss, slope=slope)
     gradient = torch.empty_like(log_q)
     slots = log_q.shape[-1]
@@ -403,16 +414,17 @@ def _log_one_minus_exp(log_mass: Tensor) -> Tensor:
     return torch.where(log_mass < -math.log(2), (-log_mass.exp()).log1p(), near_one)
 
 
-def _check_teacher(student_logits: Tensor, ids: Tensor, log_probs: Tensor) -> None:
+def check_stored(student: Tensor, ids: Tensor, log_probs: Tensor) -> None:
+    """Raise ValueError unless ids and log-probabilities are [..., k] for ``student`` [..., any]."""
     if ids.shape != log_probs.shape:
         raise ValueError(
             f"teacher_ids {tuple(ids.shape)} and teacher_log_probs {tuple(log_probs.shape)} "
             "must have one shape: an id and its log-probability per slot"
         )
-    if ids.shape[:-1] != student_logits.shape[:-1] or ids.ndim == 0 or ids.shape[-1] == 0:
+    if ids.shape[:-1] != student.shape[:-1] or ids.ndim == 0 or ids.shape[-1] == 0:
         raise ValueError(
-            f"teacher_ids {tuple(ids.shape)} must be the tokens {tuple(student_logits.shape[:-1])} "
-            f"of student_logits {tuple(student_logits.shape)} and at least one slot each"
+            f"teacher_ids {tuple(ids.shape)} must be the tokens {tuple(student.shape[:-1])} "
+            f"of the student's {tuple(student.shape)} and at least one slot each"
         )
     if ids.dtype != torch.int64:
         raise ValueError(f"teacher_ids are {ids.dtype}; give int64")

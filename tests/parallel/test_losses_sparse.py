@@ -4,9 +4,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_moe_inject.losses import reference, vocab_parallel_sparse_divergence
+from megatron_moe_inject.losses import (
+    SparseTeacher,
+    reference,
+    vocab_parallel_sparse_divergence,
+)
+from megatron_moe_inject.losses.spec import LogitTransform
 from tests.parallel import gloo
-from tests.unit.losses_cases import MIXTURE, VALID, V, assert_close, logits
+from tests.unit.losses_cases import MIXTURE, VALID, FusedCase, V, assert_close, logits
 from tests.unit.losses_sparse_cases import TAIL_KINDS, stored_for
 
 WORLD = 4
@@ -135,3 +140,57 @@ def _collectives(tail, kind):
 def test_runs_the_collectives_that_it_states(tail, kind):
     expected = {"all_gather_into_tensor": 1}, [(4 + 2) * 9]
     assert gloo.pool(WORLD).run(_collectives, tail, kind) == [expected] * WORLD
+
+
+def _fused_matches_dense(size, tail, kind, head_trains, chunk, temperature, alpha, beta, transform):
+    group = gloo.block_group(size)
+    case = FusedCase.make(t=11, kind=kind, temperature=temperature, alpha=alpha, beta=beta)
+    ids, log_probs = stored_for(tail, logits(9, 11, V)[1], 4, temperature, valid=VALID)
+    hidden, weight = case.leaves()
+    x = reference.transformed(hidden @ weight.t(), transform)
+    kd = reference.sparse_divergence(
+        *(x, ids, log_probs),
+        **{"kind": kind, "tail": tail, "temperature": temperature, **MIXTURE},
+        valid_vocab_size=VALID,
+    )
+    total = alpha * kd + beta * reference.cross_entropy(x, case.labels, valid_vocab_size=VALID)
+    expected = torch.autograd.grad(total, (hidden, weight), case.upstream)
+
+    part = case.shard(group.rank(), size)
+    part.teacher_hidden = part.teacher_weight = None
+    hidden, weight = part.leaves(head_trains)
+    loss = part.call(
+        *(hidden, weight),
+        tp_group=group,
+        chunk_tokens=chunk,
+        student_transform=transform,
+        sparse_teacher=SparseTeacher(ids, log_probs, tail),
+    )
+    loss.total.backward(part.upstream)
+    assert_close(loss.total, total, "total")
+    assert_close(loss.kd, kd, "kd")
+    assert_close(hidden.grad, expected[0], "hidden gradient")
+    if head_trains:
+        width = V // size
+        rows = expected[1][group.rank() * width : (group.rank() + 1) * width]
+        assert_close(weight.grad, rows, "head gradient")
+
+
+@pytest.mark.parametrize("head_trains", [False, True])
+@pytest.mark.parametrize(("tail", "kind"), TAIL_KINDS)
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_fused_with_the_head(size, tail, kind, head_trains):
+    for alpha, beta in ((0.7, 0.3), (1.0, 0.0), (0.0, 1.0)):
+        gloo.pool(WORLD).run(
+            *(_fused_matches_dense, size, tail, kind, head_trains, 4, 2.0, alpha, beta, None)
+        )
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 11, None])
+def test_fused_at_any_chunk_size_with_transformed_logits(chunk):
+    transform = LogitTransform(0.5, 4.0)
+    for head_trains in (False, True):
+        gloo.pool(WORLD).run(
+            *(_fused_matches_dense, 2, "bucket", "jsd", head_trains, chunk, 1.0, 0.7, 0.3),
+            transform,
+        )

@@ -11,7 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd.profiler import profile
 
-from megatron_moe_inject.losses import default_chunk_tokens, fused_linear_distillation, reference
+from megatron_moe_inject.losses import (
+    SparseTeacher,
+    default_chunk_tokens,
+    fused_linear_distillation,
+    reference,
+)
+from megatron_moe_inject.losses.spec import TokenWeighting
 from tests.unit.losses_cases import (
     KINDS,
     REFERENCES,
@@ -22,6 +28,9 @@ from tests.unit.losses_cases import (
     per_token,
     relative_error,
 )
+
+NO_TEACHER = {"teacher_hidden": None, "teacher_weight": None}
+STORED = SparseTeacher(torch.zeros(11, 3).long(), torch.zeros(11, 3))
 
 
 def _operations(case, head_trains=False, grad=True, hidden_trains=True, backward=True, chunk=4):
@@ -280,6 +289,18 @@ def test_default_chunk_keeps_its_budget(t, v):
         ({"kind": "jsd", "jsd_beta": 0.0}, "beta=0.0"),
         ({"valid_vocab_size": V + 1}, f"valid_vocab_size={V + 1}"),
         ({"accumulate_main_grad": True}, "student_weight.main_grad"),
+        ({"weighting": TokenWeighting("label"), "alpha": 0.0, **NO_TEACHER}, "teacher must be"),
+        ({"sparse_teacher": STORED}, "not both"),
+        ({"sparse_teacher": STORED, "weighting": TokenWeighting("label"), **NO_TEACHER}, "whole"),
+        ({"sparse_teacher": STORED, "kind": "jsd", **NO_TEACHER}, "bucket"),
+        (
+            {"sparse_teacher": STORED, "temperature": torch.ones(11), **NO_TEACHER},
+            "at one temperature",
+        ),
+        (
+            {"sparse_teacher": SparseTeacher(*(x[:5] for x in STORED[:2])), **NO_TEACHER},
+            r"must be the tokens \(11,\)",
+        ),
     ],
 )
 def test_misuse_is_named(change, message):

@@ -449,7 +449,7 @@ def test_shapes_must_agree():
     with pytest.raises(ValueError, match=r"teacher_ids \(4, 3\) and teacher_log_probs \(4, 2\)"):
         vocab_parallel_sparse_divergence(x, ids, log_probs[:, 1:])
     for part in (slice(1, None), (slice(None), slice(0)), (0, 0)):
-        with pytest.raises(ValueError, match=r"the tokens \(4,\) of student_logits \(4, 24\)"):
+        with pytest.raises(ValueError, match=r"the tokens \(4,\) of the student's \(4, 24\)"):
             vocab_parallel_sparse_divergence(x, ids[part], log_probs[part])
     with pytest.raises(ValueError, match=r"teacher_ids are torch\.int32"):
         vocab_parallel_sparse_divergence(x, ids.int(), log_probs)
