@@ -148,7 +148,8 @@ def _domain_lines(plan: Plan) -> list[str]:
         rows.append((domain.name, domain.teacher or "(none: CE only)", _data_of(plan, i)))
     general = _data_of(plan, GENERAL)
     if general:
-        rows.append(("(general)", "(none: CE only)", general))
+        held = ever_positive(plan.recipe.objective.gamma)
+        rows.append(("(general)", "(the original)" if held else "(none: CE only)", general))
     return table(rows)
 
 

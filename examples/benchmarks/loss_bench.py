@@ -40,7 +40,13 @@ SIZES = {  # tokens, hidden, teacher_hidden, vocab
 }
 # Dense bf16 matrix products, FLOP/s, from NVIDIA's data sheets.
 PEAK = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
-COLOURS = ("#8c8c8c", "#cc79a7", "#0072b2", "#e69f00", "#009e73", "#56b4e9", "#d55e00", "#222222")
+COLOURS = dict(
+    zip(
+        CONTENDERS,
+        "#8c8c8c #cc79a7 #0072b2 #e69f00 #f0c060 #009e73 #56b4e9 #d55e00 #9b2226 #6a3d9a #b15928".split(),
+        strict=True,
+    )
+)
 MIB = 2**20
 WORKER = Path(__file__).resolve().with_name("loss_worker.py")
 
@@ -346,7 +352,7 @@ def draw(result: dict, path: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, panels = pyplot.subplots(2, 2, figsize=(11, 8), layout="constrained")
     names = list(dict.fromkeys(point["contender"] for point in result["sweep"]))
@@ -355,7 +361,7 @@ def draw(result: dict, path: str) -> None:
         other = "vocab" if axis == "tokens" else "tokens"
         for row, key in enumerate(("seconds", "extra_bytes")):
             panel = panels[row][column]
-            for number, name in enumerate(names):
+            for name in names:
                 xs = [p[axis] for p in points if p["contender"] == name]
                 ys = [p[key] for p in points if p["contender"] == name]
                 if None in ys:
@@ -365,10 +371,13 @@ def draw(result: dict, path: str) -> None:
                 panel.plot(
                     xs, ys, style, marker="o", markersize=4, label=CONTENDERS[name].title,
                     linewidth=2.5 if name == "ours" else 1.3,
-                    color=COLOURS[number % len(COLOURS)],
+                    color=COLOURS[name],
                 )  # fmt: skip
             panel.set_xscale("log", base=2)
             panel.set_yscale("log")
+            panel.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            panel.yaxis.set_major_formatter("{x:,g}")
+            panel.yaxis.set_minor_locator(ticker.NullLocator())
             ticks = sorted({p[axis] for p in points})
             panel.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
             fixed = f"{points[0][other]:,} {'ids' if other == 'vocab' else 'tokens'}"
@@ -377,7 +386,8 @@ def draw(result: dict, path: str) -> None:
             panel.set_xlabel("tokens" if axis == "tokens" else "vocabulary ids")
             panel.grid(alpha=0.25)
             panel.spines[["top", "right"]].set_visible(False)
-    panels[0][0].legend(fontsize=8)
+    lines, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=5, fontsize=8)
     o = result["options"]
     figure.suptitle(
         f"Distillation loss, head frozen, TP 1, h {o['hidden']:,}, h_t {o['teacher_hidden']:,}, "

@@ -108,6 +108,7 @@ def draw(folder: Path, bits: dict[str, dict[str, float]], manifest: dict, path: 
         ("kd loss/code", "distance to the teacher on code (KL)", "#0072b2"),
         ("lm loss/code", "cross-entropy on code", "#56b4e9"),
         ("lm loss/general", "cross-entropy on English", "#009e73"),
+        ("retention loss", "distance to the original on English (KL)", "#d55e00"),
     ):
         series = [point for point in run.terms.get(name, []) if point[1] > 0]
         if series:

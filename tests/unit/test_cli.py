@@ -171,6 +171,27 @@ def test_rows_of_a_built_model():
         assert line in lines, line
 
 
+def test_terms_of_the_loss_with_their_schedules_and_options():
+    options = [
+        "objective.gamma=10",
+        "objective.divergence=jsd",
+        "objective.confidence=entropy",
+        "objective.skip_worse=true",
+        "objective.alpha={points: {0: 0.1, 100: 1.0}}",
+        "objective.general_beta=0",
+    ]
+    lines = render_plan(Plan(recipe_from_yaml(RECIPE, options))).splitlines()
+    alpha = "linear(0: 0.1, 100: 1)"
+    assert any(
+        line.startswith(f"  code       =  {alpha} * ")
+        and "confidence[entropy] * jsd[0.5](coder || student" in line
+        for line in lines
+    ), lines
+    assert "  (general)  =  10 * KL(original || student)" in lines
+    assert any(line.startswith("  (general)  (the original)") for line in lines)
+    assert any("no distillation where the teacher predicts the label worse" in x for x in lines)
+
+
 def test_long_choices_are_summarised():
     layers = {layer: [0, 1] for layer in range(40)}
     text = RECIPE.replace("{3: [0, 5], 4: [1, 2, 3]}", str(layers))
