@@ -5,8 +5,8 @@ import copy
 import pytest
 
 from tests.training import lane
-from tests.training.conftest import student_flags
-from tests.training.test_injection import PROVEN, RECIPE, inject, recipe_file
+from tests.training.conftest import make_material, student_flags
+from tests.training.test_injection import OTHER, PROVEN, RECIPE, inject, recipe_file
 
 GAMMA = RECIPE.replace("beta: 0.3", "beta: 0.3, gamma: 2.0")
 EVERYTHING = """
@@ -110,6 +110,29 @@ def test_a_resumed_run_keeps_the_original_of_its_beginning(material, tmp_path, p
     resumed = lane.run(student_flags(*material.blend, *keep, *ours, ep=2), nproc=2)
     for term in TERMS:
         assert resumed.losses(term) == whole.losses(term)[3:], term
+
+
+@pytest.mark.parametrize("layout", [dict(tp=2), dict(pp=2)], ids=str)
+def test_the_stored_original_is_read_at_another_layout(material, tmp_path, layout):
+    """The next step's loss is a function of the weights alone, so the optimizer may start anew."""
+    save = str(tmp_path / "resumed")
+    keep = ("--train-iters", "6", "--save", save, "--save-interval", "3")
+    whole = inject(material, GAMMA, nproc=2, ep=2, extra=("--train-iters", "6"))
+    inject(material, GAMMA, nproc=2, ep=2, extra=(*keep, "--exit-interval", "3"))
+    ours = ("--inject-recipe", recipe_file(material, GAMMA), "--load", save, "--no-load-optim")
+    flags = student_flags(*material.blend, *keep, *ours, "--no-load-rng", **layout)
+    resumed = lane.run(flags, nproc=2)
+    for term in ("lm loss", "kd loss", "retention loss", "total loss"):
+        assert resumed.losses(term)[0] == pytest.approx(whole.losses(term)[3], rel=2e-5), term
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not OTHER, reason="MEGATRON_OTHER names no second Megatron-Core")
+def test_the_other_supported_megatron_gives_the_same_curve(tmp_path, single):
+    material = make_material(tmp_path, [OTHER])
+    run = inject(material, GAMMA, nproc=2, ep=2, path=[OTHER])
+    for term in TERMS:
+        assert run.losses(term) == pytest.approx(single.losses(term), rel=2e-5, abs=1e-6), term
 
 
 def test_a_resumed_run_that_trains_something_else_is_told(material, tmp_path):
