@@ -119,6 +119,12 @@ class Injection:
                 "train.experts selected cannot train some of them; remove the flag"
             )
         self.policy = freeze_policy(recipe)
+        balancing = getattr(args, "moe_router_load_balancing_type", None) or ()
+        if "router" not in self.policy.components and "quantile_balancing" in balancing:
+            raise RecipeError(
+                "--moe-router-load-balancing-type quantile_balancing goes on moving the bias of "
+                "frozen routers; set train.router: true or use another type"
+            )
         self._args = args
         self._valid_vocab_size = valid_vocab_size
         self._labels = {split: split_labels(recipe, self.facts, split) for split in SPLITS}

@@ -153,11 +153,11 @@ def bench(tp: int, options: argparse.Namespace, folder: str, sweep: bool) -> dic
         for name in options.contenders:
             reasons[name] = unfit(name, tp, options)
             if not reasons[name]:
-                runner = Runner(name, tp, options, folder)
-                runners.append(runner)
-                checks[name] = runner.ask("check")
-                runner.ask("inputs", tokens=options.tokens, vocab=options.vocab)
-                say(f"TP {tp}: {name} {runner.status or 'ready'}")
+                runners.append(Runner(name, tp, options, folder))
+        for runner in runners:
+            checks[runner.name] = runner.ask("check")
+            runner.ask("inputs", tokens=options.tokens, vocab=options.vocab)
+            say(f"TP {tp}: {runner.name} {runner.status or 'ready'}")
         if runners:
             rate = runners[0].ask("product")
         for head in options.head:

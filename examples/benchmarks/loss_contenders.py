@@ -196,9 +196,9 @@ def build_ours_stored(s: Settings) -> Loss:
 
 
 def build_modelopt(s: Settings, top: bool = False) -> Loss:
+    from modelopt.torch.distill.plugins.megatron import LogitsKLLoss, TopKLogitsKLLoss  # isort: skip
     from megatron.core import parallel_state
     from megatron.core.transformer import TransformerConfig
-    from modelopt.torch.distill.plugins.megatron import LogitsKLLoss, TopKLogitsKLLoss
 
     if s.tp > 1 and not parallel_state.is_initialized():
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=s.tp)

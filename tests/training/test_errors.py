@@ -73,7 +73,9 @@ def test_plain_flags_are_enough_and_their_mistakes_name_the_flag(material):
     assert_clean_end(wrong, ("--inject-temperature", "-2"))
 
 
-@pytest.mark.parametrize("flag", ["--moe-grouped-gemm"])
+@pytest.mark.parametrize(
+    "flag", ["--moe-grouped-gemm", "--moe-router-load-balancing-type quantile_balancing"]
+)
 def test_flags_that_would_go_wrong_silently_are_refused_by_name(flag):
     from argparse import ArgumentParser
 
