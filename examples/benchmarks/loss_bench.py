@@ -6,7 +6,8 @@ Peers: `pip install nvidia-modelopt liger-kernel`; one that is missing is listed
 contender (``loss_contenders.py``) runs in processes of its own, is checked against the fp64
 reference at a small size first, and takes turns with the others; times are medians. Memory is the
 peak beyond the inputs (hidden states, heads, labels), gradients included: on a GPU of torch's
-allocator, on a CPU of the process's resident set, the largest of the repetitions.
+allocator, on a CPU of the process's resident set, the largest of the repetitions. CPU seconds count
+the work of the process alone (of the busiest rank): what to compare on a machine that others use.
 
 FLOP rates count the products that the task needs, not those that a contender spends: with t tokens,
 2 t v h for the student's logits, 2 t v h_t for the teacher's, 2 t v h for the gradient by the
@@ -126,8 +127,8 @@ def needed_flops(name: str, tokens: int, vocab: int, trained: bool, o: argparse.
     return 2 * tokens * vocab * (teacher + (3 if trained else 2) * o.hidden)
 
 
-def measure(runners: list[Runner], trained: bool, repeats: int) -> dict[str, tuple[float, int]]:
-    """Median seconds and peak extra bytes of each, from alternating repetitions."""
+def measure(runners: list[Runner], trained: bool, repeats: int) -> dict[str, dict]:
+    """Medians of wall and CPU seconds, peak extra bytes and all samples, taken in turns."""
     for runner in runners:
         runner.ask("run", train_head=trained)
     results = {runner.name: [] for runner in runners}
@@ -139,9 +140,11 @@ def measure(runners: list[Runner], trained: bool, repeats: int) -> dict[str, tup
     measured = {}
     for name, answers in results.items():
         if len(answers) == repeats:
-            peaks = [a["extra_bytes"] for a in answers if a["extra_bytes"] is not None]
-            seconds = statistics.median(a["seconds"] for a in answers)
-            measured[name] = (seconds, max(peaks, default=None))
+            samples = {key: [answer[key] for answer in answers] for key in answers[0]}
+            peaks = [peak for peak in samples.pop("extra_bytes") if peak is not None]
+            medians = {key: statistics.median(values) for key, values in samples.items()}
+            peak = max(peaks, default=None)
+            measured[name] = medians | dict(extra_bytes=peak, samples=samples)
     return measured
 
 
@@ -171,12 +174,11 @@ def bench(tp: int, options: argparse.Namespace, folder: str, sweep: bool) -> dic
                 row = dict(contender=name, tp=tp, head=head, status=status or "measured")
                 row |= checks.get(name) or {}
                 if name in measured:
-                    seconds, extra = measured[name]
                     flops = needed_flops(
                         name, options.tokens, options.vocab, head == "trained", options
                     )
-                    row |= dict(seconds=seconds, extra_bytes=extra, gradient_bytes=gradients)
-                    row |= dict(flops_per_second=flops / seconds)
+                    row |= measured[name] | dict(gradient_bytes=gradients)
+                    row |= dict(flops_per_second=flops / row["seconds"])
                 rows.append(row)
         if sweep:
             points = run_sweep(runners, options)
@@ -196,10 +198,8 @@ def run_sweep(runners: list[Runner], options: argparse.Namespace) -> list[dict]:
             say(f"sweep: {size}")
             for runner in runners:
                 runner.ask("inputs", **size)
-            for name, (seconds, extra) in measure(runners, False, options.sweep_repeats).items():
-                points.append(
-                    dict(axis=axis, **size, contender=name, seconds=seconds, extra_bytes=extra)
-                )
+            for name, figures in measure(runners, False, options.sweep_repeats).items():
+                points.append(dict(axis=axis, **size, contender=name) | figures)
     return points
 
 

@@ -5,7 +5,7 @@ and lets them take turns, so that noise of the machine hits all alike.
 
     check                 relative errors at a small size, against ``losses/reference.py``, fp64
     inputs tokens vocab   makes what the next runs read
-    run train_head        one forward and backward pass: seconds and peak extra bytes
+    run train_head        one forward and backward pass: seconds, CPU seconds, peak extra bytes
     product               the rate of a plain matrix product
 """
 
@@ -120,7 +120,7 @@ class Memory:
 
 
 def run(s: Settings, loss: Loss, inputs: Inputs, train_head: bool) -> dict:
-    """One forward and backward pass: seconds, and bytes beyond the inputs."""
+    """One forward and backward pass: wall and CPU seconds, and bytes beyond the inputs."""
     inputs.hidden.requires_grad_(True)
     inputs.weight.requires_grad_(train_head)
 
@@ -135,9 +135,10 @@ def run(s: Settings, loss: Loss, inputs: Inputs, train_head: bool) -> dict:
     if s.group is not None:
         dist.barrier()
     memory = Memory(s)
-    started = time.perf_counter()
+    started, worked = time.perf_counter(), time.process_time()
     once()
-    result = {"seconds": time.perf_counter() - started, "extra_bytes": memory.extra()}
+    result = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - worked}
+    result["extra_bytes"] = memory.extra()
     inputs.hidden.grad = inputs.weight.grad = None
     if s.device == "cuda":
         torch.cuda.empty_cache()
