@@ -20,6 +20,7 @@ setup(
     extras_require={
         "te": ["transformer-engine[pytorch]>=2.8"],
         "hf": ["transformers>=4.56", "tokenizers>=0.21"],
+        "bench": ["nvidia-modelopt>=0.47", "liger-kernel>=0.8.5", "matplotlib>=3.8"],
         "report": ["matplotlib>=3.8", "jinja2>=3.1"],
         "dev": [
             "pytest>=8",
