@@ -143,6 +143,7 @@ class Injection:
                 )
         self.chunks: list[torch.nn.Module] = []
         self.originals: OriginalParameters | None = None
+        self._warnings: list[str] = []
         self.plan: Plan | None = None
         self.step_hook: StepHook | None = None
         self._frozen: FrozenCheck | None = None
@@ -188,7 +189,8 @@ class Injection:
             parameters=parameter_rows(self.chunks, groups),
             teachers=[self._teacher_row(name) for name in self.teacher_infos],
             boundary=boundary,
-            warnings=[
+            warnings=self._warnings
+            + [
                 f"teacher {name}: {info.vocabulary}"
                 for name, info in self.teacher_infos.items()
                 if info.vocabulary.startswith("not compared")
@@ -209,6 +211,10 @@ class Injection:
             if stored.is_dir():
                 agree(lambda: originals.load(stored, metadata))
                 return originals
+            self._warnings.append(
+                f"gamma: {stored} does not exist, so the original is the model as loaded, after "
+                f"{args.iteration} iterations"
+            )
         if args.save and not self.dry_run:
             originals.save(Path(args.save) / FOLDER, metadata)
         return originals

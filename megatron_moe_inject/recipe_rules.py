@@ -176,10 +176,14 @@ def _check_domain_weights(recipe: Recipe, index: int, domain: Domain) -> None:
             f"leaves domain {domain.name!r} without a loss, since its beta is 0",
             "name a teacher or set objective.beta above 0",
         )
+    keys = [
+        f"{'objective' if getattr(domain, name) is None else path}.{name}"
+        for name in ("alpha", "beta")
+    ]
     raise RecipeError(
-        f"objective.alpha: 0 and objective.beta: 0 leave domain {domain.name!r} without a loss; "
+        f"{keys[0]}: 0 and {keys[1]}: 0 leave domain {domain.name!r} without a loss; "
         "give one of them a weight above 0",
-        "objective.alpha",
+        keys[0],
     )
 
 

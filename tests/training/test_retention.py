@@ -6,7 +6,7 @@ import pytest
 
 from tests.training import lane
 from tests.training.conftest import make_material, student_flags
-from tests.training.test_injection import OTHER, PROVEN, RECIPE, inject, recipe_file
+from tests.training.test_injection import LAYOUTS, OTHER, PROVEN, RECIPE, inject, recipe_file
 
 GAMMA = RECIPE.replace("beta: 0.3", "beta: 0.3, gamma: 2.0")
 EVERYTHING = """
@@ -19,21 +19,6 @@ train:
   {{experts: all, router: true, attention: true, norms: true, embedding: true, output_layer: true}}
 """
 TERMS = ("lm loss", "kd loss", "retention loss", "total loss", "lm loss/general", "grad norm")
-LAYOUTS = {
-    "ep2": dict(nproc=2, ep=2),
-    "tp2-sp": dict(nproc=2, tp=2),
-    "pp2": dict(nproc=2, pp=2),
-    "cp2": dict(nproc=2, cp=2),
-    "pp2-vpp2": dict(nproc=2, pp=2, extra=("--num-layers-per-virtual-pipeline-stage", "1")),
-    "full recompute": dict(
-        extra=(
-            *("--recompute-granularity", "full", "--recompute-method", "uniform"),
-            *("--recompute-num-layers", "1"),
-        )
-    ),
-    "distributed optimizer, ep2": dict(nproc=2, ep=2, extra=tuple(lane.DISTRIBUTED_OPTIMIZER)),
-    "per-token loss": dict(extra=("--calculate-per-token-loss",)),
-}
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +109,18 @@ def test_the_stored_original_is_read_at_another_layout(material, tmp_path, layou
     resumed = lane.run(flags, nproc=2)
     for term in ("lm loss", "kd loss", "retention loss", "total loss"):
         assert resumed.losses(term)[0] == pytest.approx(whole.losses(term)[3], rel=2e-5), term
+
+
+def test_a_run_that_goes_on_from_a_checkpoint_without_an_original_says_what_it_takes(material):
+    """The student's own checkpoint, its iterations counted on."""
+    ours = ("--inject-recipe", recipe_file(material, GAMMA), "--load", material.student)
+    run = lane.run(
+        student_flags(*material.blend, *ours, "--no-load-optim", "--train-iters", "4"),
+    )
+    assert (
+        "does not exist, so the original is the model as loaded, after 3 iterations" in run.output
+    )
+    assert abs(run.losses("retention loss")[0]) < 1e-6
 
 
 @pytest.mark.slow

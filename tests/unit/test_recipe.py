@@ -180,7 +180,10 @@ MISTAKES = [
     ({"domains.1.alpha": 1}, ["domains[1].alpha: 1.0 weighs a teacher", "domains[1].teacher"]),
     ({"domains.0.temperature": 0}, ["domains[0].temperature: 0.0 is not positive"]),
     ({"domains.1.beta": 0}, ["domains[1].teacher: None", "'math' without a loss"]),
-    ({"domains.0.alpha": 0, "domains.0.beta": 0}, ["domain 'code' without a loss"]),
+    (
+        {"domains.0.alpha": 0, "domains.0.beta": 0},
+        ["domains[0].alpha: 0 and domains[0].beta: 0", "domain 'code' without a loss"],
+    ),
     ({"train.experts": "some"}, ["train.experts: 'some'", "selected, all, none"]),
     ({"train.experts": "none"}, ["train.experts: 'none'", "nothing to train", "router"]),
 ]
