@@ -29,6 +29,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
+from megatron_moe_inject.losses.checks import (
+    check_sparse_teacher,
+    check_student,
+    check_teacher,
+    may_be_nonzero,
+)
 from megatron_moe_inject.losses.head_gradient import HeadGradient
 from megatron_moe_inject.losses.rows import (
     LogitRows,
@@ -42,8 +48,6 @@ from megatron_moe_inject.losses.sparse import (
     SparseStats,
     SparseTarget,
     SparseTeacher,
-    check_stored,
-    check_tail,
     sparse_gradient,
     sparse_statistics,
 )
@@ -141,13 +145,13 @@ def fused_linear_distillation(
     ``student_hidden``'s size and dtype with ``reduce_hidden_grad``, nothing else.
     """
     check_temperature(temperature)
-    _check_student(student_hidden, student_weight, labels, temperature, alpha, beta)
+    check_student(student_hidden, student_weight, labels, temperature, alpha, beta)
     if sparse_teacher is None:
-        _check_teacher(
+        check_teacher(
             student_hidden, student_weight, teacher_hidden, teacher_weight, alpha, weighting
         )
     else:
-        _check_sparse_teacher(student_hidden, teacher_hidden, sparse_teacher, kind, weighting)
+        check_sparse_teacher(student_hidden, teacher_hidden, sparse_teacher, kind, weighting)
         if isinstance(temperature, Tensor):
             raise ValueError("a sparse teacher is stored at one temperature; give a number")
     with_teacher = teacher_hidden is not None or sparse_teacher is not None
@@ -160,8 +164,8 @@ def fused_linear_distillation(
     plan = _Plan(
         divergence=Divergence(kind, jsd_beta, skew) if with_teacher else None,
         shard=shard,
-        kd_gradient=with_teacher and _may_be_nonzero(alpha),
-        ce_gradient=_may_be_nonzero(beta),
+        kd_gradient=with_teacher and may_be_nonzero(alpha),
+        ce_gradient=may_be_nonzero(beta),
         chunk_tokens=chunk_tokens,
         hidden_gradient=torch.is_grad_enabled() and student_hidden.requires_grad,
         weight_gradient=torch.is_grad_enabled() and student_weight.requires_grad,
@@ -441,67 +445,8 @@ def _gradients_with_head(ctx, grad_total: Tensor) -> tuple[Tensor | None, Tensor
     return grad_hidden, head.finish()
 
 
-def _may_be_nonzero(weight: float | Tensor) -> bool:
-    return isinstance(weight, Tensor) or weight != 0
-
-
 def _per_token(weight: float | Tensor, hidden: Tensor) -> Tensor:
     dtype = maths_dtype(hidden.dtype)
     if isinstance(weight, Tensor):
         return weight.detach().to(dtype)
     return torch.full(hidden.shape[:1], weight, dtype=dtype, device=hidden.device)
-
-
-def _check_student(hidden, weight, labels, temperature, alpha, beta) -> None:
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"student_hidden {tuple(hidden.shape)} and student_weight {tuple(weight.shape)} "
-            "must be [t, h] and [v/p, h]"
-        )
-    if hidden.dtype != weight.dtype:
-        raise ValueError(
-            f"student_hidden is {hidden.dtype} and student_weight {weight.dtype}; use one dtype"
-        )
-    per_token = {"labels": labels, "temperature": temperature, "alpha": alpha, "beta": beta}
-    for name, value in per_token.items():
-        if isinstance(value, Tensor) and value.shape != hidden.shape[:1]:
-            raise ValueError(
-                f"{name} {tuple(value.shape)} must be [t], t={len(hidden)} as in student_hidden"
-            )
-
-
-def _check_teacher(hidden, weight, teacher_hidden, teacher_weight, alpha, weighting) -> None:
-    if (teacher_hidden is None) != (teacher_weight is None):
-        raise ValueError("give teacher_hidden and teacher_weight together, or neither")
-    if teacher_hidden is None:
-        if weighting:
-            raise ValueError(f"{weighting} weighs distillation, so a teacher must be given")
-        if _may_be_nonzero(alpha):
-            raise ValueError(
-                "alpha is not the number 0, so teacher_hidden and teacher_weight must be given"
-            )
-        return
-    expected = (len(hidden), len(weight))
-    if (len(teacher_hidden), len(teacher_weight)) != expected or (
-        teacher_hidden.shape[1:] != teacher_weight.shape[1:]
-    ):
-        raise ValueError(
-            f"teacher_hidden {tuple(teacher_hidden.shape)} and teacher_weight "
-            f"{tuple(teacher_weight.shape)} must be [t, h_t] and [v/p, h_t] with t={expected[0]} "
-            f"and v/p={expected[1]}; pad the teacher's rows to the student's vocabulary shard and "
-            "set valid_vocab_size"
-        )
-    if teacher_hidden.dtype != teacher_weight.dtype:
-        raise ValueError(
-            f"teacher_hidden is {teacher_hidden.dtype} and teacher_weight {teacher_weight.dtype}; "
-            "use one dtype"
-        )
-
-
-def _check_sparse_teacher(hidden, teacher_hidden, sparse, kind, weighting) -> None:
-    if teacher_hidden is not None:
-        raise ValueError("give teacher_hidden and teacher_weight or sparse_teacher, not both")
-    if weighting:
-        raise ValueError(f"{weighting} needs a teacher's whole vocabulary, not a sparse_teacher")
-    check_tail(kind, sparse.tail)
-    check_stored(hidden, sparse.ids, sparse.log_probs)
