@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -312,6 +313,21 @@ def gpt_model_config(args: Any) -> Any:
 def logit_scale(config: Any) -> float:
     """What a GPT model with this ``TransformerConfig`` multiplies its logits by (MuP)."""
     return float(config.mup_output_mult) if getattr(config, "use_mup", False) else 1.0
+
+
+def checkpoint_to_resume(args: Any) -> Path | None:
+    """The folder of the checkpoint whose training goes on, None where a run starts anew."""
+    if not args.load or args.finetune:
+        return None
+    tracker = Path(args.load) / "latest_checkpointed_iteration.txt"
+    step = getattr(args, "ckpt_step", None)
+    if step is None:
+        text = tracker.read_text().strip() if tracker.is_file() else ""
+        if not text.isdigit():
+            return None
+        step = int(text)
+    folder = Path(args.load) / f"iter_{step:07d}"
+    return folder if folder.is_dir() else None
 
 
 def optimizer_steps(args: Any) -> int:

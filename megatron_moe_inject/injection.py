@@ -22,6 +22,7 @@ from megatron_moe_inject.experts.census import parameter_rows
 from megatron_moe_inject.experts.freeze import FreezePolicy
 from megatron_moe_inject.experts.original import FOLDER, OriginalParameters
 from megatron_moe_inject.experts.verify import FrozenCheck
+from megatron_moe_inject.imitation_setup import ImitationSetup
 from megatron_moe_inject.loss_hook import LossHook
 from megatron_moe_inject.losses.objective import TermWeights
 from megatron_moe_inject.losses.spec import Divergence, TokenWeighting
@@ -37,7 +38,12 @@ from megatron_moe_inject.student import (
     split_labels,
     student_facts_from_args,
 )
-from megatron_moe_inject.teachers import StudentTokenizer, check_teacher, load_teacher
+from megatron_moe_inject.teachers import (
+    StudentTokenizer,
+    check_teacher,
+    load_teacher,
+    states_dtype,
+)
 from megatron_moe_inject.teachers.step_pass import TeacherPass
 
 SPLITS = ("train", "valid", "test")
@@ -141,6 +147,7 @@ class Injection:
                     f"{info.max_positions}, but --seq-length is {args.seq_length}; use a teacher "
                     "with longer positions or shorter sequences"
                 )
+        self.imitation = ImitationSetup(recipe, args, self.facts, self.teacher_infos)
         self.chunks: list[torch.nn.Module] = []
         self.originals: OriginalParameters | None = None
         self._warnings: list[str] = []
@@ -149,8 +156,10 @@ class Injection:
         self._frozen: FrozenCheck | None = None
 
     def freeze(self, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
-        """``pre_wrap_hooks`` entry: apply the policy to bare chunks. No collective."""
+        """``pre_wrap_hooks`` entry: apply the policy to bare chunks, and give them the projections
+        of feature imitation. No collective."""
         self.policy.apply(chunks)
+        self.imitation.add_projections(chunks)
         return chunks
 
     def attach(self, chunks: Sequence[torch.nn.Module]) -> None:
@@ -163,11 +172,13 @@ class Injection:
         the labels, one all-gather each for agreement on the teachers and for the plan.
 
         Raises:
-            RecipeError: on every rank, if a teacher cannot be loaded or nothing trains.
+            RecipeError: on every rank, if a teacher cannot be loaded, nothing trains, or a layer
+                that imitates a teacher lies below everything that trains.
         """
         self.chunks = list(chunks)
         device = next(self.chunks[0].parameters()).device
         boundary = agree_boundary(self.chunks, self.facts.num_layers, device)
+        self.imitation.check_boundary(boundary)
         full_recompute = self._args.recompute_granularity == "full"
         for chunk in self.chunks:
             GradientBoundary(chunk, boundary, full_recompute)
@@ -182,6 +193,7 @@ class Injection:
             loss_hook,
             lambda: compat.optimizer_steps(self._args),
             self._original_pass(loss_hook, groups, device),
+            self.imitation.hook(self.chunks, groups, by_domain=self._several_classes),
         )
         self.plan = Plan(
             self.recipe,
@@ -189,7 +201,9 @@ class Injection:
             parameters=parameter_rows(self.chunks, groups),
             teachers=[self._teacher_row(name) for name in self.teacher_infos],
             boundary=boundary,
+            imitation=self.imitation.terms,
             warnings=self._warnings
+            + self.imitation.warnings
             + [
                 f"teacher {name}: {info.vocabulary}"
                 for name, info in self.teacher_infos.items()
@@ -230,8 +244,7 @@ class Injection:
 
     def _teacher_row(self, name: str) -> TeacherRow:
         info = self.teacher_infos[name]
-        sizes = {"params": self._args.params_dtype, "fp32": torch.float32, "bf16": torch.bfloat16}
-        item = sizes[self.recipe.teachers[name].dtype].itemsize
+        item = states_dtype(self.recipe.teachers[name].dtype, self._args.params_dtype).itemsize
         kind = f"{info.kind}: {info.num_layers} layers, hidden {info.hidden_size}"
         return TeacherRow(
             name, kind, info.parameters, info.parameters * item, "every rank of the last stage"
@@ -244,7 +257,7 @@ class Injection:
         report = LossReport(
             [domain.name for domain in self.recipe.domains],
             distilled=list(taught),
-            by_class=len(set(self._labels["train"])) > 1,
+            by_class=self._several_classes,
             weighted=bool(TokenWeighting(objective.confidence, objective.skip_worse)),
             retained=self.originals is not None,
         )
@@ -258,15 +271,19 @@ class Injection:
             originals=self.originals,
         )
 
+    @property
+    def _several_classes(self) -> bool:
+        """Whether the training data has more than one kind of sample to report on."""
+        return len(set(self._labels["train"])) > 1
+
     def _teacher_pass(self, name: str, chunk: torch.nn.Module, groups: Any) -> TeacherPass:
         spec = self.recipe.teachers[name]
         head_weight = chunk.shared_embedding_or_output_weight()  # for its type, place and rows
-        dtypes = {"params": head_weight.dtype, "fp32": torch.float32, "bf16": torch.bfloat16}
         resets = self._args.reset_position_ids or self._args.reset_attention_mask
         teacher = load_teacher(
             name,
             spec.source,
-            params_dtype=dtypes[spec.dtype],
+            params_dtype=states_dtype(spec.dtype, head_weight.dtype),
             device=head_weight.device,
             resets_documents=resets,
         )
@@ -285,6 +302,7 @@ class Injection:
             cp_group=groups.cp,
             share_group=groups.tp_cp,
             window=spec.window,
+            layers=self.imitation.teacher_layers(teacher),
             resets_documents=resets,
         )
 

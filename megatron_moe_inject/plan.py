@@ -9,13 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from megatron_moe_inject.recipe import GENERAL, Recipe
 from megatron_moe_inject.schedule import ever_positive, show_weight
 from megatron_moe_inject.student import StudentFacts, ranges, split_labels
 from megatron_moe_inject.typed import listing
 
+if TYPE_CHECKING:
+    from megatron_moe_inject.imitation import ImitationTerm
+
 _MAX_LAYERS = 16
+_IMITATED = {"hidden": "hidden states", "experts": "expert outputs"}
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,7 @@ class Plan:
 
     Attributes:
         boundary: first layer whose backward runs, agreed over all ranks; None when not known.
+        imitation: which layers imitate which, where known.
         warnings: remarks of the caller, shown after ``recipe_warnings``.
     """
 
@@ -68,6 +74,7 @@ class Plan:
     parameters: Sequence[ParameterRow] = ()
     teachers: Sequence[TeacherRow] = ()
     boundary: int | None = None
+    imitation: Sequence[ImitationTerm] = ()
     warnings: Sequence[str] = field(default_factory=tuple)
 
 
@@ -77,6 +84,7 @@ def render_plan(plan: Plan) -> str:
         ("domains", _domain_lines(plan)),
         ("experts", _expert_lines(plan)),
         ("loss", _loss_lines(plan.recipe)),
+        ("features", _feature_lines(plan)),
         ("trains", _train_lines(plan)),
         ("teachers", _teacher_lines(plan)),
         ("student", _student_lines(plan.facts)),
@@ -199,6 +207,9 @@ def _loss_lines(recipe: Recipe) -> list[str]:
             )
         if ever_positive(beta):
             terms.append(f"{show_weight(beta)} * CE")
+        for name in objective.features.in_use() if domain.teacher else ():
+            weight, loss = getattr(objective.features, name), objective.features.loss
+            terms.append(f"{show_weight(weight)} * {loss}({_IMITATED[name]}, {domain.teacher})")
         lines.append((domain.name, " + ".join(terms)))
     general = (
         (objective.gamma, "KL(original || student)"),
@@ -210,6 +221,14 @@ def _loss_lines(recipe: Recipe) -> list[str]:
     if objective.skip_worse:
         shown.append("no distillation where the teacher predicts the label worse than the student")
     return shown
+
+
+def _feature_lines(plan: Plan) -> list[str]:
+    rows = [("student layer", "states", "teacher", "teacher layer")]
+    for term in plan.imitation:
+        what = "hidden" if term.kind == "hidden" else f"experts {ranges(sorted(term.experts))}"
+        rows.append((str(term.layer), what, term.teacher, str(term.teacher_layer)))
+    return table(rows, right=(0, 3)) if len(rows) > 1 else []
 
 
 def _train_lines(plan: Plan) -> list[str]:

@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 
 from megatron_moe_inject import typed
 from megatron_moe_inject.recipe_rules import CONFIDENCES, DIVERGENCES, EXPERT_MODES, validate
-from megatron_moe_inject.schedule import Schedule, Weight
+from megatron_moe_inject.schedule import Schedule, Weight, ever_positive
 from megatron_moe_inject.typed import RecipeError, fail, show, suggest
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "GENERAL",
     "Domain",
     "ExpertChoice",
+    "Features",
     "Objective",
     "Recipe",
     "RecipeError",
@@ -93,12 +94,16 @@ class TeacherSpec:
         temperature: overrides ``objective.temperature`` for this teacher.
         dtype: ``params`` (the student's parameter type), ``fp32`` or ``bf16``.
         window: micro-batches whose teacher states are kept at once; 0 = the whole step.
+        layers: student layer -> teacher layer that it imitates, for ``objective.features``, both
+            0-based decoder layers; empty = the layers with experts that its domains chose (all
+            layers where none are chosen), each with the teacher's layer at the same relative depth.
     """
 
     source: str = field(metadata={"remedy": "write source: megatron:/dir or source: hf:/dir"})
     temperature: float | None = None
     dtype: str = "params"
     window: int = 0
+    layers: dict[int, int] = field(default_factory=dict)
 
     @property
     def kind(self) -> str:
@@ -109,6 +114,28 @@ class TeacherSpec:
     def path(self) -> str:
         """The directory behind ``kind:``."""
         return self.source.partition(":")[2]
+
+
+@dataclass
+class Features:
+    """Imitation of a teacher's layers on domain tokens, beside its predictions.
+
+    Where the widths differ, a trainable linear projection leads to the teacher's.
+
+    Attributes:
+        hidden: weight of the student's hidden states after the layers of ``TeacherSpec.layers``.
+        experts: weight of the combined output of the domain's chosen experts in those layers, on
+            the tokens that reach one of them.
+        loss: one of ``FEATURE_LOSSES``; a term is its mean over the layers.
+    """
+
+    hidden: float | Schedule = 0.0
+    experts: float | Schedule = 0.0
+    loss: str = "normalized"
+
+    def in_use(self) -> list[str]:
+        """Names of the terms whose weight is ever above 0."""
+        return [name for name in ("hidden", "experts") if ever_positive(getattr(self, name))]
 
 
 @dataclass
@@ -131,6 +158,7 @@ class Objective:
         skip_worse: no distillation on tokens whose label the teacher predicts worse than the
             student does.
         jsd_beta, skew: the teacher's weight in the mixture of ``jsd`` and of ``skew_kl``.
+        features: imitation of the teacher's layers, see ``Features``.
     """
 
     divergence: str = "forward_kl"
@@ -144,6 +172,7 @@ class Objective:
     skip_worse: bool = False
     jsd_beta: float = 0.5
     skew: float = 0.1
+    features: Features = field(default_factory=Features)
 
     def weights(self) -> tuple[Weight, Weight]:
         """alpha and beta, also where ``ce_share`` says them."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl")
 CONFIDENCES = ("none", "label", "entropy")
+FEATURE_LOSSES = ("mse", "cosine", "normalized")
 EXPERT_MODES = ("selected", "all", "none")
 TEACHER_KINDS = ("megatron", "hf")
 TEACHER_DTYPES = ("params", "fp32", "bf16")
@@ -102,6 +103,12 @@ def _check_teachers(recipe: Recipe) -> None:
         _check_choice(f"{path}.dtype", spec.dtype, TEACHER_DTYPES)
         if spec.window < 0:
             raise fail(f"{path}.window", spec.window, "is negative", "0 keeps the whole step")
+        for student, teacher in spec.layers.items():
+            if min(student, teacher) < 0:
+                raise fail(
+                    f"{path}.layers.{student}", teacher, "has a negative layer",
+                    "decoder layers count from 0, in the student and in the teacher",
+                )  # fmt: skip
         if name not in used:
             raise fail(path, spec.source, "is used by no domain", f"write teacher: {name} in one")
 
@@ -130,6 +137,7 @@ def _check_objective(recipe: Recipe) -> None:
         _check_weight(f"objective.{name}", getattr(objective, name))
     if objective.ce_share is not None:
         _check_ce_share(objective)
+    _check_features(recipe)
     taught = [domain for domain in recipe.domains if domain.teacher is not None]
     if ever_positive(objective.weights()[0]) and not taught:
         name = "alpha" if objective.ce_share is None else "ce_share"
@@ -141,6 +149,42 @@ def _check_objective(recipe: Recipe) -> None:
         )
     for i, domain in enumerate(recipe.domains):
         _check_domain_weights(recipe, i, domain)
+
+
+def _check_features(recipe: Recipe) -> None:
+    features, path = recipe.objective.features, "objective.features"
+    _check_choice(f"{path}.loss", features.loss, FEATURE_LOSSES)
+    for name in ("hidden", "experts"):
+        _check_weight(f"{path}.{name}", getattr(features, name))
+    in_use = features.in_use()
+    for name, spec in recipe.teachers.items():
+        if spec.layers and not in_use:
+            raise fail(
+                f"teachers.{name}.layers", spec.layers, "names layers that nothing imitates",
+                f"set {path}.hidden or {path}.experts above 0, or remove it",
+            )  # fmt: skip
+        if spec.window and in_use:
+            raise fail(
+                f"teachers.{name}.window", spec.window, "splits the step's teacher forward",
+                f"{path} sends the states of a whole step to other stages at once: write 0",
+            )  # fmt: skip
+    if not in_use:
+        return
+    weight = getattr(features, in_use[0])
+    taught = [(i, domain) for i, domain in enumerate(recipe.domains) if domain.teacher]
+    if not taught:
+        raise fail(
+            f"{path}.{in_use[0]}", weight, "weighs imitation but no domain has a teacher",
+            "add domains[0].teacher or set it to 0",
+        )  # fmt: skip
+    if "experts" not in in_use:
+        return
+    for i, domain in taught:
+        if not domain.experts.layers:
+            raise fail(
+                f"domains[{i}].experts.layers", {}, f"has no experts to imitate {domain.teacher}",
+                f"write {{layer: [expert ids]}} or set {path}.experts to 0",
+            )  # fmt: skip
 
 
 def _check_ce_share(objective: Objective) -> None:

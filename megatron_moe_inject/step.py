@@ -17,6 +17,7 @@ import torch
 
 from megatron_moe_inject.data import labels as domain_labels
 from megatron_moe_inject.data.labels import HostGroup, MicroBatch
+from megatron_moe_inject.imitation_hook import ImitationHook
 from megatron_moe_inject.loss_hook import LossHook
 from megatron_moe_inject.original_pass import OriginalPass
 
@@ -55,6 +56,7 @@ class StepHook:
         loss_hook: the loss of the last pipeline stage, ``None`` on other stages.
         iteration: gives the number of optimiser steps taken so far, for schedules.
         original_pass: the original model's forward, ``None`` without retention.
+        imitation: losses on layers, ``None`` without feature imitation.
     """
 
     def __init__(
@@ -64,12 +66,14 @@ class StepHook:
         loss_hook: LossHook | None,
         iteration: Callable[[], int],
         original_pass: OriginalPass | None = None,
+        imitation: ImitationHook | None = None,
     ) -> None:
         self._splits = splits
         self._host_group = host_group
         self._loss_hook = loss_hook
         self._iteration = iteration
         self._original_pass = original_pass
+        self._imitation = imitation
 
     def wrap(self, forward_backward: Callable) -> Callable:
         """What ``train_step`` and ``evaluate`` call in the place of ``forward_backward``."""
@@ -101,9 +105,11 @@ class StepHook:
                     seq_length=seq_length,
                     **kwargs,
                 )
+            if self._imitation is not None:
+                self._begin_imitation(labels, clean, seq_length)
             replay = [None if chunk is None else iter(chunk) for chunk in clean]
             try:
-                return forward_backward(
+                reports = forward_backward(
                     forward_step_func=forward_step_func,
                     data_iterator=replay if isinstance(data_iterator, list) else replay[0],
                     num_microbatches=num_microbatches,
@@ -114,6 +120,9 @@ class StepHook:
             finally:
                 if self._loss_hook is not None:
                     self._loss_hook.end()
+            if self._imitation is not None:
+                self._imitation.end(reports)
+            return reports
 
         return step
 
@@ -139,7 +148,7 @@ class StepHook:
         batches: Sequence[list[MicroBatch] | None],
         sequence_length: int,
     ) -> None:
-        own = next((chunk for chunk in batches if chunk is not None), None)
+        own = _first(batches)
         inputs = None
         if own is not None:
             inputs = {
@@ -150,3 +159,20 @@ class StepHook:
         for teacher in self._loss_hook.teachers:
             domains = torch.tensor(self._loss_hook.taught_by(teacher))
             teacher.begin(inputs, torch.isin(labels, domains), sequence_length)
+
+    def _begin_imitation(
+        self,
+        labels: torch.Tensor,
+        batches: Sequence[list[MicroBatch] | None],
+        sequence_length: int,
+    ) -> None:
+        passes = {}
+        if self._loss_hook is not None:
+            passes = {run.teacher.name: run for run in self._loss_hook.teachers}
+        own = _first(batches)
+        self._imitation.begin(passes, own, labels, self._iteration(), sequence_length)
+
+
+def _first(batches: Sequence[list[MicroBatch] | None]) -> list[MicroBatch] | None:
+    """The step's micro-batches from whichever model chunk reads data."""
+    return next((chunk for chunk in batches if chunk is not None), None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,6 +50,13 @@ _SHARDS = "shards the parameters before they can be frozen"
 _PACKED = "packs documents into one sequence, which a teacher's forward does not follow yet"
 _HYBRID = "builds a hybrid model, whose forward has no output_processor for the loss"
 _GRAPHS = _Refusal("cuda_graph_impl", "replays the trained weights where the original should run")
+_GRAPHS_OF_LAYERS = _Refusal("cuda_graph_impl", "replays layers without the losses on their states")
+_COMBINE = "cannot combine the outputs of some experts a second time"
+_NO_SECOND_COMBINE = (
+    _Refusal("moe_token_dispatcher_type", _COMBINE, value="flex"),
+    _Refusal("moe_shared_expert_overlap", _COMBINE),
+    _Refusal("moe_latent_size", "gives experts outputs of another width than the layer's"),
+)
 _REFUSED = (
     _Refusal("yaml_cfg", "replaces the command line and loses the plugin's flags"),
     _Refusal("use_megatron_fsdp", _SHARDS),
@@ -170,7 +177,7 @@ def student_facts_from_args(args: Namespace) -> StudentFacts:
         ),
         options={
             option.name: getattr(args, option.name)
-            for option in (*_REFUSED, _GRAPHS)
+            for option in (*_REFUSED, _GRAPHS, *_NO_SECOND_COMBINE)
             if option.matches(vars(args))
         },
     )
@@ -228,6 +235,18 @@ def check_recipe(recipe: Recipe, facts: StudentFacts) -> None:
         split_labels(recipe, facts, split)
     if ever_positive(recipe.objective.gamma):
         _check_retention(recipe, facts)
+    for term in recipe.objective.features.in_use():
+        extra = _NO_SECOND_COMBINE if term == "experts" else ()
+        _refuse((_GRAPHS_OF_LAYERS, *extra), facts, f"objective.features.{term}")
+
+
+def _refuse(options: Iterable[_Refusal], facts: StudentFacts, weight: str) -> None:
+    """Options that one term of the objective does not work with."""
+    for option in options:
+        if option.matches(facts.options):
+            raise RecipeError(
+                f"{option.flag}: {option.reason}; remove it, or set {weight} to 0", option.flag
+            )
 
 
 def _check_retention(recipe: Recipe, facts: StudentFacts) -> None:
@@ -239,12 +258,8 @@ def _check_retention(recipe: Recipe, facts: StudentFacts) -> None:
             "weighs retention on general data, but every dataset belongs to a domain",
             "add general data to --data-path (5 to 10 %) or set gamma to 0",
         )
-    for option in (*(o for o in _REFUSED if o.with_teacher), _GRAPHS):
-        if option.matches(facts.options):
-            raise RecipeError(
-                f"{option.flag}: {option.reason}; remove it, or set objective.gamma to 0",
-                option.flag,
-            )
+    packed = (option for option in _REFUSED if option.with_teacher)
+    _refuse((*packed, _GRAPHS), facts, "objective.gamma")
 
 
 def _check_options(recipe: Recipe, facts: StudentFacts) -> None:

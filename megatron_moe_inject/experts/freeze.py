@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 
 EXPERTS = "experts"
+PROJECTIONS = "inject_projections"
+"""Name in a model chunk of the projections to teachers' widths, which always train."""
 COMPONENTS = (
     EXPERTS,
     "router",
@@ -26,6 +28,7 @@ COMPONENTS = (
     "embedding",
     "output_layer",
     "mtp",
+    "projections",
     "other",
 )
 """Every parameter belongs to exactly one of these; the names are those of ``recipe.Train``."""
@@ -54,6 +57,8 @@ class ParameterPlace:
 
 def _component(name: str, in_layer: str | None) -> str:
     """Component of a parameter; ``in_layer`` is its name inside its decoder layer."""
+    if name.startswith(f"{PROJECTIONS}."):
+        return "projections"
     if re.search(r"(^|\.)mtp\.", name):
         return "mtp"
     if in_layer is None:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_moe_inject.experts.freeze import PROJECTIONS
 from megatron_moe_inject.experts.optimizer_state import with_own_keys
 from megatron_moe_inject.typed import RecipeError
 
@@ -30,7 +31,7 @@ _TRAINS = "trains.json"
 
 
 class OriginalParameters:
-    """Frozen copies of the trainable parameters of this rank.
+    """Frozen copies of the trainable parameters of this rank, projections to teachers aside.
 
     Args:
         chunks: bare model chunks, holding the original values now.
@@ -43,8 +44,8 @@ class OriginalParameters:
         self._copies = {
             parameter: parameter.detach().clone()
             for chunk in self._chunks
-            for parameter in chunk.parameters()
-            if parameter.requires_grad
+            for name, parameter in chunk.named_parameters()
+            if parameter.requires_grad and not name.startswith(f"{PROJECTIONS}.")
         }
 
     @property

@@ -175,3 +175,13 @@ def sparse_divergence(
     if kind == "jsd":
         return temperature**2 * (beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m))
     return temperature**2 * _kl(log_p, log_m)
+
+
+def feature_loss(student, teacher, *, kind) -> Tensor:
+    """Distance of projected student states from teacher states [..., h_t]; see ``features``."""
+    if kind == "cosine":
+        return 1 - torch.nn.functional.cosine_similarity(student, teacher, dim=-1)
+    error = (student - teacher) ** 2
+    if kind == "mse":
+        return error.mean(-1)
+    return error.sum(-1) / (teacher**2).sum(-1)

@@ -71,25 +71,26 @@ class LossReport:
         rows = torch.stack([*summed, mask.sum(1)])
         member = torch.tensor([[float(x == c) for c in self._classes] for x in labels])
         ce, kd, factor, count = rows @ member.to(rows.device, non_blocking=True)
-        report = {LM_LOSS: _pair(ce.sum(), count.sum())}
+        report = {LM_LOSS: sum_and_count(ce.sum(), count.sum())}
         if self._distilled:
-            report[KD_LOSS] = _pair(kd[self._distilled].sum(), count[self._distilled].sum())
+            report[KD_LOSS] = sum_and_count(kd[self._distilled].sum(), count[self._distilled].sum())
             if self._weighted:
                 given = factor[self._distilled].sum()
-                report[KD_FACTOR] = _pair(given, count[self._distilled].sum())
+                report[KD_FACTOR] = sum_and_count(given, count[self._distilled].sum())
         if self._retained:
-            report[RETENTION] = _pair(kd[0], count[0])
+            report[RETENTION] = sum_and_count(kd[0], count[0])
         if self._by_class:
             for index, name in enumerate(self._names):
-                report[f"{LM_LOSS}/{name}"] = _pair(ce[index], count[index])
+                report[f"{LM_LOSS}/{name}"] = sum_and_count(ce[index], count[index])
                 if index in self._distilled:
-                    report[f"{KD_LOSS}/{name}"] = _pair(kd[index], count[index])
+                    report[f"{KD_LOSS}/{name}"] = sum_and_count(kd[index], count[index])
                     if self._weighted:
-                        report[f"{KD_FACTOR}/{name}"] = _pair(factor[index], count[index])
+                        report[f"{KD_FACTOR}/{name}"] = sum_and_count(factor[index], count[index])
         return report
 
 
-def _pair(total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+def sum_and_count(total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """A report value, ``[2]``, from two scalars; Megatron logs their quotient."""
     return torch.stack([total, count + _NO_TOKENS])
 
 

@@ -19,7 +19,18 @@ __all__ = [
     "check_teacher",
     "load_teacher",
     "shared_forward",
+    "states_dtype",
 ]
+
+
+def states_dtype(written: str, params_dtype: torch.dtype) -> torch.dtype:
+    """Type of a teacher's parameters and states.
+
+    Args:
+        written: ``TeacherSpec.dtype``.
+        params_dtype: the student's.
+    """
+    return {"params": params_dtype, "fp32": torch.float32, "bf16": torch.bfloat16}[written]
 
 
 def _kind(source: Source):

@@ -10,6 +10,7 @@ Shapes: n sequences, s sequence length, h_t teacher hidden, v vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -30,6 +31,7 @@ class Teacher(Protocol):
     Attributes:
         name: its key in the recipe.
         hidden_size: h_t.
+        num_layers: decoder layers.
         vocab_size: rows of the head that stand for tokens; padding is left out where the
             teacher's tokenizer tells it.
         logit_transform: what its logits are of ``hidden_states @ head.T``.
@@ -37,6 +39,7 @@ class Teacher(Protocol):
 
     name: str
     hidden_size: int
+    num_layers: int
     vocab_size: int
     logit_transform: LogitTransform
 
@@ -51,6 +54,21 @@ class Teacher(Protocol):
         No graph, no collective, random number generators as before. ``position_ids`` is
         ``[n, s]`` and ``attention_mask`` Megatron's bool ``[n or 1, 1, s, s]`` with True where
         attention is forbidden; without them positions count from 0 and attention is causal.
+        """
+        ...
+
+    def states(
+        self,
+        tokens: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        layers: Sequence[int] = (),
+    ) -> list[torch.Tensor]:
+        """``hidden_states``, then the states after each of ``layers``, ``[n, s, h_t]`` each.
+
+        ``layers`` are 0-based decoder layers. What stands after a layer is the residual stream;
+        after the last one of a Hugging Face model it is what ``transformers`` lists there, which
+        for most architectures has gone through the final norm.
         """
         ...
 

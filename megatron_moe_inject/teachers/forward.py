@@ -9,6 +9,8 @@ Shapes: n sequences, s sequence length, h_t teacher hidden.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 
@@ -25,8 +27,9 @@ def shared_forward(
     *,
     group: dist.ProcessGroup | None,
     max_sequences: int = MAX_SEQUENCES,
-) -> torch.Tensor:
-    """The teacher's hidden states of n sequences, ``[n, s] -> [n, s, h_t]``, on every rank.
+    layers: Sequence[int] = (),
+) -> list[torch.Tensor]:
+    """The teacher's states of n sequences, ``[n, s] -> [n, s, h_t]`` each, on every rank.
 
     Rank r of ``group`` runs the sequences ``[r * q, (r + 1) * q)`` with q = ceil(n / size), at
     most ``max_sequences`` at a time, which bounds the activations.
@@ -39,12 +42,14 @@ def shared_forward(
             where attention is forbidden; None for causal attention.
         group: ranks that share the work; None runs everything here.
         max_sequences: sequences in one forward pass.
+        layers: teacher layers whose states are wanted besides.
 
     Returns:
-        States in the teacher's dtype, without a graph, in the order of ``tokens``.
+        Pre-head states, then those after each of ``layers``, in the teacher's dtype, without a
+        graph, in the order of ``tokens``.
 
-    Collectives: one all-gather of ``q * s * h_t`` values per rank over ``group``; none if the
-    group has one rank or n is 0.
+    Collectives: one all-gather of ``q * s * h_t`` values per rank over ``group`` for each of the
+    returned tensors; none if the group has one rank or n is 0.
     """
     assert max_sequences > 0, max_sequences
     count, length = tokens.shape
@@ -60,15 +65,18 @@ def shared_forward(
         mask = attention_mask
         if mask is not None and mask.shape[0] == count:
             mask = mask[part]
-        parts.append(teacher.hidden_states(tokens[part], positions, mask))
-    head = teacher.head_weight(0, 0)
-    if size == 1:
-        return torch.cat(parts) if parts else head.new_empty(0, length, teacher.hidden_size)
-
-    mine = head.new_zeros(share, length, teacher.hidden_size)
-    if parts:
-        torch.cat(parts, out=mine[: last - first])
-    everything = head.new_empty(size * share, length, teacher.hidden_size)
-    if count:
-        dist.all_gather_into_tensor(everything, mine, group=group)
-    return everything[:count]
+        parts.append(teacher.states(tokens[part], positions, mask, layers))
+    empty = teacher.head_weight(0, 0).new_empty(0, length, teacher.hidden_size)
+    if count == 0:
+        return [empty] * (1 + len(layers))
+    gathered = []
+    for own in zip(*parts, strict=True) if parts else [()] * (1 + len(layers)):
+        mine = torch.cat([*own, empty])
+        if size > 1:
+            padded = empty.new_zeros(share, length, teacher.hidden_size)
+            padded[: last - first] = mine
+            everything = empty.new_empty(size * share, length, teacher.hidden_size)
+            dist.all_gather_into_tensor(everything, padded, group=group)
+            mine = everything[:count]
+        gathered.append(mine)
+    return gathered

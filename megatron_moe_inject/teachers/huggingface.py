@@ -15,7 +15,7 @@ import importlib.util
 import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +62,9 @@ class HuggingFaceTeacher:
         self._base = model.base_model
         self._head = model.get_output_embeddings().weight.detach()
         self.hidden_size = self._head.shape[1]
+        self.num_layers = model.config.get_text_config().num_hidden_layers
         self.vocab_size = vocab_size
 
-    @torch.no_grad()
     def hidden_states(
         self,
         tokens: torch.Tensor,
@@ -72,6 +72,17 @@ class HuggingFaceTeacher:
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See ``base.Teacher``; positions and masks need ``resets_documents`` at loading."""
+        return self.states(tokens, position_ids, attention_mask)[0]
+
+    @torch.no_grad()
+    def states(
+        self,
+        tokens: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        layers: Sequence[int] = (),
+    ) -> list[torch.Tensor]:
+        """See ``base.Teacher``."""
         given = position_ids is not None or attention_mask is not None
         assert self._resets_documents or not given, "load the teacher with resets_documents"
         inputs: dict[str, Any] = {"input_ids": tokens}
@@ -84,9 +95,13 @@ class HuggingFaceTeacher:
             inputs["attention_mask"] = torch.ones_like(tokens)
         if attention_mask is not None:
             inputs["attention_mask"] = self._additive(attention_mask, len(tokens))
+        if layers:
+            inputs["output_hidden_states"] = True
         with untouched_rng(tokens.device):
-            states = self._base(**inputs, use_cache=False, return_dict=True).last_hidden_state
-        return states.to(self._head.dtype).contiguous()
+            found = self._base(**inputs, use_cache=False, return_dict=True)
+        # ``hidden_states`` begins with the embedding's.
+        kept = [found.last_hidden_state, *(found.hidden_states[layer + 1] for layer in layers)]
+        return [states.to(self._head.dtype).contiguous() for states in kept]
 
     def head_weight(self, start: int, stop: int) -> torch.Tensor:
         """See ``base.Teacher``."""

@@ -18,9 +18,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ class MegatronTeacher:
     def __init__(self, name: str, model: torch.nn.Module, vocab_size: int) -> None:
         self.name = name
         self.hidden_size = model.config.hidden_size
+        self.num_layers = len(model.decoder.layers)
         self.vocab_size = vocab_size
         self.logit_transform = LogitTransform(scale=compat.logit_scale(model.config))
         self._model = model
@@ -52,7 +54,6 @@ class MegatronTeacher:
         layer = model.embedding.word_embeddings if tied else model.output_layer
         self._head = layer.weight.detach()
 
-    @torch.no_grad()
     def hidden_states(
         self,
         tokens: torch.Tensor,
@@ -61,13 +62,43 @@ class MegatronTeacher:
     ) -> torch.Tensor:
         """See ``base.Teacher``. Transformer Engine's causal attention ignores the mask, as it
         does for the student."""
+        return self.states(tokens, position_ids, attention_mask)[0]
+
+    @torch.no_grad()
+    def states(
+        self,
+        tokens: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        layers: Sequence[int] = (),
+    ) -> list[torch.Tensor]:
+        """See ``base.Teacher``."""
         if position_ids is None:
             position_ids = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        with untouched_rng(self._head.device):
+        with untouched_rng(self._head.device), self._after(layers) as kept:
             states = self._model(
                 tokens, position_ids, attention_mask, output_processor=_keep_hidden_states
             )
-        return states.transpose(0, 1).to(self._head.dtype).contiguous()
+        found = [states, *(kept[layer] for layer in layers)]
+        return [s.transpose(0, 1).to(self._head.dtype).contiguous() for s in found]
+
+    @contextlib.contextmanager
+    def _after(self, layers: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
+        """Inside, the states after each of ``layers`` are kept as ``[s, n, h_t]``."""
+        kept: dict[int, torch.Tensor] = {}
+
+        def keep(layer: int, module: torch.nn.Module, inputs: Any, output: Any) -> None:
+            kept[layer] = output[0] if isinstance(output, tuple) else output
+
+        blocks = self._model.decoder.layers
+        handles = [
+            blocks[layer].register_forward_hook(functools.partial(keep, layer)) for layer in layers
+        ]
+        try:
+            yield kept
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def head_weight(self, start: int, stop: int) -> torch.Tensor:
         """See ``base.Teacher``."""

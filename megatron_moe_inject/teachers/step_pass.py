@@ -9,6 +9,8 @@ Shapes: n micro-batches, b samples each, s sequence, c context-parallel size, h_
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 
@@ -39,6 +41,7 @@ class TeacherPass:
         cp_group: context-parallel group.
         share_group: the TP x CP ranks that share the samples.
         window: micro-batches whose states are kept at once, 0 for the whole step.
+        layers: teacher layers whose states are wanted besides; needs the whole step at once.
         resets_documents: whether positions and attention start anew at each document
             (``--reset-position-ids``, ``--reset-attention-mask``), so that the teacher must see
             the batch's own ``position_ids`` and ``attention_mask``.
@@ -53,18 +56,22 @@ class TeacherPass:
         cp_group: dist.ProcessGroup,
         share_group: dist.ProcessGroup,
         window: int,
+        layers: Sequence[int] = (),
         resets_documents: bool = False,
     ) -> None:
+        assert not (window and layers), "layer states are shared once per step"
         self.teacher = teacher
         self.head = head
         self._tp_group = tp_group
         self._cp = (cp_group.rank(), cp_group.size())
         self._share_group = share_group if share_group.size() > 1 else None
         self._window = window
+        self.layers = tuple(layers)
         self._input_names = ("tokens",)
         if resets_documents:
             self._input_names += ("position_ids", "attention_mask")
         self._states: dict[int, torch.Tensor] = {}
+        self._layer_states: dict[int, torch.Tensor] = {}
 
     def begin(
         self,
@@ -87,6 +94,7 @@ class TeacherPass:
         self._selected = selected
         self._rows = selected.sum(dim=1).tolist()
         self._states.clear()
+        self._layer_states.clear()
         self._inputs = self._share_inputs(inputs, selected, sequence_length)
         self._run_window(0)
 
@@ -116,14 +124,16 @@ class TeacherPass:
         stop = len(self._rows) if not self._window else min(len(self._rows), first + self._window)
         begin, end = sum(self._rows[:first]), sum(self._rows[:stop])
         part = {k: None if v is None else v[begin:end] for k, v in self._inputs.items()}
-        states = shared_forward(
+        kept = shared_forward(
             self.teacher,
             part["tokens"],
             part["position_ids"],
             part["attention_mask"],
             group=self._share_group,
+            layers=self.layers,
         )
-        states = context_parallel_slice(states, *self._cp)
+        states, *others = (context_parallel_slice(found, *self._cp) for found in kept)
+        self._layer_states = dict(zip(self.layers, others, strict=True))
         for index, rows in enumerate(states.split(self._rows[first:stop]), start=first):
             self._states[index] = rows
 
@@ -132,3 +142,7 @@ class TeacherPass:
         if micro_batch not in self._states:
             self._run_window(micro_batch)
         return self._states.pop(micro_batch)
+
+    def take_layer(self, layer: int) -> torch.Tensor:
+        """The step's states after one of ``layers``, ``[k, s/c, h_t]`` for its k samples, once."""
+        return self._layer_states.pop(layer)

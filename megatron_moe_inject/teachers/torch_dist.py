@@ -266,6 +266,20 @@ class TorchDistCheckpoint:
             raise _damaged(self.source, path, error) from error
 
 
+def stored_shapes(folder: Path, prefix: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors in a checkpoint's folder whose names begin with ``prefix``.
+
+    Raises:
+        OSError, pickle.UnpicklingError: it cannot be read.
+    """
+    stored = _Reader(str(folder)).read_metadata().state_dict_metadata
+    return {
+        name: tuple(value.size)
+        for name, value in stored.items()
+        if name.startswith(prefix) and isinstance(value, TensorStorageMetadata)
+    }
+
+
 def _iteration_folder(source: Source) -> Path:
     """The directory of the iteration that a ``--save`` directory points to, or itself."""
     root = source.path

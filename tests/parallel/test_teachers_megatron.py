@@ -311,8 +311,10 @@ def read_in_job(rank: int, folder: Path) -> dict:
     shared = {}
     for count in (0, 1, 2, 5):
         inputs = tokens()[:count], positions()[:count], mask[:count]
-        plain = shared_forward(teacher, *inputs, group=None, max_sequences=1)
-        parts = shared_forward(teacher, *inputs, group=dist.group.WORLD, max_sequences=1)
+        plain = shared_forward(teacher, *inputs, group=None, max_sequences=1, layers=(0, 1))
+        parts = shared_forward(
+            teacher, *inputs, group=dist.group.WORLD, max_sequences=1, layers=(0, 1)
+        )
         shared[count] = (plain, parts)
     half = load_teacher(
         "coder", f"megatron:{folder / 'llama-tp1'}", params_dtype=torch.bfloat16, device="cpu"
@@ -443,17 +445,19 @@ def test_teacher_does_not_train(job):
 
 def test_shared_forward_equals_the_plain_forward_on_every_rank(job):
     for result in job:
-        for plain, parts in result["shared"].values():
-            assert plain.shape == parts.shape
-            assert plain.dtype == parts.dtype
-            assert torch.equal(plain, parts)
-    assert job[0]["shared"]["bf16"][0].dtype == torch.bfloat16
-    assert job[0]["shared"][0][0].shape == (0, LENGTH, 32)
+        for count, (every_plain, every_parts) in result["shared"].items():
+            assert len(every_plain) == len(every_parts) == (1 if count == "bf16" else 3)
+            for plain, parts in zip(every_plain, every_parts, strict=True):
+                assert plain.shape == parts.shape
+                assert plain.dtype == parts.dtype
+                assert torch.equal(plain, parts)
+    assert job[0]["shared"]["bf16"][0][0].dtype == torch.bfloat16
+    assert job[0]["shared"][0][0][0].shape == (0, LENGTH, 32)
 
 
 def test_masks_are_given_to_the_sequences_that_they_belong_to(job):
-    plain, _ = job[0]["shared"][5]
-    everywhere = job[0]["one_mask"]
+    plain = job[0]["shared"][5][0][0]
+    everywhere = job[0]["one_mask"][0]
     torch.testing.assert_close(everywhere[1], plain[1])
     torch.testing.assert_close(everywhere[0, :6], plain[0, :6])
     assert not torch.allclose(everywhere[0, 6:], plain[0, 6:], atol=1e-3)

@@ -10,12 +10,16 @@ from megatron_moe_inject.teachers import Teacher, shared_forward
 class Echo:
     """Hidden state of a token: the token, its position, and how many it may attend to."""
 
-    name, hidden_size, vocab_size, logit_transform = "echo", 3, 100, LogitTransform()
+    name, hidden_size, num_layers, vocab_size = "echo", 3, 7, 100
+    logit_transform = LogitTransform()
 
     def __init__(self):
         self.batches = []
 
     def hidden_states(self, tokens, position_ids=None, attention_mask=None):
+        return self.states(tokens, position_ids, attention_mask)[0]
+
+    def states(self, tokens, position_ids=None, attention_mask=None, layers=()):
         self.batches.append(len(tokens))
         count, length = tokens.shape
         if position_ids is None:
@@ -24,7 +28,8 @@ class Echo:
             attention_mask = torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
         assert attention_mask.shape[0] in (1, count)
         seen = (~attention_mask).sum(-1)[:, 0].expand(count, length)
-        return torch.stack([tokens, position_ids, seen], -1).double()
+        last = torch.stack([tokens, position_ids, seen], -1).double()
+        return [last, *(last + 1000 * (layer + 1) for layer in layers)]
 
     def head_weight(self, start, stop):
         return torch.zeros(stop - start, 3, dtype=torch.float64)
@@ -58,7 +63,10 @@ def test_it_is_a_teacher():
 @pytest.mark.parametrize("count", [0, 1, 4, 5, 9])
 def test_alone(count):
     teacher = Echo()
-    states = shared_forward(teacher, *inputs(count), group=None, max_sequences=4)
+    states, deeper = shared_forward(
+        teacher, *inputs(count), group=None, max_sequences=4, layers=(2,)
+    )
+    assert torch.equal(deeper, states + 3000)
     assert states.shape == (count, 6, 3)
     assert states.dtype == torch.float64
     if count:
@@ -79,26 +87,30 @@ def test_shares_cover_everything_once_in_order(monkeypatch, size, count, one_mas
 
     def gather_of(rank):
         def gather(output, mine, group):
+            nth = calls.count(rank)
             calls.append(rank)
             assert group.rank() == rank
-            sent[rank] = mine.clone()
-            if len(sent) == size:
-                output.copy_(torch.cat([sent[r] for r in range(size)]))
+            sent[nth, rank] = mine.clone()
+            if rank == size - 1:
+                output.copy_(torch.cat([sent[nth, r] for r in range(size)]))
 
         return gather
 
-    sent = {}
+    sent, layers = {}, (0, 4)
     results = []
     for rank in range(size):
         monkeypatch.setattr("torch.distributed.all_gather_into_tensor", gather_of(rank))
         group = Group(rank, size)
         results.append(
-            shared_forward(work[rank], tokens, positions, mask, group=group, max_sequences=2)
+            shared_forward(
+                work[rank], tokens, positions, mask, group=group, max_sequences=2, layers=layers
+            )
         )
     assert sum(sum(teacher.batches) for teacher in work) == count
     share = -(-count // size)
     assert all(sum(teacher.batches) <= share for teacher in work)
-    assert calls == (list(range(size)) if count else [])
-    assert results[-1].shape == (count, 6, 3)
+    assert calls == ([rank for rank in range(size) for _ in range(3)] if count else [])
+    assert [states.shape for states in results[-1]] == [(count, 6, 3)] * 3
     if count:
-        assert torch.equal(results[-1], Echo().hidden_states(tokens, positions, mask))
+        expected = Echo().states(tokens, positions, mask, layers)
+        assert all(map(torch.equal, results[-1], expected))

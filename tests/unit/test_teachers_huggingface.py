@@ -179,7 +179,7 @@ def test_a_mask_separates_documents(llama):
     packed = teacher.hidden_states(tokens(), positions, mask.expand(5, 1, 10, 10))
     second = teacher.hidden_states(tokens()[:, 4:])
     torch.testing.assert_close(packed[:, 4:], second)
-    shared = shared_forward(teacher, tokens(), positions, mask[None, None], group=None)
+    (shared,) = shared_forward(teacher, tokens(), positions, mask[None, None], group=None)
     torch.testing.assert_close(shared, packed)
 
 

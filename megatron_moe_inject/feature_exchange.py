@@ -1,0 +1,159 @@
+"""Teacher layer states and token weights of a step, sent to the pipeline stages that need them.
+
+Teachers run on the last stage. A stage that holds a layer which imitates one gets the states once
+per step, before the schedule, from the rank of the last stage at its own data-, context- and
+tensor-parallel position: its context-parallel part of the sequence, and under sequence parallelism
+its tensor-parallel part of that.
+
+Shapes: n micro-batches of the step, b samples each, k samples that a teacher teaches, s full
+sequence, l this rank's part of it, h_t teacher hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from megatron_moe_inject.data.labels import MicroBatch
+from megatron_moe_inject.teachers.step_pass import TeacherPass, context_parallel_slice
+
+
+class LayerStates(NamedTuple):
+    """A teacher's layer that some stage wants: its name in the recipe, and the 0-based layer."""
+
+    teacher: str
+    layer: int
+
+
+class StepTargets(NamedTuple):
+    """What a stage imitates in one step.
+
+    Attributes:
+        mask: ``[n, b, l]`` float32, the loss mask.
+        tokens: ``[n]`` float32, tokens of each micro-batch that count, on this context-parallel
+            rank: what Megatron's loss function returns as their number.
+        states: ``[k, l, h_t]`` by teacher and layer.
+    """
+
+    mask: torch.Tensor
+    tokens: torch.Tensor
+    states: dict[LayerStates, torch.Tensor]
+
+
+class FeatureExchange:
+    """Sends and receives them.
+
+    Args:
+        wanted: what each pipeline stage wants, by its rank in the pipeline group; the same on
+            every rank.
+        widths: h_t by teacher.
+        dtypes: type of its states by teacher.
+        groups: the student's ``ProcessGroupCollection``.
+        sequence_parallel: whether hidden states are split over the tensor-parallel group.
+        device: where states live.
+    """
+
+    def __init__(
+        self,
+        wanted: Sequence[Sequence[LayerStates]],
+        *,
+        widths: Mapping[str, int],
+        dtypes: Mapping[str, torch.dtype],
+        groups: object,
+        sequence_parallel: bool,
+        device: torch.device,
+    ) -> None:
+        self._wanted = wanted
+        self._widths = widths
+        self._dtypes = dtypes
+        self._pp, self._tp = groups.pp, groups.tp
+        self._cp = (groups.cp.rank(), groups.cp.size())
+        self._parts = (groups.tp.rank(), groups.tp.size()) if sequence_parallel else (0, 1)
+        self._device = device
+
+    def run(
+        self,
+        passes: Mapping[str, TeacherPass],
+        batches: Sequence[MicroBatch] | None,
+        labels_shape: tuple[int, int],
+        taught: Mapping[str, int],
+        sequence_length: int,
+    ) -> StepTargets | None:
+        """One exchange; ``None`` on stages that imitate nothing.
+
+        Args:
+            passes: on the last stage, the teachers, which have run.
+            batches: on the last stage's rank that reads data, the step's micro-batches.
+            labels_shape: ``(n, b)``.
+            taught: k by teacher.
+            sequence_length: s.
+
+        Collectives: on the last stage one broadcast of the loss mask over the tensor-parallel
+        group; then a send to each other stage that wants something.
+        """
+        own, last = self._pp.rank(), self._pp.size() - 1
+        if own == last:
+            mask, tokens = self._masks(batches, labels_shape, sequence_length)
+            states = {
+                wish: self._slice(passes[wish.teacher].take_layer(wish.layer))
+                for wish in dict.fromkeys(wish for stage in self._wanted for wish in stage)
+            }
+            self._send(mask, tokens, states)
+            return StepTargets(mask, tokens, states) if self._wanted[own] else None
+        if not self._wanted[own]:
+            return None
+        n, b = labels_shape
+        length = sequence_length // self._cp[1] // self._parts[1]
+        mask = torch.empty(n, b, length, device=self._device)
+        tokens = torch.empty(n, device=self._device)
+        states = {
+            wish: torch.empty(
+                (taught[wish.teacher], length, self._widths[wish.teacher]),
+                dtype=self._dtypes[wish.teacher],
+                device=self._device,
+            )
+            for wish in self._wanted[own]
+        }
+        peer = dist.get_global_rank(self._pp, last)
+        tensors = [mask, tokens, *states.values()]
+        _exchange([dist.P2POp(dist.irecv, t, peer, self._pp) for t in tensors if t.numel()])
+        return StepTargets(mask, tokens, states)
+
+    def _send(self, mask, tokens, states: Mapping[LayerStates, torch.Tensor]) -> None:
+        operations = []
+        for stage, wishes in enumerate(self._wanted[:-1]):
+            if not wishes:
+                continue
+            peer = dist.get_global_rank(self._pp, stage)
+            tensors = [mask, tokens, *(states[wish] for wish in wishes)]
+            operations += [dist.P2POp(dist.isend, t, peer, self._pp) for t in tensors if t.numel()]
+        _exchange(operations)
+
+    def _masks(
+        self, batches: Sequence[MicroBatch] | None, shape: tuple[int, int], length: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        n, b = shape
+        if batches is None:
+            mask = torch.empty(n, b, length, device=self._device)
+        else:
+            rows = [torch.as_tensor(batch["loss_mask"]).reshape(b, length) for batch in batches]
+            mask = torch.stack(rows).to(self._device, torch.float32, non_blocking=True)
+        if self._tp.size() > 1:
+            dist.broadcast(mask, dist.get_global_rank(self._tp, 0), self._tp)
+        rows = context_parallel_slice(mask.view(n * b, length, 1), *self._cp)
+        tokens = rows.view(n, -1).sum(1)
+        return self._slice(rows).view(n, b, -1), tokens
+
+    def _slice(self, states: torch.Tensor) -> torch.Tensor:
+        """This tensor-parallel rank's part of ``[k, s/c, width]`` under sequence parallelism."""
+        rank, size = self._parts
+        return states if size == 1 else states.chunk(size, dim=1)[rank].contiguous()
+
+
+def _exchange(operations: list[dist.P2POp]) -> None:
+    if operations:
+        for request in dist.batch_isend_irecv(operations):
+            request.wait()

@@ -1,0 +1,213 @@
+"""Feature and expert-output imitation through the real ``pretrain()``.
+
+Layers 2 and 3 of the student imitate layers 0 and 1 of a wider teacher, through projections. With
+two pipeline stages layer 1, on the first stage, does so too: expert 1 of it trains there.
+"""
+
+import copy
+
+import pytest
+
+from tests.training import lane
+from tests.training.conftest import make_material, student_flags
+from tests.training.test_injection import (
+    LAYOUTS,
+    OTHER,
+    PROVEN,
+    SLOW_LAYOUTS,
+    inject,
+    recipe_file,
+)
+
+FEATURES = """
+domains:
+  - name: code
+    data: [1]
+    teacher: coder
+    experts: {{layers: {{1: [1], 3: [0, 3]}}}}
+teachers:
+  coder: {{source: "megatron:{teacher}"}}
+objective:
+  alpha: 0.7
+  beta: 0.3
+  features: {{hidden: 0.5, experts: 0.25}}
+"""
+TERMS = (
+    "lm loss",
+    "kd loss",
+    "feature loss",
+    "feature loss/code",
+    "expert feature loss",
+    "total loss",
+    "grad norm",
+)
+HERE = {name: layout for name, layout in LAYOUTS.items() if "window" not in name}
+
+
+@pytest.fixture(scope="module")
+def single(material):
+    return inject(material, FEATURES)
+
+
+def test_both_losses_are_reported_and_fall(material):
+    more = ("--train-iters", "16")
+    imitating = inject(
+        material, FEATURES.replace("0.5, experts: 0.25", "3.0, experts: 3.0"), extra=more
+    )
+    for name in ("feature loss", "expert feature loss"):
+        values = imitating.losses(name)
+        assert values[-1] < 0.8 * values[0], (name, values)
+        assert imitating.losses(f"{name}/code") == values
+
+
+def test_the_student_itself_moves_towards_the_teacher(material, single):
+    """Not the projection alone: expert 3 of layer 3 ends elsewhere than without imitation."""
+    plain = inject(material, FEATURES.replace("0.5, experts: 0.25", "0.0"))
+    assert plain.losses("lm loss")[0] == single.losses("lm loss")[0]
+    assert plain.losses("grad norm")[0] != single.losses("grad norm")[0]
+    assert plain.losses("lm loss")[1:] != single.losses("lm loss")[1:]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        *(pytest.param(v, id=k) for k, v in HERE.items()),
+        *(pytest.param(v, id=k, marks=pytest.mark.slow) for k, v in SLOW_LAYOUTS.items()),
+    ],
+)
+def test_the_curve_does_not_depend_on_the_layout(material, single, layout):
+    run = inject(material, FEATURES, **copy.deepcopy(layout))
+    assert len(run.iterations) == 4
+    for term in TERMS:
+        assert run.losses(term) == pytest.approx(single.losses(term), rel=2e-5), term
+    assert PROVEN.search(run.output)
+
+
+@pytest.mark.parametrize("dispatcher", ["allgather", "alltoall"])
+def test_the_curve_does_not_depend_on_the_dispatcher(material, single, dispatcher):
+    extra = ("--moe-token-dispatcher-type", dispatcher)
+    run = inject(material, FEATURES, nproc=2, ep=2, extra=extra)
+    for term in TERMS:
+        assert run.losses(term) == pytest.approx(single.losses(term), rel=2e-5), term
+
+
+TWO = """
+domains:
+  - {{name: code, data: [1], teacher: coder, experts: {{layers: {{2: [3], 3: [0, 3]}}}}}}
+  - {{name: text, data: [0], teacher: reader, experts: {{layers: {{1: [2], 3: [1]}}}}}}
+teachers:
+  coder: {{source: "megatron:{teacher}", layers: {{3: 1}}}}
+  reader: {{source: "megatron:{teacher}"}}
+objective: {{features: {{hidden: {{points: {{0: 0.0, 2: 0.5}}}}, experts: 0.5, loss: cosine}}}}
+"""
+
+
+@pytest.mark.parametrize("layout", ["ep2", "pp2", "tp2-sp", "full recompute"])
+def test_two_domains_with_teachers_layers_and_experts_of_their_own(material, layout):
+    names = ("feature loss", "expert feature loss")
+    terms = ["lm loss", "grad norm", *names]
+    terms += [f"{name}/{domain}" for name in names for domain in ("code", "text")]
+    alone, run = inject(material, TWO), inject(material, TWO, **copy.deepcopy(LAYOUTS[layout]))
+    for term in terms:
+        assert run.losses(term) == pytest.approx(alone.losses(term), rel=2e-5), term
+        assert len(set(alone.losses(term))) == 4, term
+
+
+def test_evaluation_reports_them_too(single):
+    assert single.evaluations[-1]["feature loss"] > 0
+    assert single.evaluations[-1]["expert feature loss"] > 0
+
+
+@pytest.mark.parametrize("precision", [(), ("--bf16", *lane.DISTRIBUTED_OPTIMIZER)], ids=str)
+def test_a_resumed_run_goes_on_bitwise(material, tmp_path, precision):
+    save = str(tmp_path / "resumed")
+    keep = (*precision, "--train-iters", "6", "--save", save, "--save-interval", "3")
+    layout = dict(nproc=2, pp=2)
+    whole = inject(material, FEATURES, extra=(*precision, "--train-iters", "6"), **layout)
+    inject(material, FEATURES, extra=(*keep, "--exit-interval", "3"), **layout)
+    ours = ("--inject-recipe", recipe_file(material, FEATURES), "--load", save)
+    resumed = lane.run(student_flags(*material.blend, *keep, *ours, pp=2), nproc=2)
+    for term in TERMS:
+        assert resumed.losses(term) == whole.losses(term)[3:], term
+
+
+def test_the_checkpoint_is_one_for_plain_megatron(material, tmp_path):
+    """The next step of plain training begins with the very weights that imitation left."""
+    save = str(tmp_path / "done")
+    keep = ("--save", save, "--save-interval", "100")
+    inject(material, FEATURES, nproc=2, pp=2, extra=keep)
+    evaluate = ("--train-iters", "5", "--eval-interval", "1", *material.blend)
+    stock = [*evaluate, "--load", save, "--finetune", "--no-load-optim", "--no-load-rng"]
+    plain = lane.run(student_flags(*stock))
+    ours = ("--inject-recipe", recipe_file(material, FEATURES))
+    watched = lane.run(student_flags(*stock, *ours))
+    assert plain.losses("lm loss")[0] == pytest.approx(watched.losses("lm loss")[0], rel=1e-6)
+    untouched = lane.run(student_flags(*evaluate, "--load", material.student, *stock[-3:]))
+    assert untouched.losses("lm loss")[0] != pytest.approx(plain.losses("lm loss")[0], rel=1e-4)
+
+
+def _fails(material, message, recipe=FEATURES, flags=None, **options):
+    if flags is None:
+        run = inject(material, recipe, check=False, **options)
+    else:
+        run = lane.run(flags, check=False)
+    assert run.returncode == 2, run.tail()
+    assert message in run.output
+    assert "Traceback" not in run.output
+
+
+def test_a_resumed_run_with_other_layers_is_told(material, tmp_path):
+    save = str(tmp_path / "resumed")
+    keep = ("--train-iters", "6", "--save", save, "--save-interval", "3")
+    inject(material, FEATURES, extra=(*keep, "--exit-interval", "3"))
+    ours = ("--inject-recipe", recipe_file(material, FEATURES), "--load", save)
+    other = ("--inject-set", "teachers.coder.layers={3: 1}")
+    flags = student_flags(*material.blend, *keep, *ours, *other)
+    _fails(material, "holds projections inject_projections.experts_1_coder.weight", flags=flags)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("teachers.coder.layers={0: 0}", "layers [0] imitate a teacher, but nothing up to them"),
+        ("teachers.coder.layers={4: 0}", "teachers.coder.layers: 4 is no layer of the student"),
+        ("teachers.coder.layers={3: 2}", "teachers.coder.layers.3: 2 is no layer of the teacher"),
+    ],
+)
+def test_layers_that_cannot_be(material, override, message):
+    extra = ("--inject-set", override, "--inject-set", "objective.features.experts=0")
+    _fails(material, message, nproc=2, pp=2, extra=extra)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--moe-latent-size", "16"), "--moe-latent-size"),
+        (("--ckpt-format", "torch", "--save", "/tmp/unused"), "--ckpt-format torch"),
+    ],
+    ids=str,
+)
+def test_megatron_options_that_cannot_be(material, flags, message):
+    _fails(material, message, extra=flags)
+
+
+def test_a_dense_student_under_plain_tensor_parallelism(material):
+    """Without sequence parallelism every rank sees all tokens; none may count twice."""
+    recipe = FEATURES.replace("experts: {{layers: {{1: [1], 3: [0, 3]}}}}", "")
+    recipe = recipe.replace(", experts: 0.25", "") + "train: {{experts: none, mlp: true}}\n"
+    ours = ("--inject-recipe", recipe_file(material, recipe), "--inject-verify-frozen")
+    small = [f for f in lane.dense() if f != "--mock-data"]
+    small += ["--vocab-size", "61", "--make-vocab-size-divisible-by", "16", *material.blend, *ours]
+    single = lane.run(small)
+    split = lane.run([*small, "--tensor-model-parallel-size", "2"], nproc=2)
+    for term in ("lm loss", "kd loss", "feature loss", "grad norm"):
+        assert split.losses(term) == pytest.approx(single.losses(term), rel=2e-5), term
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not OTHER, reason="MEGATRON_OTHER names no second Megatron-Core")
+def test_the_other_supported_megatron_gives_the_same_curve(tmp_path, single):
+    material = make_material(tmp_path, [OTHER])
+    run = inject(material, FEATURES, nproc=2, pp=2, path=[OTHER])
+    for term in TERMS:
+        assert run.losses(term) == pytest.approx(single.losses(term), rel=2e-5), term
