@@ -8,6 +8,7 @@ import copy
 
 import pytest
 
+from megatron_moe_inject.teachers.torch_dist import stored_shapes
 from tests.training import lane
 from tests.training.conftest import make_material, student_flags
 from tests.training.test_injection import (
@@ -132,18 +133,18 @@ def test_a_resumed_run_goes_on_bitwise(material, tmp_path, precision):
 
 
 def test_the_checkpoint_is_one_for_plain_megatron(material, tmp_path):
-    """The next step of plain training begins with the very weights that imitation left."""
-    save = str(tmp_path / "done")
-    keep = ("--save", save, "--save-interval", "100")
-    inject(material, FEATURES, nproc=2, pp=2, extra=keep)
-    evaluate = ("--train-iters", "5", "--eval-interval", "1", *material.blend)
-    stock = [*evaluate, "--load", save, "--finetune", "--no-load-optim", "--no-load-rng"]
-    plain = lane.run(student_flags(*stock))
-    ours = ("--inject-recipe", recipe_file(material, FEATURES))
-    watched = lane.run(student_flags(*stock, *ours))
-    assert plain.losses("lm loss")[0] == pytest.approx(watched.losses("lm loss")[0], rel=1e-6)
-    untouched = lane.run(student_flags(*evaluate, "--load", material.student, *stock[-3:]))
-    assert untouched.losses("lm loss")[0] != pytest.approx(plain.losses("lm loss")[0], rel=1e-4)
+    """Which trains on with the weights that imitation left, and drops the projections."""
+    save, on = tmp_path / "done", tmp_path / "on"
+    keep = ("--save-interval", "100", "--save")
+    inject(material, FEATURES, nproc=2, pp=2, extra=(*keep, str(save)))
+    flags = ("--train-iters", "5", *material.blend, "--no-load-optim", "--no-load-rng", "--load")
+    plain = lane.run(student_flags(*flags, str(save), *keep, str(on)))
+    untouched = lane.run(student_flags(*flags, material.student))
+    assert plain.iterations[0]["iteration"] == 5
+    assert plain.losses("lm loss")[0] != pytest.approx(untouched.losses("lm loss")[0], rel=1e-4)
+    prefix = "inject_projections."
+    assert len(stored_shapes(save / "iter_0000004", prefix)) == 4
+    assert not stored_shapes(on / "iter_0000005", prefix)
 
 
 def _fails(material, message, recipe=FEATURES, flags=None, **options):
@@ -183,7 +184,7 @@ def test_layers_that_cannot_be(material, override, message):
     ("flags", "message"),
     [
         (("--moe-latent-size", "16"), "--moe-latent-size"),
-        (("--ckpt-format", "torch", "--save", "/tmp/unused"), "--ckpt-format torch"),
+        (("--ckpt-format", "torch", "--save", "unused", "--save-interval", "9"), "--ckpt-format torch"),
     ],
     ids=str,
 )
@@ -191,13 +192,16 @@ def test_megatron_options_that_cannot_be(material, flags, message):
     _fails(material, message, extra=flags)
 
 
-def test_a_dense_student_under_plain_tensor_parallelism(material):
+def test_a_dense_student_under_plain_tensor_parallelism(material, tmp_path):
     """Without sequence parallelism every rank sees all tokens; none may count twice."""
     recipe = FEATURES.replace("experts: {{layers: {{1: [1], 3: [0, 3]}}}}", "")
     recipe = recipe.replace(", experts: 0.25", "") + "train: {{experts: none, mlp: true}}\n"
     ours = ("--inject-recipe", recipe_file(material, recipe), "--inject-verify-frozen")
     small = [f for f in lane.dense() if f != "--mock-data"]
     small += ["--vocab-size", "61", "--make-vocab-size-divisible-by", "16", *material.blend, *ours]
+    start = str(tmp_path / "dense")
+    lane.run([*small[: -len(ours)], "--train-iters", "1", "--save", start, "--save-interval", "9"])
+    small += ["--load", start, "--finetune", "--no-load-optim", "--no-load-rng"]
     single = lane.run(small)
     split = lane.run([*small, "--tensor-model-parallel-size", "2"], nproc=2)
     for term in ("lm loss", "kd loss", "feature loss", "grad norm"):
