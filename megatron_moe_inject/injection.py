@@ -22,7 +22,7 @@ from megatron_moe_inject.experts.census import parameter_rows
 from megatron_moe_inject.experts.freeze import FreezePolicy
 from megatron_moe_inject.experts.original import FOLDER, OriginalParameters
 from megatron_moe_inject.experts.verify import FrozenCheck
-from megatron_moe_inject.imitation_setup import ImitationSetup
+from megatron_moe_inject.imitation.setup import ImitationSetup
 from megatron_moe_inject.loss_hook import LossHook
 from megatron_moe_inject.losses.objective import TermWeights
 from megatron_moe_inject.losses.spec import Divergence, TokenWeighting

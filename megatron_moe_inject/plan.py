@@ -17,7 +17,7 @@ from megatron_moe_inject.student import StudentFacts, ranges, split_labels
 from megatron_moe_inject.typed import listing
 
 if TYPE_CHECKING:
-    from megatron_moe_inject.imitation import ImitationTerm
+    from megatron_moe_inject.imitation.terms import ImitationTerm
 
 _MAX_LAYERS = 16
 _IMITATED = {"hidden": "hidden states", "experts": "expert outputs"}

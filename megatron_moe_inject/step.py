@@ -17,7 +17,7 @@ import torch
 
 from megatron_moe_inject.data import labels as domain_labels
 from megatron_moe_inject.data.labels import HostGroup, MicroBatch
-from megatron_moe_inject.imitation_hook import ImitationHook
+from megatron_moe_inject.imitation.hook import ImitationHook
 from megatron_moe_inject.loss_hook import LossHook
 from megatron_moe_inject.original_pass import OriginalPass
 

@@ -68,7 +68,7 @@ def _random(seed, *shape):
 
 def _combined(expert_parallel, dispatcher, capacity=None):
     """Combined output of the chosen experts, and the gradients of its weighted sum."""
-    from megatron_moe_inject.imitation_hook import _ExpertOutputs
+    from megatron_moe_inject.imitation.hook import _ExpertOutputs
 
     layer = _layer(expert_parallel, dispatcher, capacity)
     kept = {}

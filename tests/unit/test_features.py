@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_moe_inject.feature_exchange import FeatureExchange, LayerStates
-from megatron_moe_inject.imitation import ImitationTerm, Projections
-from megatron_moe_inject.imitation_hook import ImitationHook
+from megatron_moe_inject.imitation.exchange import FeatureExchange, LayerStates
+from megatron_moe_inject.imitation.hook import ImitationHook
+from megatron_moe_inject.imitation.projections import Projections
+from megatron_moe_inject.imitation.terms import ImitationTerm
 from megatron_moe_inject.losses import reference
 from megatron_moe_inject.losses.features import (
     FEATURE_LOSSES,

@@ -26,8 +26,9 @@ import torch.distributed as dist
 from megatron.core.utils import make_viewless_tensor
 
 from megatron_moe_inject.experts.freeze import decoder_layers
-from megatron_moe_inject.feature_exchange import FeatureExchange, LayerStates, StepTargets
-from megatron_moe_inject.imitation import ImitationTerm, Projections
+from megatron_moe_inject.imitation.exchange import FeatureExchange, LayerStates, StepTargets
+from megatron_moe_inject.imitation.projections import Projections
+from megatron_moe_inject.imitation.terms import ImitationTerm
 from megatron_moe_inject.losses.features import attach_loss, feature_loss
 from megatron_moe_inject.metrics.losses import sum_and_count
 

@@ -12,9 +12,10 @@ import torch.distributed as dist
 
 from megatron_moe_inject import compat
 from megatron_moe_inject.experts.freeze import PROJECTIONS, decoder_layers
-from megatron_moe_inject.feature_exchange import FeatureExchange, LayerStates
-from megatron_moe_inject.imitation import Projections, imitation_terms
-from megatron_moe_inject.imitation_hook import ImitationHook
+from megatron_moe_inject.imitation.exchange import FeatureExchange, LayerStates
+from megatron_moe_inject.imitation.hook import ImitationHook
+from megatron_moe_inject.imitation.projections import Projections
+from megatron_moe_inject.imitation.terms import imitation_terms
 from megatron_moe_inject.recipe import Recipe, RecipeError
 from megatron_moe_inject.schedule import value_at
 from megatron_moe_inject.student import StudentFacts
