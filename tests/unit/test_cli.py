@@ -6,6 +6,7 @@ import pytest
 
 from megatron_moe_inject import __version__, teachers
 from megatron_moe_inject.cli import main
+from megatron_moe_inject.imitation.terms import ImitationTerm
 from megatron_moe_inject.plan import (
     ParameterRow,
     Plan,
@@ -190,6 +191,20 @@ def test_terms_of_the_loss_with_their_schedules_and_options():
     assert "  (general)  =  10 * KL(original || student)" in lines
     assert any(line.startswith("  (general)  (the original)") for line in lines)
     assert any("no distillation where the teacher predicts the label worse" in x for x in lines)
+
+
+def test_what_imitates_what():
+    options = ["objective.features.hidden=0.1", "objective.features.experts=2"]
+    recipe = recipe_from_yaml(RECIPE, options)
+    terms = [
+        ImitationTerm("hidden", "coder", 3, 1, {0: 1.0}),
+        ImitationTerm("experts", "coder", 12, 7, {0: 1.0}, frozenset({4, 5, 6})),
+    ]
+    text = render_plan(Plan(recipe, imitation=terms))
+    assert "0.1 * normalized(hidden states, coder) + 2 * normalized(expert outputs, coder)" in text
+    assert "            3  hidden       coder                1" in text
+    assert "           12  experts 4-6  coder                7" in text
+    assert "features" not in render_plan(Plan(recipe))
 
 
 def test_long_choices_are_summarised():

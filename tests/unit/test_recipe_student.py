@@ -285,6 +285,28 @@ def test_harmless_options_pass(parse):
     check_recipe(recipe(1), student_facts_from_args(parse(line)))
 
 
+@pytest.mark.parametrize(
+    ("features", "options", "message"),
+    [
+        (
+            {"hidden": 1},
+            {"cuda_graph_impl": "local"},
+            "--cuda-graph-impl.*objective.features.hidden",
+        ),
+        ({"experts": 1}, {"moe_token_dispatcher_type": "flex"}, "--moe-token-dispatcher-type flex"),
+        ({"experts": 1}, {"moe_shared_expert_overlap": True}, "--moe-shared-expert-overlap"),
+        ({"experts": 1}, {"moe_latent_size": 64}, "--moe-latent-size.*objective.features.experts"),
+    ],
+)
+def test_imitation_refuses_what_hides_its_states(features, options, message):
+    imitating = recipe(1, features=features)
+    check_recipe(recipe(1), facts(options=options))
+    with pytest.raises(RecipeError, match=message):
+        check_recipe(imitating, facts(options=options))
+    if "experts" in features:
+        check_recipe(recipe(1, features={"hidden": 1}), facts(options=options))
+
+
 # labels
 
 
