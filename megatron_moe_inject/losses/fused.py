@@ -38,6 +38,7 @@ from megatron_moe_inject.losses.checks import (
 from megatron_moe_inject.losses.head_gradient import HeadGradient
 from megatron_moe_inject.losses.rows import (
     LogitRows,
+    RowKernels,
     RowStats,
     distillation_factor,
     logit_gradient,
@@ -100,6 +101,7 @@ def fused_linear_distillation(
     student_transform: LogitTransform | None = None,
     teacher_transform: LogitTransform | None = None,
     sparse_teacher: SparseTeacher | None = None,
+    kernels: RowKernels | None = None,
 ) -> FusedLoss:
     """alpha T^2 D(teacher || student) + beta CE of every token, from hidden states and heads.
 
@@ -131,6 +133,9 @@ def fused_linear_distillation(
             ``LogitTransform``; None for nothing.
         sparse_teacher: stored ids [t, k] of a teacher in place of its hidden states and head, at
             one temperature for all tokens.
+        kernels: goes through the logits' columns instead of torch operations, such as
+            ``TritonRows()`` on a GPU; the same on every rank of ``tp_group``. With a sparse teacher
+            only for the cross-entropy.
 
     Returns:
         FusedLoss; ``total`` is differentiable by ``student_hidden`` and ``student_weight``, with
@@ -184,6 +189,7 @@ def fused_linear_distillation(
             vocab_size=shard.valid,
             dtype=maths_dtype(student_hidden.dtype),
         ),
+        kernels=kernels,
     )
     if plan.weight_gradient and accumulate_main_grad:
         HeadGradient.check(student_weight)
@@ -232,6 +238,7 @@ class _Plan:
     student_transform: LogitTransform | None
     teacher_transform: LogitTransform | None
     sparse: SparseTarget | None
+    kernels: RowKernels | None
 
     def of(self, rows: slice) -> "_Plan":
         """The plan for some of the tokens."""
@@ -246,7 +253,9 @@ class _Plan:
             y = chunk.teacher_hidden @ chunk.teacher_weight.t()
             if self.teacher_transform:
                 self.teacher_transform.apply_(y)
-        return LogitRows(x, y, chunk.labels, chunk.temperature, self.student_transform)
+        return LogitRows(
+            x, y, chunk.labels, chunk.temperature, self.student_transform, self.kernels
+        )
 
     def statistics(self, logits: LogitRows) -> tuple[RowStats, SparseStats | None]:
         """Their losses."""
