@@ -11,7 +11,8 @@ the work of the process alone (of the busiest rank): what to compare on a machin
 
 FLOP rates count the products that the task needs, not those that a contender spends: with t tokens,
 2 t v h for the student's logits, 2 t v h_t for the teacher's, 2 t v h for the gradient by the
-hidden states and, head trained, 2 t v h for the head's; the total over all ranks.
+hidden states and, head trained, 2 t v h for the head's; the total over all ranks. The share of the
+limit is that rate divided by the number of ranks and by the GPU's data sheet rate for dense bf16.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ SIZES = {  # tokens, hidden, teacher_hidden, vocab
     "cuda": (8192, 4096, 2048, 128256),
 }
 # Dense bf16 matrix products, FLOP/s, from NVIDIA's data sheets.
-PEAK = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
+PEAK = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
 WORKER = Path(__file__).resolve().with_name("loss_worker.py")
 
 

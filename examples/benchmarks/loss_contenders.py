@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from compiled_rows import CompiledRows
 from torch import Tensor
 
 from megatron_moe_inject import losses
@@ -163,11 +164,13 @@ def build_naive(s: Settings) -> Loss:
     return loss
 
 
-def build_ours(s: Settings) -> Loss:
+def build_ours(s: Settings, kernels: Callable | None = None) -> Loss:
+    kernels = kernels and kernels()
+
     def loss(i: Inputs):
         out = losses.fused_linear_distillation(
             *i[:5], kind=s.kind, temperature=s.temperature, alpha=s.alpha, beta=s.beta,
-            jsd_beta=s.jsd_beta, skew=s.skew, tp_group=s.group,
+            jsd_beta=s.jsd_beta, skew=s.skew, tp_group=s.group, kernels=kernels,
         )  # fmt: skip
         return with_value(s, out.total.mean())
 
@@ -308,6 +311,14 @@ CONTENDERS = {
     "ours": Contender(
         "ours, fused", "fused_linear_distillation: a T^2 D + b CE, never whole logits",
         build_ours, dense_total, with_ce=True,
+    ),
+    "ours-triton": Contender(
+        "ours (Triton)", "the same with kernels=TritonRows() between the products",
+        lambda s: build_ours(s, losses.TritonRows), dense_total, with_ce=True, needs_cuda=True,
+    ),
+    "ours-compiled": Contender(
+        "ours (torch.compile)", "the same with the plain operations between the products compiled",
+        lambda s: build_ours(s, CompiledRows), dense_total, with_ce=True,
     ),
     "ours-logits": Contender(
         "ours, on logits", "vocab_parallel_divergence: T^2 D of whole (sharded) logits; no CE",

@@ -9,7 +9,7 @@ from loss_contenders import CONTENDERS
 
 MIB = 2**20
 COLOURS = ("#8c8c8c", "#cc79a7", "#0072b2", "#e69f00", "#f0c060", "#009e73", "#56b4e9", "#d55e00",
-           "#9b2226", "#6a3d9a", "#b15928")  # fmt: skip
+           "#9b2226", "#6a3d9a", "#b15928", "#003f5c", "#7fb3d5")  # fmt: skip
 
 
 def mib(count: float | None) -> str:
@@ -20,7 +20,8 @@ def table(result: dict) -> list[str]:
     """The rows as text, and what each contender computes."""
     lines = [
         f"{'TP':<3}{'head':<9}{'contender':<23}{'value err':>10}{'grad err':>10}{'head err':>10}"
-        f"{'ms':>11}{'CPU ms':>11}{'extra MiB':>11}{'- grads':>9}{'GFLOP/s':>10}{'time/naive':>12}"
+        f"{'ms':>11}{'CPU ms':>11}{'extra MiB':>11}{'- grads':>9}{'GFLOP/s':>10}{'share':>7}"
+        f"{'time/naive':>12}"
         f"{'CPU/naive':>11}{'mem/naive':>11}"
     ]
     for row in result["rows"]:
@@ -35,7 +36,7 @@ def table(result: dict) -> list[str]:
         lines.append(
             f"{start}{1e3 * row['seconds']:>11,.1f}{1e3 * row['cpu_seconds']:>11,.1f}"
             f"{mib(row['extra_bytes']):>11}{mib(without_gradients(row)):>9}"
-            f"{row['flops_per_second'] / 1e9:>10,.1f}"
+            f"{row['flops_per_second'] / 1e9:>10,.1f}{share(result, row):>7.2f}"
             f"{ratio(row, naive, 'seconds'):>12}{ratio(row, naive, 'cpu_seconds'):>11}"
             f"{ratio(row, naive, 'extra_bytes'):>11}"
         )
@@ -45,8 +46,24 @@ def table(result: dict) -> list[str]:
     lines += [
         "Errors: relative, against whole-logits fp64 at 96 tokens and 1,000 ids.",
         "'- grads': extra MiB without the gradients that were asked for.",
+        "GFLOP/s: 2 t v (a h + b h_t) / time; a = 2 (logits, gradient by the hidden states), 3 "
+        "with the head's gradient; b = 1, 0 with a stored teacher.",
+        f"share: that rate / (ranks x the limit); limit: {limit(result, 1)[1]}.",
     ]
     return lines
+
+
+def limit(result: dict, tp: int) -> tuple[float, str]:
+    """FLOP/s of matrix products that a rank could reach at most, and whose figure it is."""
+    peak = result["peak_flops_per_second"]
+    if peak:
+        return peak, f"{peak / 1e12:,.0f} TFLOP/s, the data sheet's for dense bf16"
+    return result["product"].get(tp) or float("nan"), "the student's logits as a product alone"
+
+
+def share(result: dict, row: dict) -> float:
+    """Part of the limit that the products which the task needs take place at."""
+    return row["flops_per_second"] / row["tp"] / limit(result, row["tp"])[0]
 
 
 def without_gradients(row: dict) -> int | None:
@@ -100,8 +117,14 @@ def aims(result: dict) -> list[dict]:
                 aim(f"{where}: time / naive's", quotient(ours, naive, "seconds"), 1)
                 aim(f"{where}: CPU time / naive's", quotient(ours, naive, "cpu_seconds"), 1)
             peak = result["peak_flops_per_second"]
-            share = ours["flops_per_second"] / peak / tp if ours and peak else None
-            aim(f"{where}: share of the GPU's peak product rate", share, 0.6, above=True)
+            got = share(result, ours) if ours and peak else None
+            aim(f"{where}: share of the GPU's peak product rate", got, 0.6, above=True)
+            for name in ("ours-triton", "ours-compiled"):
+                other = find(result, name, tp, head)
+                if other:
+                    aim(f"{where}: time, {name} / ours", quotient(other, ours, "seconds"), 1)
+                if other and peak:
+                    aim(f"{where}: the same share, {name}", share(result, other), 0.6, above=True)
     return checked
 
 

@@ -140,8 +140,6 @@ def run(s: Settings, loss: Loss, inputs: Inputs, train_head: bool) -> dict:
     result = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - worked}
     result["extra_bytes"] = memory.extra()
     inputs.hidden.grad = inputs.weight.grad = None
-    if s.device == "cuda":
-        torch.cuda.empty_cache()
     return result
 
 
@@ -179,7 +177,7 @@ def serve(s: Settings, commands, answers) -> None:
             world_size=s.tp,
             timeout=timedelta(minutes=10),
         )
-    loss = inputs = None
+    loss = inputs = sizes = None
     for line in commands:
         command = json.loads(line)
         name = command.pop("do")
@@ -188,12 +186,15 @@ def serve(s: Settings, commands, answers) -> None:
                 answer = check(s)
                 loss = CONTENDERS[s.contender].build(s)
             elif name == "inputs":
-                inputs = None
+                inputs, sizes = None, command
                 if "torch._dynamo" in sys.modules:  # no kernel made for several sizes
                     torch._dynamo.reset()
-                inputs = make_inputs(s, **command)
+                if s.device == "cpu":
+                    inputs = make_inputs(s, **sizes)
                 answer = {}
             else:
+                if s.device == "cuda":  # the other contenders need the memory in between
+                    inputs = make_inputs(s, **sizes)
                 answer = {"run": run, "product": product}[name](
                     s, *([loss] if name == "run" else []), inputs, **command
                 )
@@ -201,6 +202,10 @@ def serve(s: Settings, commands, answers) -> None:
             answer = {"absent": str(error)}
         except Exception as error:  # told in the table, whatever a peer raises
             answer = {"failed": f"{type(error).__name__}: {error}"}
+        if s.device == "cuda":
+            inputs = None
+            gc.collect()
+            torch.cuda.empty_cache()
         print(json.dumps(answer), file=answers, flush=True)
 
 

@@ -348,13 +348,12 @@ def gradient(
     out += row * out_stride
     row_temperature = _temperature_of(temperatures, temperature, row, PER_TOKEN)
     rate = _LOG2_E / row_temperature
-    distils = KIND != ""
     row_x_max = tl.load(x_max + row)
-    row_x_log2 = _of_row(x_lse, row, distils) * _LOG2_E
-    row_y_max = _of_row(y_max, row, distils)
-    row_y_log2 = _of_row(y_lse, row, distils) * _LOG2_E
-    row_slope = _of_row(slope, row, distils and KIND != "forward_kl")
-    kd = _of_row(kd_weight, row, distils) * row_temperature
+    row_x_log2 = _of_row(x_lse, row, KIND != "") * _LOG2_E
+    row_y_max = _of_row(y_max, row, KIND != "")
+    row_y_log2 = _of_row(y_lse, row, KIND != "") * _LOG2_E
+    row_slope = _of_row(slope, row, KIND != "" and KIND != "forward_kl")
+    kd = _of_row(kd_weight, row, KIND != "") * row_temperature
     row_ce_log2 = _of_row(ce_lse, row, CE) * _LOG2_E
     ce = _of_row(ce_weight, row, CE)
     label_column = -1
@@ -376,3 +375,7 @@ def gradient(
             row_slope, row_ce_log2, kd, ce, label_column, w, softcap, scale,
             KIND, CE, UNIT, CAPPED, False,
         )  # fmt: skip
+
+
+# Triton's interpreter, which the environment chooses when Triton is imported, runs on the CPU.
+INTERPRETED = not isinstance(gradient, triton.JITFunction)

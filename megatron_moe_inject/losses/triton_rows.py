@@ -193,8 +193,7 @@ def _unit_temperature(logits: LogitRows, kind: str) -> bool:
 
 def _neighbours(logits: Tensor) -> Tensor:
     """Logits [t, c] that the kernels can read; a copy only where columns are not neighbours."""
-    interpreted = type(_kernels().gradient).__name__ == "InterpretedFunction"
-    if logits.dtype not in _DTYPES or not (logits.is_cuda or interpreted):
+    if logits.dtype not in _DTYPES or not (logits.is_cuda or _kernels().INTERPRETED):
         raise ValueError(
             f"TritonRows() works on CUDA tensors in {', '.join(map(str, _DTYPES))}, these logits "
             f"are {logits.dtype} on {logits.device}; leave kernels=None for them"

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-CONTENDERS = ("naive", "ours", "ours-logits", "ours-topk", "modelopt", "liger-chunked", "liger-jsd")
+CONTENDERS = ("naive", "ours", "ours-triton", "ours-logits", "ours-topk", "modelopt",
+              "liger-chunked", "liger-jsd")  # fmt: skip
 MEASURED = ("naive", "ours", "ours-logits", "ours-topk")
 
 
@@ -67,6 +68,18 @@ def test_a_missing_peer_is_listed_with_its_remedy(bench):
         assert status["liger-jsd"] == "needs a GPU (Triton)"
     else:
         assert status["liger-chunked"] == status["liger-jsd"] == "no tensor parallelism"
+
+
+def test_shares_of_the_limit(bench):
+    """Without a data sheet the limit is the product that was measured on the same device."""
+    tp, printed, figures = bench
+    rows = [row for row in figures["rows"] if "seconds" in row]
+    for row in rows:
+        rate = figures["product"][str(tp)]
+        column = f"{row['flops_per_second'] / 1e9:,.1f}{row['flops_per_second'] / tp / rate:>7.2f}"
+        assert column in printed
+    status = {row["contender"]: row["status"] for row in figures["rows"]}
+    assert status["ours-triton"] == "needs a GPU (Triton)"
 
 
 def test_aims_are_judged_from_the_rows(bench):

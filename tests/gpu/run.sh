@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# What needs a GPU, on one Hopper GPU: correctness first, then speed; the tables come last.
+#
+#   bash tests/gpu/run.sh                     with the packages that are installed
+#   WHEELS=DIR bash tests/gpu/run.sh          a bare machine: unpacks the wheels in DIR first
+#   bash tests/gpu/run.sh --tp 1 --repeats 3  arguments go to loss_bench.py
+#
+# Further variables: PYTHON (python3), SITE, the folder that the wheels are unpacked into (a new one),
+# and RESULTS, a folder for the figures as JSON (none). Nothing is timed unless the tests pass.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+PYTHON=${PYTHON:-python3}
+
+path=$PWD
+if [ -n "${WHEELS:-}" ]; then
+  SITE=${SITE:-$(mktemp -d)}
+  # One call: a second one would replace folders that several wheels share.
+  "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --upgrade \
+    --target "$SITE" "$WHEELS"/*.whl
+  path=$SITE:$path
+fi
+export PYTHONPATH=$path${PYTHONPATH:+:$PYTHONPATH} NVTE_FRAMEWORK=pytorch PYTHONWARNINGS=ignore
+[ -z "${RESULTS:-}" ] || mkdir -p "$RESULTS"
+
+"$PYTHON" - <<'CHECK'
+import importlib.util
+import torch
+
+assert torch.cuda.is_available(), "run.sh needs a CUDA device; torch sees none"
+for name in ("triton", "liger_kernel", "megatron.core", "omegaconf"):
+    try:
+        found = importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        found = False
+    print(f"{name}: {'found' if found else 'missing'}")
+print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}")
+CHECK
+
+"$PYTHON" -m pytest -q -m gpu tests/gpu
+"$PYTHON" examples/benchmarks/row_bench.py ${RESULTS:+--json "$RESULTS/rows.json"}
+"$PYTHON" examples/benchmarks/loss_bench.py --device cuda ${RESULTS:+--json "$RESULTS/loss.json"} "$@"
