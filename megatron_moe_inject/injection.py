@@ -20,6 +20,7 @@ from megatron_moe_inject.data.labels import HostGroup
 from megatron_moe_inject.experts.boundary import GradientBoundary, agree_boundary
 from megatron_moe_inject.experts.census import parameter_rows
 from megatron_moe_inject.experts.freeze import FreezePolicy
+from megatron_moe_inject.experts.grouped import split_grouped_experts
 from megatron_moe_inject.experts.original import FOLDER, OriginalParameters
 from megatron_moe_inject.experts.verify import FrozenCheck
 from megatron_moe_inject.imitation.setup import ImitationSetup
@@ -119,11 +120,6 @@ class Injection:
         self.dry_run: bool = args.inject_dry_run or False
         self.facts: StudentFacts = student_facts_from_args(args)
         check_recipe(recipe, self.facts)
-        if recipe.train.experts == "selected" and getattr(args, "moe_grouped_gemm", False):
-            raise RecipeError(
-                "--moe-grouped-gemm True keeps all experts of a layer in one parameter, so "
-                "train.experts selected cannot train some of them; remove the flag"
-            )
         self.policy = freeze_policy(recipe)
         balancing = getattr(args, "moe_router_load_balancing_type", None) or ()
         if "router" not in self.policy.components and "quantile_balancing" in balancing:
@@ -156,9 +152,10 @@ class Injection:
         self._frozen: FrozenCheck | None = None
 
     def freeze(self, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
-        """``pre_wrap_hooks`` entry: apply the policy to bare chunks, and give them the projections
-        of feature imitation. No collective."""
+        """``pre_wrap_hooks`` entry: apply the policy to bare chunks, split grouped experts that
+        are frozen in part, and add the projections of feature imitation. No collective."""
         self.policy.apply(chunks)
+        split_grouped_experts(chunks)
         self.imitation.add_projections(chunks)
         return chunks
 

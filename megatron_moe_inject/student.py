@@ -51,6 +51,19 @@ _PACKED = "packs documents into one sequence, which a teacher's forward does not
 _HYBRID = "builds a hybrid model, whose forward has no output_processor for the loss"
 _GRAPHS = _Refusal("cuda_graph_impl", "replays the trained weights where the original should run")
 _GRAPHS_OF_LAYERS = _Refusal("cuda_graph_impl", "replays layers without the losses on their states")
+_ONE_PARAMETER = "keeps all experts of a layer in one parameter"
+_NOT_SPLIT = "runs a layer's grouped experts in one piece"
+_NO_PARTS = (
+    _Refusal("moe_single_grouped_weight", _ONE_PARAMETER),
+    _Refusal("use_transformer_engine_op_fuser", _NOT_SPLIT),
+    _Refusal("delay_wgrad_compute", _NOT_SPLIT),
+    _Refusal("overlap_dispatch_backward_with_experts_wgrad", _NOT_SPLIT),
+    _Refusal("moe_paged_stash", _NOT_SPLIT),
+    _Refusal("te_precision_config_file", "names modules that a split layer does not run"),
+)
+_DELAYED = _Refusal(
+    "fp8_recipe", "keeps amax histories, which a split layer would not store", value="delayed"
+)
 _COMBINE = "cannot combine the outputs of some experts a second time"
 _NO_SECOND_COMBINE = (
     _Refusal("moe_token_dispatcher_type", _COMBINE, value="flex"),
@@ -177,10 +190,17 @@ def student_facts_from_args(args: Namespace) -> StudentFacts:
         ),
         options={
             option.name: getattr(args, option.name)
-            for option in (*_REFUSED, _GRAPHS, *_NO_SECOND_COMBINE)
+            for option in (*_REFUSED, _GRAPHS, *_NO_SECOND_COMBINE, *_of_grouped_gemm(args))
             if option.matches(vars(args))
         },
     )
+
+
+def _of_grouped_gemm(args: Namespace) -> tuple[_Refusal, ...]:
+    """Options that matter only where experts run in grouped GEMMs."""
+    if not getattr(args, "moe_grouped_gemm", False):
+        return ()
+    return (*_NO_PARTS, _DELAYED) if getattr(args, "fp8", None) else _NO_PARTS
 
 
 def _moe_layers(args: Namespace) -> tuple[int, ...]:
@@ -235,6 +255,14 @@ def check_recipe(recipe: Recipe, facts: StudentFacts) -> None:
         split_labels(recipe, facts, split)
     if ever_positive(recipe.objective.gamma):
         _check_retention(recipe, facts)
+    if recipe.train.experts == "selected":
+        for option in (*_NO_PARTS, _DELAYED):
+            if option.matches(facts.options):
+                raise RecipeError(
+                    f"{option.flag}: {option.reason}, so that train.experts: selected cannot train "
+                    "some of them; remove it, or train all experts",
+                    option.flag,
+                )
     for term in recipe.objective.features.in_use():
         extra = _NO_SECOND_COMBINE if term == "experts" else ()
         _refuse((_GRAPHS_OF_LAYERS, *extra), facts, f"objective.features.{term}")

@@ -34,7 +34,9 @@ COMPONENTS = (
 """Every parameter belongs to exactly one of these; the names are those of ``recipe.Train``."""
 
 _LAYER = re.compile(r"(?:^|\.)decoder\.layers\.(\d+)\.(.*)")
-_LOCAL_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.")
+_LOCAL_EXPERT = re.compile(
+    r"mlp\.experts\.(?:local_experts\.(\d+)\.|linear_fc[12]\.(?:weight|bias)(\d+)$)"
+)
 _NORM = re.compile(r"(^|[._])(layer_?norm|input_layernorm|q_layernorm|k_layernorm|norm)(_|\.|$)")
 
 
@@ -86,6 +88,21 @@ def decoder_layers(chunk: torch.nn.Module) -> list[torch.nn.Module]:
     return [] if decoder is None else list(decoder.layers)
 
 
+def grouped_linears(experts: torch.nn.Module) -> list[torch.nn.Module]:
+    """The two grouped linear layers of Megatron's ``TEGroupedMLP``; none of other experts."""
+    linears = [getattr(experts, name, None) for name in ("linear_fc1", "linear_fc2")]
+    found = [linear for linear in linears if linear is not None and hasattr(linear, "weight0")]
+    return found if len(found) == 2 else []
+
+
+def local_weights(linear: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Weights of a grouped linear layer in the order of local experts."""
+    weights = []
+    while (weight := linear._parameters.get(f"weight{len(weights)}")) is not None:
+        weights.append(weight)
+    return weights
+
+
 def places(chunk: torch.nn.Module) -> Iterator[tuple[ParameterPlace, torch.nn.Parameter]]:
     """Place of every parameter of a bare model chunk (no DDP or Float16 wrapper)."""
     layers = decoder_layers(chunk)
@@ -97,7 +114,7 @@ def places(chunk: torch.nn.Module) -> Iterator[tuple[ParameterPlace, torch.nn.Pa
         module, in_layer = layers[int(match[1])], match[2]
         expert = None
         if local := _LOCAL_EXPERT.match(in_layer):
-            expert = module.mlp.local_expert_indices[int(local[1])]
+            expert = module.mlp.local_expert_indices[int(local[1] or local[2])]
         place = ParameterPlace(name, _component(name, in_layer), module.layer_number - 1, expert)
         yield place, parameter
 
@@ -119,7 +136,7 @@ class FreezePolicy:
 
         Raises:
             NotImplementedError: some experts of a layer are chosen but the layer keeps its
-                experts in one fused parameter (grouped GEMM).
+                experts in one fused parameter.
         """
         if place.component != EXPERTS:
             return place.component in self.components
@@ -128,9 +145,8 @@ class FreezePolicy:
         chosen = self.experts.get(place.layer, frozenset())
         if chosen and place.expert is None:
             raise NotImplementedError(
-                f"layer {place.layer} keeps its experts in one grouped parameter "
-                f"({place.name}); training experts {sorted(chosen)} alone needs one module per "
-                "expert: remove --moe-grouped-gemm"
+                f"layer {place.layer} keeps all its experts in one parameter ({place.name}); "
+                f"training experts {sorted(chosen)} alone needs a parameter for each"
             )
         return place.expert in chosen
 

@@ -103,14 +103,23 @@ def test_frozen_router_keeps_its_bias_and_a_trained_one_does_not():
         assert router.frozen_expert_bias is frozen
 
 
-def test_grouped_experts_cannot_be_split_yet_but_may_train_or_rest_whole():
-    grouped = student(extra=("mlp.experts.linear_fc1.weight0",))
-    with pytest.raises(NotImplementedError, match="--moe-grouped-gemm"):
+def test_grouped_experts_have_a_parameter_each():
+    """Of experts 6 and 7, which this rank holds."""
+    names = ("mlp.experts.linear_fc1.weight0", "mlp.experts.linear_fc2.weight1")
+    grouped = student(extra=names)
+    FreezePolicy({4: frozenset({7})}, frozenset()).apply([grouped])
+    found = [name for name in trained(grouped) if "linear_fc" in name and "local" not in name]
+    assert [name.split(".mlp.")[1] for name in found] == ["experts.linear_fc2.weight1"]
+
+
+def test_experts_in_one_parameter_may_train_or_rest_whole():
+    grouped = student(extra=("mlp.experts.weight1",))
+    with pytest.raises(NotImplementedError, match="all its experts in one parameter"):
         FreezePolicy({4: frozenset({6})}, frozenset()).apply([grouped])
     FreezePolicy(None, frozenset()).apply([grouped])
-    assert any("weight0" in name for name in trained(grouped))
+    assert any("experts.weight1" in name for name in trained(grouped))
     FreezePolicy({}, frozenset({"router"})).apply([grouped])
-    assert not any("weight0" in name for name in trained(grouped))
+    assert not any("experts.weight1" in name for name in trained(grouped))
 
 
 def test_lowest_trainable_position():
