@@ -20,7 +20,7 @@ from megatron_moe_inject.recipe import Recipe, RecipeError
 from megatron_moe_inject.schedule import value_at
 from megatron_moe_inject.student import StudentFacts
 from megatron_moe_inject.teachers import Teacher, TeacherInfo, states_dtype
-from megatron_moe_inject.teachers.torch_dist import stored_shapes
+from megatron_moe_inject.torch_dist import stored_shapes
 from megatron_moe_inject.typed import listing
 
 

@@ -1,13 +1,13 @@
 """Reads a Megatron ``torch_dist`` checkpoint on one rank, without ``torch.distributed``.
 
 Megatron's own loading entry agrees over the whole world, while only the ranks of the last
-pipeline stage want a teacher. The format does not ask for that: ``.metadata`` says which file
+pipeline stage want a teacher, and a delta is made where no job runs. The format does not ask for that: ``.metadata`` says which file
 holds which part of which tensor, so any rank can read any slice, whatever layout wrote it.
 
 Trust: the format carries pickles. ``.metadata`` is read by an unpickler that knows the few
 classes of the format and refuses every other name; ``common.pt`` and stored objects go through
-``torch.load(weights_only=True)`` with the classes that Megatron registers as safe. Even so a
-teacher checkpoint deserves the trust that one gives to the student's own checkpoint.
+``torch.load(weights_only=True)`` with the classes that Megatron registers as safe. Even so any
+such checkpoint deserves the trust that one gives to the student's own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
@@ -37,7 +37,6 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadIte
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_moe_inject.recipe import RecipeError
-from megatron_moe_inject.teachers.base import Source
 
 _COMMON_OBJECT = "common_state/shard_0_1"
 _TRAINING_STATE = re.compile(
@@ -71,6 +70,20 @@ _FORMAT_CLASSES = {
     ),
     "megatron.core.dist_checkpointing.strategies.torch": ("MCoreMetadata", "MCoreSavePlan"),
 }
+
+
+class CheckpointSource(Protocol):
+    """Where a checkpoint is, and how to say that something is wrong with it.
+
+    Attributes:
+        path: a ``--save`` directory, or one iteration in it.
+    """
+
+    path: Path
+
+    def error(self, problem: str, remedy: str) -> RecipeError:
+        """The error "<what the user wrote> problem; remedy"."""
+        ...
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -142,13 +155,13 @@ class TorchDistCheckpoint:
     """An opened checkpoint: what it holds, and tensor slices on demand.
 
     Attributes:
-        source: what the recipe calls it.
+        source: what the user calls it.
         folder: the directory of the iteration.
         tensors: stored model tensors by name; optimizer and other training state is left out.
         common: what Megatron stores once for all ranks: ``args``, ``iteration``, and so on.
     """
 
-    source: Source
+    source: CheckpointSource
     folder: Path
     tensors: dict[str, TensorStorageMetadata]
     common: dict[str, Any]
@@ -156,7 +169,7 @@ class TorchDistCheckpoint:
     _metadata: Metadata
 
     @classmethod
-    def open(cls, source: Source) -> TorchDistCheckpoint:
+    def open(cls, source: CheckpointSource) -> TorchDistCheckpoint:
         """Read the metadata and the common state, and check that the files are whole.
 
         Raises:
@@ -280,7 +293,7 @@ def stored_shapes(folder: Path, prefix: str) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _iteration_folder(source: Source) -> Path:
+def _iteration_folder(source: CheckpointSource) -> Path:
     """The directory of the iteration that a ``--save`` directory points to, or itself."""
     root = source.path
     if (root / ".metadata").is_file() or (root / "metadata.json").is_file():
@@ -307,7 +320,7 @@ def _iteration_folder(source: Source) -> Path:
     return folder
 
 
-def _check_format(source: Source, folder: Path) -> None:
+def _check_format(source: CheckpointSource, folder: Path) -> None:
     if any(folder.glob("mp_rank_*")):
         raise source.error(
             f"is a checkpoint in Megatron's old torch format ({folder.name}/mp_rank_*)",
@@ -338,7 +351,7 @@ def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
-def _damaged(source: Source, path: Path, error: Exception) -> RecipeError:
+def _damaged(source: CheckpointSource, path: Path, error: Exception) -> RecipeError:
     return source.error(
         f"cannot be read at {path}: {_first_line(error)}",
         "copy the checkpoint again or name another iteration",
