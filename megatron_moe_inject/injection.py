@@ -22,6 +22,7 @@ from megatron_moe_inject.experts.census import parameter_rows
 from megatron_moe_inject.experts.freeze import FreezePolicy
 from megatron_moe_inject.experts.grouped import split_grouped_experts
 from megatron_moe_inject.experts.original import FOLDER, OriginalParameters
+from megatron_moe_inject.experts.resume import begin_or_resume
 from megatron_moe_inject.experts.verify import FrozenCheck
 from megatron_moe_inject.imitation.setup import ImitationSetup
 from megatron_moe_inject.loss_hook import LossHook
@@ -146,7 +147,8 @@ class Injection:
         self.imitation = ImitationSetup(recipe, args, self.facts, self.teacher_infos)
         self.chunks: list[torch.nn.Module] = []
         self.originals: OriginalParameters | None = None
-        self._warnings: list[str] = []
+        remark = begin_or_resume(self.policy, args)
+        self._warnings = [] if remark is None else [remark]
         self.plan: Plan | None = None
         self.step_hook: StepHook | None = None
         self._frozen: FrozenCheck | None = None
@@ -213,9 +215,7 @@ class Injection:
         if not ever_positive(self.recipe.objective.gamma):
             return None
         args = self._args
-        experts, components = self.policy.experts, sorted(self.policy.components)
-        chosen = "all" if experts is None else {str(k): sorted(v) for k, v in experts.items()}
-        originals = OriginalParameters(self.chunks, {"experts": chosen, "components": components})
+        originals = OriginalParameters(self.chunks, self.policy.described())
         metadata = compat.sharded_state_metadata(args)
         if not args.finetune and args.iteration and args.load:
             stored = Path(args.load) / FOLDER

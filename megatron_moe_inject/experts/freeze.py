@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -130,6 +131,15 @@ class FreezePolicy:
 
     experts: Mapping[int, frozenset[int]] | None
     components: frozenset[str]
+
+    def described(self) -> dict[str, Any]:
+        """The policy in plain JSON values; equal for equal policies."""
+        experts: Any = "all"
+        if self.experts is not None:
+            experts = {
+                str(layer): sorted(ids) for layer, ids in sorted(self.experts.items()) if ids
+            }
+        return {"experts": experts, "components": sorted(self.components)}
 
     def trains(self, place: ParameterPlace) -> bool:
         """Whether the parameter at ``place`` trains.

@@ -207,6 +207,41 @@ def test_killed_and_resumed_run_gives_the_same_curve(material, tmp_path, optimiz
         assert resumed.losses(term) == whole.losses(term)[3:], term
 
 
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (("3: [3]", "3: [2]"), "experts {2: [3], 3: [2]} trains"),
+        (("2: [3], ", ""), "experts {3: [3]} trains"),
+        (("objective:", "train: {{norms: true}}\nobjective:"), "3: [3]} and norms trains"),
+    ],
+    ids=["another expert", "fewer experts", "more components"],
+)
+def test_a_resumed_run_that_trains_something_else_is_told(material, tmp_path, change, named):
+    save = str(tmp_path / "resumed")
+    keep = ("--train-iters", "4", "--save", save, "--save-interval", "2")
+    inject(material, extra=(*keep, "--exit-interval", "2"))
+    ours = ("--inject-recipe", recipe_file(material, RECIPE.replace(*change)), "--load", save)
+    run = lane.run(student_flags(*material.blend, *keep, *ours), check=False)
+    assert run.returncode == 2, run.tail()
+    assert "holds the optimizer state of experts {2: [3], 3: [3]}, but now" in run.output
+    assert named in run.output
+    assert "add --no-load-optim" in run.output
+    assert "Traceback" not in run.output
+    anew = lane.run(student_flags(*material.blend, *keep, *ours, "--no-load-optim"))
+    assert [step["iteration"] for step in anew.iterations] == [3, 4]
+
+
+def test_a_stock_checkpoint_needs_no_flag(material):
+    """Its weights and iteration are taken, its optimizer state is not."""
+    ours = ("--inject-recipe", recipe_file(material), "--train-iters", "5")
+    flags = student_flags(*material.blend, *ours, "--load", material.student)
+    run = lane.run(flags)
+    assert "was saved without injection: its optimizer state is left" in run.output
+    assert [step["iteration"] for step in run.iterations] == [4, 5]
+    told = lane.run([*flags, "--no-load-optim"])
+    assert told.losses("total loss") == run.losses("total loss")
+
+
 def test_a_deepseek_like_student_with_mtp_trains_and_keeps_its_router_bias(material, tmp_path):
     """Sigmoid router with groups and expert bias, shared expert, MTP; from a random start."""
     like = (*lane.DEEPSEEK_ROUTER, "--mtp-num-layers", "1", "--moe-router-topk", "1")
