@@ -177,14 +177,21 @@ def contrast_scores(profile: RoutingProfile, domain: ClassStatistics) -> np.ndar
     """``select.contrast`` of a domain with the profile's general class, float64 ``[L, E]``.
 
     Raises:
-        RecipeError: the profile has no general class.
+        RecipeError: the profile has no general class, or one without tokens.
     """
     if GENERAL_CLASS not in profile.classes:
         raise RecipeError(
             f"the profile has no class {GENERAL_CLASS!r} to contrast with; "
             "merge it with a profile of general data"
         )
-    return contrast(domain.selections, profile.classes[GENERAL_CLASS].selections)
+    general = profile.classes[GENERAL_CLASS]
+    if not general.tokens.all():
+        layer = profile.provenance.moe_layers[int(general.tokens.argmin())]
+        raise RecipeError(
+            f"layer {layer}: the class {GENERAL_CLASS!r} has no tokens to contrast with; "
+            "merge it with a profile of general data"
+        )
+    return contrast(domain.selections, general.selections)
 
 
 def _sums(name: str, profile: RoutingProfile, domain: ClassStatistics) -> np.ndarray:

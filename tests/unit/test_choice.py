@@ -127,6 +127,13 @@ def test_choices_that_a_profile_cannot_give(choice, part):
     assert part in message_of(lambda: chosen(from_counts(COUNTS), **choice))
 
 
+def test_general_data_without_tokens_is_no_contrast():
+    found = from_counts(COUNTS, general=[[1, 1, 1, 1], [0, 0, 0, 0]])
+    assert "layer 1: the class 'general' has no tokens to contrast with" in message_of(
+        lambda: chosen(found, method="contrast", threshold=0.2)
+    )
+
+
 def test_classes_that_are_no_domain():
     found = profile()
     asked = ExpertChoice(profile="p.json", **TOKEN)
