@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_moe_inject import typed
+from megatron_moe_inject.experts.choice import resolve_experts
 from megatron_moe_inject.recipe import (
     DIVERGENCES,
     Recipe,
@@ -84,6 +85,8 @@ def add_inject_arguments(parser: ArgumentParser) -> ArgumentParser:
 def recipe_from_args(args: Namespace, argv: Sequence[str] | None = None) -> Recipe | None:
     """The recipe that parsed flags ask for, checked as far as the flags alone allow.
 
+    Experts that a profile is to choose are not resolved yet.
+
     Args:
         args: Megatron's namespace.
         argv: the command line, to notice flags that ``--yaml-cfg`` discarded; default
@@ -122,7 +125,7 @@ def recipe_from_args(args: Namespace, argv: Sequence[str] | None = None) -> Reci
 
 
 def recipe_for_student(args: Namespace) -> tuple[Recipe, StudentFacts] | None:
-    """``recipe_from_args``, then checked against the student that the same flags describe.
+    """``recipe_from_args``, resolved and checked against the student of the same flags.
 
     No collective and no CUDA; every rank reaches the same verdict from the same flags.
 
@@ -134,6 +137,7 @@ def recipe_for_student(args: Namespace) -> tuple[Recipe, StudentFacts] | None:
         return None
     facts = student_facts_from_args(args)
     try:
+        recipe = resolve_experts(recipe, facts)
         check_recipe(recipe, facts)
     except RecipeError as error:
         raise name_error(error, args) from None

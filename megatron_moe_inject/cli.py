@@ -1,9 +1,10 @@
-"""``moe-inject``: look at a recipe, and handle deltas, without starting a job.
+"""``moe-inject``: what can be done without starting a job.
 
 ``plan`` checks a recipe by itself and, with the flags of a training command after ``--``,
 against the student that they describe and the teachers' directories. Megatron's own parser
-reads those flags; nothing is built, no process group, no GPU, no weights read. A mistake is one
-line on stderr and exit status 2.
+reads those flags; nothing is built, no process group, no GPU, no weights read. ``select`` chooses
+experts from a routing profile and ``merge-profiles`` adds profiles up (``select_command``). A
+mistake is one line on stderr and exit status 2.
 """
 
 from __future__ import annotations
@@ -11,16 +12,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, NoReturn
+from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
-from megatron_moe_inject import __version__
+from megatron_moe_inject import __version__, delta_command, select_command
 from megatron_moe_inject.arguments import add_inject_arguments, name_error, recipe_for_student
-from megatron_moe_inject.plan import Plan, TeacherRow, memory_text, render_plan, table
-from megatron_moe_inject.recipe import Recipe, RecipeError, load_recipe
+from megatron_moe_inject.experts.choice import resolve_experts
+from megatron_moe_inject.plan import Plan, TeacherRow, render_plan
+from megatron_moe_inject.recipe import Recipe, RecipeError, load_recipe, located
 
 _EXAMPLES = """examples:
   moe-inject plan recipe.yaml
@@ -45,10 +47,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         ours, flags = argv[:at], argv[at + 1 :]
     options = _parser().parse_args(ours)
     try:
-        print(_COMMANDS[options.command](options, flags))
+        if options.command == "plan":
+            text = render_plan(_plan(options, flags))
+        elif flags:
+            raise RecipeError(f"{options.command} takes no training flags; leave out -- and them")
+        else:
+            text = options.run(options)
     except RecipeError as error:
         print(f"moe-inject: {error}", file=sys.stderr)
         return 2
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -78,68 +89,19 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help="override recipe fields, as in training",
     )
-    _add_delta_commands(commands)
+    select_command.add_commands(commands)
+    delta_command.add_commands(commands)
     return parser
-
-
-def _add_delta_commands(commands: argparse._SubParsersAction) -> None:
-    export = commands.add_parser(
-        "export-delta",
-        help="write what training changed, as a folder of that size",
-        description="Compare a checkpoint with the one that training began from and write the "
-        "slices (experts, layers) that differ, with checksums of what the base held there.",
-        allow_abbrev=False,
-    )
-    export.add_argument("--trained", type=Path, required=True, help="the checkpoint after training")
-    apply = commands.add_parser(
-        "apply-delta",
-        help="write a base checkpoint with a delta applied",
-        description="Write the base checkpoint with a delta's slices in the place of its own. The "
-        "result holds weights and no optimizer state: load it with --finetune.",
-        allow_abbrev=False,
-    )
-    apply.add_argument("--delta", type=Path, required=True, help="a folder of export-delta")
-    for command in (export, apply):
-        command.add_argument("--base", type=Path, required=True, help="the checkpoint before")
-        command.add_argument("--output", type=Path, required=True, help="a folder to write")
-
-
-def _export_delta(options: argparse.Namespace, flags: list[str] | None) -> str:
-    from megatron_moe_inject.experts.delta import CheckpointPlace, export_delta
-
-    base = CheckpointPlace("--base", options.base)
-    trained = CheckpointPlace("--trained", options.trained)
-    summary = export_delta(base, trained, options.output, progress=_progress)
-    rows = [("changed tensor", "slices")]
-    rows += [(name, str(number)) for name, number in sorted(summary.changed.items())]
-    share = 100 * summary.bytes / summary.base_bytes
-    size = f"{memory_text(summary.bytes)}, {share:.3g} % of the base's weights"
-    return "\n".join([*table(rows, right=(1,)), f"{options.output}: {size}"])
-
-
-def _apply_delta(options: argparse.Namespace, flags: list[str] | None) -> str:
-    from megatron_moe_inject.experts.delta import CheckpointPlace, apply_delta
-
-    base = CheckpointPlace("--base", options.base)
-    summary = apply_delta(base, options.delta, options.output, progress=_progress)
-    number = sum(summary.changed.values())
-    return f"{options.output}: {number} slices ({memory_text(summary.bytes)}) replaced"
-
-
-def _progress(items: Iterable[Any], total: int) -> Iterable[Any]:
-    from tqdm import tqdm
-
-    return tqdm(items, total=total, disable=None, leave=False)
-
-
-def _show_plan(options: argparse.Namespace, flags: list[str] | None) -> str:
-    return render_plan(_plan(options, flags))
 
 
 def _plan(options: argparse.Namespace, flags: list[str] | None) -> Plan:
     overrides = [item for group in options.inject_set for item in group]
     if not flags:
-        return Plan(load_recipe(options.recipe, overrides))
+        recipe = load_recipe(options.recipe, overrides)
+        try:
+            return Plan(resolve_experts(recipe))
+        except RecipeError as error:
+            raise located(error, options.recipe, overrides) from None
     with _quiet():
         from megatron.training.arguments import add_megatron_arguments
 
@@ -186,9 +148,6 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(logging.NOTSET)
-
-
-_COMMANDS = {"plan": _show_plan, "export-delta": _export_delta, "apply-delta": _apply_delta}
 
 
 if __name__ == "__main__":

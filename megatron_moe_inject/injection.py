@@ -19,6 +19,7 @@ from megatron_moe_inject import compat
 from megatron_moe_inject.data.labels import HostGroup
 from megatron_moe_inject.experts.boundary import GradientBoundary, agree_boundary
 from megatron_moe_inject.experts.census import parameter_rows
+from megatron_moe_inject.experts.choice import resolve_experts
 from megatron_moe_inject.experts.freeze import FreezePolicy
 from megatron_moe_inject.experts.grouped import split_grouped_experts
 from megatron_moe_inject.experts.original import FOLDER, OriginalParameters
@@ -117,9 +118,9 @@ class Injection:
     """
 
     def __init__(self, recipe: Recipe, args: Namespace, valid_vocab_size: int) -> None:
-        self.recipe = recipe
         self.dry_run: bool = args.inject_dry_run or False
         self.facts: StudentFacts = student_facts_from_args(args)
+        self.recipe = recipe = resolve_experts(recipe, self.facts)
         check_recipe(recipe, self.facts)
         self.policy = freeze_policy(recipe)
         balancing = getattr(args, "moe_router_load_balancing_type", None) or ()

@@ -53,12 +53,46 @@ GENERAL = -1
 
 @dataclass
 class ExpertChoice:
-    """Chosen experts: 0-based global decoder layer -> global expert ids.
+    """Chosen experts: named by ``layers``, or chosen from a routing profile.
 
-    YAML also takes the flag's compact form, quoted: ``layers: "12:3,40;13:1"``.
+    With ``profile`` the experts are chosen when the recipe meets its student
+    (``experts.choice.resolve_experts``), which leaves ``layers`` and ``origin``.
+
+    Attributes:
+        layers: 0-based global decoder layer -> global expert ids. YAML also takes the flag's
+            compact form, quoted: ``layers: "12:3,40;13:1"``.
+        origin: how ``layers`` were chosen, for plans and reports.
+        profile: a routing profile; a relative path starts at the working directory, as the
+            teachers' and the data's do.
+        domain: class of the profile; None = the domain's name.
+        method: ``token``, ``gate`` or ``contrast`` (that score until ``threshold``), ``top_n``
+            (``n`` experts of every layer) or ``budget`` (over all layers, by ``score``).
+        threshold: share of a layer's score that the chosen experts reach.
+        n: experts per layer.
+        budget: share of the parameters that the chosen experts may have.
+        budget_of: ``routed`` (all routed experts, the default) or ``all`` (the whole model).
+        score: what ``top_n`` and ``budget`` rank by: ``token`` (the default), ``gate``,
+            ``contrast``.
+        at_least, at_most: experts per layer.
+        only_layers: decoder layers to choose in; empty = all MoE layers.
+        ep: expert-parallel ranks to spread each layer's experts over. Named here rather than
+            read from the run, so that the choice does not depend on the layout.
     """
 
     layers: dict[int, list[int]] = field(default_factory=dict)
+    origin: str | None = None
+    profile: str | None = None
+    domain: str | None = None
+    method: str | None = None
+    threshold: float | None = None
+    n: int | None = None
+    budget: float | None = None
+    budget_of: str | None = None
+    score: str | None = None
+    at_least: int | None = None
+    at_most: int | None = None
+    only_layers: list[int] = field(default_factory=list)
+    ep: int | None = None
 
 
 @dataclass
@@ -249,6 +283,7 @@ class Recipe:
         """Union of all domains' chosen experts: layer -> sorted global ids, layers sorted."""
         union: dict[int, set[int]] = {}
         for domain in self.domains:
+            assert domain.experts.profile is None, "resolve_experts comes first"
             for layer, ids in domain.experts.layers.items():
                 union.setdefault(layer, set()).update(ids)
         return {layer: sorted(union[layer]) for layer in sorted(union)}

@@ -127,6 +127,7 @@ class StudentFacts:
     Attributes:
         num_layers: decoder layers, multi-token-prediction layers not counted.
         num_moe_experts: experts of each MoE layer; None for a dense student.
+        router_topk: experts per token; None for a dense student.
         moe_layers: 0-based global ids of the MoE layers.
         data_paths: split -> blend entries in order; a split without data is absent. Under
             ``--data-path`` all three splits have the same entries.
@@ -139,6 +140,7 @@ class StudentFacts:
 
     num_layers: int
     num_moe_experts: int | None = None
+    router_topk: int | None = None
     moe_layers: tuple[int, ...] = ()
     shared_experts: bool = False
     tied_embeddings: bool = False
@@ -165,6 +167,7 @@ def student_facts_from_args(args: Namespace) -> StudentFacts:
     return StudentFacts(
         num_layers=args.num_layers or 0,
         num_moe_experts=experts,
+        router_topk=getattr(args, "moe_router_topk", None) if experts else None,
         moe_layers=_moe_layers(args) if experts else (),
         shared_experts=bool(getattr(args, "moe_shared_expert_intermediate_size", None)),
         tied_embeddings=not getattr(args, "untie_embeddings_and_output_weights", False),
@@ -241,7 +244,7 @@ def _data_paths(args: Namespace) -> dict[str, tuple[str, ...]]:
 
 
 def check_recipe(recipe: Recipe, facts: StudentFacts) -> None:
-    """Check the recipe against the student.
+    """Check the recipe, its experts resolved, against the student.
 
     Raises:
         RecipeError: a Megatron option that the plugin does not work with, a dataset, layer or
@@ -303,6 +306,7 @@ def _check_options(recipe: Recipe, facts: StudentFacts) -> None:
 def _check_layers(recipe: Recipe, facts: StudentFacts) -> None:
     count = facts.num_moe_experts
     for i, domain in enumerate(recipe.domains):
+        assert domain.experts.profile is None, "resolve_experts comes first"
         for layer, ids in domain.experts.layers.items():
             key = f"domains[{i}].experts.layers.{layer}"
             if count is None:

@@ -11,13 +11,10 @@ Only weights count. Optimizer, RNG and the projections of feature imitation stay
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import json
-import os
 import re
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -29,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megatron_moe_inject.experts.freeze import PROJECTIONS
+from megatron_moe_inject.files import new_folder
 from megatron_moe_inject.torch_dist import Piece, TorchDistCheckpoint, rewritten_copy
 from megatron_moe_inject.typed import RecipeError, listing
 
@@ -118,7 +116,7 @@ def export_delta(
     names = _common_tensors(before, after)
     slices = [(name, place) for name in names for place in _places(before, name)]
     index: dict[str, Any] = {}
-    with _beside(output) as folder:
+    with new_folder(output) as folder:
         batch: dict[str, torch.Tensor] = {}
         files = itertools.count(1)
 
@@ -193,7 +191,7 @@ def apply_delta(
         changes.setdefault(entry["tensor"], {})[tuple(entry["place"])] = _Stored(
             delta / entry["file"], name
         )
-    with _beside(output) as folder:
+    with new_folder(output) as folder:
         iteration = before.folder.name
         rewritten_copy(before, folder / iteration, changes, progress)
         number = iteration.removeprefix("iter_").lstrip("0") or "0"
@@ -325,19 +323,3 @@ def _read_index(delta: Path) -> dict[str, Any]:
 def _must_not_exist(output: Path) -> None:
     if output.exists():
         raise RecipeError(f"--output {output} exists already; name another or remove it")
-
-
-@contextlib.contextmanager
-def _beside(output: Path) -> Iterator[Path]:
-    """A new folder beside ``output`` that takes its name when all has gone well."""
-    folder = output.with_name(f"{output.name}.new-{os.getpid()}")
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-        for path in folder.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-        os.rename(folder, output)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

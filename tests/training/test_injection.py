@@ -8,10 +8,13 @@ import os
 import re
 import zlib
 
+import numpy as np
 import pytest
 
+from megatron_moe_inject.experts.profile_file import write_profile
 from tests.training import lane
 from tests.training.conftest import make_material, student_flags
+from tests.unit.profiles import from_counts
 
 RECIPE = """
 domains:
@@ -268,6 +271,24 @@ def test_dry_run_prints_the_plan_and_trains_nothing(material):
     assert "nothing on 1 of 2 ranks" in run.output
     assert run.returncode == 0
     assert not run.iterations
+
+
+def test_experts_by_profile_are_the_experts_that_train(material, single):
+    """Expert 3 of layers 2 and 3 is what the domain uses most, so the curve is that of its ids."""
+    counts = [[40, 30, 20, 10], [10, 20, 40, 30], [10, 20, 30, 40], [20, 20, 15, 45]]
+    file = material.folder / "profile.json"
+    write_profile(file, from_counts(counts, topk=1))
+    choice = f"profile: {file}, method: top_n, n: 1, only_layers: [2, 3]"
+    recipe = RECIPE.replace("layers: {{2: [3], 3: [3]}}", choice)
+    refused = inject(material, recipe, check=False)
+    assert refused.returncode == 2
+    assert "is of a student with experts per token 1, and this one has 2" in refused.output
+    write_profile(file, from_counts(np.array(counts) * 2, topk=2))
+    run = inject(material, recipe, nproc=2, ep=2)
+    assert "code: token share, 1 per layer, layers 2-3, class code of" in run.output
+    for term in TERMS:
+        assert run.losses(term) == pytest.approx(single.losses(term), rel=2e-5), term
+    assert PROVEN.search(run.output)
 
 
 @pytest.mark.slow
