@@ -28,7 +28,7 @@ from megatron_moe_inject.typed import RecipeError
 
 _OBJECTIVE = ("alpha", "beta", "general_beta", "gamma", "temperature", "divergence")
 _PLAIN = ("teacher", "domain_data", "domain_name", "experts", *_OBJECTIVE, "train_router")
-_RUN = ("dry_run", "verify_frozen")
+_RUN = ("dry_run", "verify_frozen", "profile", "profile_coselections")
 _FLAG_OF_KEY = (
     (r"domains\[0\]\.experts\.layers\.(\d+)", r"--inject-experts (layer \1)"),
     (r"domains\[0\]\.experts(\.layers)?", "--inject-experts"),
@@ -61,6 +61,18 @@ def add_inject_arguments(parser: ArgumentParser) -> ArgumentParser:
         ("train-router", "Without a recipe: train the routers as well."),
     ):
         group.add_argument(f"--inject-{flag}", action="store_true", default=None, help=text)
+    group.add_argument(
+        "--inject-profile",
+        metavar="PATH",
+        help="Record how each class of data is routed, in training or with --skip-train in "
+        "evaluation, and write it to this file (JSON).",
+    )
+    group.add_argument(
+        "--inject-profile-coselections",
+        action="store_true",
+        default=None,
+        help="Record besides which experts are chosen together.",
+    )
     for flag, metavar, text in (
         ("teacher", "SOURCE", "megatron:/dir or hf:/dir."),
         ("domain-name", "NAME", "name in the logs (default: domain)."),
@@ -164,7 +176,8 @@ def _recipe_from_plain_flags(args: Namespace, overrides: list[str]) -> Recipe:
             "--inject-domain-data: missing; name the blend entries of the domain by 0-based "
             "position or path prefix (0 when there is one dataset)"
         )
-    if args.inject_experts is None and not args.inject_train_router:
+    only_profile = args.inject_profile is not None and args.skip_train
+    if args.inject_experts is None and not args.inject_train_router and not only_profile:
         raise RecipeError(
             "--inject-experts: missing; choose experts as LAYER:ID,ID;LAYER:ID, such as 12:3,40"
         )
@@ -179,7 +192,7 @@ def _recipe_from_plain_flags(args: Namespace, overrides: list[str]) -> Recipe:
             data=[_blend_entry(entry) for entry in args.inject_domain_data],
             experts=args.inject_experts,
             teacher=args.inject_teacher,
-            router=bool(args.inject_train_router),
+            router=bool(args.inject_train_router) or only_profile,
             overrides=overrides,
             **named,
             **objective,

@@ -23,6 +23,7 @@ from megatron_moe_inject.experts.choice import resolve_experts
 from megatron_moe_inject.experts.freeze import FreezePolicy
 from megatron_moe_inject.experts.grouped import split_grouped_experts
 from megatron_moe_inject.experts.original import FOLDER, OriginalParameters
+from megatron_moe_inject.experts.recorder import RoutingRecorder
 from megatron_moe_inject.experts.resume import begin_or_resume
 from megatron_moe_inject.experts.verify import FrozenCheck
 from megatron_moe_inject.imitation.setup import ImitationSetup
@@ -32,10 +33,12 @@ from megatron_moe_inject.losses.spec import Divergence, TokenWeighting
 from megatron_moe_inject.metrics.losses import LossReport
 from megatron_moe_inject.original_pass import OriginalPass
 from megatron_moe_inject.plan import Plan, TeacherRow
+from megatron_moe_inject.profile_run import ProfileSetup
 from megatron_moe_inject.recipe import GENERAL, Recipe, RecipeError
 from megatron_moe_inject.schedule import ever_positive, value_at
 from megatron_moe_inject.step import SplitRegistry, StepHook
 from megatron_moe_inject.student import (
+    SPLITS,
     StudentFacts,
     check_recipe,
     split_labels,
@@ -48,8 +51,6 @@ from megatron_moe_inject.teachers import (
     states_dtype,
 )
 from megatron_moe_inject.teachers.step_pass import TeacherPass
-
-SPLITS = ("train", "valid", "test")
 
 
 def agree(action: Callable[[], Any]) -> Any:
@@ -145,6 +146,10 @@ class Injection:
                     f"{info.max_positions}, but --seq-length is {args.seq_length}; use a teacher "
                     "with longer positions or shorter sequences"
                 )
+        self._profile: ProfileSetup | None = None
+        self._recorder: RoutingRecorder | None = None
+        if args.inject_profile is not None:
+            self._profile = ProfileSetup(recipe, args, self.facts, SPLITS[:1])
         self.imitation = ImitationSetup(recipe, args, self.facts, self.teacher_infos)
         self.chunks: list[torch.nn.Module] = []
         self.originals: OriginalParameters | None = None
@@ -185,6 +190,8 @@ class Injection:
         groups = compat.process_groups(self.chunks[0])
         host_group = HostGroup.create(groups.mp)
         self.originals = self._keep_originals()
+        if self._profile is not None:
+            self._recorder = self._profile.recorder(self.chunks, groups)
         last = next((c for c in self.chunks if c.post_process), None)
         loss_hook = agree(lambda: None if last is None else self._loss_hook(last, groups))
         self.step_hook = StepHook(
@@ -194,6 +201,7 @@ class Injection:
             lambda: compat.optimizer_steps(self._args),
             self._original_pass(loss_hook, groups, device),
             self.imitation.hook(self.chunks, groups, by_domain=self._several_classes),
+            self._recorder,
         )
         self.plan = Plan(
             self.recipe,
@@ -310,5 +318,14 @@ class Injection:
             self._frozen = FrozenCheck(self.chunks)
 
     def end_training(self) -> str | None:
-        """Check it; see ``FrozenCheck.verify``."""
-        return None if self._frozen is None else self._frozen.verify()
+        """Write the routing profile and check what must not have changed; what to say of both.
+
+        Collectives: those of ``ProfileSetup.write`` and ``FrozenCheck.verify``.
+        """
+        said = [] if self._profile is None else [self._profile.write(self._recorder)]
+        if self._frozen is not None:
+            said.append(self._frozen.verify())
+        return "\n".join(said) or None
+
+    def finish(self) -> None:
+        """Nothing is left to do when ``pretrain`` returns."""
