@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
-from megatron_moe_inject import __version__, delta_command, select_command
+from megatron_moe_inject import __version__, delta_command, profile_command, select_command
 from megatron_moe_inject.arguments import add_inject_arguments, name_error, recipe_for_student
 from megatron_moe_inject.experts.choice import resolve_experts
 from megatron_moe_inject.plan import Plan, TeacherRow, render_plan
@@ -46,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         at = argv.index("--")
         ours, flags = argv[:at], argv[at + 1 :]
     options = _parser().parse_args(ours)
+    if hasattr(options, "run_training"):
+        options.run_training(options, flags or [])
+        return 0
     try:
         if options.command == "plan":
             text = render_plan(_plan(options, flags))
@@ -91,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     select_command.add_commands(commands)
     delta_command.add_commands(commands)
+    profile_command.add_commands(commands)
     return parser
 
 

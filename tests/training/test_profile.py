@@ -135,3 +135,15 @@ def test_a_folder_that_is_not_there(material):
     assert run.returncode == 2, run.tail()
     assert "--inject-profile: /nowhere is no folder" in run.output
     assert "Traceback" not in run.output
+
+
+def test_the_command_records_the_same(material, single, tmp_path):
+    path = tmp_path / "p.json"
+    flags = student_flags(*material.blend, "--load", material.student, "--eval-iters", "3", ep=2)
+    at = flags.index("--train-iters")
+    del flags[at : at + 2]
+    ours = ["profile", recipe_file(material, UNKNOWN), "--output", str(path), "--coselections"]
+    script = ("-m", "megatron_moe_inject.cli", *ours, "--cpu", "--")
+    run = lane.run(flags, nproc=2, script=script)
+    assert "routing profile: general" in run.output
+    assert_same(read_profile(path), single)
