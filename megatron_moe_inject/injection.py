@@ -256,6 +256,7 @@ class Injection:
             tp_group=groups.tp,
             valid_vocab_size=self._valid_vocab_size,
             originals=self.originals,
+            masked_sum=objective.masked_sum,
         )
 
     def _teacher_pass(self, name: str, chunk: torch.nn.Module, groups: Any) -> TeacherPass:

@@ -131,6 +131,9 @@ class Objective:
         skip_worse: no distillation on tokens whose label the teacher predicts worse than the
             student does.
         jsd_beta, skew: the teacher's weight in the mixture of ``jsd`` and of ``skew_kl``.
+        masked_sum: the script's loss is the sum of the token losses times the loss mask, times one
+            number, as Megatron's. A trained output layer then costs no second pass over its logits,
+            but a float32 buffer of its size from a micro-batch's forward to its backward pass.
     """
 
     divergence: str = "forward_kl"
@@ -144,6 +147,7 @@ class Objective:
     skip_worse: bool = False
     jsd_beta: float = 0.5
     skew: float = 0.1
+    masked_sum: bool = True
 
     def weights(self) -> tuple[Weight, Weight]:
         """alpha and beta, also where ``ce_share`` says them."""
