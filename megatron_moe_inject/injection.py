@@ -275,6 +275,7 @@ class Injection:
             tp_group=groups.tp,
             valid_vocab_size=self._valid_vocab_size,
             originals=self.originals,
+            masked_sum=objective.masked_sum,
         )
 
     @property

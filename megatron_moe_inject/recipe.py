@@ -193,6 +193,9 @@ class Objective:
             student does.
         jsd_beta, skew: the teacher's weight in the mixture of ``jsd`` and of ``skew_kl``.
         features: imitation of the teacher's layers, see ``Features``.
+        masked_sum: the script's loss is the sum of the token losses times the loss mask, times one
+            number, as Megatron's. A trained output layer then costs no second pass over its logits,
+            but a float32 buffer of its size from a micro-batch's forward to its backward pass.
     """
 
     divergence: str = "forward_kl"
@@ -207,6 +210,7 @@ class Objective:
     jsd_beta: float = 0.5
     skew: float = 0.1
     features: Features = field(default_factory=Features)
+    masked_sum: bool = True
 
     def weights(self) -> tuple[Weight, Weight]:
         """alpha and beta, also where ``ce_share`` says them."""

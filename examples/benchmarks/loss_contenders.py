@@ -85,6 +85,7 @@ class Contender:
     needs_cuda: bool = False
     stored_teacher: bool = False
     with_ce: bool = False
+    trained_only: bool = False
 
 
 class _SumGradient(torch.autograd.Function):
@@ -163,11 +164,12 @@ def build_naive(s: Settings) -> Loss:
     return loss
 
 
-def build_ours(s: Settings) -> Loss:
+def build_ours(s: Settings, any_upstream: bool = False) -> Loss:
     def loss(i: Inputs):
+        mask = None if any_upstream else torch.ones(len(i.hidden), device=i.hidden.device)
         out = losses.fused_linear_distillation(
             *i[:5], kind=s.kind, temperature=s.temperature, alpha=s.alpha, beta=s.beta,
-            jsd_beta=s.jsd_beta, skew=s.skew, tp_group=s.group,
+            jsd_beta=s.jsd_beta, skew=s.skew, tp_group=s.group, upstream_mask=mask,
         )  # fmt: skip
         return with_value(s, out.total.mean())
 
@@ -308,6 +310,11 @@ CONTENDERS = {
     "ours": Contender(
         "ours, fused", "fused_linear_distillation: a T^2 D + b CE, never whole logits",
         build_ours, dense_total, with_ce=True,
+    ),
+    "ours-any": Contender(
+        "ours, any upstream",
+        "the same without upstream_mask; differs where the head trains: logits made twice",
+        lambda s: build_ours(s, any_upstream=True), dense_total, with_ce=True, trained_only=True,
     ),
     "ours-logits": Contender(
         "ours, on logits", "vocab_parallel_divergence: T^2 D of whole (sharded) logits; no CE",

@@ -7,6 +7,7 @@ pipeline parallelism one stage, has nothing to train; stock Megatron hangs there
 import os
 import re
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -167,6 +168,36 @@ def test_cross_entropy_with_everything_training_is_stock_training(material, layo
     assert ours.losses("grad norm") == pytest.approx(stock.losses("grad norm"), rel=2e-4)
 
 
+HEAD_TRAINS = ("--inject-set", "train.output_layer=true")
+
+
+@pytest.mark.parametrize("precision", [(), ("--bf16",)], ids=["fp32", "bf16"])
+def test_a_trained_head_learns_the_same_from_one_pass_as_from_two(material, precision):
+    """On mixed micro-batches, whose two kinds of sample have a gradient of the head each."""
+    one, two = (
+        inject(material, extra=(*precision, *HEAD_TRAINS, f"objective.masked_sum={masked_sum}"))
+        for masked_sum in ("true", "false")
+    )
+    for term in TERMS:
+        rel = 2e-3 if precision else 2e-5
+        assert one.losses(term) == pytest.approx(two.losses(term), rel=rel), term
+
+
+def test_a_script_with_another_loss_function_is_told_what_to_set(material, tmp_path):
+    """Its loss is no multiple of the masked sum, so the head's gradient needs a second pass."""
+    stock = Path(lane.MINIMAL_GPT[0]).read_text()
+    script = tmp_path / "squared.py"
+    script.write_text(stock.replace("output.view(-1).float() *", "output.view(-1).float() ** 2 *"))
+    assert script.read_text() != stock
+    flags = material.flags("--inject-recipe", recipe_file(material), *HEAD_TRAINS)
+    told = lane.run(flags, script=(str(script),), check=False)
+    assert told.returncode != 0
+    assert not told.iterations
+    assert "set objective.masked_sum: false" in told.output
+    run = lane.run([*flags, "objective.masked_sum=false"], script=(str(script),))
+    assert all(0 < norm < 100 for norm in run.losses("grad norm"))
+
+
 def test_the_curve_does_not_depend_on_the_micro_batch_size(material):
     """Without the stock balance loss, which is taken per micro-batch."""
     unbalanced = ("--moe-router-load-balancing-type", "none")
@@ -196,6 +227,7 @@ def test_frozen_parameters_stay_bitwise_under_adamw_with_decay(material, single,
         pytest.param((), id="fp32"),
         pytest.param(("--bf16", *lane.DISTRIBUTED_OPTIMIZER), id="bf16, distributed optimizer"),
         pytest.param(("--bf16",), id="bf16", marks=pytest.mark.slow),
+        pytest.param(HEAD_TRAINS, id="fp32, head trained"),
     ],
 )
 def test_killed_and_resumed_run_gives_the_same_curve(material, tmp_path, optimizer):

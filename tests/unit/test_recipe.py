@@ -209,6 +209,7 @@ MISTAKES = [
     ({"objective.skew": 0}, ["objective.skew: 0.0 is not between 0 and 1"]),
     ({"objective.confidence": "high"}, ["confidence: 'high'", "none, label, entropy"]),
     ({"objective.skip_worse": 1}, ["objective.skip_worse: 1 is not true or false"]),
+    ({"objective.masked_sum": "no"}, ["objective.masked_sum: 'no' is not true or false"]),
     ({"objective.ce_share": 0.3}, ["objective.ce_share: 0.3 stands beside", "keep one form"]),
     (
         {"objective": {"ce_share": 1.5}},

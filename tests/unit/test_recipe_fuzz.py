@@ -99,6 +99,7 @@ def recipes(draw):
         draw(st.none() | weights | schedules),
         confidence=draw(st.sampled_from(["none", "label", "entropy"])),
         skip_worse=draw(st.booleans()),
+        masked_sum=draw(st.booleans()),
     )
     train = Train(
         draw(st.sampled_from(["selected", "all"])), *draw(st.tuples(*[st.booleans()] * 7))
