@@ -20,7 +20,7 @@ from megatron_moe_inject.data.labels import HostGroup
 from megatron_moe_inject.experts.boundary import GradientBoundary, agree_boundary
 from megatron_moe_inject.experts.census import parameter_rows
 from megatron_moe_inject.experts.choice import resolve_experts
-from megatron_moe_inject.experts.freeze import FreezePolicy
+from megatron_moe_inject.experts.freeze import FreezePolicy, places
 from megatron_moe_inject.experts.grouped import split_grouped_experts
 from megatron_moe_inject.experts.original import FOLDER, OriginalParameters
 from megatron_moe_inject.experts.recorder import RoutingRecorder
@@ -51,6 +51,7 @@ from megatron_moe_inject.teachers import (
     states_dtype,
 )
 from megatron_moe_inject.teachers.step_pass import TeacherPass
+from megatron_moe_inject.typed import fail
 
 
 def agree(action: Callable[[], Any]) -> Any:
@@ -81,7 +82,10 @@ def freeze_policy(recipe: Recipe) -> FreezePolicy:
         experts = None
     elif recipe.train.experts == "selected":
         experts = {layer: frozenset(ids) for layer, ids in recipe.experts_by_layer().items()}
-    return FreezePolicy(experts, frozenset(recipe.train.components()))
+    train = recipe.train
+    return FreezePolicy(
+        experts, frozenset(train.components()), frozenset(train.layers), tuple(train.patterns)
+    )
 
 
 def term_weights(recipe: Recipe, iteration: int) -> dict[int, TermWeights]:
@@ -182,6 +186,7 @@ class Injection:
         """
         self.chunks = list(chunks)
         device = next(self.chunks[0].parameters()).device
+        self._check_patterns()
         boundary = agree_boundary(self.chunks, self.facts.num_layers, device)
         self.imitation.check_boundary(boundary)
         full_recompute = self._args.recompute_granularity == "full"
@@ -218,6 +223,25 @@ class Injection:
                 if info.vocabulary.startswith("not compared")
             ],
         )
+
+    def _check_patterns(self) -> None:
+        """Every pattern of ``train.patterns`` must name a parameter of some rank.
+
+        Collectives: one all-gather of pattern lists over the whole world, where there are any.
+        """
+        if not self.policy.patterns:
+            return
+        own = {
+            p for chunk in self.chunks for at, _ in places(chunk) for p in self.policy.matches(at)
+        }
+        ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, own)
+        for i, pattern in enumerate(self.policy.patterns):
+            if not any(pattern in found for found in ranks):
+                raise fail(
+                    f"train.patterns[{i}]", pattern, "matches no parameter of the student",
+                    "names look like decoder.layers.3.mlp.experts.17.linear_fc1.weight",
+                )  # fmt: skip
 
     def _keep_originals(self) -> OriginalParameters | None:
         """The original parameters where retention needs them: as loaded, or as the run began."""

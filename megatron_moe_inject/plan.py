@@ -236,7 +236,10 @@ def _feature_lines(plan: Plan) -> list[str]:
 def _train_lines(plan: Plan) -> list[str]:
     train = plan.recipe.train
     names = [_trained_experts(plan)] if train.experts != "none" else []
-    lines = [", ".join(names + train.components()) + "; everything else is frozen"]
+    names += train.components()
+    if train.layers:
+        names.append(f"layers {ranges(train.layers)}")
+    lines = [", ".join(names + train.patterns) + "; everything else is frozen"]
     if plan.parameters:
         rows = [("component", "trained", "frozen", "trained per rank")]
         for row in plan.parameters:

@@ -226,6 +226,11 @@ class Train:
     Attributes:
         experts: ``selected`` (those of the domains), ``all`` or ``none``.
         mlp: the MLPs of dense layers. The other names are the model's components.
+        layers: 0-based decoder layers that train whole.
+        patterns: parameters by name, with shell wildcards, as in
+            ``decoder.layers.3.self_attention.*`` or ``*.experts.17.*``. Layers and experts have
+            their global numbers; a name is that of ``named_parameters()`` with ``experts.17`` for
+            ``experts.local_experts.1`` of the rank that holds expert 17.
     """
 
     experts: str = "selected"
@@ -236,6 +241,8 @@ class Train:
     mlp: bool = False
     embedding: bool = False
     output_layer: bool = False
+    layers: list[int] = field(default_factory=list)
+    patterns: list[str] = field(default_factory=list)
 
     def components(self) -> list[str]:
         """Names of the components besides the experts that train."""

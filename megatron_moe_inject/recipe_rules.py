@@ -323,7 +323,17 @@ def _check_weight(path: str, weight: Weight | None) -> None:
 def _check_train(recipe: Recipe) -> None:
     train = recipe.train
     _check_choice("train.experts", train.experts, EXPERT_MODES)
-    if train.experts == "none" and not train.components():
+    for name in ("layers", "patterns"):
+        found = getattr(train, name)
+        for i, entry in enumerate(found):
+            if entry in found[:i] or entry == "":
+                problem = "is empty" if entry == "" else "is there twice"
+                raise fail(f"train.{name}[{i}]", entry, problem, "remove it")
+    for i, layer in enumerate(train.layers):
+        if layer < 0:
+            raise fail(f"train.layers[{i}]", layer, "is negative", "decoder layers count from 0")
+    named = [*train.components(), *train.layers, *train.patterns]
+    if train.experts == "none" and not named:
         names = [name for name, value in asdict(train).items() if value is False]
         raise fail(
             "train.experts",

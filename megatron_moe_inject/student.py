@@ -340,6 +340,10 @@ def _check_components(recipe: Recipe, facts: StudentFacts) -> None:
     ):
         if getattr(train, name) and not exists:
             raise fail(f"train.{name}", True, "matches nothing", f"{why}; set it to false")
+    for i, layer in enumerate(train.layers):
+        if layer >= facts.num_layers:
+            remedy = f"the student's layers are 0 to {facts.num_layers - 1}"
+            raise fail(f"train.layers[{i}]", layer, "is no layer of the student", remedy)
     if train.experts == "all" and not moe:
         raise fail("train.experts", "all", "matches nothing", "the student is dense; write none")
     if facts.tied_embeddings and train.embedding != train.output_layer:

@@ -70,4 +70,6 @@ def _shown(policy: dict) -> str:
         experts = f"experts {{{', '.join(layers)}}}" if experts else ""
     else:
         experts = f"{experts} experts"
-    return " and ".join(part for part in (experts, ", ".join(policy["components"])) if part)
+    layers = [f"layers {policy['layers']}"] if "layers" in policy else []
+    named = [*policy["components"], *layers, *policy.get("patterns", ())]
+    return " and ".join(part for part in (experts, ", ".join(named)) if part)

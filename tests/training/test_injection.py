@@ -242,6 +242,32 @@ def test_killed_and_resumed_run_gives_the_same_curve(material, tmp_path, optimiz
         assert resumed.losses(term) == whole.losses(term)[3:], term
 
 
+BY_NAME = RECIPE.replace(
+    "objective:",
+    "train:\n  experts: none\n  layers: [3]\n"
+    "  patterns: ['*.2.mlp.experts.3.*', '*.final_layernorm.*']\nobjective:",
+)
+
+
+@pytest.mark.parametrize("layout", ["ep2", "tp2-sp", "pp2"])
+def test_layers_and_parameters_train_by_name(material, layout):
+    single, run = inject(material, BY_NAME), inject(material, BY_NAME, **LAYOUTS[layout])
+    for term in TERMS:
+        assert run.losses(term) == pytest.approx(single.losses(term), rel=2e-5), term
+    assert PROVEN.search(run.output)
+    assert "layers 3, *.2.mlp.experts.3.*, *.final_layernorm.*; everything else is frozen" in (
+        run.output
+    )
+
+
+def test_a_pattern_that_matches_nothing_on_any_rank_is_an_error(material):
+    recipe = BY_NAME.replace("*.2.mlp.experts.3.*", "*.2.mlp.experts.4.*")
+    run = inject(material, recipe, nproc=2, ep=2, check=False)
+    assert run.returncode == 2, run.tail()
+    assert "train.patterns[0]: '*.2.mlp.experts.4.*' matches no parameter" in run.output
+    assert "Traceback" not in run.output
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [

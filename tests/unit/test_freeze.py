@@ -133,3 +133,27 @@ def test_lowest_trainable_position():
     ):
         policy.apply([chunk])
         assert first_trainable_layer([chunk], num_layers=12) == lowest
+
+
+def test_layers_and_patterns_name_parameters_by_their_global_numbers():
+    """Layers 4 and 5 and experts 6 and 7 are here; grouped experts have the names of single ones."""
+    grouped = ("mlp.experts.linear_fc1.weight0", "mlp.experts.linear_fc2.weight1")
+    chunk = student(extra=grouped)
+    names = {at.global_name for at, _ in places(chunk)}
+    assert "decoder.layers.4.mlp.experts.6.linear_fc1.weight" in names
+    assert "decoder.layers.4.mlp.experts.7.linear_fc2.weight" in names
+    policy = FreezePolicy({}, frozenset(), frozenset({5}), ("decoder.layers.4.mlp.experts.7.*",))
+    policy.apply([chunk])
+    for at, parameter in places(chunk):
+        assert parameter.requires_grad == (at.layer == 5 or at.expert == 7), at
+    assert policy.described()["layers"] == [5]
+    assert "layers" not in FreezePolicy({}, frozenset()).described()
+
+
+def test_a_router_that_trains_by_pattern_keeps_its_bias_updates():
+    chunk = student()
+    for pattern, frozen in (("*.router.*", False), ("*.norm.*", True)):
+        router = chunk.decoder.layers.get_submodule("0").mlp.router
+        router.frozen_expert_bias = False
+        FreezePolicy({}, frozenset(), patterns=(pattern,)).apply([chunk])
+        assert router.frozen_expert_bias is frozen
