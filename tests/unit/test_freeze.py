@@ -136,13 +136,14 @@ def test_lowest_trainable_position():
 
 
 def test_layers_and_patterns_name_parameters_by_their_global_numbers():
-    """Layers 4 and 5 and experts 6 and 7 are here; grouped experts have the names of single ones."""
+    """Layers 4 and 5, experts 6 and 7 are here; grouped experts have names like single ones."""
     grouped = ("mlp.experts.linear_fc1.weight0", "mlp.experts.linear_fc2.weight1")
     chunk = student(extra=grouped)
     names = {at.global_name for at, _ in places(chunk)}
     assert "decoder.layers.4.mlp.experts.6.linear_fc1.weight" in names
     assert "decoder.layers.4.mlp.experts.7.linear_fc2.weight" in names
-    policy = FreezePolicy({}, frozenset(), frozenset({5}), ("decoder.layers.4.mlp.experts.7.*",))
+    patterns = ("decoder.layers.4.mlp.experts.7.*",)
+    policy = FreezePolicy({}, frozenset(), frozenset({5}), patterns)
     policy.apply([chunk])
     for at, parameter in places(chunk):
         assert parameter.requires_grad == (at.layer == 5 or at.expert == 7), at
