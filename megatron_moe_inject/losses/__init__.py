@@ -2,8 +2,8 @@
 
 ``reference`` says what each loss means, ``divergences`` computes it on existing logits and
 ``fused`` from hidden states and heads without ever holding the logits, both with the maths in
-``rows``. ``sparse`` compares with a teacher of which only some ids per token are stored.
-``objective`` composes them for a micro-batch of domain and general samples.
+``rows`` (for GPUs: ``triton_rows``). ``sparse`` compares with a teacher of which only some ids
+per token are stored. ``objective`` composes them for a micro-batch of domain and general samples.
 """
 
 from megatron_moe_inject.losses.divergences import vocab_parallel_divergence
@@ -19,12 +19,14 @@ from megatron_moe_inject.losses.sparse import (
     vocab_parallel_sparse_divergence,
 )
 from megatron_moe_inject.losses.spec import KINDS
+from megatron_moe_inject.losses.triton_rows import TritonRows
 
 __all__ = [
     "KINDS",
     "TAILS",
     "FusedLoss",
     "SparseTeacher",
+    "TritonRows",
     "default_chunk_tokens",
     "fused_linear_distillation",
     "sample_teacher",

@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_moe_inject.losses.head_gradient import HeadGradient
 from megatron_moe_inject.losses.rows import (
     LogitRows,
+    RowKernels,
     RowStats,
     distillation_factor,
     logit_gradient,
@@ -51,6 +52,7 @@ class Plan:
     student_transform: LogitTransform | None
     teacher_transform: LogitTransform | None
     sparse: SparseTarget | None
+    kernels: RowKernels | None
 
     def of(self, rows: slice) -> "Plan":
         """The plan for some of the tokens."""
@@ -65,7 +67,9 @@ class Plan:
             y = chunk.teacher_hidden @ chunk.teacher_weight.t()
             if self.teacher_transform:
                 self.teacher_transform.apply_(y)
-        return LogitRows(x, y, chunk.labels, chunk.temperature, self.student_transform)
+        return LogitRows(
+            x, y, chunk.labels, chunk.temperature, self.student_transform, self.kernels
+        )
 
     def statistics(self, logits: LogitRows) -> tuple[RowStats, SparseStats | None]:
         """Their losses."""

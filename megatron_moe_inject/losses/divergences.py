@@ -15,7 +15,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from megatron_moe_inject.losses.rows import LogitRows, logit_gradient, row_statistics
+from megatron_moe_inject.losses.rows import (
+    LogitRows,
+    RowKernels,
+    logit_gradient,
+    row_statistics,
+)
 from megatron_moe_inject.losses.spec import Divergence, VocabShard, check_temperature
 
 
@@ -29,6 +34,7 @@ def vocab_parallel_divergence(
     valid_vocab_size: int | None = None,
     beta: float = 0.5,
     skew: float = 0.1,
+    kernels: RowKernels | None = None,
 ) -> Tensor:
     """T^2 times the divergence of every token, differentiable by the student's logits.
 
@@ -45,6 +51,8 @@ def vocab_parallel_divergence(
             gradient of 0. None when there is no padding.
         beta: the teacher's weight in the generalised Jensen-Shannon divergence, 0 < beta < 1.
         skew: the teacher's weight in the mixture that skew KL measures against, 0 < skew < 1.
+        kernels: goes through the columns instead of torch operations, such as ``TritonRows()`` on a
+            GPU; the same on every rank of ``tp_group``.
 
     Returns:
         [...] in float32 (float64 for float64 logits), the same on every rank of ``tp_group``.
@@ -67,19 +75,22 @@ def vocab_parallel_divergence(
     divergence = Divergence(kind, beta, skew)
     with_gradient = torch.is_grad_enabled() and student_logits.requires_grad
     return _VocabParallelDivergence.apply(
-        student_logits, teacher_logits, divergence, temperature, shard, with_gradient
+        student_logits, teacher_logits, divergence, temperature, shard, kernels, with_gradient
     )
 
 
 class _VocabParallelDivergence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student_logits, teacher_logits, divergence, temperature, shard, with_gradient):
+    def forward(
+        ctx, student_logits, teacher_logits, divergence, temperature, shard, kernels, with_gradient
+    ):
         tokens, width = student_logits.shape[:-1], student_logits.shape[-1]
         logits = LogitRows(
             student_logits.reshape(-1, width)[:, : shard.columns],
             teacher_logits.reshape(-1, width)[:, : shard.columns],
             labels=None,
             temperature=temperature,
+            kernels=kernels,
         )
         stats = row_statistics(logits, divergence, shard)
         if with_gradient:
@@ -95,4 +106,4 @@ class _VocabParallelDivergence(torch.autograd.Function):
     def backward(ctx, grad_loss):
         (gradient,) = ctx.saved_tensors
         out = torch.empty_like(gradient)
-        return torch.mul(gradient, grad_loss.unsqueeze(-1), out=out), *[None] * 5
+        return torch.mul(gradient, grad_loss.unsqueeze(-1), out=out), *[None] * 6

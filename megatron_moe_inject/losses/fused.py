@@ -47,7 +47,7 @@ from megatron_moe_inject.losses.chunks import (
     statistics_and_gradient,
 )
 from megatron_moe_inject.losses.head_gradient import HeadGradient
-from megatron_moe_inject.losses.rows import RowStats, distillation_factor, maths_dtype
+from megatron_moe_inject.losses.rows import RowKernels, RowStats, distillation_factor, maths_dtype
 from megatron_moe_inject.losses.sparse import SparseTarget, SparseTeacher
 from megatron_moe_inject.losses.spec import (
     Divergence,
@@ -100,6 +100,7 @@ def fused_linear_distillation(
     teacher_transform: LogitTransform | None = None,
     sparse_teacher: SparseTeacher | None = None,
     upstream_mask: Tensor | None = None,
+    kernels: RowKernels | None = None,
 ) -> FusedLoss:
     """alpha T^2 D(teacher || student) + beta CE of every token, from hidden states and heads.
 
@@ -137,6 +138,9 @@ def fused_linear_distillation(
             gradient of a trained head cheaper. A broken promise (checked without host
             synchronisation, see ``common_factor``) makes the head's gradient NaN; that by the
             hidden states is right all the same. The graph can go through one backward pass only.
+        kernels: goes through the logits' columns instead of torch operations, such as
+            ``TritonRows()`` on a GPU; the same on every rank of ``tp_group``. With a sparse teacher
+            only for the cross-entropy.
 
     Returns:
         FusedLoss; ``total`` is differentiable by ``student_hidden`` and ``student_weight``, with
@@ -198,6 +202,7 @@ def fused_linear_distillation(
             vocab_size=shard.valid,
             dtype=maths_dtype(student_hidden.dtype),
         ),
+        kernels=kernels,
     )
     if plan.weight_gradient and accumulate_main_grad:
         HeadGradient.check(student_weight)

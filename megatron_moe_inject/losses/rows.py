@@ -29,7 +29,7 @@ normalised P and Q, hence a second pass of statistics and an all-reduce.
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import NamedTuple, Protocol, Self
 
 import torch
 import torch.distributed as dist
@@ -57,6 +57,7 @@ class LogitRows:
 
     ``y`` is None without a teacher, ``labels`` [t] None without cross-entropy; ``temperature`` is a
     number or [t]. ``transform`` says what ``x`` has gone through, so that its gradient goes back.
+    ``kernels`` does the maths on columns instead of this module's torch operations.
     """
 
     x: Tensor
@@ -64,6 +65,7 @@ class LogitRows:
     labels: Tensor | None
     temperature: float | Tensor
     transform: LogitTransform | None = None
+    kernels: "RowKernels | None" = None
 
     def rows(self, rows: slice) -> "LogitRows":
         """Some of the rows."""
@@ -73,6 +75,7 @@ class LogitRows:
             None if self.labels is None else self.labels[rows],
             self.temperature[rows] if isinstance(self.temperature, Tensor) else self.temperature,
             self.transform,
+            self.kernels,
         )
 
     def blocks(self) -> list[slice]:
@@ -113,7 +116,23 @@ class RowStats(NamedTuple):
         return cls(*(None if field[0] is None else torch.cat(field) for field in fields))
 
 
-class _Scratch:
+class RowKernels(Protocol):
+    """Another way to go through the columns than the torch operations of this module.
+
+    The methods take all rows and do what the function of the same name does. Exchange and merge
+    stay here, so all ranks that share the vocabulary need the same statistics in the same order.
+    """
+
+    def local_statistics(self, logits, divergence, shard, weighting) -> dict[str, Tensor]: ...
+
+    def mixture_terms(self, logits, stats, divergence) -> Tensor: ...
+
+    def logit_gradient(
+        self, logits, stats, divergence, shard, kd_weight, ce_weight, out
+    ) -> None: ...
+
+
+class Scratch:
     """Three blocks of float32 that the row maths works in, so that no step allocates memory."""
 
     def __init__(self, logits: LogitRows, blocks: list[slice]):
@@ -144,18 +163,24 @@ def row_statistics(
     Collectives over the shard's group: one all-gather of at most 7 numbers per row, 3 more with a
     weighting, and for jsd and skew_kl one all-reduce (sum) of 2 numbers per row.
     """
-    blocks = logits.blocks()
-    scratch = _Scratch(logits, blocks)
-    parts = [
-        _local_statistics(logits.rows(rows), divergence, shard, weighting, scratch)
-        for rows in blocks
-    ]
-    local = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    kernels, blocks = logits.kernels, logits.blocks()
+    if kernels is not None:
+        local = kernels.local_statistics(logits, divergence, shard, weighting)
+    else:
+        scratch = Scratch(logits, blocks)
+        parts = [
+            local_statistics(logits.rows(rows), divergence, shard, weighting, scratch)
+            for rows in blocks
+        ]
+        local = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     stats = _merge(exchange(local, shard), logits, divergence)
     if divergence is None or divergence.mixture is None:
         return stats
-    terms = [mixture_terms(logits.rows(rows), stats.rows(rows), divergence) for rows in blocks]
-    total = torch.cat(terms, dim=1)
+    if kernels is not None:
+        total = kernels.mixture_terms(logits, stats, divergence)
+    else:
+        terms = [mixture_terms(logits.rows(rows), stats.rows(rows), divergence) for rows in blocks]
+        total = torch.cat(terms, dim=1)
     if shard.group is not None:
         dist.all_reduce(total, group=shard.group)
     return stats._replace(divergence=total[0], slope=total[1])
@@ -175,20 +200,16 @@ def logit_gradient(
     A weight [t] of None leaves its term out; a row where ``kd_weight`` is 0 gets nothing from D,
     whatever its value there. ``out`` may be ``logits.x`` itself.
     """
+    if logits.kernels is not None:
+        logits.kernels.logit_gradient(logits, stats, divergence, shard, kd_weight, ce_weight, out)
+        return
     blocks = logits.blocks()
-    scratch = _Scratch(logits, blocks)
+    scratch = Scratch(logits, blocks)
     for rows in blocks:
-        block, block_stats = logits.rows(rows), stats.rows(rows)
-        kd = None if kd_weight is None else kd_weight[rows]
-        ce = None if ce_weight is None else torch.where(block.labels >= 0, ce_weight[rows], 0.0)
-        gradient = _block_gradient(block, block_stats, divergence, kd, ce, scratch)
-        if ce is not None and shard.columns:
-            column, here = shard.locate(block.labels)
-            row = torch.arange(len(column), device=column.device)
-            gradient[row, column] -= torch.where(here, ce, 0.0)
-        if logits.transform:
-            logits.transform.pull_back_(gradient, block.x)
-        out[rows] = gradient
+        kd, ce = (None if weight is None else weight[rows] for weight in (kd_weight, ce_weight))
+        out[rows] = block_gradient(
+            logits.rows(rows), stats.rows(rows), divergence, shard, kd, ce, scratch
+        )
 
 
 def distillation_factor(
@@ -206,14 +227,14 @@ def distillation_factor(
     return factor
 
 
-def _local_statistics(
+def local_statistics(
     logits: LogitRows,
     divergence: Divergence | None,
     shard: VocabShard,
     weighting: TokenWeighting | None,
-    scratch: _Scratch,
+    scratch: Scratch,
 ) -> dict[str, Tensor]:
-    """What this rank's columns say about each row, by name, each [t]."""
+    """What this rank's columns say about each row of a block, by name, each [t]."""
     a, b, c = scratch.of(logits)
     local = {"x_max": local_maximum(logits.x)}
     if divergence is not None:
@@ -229,7 +250,7 @@ def _local_statistics(
         else:
             local["x_sum"], local["y_sum"] = x.exp_().sum(-1), y.exp_().sum(-1)
     if logits.labels is not None:
-        if divergence is not None and _is_one(logits.temperature):
+        if divergence is not None and is_one(logits.temperature):
             local["ce_sum"] = local["x_sum"]
         else:
             local["ce_sum"] = shifted(logits.x, local["x_max"], 1.0, out=a).exp_().sum(-1)
@@ -299,22 +320,44 @@ def mixture_terms(logits: LogitRows, stats: RowStats, divergence: Divergence) ->
     return torch.stack((_zero_safe_sum(p, log_p_over_m), slope))
 
 
-def _block_gradient(
+def block_gradient(
+    logits: LogitRows,
+    stats: RowStats,
+    divergence: Divergence | None,
+    shard: VocabShard,
+    kd_weight: Tensor | None,
+    ce_weight: Tensor | None,
+    scratch: Scratch,
+) -> Tensor:
+    """``logit_gradient`` of a block of rows, in the scratch."""
+    if ce_weight is not None:
+        ce_weight = torch.where(logits.labels >= 0, ce_weight, 0.0)
+    gradient = _softmax_gradient(logits, stats, divergence, kd_weight, ce_weight, scratch)
+    if ce_weight is not None and shard.columns:
+        column, here = shard.locate(logits.labels)
+        row = torch.arange(len(column), device=column.device)
+        gradient[row, column] -= torch.where(here, ce_weight, 0.0)
+    if logits.transform:
+        logits.transform.pull_back_(gradient, logits.x)
+    return gradient
+
+
+def _softmax_gradient(
     logits: LogitRows,
     stats: RowStats,
     divergence: Divergence | None,
     kd_weight: Tensor | None,
     ce_weight: Tensor | None,
-    scratch: _Scratch,
+    scratch: Scratch,
 ) -> Tensor:
-    """``logit_gradient`` of one block but for the labels' own -1; weights [t] or None."""
+    """``block_gradient`` but for the labels' own -1 and the transform."""
     a, b, _ = scratch.of(logits)
     gradient = None
     if kd_weight is not None:
         scale = kd_weight * logits.temperature
         if divergence.kind == "forward_kl":
             q_scale = scale
-            if ce_weight is not None and _is_one(logits.temperature):
+            if ce_weight is not None and is_one(logits.temperature):
                 q_scale, ce_weight = scale + ce_weight, None  # one exponential serves both terms
             q = shifted(logits.x, stats.x_max, logits.temperature, out=a).exp_()
             q.mul_((q_scale * stats.x_lse.neg().exp())[:, None])
@@ -347,7 +390,7 @@ def _divergence_gradient(logits: LogitRows, stats: RowStats, divergence: Diverge
     return g.sub_(stats.slope[:, None]).mul_(q).masked_fill_(q == 0, 0)
 
 
-def _is_one(temperature: float | Tensor) -> bool:
+def is_one(temperature: float | Tensor) -> bool:
     return not isinstance(temperature, Tensor) and temperature == 1
 
 
@@ -363,7 +406,7 @@ def shifted(
 ) -> Tensor:
     """(logits - maximum) / temperature in ``out``; exact near the maximum at any magnitude."""
     difference = torch.sub(logits, maximum[:, None], out=out)
-    if _is_one(temperature):
+    if is_one(temperature):
         return difference
     return difference.div_(temperature[:, None] if isinstance(temperature, Tensor) else temperature)
 
