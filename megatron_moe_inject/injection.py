@@ -157,7 +157,7 @@ class Injection:
         self.imitation = ImitationSetup(recipe, args, self.facts, self.teacher_infos)
         self.chunks: list[torch.nn.Module] = []
         self.originals: OriginalParameters | None = None
-        remark = begin_or_resume(self.policy, args)
+        remark = begin_or_resume(self.policy, args, self.imitation.projections)
         self._warnings = [] if remark is None else [remark]
         self.plan: Plan | None = None
         self.step_hook: StepHook | None = None

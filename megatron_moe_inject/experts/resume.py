@@ -8,6 +8,7 @@ it may take the state over.
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,9 @@ class _Loaded:
         return RecipeError(f"--load {self.path} {problem}; {remedy}")
 
 
-def begin_or_resume(policy: FreezePolicy, args: Namespace) -> str | None:
+def begin_or_resume(
+    policy: FreezePolicy, args: Namespace, projections: Sequence[str] = ()
+) -> str | None:
     """Record the policy for checkpoints to come, and compare it with the one to be loaded.
 
     A checkpoint that was saved without injection gives its weights, iteration and random numbers,
@@ -34,6 +37,7 @@ def begin_or_resume(policy: FreezePolicy, args: Namespace) -> str | None:
     Args:
         policy: what trains.
         args: Megatron's arguments, changed in place.
+        projections: names of the projections to teachers' widths, which train besides.
 
     Returns:
         A remark for the plan where the optimizer starts anew, else None.
@@ -42,6 +46,8 @@ def begin_or_resume(policy: FreezePolicy, args: Namespace) -> str | None:
         RecipeError: the checkpoint holds the optimizer state of another policy.
     """
     args.inject_policy = policy.described()
+    if projections:
+        args.inject_policy["projections"] = list(projections)
     folder = compat.checkpoint_to_resume(args)
     if folder is None or args.no_load_optim or args.ckpt_format != "torch_dist":
         return None
@@ -72,4 +78,5 @@ def _shown(policy: dict) -> str:
         experts = f"{experts} experts"
     layers = [f"layers {policy['layers']}"] if "layers" in policy else []
     named = [*policy["components"], *layers, *policy.get("patterns", ())]
+    named += [f"projection {name}" for name in policy.get("projections", ())]
     return " and ".join(part for part in (experts, ", ".join(named)) if part)
