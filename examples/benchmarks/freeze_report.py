@@ -25,21 +25,22 @@ def multiplications(sizes: dict[str, int]) -> dict[str, float]:
 def limits(sizes: dict[str, int]) -> dict[str, float]:
     """Least arithmetic of a step, as a share of training everything, by what trains.
 
-    A layer's chosen experts get their share of the tokens. From the input of the first layer
-    with chosen experts on everything passes gradients on; attention's two products are of
-    activations, so their backward always takes two. Norms, softmax, dispatch and the optimizer are
-    not counted.
+    A layer's chosen experts get their share of the tokens. The first layer with chosen experts
+    needs their gradients alone; above it everything passes gradients on, and attention's two
+    products are of activations, so their backward always takes two. Norms, softmax, dispatch and
+    the optimizer are not counted.
     """
     part = multiplications(sizes)
     layer = part["projections"] + part["attention"] + part["experts"] + part["router"]
     forward = sizes["layers"] * layer + part["head"]
-    passing = layer + part["attention"] + part["experts"] * sizes["chosen"] / sizes["experts"]
-    quarter = sizes["layers"] // 4
-    full = 3 * forward
-    return {
-        "every-layer": (forward + part["head"] + sizes["layers"] * passing) / full,
-        "last-quarter": (forward + part["head"] + quarter * passing) / full,
-    }
+    of_chosen = part["experts"] * sizes["chosen"] / sizes["experts"]
+    passing = layer + part["attention"] + of_chosen
+    first = of_chosen * 4 / 3
+    found = {}
+    for trains, count in (("every-layer", sizes["layers"]), ("last-quarter", sizes["layers"] // 4)):
+        backward = part["head"] + (count - 1) * passing + first
+        found[trains] = (forward + backward) / (3 * forward)
+    return found
 
 
 def render(result: dict[str, Any]) -> list[str]:

@@ -3,13 +3,15 @@
 All ranks must agree on it. When one expert-parallel rank holds trainable experts and another
 does not, autograd would enter the all-to-all of the backward on the first and not on the
 second, and the job hangs. So the lowest trainable layer of *any* rank is taken, and on every
-rank the input of that layer requires grad.
+rank the input of that layer requires grad, or, where only experts train in it, what its experts
+put out: then neither its attention nor its frozen experts run a backward.
 
 The transformer block that holds the boundary runs in two parts, both by its own stock forward:
 the layers below, without recompute and without a graph, and the layers above, with whatever
-recompute is configured. A part is a shallow copy of the block with fewer layers, made for each
-micro-batch, so what is recomputed in the backward pass belongs to the copy of its micro-batch,
-and the block itself is never changed.
+recompute is configured. A graph that starts at experts is in the lower part, so under any
+recompute it starts at the layer's input instead. A part is a shallow copy of the block with fewer
+layers, made for each micro-batch, so what is recomputed in the backward pass belongs to the copy
+of its micro-batch, and the block itself is never changed.
 
 A pipeline stage still owes the previous stage a gradient of its input, and that stage waits for
 it: ``_Bridge`` answers with zeros, so the schedule stays stock and only the communication remains.
@@ -45,7 +47,7 @@ def agree_boundary(chunks: Sequence[torch.nn.Module], num_layers: int, device: t
 
 
 class _Bridge(torch.autograd.Function):
-    """Passes ``hidden`` on as if it came from ``received``, to which it sends a zero gradient."""
+    """Passes ``hidden`` on as if it came from ``received`` too, which gets a zero gradient."""
 
     @staticmethod
     def forward(ctx, received: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
@@ -54,9 +56,10 @@ class _Bridge(torch.autograd.Function):
         return hidden.clone()
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         shape, dtype, device = ctx.like
-        return torch.zeros(shape, dtype=dtype, device=device), None
+        zeros = torch.zeros(shape, dtype=dtype, device=device)
+        return zeros, grad if ctx.needs_input_grad[1] else None
 
 
 def _requiring_grad(hidden: torch.Tensor) -> torch.Tensor:
@@ -85,6 +88,9 @@ class GradientBoundary:
         if boundary < 0 or not layers:
             return
         below = boundary - (layers[0].layer_number - 1)
+        if 0 <= below < len(layers) and _starts_at_experts(layers[below]):
+            layers[below].mlp.experts.register_forward_hook(_start_at_experts)
+            below += 1
         if below > 0:
             self._below = min(below, len(layers))
             self._stock = self._block.forward
@@ -149,6 +155,26 @@ def _one_fp8_region(config: Any) -> AbstractContextManager:
     if config.fp8 and config.fp8_recipe == "delayed":
         return get_fp8_context(config)
     return nullcontext()
+
+
+def _starts_at_experts(layer: torch.nn.Module) -> bool:
+    """Whether the graph may start at what the layer's experts put out.
+
+    The same on all ranks of a stage: what they do not share are experts alone.
+    """
+    graphs = getattr(layer.config, "cuda_graph_impl", None) or "none"
+    if layer.config.recompute_granularity or graphs != "none":
+        return False
+    experts = getattr(layer.mlp, "experts", None)
+    trained = {parameter for parameter in layer.parameters() if parameter.requires_grad}
+    return experts is not None and trained <= set(experts.parameters())
+
+
+def _start_at_experts(experts: torch.nn.Module, args: tuple, output: tuple) -> tuple | None:
+    """Forward hook of a layer's experts, which return their rows and a bias."""
+    if not torch.is_grad_enabled():
+        return None
+    return _requiring_grad(output[0]), *output[1:]
 
 
 def _hidden(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:

@@ -86,6 +86,8 @@ def plain(material, student) -> dict[int, lane.Run]:
 @pytest.mark.parametrize("first", [1, 5])
 def test_without_recompute_nothing_is_kept_below(plain, first):
     check_counts(plain[first], first, recomputed=set())
+    layers = layers_of(plain[first])
+    assert layers[first]["saved"] < layers[7]["saved"] / 2, "the graph starts at the experts"
 
 
 CASES = {
