@@ -189,9 +189,8 @@ class Injection:
         self._check_patterns()
         boundary = agree_boundary(self.chunks, self.facts.num_layers, device)
         self.imitation.check_boundary(boundary)
-        full_recompute = self._args.recompute_granularity == "full"
         for chunk in self.chunks:
-            GradientBoundary(chunk, boundary, full_recompute)
+            GradientBoundary(chunk, boundary)
         groups = compat.process_groups(self.chunks[0])
         host_group = HostGroup.create(groups.mp)
         self.originals = self._keep_originals()
