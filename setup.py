@@ -16,6 +16,7 @@ setup(
         "megatron-core[training]>=0.18.2,<0.21",
         "omegaconf>=2.3",
         "safetensors>=0.4",
+        "tqdm>=4.66",
     ],
     extras_require={
         "te": ["transformer-engine[pytorch]>=2.8"],

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_moe_inject import typed
+from megatron_moe_inject.experts.choice import resolve_experts
 from megatron_moe_inject.recipe import (
     DIVERGENCES,
     Recipe,
@@ -27,7 +28,7 @@ from megatron_moe_inject.typed import RecipeError
 
 _OBJECTIVE = ("alpha", "beta", "general_beta", "gamma", "temperature", "divergence")
 _PLAIN = ("teacher", "domain_data", "domain_name", "experts", *_OBJECTIVE, "train_router")
-_RUN = ("dry_run", "verify_frozen")
+_RUN = ("dry_run", "verify_frozen", "profile", "profile_coselections")
 _FLAG_OF_KEY = (
     (r"domains\[0\]\.experts\.layers\.(\d+)", r"--inject-experts (layer \1)"),
     (r"domains\[0\]\.experts(\.layers)?", "--inject-experts"),
@@ -60,6 +61,18 @@ def add_inject_arguments(parser: ArgumentParser) -> ArgumentParser:
         ("train-router", "Without a recipe: train the routers as well."),
     ):
         group.add_argument(f"--inject-{flag}", action="store_true", default=None, help=text)
+    group.add_argument(
+        "--inject-profile",
+        metavar="PATH",
+        help="Record how each class of data is routed, in training or with --skip-train in "
+        "evaluation, and write it to this file (JSON).",
+    )
+    group.add_argument(
+        "--inject-profile-coselections",
+        action="store_true",
+        default=None,
+        help="Record besides which experts are chosen together.",
+    )
     for flag, metavar, text in (
         ("teacher", "SOURCE", "megatron:/dir or hf:/dir."),
         ("domain-name", "NAME", "name in the logs (default: domain)."),
@@ -83,6 +96,8 @@ def add_inject_arguments(parser: ArgumentParser) -> ArgumentParser:
 
 def recipe_from_args(args: Namespace, argv: Sequence[str] | None = None) -> Recipe | None:
     """The recipe that parsed flags ask for, checked as far as the flags alone allow.
+
+    Experts that a profile is to choose are not resolved yet.
 
     Args:
         args: Megatron's namespace.
@@ -122,7 +137,7 @@ def recipe_from_args(args: Namespace, argv: Sequence[str] | None = None) -> Reci
 
 
 def recipe_for_student(args: Namespace) -> tuple[Recipe, StudentFacts] | None:
-    """``recipe_from_args``, then checked against the student that the same flags describe.
+    """``recipe_from_args``, resolved and checked against the student of the same flags.
 
     No collective and no CUDA; every rank reaches the same verdict from the same flags.
 
@@ -134,6 +149,7 @@ def recipe_for_student(args: Namespace) -> tuple[Recipe, StudentFacts] | None:
         return None
     facts = student_facts_from_args(args)
     try:
+        recipe = resolve_experts(recipe, facts)
         check_recipe(recipe, facts)
     except RecipeError as error:
         raise name_error(error, args) from None
@@ -160,7 +176,8 @@ def _recipe_from_plain_flags(args: Namespace, overrides: list[str]) -> Recipe:
             "--inject-domain-data: missing; name the blend entries of the domain by 0-based "
             "position or path prefix (0 when there is one dataset)"
         )
-    if args.inject_experts is None and not args.inject_train_router:
+    only_profile = args.inject_profile is not None and args.skip_train
+    if args.inject_experts is None and not args.inject_train_router and not only_profile:
         raise RecipeError(
             "--inject-experts: missing; choose experts as LAYER:ID,ID;LAYER:ID, such as 12:3,40"
         )
@@ -175,7 +192,7 @@ def _recipe_from_plain_flags(args: Namespace, overrides: list[str]) -> Recipe:
             data=[_blend_entry(entry) for entry in args.inject_domain_data],
             experts=args.inject_experts,
             teacher=args.inject_teacher,
-            router=bool(args.inject_train_router),
+            router=bool(args.inject_train_router) or only_profile,
             overrides=overrides,
             **named,
             **objective,

@@ -1,9 +1,10 @@
-"""``moe-inject``: look at a recipe without starting a job.
+"""``moe-inject``: what can be done without starting a job.
 
 ``plan`` checks a recipe by itself and, with the flags of a training command after ``--``,
 against the student that they describe and the teachers' directories. Megatron's own parser
-reads those flags; nothing is built, no process group, no GPU, no weights read. A mistake is one
-line on stderr and exit status 2.
+reads those flags; nothing is built, no process group, no GPU, no weights read. ``select`` chooses
+experts from a routing profile and ``merge-profiles`` adds profiles up (``select_command``). A
+mistake is one line on stderr and exit status 2.
 """
 
 from __future__ import annotations
@@ -11,15 +12,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
-from megatron_moe_inject import __version__
+from megatron_moe_inject import __version__, delta_command, profile_command, select_command
 from megatron_moe_inject.arguments import add_inject_arguments, name_error, recipe_for_student
+from megatron_moe_inject.experts.choice import resolve_experts
 from megatron_moe_inject.plan import Plan, TeacherRow, render_plan
-from megatron_moe_inject.recipe import Recipe, RecipeError, load_recipe
+from megatron_moe_inject.recipe import Recipe, RecipeError, load_recipe, located
 
 _EXAMPLES = """examples:
   moe-inject plan recipe.yaml
@@ -43,11 +46,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         at = argv.index("--")
         ours, flags = argv[:at], argv[at + 1 :]
     options = _parser().parse_args(ours)
+    if hasattr(options, "run_training"):
+        options.run_training(options, flags or [])
+        return 0
     try:
-        print(render_plan(_plan(options, flags)))
+        if options.command == "plan":
+            text = render_plan(_plan(options, flags))
+        elif flags:
+            raise RecipeError(f"{options.command} takes no training flags; leave out -- and them")
+        else:
+            text = options.run(options)
     except RecipeError as error:
         print(f"moe-inject: {error}", file=sys.stderr)
         return 2
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -77,13 +92,20 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help="override recipe fields, as in training",
     )
+    select_command.add_commands(commands)
+    delta_command.add_commands(commands)
+    profile_command.add_commands(commands)
     return parser
 
 
 def _plan(options: argparse.Namespace, flags: list[str] | None) -> Plan:
     overrides = [item for group in options.inject_set for item in group]
     if not flags:
-        return Plan(load_recipe(options.recipe, overrides))
+        recipe = load_recipe(options.recipe, overrides)
+        try:
+            return Plan(resolve_experts(recipe))
+        except RecipeError as error:
+            raise located(error, options.recipe, overrides) from None
     with _quiet():
         from megatron.training.arguments import add_megatron_arguments
 

@@ -19,8 +19,12 @@ from megatron_moe_inject import compat
 from megatron_moe_inject.data.labels import HostGroup
 from megatron_moe_inject.experts.boundary import GradientBoundary, agree_boundary
 from megatron_moe_inject.experts.census import parameter_rows
-from megatron_moe_inject.experts.freeze import FreezePolicy
+from megatron_moe_inject.experts.choice import resolve_experts
+from megatron_moe_inject.experts.freeze import FreezePolicy, places
+from megatron_moe_inject.experts.grouped import split_grouped_experts
 from megatron_moe_inject.experts.original import FOLDER, OriginalParameters
+from megatron_moe_inject.experts.recorder import RoutingRecorder
+from megatron_moe_inject.experts.resume import begin_or_resume
 from megatron_moe_inject.experts.verify import FrozenCheck
 from megatron_moe_inject.imitation.setup import ImitationSetup
 from megatron_moe_inject.loss_hook import LossHook
@@ -29,10 +33,12 @@ from megatron_moe_inject.losses.spec import Divergence, TokenWeighting
 from megatron_moe_inject.metrics.losses import LossReport
 from megatron_moe_inject.original_pass import OriginalPass
 from megatron_moe_inject.plan import Plan, TeacherRow
+from megatron_moe_inject.profile_run import ProfileSetup
 from megatron_moe_inject.recipe import GENERAL, Recipe, RecipeError
 from megatron_moe_inject.schedule import ever_positive, value_at
 from megatron_moe_inject.step import SplitRegistry, StepHook
 from megatron_moe_inject.student import (
+    SPLITS,
     StudentFacts,
     check_recipe,
     split_labels,
@@ -45,8 +51,7 @@ from megatron_moe_inject.teachers import (
     states_dtype,
 )
 from megatron_moe_inject.teachers.step_pass import TeacherPass
-
-SPLITS = ("train", "valid", "test")
+from megatron_moe_inject.typed import fail
 
 
 def agree(action: Callable[[], Any]) -> Any:
@@ -77,7 +82,10 @@ def freeze_policy(recipe: Recipe) -> FreezePolicy:
         experts = None
     elif recipe.train.experts == "selected":
         experts = {layer: frozenset(ids) for layer, ids in recipe.experts_by_layer().items()}
-    return FreezePolicy(experts, frozenset(recipe.train.components()))
+    train = recipe.train
+    return FreezePolicy(
+        experts, frozenset(train.components()), frozenset(train.layers), tuple(train.patterns)
+    )
 
 
 def term_weights(recipe: Recipe, iteration: int) -> dict[int, TermWeights]:
@@ -115,15 +123,10 @@ class Injection:
     """
 
     def __init__(self, recipe: Recipe, args: Namespace, valid_vocab_size: int) -> None:
-        self.recipe = recipe
         self.dry_run: bool = args.inject_dry_run or False
         self.facts: StudentFacts = student_facts_from_args(args)
+        self.recipe = recipe = resolve_experts(recipe, self.facts)
         check_recipe(recipe, self.facts)
-        if recipe.train.experts == "selected" and getattr(args, "moe_grouped_gemm", False):
-            raise RecipeError(
-                "--moe-grouped-gemm True keeps all experts of a layer in one parameter, so "
-                "train.experts selected cannot train some of them; remove the flag"
-            )
         self.policy = freeze_policy(recipe)
         balancing = getattr(args, "moe_router_load_balancing_type", None) or ()
         if "router" not in self.policy.components and "quantile_balancing" in balancing:
@@ -147,18 +150,24 @@ class Injection:
                     f"{info.max_positions}, but --seq-length is {args.seq_length}; use a teacher "
                     "with longer positions or shorter sequences"
                 )
+        self._profile: ProfileSetup | None = None
+        self._recorder: RoutingRecorder | None = None
+        if args.inject_profile is not None:
+            self._profile = ProfileSetup(recipe, args, self.facts, SPLITS[:1])
         self.imitation = ImitationSetup(recipe, args, self.facts, self.teacher_infos)
         self.chunks: list[torch.nn.Module] = []
         self.originals: OriginalParameters | None = None
-        self._warnings: list[str] = []
+        remark = begin_or_resume(self.policy, args, self.imitation.projections)
+        self._warnings = [] if remark is None else [remark]
         self.plan: Plan | None = None
         self.step_hook: StepHook | None = None
         self._frozen: FrozenCheck | None = None
 
     def freeze(self, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
-        """``pre_wrap_hooks`` entry: apply the policy to bare chunks, and give them the projections
-        of feature imitation. No collective."""
+        """``pre_wrap_hooks`` entry: apply the policy to bare chunks, split grouped experts that
+        are frozen in part, and add the projections of feature imitation. No collective."""
         self.policy.apply(chunks)
+        split_grouped_experts(chunks)
         self.imitation.add_projections(chunks)
         return chunks
 
@@ -177,14 +186,16 @@ class Injection:
         """
         self.chunks = list(chunks)
         device = next(self.chunks[0].parameters()).device
+        self._check_patterns()
         boundary = agree_boundary(self.chunks, self.facts.num_layers, device)
         self.imitation.check_boundary(boundary)
-        full_recompute = self._args.recompute_granularity == "full"
         for chunk in self.chunks:
-            GradientBoundary(chunk, boundary, full_recompute)
+            GradientBoundary(chunk, boundary)
         groups = compat.process_groups(self.chunks[0])
         host_group = HostGroup.create(groups.mp)
         self.originals = self._keep_originals()
+        if self._profile is not None:
+            self._recorder = self._profile.recorder(self.chunks, groups)
         last = next((c for c in self.chunks if c.post_process), None)
         loss_hook = agree(lambda: None if last is None else self._loss_hook(last, groups))
         self.step_hook = StepHook(
@@ -194,6 +205,7 @@ class Injection:
             lambda: compat.optimizer_steps(self._args),
             self._original_pass(loss_hook, groups, device),
             self.imitation.hook(self.chunks, groups, by_domain=self._several_classes),
+            self._recorder,
         )
         self.plan = Plan(
             self.recipe,
@@ -211,14 +223,31 @@ class Injection:
             ],
         )
 
+    def _check_patterns(self) -> None:
+        """Every pattern of ``train.patterns`` must name a parameter of some rank.
+
+        Collectives: one all-gather of pattern lists over the whole world, where there are any.
+        """
+        if not self.policy.patterns:
+            return
+        own = {
+            p for chunk in self.chunks for at, _ in places(chunk) for p in self.policy.matches(at)
+        }
+        ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, own)
+        for i, pattern in enumerate(self.policy.patterns):
+            if not any(pattern in found for found in ranks):
+                raise fail(
+                    f"train.patterns[{i}]", pattern, "matches no parameter of the student",
+                    "names look like decoder.layers.3.mlp.experts.17.linear_fc1.weight",
+                )  # fmt: skip
+
     def _keep_originals(self) -> OriginalParameters | None:
         """The original parameters where retention needs them: as loaded, or as the run began."""
         if not ever_positive(self.recipe.objective.gamma):
             return None
         args = self._args
-        experts, components = self.policy.experts, sorted(self.policy.components)
-        chosen = "all" if experts is None else {str(k): sorted(v) for k, v in experts.items()}
-        originals = OriginalParameters(self.chunks, {"experts": chosen, "components": components})
+        originals = OriginalParameters(self.chunks, self.policy.described())
         metadata = compat.sharded_state_metadata(args)
         if not args.finetune and args.iteration and args.load:
             stored = Path(args.load) / FOLDER
@@ -269,6 +298,7 @@ class Injection:
             tp_group=groups.tp,
             valid_vocab_size=self._valid_vocab_size,
             originals=self.originals,
+            masked_sum=objective.masked_sum,
         )
 
     @property
@@ -312,5 +342,14 @@ class Injection:
             self._frozen = FrozenCheck(self.chunks)
 
     def end_training(self) -> str | None:
-        """Check it; see ``FrozenCheck.verify``."""
-        return None if self._frozen is None else self._frozen.verify()
+        """Write the routing profile and check what must not have changed; what to say of both.
+
+        Collectives: those of ``ProfileSetup.write`` and ``FrozenCheck.verify``.
+        """
+        said = [] if self._profile is None else [self._profile.write(self._recorder)]
+        if self._frozen is not None:
+            said.append(self._frozen.verify())
+        return "\n".join(said) or None
+
+    def finish(self) -> None:
+        """Nothing is left to do when ``pretrain`` returns."""

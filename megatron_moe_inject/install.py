@@ -7,7 +7,7 @@
 | ``training.setup_model_and_optimizer`` | freezing before DDP; hooks, boundary, teachers after |
 | ``training.build_train_valid_test_data_iterators`` | which split each iterator reads |
 | ``training.get_forward_backward_func`` | the step hook |
-| ``training.train`` | the proof that frozen parameters did not change |
+| ``training.train`` | the proof that frozen parameters did not change; the routing profile |
 | ``training.get_megatron_optimizer`` | the optimizer can be saved where little trains |
 
 Not patched: the optimizer's maths, DDP, schedules, routers, the checkpoint format, and any model
@@ -29,7 +29,11 @@ from megatron_moe_inject.plan import render_plan
 from megatron_moe_inject.recipe import RecipeError
 
 if TYPE_CHECKING:
+    from argparse import Namespace
+
     from megatron_moe_inject.injection import Injection
+    from megatron_moe_inject.profile_run import ProfileRun
+    from megatron_moe_inject.recipe import Recipe
 
 _MARK = "_megatron_moe_inject"
 
@@ -73,7 +77,7 @@ class _Run:
     """Holds the injection of the ``pretrain()`` that is running, ``None`` when off."""
 
     def __init__(self) -> None:
-        self._injection: Injection | None = None
+        self._injection: Injection | ProfileRun | None = None
 
     def add_arguments(self, stock, parser):
         from megatron_moe_inject.arguments import add_inject_arguments
@@ -90,10 +94,10 @@ class _Run:
             recipe = recipe_from_args(options)
             if recipe is None:
                 return stock(*args, **kwargs)
-            from megatron_moe_inject.injection import Injection
-
-            self._injection = Injection(recipe, options, compat.tokenizer_vocab_size())
-            return stock(*args, **kwargs)
+            self._injection = self._made(recipe, options)
+            result = stock(*args, **kwargs)
+            _print_rank_0(self._injection.finish())
+            return result
         except RecipeError as error:
             # One message per node and no traceback: every rank found the same mistake.
             if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -103,13 +107,23 @@ class _Run:
         finally:
             self._injection = None
 
+    @staticmethod
+    def _made(recipe: Recipe, options: Namespace) -> Injection | ProfileRun:
+        if options.inject_profile is not None and options.skip_train:
+            from megatron_moe_inject.profile_run import ProfileRun
+
+            return ProfileRun(recipe, options)
+        from megatron_moe_inject.injection import Injection
+
+        return Injection(recipe, options, compat.tokenizer_vocab_size())
+
     def setup_model_and_optimizer(self, stock, *args, **kwargs):
         injection = self._injection
         if injection is None:
             return stock(*args, **kwargs)
         built = compat.call_with_pre_wrap_hook(stock, args, kwargs, injection.freeze)
         injection.attach(compat.bare_chunks(built[0]))
-        _print_rank_0(render_plan(injection.plan))
+        _print_rank_0(None if injection.plan is None else render_plan(injection.plan))
         if injection.dry_run:
             _leave(0)
         return built
@@ -142,22 +156,16 @@ class _Run:
         try:
             result = stock(*args, **kwargs)
         except SystemExit:  # --exit-interval and the like leave the loop this way
-            self._prove_frozen(injection)
+            _print_rank_0(injection.end_training())
             raise
-        self._prove_frozen(injection)
+        _print_rank_0(injection.end_training())
         return result
 
-    @staticmethod
-    def _prove_frozen(injection: Injection) -> None:
-        proof = injection.end_training()
-        if proof is not None:
-            _print_rank_0(proof)
 
-
-def _print_rank_0(text: str) -> None:
+def _print_rank_0(text: str | None) -> None:
     import torch.distributed as dist
 
-    if dist.get_rank() == 0:
+    if text is not None and dist.get_rank() == 0:
         print(text, flush=True)
 
 

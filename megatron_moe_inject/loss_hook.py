@@ -6,6 +6,11 @@ it, so a forward pre-hook on the chunk with the output layer adds it. Micro-batc
 chunk in order in every schedule, so a counter tells which one is being processed; the loss
 function that the script returned is wrapped to report the terms beside the total.
 
+A trained head costs less if the gradient of the total will be one number times the loss mask, which
+is so in Megatron's scripts (``fused_linear_distillation``'s ``upstream_mask``). In the first step
+that trains, the loss function is asked for that gradient; another form ends the run with an error
+that names the switch. Where only a later micro-batch shows it, the head's gradient becomes NaN.
+
 Shapes: s sequence, b batch, h hidden, v vocabulary, p tensor-parallel size.
 """
 
@@ -23,6 +28,7 @@ from megatron_moe_inject import compat
 from megatron_moe_inject.experts.original import OriginalParameters
 from megatron_moe_inject.losses.objective import SampleGroup, TermWeights, injection_loss
 from megatron_moe_inject.losses.spec import LogitTransform
+from megatron_moe_inject.losses.upstream import common_factor
 from megatron_moe_inject.metrics.losses import LossReport, merge
 from megatron_moe_inject.recipe import GENERAL
 from megatron_moe_inject.teachers.step_pass import TeacherPass
@@ -40,6 +46,8 @@ class LossHook:
         tp_group: group that shards the vocabulary.
         valid_vocab_size: number of ids that are not padding.
         originals: the original parameters, where general samples are held to the original model.
+        masked_sum: the script's loss is the sum of the token losses times the loss mask, times one
+            number.
     """
 
     def __init__(
@@ -52,6 +60,7 @@ class LossHook:
         tp_group: torch.distributed.ProcessGroup,
         valid_vocab_size: int,
         originals: OriginalParameters | None = None,
+        masked_sum: bool = True,
     ) -> None:
         self._chunk = chunk
         self._originals = originals
@@ -66,7 +75,9 @@ class LossHook:
         self._labels: list[list[int]] | None = None
         self._next = 0
         self._keeping = False
-        self._reports: deque[dict[str, torch.Tensor]] = deque()
+        self._masked_sum = masked_sum
+        self._checked = self._checking = False
+        self._pending: deque[tuple[dict[str, torch.Tensor], torch.Tensor | None]] = deque()
         chunk.register_forward_pre_hook(self._add_output_processor, with_kwargs=True)
 
     @property
@@ -83,7 +94,7 @@ class LossHook:
         self._labels = labels.tolist()
         self._weights = self._weights_at(iteration)
         self._next = 0
-        self._reports.clear()
+        self._pending.clear()
         if self._originals is not None:
             general = (labels == GENERAL).nonzero().tolist()
             self._original_place = {tuple(where): i for i, where in enumerate(general)}
@@ -92,6 +103,7 @@ class LossHook:
     def end(self) -> None:
         """Finish the step; forward passes outside a step keep the stock output."""
         self._labels = self._original_states = None
+        self._checked |= self._checking
 
     @contextlib.contextmanager
     def keeping_original_states(self) -> Iterator[None]:
@@ -119,9 +131,26 @@ class LossHook:
             if kwargs.get("non_loss_data"):
                 return outputs
             *loss, report = outputs
-            return (*loss, merge(report, self._reports.popleft()))
+            values, mask = self._pending.popleft()
+            if mask is not None and not self._checked:
+                self._check_masked_sum(loss[0], output_tensor, mask)
+            return (*loss, merge(report, values))
 
         return wrapped
+
+    def _check_masked_sum(
+        self, loss: torch.Tensor, total: torch.Tensor, mask: torch.Tensor
+    ) -> None:
+        """Raise ValueError unless ``loss`` has a gradient by ``total`` proportional to ``mask``."""
+        self._checking = True
+        (gradient,) = torch.autograd.grad(loss, total, retain_graph=True)
+        dtype = self._chunk.config.params_dtype
+        if common_factor(gradient.flatten(), mask.flatten(), dtype).isnan():
+            raise ValueError(
+                "objective.masked_sum: true, but this script's loss is not the sum of the token "
+                "losses times the loss mask, times one number; set objective.masked_sum: false "
+                "(a trained output layer then computes its logits twice)"
+            )
 
     def _add_output_processor(self, chunk, args, kwargs):
         if self._labels is None or kwargs.get("labels") is None:
@@ -143,6 +172,8 @@ class LossHook:
             hidden_states = gather_from_sequence_parallel_region(
                 hidden_states, tensor_parallel_output_grad=True, group=self._tp_group
             )
+        promise = self._masked_sum and head.requires_grad and torch.is_grad_enabled()
+        upstream_mask = loss_mask if promise else None
         terms = injection_loss(
             hidden_states,
             head,
@@ -153,8 +184,9 @@ class LossHook:
             reduce_hidden_grad=not config.sequence_parallel,
             accumulate_main_grad=config.gradient_accumulation_fusion and head.requires_grad,
             student_transform=LogitTransform(scale=compat.logit_scale(config)),
+            upstream_mask=upstream_mask,
         )
-        self._reports.append(self._report.values(terms, loss_mask, domains))
+        self._pending.append((self._report.values(terms, loss_mask, domains), upstream_mask))
         return terms.total
 
     def _groups(

@@ -64,6 +64,7 @@ class Plan:
     """Everything a plan shows; what is None or empty is left out of the text.
 
     Attributes:
+        recipe: with its experts resolved (``experts.choice.resolve_experts``).
         boundary: first layer whose backward runs, agreed over all ranks; None when not known.
         imitation: which layers imitate which, where known.
         warnings: remarks of the caller, shown after ``recipe_warnings``.
@@ -187,7 +188,8 @@ def _expert_lines(plan: Plan) -> list[str]:
             rest = layers[_MAX_LAYERS:]
             total = sum(len(ids) for _, ids in rest)
             rows.append((domain.name, ranges([layer for layer, _ in rest]), f"{total} in all"))
-    return table(rows, right=(1,)) if len(rows) > 1 else []
+    origins = [f"{d.name}: {d.experts.origin}" for d in plan.recipe.domains if d.experts.origin]
+    return (table(rows, right=(1,)) if len(rows) > 1 else []) + origins
 
 
 def _loss_lines(recipe: Recipe) -> list[str]:
@@ -234,7 +236,10 @@ def _feature_lines(plan: Plan) -> list[str]:
 def _train_lines(plan: Plan) -> list[str]:
     train = plan.recipe.train
     names = [_trained_experts(plan)] if train.experts != "none" else []
-    lines = [", ".join(names + train.components()) + "; everything else is frozen"]
+    names += train.components()
+    if train.layers:
+        names.append(f"layers {ranges(train.layers)}")
+    lines = [", ".join(names + train.patterns) + "; everything else is frozen"]
     if plan.parameters:
         rows = [("component", "trained", "frozen", "trained per rank")]
         for row in plan.parameters:

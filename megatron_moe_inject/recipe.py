@@ -53,12 +53,46 @@ GENERAL = -1
 
 @dataclass
 class ExpertChoice:
-    """Chosen experts: 0-based global decoder layer -> global expert ids.
+    """Chosen experts: named by ``layers``, or chosen from a routing profile.
 
-    YAML also takes the flag's compact form, quoted: ``layers: "12:3,40;13:1"``.
+    With ``profile`` the experts are chosen when the recipe meets its student
+    (``experts.choice.resolve_experts``), which leaves ``layers`` and ``origin``.
+
+    Attributes:
+        layers: 0-based global decoder layer -> global expert ids. YAML also takes the flag's
+            compact form, quoted: ``layers: "12:3,40;13:1"``.
+        origin: how ``layers`` were chosen, for plans and reports.
+        profile: a routing profile; a relative path starts at the working directory, as the
+            teachers' and the data's do.
+        domain: class of the profile; None = the domain's name.
+        method: ``token``, ``gate`` or ``contrast`` (that score until ``threshold``), ``top_n``
+            (``n`` experts of every layer) or ``budget`` (over all layers, by ``score``).
+        threshold: share of a layer's score that the chosen experts reach.
+        n: experts per layer.
+        budget: share of the parameters that the chosen experts may have.
+        budget_of: ``routed`` (all routed experts, the default) or ``all`` (the whole model).
+        score: what ``top_n`` and ``budget`` rank by: ``token`` (the default), ``gate``,
+            ``contrast``.
+        at_least, at_most: experts per layer.
+        only_layers: decoder layers to choose in; empty = all MoE layers.
+        ep: expert-parallel ranks to spread each layer's experts over. Named here rather than
+            read from the run, so that the choice does not depend on the layout.
     """
 
     layers: dict[int, list[int]] = field(default_factory=dict)
+    origin: str | None = None
+    profile: str | None = None
+    domain: str | None = None
+    method: str | None = None
+    threshold: float | None = None
+    n: int | None = None
+    budget: float | None = None
+    budget_of: str | None = None
+    score: str | None = None
+    at_least: int | None = None
+    at_most: int | None = None
+    only_layers: list[int] = field(default_factory=list)
+    ep: int | None = None
 
 
 @dataclass
@@ -159,6 +193,9 @@ class Objective:
             student does.
         jsd_beta, skew: the teacher's weight in the mixture of ``jsd`` and of ``skew_kl``.
         features: imitation of the teacher's layers, see ``Features``.
+        masked_sum: the script's loss is the sum of the token losses times the loss mask, times one
+            number, as Megatron's. A trained output layer then costs no second pass over its logits,
+            but a float32 buffer of its size from a micro-batch's forward to its backward pass.
     """
 
     divergence: str = "forward_kl"
@@ -173,6 +210,7 @@ class Objective:
     jsd_beta: float = 0.5
     skew: float = 0.1
     features: Features = field(default_factory=Features)
+    masked_sum: bool = True
 
     def weights(self) -> tuple[Weight, Weight]:
         """alpha and beta, also where ``ce_share`` says them."""
@@ -188,6 +226,11 @@ class Train:
     Attributes:
         experts: ``selected`` (those of the domains), ``all`` or ``none``.
         mlp: the MLPs of dense layers. The other names are the model's components.
+        layers: 0-based decoder layers that train whole.
+        patterns: parameters by name, with shell wildcards, as in
+            ``decoder.layers.3.self_attention.*`` or ``*.experts.17.*``. Layers and experts have
+            their global numbers; a name is that of ``named_parameters()`` with ``experts.17`` for
+            ``experts.local_experts.1`` of the rank that holds expert 17.
     """
 
     experts: str = "selected"
@@ -198,6 +241,8 @@ class Train:
     mlp: bool = False
     embedding: bool = False
     output_layer: bool = False
+    layers: list[int] = field(default_factory=list)
+    patterns: list[str] = field(default_factory=list)
 
     def components(self) -> list[str]:
         """Names of the components besides the experts that train."""
@@ -249,6 +294,7 @@ class Recipe:
         """Union of all domains' chosen experts: layer -> sorted global ids, layers sorted."""
         union: dict[int, set[int]] = {}
         for domain in self.domains:
+            assert domain.experts.profile is None, "resolve_experts comes first"
             for layer, ids in domain.experts.layers.items():
                 union.setdefault(layer, set()).update(ids)
         return {layer: sorted(union[layer]) for layer in sorted(union)}

@@ -12,15 +12,18 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from megatron_moe_inject.schedule import SHAPES, Schedule, Weight, ever_positive, lowest
-from megatron_moe_inject.typed import RecipeError, fail, listing, suggest
+from megatron_moe_inject.typed import RecipeError, child, fail, listing, suggest
 
 if TYPE_CHECKING:
-    from megatron_moe_inject.recipe import Domain, Objective, Recipe
+    from megatron_moe_inject.recipe import Domain, ExpertChoice, Objective, Recipe
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl")
 CONFIDENCES = ("none", "label", "entropy")
 FEATURE_LOSSES = ("mse", "cosine", "normalized")
 EXPERT_MODES = ("selected", "all", "none")
+SCORES = ("token", "gate", "contrast")
+METHODS = (*SCORES, "top_n", "budget")
+BUDGETS = ("routed", "all")
 TEACHER_KINDS = ("megatron", "hf")
 TEACHER_DTYPES = ("params", "fp32", "bf16")
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -56,8 +59,7 @@ def _check_domains(recipe: Recipe) -> None:
         if not domain.data:
             raise fail(f"{path}.data", domain.data, "is empty", "name blend entries, as in [1]")
         _claim(domain.data, f"{path}.data", claims)
-        for layer, ids in domain.experts.layers.items():
-            _check_experts(f"{path}.experts.layers", layer, ids)
+        _check_experts(f"{path}.experts", domain.experts)
         if domain.teacher is not None and domain.teacher not in recipe.teachers:
             remedy = suggest(domain.teacher, recipe.teachers, "teachers")
             raise fail(f"{path}.teacher", domain.teacher, "is not in 'teachers'", remedy)
@@ -78,7 +80,28 @@ def _claim(data: list[int | str], path: str, claims: dict[int | str, str]) -> No
         claims[entry] = where
 
 
-def _check_experts(path: str, layer: int, ids: list[int]) -> None:
+def _check_experts(path: str, choice: ExpertChoice) -> None:
+    for layer, ids in choice.layers.items():
+        _check_layer(f"{path}.layers", layer, ids)
+    if choice.profile is not None:
+        if choice.layers or choice.origin is not None:
+            name = "layers" if choice.layers else "origin"
+            raise fail(
+                f"{path}.{name}",
+                getattr(choice, name),
+                "stands beside a profile, which chooses the experts",
+                "keep layers or profile",
+            )
+        check_profile_choice(path, choice)
+        return
+    for name, value in asdict(choice).items():
+        if name not in ("layers", "origin") and value not in (None, []):
+            raise fail(
+                f"{path}.{name}", value, "needs a profile", f"write {path}.profile or remove it"
+            )
+
+
+def _check_layer(path: str, layer: int, ids: list[int]) -> None:
     where = f"{path}.{layer}"
     if layer < 0:
         raise fail(where, layer, "is a negative layer", "decoder layers count from 0")
@@ -89,6 +112,60 @@ def _check_experts(path: str, layer: int, ids: list[int]) -> None:
             raise fail(where, ids, f"has the negative id {expert}", "experts count from 0")
         if ids.count(expert) > 1:
             raise fail(where, ids, f"lists expert {expert} twice", "list each expert once")
+
+
+def check_profile_choice(path: str, choice: ExpertChoice) -> None:
+    """Check how experts are to be chosen from a profile; the profile itself is not read.
+
+    Args:
+        path: where the choice stands, such as ``domains[0].experts``; empty for bare names.
+
+    Raises:
+        RecipeError: a method without its number, a number that the method does not use, or a
+            value out of range.
+    """
+
+    def key(name: str) -> str:
+        return child(path, name)
+
+    if not choice.profile:
+        raise fail(key("profile"), choice.profile, "is no file", "name a routing profile")
+    method = choice.method
+    if method is None:
+        raise RecipeError(f"{key('method')}: missing; choose {listing(METHODS)}", key("method"))
+    _check_choice(key("method"), method, METHODS)
+    own = {"top_n": ("n", "score"), "budget": ("budget", "budget_of", "score")}
+    used = own.get(method, ("threshold",))
+    for name in ("threshold", "n", "budget", "budget_of", "score"):
+        value = getattr(choice, name)
+        if value is not None and name not in used:
+            remedy = f"it takes {listing(used)}"
+            raise fail(key(name), value, f"is not used by method {method}", remedy)
+    if getattr(choice, used[0]) is None:
+        example = {"threshold": 0.2, "n": 4, "budget": 0.1}[used[0]]
+        raise RecipeError(
+            f"{key(used[0])}: missing; method {method} needs it, as in {used[0]}: {example}",
+            key(used[0]),
+        )
+    for name in ("threshold", "budget"):
+        value = getattr(choice, name)
+        if value is not None and not 0 < value <= 1:
+            raise fail(key(name), value, "is not in (0, 1]", "write a share such as 0.2")
+    for name, least in (("n", 1), ("at_least", 0), ("at_most", 1), ("ep", 1)):
+        value = getattr(choice, name)
+        if value is not None and value < least:
+            raise fail(key(name), value, "is too small", f"write {least} or more")
+    if choice.at_most is not None and choice.at_most < max(choice.at_least or 0, choice.n or 0):
+        name = "at_least" if (choice.at_least or 0) > choice.at_most else "n"
+        raise fail(key("at_most"), choice.at_most, f"is below {name}", f"raise it or lower {name}")
+    if choice.n is not None and choice.n < (choice.at_least or 0):
+        raise fail(key("at_least"), choice.at_least, "is above n", "lower it or raise n")
+    _check_choice(key("score"), choice.score or SCORES[0], SCORES)
+    _check_choice(key("budget_of"), choice.budget_of or BUDGETS[0], BUDGETS)
+    for j, layer in enumerate(choice.only_layers):
+        if layer < 0 or layer in choice.only_layers[:j]:
+            problem = "is negative" if layer < 0 else "is named twice"
+            raise fail(f"{key('only_layers')}[{j}]", layer, problem, "decoder layers count from 0")
 
 
 def _check_teachers(recipe: Recipe) -> None:
@@ -246,7 +323,17 @@ def _check_weight(path: str, weight: Weight | None) -> None:
 def _check_train(recipe: Recipe) -> None:
     train = recipe.train
     _check_choice("train.experts", train.experts, EXPERT_MODES)
-    if train.experts == "none" and not train.components():
+    for name in ("layers", "patterns"):
+        found = getattr(train, name)
+        for i, entry in enumerate(found):
+            if entry in found[:i] or entry == "":
+                problem = "is empty" if entry == "" else "is there twice"
+                raise fail(f"train.{name}[{i}]", entry, problem, "remove it")
+    for i, layer in enumerate(train.layers):
+        if layer < 0:
+            raise fail(f"train.layers[{i}]", layer, "is negative", "decoder layers count from 0")
+    named = [*train.components(), *train.layers, *train.patterns]
+    if train.experts == "none" and not named:
         names = [name for name, value in asdict(train).items() if value is False]
         raise fail(
             "train.experts",
@@ -255,10 +342,11 @@ def _check_train(recipe: Recipe) -> None:
             f"train.experts: selected, or set one of {listing(names)} to true",
         )
     for i, domain in enumerate(recipe.domains):
-        if train.experts == "selected" and not domain.experts.layers:
+        chosen = domain.experts.layers or domain.experts.profile
+        if train.experts == "selected" and not chosen:
             raise fail(
                 f"domains[{i}].experts.layers",
                 {},
                 "chooses no experts while train.experts is 'selected'",
-                "write {layer: [expert ids]} or set train.experts to all or none",
+                "write {layer: [expert ids]} or profile: FILE, or set train.experts to all or none",
             )

@@ -17,6 +17,7 @@ import torch
 
 from megatron_moe_inject.data import labels as domain_labels
 from megatron_moe_inject.data.labels import HostGroup, MicroBatch
+from megatron_moe_inject.experts.recorder import RoutingRecorder
 from megatron_moe_inject.imitation.hook import ImitationHook
 from megatron_moe_inject.loss_hook import LossHook
 from megatron_moe_inject.original_pass import OriginalPass
@@ -57,6 +58,8 @@ class StepHook:
         iteration: gives the number of optimiser steps taken so far, for schedules.
         original_pass: the original model's forward, ``None`` without retention.
         imitation: losses on layers, ``None`` without feature imitation.
+        recorder: counts routing in the steps of training, ``None`` without a profile.
+        records_evaluation: count in evaluation instead.
     """
 
     def __init__(
@@ -67,6 +70,8 @@ class StepHook:
         iteration: Callable[[], int],
         original_pass: OriginalPass | None = None,
         imitation: ImitationHook | None = None,
+        recorder: RoutingRecorder | None = None,
+        records_evaluation: bool = False,
     ) -> None:
         self._splits = splits
         self._host_group = host_group
@@ -74,6 +79,8 @@ class StepHook:
         self._iteration = iteration
         self._original_pass = original_pass
         self._imitation = imitation
+        self._recorder = recorder
+        self._records_evaluation = records_evaluation
 
     def wrap(self, forward_backward: Callable) -> Callable:
         """What ``train_step`` and ``evaluate`` call in the place of ``forward_backward``."""
@@ -107,6 +114,10 @@ class StepHook:
                 )
             if self._imitation is not None:
                 self._begin_imitation(labels, clean, seq_length)
+            evaluation = bool(kwargs.get("forward_only"))
+            recorder = self._recorder if evaluation == self._records_evaluation else None
+            if recorder is not None:
+                recorder.begin(labels)
             replay = [None if chunk is None else iter(chunk) for chunk in clean]
             try:
                 reports = forward_backward(
@@ -122,6 +133,8 @@ class StepHook:
                     self._loss_hook.end()
             if self._imitation is not None:
                 self._imitation.end(reports)
+            if recorder is not None:
+                recorder.end()
             return reports
 
         return step

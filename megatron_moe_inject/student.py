@@ -51,6 +51,19 @@ _PACKED = "packs documents into one sequence, which a teacher's forward does not
 _HYBRID = "builds a hybrid model, whose forward has no output_processor for the loss"
 _GRAPHS = _Refusal("cuda_graph_impl", "replays the trained weights where the original should run")
 _GRAPHS_OF_LAYERS = _Refusal("cuda_graph_impl", "replays layers without the losses on their states")
+_ONE_PARAMETER = "keeps all experts of a layer in one parameter"
+_NOT_SPLIT = "runs a layer's grouped experts in one piece"
+_NO_PARTS = (
+    _Refusal("moe_single_grouped_weight", _ONE_PARAMETER),
+    _Refusal("use_transformer_engine_op_fuser", _NOT_SPLIT),
+    _Refusal("delay_wgrad_compute", _NOT_SPLIT),
+    _Refusal("overlap_dispatch_backward_with_experts_wgrad", _NOT_SPLIT),
+    _Refusal("moe_paged_stash", _NOT_SPLIT),
+    _Refusal("te_precision_config_file", "names modules that a split layer does not run"),
+)
+_DELAYED = _Refusal(
+    "fp8_recipe", "keeps amax histories, which a split layer would not store", value="delayed"
+)
 _COMBINE = "cannot combine the outputs of some experts a second time"
 _NO_SECOND_COMBINE = (
     _Refusal("moe_token_dispatcher_type", _COMBINE, value="flex"),
@@ -114,6 +127,7 @@ class StudentFacts:
     Attributes:
         num_layers: decoder layers, multi-token-prediction layers not counted.
         num_moe_experts: experts of each MoE layer; None for a dense student.
+        router_topk: experts per token; None for a dense student.
         moe_layers: 0-based global ids of the MoE layers.
         data_paths: split -> blend entries in order; a split without data is absent. Under
             ``--data-path`` all three splits have the same entries.
@@ -126,6 +140,7 @@ class StudentFacts:
 
     num_layers: int
     num_moe_experts: int | None = None
+    router_topk: int | None = None
     moe_layers: tuple[int, ...] = ()
     shared_experts: bool = False
     tied_embeddings: bool = False
@@ -152,6 +167,7 @@ def student_facts_from_args(args: Namespace) -> StudentFacts:
     return StudentFacts(
         num_layers=args.num_layers or 0,
         num_moe_experts=experts,
+        router_topk=getattr(args, "moe_router_topk", None) if experts else None,
         moe_layers=_moe_layers(args) if experts else (),
         shared_experts=bool(getattr(args, "moe_shared_expert_intermediate_size", None)),
         tied_embeddings=not getattr(args, "untie_embeddings_and_output_weights", False),
@@ -177,10 +193,17 @@ def student_facts_from_args(args: Namespace) -> StudentFacts:
         ),
         options={
             option.name: getattr(args, option.name)
-            for option in (*_REFUSED, _GRAPHS, *_NO_SECOND_COMBINE)
+            for option in (*_REFUSED, _GRAPHS, *_NO_SECOND_COMBINE, *_of_grouped_gemm(args))
             if option.matches(vars(args))
         },
     )
+
+
+def _of_grouped_gemm(args: Namespace) -> tuple[_Refusal, ...]:
+    """Options that matter only where experts run in grouped GEMMs."""
+    if not getattr(args, "moe_grouped_gemm", False):
+        return ()
+    return (*_NO_PARTS, _DELAYED) if getattr(args, "fp8", None) else _NO_PARTS
 
 
 def _moe_layers(args: Namespace) -> tuple[int, ...]:
@@ -221,7 +244,7 @@ def _data_paths(args: Namespace) -> dict[str, tuple[str, ...]]:
 
 
 def check_recipe(recipe: Recipe, facts: StudentFacts) -> None:
-    """Check the recipe against the student.
+    """Check the recipe, its experts resolved, against the student.
 
     Raises:
         RecipeError: a Megatron option that the plugin does not work with, a dataset, layer or
@@ -235,6 +258,14 @@ def check_recipe(recipe: Recipe, facts: StudentFacts) -> None:
         split_labels(recipe, facts, split)
     if ever_positive(recipe.objective.gamma):
         _check_retention(recipe, facts)
+    if recipe.train.experts == "selected":
+        for option in (*_NO_PARTS, _DELAYED):
+            if option.matches(facts.options):
+                raise RecipeError(
+                    f"{option.flag}: {option.reason}, so that train.experts: selected cannot train "
+                    "some of them; remove it, or train all experts",
+                    option.flag,
+                )
     for term in recipe.objective.features.in_use():
         extra = _NO_SECOND_COMBINE if term == "experts" else ()
         _refuse((_GRAPHS_OF_LAYERS, *extra), facts, f"objective.features.{term}")
@@ -275,6 +306,7 @@ def _check_options(recipe: Recipe, facts: StudentFacts) -> None:
 def _check_layers(recipe: Recipe, facts: StudentFacts) -> None:
     count = facts.num_moe_experts
     for i, domain in enumerate(recipe.domains):
+        assert domain.experts.profile is None, "resolve_experts comes first"
         for layer, ids in domain.experts.layers.items():
             key = f"domains[{i}].experts.layers.{layer}"
             if count is None:
@@ -308,6 +340,10 @@ def _check_components(recipe: Recipe, facts: StudentFacts) -> None:
     ):
         if getattr(train, name) and not exists:
             raise fail(f"train.{name}", True, "matches nothing", f"{why}; set it to false")
+    for i, layer in enumerate(train.layers):
+        if layer >= facts.num_layers:
+            remedy = f"the student's layers are 0 to {facts.num_layers - 1}"
+            raise fail(f"train.layers[{i}]", layer, "is no layer of the student", remedy)
     if train.experts == "all" and not moe:
         raise fail("train.experts", "all", "matches nothing", "the student is dense; write none")
     if facts.tied_embeddings and train.embedding != train.output_layer:

@@ -130,6 +130,7 @@ def needed_flops(name: str, tokens: int, vocab: int, trained: bool, o: argparse.
 
 def measure(runners: list[Runner], trained: bool, repeats: int) -> dict[str, dict]:
     """Medians of wall and CPU seconds, peak extra bytes and all samples, taken in turns."""
+    runners = [r for r in runners if trained or not CONTENDERS[r.name].trained_only]
     for runner in runners:
         runner.ask("run", train_head=trained)
     results = {runner.name: [] for runner in runners}
@@ -172,6 +173,8 @@ def bench(tp: int, options: argparse.Namespace, folder: str, sweep: bool) -> dic
             gradients *= getattr(torch, options.dtype).itemsize
             for name in options.contenders:
                 status = {r.name: r.status for r in runners}.get(name, reasons[name])
+                if CONTENDERS[name].trained_only and head == "frozen":
+                    status = status or "the same as with upstream_mask"
                 row = dict(contender=name, tp=tp, head=head, status=status or "measured")
                 row |= checks.get(name) or {}
                 if name in measured:

@@ -86,6 +86,7 @@ class Contender:
     needs_cuda: bool = False
     stored_teacher: bool = False
     with_ce: bool = False
+    trained_only: bool = False
 
 
 class _SumGradient(torch.autograd.Function):
@@ -164,13 +165,15 @@ def build_naive(s: Settings) -> Loss:
     return loss
 
 
-def build_ours(s: Settings, kernels: Callable | None = None) -> Loss:
+def build_ours(s: Settings, any_upstream: bool = False, kernels: Callable | None = None) -> Loss:
     kernels = kernels and kernels()
 
     def loss(i: Inputs):
+        mask = None if any_upstream else torch.ones(len(i.hidden), device=i.hidden.device)
         out = losses.fused_linear_distillation(
             *i[:5], kind=s.kind, temperature=s.temperature, alpha=s.alpha, beta=s.beta,
-            jsd_beta=s.jsd_beta, skew=s.skew, tp_group=s.group, kernels=kernels,
+            jsd_beta=s.jsd_beta, skew=s.skew, tp_group=s.group, upstream_mask=mask,
+            kernels=kernels,
         )  # fmt: skip
         return with_value(s, out.total.mean())
 
@@ -312,13 +315,19 @@ CONTENDERS = {
         "ours, fused", "fused_linear_distillation: a T^2 D + b CE, never whole logits",
         build_ours, dense_total, with_ce=True,
     ),
+    "ours-any": Contender(
+        "ours, any upstream",
+        "the same without upstream_mask; differs where the head trains: logits made twice",
+        lambda s: build_ours(s, any_upstream=True), dense_total, with_ce=True, trained_only=True,
+    ),
     "ours-triton": Contender(
-        "ours (Triton)", "the same with kernels=TritonRows() between the products",
-        lambda s: build_ours(s, losses.TritonRows), dense_total, with_ce=True, needs_cuda=True,
+        "ours (Triton)", "ours, fused with kernels=TritonRows() between the products",
+        lambda s: build_ours(s, kernels=losses.TritonRows), dense_total, with_ce=True,
+        needs_cuda=True,
     ),
     "ours-compiled": Contender(
-        "ours (torch.compile)", "the same with the plain operations between the products compiled",
-        lambda s: build_ours(s, CompiledRows), dense_total, with_ce=True,
+        "ours (torch.compile)", "ours, fused with the operations between the products compiled",
+        lambda s: build_ours(s, kernels=CompiledRows), dense_total, with_ce=True,
     ),
     "ours-logits": Contender(
         "ours, on logits", "vocab_parallel_divergence: T^2 D of whole (sharded) logits; no CE",

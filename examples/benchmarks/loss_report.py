@@ -9,7 +9,7 @@ from loss_contenders import CONTENDERS
 
 MIB = 2**20
 COLOURS = ("#8c8c8c", "#cc79a7", "#0072b2", "#e69f00", "#f0c060", "#009e73", "#56b4e9", "#d55e00",
-           "#9b2226", "#6a3d9a", "#b15928", "#003f5c", "#7fb3d5")  # fmt: skip
+           "#000000", "#9b2226", "#6a3d9a", "#b15928", "#003f5c", "#7fb3d5")  # fmt: skip
 
 
 def mib(count: float | None) -> str:

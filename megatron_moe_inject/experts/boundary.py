@@ -3,25 +3,37 @@
 All ranks must agree on it. When one expert-parallel rank holds trainable experts and another
 does not, autograd would enter the all-to-all of the backward on the first and not on the
 second, and the job hangs. So the lowest trainable layer of *any* rank is taken, and on every
-rank the input of that layer requires grad.
+rank the input of that layer requires grad, or, where only experts train in it, what its experts
+put out: then neither its attention nor its frozen experts run a backward.
 
-Below the boundary hidden states carry no graph. A pipeline stage still owes the previous stage
-a gradient of its input, and that stage waits for it: ``_Bridge`` answers with zeros, so the
-schedule stays stock and only the communication remains. Under full recompute the boundary is
-moved to the input of its model chunk, because Megatron's checkpointed segments would otherwise
-be cut by it.
+The transformer block that holds the boundary runs in two parts, both by its own stock forward:
+the layers below, without recompute and without a graph, and the layers above, with whatever
+recompute is configured. A graph that starts at experts is in the lower part, so under any
+recompute it starts at the layer's input instead. A part is a shallow copy of the block with fewer
+layers, made for each micro-batch, so what is recomputed in the backward pass belongs to the copy
+of its micro-batch, and the block itself is never changed.
+
+A pipeline stage still owes the previous stage a gradient of its input, and that stage waits for
+it: ``_Bridge`` answers with zeros, so the schedule stays stock and only the communication remains.
 
 Shapes: s sequence, b batch, h hidden.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.fp8_utils import get_fp8_context
 
 from megatron_moe_inject.experts.freeze import decoder_layers, first_trainable_layer
+from megatron_moe_inject.typed import RecipeError
+
+_OFFLOADING = ("cpu_offloading", "fine_grained_activation_offloading")
 
 
 def agree_boundary(chunks: Sequence[torch.nn.Module], num_layers: int, device: torch.device) -> int:
@@ -35,7 +47,7 @@ def agree_boundary(chunks: Sequence[torch.nn.Module], num_layers: int, device: t
 
 
 class _Bridge(torch.autograd.Function):
-    """Passes ``hidden`` on as if it came from ``received``, to which it sends a zero gradient."""
+    """Passes ``hidden`` on as if it came from ``received`` too, which gets a zero gradient."""
 
     @staticmethod
     def forward(ctx, received: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
@@ -44,9 +56,10 @@ class _Bridge(torch.autograd.Function):
         return hidden.clone()
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         shape, dtype, device = ctx.like
-        return torch.zeros(shape, dtype=dtype, device=device), None
+        zeros = torch.zeros(shape, dtype=dtype, device=device)
+        return zeros, grad if ctx.needs_input_grad[1] else None
 
 
 def _requiring_grad(hidden: torch.Tensor) -> torch.Tensor:
@@ -54,61 +67,135 @@ def _requiring_grad(hidden: torch.Tensor) -> torch.Tensor:
 
 
 class GradientBoundary:
-    """Hooks on one model chunk that start the backward graph at the boundary layer.
+    """Starts the backward graph of one model chunk at the boundary layer. No collective.
+
+    Forwards without gradients (evaluation, retention) are stock.
 
     Args:
-        chunk: bare GPT model chunk.
+        chunk: bare GPT model chunk, after ``requires_grad`` is set.
         boundary: the agreed position (``agree_boundary``).
-        full_recompute: whether the chunk runs under ``--recompute-granularity full``.
+
+    Raises:
+        RecipeError: there are layers below the boundary, and Megatron offloads activations: it
+            counts on a backward of every layer.
     """
 
-    def __init__(self, chunk: torch.nn.Module, boundary: int, full_recompute: bool) -> None:
-        self._received: torch.Tensor | None = None
+    def __init__(self, chunk: torch.nn.Module, boundary: int) -> None:
         self._block = chunk.decoder
         layers = decoder_layers(chunk)
-        first = layers[0].layer_number - 1 if layers else boundary
-        last = first + len(layers)
+        if boundary > 0:
+            _refuse_offloading(chunk.config, boundary)
         if boundary < 0 or not layers:
             return
-        if boundary <= first or (full_recompute and boundary < last):
-            if self._block.pre_process:
-                self._block.register_forward_pre_hook(self._start_at_block, with_kwargs=True)
-            return
-        if not self._block.pre_process:
-            self._block.register_forward_pre_hook(self._cut_received)
-        if boundary < last:
-            layers[boundary - first].register_forward_pre_hook(
-                self._start_at_layer, with_kwargs=True
+        below = boundary - (layers[0].layer_number - 1)
+        if 0 <= below < len(layers) and _starts_at_experts(layers[below]):
+            layers[below].mlp.experts.register_forward_hook(_start_at_experts)
+            below += 1
+        if below > 0:
+            self._below = min(below, len(layers))
+            self._stock = self._block.forward
+            self._block.forward = self._forward
+            # Without a backward pass a checkpointed router would never count its losses.
+            for layer in layers[: self._below]:
+                for module in layer.modules():
+                    if getattr(module, "moe_layer_recompute", False):
+                        module.moe_layer_recompute = False
+        elif self._block.pre_process:
+            self._block.register_forward_pre_hook(self._start_at_block, with_kwargs=True)
+
+    def _start_at_block(
+        self, block: torch.nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
+        if not torch.is_grad_enabled():
+            return None
+        return _with_hidden(args, kwargs, _requiring_grad(_hidden(args, kwargs)))
+
+    def _forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """In the place of the block's forward; arguments and result ``[s, b, h]`` are its own."""
+        if not torch.is_grad_enabled():
+            return self._stock(*args, **kwargs)
+        assert not kwargs.get("extract_layer_indices"), "layers of a part are not numbered alike"
+        block = self._block
+        received = None if block.pre_process else block.input_tensor
+        given = _hidden(args, kwargs) if received is None else received
+        with _one_fp8_region(block.config):
+            lower = _part(block, slice(0, self._below))
+            lower.config = copy.copy(block.config)
+            lower.config.recompute_granularity = None
+            lower.final_layernorm = None
+            args, kwargs = _with_hidden(args, kwargs, given.detach())
+            hidden = lower.forward(*args, **kwargs)
+            upper = _part(block, slice(self._below, None))
+            if received is not None:
+                hidden = _Bridge.apply(received, hidden)
+            elif len(upper.layers):
+                hidden = _requiring_grad(hidden)
+            if not len(upper.layers) and upper.final_layernorm is None:
+                return hidden
+            args, kwargs = _with_hidden(args, kwargs, hidden)
+            return upper.forward(*args, **kwargs)
+
+
+def _part(block: torch.nn.Module, layers: slice) -> torch.nn.Module:
+    """A shallow copy of a transformer block with some of its layers, given its input directly.
+
+    It shares parameters, submodules and configuration with the block, which stays as it is.
+    """
+    part = block.__new__(type(block))
+    part.__dict__ = {name: value for name, value in vars(block).items() if name != "forward"}
+    part._modules = dict(block._modules)
+    part.layers = block.layers[layers]
+    part.num_layers_per_pipeline_rank = len(part.layers)
+    part.pre_process = True
+    return part
+
+
+def _one_fp8_region(config: Any) -> AbstractContextManager:
+    """Delayed scaling updates its histories when the outermost region of a forward ends: once."""
+    if config.fp8 and config.fp8_recipe == "delayed":
+        return get_fp8_context(config)
+    return nullcontext()
+
+
+def _starts_at_experts(layer: torch.nn.Module) -> bool:
+    """Whether the graph may start at what the layer's experts put out.
+
+    The same on all ranks of a stage: what they do not share are experts alone.
+    """
+    graphs = getattr(layer.config, "cuda_graph_impl", None) or "none"
+    if layer.config.recompute_granularity or graphs != "none":
+        return False
+    experts = getattr(layer.mlp, "experts", None)
+    trained = {parameter for parameter in layer.parameters() if parameter.requires_grad}
+    return experts is not None and trained <= set(experts.parameters())
+
+
+def _start_at_experts(experts: torch.nn.Module, args: tuple, output: tuple) -> tuple | None:
+    """Forward hook of a layer's experts, which return their rows and a bias."""
+    if not torch.is_grad_enabled():
+        return None
+    return _requiring_grad(output[0]), *output[1:]
+
+
+def _hidden(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def _with_hidden(
+    args: tuple, kwargs: dict[str, Any], hidden: torch.Tensor
+) -> tuple[tuple, dict[str, Any]]:
+    """A block's arguments with other hidden states."""
+    if args:
+        return (hidden, *args[1:]), kwargs
+    return args, kwargs | {"hidden_states": hidden}
+
+
+def _refuse_offloading(config: Any, boundary: int) -> None:
+    for option in _OFFLOADING:
+        if getattr(config, option, False):
+            flag = "cpu-offloading-num-layers" if option == "cpu_offloading" else option
+            raise RecipeError(
+                f"--{flag.replace('_', '-')}: offloads the activations of layers in the order of "
+                f"their backward passes, but the {boundary} layers below the first that trains "
+                "have none; remove it (these layers keep no activations)"
             )
-        elif not self._block.pre_process:
-            self._block.register_forward_hook(self._bridge_output)
-
-    def _start_at_block(self, block, args, kwargs):
-        if not torch.is_grad_enabled():
-            return None
-        if args:
-            return (_requiring_grad(args[0]), *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": _requiring_grad(kwargs["hidden_states"])}
-
-    def _cut_received(self, block, args):
-        if torch.is_grad_enabled():
-            self._received = block.input_tensor
-            block.input_tensor = self._received.detach()
-
-    def _join(self, hidden: torch.Tensor) -> torch.Tensor:
-        received, self._received = self._received, None
-        if received is None:
-            return _requiring_grad(hidden)
-        return _Bridge.apply(received, hidden)
-
-    def _start_at_layer(self, layer, args, kwargs):
-        if not torch.is_grad_enabled():
-            return None
-        if args:
-            return (self._join(args[0]), *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": self._join(kwargs["hidden_states"])}
-
-    def _bridge_output(self, block, args, hidden):
-        if not torch.is_grad_enabled():
-            return None
-        return self._join(hidden)

@@ -9,9 +9,11 @@ outside the optimizer.
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -34,7 +36,9 @@ COMPONENTS = (
 """Every parameter belongs to exactly one of these; the names are those of ``recipe.Train``."""
 
 _LAYER = re.compile(r"(?:^|\.)decoder\.layers\.(\d+)\.(.*)")
-_LOCAL_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.")
+_LOCAL_EXPERT = re.compile(
+    r"mlp\.experts\.(?:local_experts\.(\d+)\.|linear_fc[12]\.(?:weight|bias)(\d+)$)"
+)
 _NORM = re.compile(r"(^|[._])(layer_?norm|input_layernorm|q_layernorm|k_layernorm|norm)(_|\.|$)")
 
 
@@ -47,12 +51,14 @@ class ParameterPlace:
         component: one of ``COMPONENTS``.
         layer: 0-based global decoder layer, ``None`` outside the decoder's layers.
         expert: global expert id for a parameter of one expert, ``None`` otherwise.
+        global_name: its name with global layer and expert numbers, the same at every layout.
     """
 
     name: str
     component: str
     layer: int | None
     expert: int | None
+    global_name: str
 
 
 def _component(name: str, in_layer: str | None) -> str:
@@ -86,20 +92,43 @@ def decoder_layers(chunk: torch.nn.Module) -> list[torch.nn.Module]:
     return [] if decoder is None else list(decoder.layers)
 
 
+def grouped_linears(experts: torch.nn.Module) -> list[torch.nn.Module]:
+    """The two grouped linear layers of Megatron's ``TEGroupedMLP``; none of other experts."""
+    linears = [getattr(experts, name, None) for name in ("linear_fc1", "linear_fc2")]
+    found = [linear for linear in linears if linear is not None and hasattr(linear, "weight0")]
+    return found if len(found) == 2 else []
+
+
+def local_weights(linear: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Weights of a grouped linear layer in the order of local experts."""
+    weights = []
+    while (weight := linear._parameters.get(f"weight{len(weights)}")) is not None:
+        weights.append(weight)
+    return weights
+
+
 def places(chunk: torch.nn.Module) -> Iterator[tuple[ParameterPlace, torch.nn.Parameter]]:
     """Place of every parameter of a bare model chunk (no DDP or Float16 wrapper)."""
     layers = decoder_layers(chunk)
     for name, parameter in chunk.named_parameters():
         match = _LAYER.search(name) if not re.search(r"(^|\.)mtp\.", name) else None
         if match is None:
-            yield ParameterPlace(name, _component(name, None), None, None), parameter
+            yield ParameterPlace(name, _component(name, None), None, None, name), parameter
             continue
         module, in_layer = layers[int(match[1])], match[2]
         expert = None
         if local := _LOCAL_EXPERT.match(in_layer):
-            expert = module.mlp.local_expert_indices[int(local[1])]
-        place = ParameterPlace(name, _component(name, in_layer), module.layer_number - 1, expert)
-        yield place, parameter
+            expert = module.mlp.local_expert_indices[int(local[1] or local[2])]
+        number = module.layer_number - 1
+        rest = in_layer if expert is None else _with_global_expert(in_layer, expert)
+        whole = f"decoder.layers.{number}.{rest}"
+        yield ParameterPlace(name, _component(name, in_layer), number, expert, whole), parameter
+
+
+def _with_global_expert(in_layer: str, expert: int) -> str:
+    """The same name for an expert of its own and for one of a grouped MLP."""
+    one = re.sub(r"experts\.local_experts\.\d+\.", f"experts.{expert}.", in_layer)
+    return re.sub(r"experts\.(linear_fc[12]\.(?:weight|bias))\d+$", rf"experts.{expert}.\1", one)
 
 
 @dataclass(frozen=True)
@@ -109,18 +138,35 @@ class FreezePolicy:
     Attributes:
         experts: global expert ids that train, by 0-based global layer; ``None`` trains all.
         components: other components that train whole, from ``COMPONENTS``.
+        layers: 0-based global layers that train whole.
+        patterns: shell patterns over ``ParameterPlace.global_name`` that train.
     """
 
     experts: Mapping[int, frozenset[int]] | None
     components: frozenset[str]
+    layers: frozenset[int] = frozenset()
+    patterns: tuple[str, ...] = ()
+
+    def described(self) -> dict[str, Any]:
+        """The policy in plain JSON values; equal for equal policies."""
+        experts: Any = "all"
+        if self.experts is not None:
+            experts = {
+                str(layer): sorted(ids) for layer, ids in sorted(self.experts.items()) if ids
+            }
+        described = {"experts": experts, "components": sorted(self.components)}
+        more = {"layers": sorted(self.layers), "patterns": sorted(self.patterns)}
+        return described | {name: value for name, value in more.items() if value}
 
     def trains(self, place: ParameterPlace) -> bool:
         """Whether the parameter at ``place`` trains.
 
         Raises:
             NotImplementedError: some experts of a layer are chosen but the layer keeps its
-                experts in one fused parameter (grouped GEMM).
+                experts in one fused parameter.
         """
+        if place.layer in self.layers or self.matches(place):
+            return True
         if place.component != EXPERTS:
             return place.component in self.components
         if self.experts is None:
@@ -128,11 +174,14 @@ class FreezePolicy:
         chosen = self.experts.get(place.layer, frozenset())
         if chosen and place.expert is None:
             raise NotImplementedError(
-                f"layer {place.layer} keeps its experts in one grouped parameter "
-                f"({place.name}); training experts {sorted(chosen)} alone needs one module per "
-                "expert: remove --moe-grouped-gemm"
+                f"layer {place.layer} keeps all its experts in one parameter ({place.name}); "
+                f"training experts {sorted(chosen)} alone needs a parameter for each"
             )
         return place.expert in chosen
+
+    def matches(self, place: ParameterPlace) -> list[str]:
+        """The patterns that name the parameter at ``place``."""
+        return [p for p in self.patterns if fnmatch.fnmatchcase(place.global_name, p)]
 
     def apply(self, chunks: Iterable[torch.nn.Module]) -> None:
         """Set ``requires_grad`` on every parameter, and freeze the bias of frozen routers.
@@ -142,10 +191,10 @@ class FreezePolicy:
         for chunk in chunks:
             for place, parameter in places(chunk):
                 parameter.requires_grad_(self.trains(place))
-            if "router" not in self.components:
-                for module in chunk.modules():
-                    if hasattr(module, "frozen_expert_bias"):
-                        module.frozen_expert_bias = True
+            for module in chunk.modules():
+                if hasattr(module, "frozen_expert_bias"):
+                    trains = any(p.requires_grad for p in module.parameters(recurse=False))
+                    module.frozen_expert_bias = not trains
 
 
 def first_trainable_layer(chunks: Iterable[torch.nn.Module], num_layers: int) -> int:

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.utils import make_viewless_tensor
 
+from megatron_moe_inject.clock import ChunkClock
 from megatron_moe_inject.experts.freeze import decoder_layers
 from megatron_moe_inject.imitation.exchange import FeatureExchange, LayerStates, StepTargets
 from megatron_moe_inject.imitation.projections import Projections
@@ -33,25 +34,6 @@ from megatron_moe_inject.losses.features import attach_loss, feature_loss
 from megatron_moe_inject.metrics.losses import sum_and_count
 
 REPORTED = {"hidden": "feature loss", "experts": "expert feature loss"}
-
-
-class _Clock:
-    """Which micro-batch a chunk is working on, and whether in its own forward pass."""
-
-    def __init__(self, chunk: torch.nn.Module) -> None:
-        self.micro_batch = -1
-        self.inside = False
-        chunk.register_forward_pre_hook(self._enter)
-        chunk.register_forward_hook(self._leave)
-
-    def reset(self) -> None:
-        self.micro_batch, self.inside = -1, False
-
-    def _enter(self, *_: Any) -> None:
-        self.micro_batch, self.inside = self.micro_batch + 1, True
-
-    def _leave(self, *_: Any) -> None:
-        self.inside = False
 
 
 class _Place:
@@ -64,7 +46,7 @@ class _Place:
     """
 
     def __init__(
-        self, clock: _Clock, terms: Sequence[ImitationTerm], projections: Projections
+        self, clock: ChunkClock, terms: Sequence[ImitationTerm], projections: Projections
     ) -> None:
         self._clock = clock
         self.terms = terms
@@ -126,17 +108,21 @@ class ImitationHook:
         self._model_parallel = groups.mp
         self._counts_here = self._config.sequence_parallel or groups.tp.rank() == 0
         self._active = False
-        self._clocks: list[_Clock] = []
+        self._clocks: list[ChunkClock] = []
         self._places: list[_Place] = []
         for chunk, own in zip(chunks, projections, strict=True):
-            clock = _Clock(chunk)
+            clock = ChunkClock(chunk)
             self._clocks.append(clock)
             for layer in decoder_layers(chunk):
                 here = [term for term in terms if term.layer == layer.layer_number - 1]
                 self._watch(layer, here, clock, own)
 
     def _watch(
-        self, layer: torch.nn.Module, terms: list[ImitationTerm], clock: _Clock, own: Projections
+        self,
+        layer: torch.nn.Module,
+        terms: list[ImitationTerm],
+        clock: ChunkClock,
+        own: Projections,
     ) -> None:
         hidden = [term for term in terms if term.kind == "hidden"]
         if hidden:

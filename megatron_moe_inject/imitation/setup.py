@@ -20,7 +20,7 @@ from megatron_moe_inject.recipe import Recipe, RecipeError
 from megatron_moe_inject.schedule import value_at
 from megatron_moe_inject.student import StudentFacts
 from megatron_moe_inject.teachers import Teacher, TeacherInfo, states_dtype
-from megatron_moe_inject.teachers.torch_dist import stored_shapes
+from megatron_moe_inject.torch_dist import stored_shapes
 from megatron_moe_inject.typed import listing
 
 
@@ -55,15 +55,18 @@ class ImitationSetup:
         self._stored = bool(self.terms) and self._found_in_checkpoint()
         self._projections: list[Projections] = []
 
+    @property
+    def projections(self) -> list[str]:
+        """Names of the projections of the whole student, which train."""
+        needed = (t for t in self.terms if self._widths[t.teacher] != self._hidden_size)
+        return sorted({term.projection for term in needed})
+
     def _found_in_checkpoint(self) -> bool:
         """Whether the checkpoint that this run goes on from holds the projections it needs."""
+        widths = {term.projection: self._widths[term.teacher] for term in self.terms}
         needed = {
-            f"{PROJECTIONS}.{term.projection}.weight": (
-                self._widths[term.teacher],
-                self._hidden_size,
-            )
-            for term in self.terms
-            if self._widths[term.teacher] != self._hidden_size
+            f"{PROJECTIONS}.{name}.weight": (widths[name], self._hidden_size)
+            for name in self.projections
         }
         used = self._args.save or self._args.load
         if needed and used and self._args.ckpt_format != "torch_dist":

@@ -14,7 +14,7 @@ def may_be_nonzero(weight: float | Tensor) -> bool:
     return isinstance(weight, Tensor) or weight != 0
 
 
-def check_student(hidden, weight, labels, temperature, alpha, beta) -> None:
+def check_student(hidden, weight, **per_token) -> None:
     """Raise ValueError unless the tensors are [t, h], [v/p, h] and what is per token [t]."""
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
@@ -25,7 +25,6 @@ def check_student(hidden, weight, labels, temperature, alpha, beta) -> None:
         raise ValueError(
             f"student_hidden is {hidden.dtype} and student_weight {weight.dtype}; use one dtype"
         )
-    per_token = {"labels": labels, "temperature": temperature, "alpha": alpha, "beta": beta}
     for name, value in per_token.items():
         if isinstance(value, Tensor) and value.shape != hidden.shape[:1]:
             raise ValueError(

@@ -7,7 +7,7 @@ long enough to give the loss and its gradient by the logits (maths in ``rows.py`
 matrix product turns into a gradient by the student's hidden states.
 
 The gradient that arrives from above, one number per token (loss mask, loss scale, 1/tokens), is not
-known in the forward pass, but it only scales a token's row. Hence two ways:
+known in the forward pass, but it only scales a token's row. Hence three ways:
 
 - Head frozen: the forward pass keeps the unscaled gradient by the hidden states, [t, h], and the
   backward pass scales it. 3 matrix products per chunk; no logits twice.
@@ -15,12 +15,16 @@ known in the forward pass, but it only scales a token's row. Hence two ways:
   by all logits, [t, v/p], is what a fused loss is there to avoid, but one chunk of it is within the
   budget anyway: the last chunk's is kept, 4 products. Of the others the forward pass keeps a few
   numbers per token, and the backward pass computes their logits again: 2 + 4 products.
+- Head trained, and the caller says in ``upstream_mask`` how the scales will relate: the forward
+  pass forms both gradients, the head's as if the scales were the mask, and the backward pass
+  multiplies by the factor in between. 4 products, no logits twice. The price is that a float32
+  buffer of the head's size lives from the forward to the backward pass of each call. Where the
+  gradient goes into ``main_grad``, that is memory which the second way does not take.
 
 Without gradients (``torch.no_grad()``, or nothing that requires them) only the 2 products of the
 values run.
 """
 
-from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -35,23 +39,16 @@ from megatron_moe_inject.losses.checks import (
     check_teacher,
     may_be_nonzero,
 )
+from megatron_moe_inject.losses.chunks import (
+    Inputs,
+    Plan,
+    forward_chunk,
+    recomputed_gradient,
+    statistics_and_gradient,
+)
 from megatron_moe_inject.losses.head_gradient import HeadGradient
-from megatron_moe_inject.losses.rows import (
-    LogitRows,
-    RowKernels,
-    RowStats,
-    distillation_factor,
-    logit_gradient,
-    maths_dtype,
-    row_statistics,
-)
-from megatron_moe_inject.losses.sparse import (
-    SparseStats,
-    SparseTarget,
-    SparseTeacher,
-    sparse_gradient,
-    sparse_statistics,
-)
+from megatron_moe_inject.losses.rows import RowKernels, RowStats, distillation_factor, maths_dtype
+from megatron_moe_inject.losses.sparse import SparseTarget, SparseTeacher
 from megatron_moe_inject.losses.spec import (
     Divergence,
     LogitTransform,
@@ -59,6 +56,7 @@ from megatron_moe_inject.losses.spec import (
     VocabShard,
     check_temperature,
 )
+from megatron_moe_inject.losses.upstream import common_factor
 
 # Memory for the logits of one chunk, by device type: GPUs need larger chunks for busy products.
 _CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
@@ -101,6 +99,7 @@ def fused_linear_distillation(
     student_transform: LogitTransform | None = None,
     teacher_transform: LogitTransform | None = None,
     sparse_teacher: SparseTeacher | None = None,
+    upstream_mask: Tensor | None = None,
     kernels: RowKernels | None = None,
 ) -> FusedLoss:
     """alpha T^2 D(teacher || student) + beta CE of every token, from hidden states and heads.
@@ -133,13 +132,20 @@ def fused_linear_distillation(
             ``LogitTransform``; None for nothing.
         sparse_teacher: stored ids [t, k] of a teacher in place of its hidden states and head, at
             one temperature for all tokens.
+        upstream_mask: [t], a constant, of the order of 1: the promise that the gradient which
+            arrives at ``total`` will be one number times it, as with a loss of
+            ``(total * mask).sum() / tokens``. It is not applied to ``total``, only makes the
+            gradient of a trained head cheaper. A broken promise (checked without host
+            synchronisation, see ``common_factor``) makes the head's gradient NaN; that by the
+            hidden states is right all the same. The graph can go through one backward pass only.
         kernels: goes through the logits' columns instead of torch operations, such as
             ``TritonRows()`` on a GPU; the same on every rank of ``tp_group``. With a sparse teacher
             only for the cross-entropy.
 
     Returns:
         FusedLoss; ``total`` is differentiable by ``student_hidden`` and ``student_weight``, with
-        any upstream gradient per token. Every rank of ``tp_group`` gets the same bits.
+        any upstream gradient per token, or the promised. Every rank of ``tp_group`` gets the same
+        bits.
 
     Raises:
         ValueError: shapes, dtypes or parameters that do not fit, with the values.
@@ -150,7 +156,10 @@ def fused_linear_distillation(
     ``student_hidden``'s size and dtype with ``reduce_hidden_grad``, nothing else.
     """
     check_temperature(temperature)
-    check_student(student_hidden, student_weight, labels, temperature, alpha, beta)
+    check_student(
+        student_hidden, student_weight, labels=labels, temperature=temperature, alpha=alpha,
+        beta=beta, upstream_mask=upstream_mask,
+    )  # fmt: skip
     if sparse_teacher is None:
         check_teacher(
             student_hidden, student_weight, teacher_hidden, teacher_weight, alpha, weighting
@@ -161,19 +170,23 @@ def fused_linear_distillation(
             raise ValueError("a sparse teacher is stored at one temperature; give a number")
     with_teacher = teacher_hidden is not None or sparse_teacher is not None
     shard = VocabShard.of(student_weight.shape[0], tp_group, valid_vocab_size)
+    weight_gradient = torch.is_grad_enabled() and student_weight.requires_grad
+    if not weight_gradient:
+        upstream_mask = None
     if chunk_tokens is None:
-        chunk_tokens = default_chunk_tokens(student_hidden, student_weight)
+        summed = upstream_mask is not None
+        chunk_tokens = default_chunk_tokens(student_hidden, student_weight, head_gradient=summed)
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens={chunk_tokens} must be at least 1")
 
-    plan = _Plan(
+    plan = Plan(
         divergence=Divergence(kind, jsd_beta, skew) if with_teacher else None,
         shard=shard,
         kd_gradient=with_teacher and may_be_nonzero(alpha),
         ce_gradient=may_be_nonzero(beta),
         chunk_tokens=chunk_tokens,
         hidden_gradient=torch.is_grad_enabled() and student_hidden.requires_grad,
-        weight_gradient=torch.is_grad_enabled() and student_weight.requires_grad,
+        weight_gradient=weight_gradient,
         reduce_hidden_grad=reduce_hidden_grad,
         accumulate_main_grad=accumulate_main_grad,
         weighting=weighting or None,
@@ -203,13 +216,20 @@ def fused_linear_distillation(
             temperature,
             _per_token(alpha, student_hidden),
             _per_token(beta, student_hidden),
+            None if upstream_mask is None else _per_token(upstream_mask, student_hidden),
             plan,
         )
     )
 
 
-def default_chunk_tokens(student_hidden: Tensor, student_weight: Tensor) -> int:
+def default_chunk_tokens(
+    student_hidden: Tensor, student_weight: Tensor, *, head_gradient: bool = False
+) -> int:
     """Tokens per chunk whose logits stay within 64 MiB on a CPU and 512 MiB on a GPU.
+
+    With ``head_gradient``, for a head's gradient that the forward pass sums, also within a quarter
+    of that float32 sum if it is more: every chunk reads and writes the sum once, so a few large
+    chunks are faster, for memory in proportion to what the gradient takes.
 
     A token takes 2 * v/p * itemsize bytes: the student's logits, which its gradient overwrites, and
     the teacher's. (The float32 copies of the row maths live in small blocks.) Rounded down to a
@@ -217,140 +237,43 @@ def default_chunk_tokens(student_hidden: Tensor, student_weight: Tensor) -> int:
     """
     per_token = max(1, 2 * student_weight.shape[0] * student_weight.element_size())
     budget = _CHUNK_BYTES.get(student_hidden.device.type, _CHUNK_BYTES["cuda"])
+    if head_gradient:
+        dtype = maths_dtype(student_weight.dtype)
+        budget = max(budget, student_weight.numel() * dtype.itemsize // 4)
     limit = max(1, budget // per_token)
     tokens = max(1, len(student_hidden))
     even = -(-tokens // -(-tokens // limit))
     return min(limit // 64 * 64 or limit, -(-even // 64) * 64)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    divergence: Divergence | None
-    shard: VocabShard
-    kd_gradient: bool
-    ce_gradient: bool
-    chunk_tokens: int
-    hidden_gradient: bool
-    weight_gradient: bool
-    reduce_hidden_grad: bool
-    accumulate_main_grad: bool
-    weighting: TokenWeighting | None
-    student_transform: LogitTransform | None
-    teacher_transform: LogitTransform | None
-    sparse: SparseTarget | None
-    kernels: RowKernels | None
-
-    def of(self, rows: slice) -> "_Plan":
-        """The plan for some of the tokens."""
-        return self if self.sparse is None else replace(self, sparse=self.sparse.rows(rows))
-
-    def logits(self, chunk: "_Inputs") -> LogitRows:
-        """Student and teacher logits of a chunk, [t, c] each."""
-        x, y = chunk.hidden @ chunk.weight.t(), None
-        if self.student_transform:
-            self.student_transform.apply_(x)
-        if chunk.teacher_hidden is not None:
-            y = chunk.teacher_hidden @ chunk.teacher_weight.t()
-            if self.teacher_transform:
-                self.teacher_transform.apply_(y)
-        return LogitRows(
-            x, y, chunk.labels, chunk.temperature, self.student_transform, self.kernels
-        )
-
-    def statistics(self, logits: LogitRows) -> tuple[RowStats, SparseStats | None]:
-        """Their losses."""
-        if self.sparse is None:
-            return row_statistics(logits, self.divergence, self.shard, self.weighting), None
-        stats = row_statistics(logits, None, self.shard)
-        sparse = sparse_statistics(logits, self.sparse, self.divergence, self.shard)
-        return stats._replace(divergence=sparse.divergence), sparse
-
-    def kd_weight(self, chunk: "_Inputs", stats: RowStats) -> Tensor:
-        """alpha times the factor of the token weighting, [t]."""
-        if not self.weighting:
-            return chunk.alpha
-        return chunk.alpha * distillation_factor(stats, chunk.labels, self.weighting, self.shard)
-
-    def logit_gradient(
-        self,
-        logits: LogitRows,
-        stats: RowStats,
-        sparse: SparseStats | None,
-        kd_weight: Tensor,
-        ce_weight: Tensor,
-    ) -> Tensor:
-        """Derivative of kd_weight kd + ce_weight ce by head @ hidden, written over the logits."""
-        kd = kd_weight if self.kd_gradient else None
-        ce = ce_weight if self.ce_gradient else None
-        if sparse is None or kd is None:
-            dense = self.divergence if sparse is None else None
-            logit_gradient(logits, stats, dense, self.shard, kd, ce, out=logits.x)
-            return logits.x
-        out = logits.x if ce is None else torch.empty_like(logits.x)
-        sparse_gradient(logits, self.sparse, sparse, self.shard, kd, out)
-        if ce is not None:
-            logit_gradient(logits, stats, None, self.shard, None, ce, out=logits.x)
-            logits.x.add_(out)
-        return logits.x
-
-    def chunks(self, tokens: int) -> list[slice]:
-        """The token slices, one empty slice when there is no token."""
-        step = self.chunk_tokens
-        return [slice(start, start + step) for start in range(0, max(tokens, 1), step)]
-
-
-class _Inputs(NamedTuple):
-    """The tensors of one call, or of one chunk of it."""
-
-    hidden: Tensor
-    weight: Tensor
-    teacher_hidden: Tensor | None
-    teacher_weight: Tensor | None
-    labels: Tensor
-    temperature: float | Tensor
-    alpha: Tensor
-    beta: Tensor
-
-    def chunk(self, rows: slice, columns: int) -> "_Inputs":
-        """Some tokens, and of the heads the rows of real vocabulary ids."""
-        with_teacher = self.teacher_hidden is not None
-        per_token = isinstance(self.temperature, Tensor)
-        return _Inputs(
-            self.hidden[rows],
-            self.weight[:columns],
-            self.teacher_hidden[rows] if with_teacher else None,
-            self.teacher_weight[:columns] if with_teacher else None,
-            self.labels[rows],
-            self.temperature[rows] if per_token else self.temperature,
-            self.alpha[rows],
-            self.beta[rows],
-        )
-
-
 class _FusedLinearDistillation(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, teacher_hidden, teacher_weight, labels, temperature, alpha,
-                beta, plan):  # fmt: skip
-        inputs = _Inputs(
-            hidden, weight, teacher_hidden, teacher_weight, labels, temperature, alpha, beta
-        )
-        unscaled = kept = None
-        if plan.hidden_gradient and not plan.weight_gradient:
+                beta, upstream_mask, plan):  # fmt: skip
+        inputs = Inputs(
+            hidden, weight, teacher_hidden, teacher_weight, labels, temperature, alpha, beta,
+            upstream_mask,
+        )  # fmt: skip
+        unscaled = head = kept = None
+        twice = plan.weight_gradient and upstream_mask is None
+        if plan.hidden_gradient and not twice:
             unscaled = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+        if upstream_mask is not None:
+            head = HeadGradient(weight, plan.accumulate_main_grad, factor_later=True)
         chunks, parts, sparse_parts = plan.chunks(len(hidden)), [], []
         for rows in chunks:
             chunk, own = inputs.chunk(rows, plan.shard.columns), plan.of(rows)
-            if plan.weight_gradient and rows is chunks[-1]:
-                chunk_stats, sparse_stats, kept = _statistics_and_gradient(chunk, own)
+            if twice and rows is chunks[-1]:
+                chunk_stats, sparse_stats, kept = statistics_and_gradient(chunk, own)
             else:
                 out = None if unscaled is None else unscaled[rows]
-                chunk_stats, sparse_stats = _forward_chunk(chunk, own, out)
+                chunk_stats, sparse_stats = forward_chunk(chunk, own, out, head)
             parts.append(chunk_stats)
             sparse_parts.append(sparse_stats)
         stats = RowStats.cat(parts)
 
-        ctx.plan = plan
-        if plan.weight_gradient:
+        ctx.plan, ctx.twice, ctx.head = plan, twice, head
+        if twice:
             ctx.sparse_parts = sparse_parts
             ctx.kept = kept  # no saved tensor, so that the backward pass can free it
             ctx.weight = weight
@@ -362,7 +285,7 @@ class _FusedLinearDistillation(torch.autograd.Function):
             unused = {"divergence": None} if plan.weighting else {"divergence": None, "ce": None}
             ctx.save_for_backward(*inputs, *stats._replace(**unused))
         else:
-            ctx.save_for_backward(unscaled)
+            ctx.save_for_backward(unscaled, upstream_mask)
         kd, factor = torch.zeros_like(alpha), torch.ones_like(alpha)
         if plan.divergence is not None:
             kd = stats.divergence * temperature**2
@@ -379,58 +302,43 @@ class _FusedLinearDistillation(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_total, *_detached):
         plan = ctx.plan
-        if plan.weight_gradient:
-            grad_hidden, grad_weight = _gradients_with_head(ctx, grad_total)
-        else:
-            (unscaled,) = ctx.saved_tensors
-            grad_hidden, grad_weight = torch.empty_like(unscaled), None
-            torch.mul(unscaled, grad_total[:, None], out=grad_hidden)
+        gradients = _recomputed_gradients if ctx.twice else _scaled_gradients
+        grad_hidden, grad_weight = gradients(ctx, grad_total)
         if plan.hidden_gradient and plan.reduce_hidden_grad and plan.shard.group is not None:
             dist.all_reduce(grad_hidden, group=plan.shard.group)
-        return grad_hidden, grad_weight, *[None] * 7
+        return grad_hidden, grad_weight, *[None] * 8
 
 
-# One function call per chunk, so that its logits are freed before those of the next are made.
+# Both give the gradients by the hidden states (this rank's part) and by the head.
 
 
-def _statistics_and_gradient(
-    chunk: _Inputs, plan: _Plan
-) -> tuple[RowStats, SparseStats | None, Tensor]:
-    """Statistics of a chunk and the gradient of its losses by head @ hidden, [t, c]."""
-    logits = plan.logits(chunk)
-    stats, sparse = plan.statistics(logits)
-    kd_weight = plan.kd_weight(chunk, stats)
-    return stats, sparse, plan.logit_gradient(logits, stats, sparse, kd_weight, chunk.beta)
+def _scaled_gradients(ctx, grad_total: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Those of the forward pass, multiplied."""
+    unscaled, mask = ctx.saved_tensors
+    grad_hidden = grad_weight = None
+    if mask is not None:
+        head, ctx.head = ctx.head, None
+        if head is None:
+            raise RuntimeError(
+                "with upstream_mask the first backward pass gives the head's gradient away; leave "
+                "it out where the graph is retained for another"
+            )
+        grad_weight = head.finish(common_factor(grad_total, mask, head.weight.dtype))
+    if unscaled is not None:
+        grad_hidden = torch.empty_like(unscaled)
+        torch.mul(unscaled, grad_total[:, None], out=grad_hidden)
+    return grad_hidden, grad_weight
 
 
-def _forward_chunk(
-    chunk: _Inputs, plan: _Plan, unscaled: Tensor | None
-) -> tuple[RowStats, SparseStats | None]:
-    """Statistics of a chunk; writes its gradient by the hidden states to ``unscaled`` [t, h]."""
-    if unscaled is None:
-        return plan.statistics(plan.logits(chunk))
-    stats, sparse, gradient = _statistics_and_gradient(chunk, plan)
-    torch.mm(gradient, chunk.weight, out=unscaled)
-    return stats, sparse
-
-
-def _recomputed_gradient(
-    chunk: _Inputs, stats: RowStats, sparse: SparseStats | None, plan: _Plan
-) -> Tensor:
-    """What ``_statistics_and_gradient`` gave, from logits made again."""
-    logits, kd_weight = plan.logits(chunk), plan.kd_weight(chunk, stats)
-    return plan.logit_gradient(logits, stats, sparse, kd_weight, chunk.beta)
-
-
-def _gradients_with_head(ctx, grad_total: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients by the hidden states (this rank's part) and by the head.
+def _recomputed_gradients(ctx, grad_total: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """From logits made again, but for the last chunk's.
 
     The scale from above, [t], multiplies rows of [t, h] tensors, never of logits.
     """
     plan = ctx.plan
     saved, kept, ctx.kept = ctx.saved_tensors, ctx.kept, None
-    inputs = _Inputs(*saved[: len(_Inputs._fields)])
-    stats = RowStats(*saved[len(_Inputs._fields) :])
+    inputs = Inputs(*saved[: len(Inputs._fields)])
+    stats = RowStats(*saved[len(Inputs._fields) :])
     if inputs.temperature is None:
         inputs = inputs._replace(temperature=ctx.temperature)
 
@@ -444,12 +352,12 @@ def _gradients_with_head(ctx, grad_total: Tensor) -> tuple[Tensor | None, Tensor
     for rows, sparse in zip(reversed(chunks), reversed(ctx.sparse_parts), strict=True):
         chunk, gradient = inputs.chunk(rows, plan.shard.columns), kept
         if gradient is None:
-            gradient = _recomputed_gradient(chunk, stats.rows(rows), sparse, plan.of(rows))
-        scale = grad_total[rows, None]
+            gradient = recomputed_gradient(chunk, stats.rows(rows), sparse, plan.of(rows))
+        scale = grad_total[rows]
         if grad_hidden is not None:
             torch.mm(gradient, chunk.weight, out=grad_hidden[rows])
-            torch.mul(grad_hidden[rows], scale, out=grad_hidden[rows])
-        head.add(gradient, (chunk.hidden * scale).to(chunk.hidden.dtype))
+            torch.mul(grad_hidden[rows], scale[:, None], out=grad_hidden[rows])
+        head.add(gradient, chunk.hidden, scale)
         kept = gradient = None
     return grad_hidden, head.finish()
 

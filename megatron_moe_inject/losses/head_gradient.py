@@ -10,6 +10,9 @@ dtype. Under Megatron's gradient accumulation fusion the sum goes straight into
 so that DDP's hook still fires and sees that nothing is left to add. The placeholder must be zeros
 when ``zero_out_wgrad`` is set: an embedding shares the weight, its own gradient is summed with the
 placeholder, and DDP adds that sum. A weight without the attribute gets no gradient.
+
+A sum that is formed up to a factor which only the backward pass knows has a buffer of its own in
+either case: one more of ``main_grad``'s size, as long as the factor is not known.
 """
 
 import torch
@@ -24,13 +27,16 @@ _HAS_OUT_DTYPE = hasattr(torch.ops.aten.mm, "dtype")
 
 
 class HeadGradient:
-    """Sum of ``gradient.T @ hidden`` over chunks for one head weight [v/p, h]."""
+    """Sum of ``gradient.T @ (scale * hidden)`` over chunks for one head weight [v/p, h].
 
-    def __init__(self, weight: Tensor, accumulate_main_grad: bool):
+    With ``factor_later`` it goes nowhere before ``finish``, which then takes a common factor.
+    """
+
+    def __init__(self, weight: Tensor, accumulate_main_grad: bool, factor_later: bool = False):
         self.weight = weight
         self.main_grad = weight.main_grad if accumulate_main_grad else None
         dtype = maths_dtype(weight.dtype)
-        if self.main_grad is not None and self.main_grad.dtype == dtype:
+        if self.main_grad is not None and self.main_grad.dtype == dtype and not factor_later:
             self.sum = self.main_grad
         else:
             self.sum = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
@@ -46,8 +52,12 @@ class HeadGradient:
                 f"found {found}; Megatron's DDP creates it, pass False elsewhere"
             )
 
-    def add(self, gradient: Tensor, hidden: Tensor) -> None:
-        """Add a chunk: ``gradient`` [t, c] by the logits of the first c rows, ``hidden`` [t, h]."""
+    def add(self, gradient: Tensor, hidden: Tensor, scale: Tensor) -> None:
+        """Add a chunk: ``gradient`` [t, c] by the logits of the first c rows, ``hidden`` [t, h].
+
+        ``scale`` [t] multiplies the tokens.
+        """
+        hidden = (hidden * scale[:, None]).to(hidden.dtype)
         rows = self.sum[: gradient.shape[1]]
         if gradient.dtype == rows.dtype:
             rows.addmm_(gradient.t(), hidden)
@@ -56,8 +66,10 @@ class HeadGradient:
         for part, part_gradient in parts:
             _add_wide_product(part, part_gradient.t(), hidden)
 
-    def finish(self) -> Tensor | None:
-        """What autograd receives as the weight's gradient."""
+    def finish(self, factor: Tensor | None = None) -> Tensor | None:
+        """What autograd receives as the weight's gradient; ``factor`` multiplies the sum."""
+        if factor is not None:
+            self.sum.mul_(factor)
         if self.main_grad is None:
             return self.sum.to(self.weight.dtype)
         if self.sum is not self.main_grad:

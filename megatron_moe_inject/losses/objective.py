@@ -79,6 +79,7 @@ def injection_loss(
     accumulate_main_grad: bool = False,
     chunk_tokens: int | None = None,
     student_transform: LogitTransform | None = None,
+    upstream_mask: torch.Tensor | None = None,
 ) -> LossTerms:
     """Loss of one micro-batch from its hidden states.
 
@@ -93,6 +94,7 @@ def injection_loss(
         accumulate_main_grad: see ``fused_linear_distillation``.
         chunk_tokens: see ``fused_linear_distillation``.
         student_transform: what the student does to its logits.
+        upstream_mask: ``[b, s]``, see ``fused_linear_distillation``.
 
     Collectives: those of ``fused_linear_distillation``, once per group.
     """
@@ -102,6 +104,9 @@ def injection_loss(
     for group in groups:
         rows = hidden if len(groups) == 1 else hidden[:, list(group.samples)]
         targets = labels if len(groups) == 1 else labels[list(group.samples)]
+        mask = upstream_mask
+        if mask is not None:
+            mask = (mask if len(groups) == 1 else mask[list(group.samples)]).t().flatten()
         teacher_rows = None
         if group.teacher_hidden is not None:
             teacher_rows = group.teacher_hidden.transpose(0, 1).flatten(0, 1)
@@ -125,6 +130,7 @@ def injection_loss(
             chunk_tokens=chunk_tokens,
             reduce_hidden_grad=reduce_hidden_grad,
             accumulate_main_grad=accumulate_main_grad,
+            upstream_mask=mask,
         )
         shape = (hidden.shape[0], len(group.samples))
         parts.append(

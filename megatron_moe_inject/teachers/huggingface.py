@@ -23,9 +23,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_moe_inject.losses.spec import LogitTransform
+from megatron_moe_inject.rng import untouched_rng
 from megatron_moe_inject.teachers import vocabulary
 from megatron_moe_inject.teachers.base import Source, TeacherInfo, padded_rows
-from megatron_moe_inject.teachers.rng import untouched_rng
 from megatron_moe_inject.typed import listing
 
 _LOG = logging.getLogger(__name__)

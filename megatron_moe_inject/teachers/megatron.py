@@ -28,10 +28,10 @@ import torch
 
 from megatron_moe_inject import compat
 from megatron_moe_inject.losses.spec import LogitTransform
+from megatron_moe_inject.rng import untouched_rng
 from megatron_moe_inject.teachers import megatron_args, vocabulary
 from megatron_moe_inject.teachers.base import Source, TeacherInfo, padded_rows
-from megatron_moe_inject.teachers.rng import untouched_rng
-from megatron_moe_inject.teachers.torch_dist import Piece, TorchDistCheckpoint
+from megatron_moe_inject.torch_dist import Piece, TorchDistCheckpoint
 from megatron_moe_inject.typed import listing
 
 EMBEDDING = "embedding.word_embeddings.weight"

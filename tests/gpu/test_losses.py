@@ -24,6 +24,7 @@ from megatron_moe_inject.losses.spec import (
     VocabShard,
 )
 from tests.unit.losses_cases import (
+    HEADS,
     KINDS,
     MIXTURE,
     REFERENCES,
@@ -78,24 +79,24 @@ def _on_gpu(case: FusedCase) -> FusedCase:
     })  # fmt: skip
 
 
-def _matches(case: FusedCase, kernels, head_trains: bool, tolerance: float, **options):
+def _matches(case: FusedCase, kernels, head: str, tolerance: float, **options):
     expected = case.dense()
     there = _on_gpu(case)
-    hidden, weight = there.leaves(head_trains)
-    loss = there.call(hidden, weight, kernels=kernels, **options)
+    hidden, weight = there.leaves(head != "frozen")
+    loss = there.call(hidden, weight, kernels=kernels, **there.promise(head), **options)
     loss.total.backward(there.upstream)
     for name in ("total", "kd", "ce", "kd_factor"):
         assert_close(getattr(loss, name).cpu(), expected[name], name, tolerance)
     assert_close(hidden.grad.cpu(), expected["hidden"], "hidden gradient", tolerance)
-    if head_trains:
+    if head != "frozen":
         assert_close(weight.grad.cpu(), expected["weight"], "head gradient", tolerance)
 
 
-@pytest.mark.parametrize("head_trains", [False, True])
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_fused(kernels, kind, head_trains):
+def test_fused(kernels, kind, head):
     case = _case(kind=kind, dtype=torch.float32, alpha=per_token(T), beta=per_token(T, seed=6))
-    _matches(case, kernels, head_trains, 1e-5, chunk_tokens=8)
+    _matches(case, kernels, head, 1e-5, chunk_tokens=8)
 
 
 OPTIONS = [
@@ -110,16 +111,16 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("head_trains", [False, True])
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("options", OPTIONS)
-def test_fused_options(kernels, options, head_trains):
-    _matches(_case(dtype=torch.float32, **options), kernels, head_trains, 1e-5, chunk_tokens=16)
+def test_fused_options(kernels, options, head):
+    _matches(_case(dtype=torch.float32, **options), kernels, head, 1e-5, chunk_tokens=16)
 
 
-@pytest.mark.parametrize("head_trains", [False, True])
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 @pytest.mark.parametrize("kind", KINDS)
-def test_16_bits_are_no_worse_than_naive(kernels, kind, dtype, head_trains):
+def test_16_bits_are_no_worse_than_naive(kernels, kind, dtype, head):
     case = _case(kind=kind, dtype=dtype, t=96, alpha=per_token(96), beta=per_token(96, seed=6))
     expected, there = case.dense(), _on_gpu(case)
 
@@ -132,11 +133,11 @@ def test_16_bits_are_no_worse_than_naive(kernels, kind, dtype, head_trains):
     naive = alpha * kd + beta * ce
     naive.backward(there.upstream)
 
-    hidden, weight = there.leaves(head_trains)
-    loss = there.call(hidden, weight, chunk_tokens=40, kernels=kernels)
+    hidden, weight = there.leaves(head != "frozen")
+    loss = there.call(hidden, weight, chunk_tokens=40, kernels=kernels, **there.promise(head))
     loss.total.backward(there.upstream)
     pairs = {"total": (loss.total, naive), "hidden": (hidden.grad, naive_hidden.grad)}
-    if head_trains:
+    if head != "frozen":
         pairs["weight"] = (weight.grad, naive_weight.grad)
     for name, (ours, theirs) in pairs.items():
         error, budget = (relative_error(x.cpu(), expected[name]) for x in (ours, theirs))
@@ -228,9 +229,9 @@ def _stored(case: FusedCase, tail: str) -> SparseTeacher:
     return SparseTeacher(ids, log_probs, tail)
 
 
-@pytest.mark.parametrize("head_trains", [False, True])
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize(("tail", "kind"), TAIL_KINDS)
-def test_fused_with_a_stored_teacher(kernels, tail, kind, head_trains):
+def test_fused_with_a_stored_teacher(kernels, tail, kind, head):
     case = _case(kind=kind, dtype=torch.float32)
     stored = _stored(case, tail)
     hidden, weight = (leaf.detach().double().requires_grad_() for leaf in case.leaves())
@@ -244,12 +245,13 @@ def test_fused_with_a_stored_teacher(kernels, tail, kind, head_trains):
     there = _on_gpu(case)
     there.teacher_hidden = there.teacher_weight = None
     teacher = SparseTeacher(stored.ids.cuda(), stored.log_probs.float().cuda(), tail)
-    leaves = there.leaves(head_trains)
-    loss = there.call(*leaves, chunk_tokens=8, kernels=kernels, sparse_teacher=teacher)
+    leaves = there.leaves(head != "frozen")
+    options = {"chunk_tokens": 8, "kernels": kernels, "sparse_teacher": teacher}
+    loss = there.call(*leaves, **options, **there.promise(head))
     loss.total.backward(there.upstream)
     assert_close(loss.total.cpu(), total, "total", 1e-5)
     assert_close(leaves[0].grad.cpu(), hidden.grad, "hidden gradient", 1e-5)
-    if head_trains:
+    if head != "frozen":
         assert_close(leaves[1].grad.cpu(), weight.grad, "head gradient", 1e-5)
 
 
@@ -301,7 +303,7 @@ STEPS = [
 ]
 
 
-def _gpu_step(options, head_trains, kernels, dtype=torch.bfloat16):
+def _gpu_step(options, head, kernels, dtype=torch.bfloat16):
     """A function that runs the step, and its leaves; everything is on the device already."""
     options = dict(options)
     tail = options.pop("tail", None)
@@ -312,14 +314,15 @@ def _gpu_step(options, head_trains, kernels, dtype=torch.bfloat16):
     there = _on_gpu(case)
     if tail is not None:
         there.options["sparse_teacher"] = SparseTeacher(ids.cuda(), log_probs.float().cuda(), tail)
-    leaves = there.leaves(head_trains)
-    return (lambda: _step(there, leaves, chunk_tokens=8, kernels=kernels)), leaves
+    leaves = there.leaves(head != "frozen")
+    options = {"chunk_tokens": 8, "kernels": kernels, **there.promise(head)}
+    return (lambda: _step(there, leaves, **options)), leaves
 
 
-@pytest.mark.parametrize("head_trains", [False, True])
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("options", STEPS)
-def test_nothing_waits_for_the_device(kernels, options, head_trains):
-    step, _ = _gpu_step(options, head_trains, kernels)
+def test_nothing_waits_for_the_device(kernels, options, head):
+    step, _ = _gpu_step(options, head, kernels)
     step()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -330,10 +333,10 @@ def test_nothing_waits_for_the_device(kernels, options, head_trains):
     assert all(result.isfinite().all() for result in results)
 
 
-@pytest.mark.parametrize("head_trains", [False, True])
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("options", STEPS)
-def test_captured_in_a_cuda_graph(kernels, options, head_trains):
-    step, leaves = _gpu_step(options, head_trains, kernels)
+def test_captured_in_a_cuda_graph(kernels, options, head):
+    step, leaves = _gpu_step(options, head, kernels)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -353,7 +356,7 @@ def test_captured_in_a_cuda_graph(kernels, options, head_trains):
 
 
 def test_same_bits_every_time(kernels):
-    step, _ = _gpu_step({"kind": "jsd"}, True, kernels)
+    step, _ = _gpu_step({"kind": "jsd"}, "trained", kernels)
     first = step()
     assert all(torch.equal(a, b) for a, b in zip(first, step(), strict=True))
 

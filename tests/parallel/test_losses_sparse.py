@@ -11,7 +11,7 @@ from megatron_moe_inject.losses import (
 )
 from megatron_moe_inject.losses.spec import LogitTransform
 from tests.parallel import gloo
-from tests.unit.losses_cases import MIXTURE, VALID, FusedCase, V, assert_close, logits
+from tests.unit.losses_cases import HEADS, MIXTURE, VALID, FusedCase, V, assert_close, logits
 from tests.unit.losses_sparse_cases import TAIL_KINDS, stored_for
 
 WORLD = 4
@@ -142,7 +142,7 @@ def test_runs_the_collectives_that_it_states(tail, kind):
     assert gloo.pool(WORLD).run(_collectives, tail, kind) == [expected] * WORLD
 
 
-def _fused_matches_dense(size, tail, kind, head_trains, chunk, temperature, alpha, beta, transform):
+def _fused_matches_dense(size, tail, kind, head, chunk, temperature, alpha, beta, transform):
     group = gloo.block_group(size)
     case = FusedCase.make(t=11, kind=kind, temperature=temperature, alpha=alpha, beta=beta)
     ids, log_probs = stored_for(tail, logits(9, 11, V)[1], 4, temperature, valid=VALID)
@@ -158,39 +158,40 @@ def _fused_matches_dense(size, tail, kind, head_trains, chunk, temperature, alph
 
     part = case.shard(group.rank(), size)
     part.teacher_hidden = part.teacher_weight = None
-    hidden, weight = part.leaves(head_trains)
+    hidden, weight = part.leaves(head != "frozen")
     loss = part.call(
         *(hidden, weight),
         tp_group=group,
         chunk_tokens=chunk,
         student_transform=transform,
         sparse_teacher=SparseTeacher(ids, log_probs, tail),
+        **part.promise(head),
     )
     loss.total.backward(part.upstream)
     assert_close(loss.total, total, "total")
     assert_close(loss.kd, kd, "kd")
     assert_close(hidden.grad, expected[0], "hidden gradient")
-    if head_trains:
+    if head != "frozen":
         width = V // size
         rows = expected[1][group.rank() * width : (group.rank() + 1) * width]
         assert_close(weight.grad, rows, "head gradient")
 
 
-@pytest.mark.parametrize("head_trains", [False, True])
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize(("tail", "kind"), TAIL_KINDS)
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_fused_with_the_head(size, tail, kind, head_trains):
+def test_fused_with_the_head(size, tail, kind, head):
     for alpha, beta in ((0.7, 0.3), (1.0, 0.0), (0.0, 1.0)):
         gloo.pool(WORLD).run(
-            *(_fused_matches_dense, size, tail, kind, head_trains, 4, 2.0, alpha, beta, None)
+            *(_fused_matches_dense, size, tail, kind, head, 4, 2.0, alpha, beta, None)
         )
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 11, None])
 def test_fused_at_any_chunk_size_with_transformed_logits(chunk):
     transform = LogitTransform(0.5, 4.0)
-    for head_trains in (False, True):
+    for head in HEADS:
         gloo.pool(WORLD).run(
-            *(_fused_matches_dense, 2, "bucket", "jsd", head_trains, chunk, 1.0, 0.7, 0.3),
+            *(_fused_matches_dense, 2, "bucket", "jsd", head, chunk, 1.0, 0.7, 0.3),
             transform,
         )

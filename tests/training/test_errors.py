@@ -74,7 +74,14 @@ def test_plain_flags_are_enough_and_their_mistakes_name_the_flag(material):
 
 
 @pytest.mark.parametrize(
-    "flag", ["--moe-grouped-gemm", "--moe-router-load-balancing-type quantile_balancing"]
+    "flag",
+    [
+        "--moe-single-grouped-weight",
+        "--use-transformer-engine-op-fuser",
+        "--delay-wgrad-compute",
+        "--fp8-recipe delayed",
+        "--moe-router-load-balancing-type quantile_balancing",
+    ],
 )
 def test_flags_that_would_go_wrong_silently_are_refused_by_name(flag):
     from argparse import ArgumentParser
@@ -84,7 +91,8 @@ def test_flags_that_would_go_wrong_silently_are_refused_by_name(flag):
     from megatron_moe_inject.injection import Injection
     from megatron_moe_inject.recipe import RecipeError, recipe_from_flags
 
-    command = f"--num-layers 4 --num-experts 4 --mock-data {flag}"
+    common = "--num-layers 4 --num-experts 4 --mock-data --moe-grouped-gemm --fp8-format hybrid"
+    command = f"{common} --fp8-recipe tensorwise {flag}"
     args = add_megatron_arguments(ArgumentParser()).parse_args(command.split())
     args.inject_dry_run = None
     recipe = recipe_from_flags(data=[0], experts="2:3", beta=1.0, alpha=0.0)

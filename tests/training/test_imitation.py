@@ -8,7 +8,7 @@ import copy
 
 import pytest
 
-from megatron_moe_inject.teachers.torch_dist import stored_shapes
+from megatron_moe_inject.torch_dist import stored_shapes
 from tests.training import lane
 from tests.training.conftest import make_material, student_flags
 from tests.training.test_injection import (
@@ -165,6 +165,22 @@ def test_a_resumed_run_with_other_layers_is_told(material, tmp_path):
     other = ("--inject-set", "teachers.coder.layers={3: 1}")
     flags = student_flags(*material.blend, *keep, *ours, *other)
     _fails(material, "holds projections inject_projections.experts_1_coder.weight", flags=flags)
+
+
+def test_imitation_that_begins_in_a_resumed_run_needs_a_fresh_optimizer(material, tmp_path):
+    save = str(tmp_path / "resumed")
+    keep = ("--train-iters", "4", "--save", save, "--save-interval", "2")
+    inject(
+        material,
+        FEATURES.replace("0.5, experts: 0.25", "0.0"),
+        extra=(*keep, "--exit-interval", "2"),
+    )
+    ours = ("--inject-recipe", recipe_file(material, FEATURES), "--load", save)
+    flags = student_flags(*material.blend, *keep, *ours)
+    _fails(material, "projection experts_1_coder", flags=flags)
+    run = lane.run([*flags, "--no-load-optim"])
+    assert "holds no projections, so they start anew" in run.output
+    assert [step["iteration"] for step in run.iterations] == [3, 4]
 
 
 @pytest.mark.parametrize(

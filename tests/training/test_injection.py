@@ -7,11 +7,15 @@ pipeline parallelism one stage, has nothing to train; stock Megatron hangs there
 import os
 import re
 import zlib
+from pathlib import Path
 
+import numpy as np
 import pytest
 
+from megatron_moe_inject.experts.profile_file import write_profile
 from tests.training import lane
 from tests.training.conftest import make_material, student_flags
+from tests.unit.profiles import from_counts
 
 RECIPE = """
 domains:
@@ -164,6 +168,36 @@ def test_cross_entropy_with_everything_training_is_stock_training(material, layo
     assert ours.losses("grad norm") == pytest.approx(stock.losses("grad norm"), rel=2e-4)
 
 
+HEAD_TRAINS = ("--inject-set", "train.output_layer=true")
+
+
+@pytest.mark.parametrize("precision", [(), ("--bf16",)], ids=["fp32", "bf16"])
+def test_a_trained_head_learns_the_same_from_one_pass_as_from_two(material, precision):
+    """On mixed micro-batches, whose two kinds of sample have a gradient of the head each."""
+    one, two = (
+        inject(material, extra=(*precision, *HEAD_TRAINS, f"objective.masked_sum={masked_sum}"))
+        for masked_sum in ("true", "false")
+    )
+    for term in TERMS:
+        rel = 2e-3 if precision else 2e-5
+        assert one.losses(term) == pytest.approx(two.losses(term), rel=rel), term
+
+
+def test_a_script_with_another_loss_function_is_told_what_to_set(material, tmp_path):
+    """Its loss is no multiple of the masked sum, so the head's gradient needs a second pass."""
+    stock = Path(lane.MINIMAL_GPT[0]).read_text()
+    script = tmp_path / "squared.py"
+    script.write_text(stock.replace("output.view(-1).float() *", "output.view(-1).float() ** 2 *"))
+    assert script.read_text() != stock
+    flags = material.flags("--inject-recipe", recipe_file(material), *HEAD_TRAINS)
+    told = lane.run(flags, script=(str(script),), check=False)
+    assert told.returncode != 0
+    assert not told.iterations
+    assert "set objective.masked_sum: false" in told.output
+    run = lane.run([*flags, "objective.masked_sum=false"], script=(str(script),))
+    assert all(0 < norm < 100 for norm in run.losses("grad norm"))
+
+
 def test_the_curve_does_not_depend_on_the_micro_batch_size(material):
     """Without the stock balance loss, which is taken per micro-batch."""
     unbalanced = ("--moe-router-load-balancing-type", "none")
@@ -193,6 +227,7 @@ def test_frozen_parameters_stay_bitwise_under_adamw_with_decay(material, single,
         pytest.param((), id="fp32"),
         pytest.param(("--bf16", *lane.DISTRIBUTED_OPTIMIZER), id="bf16, distributed optimizer"),
         pytest.param(("--bf16",), id="bf16", marks=pytest.mark.slow),
+        pytest.param(HEAD_TRAINS, id="fp32, head trained"),
     ],
 )
 def test_killed_and_resumed_run_gives_the_same_curve(material, tmp_path, optimizer):
@@ -205,6 +240,67 @@ def test_killed_and_resumed_run_gives_the_same_curve(material, tmp_path, optimiz
     resumed = lane.run(student_flags(*material.blend, *keep, *ours, ep=2), nproc=2)
     for term in TERMS:
         assert resumed.losses(term) == whole.losses(term)[3:], term
+
+
+BY_NAME = RECIPE.replace(
+    "objective:",
+    "train:\n  experts: none\n  layers: [3]\n"
+    "  patterns: ['*.2.mlp.experts.3.*', '*.final_layernorm.*']\nobjective:",
+)
+
+
+@pytest.mark.parametrize("layout", ["ep2", "tp2-sp", "pp2"])
+def test_layers_and_parameters_train_by_name(material, layout):
+    single, run = inject(material, BY_NAME), inject(material, BY_NAME, **LAYOUTS[layout])
+    for term in TERMS:
+        assert run.losses(term) == pytest.approx(single.losses(term), rel=2e-5), term
+    assert PROVEN.search(run.output)
+    assert "layers 3, *.2.mlp.experts.3.*, *.final_layernorm.*; everything else is frozen" in (
+        run.output
+    )
+
+
+def test_a_pattern_that_matches_nothing_on_any_rank_is_an_error(material):
+    recipe = BY_NAME.replace("*.2.mlp.experts.3.*", "*.2.mlp.experts.4.*")
+    run = inject(material, recipe, nproc=2, ep=2, check=False)
+    assert run.returncode == 2, run.tail()
+    assert "train.patterns[0]: '*.2.mlp.experts.4.*' matches no parameter" in run.output
+    assert "Traceback" not in run.output
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (("3: [3]", "3: [2]"), "experts {2: [3], 3: [2]} trains"),
+        (("2: [3], ", ""), "experts {3: [3]} trains"),
+        (("objective:", "train: {{norms: true}}\nobjective:"), "3: [3]} and norms trains"),
+    ],
+    ids=["another expert", "fewer experts", "more components"],
+)
+def test_a_resumed_run_that_trains_something_else_is_told(material, tmp_path, change, named):
+    save = str(tmp_path / "resumed")
+    keep = ("--train-iters", "4", "--save", save, "--save-interval", "2")
+    inject(material, extra=(*keep, "--exit-interval", "2"))
+    ours = ("--inject-recipe", recipe_file(material, RECIPE.replace(*change)), "--load", save)
+    run = lane.run(student_flags(*material.blend, *keep, *ours), check=False)
+    assert run.returncode == 2, run.tail()
+    assert "holds the optimizer state of experts {2: [3], 3: [3]}, but now" in run.output
+    assert named in run.output
+    assert "add --no-load-optim" in run.output
+    assert "Traceback" not in run.output
+    anew = lane.run(student_flags(*material.blend, *keep, *ours, "--no-load-optim"))
+    assert [step["iteration"] for step in anew.iterations] == [3, 4]
+
+
+def test_a_stock_checkpoint_needs_no_flag(material):
+    """Its weights and iteration are taken, its optimizer state is not."""
+    ours = ("--inject-recipe", recipe_file(material), "--train-iters", "5")
+    flags = student_flags(*material.blend, *ours, "--load", material.student)
+    run = lane.run(flags)
+    assert "was saved without injection: its optimizer state is left" in run.output
+    assert [step["iteration"] for step in run.iterations] == [4, 5]
+    told = lane.run([*flags, "--no-load-optim"])
+    assert told.losses("total loss") == run.losses("total loss")
 
 
 def test_a_deepseek_like_student_with_mtp_trains_and_keeps_its_router_bias(material, tmp_path):
@@ -233,6 +329,24 @@ def test_dry_run_prints_the_plan_and_trains_nothing(material):
     assert "nothing on 1 of 2 ranks" in run.output
     assert run.returncode == 0
     assert not run.iterations
+
+
+def test_experts_by_profile_are_the_experts_that_train(material, single):
+    """Expert 3 of layers 2 and 3 is what the domain uses most, so the curve is that of its ids."""
+    counts = [[40, 30, 20, 10], [10, 20, 40, 30], [10, 20, 30, 40], [20, 20, 15, 45]]
+    file = material.folder / "profile.json"
+    write_profile(file, from_counts(counts, topk=1))
+    choice = f"profile: {file}, method: top_n, n: 1, only_layers: [2, 3]"
+    recipe = RECIPE.replace("layers: {{2: [3], 3: [3]}}", choice)
+    refused = inject(material, recipe, check=False)
+    assert refused.returncode == 2
+    assert "is of a student with experts per token 1, and this one has 2" in refused.output
+    write_profile(file, from_counts(np.array(counts) * 2, topk=2))
+    run = inject(material, recipe, nproc=2, ep=2)
+    assert "code: token share, 1 per layer, layers 2-3, class code of" in run.output
+    for term in TERMS:
+        assert run.losses(term) == pytest.approx(single.losses(term), rel=2e-5), term
+    assert PROVEN.search(run.output)
 
 
 @pytest.mark.slow

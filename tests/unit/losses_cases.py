@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_moe_inject.losses import fused_linear_distillation, reference
 
 KINDS = ("forward_kl", "reverse_kl", "jsd", "skew_kl")
+HEADS = ("frozen", "trained", "promised")  # the last with upstream_mask
 V, VALID = 24, 17  # 4 shards of 6: the third holds 5 real ids, the last none
 
 # The references with a mixture of their own, and its weights under the names of the fast paths.
@@ -75,6 +76,10 @@ class FusedCase:
         """Fresh leaves of the hidden states and of the head."""
         hidden = self.hidden.clone().requires_grad_()
         return hidden, self.weight.clone().requires_grad_(head_trains)
+
+    def promise(self, head: str = "promised") -> dict:
+        """What ``head`` of ``HEADS`` adds to a call: a mask of which ``upstream`` is a multiple."""
+        return {"upstream_mask": self.upstream / -0.3} if head == "promised" else {}
 
     def call(self, hidden: Tensor, weight: Tensor, **options):
         """The fused loss, ``options`` going before those of the case."""

@@ -103,14 +103,23 @@ def test_frozen_router_keeps_its_bias_and_a_trained_one_does_not():
         assert router.frozen_expert_bias is frozen
 
 
-def test_grouped_experts_cannot_be_split_yet_but_may_train_or_rest_whole():
-    grouped = student(extra=("mlp.experts.linear_fc1.weight0",))
-    with pytest.raises(NotImplementedError, match="--moe-grouped-gemm"):
+def test_grouped_experts_have_a_parameter_each():
+    """Of experts 6 and 7, which this rank holds."""
+    names = ("mlp.experts.linear_fc1.weight0", "mlp.experts.linear_fc2.weight1")
+    grouped = student(extra=names)
+    FreezePolicy({4: frozenset({7})}, frozenset()).apply([grouped])
+    found = [name for name in trained(grouped) if "linear_fc" in name and "local" not in name]
+    assert [name.split(".mlp.")[1] for name in found] == ["experts.linear_fc2.weight1"]
+
+
+def test_experts_in_one_parameter_may_train_or_rest_whole():
+    grouped = student(extra=("mlp.experts.weight1",))
+    with pytest.raises(NotImplementedError, match="all its experts in one parameter"):
         FreezePolicy({4: frozenset({6})}, frozenset()).apply([grouped])
     FreezePolicy(None, frozenset()).apply([grouped])
-    assert any("weight0" in name for name in trained(grouped))
+    assert any("experts.weight1" in name for name in trained(grouped))
     FreezePolicy({}, frozenset({"router"})).apply([grouped])
-    assert not any("weight0" in name for name in trained(grouped))
+    assert not any("experts.weight1" in name for name in trained(grouped))
 
 
 def test_lowest_trainable_position():
@@ -124,3 +133,28 @@ def test_lowest_trainable_position():
     ):
         policy.apply([chunk])
         assert first_trainable_layer([chunk], num_layers=12) == lowest
+
+
+def test_layers_and_patterns_name_parameters_by_their_global_numbers():
+    """Layers 4 and 5, experts 6 and 7 are here; grouped experts have names like single ones."""
+    grouped = ("mlp.experts.linear_fc1.weight0", "mlp.experts.linear_fc2.weight1")
+    chunk = student(extra=grouped)
+    names = {at.global_name for at, _ in places(chunk)}
+    assert "decoder.layers.4.mlp.experts.6.linear_fc1.weight" in names
+    assert "decoder.layers.4.mlp.experts.7.linear_fc2.weight" in names
+    patterns = ("decoder.layers.4.mlp.experts.7.*",)
+    policy = FreezePolicy({}, frozenset(), frozenset({5}), patterns)
+    policy.apply([chunk])
+    for at, parameter in places(chunk):
+        assert parameter.requires_grad == (at.layer == 5 or at.expert == 7), at
+    assert policy.described()["layers"] == [5]
+    assert "layers" not in FreezePolicy({}, frozenset()).described()
+
+
+def test_a_router_that_trains_by_pattern_keeps_its_bias_updates():
+    chunk = student()
+    for pattern, frozen in (("*.router.*", False), ("*.norm.*", True)):
+        router = chunk.decoder.layers.get_submodule("0").mlp.router
+        router.frozen_expert_bias = False
+        FreezePolicy({}, frozenset(), patterns=(pattern,)).apply([chunk])
+        assert router.frozen_expert_bias is frozen

@@ -19,6 +19,7 @@ from megatron_moe_inject.losses import (
 )
 from megatron_moe_inject.losses.spec import TokenWeighting
 from tests.unit.losses_cases import (
+    HEADS,
     KINDS,
     REFERENCES,
     VALID,
@@ -33,13 +34,13 @@ NO_TEACHER = {"teacher_hidden": None, "teacher_weight": None}
 STORED = SparseTeacher(torch.zeros(11, 3).long(), torch.zeros(11, 3))
 
 
-def _operations(case, head_trains=False, grad=True, hidden_trains=True, backward=True, chunk=4):
+def _operations(case, head="frozen", grad=True, hidden_trains=True, backward=True, chunk=4):
     """Number of matrix products, and the size of the largest tensor that any operation read."""
-    hidden, weight = case.leaves(head_trains)
+    hidden, weight = case.leaves(head != "frozen")
     hidden.requires_grad_(hidden_trains)
     with profile(record_shapes=True) as trace:
         with torch.set_grad_enabled(grad):
-            loss = case.call(hidden, weight, chunk_tokens=chunk)
+            loss = case.call(hidden, weight, chunk_tokens=chunk, **case.promise(head))
         if backward:
             loss.total.backward(case.upstream)
     events = trace.function_events
@@ -57,21 +58,21 @@ def _operations(case, head_trains=False, grad=True, hidden_trains=True, backward
     temperature=st.floats(0.5, 8.0),
     weights=st.tuples(st.floats(0, 2), st.floats(0, 2)),
     kind=st.sampled_from(KINDS),
-    head_trains=st.booleans(),
+    head=st.sampled_from(HEADS),
 )
-def test_matches_the_reference(seed, t, v, chunk, temperature, weights, kind, head_trains):
+def test_matches_the_reference(seed, t, v, chunk, temperature, weights, kind, head):
     alpha, beta = weights
     case = FusedCase.make(
         seed, t=t, v=v, valid=v - 1, kind=kind, temperature=temperature, alpha=alpha, beta=beta
     )
     expected = case.dense()
-    hidden, weight = case.leaves(head_trains)
-    loss = case.call(hidden, weight, chunk_tokens=chunk)
+    hidden, weight = case.leaves(head != "frozen")
+    loss = case.call(hidden, weight, chunk_tokens=chunk, **case.promise(head))
     loss.total.backward(case.upstream)
     for name in ("total", "kd", "ce"):
         assert_close(getattr(loss, name), expected[name], name)
     assert_close(hidden.grad, expected["hidden"], "hidden gradient")
-    if head_trains:
+    if head != "frozen":
         assert_close(weight.grad, expected["weight"], "head gradient")
 
 
@@ -79,12 +80,17 @@ def test_work_per_chunk():
     case, chunks = FusedCase.make(t=11), 3
     assert _operations(case)[0] == 3 * chunks
     again = chunks - 1  # the last chunk's logits are kept
-    assert _operations(case, head_trains=True)[0] == 4 * chunks + 2 * again
-    assert _operations(case, head_trains=True, hidden_trains=False)[0] == 3 * chunks + 2 * again
-    assert _operations(case, grad=False, backward=False)[0] == 2 * chunks
+    assert _operations(case, "trained")[0] == 4 * chunks + 2 * again
+    assert _operations(case, "trained", hidden_trains=False)[0] == 3 * chunks + 2 * again
+    assert _operations(case, "promised")[0] == 4 * chunks
+    assert _operations(case, "promised", hidden_trains=False)[0] == 3 * chunks
+    assert _operations(case, "promised", backward=False)[0] == 4 * chunks
+    for head in HEADS:
+        assert _operations(case, head, grad=False, backward=False)[0] == 2 * chunks
     assert _operations(case, hidden_trains=False, backward=False)[0] == 2 * chunks
     reported_only = FusedCase.make(t=11, alpha=0.0)
-    assert _operations(reported_only, head_trains=True)[0] == 4 * chunks + again
+    assert _operations(reported_only, "trained")[0] == 4 * chunks + again
+    assert _operations(reported_only, "promised")[0] == 4 * chunks
 
 
 def test_second_backward_pass_through_a_retained_graph():
@@ -102,27 +108,27 @@ def test_no_teacher_no_teacher_work():
     expected = case.dense()
     case.teacher_hidden = case.teacher_weight = None
     assert _operations(case)[0] == 2 * chunks
-    for head_trains in (False, True):
-        hidden, weight = case.leaves(head_trains)
-        loss = case.call(hidden, weight, chunk_tokens=4)
+    for head in HEADS:
+        hidden, weight = case.leaves(head != "frozen")
+        loss = case.call(hidden, weight, chunk_tokens=4, **case.promise(head))
         loss.total.backward(case.upstream)
         assert (loss.kd == 0).all()
         assert_close(loss.total, expected["total"], "total")
         assert_close(hidden.grad, expected["hidden"], "hidden gradient")
-        if head_trains:
+        if head != "frozen":
             assert_close(weight.grad, expected["weight"], "head gradient")
 
 
-@pytest.mark.parametrize("head_trains", [False, True])
-def test_full_logits_never_exist(head_trains):
+@pytest.mark.parametrize("head", HEADS)
+def test_full_logits_never_exist(head):
     case = FusedCase.make(t=64, h=4, h_t=4, v=640, valid=640)
-    _, largest = _operations(case, head_trains, chunk=8)
+    _, largest = _operations(case, head, chunk=8)
     assert largest == 8 * 640, "something larger than a chunk of logits"
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("head_trains", [False, True])
-def test_bfloat16_is_no_worse_than_naive(kind, head_trains):
+@pytest.mark.parametrize("head", HEADS)
+def test_bfloat16_is_no_worse_than_naive(kind, head):
     case = FusedCase.make(
         t=96, h=64, h_t=32, v=512, valid=500, kind=kind, dtype=torch.bfloat16,
         alpha=per_token(96), beta=per_token(96, seed=6),
@@ -138,8 +144,8 @@ def test_bfloat16_is_no_worse_than_naive(kind, head_trains):
     naive_total = case.options["alpha"].float() * kd + case.options["beta"].float() * ce
     naive_total.backward(case.upstream)
 
-    hidden, weight = case.leaves(head_trains)
-    loss = case.call(hidden, weight, chunk_tokens=32)
+    hidden, weight = case.leaves(head != "frozen")
+    loss = case.call(hidden, weight, chunk_tokens=32, **case.promise(head))
     loss.total.backward(case.upstream)
     assert loss.total.dtype == torch.float32
 
@@ -149,7 +155,7 @@ def test_bfloat16_is_no_worse_than_naive(kind, head_trains):
 
     within_budget("total", loss.total, naive_total)
     within_budget("hidden", hidden.grad, naive_hidden.grad)
-    if head_trains:
+    if head != "frozen":
         within_budget("weight", weight.grad, naive_weight.grad)
 
 
@@ -272,6 +278,16 @@ def test_default_chunk_keeps_its_budget(t, v):
     assert chunk < max(t, 1) + 64
 
 
+def test_default_chunk_grows_with_a_head_gradient_summed_in_the_forward_pass():
+    hidden, weight = torch.empty(10**6, 1024), torch.empty(1 << 17, 1024, device="meta")
+    assert default_chunk_tokens(hidden, weight) == 64
+    assert default_chunk_tokens(hidden, weight, head_gradient=True) == 128
+    assert default_chunk_tokens(hidden, weight.bfloat16(), head_gradient=True) == 256
+    few = torch.empty(1 << 13, 64, device="meta")
+    budget = default_chunk_tokens(hidden, few)
+    assert default_chunk_tokens(hidden, few, head_gradient=True) == budget
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -284,6 +300,7 @@ def test_default_chunk_keeps_its_budget(t, v):
         ({"labels": torch.zeros(10).long()}, r"labels \(10,\)"),
         ({"alpha": torch.zeros(10)}, r"alpha \(10,\)"),
         ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"upstream_mask": torch.zeros(10)}, r"upstream_mask \(10,\)"),
         ({"chunk_tokens": 0}, "chunk_tokens=0"),
         ({"kind": "tv"}, "kind='tv'"),
         ({"kind": "jsd", "jsd_beta": 0.0}, "beta=0.0"),

@@ -5,25 +5,29 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.unit.losses_cases import FusedCase, assert_close
+from tests.unit.losses_cases import HEADS, FusedCase, assert_close
 
 
-def _run(case, weight, main_grad_dtype=torch.float32):
+def _run(case, weight, main_grad_dtype=torch.float32, head="trained"):
     weight.main_grad = torch.full(weight.shape, 0.25, dtype=main_grad_dtype)
     hidden = case.hidden.clone().requires_grad_()
-    loss = case.call(hidden, weight, chunk_tokens=4, accumulate_main_grad=True)
+    loss = case.call(
+        hidden, weight, chunk_tokens=4, accumulate_main_grad=True, **case.promise(head)
+    )
+    assert (weight.main_grad == 0.25).all(), "nothing is added before the backward pass"
     loss.total.backward(case.upstream)
     return hidden.grad
 
 
+@pytest.mark.parametrize("head", HEADS[1:])
 @pytest.mark.parametrize("shared_with_embedding", [False, True])
-def test_adds_to_main_grad_and_leaves_a_placeholder(shared_with_embedding):
+def test_adds_to_main_grad_and_leaves_a_placeholder(shared_with_embedding, head):
     case = FusedCase.make(dtype=torch.float32)
     expected = case.dense()
     weight = torch.nn.Parameter(case.weight.clone())
     weight.grad_added_to_main_grad = False
     weight.zero_out_wgrad = shared_with_embedding
-    hidden_grad = _run(case, weight)
+    hidden_grad = _run(case, weight, head=head)
     assert_close(weight.main_grad, expected["weight"] + 0.25, "main_grad", 1e-5)
     assert_close(hidden_grad, expected["hidden"], "hidden gradient", 1e-5)
     assert weight.grad_added_to_main_grad
@@ -40,21 +44,23 @@ def test_a_weight_outside_ddp_gets_no_gradient():
     assert_close(weight.main_grad, case.dense()["weight"] + 0.25, "main_grad", 1e-5)
 
 
+@pytest.mark.parametrize("head", HEADS[1:])
 @pytest.mark.parametrize("main_grad_dtype", [torch.float32, torch.bfloat16])
-def test_bfloat16_weight(main_grad_dtype):
+def test_bfloat16_weight(main_grad_dtype, head):
     case = FusedCase.make(dtype=torch.bfloat16, t=64)
     weight = torch.nn.Parameter(case.weight.clone())
-    _run(case, weight, main_grad_dtype)
+    _run(case, weight, main_grad_dtype, head)
     assert weight.main_grad.dtype == main_grad_dtype
     expected = case.dense()["weight"] + 0.25
     assert_close(weight.main_grad, expected, "main_grad", 2e-2)
 
 
-def test_frozen_head_leaves_main_grad_alone():
+@pytest.mark.parametrize("head", ["frozen", "promised"])
+def test_frozen_head_leaves_main_grad_alone(head):
     case = FusedCase.make(dtype=torch.float32)
     weight = torch.nn.Parameter(case.weight.clone(), requires_grad=False)
     weight.grad_added_to_main_grad = False
-    _run(case, weight)
+    _run(case, weight, head=head)
     assert (weight.main_grad == 0.25).all()
     assert not weight.grad_added_to_main_grad
 

@@ -103,6 +103,23 @@ def test_the_order_of_groups_does_not_matter(tensors):
         torch.testing.assert_close(a, b)
 
 
+def test_every_group_gets_its_part_of_the_mask(tensors):
+    """A part that belongs to other samples would make the head's gradient NaN."""
+    mask = (torch.rand(B, S) > 0.4).float()
+    assert mask.sum() not in (0, B * S)
+    head = tensors["head"].requires_grad_()
+    gradients = []
+    for upstream_mask in (None, mask):
+        loss = injection_loss(
+            *(tensors["hidden"], head, tensors["labels"], groups(tensors)),
+            upstream_mask=upstream_mask,
+            **ONE_PROCESS,
+        )
+        total = (loss.total * mask).sum() / 7
+        gradients.append(torch.autograd.grad(total, (tensors["hidden"], head)))
+    torch.testing.assert_close(*gradients)
+
+
 def test_samples_left_out_or_taken_twice_are_a_bug(tensors):
     mixed = groups(tensors)
     with pytest.raises(AssertionError, match="partition"):

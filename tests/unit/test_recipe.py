@@ -73,6 +73,13 @@ def test_good_recipe_and_its_defaults():
     assert recipe.teachers["coder"].path == "/ckpt/coder"
 
 
+def by(**changes):
+    """Experts of domain 0 by profile, with fields replaced."""
+    return {
+        "domains.0.experts": {"profile": "p.json", "method": "token", "threshold": 0.2} | changes
+    }
+
+
 MISTAKES = [
     # unknown keys, at any depth, with the closest known one
     ({"domain": []}, ["domain: unknown key", "did you mean domains?"]),
@@ -135,6 +142,45 @@ MISTAKES = [
     ({"domains.0.experts": None}, ["domains[0].experts.layers: {} chooses no experts"]),
     ({"domains.0.experts.layers": "3:1;3:2"}, ["layers: '3:1;3:2' names layer 3 twice"]),
     ({"domains.0.experts.layers": "3-5:1"}, ["layers: '3-5:1' has the part '3-5:1'", "12:3,40"]),
+    # experts by profile
+    (by(layers={3: [1]}), ["domains[0].experts.layers: {3: [1]} stands beside a profile", "keep"]),
+    (by(origin="x"), ["domains[0].experts.origin: 'x' stands beside a profile"]),
+    (
+        by(profile=None),
+        ["experts.method: 'token' needs a profile", "write domains[0].experts.prof"],
+    ),
+    (by(profile=""), ["domains[0].experts.profile: '' is no file"]),
+    (by(profile=5), ["domains[0].experts.profile: 5 is not a string or null"]),
+    (by(method=None), ["domains[0].experts.method: missing; choose token, gate, contrast, top_n"]),
+    (by(method="tokens"), ["experts.method: 'tokens' is not known; did you mean token?"]),
+    (by(threshold=None), ["experts.threshold: missing; method token needs it", "threshold: 0.2"]),
+    (by(threshold=0), ["domains[0].experts.threshold: 0.0 is not in (0, 1]"]),
+    (by(threshold=1.01), ["domains[0].experts.threshold: 1.01 is not in (0, 1]"]),
+    (by(n=2), ["experts.n: 2 is not used by method token; it takes threshold"]),
+    (by(method="top_n"), ["threshold: 0.2 is not used by method top_n; it takes n, score"]),
+    (by(method="top_n", threshold=None), ["experts.n: missing; method top_n needs it", "n: 4"]),
+    (by(method="top_n", threshold=None, n=0), ["experts.n: 0 is too small; write 1 or more"]),
+    (by(method="budget", threshold=None), ["experts.budget: missing", "as in budget: 0.1"]),
+    (by(method="budget", threshold=None, budget=2), ["experts.budget: 2.0 is not in (0, 1]"]),
+    (
+        by(method="budget", threshold=None, budget=0.1, budget_of="some"),
+        ["experts.budget_of: 'some' is not known", "routed, all"],
+    ),
+    (
+        by(method="top_n", threshold=None, n=2, score="tokens"),
+        ["experts.score: 'tokens' is not known", "token, gate, contrast"],
+    ),
+    (by(score="gate"), ["experts.score: 'gate' is not used by method token"]),
+    (by(at_least=-1), ["experts.at_least: -1 is too small"]),
+    (by(at_most=0), ["experts.at_most: 0 is too small; write 1 or more"]),
+    (by(at_least=3, at_most=2), ["experts.at_most: 2 is below at_least; raise it or lower"]),
+    (by(method="top_n", threshold=None, n=3, at_most=2), ["at_most: 2 is below n"]),
+    (by(method="top_n", threshold=None, n=1, at_least=2), ["at_least: 2 is above n"]),
+    (by(ep=0), ["experts.ep: 0 is too small"]),
+    (by(only_layers=[3, -1]), ["experts.only_layers[1]: -1 is negative"]),
+    (by(only_layers=[3, 3]), ["experts.only_layers[1]: 3 is named twice"]),
+    (by(only_layers=3), ["experts.only_layers: 3 is not a list"]),
+    (by(treshold=1), ["experts.treshold: unknown key; did you mean threshold?"]),
     ({"teachers.coder.source": "/ckpt"}, ["teachers.coder.source: '/ckpt'", "megatron:/dir"]),
     ({"teachers.coder.source": "store:/x"}, ["teachers.coder.source: 'store:/x'", "hf:/dir"]),
     ({"teachers.coder.source": "hf:"}, ["teachers.coder.source: 'hf:' is no source"]),
@@ -163,6 +209,7 @@ MISTAKES = [
     ({"objective.skew": 0}, ["objective.skew: 0.0 is not between 0 and 1"]),
     ({"objective.confidence": "high"}, ["confidence: 'high'", "none, label, entropy"]),
     ({"objective.skip_worse": 1}, ["objective.skip_worse: 1 is not true or false"]),
+    ({"objective.masked_sum": "no"}, ["objective.masked_sum: 'no' is not true or false"]),
     ({"objective.ce_share": 0.3}, ["objective.ce_share: 0.3 stands beside", "keep one form"]),
     (
         {"objective": {"ce_share": 1.5}},
@@ -303,6 +350,23 @@ OVERRIDES = [
     ("teachers.coder={source: 'hf:/m'}", lambda r: r.teachers["coder"] == TeacherSpec("hf:/m")),
     ("teachers.coder.source=hf:/a=b", lambda r: r.teachers["coder"].path == "/a=b"),
 ]
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"method": "token", "threshold": 1},
+        {"method": "contrast", "threshold": 0.2, "at_least": 1, "at_most": 8, "ep": 4},
+        {"method": "top_n", "n": 2, "score": "contrast", "only_layers": [4, 3], "domain": "x"},
+        {"method": "budget", "budget": 0.05, "budget_of": "all", "at_least": 0},
+    ],
+)
+def test_experts_by_profile_survive_a_round_trip(choice):
+    recipe = recipe_from_yaml(text_with({"domains.0.experts": {"profile": "no.json", **choice}}))
+    assert recipe.domains[0].experts == ExpertChoice(profile="no.json", **choice)
+    assert recipe_from_yaml(dump_recipe(recipe)) == recipe
+    with pytest.raises(AssertionError, match="resolve_experts comes first"):
+        recipe.experts_by_layer()
 
 
 def test_weights_and_temperatures_by_domain():

@@ -31,6 +31,35 @@ choices = st.dictionaries(
 )
 
 
+shares = st.floats(1e-6, 1)
+limits = {
+    "profile": st.just("profiles/p.json"),
+    "domain": st.none() | names,
+    "at_least": st.none() | st.just(0),
+    "at_most": st.none() | st.integers(9, 99),
+    "only_layers": st.lists(st.integers(0, 90), max_size=3, unique=True),
+    "ep": st.none() | st.integers(1, 64),
+}
+scores = st.none() | st.sampled_from(["token", "gate", "contrast"])
+expert_choices = st.one_of(
+    st.builds(ExpertChoice, choices, origin=st.none() | names),
+    st.builds(
+        ExpertChoice,
+        method=st.sampled_from(["token", "gate", "contrast"]),
+        threshold=shares,
+        **limits,
+    ),
+    st.builds(ExpertChoice, method=st.just("top_n"), n=st.integers(1, 9), score=scores, **limits),
+    st.builds(
+        ExpertChoice,
+        method=st.just("budget"),
+        budget=shares,
+        budget_of=st.none() | st.sampled_from(["routed", "all"]),
+        score=scores,
+        **limits,
+    ),
+)
+
 schedules = st.builds(
     Schedule,
     st.dictionaries(st.integers(0, 10**6), positive, min_size=1, max_size=4),
@@ -50,7 +79,7 @@ def recipes(draw):
         st.lists(names, min_size=len(teachers), max_size=len(teachers), unique=True)
     )
     domains = [
-        Domain(domain_names[i], data[i :: len(teachers)], teacher, ExpertChoice(draw(choices)))
+        Domain(domain_names[i], data[i :: len(teachers)], teacher, draw(expert_choices))
         for i, teacher in enumerate(teachers)
     ]
     specs = {
@@ -70,6 +99,7 @@ def recipes(draw):
         draw(st.none() | weights | schedules),
         confidence=draw(st.sampled_from(["none", "label", "entropy"])),
         skip_worse=draw(st.booleans()),
+        masked_sum=draw(st.booleans()),
     )
     train = Train(
         draw(st.sampled_from(["selected", "all"])), *draw(st.tuples(*[st.booleans()] * 7))
@@ -107,6 +137,8 @@ places = st.sampled_from(
             "domains.0.data.0",
         ),
         *("domains.0.teacher", "domains.0.experts", "domains.0.experts.layers", "verify_frozen"),
+        *("domains.0.experts.profile", "domains.0.experts.method", "domains.0.experts.threshold"),
+        *("domains.0.experts.n", "domains.0.experts.at_most", "domains.0.experts.only_layers"),
         *("domains.0.experts.layers.3", "domains.0.experts.layers.x", "teachers", "teachers.coder"),
         *("teachers.coder.source", "teachers.coder.window", "teachers.new", "objective", "train"),
         *("objective.alpha", "objective.general_beta", "objective.divergence", "train.experts"),

@@ -34,6 +34,7 @@ def facts(train=("/d/en", "/d/code"), **changes):
     base = StudentFacts(
         num_layers=8,
         num_moe_experts=16,
+        router_topk=2,
         moe_layers=tuple(range(1, 8)),
         data_paths={split: entries for split, entries in paths.items() if entries is not None},
     )
@@ -71,7 +72,8 @@ def message_of(call):
 
 def test_facts_from_flags(parse):
     line = (
-        "--num-layers 4 --hidden-size 64 --num-experts 8 --data-path 9 /d/en 1 /d/code "
+        "--num-layers 4 --hidden-size 64 --num-experts 8 --moe-router-topk 6 "
+        "--data-path 9 /d/en 1 /d/code "
         "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 4 --sequence-parallel "
         "--context-parallel-size 3 --expert-model-parallel-size 8 "
         "--tokenizer-type HuggingFaceTokenizer --tokenizer-model /tok --mtp-num-layers 1 "
@@ -82,6 +84,7 @@ def test_facts_from_flags(parse):
     assert found == StudentFacts(
         num_layers=4,
         num_moe_experts=8,
+        router_topk=6,
         moe_layers=(0, 1, 2, 3),
         shared_experts=True,
         tied_embeddings=False,

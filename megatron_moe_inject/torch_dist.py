@@ -1,27 +1,31 @@
-"""Reads a Megatron ``torch_dist`` checkpoint on one rank, without ``torch.distributed``.
+"""Reads and copies a Megatron ``torch_dist`` checkpoint on one rank, without ``torch.distributed``.
 
 Megatron's own loading entry agrees over the whole world, while only the ranks of the last
-pipeline stage want a teacher. The format does not ask for that: ``.metadata`` says which file
-holds which part of which tensor, so any rank can read any slice, whatever layout wrote it.
+pipeline stage want a teacher, and a delta is made where no job runs. The format does not ask for
+that: ``.metadata`` says which file holds which part of which tensor, so any process can read any
+slice, whatever layout wrote it.
 
 Trust: the format carries pickles. ``.metadata`` is read by an unpickler that knows the few
 classes of the format and refuses every other name; ``common.pt`` and stored objects go through
-``torch.load(weights_only=True)`` with the classes that Megatron registers as safe. Even so a
-teacher checkpoint deserves the trust that one gives to the student's own checkpoint.
+``torch.load(weights_only=True)`` with the classes that Megatron registers as safe. Even so any
+such checkpoint deserves the trust that one gives to the student's own.
 """
 
 from __future__ import annotations
 
 import collections
+import copy
+import dataclasses
 import io
 import json
 import pickle
 import re
+import shutil
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
@@ -37,7 +41,6 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadIte
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_moe_inject.recipe import RecipeError
-from megatron_moe_inject.teachers.base import Source
 
 _COMMON_OBJECT = "common_state/shard_0_1"
 _TRAINING_STATE = re.compile(
@@ -71,6 +74,20 @@ _FORMAT_CLASSES = {
     ),
     "megatron.core.dist_checkpointing.strategies.torch": ("MCoreMetadata", "MCoreSavePlan"),
 }
+
+
+class CheckpointSource(Protocol):
+    """Where a checkpoint is, and how to say that something is wrong with it.
+
+    Attributes:
+        path: a ``--save`` directory, or one iteration in it.
+    """
+
+    path: Path
+
+    def error(self, problem: str, remedy: str) -> RecipeError:
+        """The error "<what the user wrote> problem; remedy"."""
+        ...
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -142,13 +159,13 @@ class TorchDistCheckpoint:
     """An opened checkpoint: what it holds, and tensor slices on demand.
 
     Attributes:
-        source: what the recipe calls it.
+        source: what the user calls it.
         folder: the directory of the iteration.
         tensors: stored model tensors by name; optimizer and other training state is left out.
         common: what Megatron stores once for all ranks: ``args``, ``iteration``, and so on.
     """
 
-    source: Source
+    source: CheckpointSource
     folder: Path
     tensors: dict[str, TensorStorageMetadata]
     common: dict[str, Any]
@@ -156,7 +173,7 @@ class TorchDistCheckpoint:
     _metadata: Metadata
 
     @classmethod
-    def open(cls, source: Source) -> TorchDistCheckpoint:
+    def open(cls, source: CheckpointSource) -> TorchDistCheckpoint:
         """Read the metadata and the common state, and check that the files are whole.
 
         Raises:
@@ -280,7 +297,7 @@ def stored_shapes(folder: Path, prefix: str) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _iteration_folder(source: Source) -> Path:
+def _iteration_folder(source: CheckpointSource) -> Path:
     """The directory of the iteration that a ``--save`` directory points to, or itself."""
     root = source.path
     if (root / ".metadata").is_file() or (root / "metadata.json").is_file():
@@ -307,7 +324,7 @@ def _iteration_folder(source: Source) -> Path:
     return folder
 
 
-def _check_format(source: Source, folder: Path) -> None:
+def _check_format(source: CheckpointSource, folder: Path) -> None:
     if any(folder.glob("mp_rank_*")):
         raise source.error(
             f"is a checkpoint in Megatron's old torch format ({folder.name}/mp_rank_*)",
@@ -338,8 +355,97 @@ def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
-def _damaged(source: Source, path: Path, error: Exception) -> RecipeError:
+def _damaged(source: CheckpointSource, path: Path, error: Exception) -> RecipeError:
     return source.error(
         f"cannot be read at {path}: {_first_line(error)}",
         "copy the checkpoint again or name another iteration",
     )
+
+
+def rewritten_copy(
+    checkpoint: TorchDistCheckpoint,
+    folder: Path,
+    changes: Mapping[str, Mapping[tuple[int, ...], Callable[[], torch.Tensor]]],
+    progress: Callable[[Iterable[Any], int], Iterable[Any]],
+) -> None:
+    """A copy of a checkpoint without its training state and with some slices replaced.
+
+    What is stored stays as it is laid out; parts of tensors are read, changed and written one at a
+    time.
+
+    Args:
+        checkpoint: the original.
+        folder: where the copy goes; must not exist.
+        changes: by tensor and index on its leading axes, what gives the new values.
+        progress: wraps the stored parts to show how far it is.
+
+    Raises:
+        RecipeError: parts that are stored transformed, or cannot be read.
+    """
+    folder.mkdir(parents=True)
+    metadata = copy.copy(checkpoint._metadata)
+    parts = [
+        (index, info)
+        for index, info in metadata.storage_data.items()
+        if index.fqn == _COMMON_OBJECT or not _TRAINING_STATE.match(index.fqn)
+    ]
+    parts.sort(key=lambda part: (part[1].relative_path, part[1].offset))
+    storage: dict[MetadataIndex, Any] = {}
+    for index, info in progress(parts, len(parts)):
+        if getattr(info, "transform_descriptors", None):
+            raise checkpoint.source.error(
+                "stores its tensors transformed (compressed, say)", "save it without"
+            )
+        with (checkpoint.folder / info.relative_path).open("rb") as file:
+            file.seek(info.offset)
+            blob = file.read(info.length)
+        if index.fqn in changes:
+            blob = _with_changes(checkpoint, index, blob, changes[index.fqn])
+        with (folder / info.relative_path).open("ab") as out:
+            storage[index] = dataclasses.replace(info, offset=out.tell(), length=len(blob))
+            out.write(blob)
+    kept = {index.fqn for index in storage}
+    metadata.storage_data = storage
+    metadata.state_dict_metadata = {
+        name: value for name, value in metadata.state_dict_metadata.items() if name in kept
+    }
+    metadata.planner_data = _only(metadata.planner_data, kept)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    for path in checkpoint.folder.iterdir():
+        if path.name == ".metadata" or path.suffix == ".distcp":
+            continue
+        (shutil.copytree if path.is_dir() else shutil.copyfile)(path, folder / path.name)
+
+
+def _only(planner_data: Any, names: set[str]) -> Any:
+    """A plan's paths for the names that are left."""
+    if not isinstance(planner_data, dict):
+        return planner_data
+    return {name: value for name, value in planner_data.items() if name in names}
+
+
+def _with_changes(
+    checkpoint: TorchDistCheckpoint,
+    index: MetadataIndex,
+    blob: bytes,
+    changes: Mapping[tuple[int, ...], Callable[[], torch.Tensor]],
+) -> bytes:
+    """A stored part of a tensor, with the slices that lie in it replaced."""
+    try:
+        part = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
+    except (*_DAMAGED, pickle.UnpicklingError) as error:
+        raise _damaged(checkpoint.source, checkpoint.folder, error) from error
+    begin = tuple(index.offset)
+    touched = False
+    for place, new in changes.items():
+        inside = tuple(i - b for i, b in zip(place, begin, strict=False))
+        if not all(0 <= i < size for i, size in zip(inside, part.shape, strict=False)):
+            continue
+        rest = zip(begin[len(place) :], part.shape[len(place) :], strict=True)
+        part[inside] = new()[tuple(slice(b, b + size) for b, size in rest)]
+        touched = True
+    if not touched:
+        return blob
+    stream = io.BytesIO()
+    torch.save(part, stream)
+    return stream.getvalue()

@@ -1,8 +1,8 @@
-"""Random number generators that a teacher must leave as they are.
+"""Random number generators that what is built beside the student must leave as they are.
 
 Building a module draws initial weights, Megatron's attention enters its RNG tracker, and fused
 attention kernels advance the CUDA generator's offset even without dropout. The student's
-dropout masks would then depend on whether a teacher is there.
+dropout masks would then depend on what stands beside it.
 """
 
 from __future__ import annotations

@@ -1,0 +1,338 @@
+"""What freezing saves: step time, memory, gradient and optimizer bytes, beside stock Megatron.
+
+    python examples/benchmarks/freeze_bench.py [--layouts single ep2 pp2] [--steps 8] [--json FILE]
+
+Real Megatron training, cross-entropy only, the same model and data in every arm: everything
+trained; chosen experts in every layer; the same in the last quarter of the layers; and stock
+Megatron without the plugin whose script sets ``requires_grad`` before DDP. All arms of a layout
+are alive at once and take their steps in turns, so that the noise of the machine hits all alike.
+An arm that crashes or hangs is reported with how it ended. On a machine without a GPU it runs on
+the CPU lane. Beside each ratio stands what arithmetic allows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from freeze_report import render
+from freeze_worker import SPECIFICATION
+
+HERE = Path(__file__).parent
+LAYOUTS = {
+    "single": (1, ""),
+    "ep2": (2, "--expert-model-parallel-size 2 --expert-tensor-parallel-size 1"),
+    "pp2": (2, "--pipeline-model-parallel-size 2"),
+    "single-recompute": (
+        1,
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+    ),
+}
+
+
+SIZES = {"layers": 8, "hidden": 256, "ffn": 512, "experts": 8, "topk": 2, "chosen": 2}
+SIZES |= {"seq": 256, "vocab": 512, "micro-batch": 2, "global-batch": 8}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train.
+
+    Attributes:
+        plugin: whether the plugin is installed.
+        trains: ``all``, or which layers' chosen experts: ``every layer``, ``last quarter``.
+    """
+
+    title: str
+    plugin: bool
+    trains: str
+
+
+ARMS = {
+    "stock-all": Arm("stock, everything", False, "all"),
+    "all": Arm("plugin, everything", True, "all"),
+    "every-layer": Arm("plugin, chosen, every layer", True, "every layer"),
+    "last-quarter": Arm("plugin, chosen, last quarter", True, "last quarter"),
+    "stock-every-layer": Arm("stock flags, every layer", False, "every layer"),
+    "stock-last-quarter": Arm("stock flags, last quarter", False, "last quarter"),
+}
+RECIPE = """
+domains:
+  - {{name: all, data: [0]{experts}}}
+objective: {{alpha: 0.0, beta: 1.0}}
+train: {{experts: {which}{rest}}}
+"""
+EVERYTHING = "".join(
+    f", {name}: true" for name in ("router", "attention", "norms", "embedding", "output_layer")
+)
+
+
+def chosen(arm: Arm, options: argparse.Namespace) -> dict[int, list[int]] | None:
+    """Expert ids by layer; they wander, so that layers place them on other ranks."""
+    if arm.trains == "all":
+        return None
+    first = 0 if arm.trains == "every layer" else options.layers - options.layers // 4
+    every, count = range(options.chosen), options.experts
+    return {i: sorted((i + 3 * j) % count for j in every) for i in range(first, options.layers)}
+
+
+def model_flags(options: argparse.Namespace) -> list[str]:
+    """Flags of every arm."""
+    text = (
+        f"--num-layers {options.layers} --hidden-size {options.hidden} --num-attention-heads 8 "
+        f"--seq-length {options.seq} --max-position-embeddings {options.seq} --mock-data "
+        "--position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear "
+        "--attention-dropout 0 --hidden-dropout 0 --untie-embeddings-and-output-weights "
+        f"--tokenizer-type NullTokenizer --vocab-size {options.vocab - 1} --num-workers 0 "
+        f"--num-experts {options.experts} --moe-router-topk {options.topk} "
+        f"--ffn-hidden-size {options.ffn} --moe-ffn-hidden-size {options.ffn} "
+        "--moe-token-dispatcher-type alltoall --moe-router-load-balancing-type none "
+        f"--micro-batch-size {options.micro_batch} --global-batch-size {options.global_batch} "
+        f"--train-iters {options.warm_up + options.steps} --lr 1e-4 --eval-interval 100000 "
+        "--eval-iters 0 --log-interval 1000 --distributed-timeout-minutes 60 "
+    )
+    return text.split() + shlex.split(options.flags)
+
+
+class Line:
+    """The open line to one rank."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._file = connection.makefile("rw")
+
+    def go(self) -> None:
+        """Say that it is the rank's turn."""
+        self._file.write("\n")
+        self._file.flush()
+
+    def hear(self, timeout: float) -> dict[str, Any]:
+        """The rank's next answer; raises ``TimeoutError``, or ``ConnectionError`` at its end."""
+        self._connection.settimeout(timeout)
+        answer = self._file.readline()
+        if not answer:
+            raise ConnectionError
+        return json.loads(answer)
+
+
+@dataclass
+class Running:
+    """An arm at work.
+
+    Attributes:
+        lines: the open line to each rank.
+        steps: the answers of all ranks, by step.
+        ended: how it ended before its time, ``None`` while all is well.
+    """
+
+    processes: list[subprocess.Popen]
+    logs: list[Path]
+    lines: dict[int, Line] = field(default_factory=dict)
+    steps: list[list[dict[str, Any]]] = field(default_factory=list)
+    ended: str | None = None
+
+    def begin(self, timeout: float) -> None:
+        """Wait until every rank stands before its first step."""
+        self._hear("at its start", timeout)
+
+    def turn(self, timeout: float) -> None:
+        """Let it take one step."""
+        try:
+            for line in self.lines.values():
+                line.go()
+        except OSError:
+            self.stop(f"crashes after step {len(self.steps)}: {self.error()}")
+            return
+        answers = self._hear(f"in step {len(self.steps) + 1}", timeout)
+        if answers:
+            self.steps.append(answers)
+
+    def _hear(self, when: str, timeout: float) -> list[dict[str, Any]]:
+        """The answers of all ranks; sets ``ended`` where one is missing."""
+        try:
+            return [line.hear(timeout) for line in self.lines.values()]
+        except TimeoutError:
+            if all(process.poll() is None for process in self.processes):
+                self.stop(f"hangs {when} (no answer for {timeout:g} s)")
+                return []
+        except OSError:
+            pass  # a rank is gone
+        self.stop(f"crashes {when}: {self.error()}")
+        return []
+
+    def error(self) -> str:
+        """The last error in the logs."""
+        for process in self.processes:
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        text = "\n".join(log.read_text(errors="replace") for log in self.logs)
+        found = re.findall(r"^(?:\[rank\d+\]:\s*)?(\w[\w.]*(?:Error|Exception).*)$", text, re.M)
+        return found[-1] if found else (text.strip().splitlines() or ["no output"])[-1]
+
+    def stop(self, ended: str | None = None) -> None:
+        """End its processes."""
+        self.ended = self.ended or ended
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+def start(name: str, layout: str, port: int, options: argparse.Namespace, folder: Path) -> Running:
+    """Start the processes of an arm; each tells ``port`` who it is."""
+    arm = ARMS[name]
+    experts = chosen(arm, options)
+    nproc, extra = LAYOUTS[layout]
+    flags = [*model_flags(options), *extra.split()]
+    if arm.plugin:
+        recipe = folder / f"{name}.yaml"
+        by_layer = "" if experts is None else f", experts: {{layers: {experts}}}"
+        which, rest = ("all", EVERYTHING) if experts is None else ("selected", "")
+        recipe.write_text(RECIPE.format(experts=by_layer, which=which, rest=rest))
+        flags = [*(["--cpu"] if options.cpu else []), *flags, "--inject-recipe", str(recipe)]
+    spec = {
+        "port": port,
+        "arm": name,
+        "cpu": options.cpu,
+        "plugin": arm.plugin,
+        "flags": None if arm.plugin else experts,
+        "warm_up": options.warm_up,
+        "steps": options.warm_up + options.steps,
+    }
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        master = free.getsockname()[1]
+    processes, logs = [], []
+    for rank in range(nproc):
+        environment = os.environ | {
+            SPECIFICATION: json.dumps(spec),
+            "OMP_NUM_THREADS": str(options.threads),
+            "PYTHONWARNINGS": "ignore",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(master),
+            "WORLD_SIZE": str(nproc),
+            "LOCAL_WORLD_SIZE": str(nproc),
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+        }
+        logs.append(folder / f"{name}-{rank}.log")
+        command = [sys.executable, str(HERE / "freeze_worker.py"), *flags]
+        with logs[-1].open("wb") as out:
+            processes.append(subprocess.Popen(command, env=environment, stdout=out, stderr=out))
+    return Running(processes, logs)
+
+
+def greet(listener: socket.socket, arms: dict[str, Running], timeout: float) -> None:
+    """Connect every rank of every arm."""
+    deadline = time.monotonic() + timeout
+    for _ in range(sum(len(arm.processes) for arm in arms.values())):
+        listener.settimeout(max(1.0, deadline - time.monotonic()))
+        line = Line(listener.accept()[0])
+        hello = line.hear(timeout)
+        arms[hello["arm"]].lines[hello["rank"]] = line
+
+
+def measure(layout: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of one layout, one per arm."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        socket.create_server(("127.0.0.1", 0), backlog=64) as listener,
+    ):
+        port = listener.getsockname()[1]
+        arms = {name: start(name, layout, port, options, Path(folder)) for name in options.arms}
+        try:
+            greet(listener, arms, options.start_timeout)
+            for arm in arms.values():
+                arm.begin(options.start_timeout)
+            for number in range(options.warm_up + options.steps):
+                for arm in arms.values():
+                    if arm.ended is None:
+                        arm.turn(options.timeout)
+                print(f"{layout}: step {number + 1} of every arm done", file=sys.stderr)
+        finally:
+            for arm in arms.values():
+                arm.stop()
+    return [row(layout, name, arm, options) for name, arm in arms.items()]
+
+
+def row(layout: str, name: str, running: Running, options: argparse.Namespace) -> dict[str, Any]:
+    """What the arm gave, in plain values: times by step, bytes summed over ranks."""
+    result: dict[str, Any] = {"layout": layout, "arm": name, "title": ARMS[name].title}
+    if running.ended:
+        return result | {"ended": running.ended}
+    steps = running.steps[options.warm_up :]
+    last = steps[-1]
+    return result | {
+        "seconds": [max(rank["seconds"] for rank in step) for step in steps],
+        "cpu_seconds": [sum(rank["cpu"] for rank in step) for step in steps],
+        "peak_bytes": max(rank["peak_bytes"] for rank in last),
+        **{
+            key: sum(rank[key] for rank in last)
+            for key in ("trained", "gradient_bytes", "optimizer_bytes")
+        },
+    }
+
+
+def machine(options: argparse.Namespace) -> str:
+    """Where it ran, in words."""
+    import torch
+
+    name = platform.machine()
+    if options.cpu:
+        models = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        name = f"{os.cpu_count()} cores, {models[0] if models else name}"
+    else:
+        name = torch.cuda.get_device_name()
+    return (
+        f"{name}; {options.threads} thread(s) a process; Python {platform.python_version()}, "
+        f"torch {torch.__version__}, Megatron-Core {importlib.metadata.version('megatron-core')}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=["single", "ep2", "pp2"])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--warm-up", type=int, default=2)
+    for name, size in SIZES.items():
+        parser.add_argument(f"--{name}", type=int, default=size)
+    parser.add_argument("--flags", default="", help="more Megatron flags for every arm, quoted")
+    parser.add_argument("--threads", type=int, default=1, help="per process")
+    parser.add_argument("--timeout", type=float, default=120.0, help="of one step, in seconds")
+    parser.add_argument("--start-timeout", type=float, default=400.0, help="in seconds")
+    parser.add_argument("--json", type=Path, help="write what was measured there")
+    options = parser.parse_args()
+    import torch
+
+    options.cpu = not torch.cuda.is_available()
+    rows = [row for layout in options.layouts for row in measure(layout, options)]
+    result = {
+        "date": datetime.date.today().isoformat(),
+        "command": "python examples/benchmarks/freeze_bench.py " + shlex.join(sys.argv[1:]),
+        "machine": machine(options),
+        "sizes": {name: getattr(options, name.replace("-", "_")) for name in SIZES},
+        "rows": rows,
+    }
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    print("\n".join(render(result)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""What one feature adds to a step: gamma, imitation of layers or experts, the routing profile.
+
+    python examples/benchmarks/term_cost.py gamma [--steps 20] [--general 0.1] [--layers 4]
+
+One run of real Megatron on the CPU lane, two of eight experts per layer trained, distilled from a
+small teacher. Steps alternate between with and without the feature, so that noise of the machine
+hits both alike; compared are medians of the CPU seconds of the process. ``profile`` compares
+evaluation steps, the others steps that train. Prints one table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from step_overhead import WARM_UP, model_flags, train
+
+FEATURES = {
+    "gamma": "gamma: 10.0",
+    "hidden": "features: {hidden: 0.1}",
+    "experts": "features: {experts: 0.1}",
+    "profile": "beta: 0.0",
+}
+RECIPE = """
+domains:
+  - name: domain
+    data: [1]
+    teacher: small
+    experts: {{layers: {{{layers}}}}}
+teachers:
+  small: {{source: "megatron:{teacher}"}}
+objective:
+  alpha: 1.0
+  {feature}
+"""
+
+
+def write_corpora(folder: Path, vocabulary: int) -> list[str]:
+    """Two datasets of random tokens; their prefixes."""
+    import numpy as np
+    import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    generator, prefixes = np.random.default_rng(0), []
+    for name in ("general", "domain"):
+        builder = IndexedDatasetBuilder(f"{folder}/{name}.bin", dtype=np.uint16)
+        for _ in range(64):
+            tokens = generator.integers(vocabulary - 1, size=4096)
+            builder.add_document(torch.from_numpy(tokens), [len(tokens)])
+        builder.finalize(f"{folder}/{name}.idx")
+        prefixes.append(f"{folder}/{name}")
+    return prefixes
+
+
+def parent(options: argparse.Namespace) -> None:
+    """Make a teacher and data, run the timed steps, print the table."""
+    environment = {"OMP_NUM_THREADS": str(options.threads), "PYTHONWARNINGS": "ignore"}
+    with tempfile.TemporaryDirectory() as folder:
+        teacher = f"{folder}/teacher"
+        train(
+            1,
+            *model_flags(options, options.teacher_hidden),
+            *("--train-iters", "1", "--save", teacher, "--save-interval", "1"),
+            module="-m megatron_moe_inject.pretrain",
+            environment=environment,
+        )
+        general, domain = write_corpora(Path(folder), options.vocab)
+        recipe, times = Path(folder, "recipe.yaml"), Path(folder, "times.json")
+        layers = ", ".join(f"{layer}: [0, 1]" for layer in range(options.layers))
+        recipe.write_text(
+            RECIPE.format(teacher=teacher, layers=layers, feature=FEATURES[options.feature])
+        )
+        flags = [f for f in model_flags(options, options.hidden) if f != "--mock-data"]
+        steps = 2 * options.steps + WARM_UP
+        share = options.general
+        flags += (
+            "--num-experts 8 --moe-router-topk 2 --moe-token-dispatcher-type alltoall "
+            f"--moe-ffn-hidden-size {options.hidden} --moe-router-load-balancing-type none "
+            f"--data-path {share} {general} {1 - share} {domain} --split 80,20,0 "
+            f"--inject-recipe {recipe} --train-iters {steps} --eval-iters {steps} "
+            "--micro-batch-size 1 --global-batch-size 20"
+        ).split()
+        if options.feature == "profile":
+            flags += ["--skip-train", "--inject-profile", f"{folder}/profile.json"]
+        environment |= {"TERM_COST_TIMES": str(times), "TERM_COST_FEATURE": options.feature}
+        train(1, *flags, module=str(Path(__file__).resolve()), environment=environment)
+        print_table(json.loads(times.read_text()), options)
+
+
+def print_table(times: dict[str, list[float]], options: argparse.Namespace) -> None:
+    """Medians in milliseconds of CPU time, and their ratio."""
+    without, with_it = (1e3 * statistics.median(times[name]) for name in ("without", "with"))
+    kind = "evaluation" if options.feature == "profile" else "training"
+    print(
+        f"{options.feature}: {options.layers} layers, hidden {options.hidden}, teacher "
+        f"{options.teacher_hidden}, vocabulary {options.vocab}, 20 micro-batches of 256 tokens, "
+        f"{options.general:.0%} general, {options.threads} thread(s), {options.steps} {kind} steps "
+        "each, medians of CPU time"
+    )
+    print(f"without{without:>14.1f} ms\nwith{with_it:>17.1f} ms")
+    print(f"added{100 * (with_it / without - 1):>+15.1f} %")
+    if options.feature == "gamma":
+        forward = 1e3 * statistics.median(times["forward"])
+        added = (with_it - without) / (options.general * forward)
+        print(f"forward{forward:>14.1f} ms (evaluation)")
+        print(f"added is{added:>12.2f} x the general share of a forward")
+
+
+def child() -> None:
+    """The run, with the feature on in every other step."""
+    from megatron_moe_inject import launch
+
+    launch.prepare()
+    import runpy
+
+    from megatron_moe_inject.losses.objective import TermWeights
+    from megatron_moe_inject.recipe import GENERAL
+    from megatron_moe_inject.step import StepHook
+
+    times: dict[str, list[float]] = {"without": [], "with": []}
+    feature, number = os.environ["TERM_COST_FEATURE"], itertools.count()
+    hook = StepHook.wrap
+
+    @contextlib.contextmanager
+    def switched_off(self: StepHook):
+        """The same step hook without the feature."""
+        owners = [(self, "_imitation"), (self, "_recorder"), (self, "_original_pass")]
+        if self._loss_hook is not None:
+            owners += [(self._loss_hook, "_originals"), (self._loss_hook, "_weights_at")]
+        kept = [(owner, name, getattr(owner, name)) for owner, name in owners]
+        for owner, name in owners:
+            setattr(owner, name, None)
+        if self._loss_hook is not None:
+            weights_at = kept[-1][2]
+            without = {GENERAL: TermWeights(0.0, 0.0)}
+            self._loss_hook._weights_at = lambda iteration: weights_at(iteration) | without
+        try:
+            yield
+        finally:
+            for owner, name, value in kept:
+                setattr(owner, name, value)
+
+    def wrap(self, forward_backward):
+        injected = hook(self, forward_backward)
+
+        def step(**kwargs):
+            evaluation = bool(kwargs.get("forward_only"))
+            if evaluation != (feature == "profile"):
+                with switched_off(self):
+                    started = time.process_time()
+                    result = forward_alone(forward_backward, kwargs)
+                    times.setdefault("forward", []).append(time.process_time() - started)
+                return result
+            on = next(number) % 2
+            with contextlib.nullcontext() if on else switched_off(self):
+                started = time.process_time()
+                result = injected(**kwargs)
+                times["with" if on else "without"].append(time.process_time() - started)
+            return result
+
+        return step
+
+    StepHook.wrap = wrap
+    runpy.run_module("megatron_moe_inject.pretrain", run_name="__main__", alter_sys=True)
+    kept = {name: values[WARM_UP // 2 :] for name, values in times.items()}
+    Path(os.environ["TERM_COST_TIMES"]).write_text(json.dumps(kept))
+
+
+def forward_alone(forward_backward, arguments):
+    """Megatron's step without the plugin, on data that it can read."""
+    from megatron_moe_inject.data import labels
+
+    iterator = arguments["data_iterator"]
+    batches = labels.without_dataset_id(labels.pull(iterator, arguments["num_microbatches"]))
+    return forward_backward(**arguments | {"data_iterator": iter(batches)})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("feature", choices=FEATURES)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--teacher-hidden", type=int, default=128)
+    parser.add_argument("--vocab", type=int, default=4096)
+    parser.add_argument("--general", type=float, default=0.1, help="share of general data")
+    parser.add_argument("--threads", type=int, default=1)
+    parent(parser.parse_args())
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+    if "TERM_COST_TIMES" in os.environ:
+        child()
+    else:
+        main()

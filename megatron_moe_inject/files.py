@@ -1,0 +1,73 @@
+"""Files and folders that are written as a whole or not at all.
+
+The new content is written beside the old file, forced to disk and renamed over it, which a POSIX
+file system does in one step: a reader sees the old file or the new one, whatever interrupts the
+writer. A killed writer can leave its ``.part`` file behind, nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_moe_inject.typed import RecipeError, show
+
+
+def replace_file(path: str | Path, content: bytes) -> None:
+    """Make ``content`` the content of ``path``; a symbolic link keeps pointing where it did.
+
+    Raises:
+        RecipeError: the file cannot be written; what was there before still is.
+    """
+    target = Path(os.path.realpath(path))
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        try:
+            with open(part, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                part.unlink()
+            raise
+        _sync_folder(target.parent)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise RecipeError(
+            f"{show(str(path))} cannot be written ({reason}); name a file in a folder that exists"
+        ) from None
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder beside ``path`` that takes its name when the block ends well, and else is removed.
+
+    ``path`` must not exist. Files are forced to disk before the name is taken.
+    """
+    folder = path.with_name(f".{path.name}.{os.getpid()}.part")
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        for entry in folder.rglob("*"):
+            if entry.is_file():
+                with entry.open("rb") as file:
+                    os.fsync(file.fileno())
+        os.rename(folder, path)
+        _sync_folder(path.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Force a rename to disk; file systems that cannot sync a folder are left alone."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

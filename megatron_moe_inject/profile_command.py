@@ -1,0 +1,64 @@
+"""``moe-inject profile``: record a student's routing in a run that only evaluates.
+
+Megatron evaluates as it does in training, in this process or, under ``torchrun``, in all of them;
+``profile_run`` says what is recorded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+_EXAMPLES = """examples:
+  moe-inject profile recipe.yaml --output code.json -- <flags of the training command>
+  torchrun --nproc-per-node 8 -m megatron_moe_inject.cli profile recipe.yaml --output p.json -- ...
+
+How much is read is Megatron's business: --eval-iters batches of --global-batch-size from the
+validation and from the test data. Flags that train (--train-iters, --save ...) do nothing.
+"""
+
+
+def add_commands(commands: argparse._SubParsersAction) -> None:
+    """Add the command to ``moe-inject``; ``run_training`` takes the options and the flags."""
+    profile = commands.add_parser(
+        "profile",
+        help="record how a student routes each class of data",
+        description="Record how the student of a training command routes each domain of a recipe "
+        "and general data, and write the routing profile. Nothing is trained and no teacher is "
+        "loaded.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    profile.set_defaults(run_training=_profile)
+    profile.add_argument("recipe", metavar="RECIPE", help="a recipe file (YAML); names the domains")
+    profile.add_argument("--output", metavar="FILE", required=True, help="the profile (JSON)")
+    profile.add_argument(
+        "--coselections", action="store_true", help="count which experts are chosen together too"
+    )
+    profile.add_argument("--cpu", action="store_true", help="gloo processes without a GPU")
+
+
+def _profile(options: argparse.Namespace, flags: list[str]) -> None:
+    """Become an evaluation run of the flags.
+
+    Raises:
+        SystemExit: 2 with one line for a mistake in the recipe or the flags.
+    """
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500")
+    ours = ["--inject-recipe", options.recipe, "--inject-profile", options.output]
+    if options.coselections:
+        ours.append("--inject-profile-coselections")
+    if "--train-iters" not in flags and "--train-samples" not in flags:
+        ours += ["--train-iters", "1"]  # Megatron wants to know, also where nothing trains
+    sys.argv[1:] = [*(["--cpu"] if options.cpu else []), *flags, *ours, "--skip-train"]
+    from megatron_moe_inject import launch
+
+    launch.prepare()
+    from megatron_moe_inject import gpt_entry
+
+    gpt_entry.main()

@@ -1,0 +1,85 @@
+"""Grouped experts, frozen in part, through the real ``pretrain()``.
+
+Transformer Engine's grouped GEMM needs a GPU, so a stand-in with its rules takes its place
+(``tests/grouped_linear.py``) inside Megatron's own ``TEGroupedMLP``. The reference is the same
+training with one module per expert.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from tests.training import lane
+from tests.training.conftest import student_flags
+from tests.training.test_injection import PROVEN, RECIPE, TERMS, inject, recipe_file
+
+SCRIPT = (str(Path(__file__).with_name("grouped_gpt.py")),)
+TWO_OF_FOUR = RECIPE.replace("{{2: [3], 3: [3]}}", "{{2: [0, 3], 3: [1]}}")
+GROUPED = ("--moe-grouped-gemm",)
+
+
+def grouped(material, *extra, nproc=1, recipe=TWO_OF_FOUR, **layout):
+    ours = ("--inject-recipe", recipe_file(material, recipe), "--inject-verify-frozen")
+    return lane.run(material.flags(*ours, *GROUPED, *extra, **layout), nproc=nproc, script=SCRIPT)
+
+
+@pytest.fixture(scope="module")
+def sequential(material):
+    return inject(material, TWO_OF_FOUR)
+
+
+@pytest.mark.parametrize(
+    ("nproc", "layout", "extra"),
+    [
+        pytest.param(1, {}, (), id="one"),
+        pytest.param(2, {"ep": 2}, (), id="ep2"),
+        pytest.param(2, {"pp": 2}, (), id="pp2"),
+        pytest.param(2, {"ep": 2}, tuple(lane.DISTRIBUTED_OPTIMIZER), id="distributed optimizer"),
+        pytest.param(
+            1,
+            {},
+            ("--recompute-granularity", "selective", "--recompute-modules", "moe"),
+            id="recompute",
+        ),
+    ],
+)
+def test_the_curve_is_that_of_one_module_per_expert(material, sequential, nproc, layout, extra):
+    run = grouped(material, *extra, nproc=nproc, **layout)
+    for term in TERMS:
+        assert run.losses(term) == pytest.approx(sequential.losses(term), rel=2e-5), term
+    assert PROVEN.search(run.output)
+
+
+def test_flags_alone_would_train_nothing(material):
+    """Why layers are split: the stand-in, like the original, asks the first weight alone."""
+    first_frozen = RECIPE  # expert 3 of 4, so that weight 0 is frozen
+    split = grouped(material, recipe=first_frozen)
+    plain = inject(material, first_frozen)
+    assert split.losses("lm loss")[-1] == pytest.approx(plain.losses("lm loss")[-1], rel=2e-5)
+    unsplit = lane.run(
+        material.flags(*("--inject-recipe", recipe_file(material, first_frozen)), *GROUPED),
+        script=SCRIPT,
+        env={"TESTS_DO_NOT_SPLIT": "1"},
+    )
+    assert unsplit.losses("lm loss")[-1] != pytest.approx(plain.losses("lm loss")[-1], rel=1e-3)
+
+
+def test_checkpoints_are_exchangeable_with_one_module_per_expert(material, tmp_path):
+    """Saved in groups and resumed one by one, and the other way round, optimizer included."""
+    recipe = ("--inject-recipe", recipe_file(material, TWO_OF_FOUR))
+    whole = inject(material, TWO_OF_FOUR, nproc=2, ep=2, extra=("--train-iters", "6"))
+    kinds = {"one by one": ((), lane.PRETRAIN), "in groups": (GROUPED, SCRIPT)}
+    for first, then in (("in groups", "one by one"), ("one by one", "in groups")):
+        save = str(tmp_path / first.replace(" ", "-"))
+        keep = ("--train-iters", "6", "--save", save, "--save-interval", "3")
+        flags, script = kinds[first]
+        lane.run(
+            material.flags(*recipe, *flags, *keep, "--exit-interval", "3", ep=2),
+            nproc=2,
+            script=script,
+        )
+        flags, script = kinds[then]
+        on = student_flags(*material.blend, *recipe, *flags, *keep, "--load", save, ep=2)
+        resumed = lane.run(on, nproc=2, script=script)
+        for term in TERMS:
+            assert resumed.losses(term) == pytest.approx(whole.losses(term)[3:], rel=2e-5), term

@@ -1,0 +1,149 @@
+"""Routing profiles recorded through the real ``pretrain()``."""
+
+import numpy as np
+import pytest
+
+from megatron_moe_inject.experts.profile_file import read_profile
+from tests.training import lane
+from tests.training.conftest import student_flags
+from tests.training.test_injection import LAYOUTS, RECIPE, inject, recipe_file
+
+CHOSEN = "{{layers: {{2: [3], 3: [3]}}}}"
+BY_PROFILE = "{{{{profile: {}, method: token, threshold: 0.3}}}}"
+UNKNOWN = RECIPE.replace(CHOSEN, BY_PROFILE.format("not-yet.json"))
+FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+
+
+def record(material, path, *extra, nproc=1, recipe=UNKNOWN, **layout):
+    """A run that only evaluates, with the experts still to be chosen by what it writes."""
+    flags = student_flags(
+        *material.blend,
+        *("--load", material.student, "--skip-train", "--eval-iters", "3"),
+        *("--inject-recipe", recipe_file(material, recipe)),
+        *("--inject-profile", str(path), "--inject-profile-coselections", *extra),
+        **layout,
+    )
+    run = lane.run(flags, nproc=nproc)
+    assert "routing profile: general" in run.output, run.tail()
+    return read_profile(path)
+
+
+def assert_same(found, expected):
+    assert found.classes.keys() == expected.classes.keys()
+    for name, ours in found.classes.items():
+        theirs = expected.classes[name]
+        for field in ("tokens", "selections", "coselections"):
+            assert np.array_equal(getattr(ours, field), getattr(theirs, field)), (name, field)
+        for field in ("gate_sums", "prob_sums"):
+            np.testing.assert_allclose(getattr(ours, field), getattr(theirs, field), rtol=1e-5)
+        assert ours.spread.sequences == theirs.spread.sequences
+        np.testing.assert_allclose(ours.spread.share_sums, theirs.spread.share_sums, rtol=1e-6)
+        np.testing.assert_allclose(
+            ours.spread.share_squares, theirs.spread.share_squares, rtol=1e-6
+        )
+
+
+@pytest.fixture(scope="module")
+def single(material, tmp_path_factory):
+    return record(material, tmp_path_factory.mktemp("profile") / "one.json")
+
+
+def test_it_counts_every_token_of_every_class(single, material):
+    assert single.provenance.moe_layers == [0, 1, 2, 3]
+    assert single.provenance.checkpoint == material.student
+    assert set(single.classes) == {"general", "code"}
+    assert single.classes["code"].data == (material.domain,)
+    sequences = sum(found.spread.sequences for found in single.classes.values())
+    assert sequences == 2 * 3 * 8  # validation and test, three steps of eight samples
+    for found in single.classes.values():
+        assert (found.tokens == 32 * found.spread.sequences).all()
+        assert found.selections.min() >= 0
+    code, general = (single.classes[name].selection_share() for name in ("code", "general"))
+    assert not np.allclose(code, general, atol=0.01)
+    assert single.provenance.expert_parameters == 3 * 32 * 64
+
+
+@pytest.mark.parametrize("layout", ["ep2", "tp2-sp", "pp2", "cp2"])
+def test_it_does_not_depend_on_the_layout(material, single, tmp_path, layout):
+    options = {k: v for k, v in LAYOUTS[layout].items() if k != "extra"}
+    assert_same(record(material, tmp_path / "profile.json", **options), single)
+
+
+def test_virtual_pipeline_stages(material, single, tmp_path):
+    extra = ("--num-layers-per-virtual-pipeline-stage", "1")
+    assert_same(record(material, tmp_path / "p.json", *extra, nproc=2, pp=2), single)
+
+
+def test_the_run_without_a_profile_gives_the_same_losses(material, tmp_path):
+    flags = student_flags(
+        *material.blend, "--load", material.student, "--skip-train", "--eval-iters", "3"
+    )
+    plain = lane.run(flags)
+    ours = ("--inject-recipe", recipe_file(material, UNKNOWN), "--inject-profile")
+    watched = lane.run([*flags, *ours, str(tmp_path / "p.json")])
+    assert watched.evaluations == plain.evaluations
+    assert plain.evaluations
+
+
+@pytest.mark.parametrize("recompute", ["", FULL], ids=["plain", "recompute"])
+def test_in_training_each_token_is_counted_once(material, tmp_path, recompute):
+    path, recompute = tmp_path / "trained.json", recompute.split()
+    run = inject(material, nproc=2, ep=2, extra=("--inject-profile", str(path), *recompute))
+    profile = read_profile(path)
+    sequences = sum(found.spread.sequences for found in profile.classes.values())
+    assert sequences == 4 * 8
+    assert (profile.provenance.first_iteration, profile.provenance.last_iteration) == (0, 4)
+    assert "written to" in run.output
+    plain = inject(material, nproc=2, ep=2, extra=recompute)
+    assert run.losses("total loss") == plain.losses("total loss")
+
+
+def test_capacity_drops_are_counted_apart(material, tmp_path, single):
+    extra = ("--moe-expert-capacity-factor", "0.5")
+    profile = record(material, tmp_path / "p.json", *extra)
+    for name, found in profile.classes.items():
+        assert found.dropped.sum() > 0
+        assert (found.dropped <= found.selections).all()
+        first = single.classes[name].selections[0]  # before any drop, the first layer chooses alike
+        assert np.array_equal(found.selections[0], first)
+
+
+def test_a_sigmoid_router_with_groups_and_bias(material, tmp_path):
+    path = tmp_path / "p.json"
+    flags = student_flags(
+        *material.blend,
+        *lane.DEEPSEEK_ROUTER,
+        *("--moe-router-topk", "1", "--skip-train", "--eval-iters", "2"),
+        *("--inject-recipe", recipe_file(material, UNKNOWN), "--inject-profile", str(path)),
+    )
+    lane.run(flags)
+    router = read_profile(path).provenance.router
+    assert router.score_function == "sigmoid"
+    assert (router.num_groups, router.enable_expert_bias) == (2, True)
+
+
+def test_what_it_records_chooses_the_experts_of_a_run(material, tmp_path):
+    path = tmp_path / "profile.json"
+    record(material, path)
+    run = inject(material, RECIPE.replace(CHOSEN, BY_PROFILE.format(path)))
+    assert "token share until 0.3" in run.output
+    assert len(run.iterations) == 4
+
+
+def test_a_folder_that_is_not_there(material):
+    run = inject(material, extra=("--inject-profile", "/nowhere/p.json"), check=False)
+    assert run.returncode == 2, run.tail()
+    assert "--inject-profile: /nowhere is no folder" in run.output
+    assert "Traceback" not in run.output
+
+
+def test_the_command_records_the_same(material, single, tmp_path):
+    path = tmp_path / "p.json"
+    flags = student_flags(*material.blend, "--load", material.student, "--eval-iters", "3", ep=2)
+    at = flags.index("--train-iters")
+    del flags[at : at + 2]
+    ours = ["profile", recipe_file(material, UNKNOWN), "--output", str(path), "--coselections"]
+    script = ("-m", "megatron_moe_inject.cli", *ours, "--cpu", "--")
+    run = lane.run(flags, nproc=2, script=script)
+    assert "routing profile: general" in run.output
+    assert_same(read_profile(path), single)
