@@ -277,6 +277,9 @@ def row(layout: str, name: str, running: Running, options: argparse.Namespace) -
         return result | {"ended": running.ended}
     steps = running.steps[options.warm_up :]
     last = steps[-1]
+    if not any(rank["grad_norm"] for step in steps for rank in step):
+        result["ended"] = "trains nothing, silently: the gradient norm of every step is 0"
+        return result
     return result | {
         "seconds": [max(rank["seconds"] for rank in step) for step in steps],
         "cpu_seconds": [sum(rank["cpu"] for rank in step) for step in steps],

@@ -22,13 +22,14 @@ def multiplications(sizes: dict[str, int]) -> dict[str, float]:
     }
 
 
-def limits(sizes: dict[str, int]) -> dict[str, float]:
+def limits(sizes: dict[str, int], recompute: bool = False) -> dict[str, float]:
     """Least arithmetic of a step, as a share of training everything, by what trains.
 
     A layer's chosen experts get their share of the tokens. The first layer with chosen experts
     needs their gradients alone; above it everything passes gradients on, and attention's two
-    products are of activations, so their backward always takes two. Norms, softmax, dispatch and
-    the optimizer are not counted.
+    products are of activations, so their backward always takes two. Under full recompute layers
+    that run a backward run a second forward, and the first of them passes gradients on as well.
+    Norms, softmax, dispatch and the optimizer are not counted.
     """
     part = multiplications(sizes)
     layer = part["projections"] + part["attention"] + part["experts"] + part["router"]
@@ -39,13 +40,17 @@ def limits(sizes: dict[str, int]) -> dict[str, float]:
     found = {}
     for trains, count in (("every-layer", sizes["layers"]), ("last-quarter", sizes["layers"] // 4)):
         backward = part["head"] + (count - 1) * passing + first
-        found[trains] = (forward + backward) / (3 * forward)
+        full = 3 * forward
+        if recompute:
+            backward = part["head"] + count * (passing + layer)
+            full += sizes["layers"] * layer
+        found[trains] = (forward + backward) / full
     return found
 
 
 def render(result: dict[str, Any]) -> list[str]:
     """The table, with what was aimed at."""
-    sizes, limit = result["sizes"], limits(result["sizes"])
+    sizes = result["sizes"]
     tokens = sizes["global-batch"] * sizes["seq"]
     part = multiplications(sizes)
     forward = sizes["layers"] * (sum(part.values()) - part["head"]) + part["head"]
@@ -68,6 +73,7 @@ def render(result: dict[str, Any]) -> list[str]:
         if "ended" in row:
             lines.append(f"{start}  {row['ended']}")
             continue
+        limit = limits(sizes, recompute=row["layout"].endswith("recompute"))
         lines.append(start + _numbers(row, _full(result, row["layout"]), limit))
     return [
         *lines,

@@ -17,6 +17,10 @@ SPECIFICATION = "FREEZE_BENCH_WORKER"
 """Environment variable with what to run, see ``freeze_bench.start``."""
 
 
+GRAD_NORM = 5
+"""Its place in what Megatron's ``train_step`` returns."""
+
+
 class Turns:
     """The benchmark's end of the line: one JSON object a line, answered by an empty line."""
 
@@ -145,6 +149,7 @@ def main() -> None:
         result = train_step(*args, **kwargs)
         torch.cuda.synchronize()
         answer = {"seconds": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+        answer["grad_norm"] = float(result[GRAD_NORM] or 0)
         steps += 1
         if steps == spec["steps"]:
             answer |= {"peak_bytes": memory.peak(), **held(*given(args, kwargs))}

@@ -8,10 +8,10 @@ put out: then neither its attention nor its frozen experts run a backward.
 
 The transformer block that holds the boundary runs in two parts, both by its own stock forward:
 the layers below, without recompute and without a graph, and the layers above, with whatever
-recompute is configured. A graph that starts at experts is in the lower part, so under any
-recompute it starts at the layer's input instead. A part is a shallow copy of the block with fewer
-layers, made for each micro-batch, so what is recomputed in the backward pass belongs to the copy
-of its micro-batch, and the block itself is never changed.
+recompute is configured. A graph that starts at experts is in the lower part, so under recompute
+of more than attention it starts at the layer's input instead. A part is a shallow copy of the
+block with fewer layers, made for each micro-batch, so what is recomputed in the backward pass
+belongs to the copy of its micro-batch, and the block itself is never changed.
 
 A pipeline stage still owes the previous stage a gradient of its input, and that stage waits for
 it: ``_Bridge`` answers with zeros, so the schedule stays stock and only the communication remains.
@@ -162,8 +162,12 @@ def _starts_at_experts(layer: torch.nn.Module) -> bool:
 
     The same on all ranks of a stage: what they do not share are experts alone.
     """
-    graphs = getattr(layer.config, "cuda_graph_impl", None) or "none"
-    if layer.config.recompute_granularity or graphs != "none":
+    config = layer.config
+    graphs = getattr(config, "cuda_graph_impl", None) or "none"
+    recomputed = config.recompute_granularity
+    if recomputed == "selective" and set(config.recompute_modules or ()) <= {"core_attn"}:
+        recomputed = None
+    if recomputed or graphs != "none":
         return False
     experts = getattr(layer.mlp, "experts", None)
     trained = {parameter for parameter in layer.parameters() if parameter.requires_grad}

@@ -108,6 +108,7 @@ CASES = {
         {},
         set(),
     ),
+    "attention": (5, ("--recompute-granularity", "selective"), {}, set()),
 }
 
 
