@@ -55,7 +55,7 @@ class Teacher(Protocol):
         ``[n, s]`` and ``attention_mask`` Megatron's bool ``[n or 1, 1, s, s]`` with True where
         attention is forbidden; without them positions count from 0 and attention is causal.
         """
-        ...
+        return self.states(tokens, position_ids, attention_mask)[0]
 
     def states(
         self,

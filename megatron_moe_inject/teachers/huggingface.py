@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from megatron_moe_inject.losses.spec import LogitTransform
 from megatron_moe_inject.rng import untouched_rng
 from megatron_moe_inject.teachers import vocabulary
-from megatron_moe_inject.teachers.base import Source, TeacherInfo, padded_rows
+from megatron_moe_inject.teachers.base import Source, Teacher, TeacherInfo, padded_rows
 from megatron_moe_inject.typed import listing
 
 _LOG = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ _PLAIN_LOGITS = "use a teacher whose logits are head @ hidden, scaled or soft-ca
 _PROBE_LOGIT = 256.0
 
 
-class HuggingFaceTeacher:
+class HuggingFaceTeacher(Teacher):
     """See ``base.Teacher``.
 
     Args:
@@ -65,15 +65,6 @@ class HuggingFaceTeacher:
         self.num_layers = model.config.get_text_config().num_hidden_layers
         self.vocab_size = vocab_size
 
-    def hidden_states(
-        self,
-        tokens: torch.Tensor,
-        position_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """See ``base.Teacher``; positions and masks need ``resets_documents`` at loading."""
-        return self.states(tokens, position_ids, attention_mask)[0]
-
     @torch.no_grad()
     def states(
         self,
@@ -82,7 +73,7 @@ class HuggingFaceTeacher:
         attention_mask: torch.Tensor | None = None,
         layers: Sequence[int] = (),
     ) -> list[torch.Tensor]:
-        """See ``base.Teacher``."""
+        """See ``base.Teacher``; positions and masks need ``resets_documents`` at loading."""
         given = position_ids is not None or attention_mask is not None
         assert self._resets_documents or not given, "load the teacher with resets_documents"
         inputs: dict[str, Any] = {"input_ids": tokens}

@@ -30,7 +30,7 @@ from megatron_moe_inject import compat
 from megatron_moe_inject.losses.spec import LogitTransform
 from megatron_moe_inject.rng import untouched_rng
 from megatron_moe_inject.teachers import megatron_args, vocabulary
-from megatron_moe_inject.teachers.base import Source, TeacherInfo, padded_rows
+from megatron_moe_inject.teachers.base import Source, Teacher, TeacherInfo, padded_rows
 from megatron_moe_inject.torch_dist import Piece, TorchDistCheckpoint
 from megatron_moe_inject.typed import listing
 
@@ -40,7 +40,7 @@ _ATTENTION_SWITCHES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"
 _KEY_LAYOUTS = ({}, {"non_homogeneous_layers": True}, {"singleton_local_shards": True})
 
 
-class MegatronTeacher:
+class MegatronTeacher(Teacher):
     """See ``base.Teacher``. Args: name, the loaded model, and the number of ids in use."""
 
     def __init__(self, name: str, model: torch.nn.Module, vocab_size: int) -> None:
@@ -54,16 +54,6 @@ class MegatronTeacher:
         layer = model.embedding.word_embeddings if tied else model.output_layer
         self._head = layer.weight.detach()
 
-    def hidden_states(
-        self,
-        tokens: torch.Tensor,
-        position_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """See ``base.Teacher``. Transformer Engine's causal attention ignores the mask, as it
-        does for the student."""
-        return self.states(tokens, position_ids, attention_mask)[0]
-
     @torch.no_grad()
     def states(
         self,
@@ -72,7 +62,8 @@ class MegatronTeacher:
         attention_mask: torch.Tensor | None = None,
         layers: Sequence[int] = (),
     ) -> list[torch.Tensor]:
-        """See ``base.Teacher``."""
+        """See ``base.Teacher``. Transformer Engine's causal attention ignores the mask, as it
+        does for the student."""
         if position_ids is None:
             position_ids = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         with untouched_rng(self._head.device), self._after(layers) as kept:
