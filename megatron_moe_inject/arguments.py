@@ -113,6 +113,10 @@ def recipe_from_args(args: Namespace, argv: Sequence[str] | None = None) -> Reci
     if not hasattr(args, "inject_recipe"):
         _refuse_lost_flags(args, sys.argv[1:] if argv is None else argv)
         return None
+    if _given(args, "profile_coselections") and not _given(args, "profile"):
+        raise RecipeError(
+            "--inject-profile-coselections: no profile is recorded; add --inject-profile PATH"
+        )
     overrides = _overrides(args)
     plain = [name for name in _PLAIN if _given(args, name)]
     if args.inject_recipe is None and not plain:

@@ -236,3 +236,9 @@ def test_errors_of_later_checks_are_named_once(line, key, expected):
     error = name_error(RecipeError(f"{key}: no", key), args)
     assert str(error) == expected
     assert str(name_error(error, args)) == expected
+
+
+def test_coselections_without_a_profile_are_an_error(recipe_file):
+    args = parse(f"--inject-recipe {recipe_file} --inject-profile-coselections")
+    with pytest.raises(RecipeError, match="--inject-profile-coselections: no profile is recorded"):
+        recipe_from_args(args)
