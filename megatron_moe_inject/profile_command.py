@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import sys
 
 _EXAMPLES = """examples:
@@ -40,6 +41,12 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     profile.add_argument("--cpu", action="store_true", help="gloo processes without a GPU")
 
 
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
 def _profile(options: argparse.Namespace, flags: list[str]) -> None:
     """Become an evaluation run of the flags.
 
@@ -49,7 +56,7 @@ def _profile(options: argparse.Namespace, flags: list[str]) -> None:
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         os.environ.setdefault(name, value)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29500")
+    os.environ.setdefault("MASTER_PORT", str(_free_port()))
     ours = ["--inject-recipe", options.recipe, "--inject-profile", options.output]
     if options.coselections:
         ours.append("--inject-profile-coselections")

@@ -142,6 +142,11 @@ class ProfileRun:
 
     def __init__(self, recipe: Recipe, args: Namespace) -> None:
         self.dry_run = False
+        if args.inject_dry_run:
+            raise RecipeError(
+                "--inject-dry-run: a run that only records a profile has no plan to show; leave "
+                "out --skip-train or --inject-dry-run"
+            )
         facts = student_facts_from_args(args)
         self._args = args
         self._setup = ProfileSetup(recipe, args, facts, SPLITS[1:])

@@ -137,6 +137,13 @@ def test_a_folder_that_is_not_there(material):
     assert "Traceback" not in run.output
 
 
+def test_a_dry_run_of_what_only_records(material, tmp_path):
+    profile = ("--inject-profile", str(tmp_path / "p.json"), "--skip-train", "--inject-dry-run")
+    run = inject(material, extra=profile, check=False)
+    assert run.returncode == 2, run.tail()
+    assert "--inject-dry-run: a run that only records" in run.output
+
+
 def test_the_command_records_the_same(material, single, tmp_path):
     path = tmp_path / "p.json"
     flags = student_flags(*material.blend, "--load", material.student, "--eval-iters", "3", ep=2)
