@@ -192,11 +192,11 @@ def apply_delta(
             delta / entry["file"], name
         )
     with new_folder(output) as folder:
-        iteration = before.folder.name
-        rewritten_copy(before, folder / iteration, changes, progress)
-        number = iteration.removeprefix("iter_").lstrip("0") or "0"
+        number = re.fullmatch(r"iter_(\d{7,})", before.folder.name)
+        name = before.folder.name if number else "release"
+        rewritten_copy(before, folder / name, changes, progress)
         tracker = folder / "latest_checkpointed_iteration.txt"
-        tracker.write_text(number if iteration.startswith("iter_") else "release")
+        tracker.write_text(str(int(number[1])) if number else "release")
     counts = Counter(entry["tensor"] for entry in index.values())
     return DeltaSummary(counts, described["bytes"], _total_bytes(before))
 

@@ -63,6 +63,16 @@ def test_applied_to_the_base_it_is_the_trained_student(material, trained, delta,
     assert first == pytest.approx(second, rel=1e-6)
 
 
+def test_a_base_in_a_folder_of_any_name_becomes_a_release(material, delta, tmp_path, capsys):
+    (stored,) = Path(material.student).glob("iter_*")
+    base, applied = tmp_path / "student-v2", tmp_path / "applied"
+    shutil.copytree(stored, base)
+    assert main(_arguments("apply-delta", base, "--delta", delta, applied)) == 0
+    flags = student_flags(*material.blend, "--finetune", "--no-load-optim", "--no-load-rng")
+    run = lane.run([*flags, "--train-iters", "1", "--load", str(applied)])
+    assert "successfully loaded checkpoint" in run.output
+
+
 def _whole(checkpoint, name):
     stored = checkpoint.tensors[name]
     target = torch.empty(stored.size, dtype=stored.properties.dtype)
