@@ -224,19 +224,25 @@ class Injection:
         )
 
     def _check_patterns(self) -> None:
-        """Every pattern of ``train.patterns`` must name a parameter of some rank.
+        """Every pattern of ``train.patterns`` must name a parameter of some rank, and none one
+        that pipeline stages share.
 
         Collectives: one all-gather of pattern lists over the whole world, where there are any.
         """
         if not self.policy.patterns:
             return
-        own = {
-            p for chunk in self.chunks for at, _ in places(chunk) for p in self.policy.matches(at)
-        }
+        everywhere = [at for chunk in self.chunks for at, _ in places(chunk)]
+        own = {(p, at.component) for at in everywhere for p in self.policy.matches(at)}
         ranks: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(ranks, own)
         for i, pattern in enumerate(self.policy.patterns):
-            if not any(pattern in found for found in ranks):
+            components = {kind for found in ranks for p, kind in found if p == pattern}
+            if self.facts.tied_embeddings and components & {"embedding", "output_layer"}:
+                raise fail(
+                    f"train.patterns[{i}]", pattern, "names the matrix that embedding and output "
+                    "layer share", "set train.embedding and train.output_layer instead",
+                )  # fmt: skip
+            if not components:
                 raise fail(
                     f"train.patterns[{i}]", pattern, "matches no parameter of the student",
                     "names look like decoder.layers.3.mlp.experts.17.linear_fc1.weight",

@@ -268,6 +268,20 @@ def test_a_pattern_that_matches_nothing_on_any_rank_is_an_error(material):
     assert "Traceback" not in run.output
 
 
+def test_a_pattern_does_not_reach_one_half_of_a_shared_matrix(material):
+    tied = [f for f in material.flags() if f != "--untie-embeddings-and-output-weights"]
+    at = tied.index("--load")
+    recipe = BY_NAME.replace("*.final_layernorm.*", "embedding.*")
+    run = lane.run(
+        [*tied[:at], *tied[at + 2 :], "--inject-recipe", recipe_file(material, recipe)],
+        check=False,
+    )
+    assert run.returncode == 2, run.tail()
+    assert "train.patterns[1]: 'embedding.*' names the matrix that embedding and output" in (
+        run.output
+    )
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
