@@ -32,7 +32,7 @@ case "${1:-}" in
   *) echo "usage: bash examples/quickstart.sh [--from-scratch]" >&2; exit 2 ;;
 esac
 
-rm -rf "$data" "$out"/{student,teacher,injected,tensorboard}
+rm -rf "$data" "$out"/{student,teacher,injected,tensorboard} "$out"/{profile.json,routing.png,experts.yaml}
 say "cutting English and code from the text that ships with Python"
 logged "$out/corpora.log" "$PYTHON" "$HERE/corpora.py" "$data"
 
@@ -47,9 +47,21 @@ evaluate() { # NAME CHECKPOINT FLAGS...: losses on held-out text into $out/NAME.
     --load "$2" --finetune --no-load-optim --no-load-rng --skip-train
 }
 
+# Where the student sends code and English: 20 batches of each kind of training text.
+profile() {
+  local slices=(0.5 "$data/code_slice" 0.5 "$data/english_slice")
+  logged "$out/profile.log" "$PYTHON" -m megatron_moe_inject.cli profile "$HERE/recipe.yaml" --cpu \
+    --output "$out/profile.json" -- "${STUDENT[@]}" "${BOTH[@]}" "${TRAINING[@]}" \
+    --train-data-path "${slices[@]}" --valid-data-path "${slices[@]}" \
+    --data-cache-path "$data/cache-profile" --train-iters 1 --lr 1e-3 \
+    --eval-interval 1 --eval-iters 40 \
+    --load "$out/student" --finetune --no-load-optim --no-load-rng
+}
+
 prepare_student() {
   unpack student "${STUDENT[@]}"
   PROCESSES=1 evaluate before "$out/student" "${STUDENT[@]}"
+  profile
 }
 
 prepare_teacher() {
@@ -57,7 +69,7 @@ prepare_teacher() {
   PROCESSES=1 evaluate teacher "$out/teacher" "${TEACHER[@]}"
 }
 
-say "student and teacher: unpacking into Megatron checkpoints, evaluating on held-out text"
+say "student and teacher: unpacking, evaluating on held-out text, profiling the student's routing"
 prepare_student &
 student=$!
 prepare_teacher &
@@ -65,10 +77,15 @@ teacher=$!
 wait "$student"
 wait "$teacher"
 
-say "injecting: $steps steps on 300 kB of code and 10 % English, two experts of eight per layer"
+say "the two experts of eight per layer that code uses more than English does"
+"$PYTHON" -m megatron_moe_inject.cli select "$out/profile.json" --method top_n --n 2 --score contrast \
+  --domain code --heat-map "$out/routing.png" --output "$out/experts.yaml"
+
+say "injecting: $steps steps on 300 kB of code and 10 % English"
 INJECT=(
   --inject-recipe "$HERE/recipe.yaml" --inject-verify-frozen
   --inject-set "teachers.coder.source=megatron:$out/teacher"
+  "domains[0].experts.profile=$out/profile.json"
 )
 logged "$out/inject.log" megatron "${STUDENT[@]}" "${BOTH[@]}" "${TRAINING[@]}" "${INJECT[@]}" \
   --expert-model-parallel-size 2 \

@@ -19,7 +19,6 @@ ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "examples" / "quickstart"
 sys.path.insert(0, str(QUICKSTART))
 
-import choose_experts  # noqa: E402
 import corpora  # noqa: E402
 import figures  # noqa: E402
 import models  # noqa: E402
@@ -157,17 +156,10 @@ def test_changes_are_counted_by_element():
         report.compare(before, {"a": torch.zeros(2, 3)})
 
 
-def test_experts_that_code_prefers_are_chosen_not_popular_ones():
-    code = [[0.5, 0.1, 0.3, 0.1]]
-    english = [[0.5, 0.1, 0.05, 0.35]]
-    assert choose_experts.choose(code, english, 1) == [[2]]
-    assert choose_experts.choose(code, english, 2) == [[0, 2]]
-
-
-def test_recipe_file_is_valid_and_names_two_experts_in_every_layer():
-    recipe = load_recipe(QUICKSTART / "recipe.yaml")
-    assert sorted(recipe.experts_by_layer()) == [0, 1, 2, 3]
-    assert {len(ids) for ids in recipe.experts_by_layer().values()} == {2}
+def test_recipe_file_is_valid_and_chooses_by_the_profile_that_the_quickstart_writes():
+    (domain,) = load_recipe(QUICKSTART / "recipe.yaml").domains
+    assert domain.experts.profile == "runs/quickstart/profile.json"
+    assert (domain.experts.method, domain.experts.n, domain.experts.score) == ("top_n", 2, "contrast")
 
 
 def test_shipped_models_are_whole_and_small():
