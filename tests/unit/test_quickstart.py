@@ -159,7 +159,11 @@ def test_changes_are_counted_by_element():
 def test_recipe_file_is_valid_and_chooses_by_the_profile_that_the_quickstart_writes():
     (domain,) = load_recipe(QUICKSTART / "recipe.yaml").domains
     assert domain.experts.profile == "runs/quickstart/profile.json"
-    assert (domain.experts.method, domain.experts.n, domain.experts.score) == ("top_n", 2, "contrast")
+    assert (domain.experts.method, domain.experts.n, domain.experts.score) == (
+        "top_n",
+        2,
+        "contrast",
+    )
 
 
 def test_shipped_models_are_whole_and_small():
