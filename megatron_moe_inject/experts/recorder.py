@@ -1,9 +1,7 @@
 """Records how the student's routers distribute tokens, while Megatron trains or evaluates.
 
-Each router's ``routing`` is wrapped: what it decided is summed over the positions of each sequence
-where it runs, without a copy of the tokens and without waiting for the device. At the end of a step
-the sums of a sequence are completed over the ranks that hold its parts, and added to its class. The
-profile is put together at the end of the run. Activations that are recomputed are counted once.
+What ``RoutingWatch`` saw of a step is added to the classes of its samples. The profile is put
+together at the end of the run.
 
 Shapes: n micro-batches of a step, b samples each, l this rank's part of the sequence, L MoE layers
 of this rank, E experts, C classes.
@@ -11,19 +9,15 @@ of this rank, E experts, C classes.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_moe_inject.clock import ChunkClock
-from megatron_moe_inject.experts.freeze import decoder_layers
 from megatron_moe_inject.experts.routing_profile import ClassStatistics, Spread
-
-_SUMS = ("selections", "gate_sums", "prob_sums", "dropped")
+from megatron_moe_inject.routing.watch import SUMS, RoutingWatch
 
 
 class RoutingRecorder:
@@ -36,7 +30,7 @@ class RoutingRecorder:
         coselections: also count which experts are chosen together; C L E^2 numbers.
 
     Attributes:
-        layers: 0-based MoE layers of this rank, in the order of the sums.
+        watch: gives the sums of a step.
         steps: how many were recorded.
     """
 
@@ -51,24 +45,12 @@ class RoutingRecorder:
         self._config = chunks[0].config
         self._device = next(chunks[0].parameters()).device
         self._groups = groups
-        self._sequence_group = groups.tp_cp if self._config.sequence_parallel else groups.cp
         self._counts_here = self._config.sequence_parallel or groups.tp.rank() == 0
         self._classes = classes
-        self._active = False
-        self._clocks: list[ChunkClock] = []
-        self.layers: list[int] = []
         self.steps = 0
-        for chunk in chunks:
-            clock = ChunkClock(chunk)
-            self._clocks.append(clock)
-            for layer in decoder_layers(chunk):
-                router = getattr(layer.mlp, "router", None)
-                if router is not None:
-                    watch = functools.partial(self._routing, clock, len(self.layers), router)
-                    router.routing = functools.partial(watch, router.routing)
-                    self.layers.append(layer.layer_number - 1)
-        shape = (classes, len(self.layers), self._config.num_moe_experts)
-        self._totals = {name: self._zeros(*shape) for name in _SUMS}
+        self.watch = RoutingWatch(chunks, groups, self._count_pairs if coselections else None)
+        shape = (classes, len(self.watch.layers), self._config.num_moe_experts)
+        self._totals = {name: self._zeros(*shape) for name in SUMS}
         self._share_sums, self._share_squares = self._zeros(*shape), self._zeros(*shape)
         self._sequences = self._zeros(classes)
         self._pairs = self._zeros(*shape, shape[-1]) if coselections else None
@@ -79,28 +61,17 @@ class RoutingRecorder:
     def begin(self, labels: torch.Tensor) -> None:
         """Record the step whose micro-batches have these labels, ``[n, b]`` on the host."""
         self._labels = labels
-        n, b = labels.shape
-        experts = self._config.num_moe_experts
-        self._step = torch.zeros(
-            len(_SUMS), n, b, len(self.layers), experts, dtype=torch.float32, device=self._device
-        )
-        for clock in self._clocks:
-            clock.reset()
-        self._active = True
+        self.watch.begin(*labels.shape)
 
     def end(self) -> None:
-        """Complete the step's sequences and add them to their classes.
+        """Add the step's sequences to their classes.
 
-        Collectives: one all-reduce of 4 n b L E float32 over the ranks that share sequences (TP x
-        CP under sequence parallelism, else CP).
+        Collectives: those of ``RoutingWatch.end``.
         """
-        self._active = False
         self.steps += 1
-        if self._sequence_group.size() > 1:
-            dist.all_reduce(self._step, group=self._sequence_group)
-        sums = self._step.flatten(1, 2).double()
+        sums = self.watch.end().double()
         label = (self._labels.flatten() + 1).to(self._device, non_blocking=True)
-        for name, values in zip(_SUMS, sums, strict=True):
+        for name, values in zip(SUMS, sums, strict=True):
             self._totals[name].index_add_(0, label, values)
         chosen = sums[0]
         share = chosen / chosen.sum(-1, keepdim=True).clamp(min=1)
@@ -108,50 +79,12 @@ class RoutingRecorder:
         self._share_squares.index_add_(0, label, share.square())
         self._sequences.index_add_(0, label, torch.ones_like(label, dtype=torch.float64))
 
-    def _routing(
-        self,
-        clock: ChunkClock,
-        layer: int,
-        router: torch.nn.Module,
-        stock: Callable,
-        logits: torch.Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``TopKRouter.routing``: logits ``[l, b, E]`` to gates and choices ``[l b, E]``."""
-        gates, chosen = stock(logits, *args, **kwargs)
-        if self._active and clock.inside:
-            with torch.no_grad():
-                padding = kwargs.get("padding_mask", args[0] if args else None)
-                self._record(clock.micro_batch, layer, router, logits, gates, chosen, padding)
-        return gates, chosen
-
-    def _record(
-        self,
-        micro_batch: int,
-        layer: int,
-        router: torch.nn.Module,
-        logits: torch.Tensor,
-        gates: torch.Tensor,
-        chosen: torch.Tensor,
-        padding: torch.Tensor | None,
-    ) -> None:
-        length, samples, experts = logits.shape
-        before = chosen
-        if self._config.moe_expert_capacity_factor is not None:
-            before = _without_dropping(router, logits.detach())
-        scores = _scores(logits.detach(), self._config.moe_router_score_function)
-        values = [before.float(), gates.detach().float(), scores, (before & ~chosen).float()]
-        rows = [value.view(length, samples, experts) for value in values]
-        if padding is not None:
-            kept = (~padding).view(length, samples, 1)
-            rows = [value * kept for value in rows]
-        for place, value in zip(self._step[:, micro_batch, :, layer], rows, strict=True):
-            torch.sum(value, 0, out=place)
-        if self._pairs is not None and self._counts_here:
-            for sample, label in enumerate(self._labels[micro_batch].tolist()):
-                together = rows[0][:, sample]
-                self._pairs[label + 1, layer] += together.t() @ together
+    def _count_pairs(self, micro_batch: int, layer: int, chosen: torch.Tensor) -> None:
+        if not self._counts_here:
+            return
+        for sample, label in enumerate(self._labels[micro_batch].tolist()):
+            together = chosen[:, sample]
+            self._pairs[label + 1, layer] += together.t() @ together
 
     def statistics(self, data: Sequence[tuple[str, ...]]) -> list[ClassStatistics | None]:
         """Everything recorded, of all ranks and layers; None for a class without a sequence.
@@ -172,7 +105,7 @@ class RoutingRecorder:
                 if group.size() > 1:
                     dist.all_reduce(self._pairs, group=group)
         own = {
-            "layers": self.layers,
+            "layers": self.watch.layers,
             "sums": whole.cpu().numpy(),
             "pairs": None if self._pairs is None else self._pairs.cpu().numpy(),
             "sequences": self._sequences.cpu().numpy(),
@@ -212,32 +145,3 @@ class RoutingRecorder:
             dropped=np.rint(dropped).astype(np.int64) if capacity else None,
             coselections=None if pairs is None else np.rint(pairs[index]).astype(np.int64),
         )
-
-
-def _scores(logits: torch.Tensor, score_function: str) -> torch.Tensor:
-    """Scores over all experts, 1 per token in sum, as Megatron's balance losses take them."""
-    if score_function == "softmax":
-        return logits.float().softmax(-1)
-    raw = logits.float().sigmoid()
-    if score_function == "sqrtsoftplus":
-        raw = torch.nn.functional.softplus(logits.float()).sqrt()
-    return raw / (raw.sum(-1, keepdim=True) + 1e-20)
-
-
-def _without_dropping(router: torch.nn.Module, logits: torch.Tensor) -> torch.Tensor:
-    """What the router chooses before its capacity drops anything, ``[l b, E]`` bool."""
-    from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
-
-    config = router.config
-    _, chosen = topk_routing_with_score_function(
-        logits.reshape(-1, logits.shape[-1]),
-        router.topk,
-        use_pre_softmax=config.moe_router_pre_softmax,
-        num_groups=config.moe_router_num_groups,
-        group_topk=config.moe_router_group_topk,
-        scaling_factor=config.moe_router_topk_scaling_factor,
-        score_function=router.score_function,
-        expert_bias=router.expert_bias,
-        fused=config.moe_router_fusion,
-    )
-    return chosen

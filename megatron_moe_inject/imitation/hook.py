@@ -6,10 +6,6 @@ decoder layer hands on. The output of chosen experts is found by sending the exp
 the token dispatcher a second time with the other experts' rows set to zero: its combine step is
 linear, and its gradient crosses the expert-parallel ranks the same way.
 
-Micro-batches reach a chunk in order. Under activation recompute a place is passed twice, first
-without a graph and then, during the backward pass, with one; the micro-batches of the first
-passage wait in a queue for the second.
-
 Shapes: n micro-batches, b samples, l this rank's part of the sequence, h hidden, k samples of a
 term's domains, E_l local experts, m rows that local experts process.
 """
@@ -17,7 +13,6 @@ term's domains, E_l local experts, m rows that local experts process.
 from __future__ import annotations
 
 import functools
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,7 +20,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.utils import make_viewless_tensor
 
-from megatron_moe_inject.clock import ChunkClock
+from megatron_moe_inject.clock import ChunkClock, Passages
 from megatron_moe_inject.experts.freeze import decoder_layers
 from megatron_moe_inject.imitation.exchange import FeatureExchange, LayerStates, StepTargets
 from megatron_moe_inject.imitation.projections import Projections
@@ -36,7 +31,7 @@ from megatron_moe_inject.metrics.losses import sum_and_count
 REPORTED = {"hidden": "feature loss", "experts": "expert feature loss"}
 
 
-class _Place:
+class _Place(Passages):
     """A place in a chunk where losses are attached.
 
     Args:
@@ -48,21 +43,9 @@ class _Place:
     def __init__(
         self, clock: ChunkClock, terms: Sequence[ImitationTerm], projections: Projections
     ) -> None:
-        self._clock = clock
+        super().__init__(clock)
         self.terms = terms
         self.projections = projections
-        self._waiting: deque[int] = deque()
-
-    def reset(self) -> None:
-        self._waiting.clear()
-
-    def passing(self) -> tuple[int, bool]:
-        """The micro-batch that passes now, and whether for the first time."""
-        if not self._clock.inside:
-            return self._waiting.popleft(), False
-        if not torch.is_grad_enabled():
-            self._waiting.append(self._clock.micro_batch)
-        return self._clock.micro_batch, True
 
 
 class ImitationHook:

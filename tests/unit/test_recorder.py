@@ -129,7 +129,7 @@ def test_every_sum_is_that_of_a_loop_over_tokens(monkeypatch, score_function, ca
     padding[3:, 1] = padded
     recorder, inputs = recorded(chunk, padding if padded else None)
     statistics = recorder.statistics([("a",), ("b",), ("c",)])
-    assert recorder.layers == [0, 2]
+    assert recorder.watch.layers == [0, 2]
 
     for row, layer in enumerate((0, 2)):
         router = chunk.decoder.layers[layer].mlp.router
