@@ -35,6 +35,7 @@ from megatron_moe_inject.original_pass import OriginalPass
 from megatron_moe_inject.plan import Plan, TeacherRow
 from megatron_moe_inject.profile_run import ProfileSetup
 from megatron_moe_inject.recipe import GENERAL, Recipe, RecipeError
+from megatron_moe_inject.routing.setup import SteeringSetup
 from megatron_moe_inject.schedule import ever_positive, value_at
 from megatron_moe_inject.step import SplitRegistry, StepHook
 from megatron_moe_inject.student import (
@@ -154,6 +155,7 @@ class Injection:
         self._recorder: RoutingRecorder | None = None
         if args.inject_profile is not None:
             self._profile = ProfileSetup(recipe, args, self.facts, SPLITS[:1])
+        self._steering = SteeringSetup(recipe, self.facts)
         self.imitation = ImitationSetup(recipe, args, self.facts, self.teacher_infos)
         self.chunks: list[torch.nn.Module] = []
         self.originals: OriginalParameters | None = None
@@ -194,6 +196,9 @@ class Injection:
         groups = compat.process_groups(self.chunks[0])
         host_group = HostGroup.create(groups.mp)
         self.originals = self._keep_originals()
+        routing = self._steering.step(
+            self.chunks, groups, boundary, None if self.originals is None else self.originals.of
+        )
         if self._profile is not None:
             self._recorder = self._profile.recorder(self.chunks, groups)
         last = next((c for c in self.chunks if c.post_process), None)
@@ -206,6 +211,7 @@ class Injection:
             self._original_pass(loss_hook, groups, device),
             self.imitation.hook(self.chunks, groups, by_domain=self._several_classes),
             self._recorder,
+            routing=routing,
         )
         self.plan = Plan(
             self.recipe,
@@ -216,6 +222,7 @@ class Injection:
             imitation=self.imitation.terms,
             warnings=self._warnings
             + self.imitation.warnings
+            + self._steering.warnings
             + [
                 f"teacher {name}: {info.vocabulary}"
                 for name, info in self.teacher_infos.items()
@@ -249,11 +256,17 @@ class Injection:
                 )  # fmt: skip
 
     def _keep_originals(self) -> OriginalParameters | None:
-        """The original parameters where retention needs them: as loaded, or as the run began."""
-        if not ever_positive(self.recipe.objective.gamma):
+        """The original parameters where retention needs them: as loaded, or as the run began.
+
+        Without gamma those of routers alone.
+        """
+        gamma = ever_positive(self.recipe.objective.gamma)
+        if not gamma and not self.recipe.steering.retains:
             return None
         args = self._args
-        originals = OriginalParameters(self.chunks, self.policy.described())
+        trains = self.policy.described()
+        components = None if gamma else ("router",)
+        originals = OriginalParameters(self.chunks, trains, components)
         metadata = compat.sharded_state_metadata(args)
         if not args.finetune and args.iteration and args.load:
             stored = Path(args.load) / FOLDER
@@ -261,8 +274,8 @@ class Injection:
                 agree(lambda: originals.load(stored, metadata))
                 return originals
             self._warnings.append(
-                f"gamma: {stored} does not exist, so the original is the model as loaded, after "
-                f"{args.iteration} iterations"
+                f"retention: {stored} does not exist, so the original is the model as loaded, "
+                f"after {args.iteration} iterations"
             )
         if args.save and not self.dry_run:
             originals.save(Path(args.save) / FOLDER, metadata)
@@ -271,7 +284,7 @@ class Injection:
     def _original_pass(
         self, loss_hook: LossHook | None, groups: Any, device: torch.device
     ) -> OriginalPass | None:
-        if self.originals is None:
+        if self.originals is None or not ever_positive(self.recipe.objective.gamma):
             return None
         interleaved = len(self.chunks) > 1
         multiple = groups.pp.size() if interleaved else 1
@@ -289,12 +302,13 @@ class Injection:
         passes = {name: self._teacher_pass(name, chunk, groups) for name in self.recipe.teachers}
         taught = {i: d.teacher for i, d in enumerate(self.recipe.domains) if d.teacher}
         objective = self.recipe.objective
+        originals = self.originals if ever_positive(objective.gamma) else None
         report = LossReport(
             [domain.name for domain in self.recipe.domains],
             distilled=list(taught),
             by_class=self._several_classes,
             weighted=bool(TokenWeighting(objective.confidence, objective.skip_worse)),
-            retained=self.originals is not None,
+            retained=originals is not None,
         )
         return LossHook(
             chunk,
@@ -303,7 +317,7 @@ class Injection:
             report,
             tp_group=groups.tp,
             valid_vocab_size=self._valid_vocab_size,
-            originals=self.originals,
+            originals=originals,
             masked_sum=objective.masked_sum,
         )
 

@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 
 from megatron_moe_inject import typed
 from megatron_moe_inject.recipe_rules import CONFIDENCES, DIVERGENCES, EXPERT_MODES, validate
+from megatron_moe_inject.recipe_steering import Steering
 from megatron_moe_inject.schedule import Schedule, Weight, ever_positive
 from megatron_moe_inject.typed import RecipeError, fail, show, suggest
 
@@ -37,6 +38,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Schedule",
+    "Steering",
     "TeacherSpec",
     "Train",
     "dump_recipe",
@@ -266,6 +268,7 @@ class Recipe:
     teachers: dict[str, TeacherSpec] = field(default_factory=dict)
     objective: Objective = field(default_factory=Objective)
     train: Train = field(default_factory=Train)
+    steering: Steering = field(default_factory=Steering)
     general_data: list[int | str] = field(default_factory=list)
     verify_frozen: bool = False
     version: int = 1

@@ -11,6 +11,7 @@ import re
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from megatron_moe_inject.recipe_steering import STOCK_BALANCES, check_steering
 from megatron_moe_inject.schedule import SHAPES, Schedule, Weight, ever_positive, lowest
 from megatron_moe_inject.typed import RecipeError, child, fail, listing, suggest
 
@@ -43,6 +44,10 @@ def validate(recipe: Recipe) -> None:
     _check_teachers(recipe)
     _check_objective(recipe)
     _check_train(recipe)
+    _check_choice("steering.stock_balance", recipe.steering.stock_balance, STOCK_BALANCES)
+    for name in ("coeff", "balance", "retention"):
+        _check_weight(f"steering.{name}", getattr(recipe.steering, name))
+    check_steering(recipe)
 
 
 def _check_domains(recipe: Recipe) -> None:

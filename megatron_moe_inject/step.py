@@ -21,6 +21,7 @@ from megatron_moe_inject.experts.recorder import RoutingRecorder
 from megatron_moe_inject.imitation.hook import ImitationHook
 from megatron_moe_inject.loss_hook import LossHook
 from megatron_moe_inject.original_pass import OriginalPass
+from megatron_moe_inject.routing.setup import RoutingStep
 
 
 class SplitRegistry:
@@ -60,6 +61,7 @@ class StepHook:
         imitation: losses on layers, ``None`` without feature imitation.
         recorder: counts routing in the steps of training, ``None`` without a profile.
         records_evaluation: count in evaluation instead.
+        routing: steers tokens and reports where they go.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class StepHook:
         imitation: ImitationHook | None = None,
         recorder: RoutingRecorder | None = None,
         records_evaluation: bool = False,
+        routing: RoutingStep | None = None,
     ) -> None:
         self._splits = splits
         self._host_group = host_group
@@ -81,6 +84,7 @@ class StepHook:
         self._imitation = imitation
         self._recorder = recorder
         self._records_evaluation = records_evaluation
+        self._routing = routing
 
     def wrap(self, forward_backward: Callable) -> Callable:
         """What ``train_step`` and ``evaluate`` call in the place of ``forward_backward``."""
@@ -118,6 +122,8 @@ class StepHook:
             recorder = self._recorder if evaluation == self._records_evaluation else None
             if recorder is not None:
                 recorder.begin(labels)
+            if self._routing is not None:
+                self._routing.begin(labels, self._iteration(), seq_length)
             replay = [None if chunk is None else iter(chunk) for chunk in clean]
             try:
                 reports = forward_backward(
@@ -133,6 +139,8 @@ class StepHook:
                     self._loss_hook.end()
             if self._imitation is not None:
                 self._imitation.end(reports)
+            if self._routing is not None:
+                self._routing.end(reports, trained=not evaluation)
             if recorder is not None:
                 recorder.end()
             return reports

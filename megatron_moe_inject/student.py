@@ -42,7 +42,7 @@ class _Refusal:
     def matches(self, options: Mapping[str, Any]) -> bool:
         found = options.get(self.name)
         if self.value is not None:
-            return found == self.value
+            return found == self.value or (isinstance(found, list) and self.value in found)
         return bool(found) and found != "none"
 
 
@@ -69,6 +69,16 @@ _NO_SECOND_COMBINE = (
     _Refusal("moe_token_dispatcher_type", _COMBINE, value="flex"),
     _Refusal("moe_shared_expert_overlap", _COMBINE),
     _Refusal("moe_latent_size", "gives experts outputs of another width than the layer's"),
+)
+_OWN_ASSIGNMENT = "assigns tokens by a rule of its own, against which steering cannot work"
+_NO_STEERING = (
+    _Refusal("moe_router_load_balancing_type", _OWN_ASSIGNMENT, value="sinkhorn"),
+    _Refusal("moe_router_load_balancing_type", _OWN_ASSIGNMENT, value="quantile_balancing"),
+    _Refusal("moe_router_force_load_balancing", _OWN_ASSIGNMENT),
+    _Refusal("moe_router_force_biased", _OWN_ASSIGNMENT),
+    _Refusal("moe_enable_routing_replay", _OWN_ASSIGNMENT),
+    _Refusal("moe_router_fusion", "fuses balance losses that steering has to tell apart"),
+    _Refusal("cuda_graph_impl", "replays routers without the losses on them"),
 )
 _REFUSED = (
     _Refusal("yaml_cfg", "replaces the command line and loses the plugin's flags"),
@@ -193,7 +203,13 @@ def student_facts_from_args(args: Namespace) -> StudentFacts:
         ),
         options={
             option.name: getattr(args, option.name)
-            for option in (*_REFUSED, _GRAPHS, *_NO_SECOND_COMBINE, *_of_grouped_gemm(args))
+            for option in (
+                *_REFUSED,
+                _GRAPHS,
+                *_NO_SECOND_COMBINE,
+                *_NO_STEERING,
+                *_of_grouped_gemm(args),
+            )
             if option.matches(vars(args))
         },
     )
@@ -266,6 +282,7 @@ def check_recipe(recipe: Recipe, facts: StudentFacts) -> None:
                     "some of them; remove it, or train all experts",
                     option.flag,
                 )
+    _check_steering(recipe, facts)
     for term in recipe.objective.features.in_use():
         extra = _NO_SECOND_COMBINE if term == "experts" else ()
         _refuse((_GRAPHS_OF_LAYERS, *extra), facts, f"objective.features.{term}")
@@ -291,6 +308,27 @@ def _check_retention(recipe: Recipe, facts: StudentFacts) -> None:
         )
     packed = (option for option in _REFUSED if option.with_teacher)
     _refuse((*packed, _GRAPHS), facts, "objective.gamma")
+
+
+def _check_steering(recipe: Recipe, facts: StudentFacts) -> None:
+    steering = recipe.steering
+    if not steering.watches:
+        return
+    used = {"coeff": steering.steers, "retention": steering.retains, "report": steering.report}
+    name = next(name for name, value in used.items() if value)
+    if facts.num_moe_experts is None:
+        raise fail(
+            f"steering.{name}", getattr(steering, name), "needs routers, but the student is dense",
+            "set it to 0 or false",
+        )  # fmt: skip
+    if steering.steers or steering.retains:
+        _refuse(_NO_STEERING, facts, f"steering.{name}")
+    if steering.retains and GENERAL not in split_labels(recipe, facts, "train"):
+        raise fail(
+            "steering.retention", steering.retention,
+            "holds routers on general data, but every dataset belongs to a domain",
+            "add general data to --data-path (5 to 10 %) or set it to 0",
+        )  # fmt: skip
 
 
 def _check_options(recipe: Recipe, facts: StudentFacts) -> None:

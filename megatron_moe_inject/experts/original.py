@@ -15,14 +15,14 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_moe_inject.experts.freeze import PROJECTIONS
+from megatron_moe_inject.experts.freeze import places
 from megatron_moe_inject.experts.optimizer_state import with_own_keys
 from megatron_moe_inject.typed import RecipeError
 
@@ -36,16 +36,25 @@ class OriginalParameters:
     Args:
         chunks: bare model chunks, holding the original values now.
         trains: what trains, in plain JSON values; stored copies must be of the same.
+        components: of what to keep originals, from ``freeze.COMPONENTS``; ``None`` = of all.
     """
 
-    def __init__(self, chunks: Iterable[torch.nn.Module], trains: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        chunks: Iterable[torch.nn.Module],
+        trains: dict[str, Any],
+        components: Sequence[str] | None = None,
+    ) -> None:
         self._chunks = list(chunks)
-        self._trains = json.loads(json.dumps(trains))
+        kept = {} if components is None else {"originals": list(components)}
+        self._trains = json.loads(json.dumps(trains | kept))
         self._copies = {
             parameter: parameter.detach().clone()
             for chunk in self._chunks
-            for name, parameter in chunk.named_parameters()
-            if parameter.requires_grad and not name.startswith(f"{PROJECTIONS}.")
+            for place, parameter in places(chunk)
+            if parameter.requires_grad
+            and place.component != "projections"
+            and (components is None or place.component in components)
         }
 
     @property
@@ -141,6 +150,6 @@ class OriginalParameters:
 
 def _unfit(folder: Path, problem: str) -> RecipeError:
     return RecipeError(
-        f"objective.gamma: {folder} {problem}; train what the run began to train, or start an "
+        f"retention: {folder} {problem}; train what the run began to train, or start an "
         "injection of its own with --finetune and another --save"
     )

@@ -26,7 +26,7 @@ from megatron_moe_inject.imitation.exchange import FeatureExchange, LayerStates,
 from megatron_moe_inject.imitation.projections import Projections
 from megatron_moe_inject.imitation.terms import ImitationTerm
 from megatron_moe_inject.losses.features import attach_loss, feature_loss
-from megatron_moe_inject.metrics.losses import sum_and_count
+from megatron_moe_inject.metrics.losses import add_reports, sum_and_count
 
 REPORTED = {"hidden": "feature loss", "experts": "expert feature loss"}
 
@@ -179,11 +179,7 @@ class ImitationHook:
         self._targets = None
         if self._model_parallel.size() > 1:
             dist.all_reduce(self._sums, group=self._model_parallel)
-        if not (isinstance(reports, list) and all(isinstance(r, dict) for r in reports)):
-            return
-        for index, report in enumerate(reports):
-            for name, value in self._values().items():
-                report[name] = value if index == 0 else torch.zeros_like(value)
+        add_reports(reports, self._values())
 
     def _values(self) -> dict[str, torch.Tensor]:
         values = {}

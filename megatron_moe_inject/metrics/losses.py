@@ -10,7 +10,8 @@ Shapes: b batch, s sequence, C classes (general data and each domain).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -99,3 +100,18 @@ def merge(stock: dict[str, torch.Tensor], ours: dict[str, torch.Tensor]) -> dict
     merged = dict(stock)
     merged[TOTAL_LOSS] = merged.pop(LM_LOSS)
     return ours | merged
+
+
+def add_reports(reports: Any, values: Mapping[str, torch.Tensor]) -> None:
+    """Add values of a whole step, ``[sum, count]`` each, to the reports of its micro-batches.
+
+    Args:
+        reports: what a schedule returned; anything but a list of dictionaries (other stages, or
+            collected outputs) is left alone.
+        values: counted once, in the first micro-batch.
+    """
+    if not (isinstance(reports, list) and all(isinstance(r, dict) for r in reports)):
+        return
+    for position, report in enumerate(reports):
+        for name, value in values.items():
+            report[name] = value if position == 0 else torch.zeros_like(value)

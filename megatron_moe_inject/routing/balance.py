@@ -1,0 +1,132 @@
+"""Peace between steering and load balancing: the stock balance losses see general samples only.
+
+Megatron's balance losses pull all tokens together towards an even use of the experts, which is
+what steering works against. Here the samples of steered domains leave their sums, where a general
+token keeps the weight that it had among all tokens; so a micro-batch without general samples has
+no balance loss. Counts for the update of ``expert_bias`` weigh a domain token by a number, 0 by
+default. The z-loss keeps every token: it bounds logits and favours no expert.
+
+The losses are Megatron's own methods, called with the general samples' rows, except the global
+one, whose collective every rank must enter and whose divisor may be 0.
+
+Shapes: l this rank's part of the sequence, b samples, g general samples, E experts. General here
+means: not steered in this layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+SEQUENCE_LOCAL = ("_apply_aux_loss", "_apply_seq_aux_loss")
+
+
+class GeneralBalance:
+    """Keeps one router's balance losses and bias counts to general samples.
+
+    Args:
+        router: Megatron's ``TopKRouter``.
+        bias_counts: weight of a domain token in the counts for the expert bias.
+
+    Attributes:
+        general: positions of the general samples in the micro-batch that is being routed, and how
+            many samples it has; ``None`` = leave everything stock.
+    """
+
+    def __init__(self, router: torch.nn.Module, bias_counts: float) -> None:
+        self._router = router
+        self._bias_counts = bias_counts
+        self.general: tuple[Sequence[int], int] | None = None
+        for name in SEQUENCE_LOCAL:
+            setattr(router, name, self._excluding(getattr(router, name)))
+        self._stock_global = router._apply_global_aux_loss
+        router._apply_global_aux_loss = self._apply_global_aux_loss
+        self._stock_bias = router._apply_expert_bias
+        router._apply_expert_bias = self._apply_expert_bias
+
+    def _mixed(self) -> tuple[Sequence[int], int] | None:
+        """The general samples where there are others too."""
+        if self.general is None or len(self.general[0]) == self.general[1]:
+            return None
+        return self.general
+
+    def _excluding(self, stock: Callable) -> Callable:
+        """``_apply_aux_loss`` and ``_apply_seq_aux_loss`` on the general samples alone."""
+
+        def apply(probs, scores, routing_map, *sizes: int, with_padding_mask: bool = False):
+            mixed = self._mixed()
+            if mixed is None:
+                return stock(
+                    probs, scores, routing_map, *sizes, with_padding_mask=with_padding_mask
+                )
+            kept, samples = mixed
+            if not kept:
+                return probs
+            # With calculate_per_token_loss Megatron weighs the loss by the tokens it is given.
+            whole = self._router.calculate_per_token_loss
+            share = 1.0 if whole else len(kept) / samples
+            scores = _samples(scores, kept, samples) * share
+            sizes = (sizes[0], len(kept)) if sizes else ()
+            chosen = _samples(routing_map, kept, samples)
+            return stock(probs, scores, chosen, *sizes, with_padding_mask=with_padding_mask)
+
+        return apply
+
+    def _apply_global_aux_loss(
+        self, probs, scores, routing_map, with_padding_mask: bool = False
+    ) -> torch.Tensor:
+        """Stock's formula with its sums over general tokens and its divisor over all.
+
+        Collectives: one all-reduce of E numbers over TP x DP x CP, as in stock.
+        """
+        router = self._router
+        coeff = router.get_aux_loss_coeff("global_aux_loss")
+        if self.general is None or coeff == 0:
+            return self._stock_global(
+                probs, scores, routing_map, with_padding_mask=with_padding_mask
+            )
+        from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
+
+        kept, samples = self.general
+        tokens = len(routing_map)
+        scores, chosen = _samples(scores, kept, samples), _samples(routing_map, kept, samples)
+        group = router.tp_dp_cp_group
+        router.global_tokens_per_expert += reduce_from_tensor_model_parallel_region(
+            chosen.sum(0), group
+        )
+        router.ga_steps += 1
+        counts = router.global_tokens_per_expert
+        shares = counts / counts.sum().clamp(min=1)
+        experts = router.config.num_moe_experts
+        loss = coeff * experts * (shares * scores.sum(0)).sum() / (tokens * group.size())
+        return router.attach_and_log_load_balancing_loss(
+            probs,
+            coeff,
+            loss,
+            "global_load_balancing_loss",
+            group,
+            needs_dp_avg=False,
+            valid_token_count=tokens,
+        )
+
+    def _apply_expert_bias(
+        self, routing_map: torch.Tensor, padding_mask: torch.Tensor | None = None
+    ) -> None:
+        """Counts ``[l b, E]`` choices, those of domain samples by their weight."""
+        router, mixed = self._router, self._mixed()
+        if mixed is None or padding_mask is not None:
+            self._stock_bias(routing_map, padding_mask=padding_mask)
+            return
+        if router.enable_expert_bias and torch.is_grad_enabled():
+            kept, samples = mixed
+            with torch.no_grad():
+                general = _samples(routing_map, kept, samples).sum(0)
+                others = routing_map.sum(0) - general
+                router.local_tokens_per_expert += general + self._bias_counts * others
+
+
+def _samples(rows: torch.Tensor, kept: Sequence[int], samples: int) -> torch.Tensor:
+    """Rows ``[l b, E]`` of some samples, ``[l g, E]``."""
+    experts = rows.shape[-1]
+    return rows.view(-1, samples, experts)[:, list(kept)].reshape(-1, experts)

@@ -1,0 +1,181 @@
+"""From a recipe to what is steered: the targets, whether it acts, and the parts of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_moe_inject.experts.freeze import decoder_layers
+from megatron_moe_inject.recipe import Recipe, RecipeError
+from megatron_moe_inject.routing.shares import RoutingShares
+from megatron_moe_inject.routing.steering import SteeringHook, SteeringWeights
+from megatron_moe_inject.routing.watch import RoutingWatch, routers
+from megatron_moe_inject.schedule import value_at
+from megatron_moe_inject.student import StudentFacts
+
+
+class RoutingStep:
+    """What a step does about routing: its losses, then its reports.
+
+    Args:
+        hook: attaches losses; ``None`` where the log alone is wanted.
+        shares: reports where tokens go; ``None`` where no domain has targets.
+    """
+
+    def __init__(self, hook: SteeringHook | None, shares: RoutingShares | None) -> None:
+        self._hook = hook
+        self._shares = shares
+        self._iteration = 0
+
+    def begin(self, labels: torch.Tensor, iteration: int, sequence_length: int) -> None:
+        """Start a step, ``labels`` ``[n, b]`` on the host.
+
+        Collectives: those of ``SteeringHook.begin``.
+        """
+        self._iteration = iteration
+        if self._hook is not None:
+            self._hook.begin(labels, iteration, sequence_length)
+        if self._shares is not None:
+            self._shares.begin(labels)
+
+    def end(self, reports: Any, *, trained: bool) -> None:
+        """Finish the step; ``trained`` tells it from one of evaluation.
+
+        Collectives: those of ``SteeringHook.end`` and ``RoutingShares.end``.
+        """
+        if self._hook is not None:
+            self._hook.end(reports)
+        if self._shares is not None:
+            self._shares.end(reports, self._iteration + 1 if trained else None)
+
+
+class SteeringSetup:
+    """What a recipe asks of the routers.
+
+    Args:
+        recipe: with its experts resolved.
+        facts: the student.
+    """
+
+    def __init__(self, recipe: Recipe, facts: StudentFacts) -> None:
+        self._recipe = recipe
+        self._spec = recipe.steering
+        self.warnings: list[str] = []
+        self._targets: dict[int, torch.Tensor] = {}
+        if not self._spec.watches:
+            return
+        shape = (len(recipe.domains) + 1, facts.num_moe_experts)
+        for index, domain in enumerate(recipe.domains):
+            for layer, ids in domain.experts.layers.items():
+                if layer in self._spec.layers or not self._spec.layers:
+                    table = self._targets.setdefault(layer, torch.zeros(shape, dtype=torch.bool))
+                    table[index + 1, ids] = True
+        if self._spec.retains:
+            for layer in facts.moe_layers:
+                self._targets.setdefault(layer, torch.zeros(shape, dtype=torch.bool))
+
+    def step(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        groups: Any,
+        boundary: int,
+        original: Callable[[torch.Tensor], torch.Tensor] | None,
+    ) -> RoutingStep | None:
+        """The parts of this rank, once the student is loaded; ``None`` where nothing is asked.
+
+        Args:
+            chunks: this rank's bare model chunks.
+            groups: the student's ``ProcessGroupCollection``.
+            boundary: lowest position that trains, see ``experts.boundary``.
+            original: gives the original value of a parameter; used with retention.
+
+        Collectives: one all-gather of layer numbers over the whole world.
+
+        Raises:
+            RecipeError: steering would act on nothing.
+        """
+        if not self._targets:
+            return None
+        spec = self._spec
+        if spec.steers:
+            self._check_acts(chunks, boundary)
+        hook = None
+        if spec.steers or spec.retains:
+            hook = SteeringHook(
+                chunks,
+                groups,
+                self._targets,
+                self._weights_at,
+                target_mass=spec.target_mass,
+                original=original if spec.retains else None,
+                stock_balance=spec.stock_balance == "all",
+                bias_counts=spec.bias_counts,
+            )
+        if not any(table.any() for table in self._targets.values()):
+            return RoutingStep(hook, None)
+        shares = RoutingShares(
+            RoutingWatch(chunks, groups),
+            [domain.name for domain in self._recipe.domains],
+            self._targets,
+            groups,
+            device=next(chunks[0].parameters()).device,
+            drops=chunks[0].config.moe_expert_capacity_factor is not None,
+            detail_every=spec.detail_every,
+            write=_write,
+        )
+        return RoutingStep(hook, shares)
+
+    def _weights_at(self, iteration: int) -> SteeringWeights:
+        spec = self._spec
+        return SteeringWeights(
+            *(value_at(weight, iteration) for weight in (spec.coeff, spec.balance, spec.retention))
+        )
+
+    def _check_acts(self, chunks: Sequence[torch.nn.Module], boundary: int) -> None:
+        """Steering acts where a router trains, or where what trains changes its input."""
+        own = {layer for chunk in chunks for layer in _acting(chunk, boundary)}
+        ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, own)
+        acting = set().union(*ranks)
+        steered = {layer for layer, table in self._targets.items() if table.any()}
+        if not steered & acting:
+            raise RecipeError(
+                f"steering.coeff: {self._spec.coeff} steers layers {sorted(steered)}, but neither "
+                "their routers train nor anything below them; set train.router: true, or remove it"
+            )
+        if steered - acting:
+            self.warnings.append(
+                f"steering acts on nothing in layers {sorted(steered - acting)}: neither their "
+                "routers train nor anything below them"
+            )
+
+
+def _acting(chunk: torch.nn.Module, boundary: int) -> set[int]:
+    """Layers of a chunk whose router's logits depend on something that trains."""
+    own = {layer.layer_number - 1: layer for layer in decoder_layers(chunk)}
+    found = set()
+    for number, router in routers(chunk):
+        before = (
+            parameter
+            for name, parameter in own[number].named_parameters()
+            if not name.startswith("mlp.")
+        )
+        trained = any(p.requires_grad for p in (*router.parameters(), *before))
+        if trained or boundary < number:
+            found.add(number)
+    return found
+
+
+def _write(scalars: Mapping[str, float], iteration: int) -> None:
+    """To TensorBoard and W&B, on the rank that has them."""
+    from megatron.training import get_tensorboard_writer, get_wandb_writer
+
+    writer, wandb = get_tensorboard_writer(), get_wandb_writer()
+    if writer is not None:
+        for name, value in scalars.items():
+            writer.add_scalar(name, value, iteration)
+    if wandb is not None:
+        wandb.log(dict(scalars), iteration)

@@ -1,0 +1,307 @@
+"""Steering at work in the student's routers, on any pipeline stage.
+
+Each router's ``routing`` is wrapped. From the logits it computes the losses of the micro-batch that
+is being routed and attaches them to the gates, so that their gradient joins the one that comes
+back through the experts. No collective runs inside the pipeline, except, where a domain's tokens
+are balanced within their targets, one of a few numbers per layer, as Megatron's own balance loss
+has it.
+
+Each loss is a mean over the tokens it concerns in the whole step: of all micro-batches and
+data-parallel ranks, weighted. The sums that it divides by are known from the labels before the
+schedule starts. Under activation recompute a router runs twice; losses are attached where there is
+a graph and counted the first time.
+
+Shapes: n micro-batches, b samples, l this rank's part of the sequence, s the whole, E experts, D
+domains, L steered layers of this rank.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.moe.moe_utils import router_gating_linear
+
+from megatron_moe_inject.clock import ChunkClock, Passages
+from megatron_moe_inject.losses.features import attach_loss
+from megatron_moe_inject.metrics.losses import add_reports, sum_and_count
+from megatron_moe_inject.routing.balance import GeneralBalance
+from megatron_moe_inject.routing.losses import (
+    router_distribution,
+    router_divergences,
+    steering_losses,
+    target_balance_losses,
+)
+from megatron_moe_inject.routing.watch import chosen_before_dropping, routers
+
+TERMS = STEERING, WITHIN, RETENTION = "steering loss", "target balance loss", "router retention"
+
+
+@dataclass(frozen=True)
+class SteeringWeights:
+    """Weights of a step: of steering, of balance within targets, of router retention."""
+
+    coeff: float
+    balance: float
+    retention: float
+
+
+class _SteeredRouter(Passages):
+    """One router and what is steered there.
+
+    Args:
+        clock: that of its chunk.
+        router: Megatron's.
+        targets: bool ``[D + 1, E]``: targets by domain index plus one, none of general data.
+        original_weight: gives the original router's ``[E, h]``.
+        balance: keeps its stock losses to general samples; ``None`` leaves them.
+    """
+
+    def __init__(
+        self,
+        clock: ChunkClock,
+        router: torch.nn.Module,
+        targets: torch.Tensor,
+        original_weight: Callable[[], torch.Tensor],
+        balance: GeneralBalance | None,
+    ) -> None:
+        super().__init__(clock)
+        self.router = router
+        self.targets = targets
+        self.has_targets = targets.any(1).cpu()
+        self.original_weight = original_weight
+        self.balance = balance
+        self.original_logits: torch.Tensor | None = None
+
+
+class SteeringHook:
+    """Computes and attaches the losses of one rank.
+
+    Args:
+        chunks: this rank's bare model chunks.
+        groups: the student's ``ProcessGroupCollection``.
+        targets: by layer, bool ``[D + 1, E]``, see ``_SteeredRouter``.
+        weights_at: the weights after that many optimizer steps.
+        target_mass: probability on the targets where steering stops.
+        original: gives the original value of a parameter; ``None`` without retention.
+        stock_balance: leave Megatron's balance losses and bias counts as they are.
+        bias_counts: weight of a domain token in the counts for the expert bias.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        groups: Any,
+        targets: Mapping[int, torch.Tensor],
+        weights_at: Callable[[int], SteeringWeights],
+        *,
+        target_mass: float,
+        original: Callable[[torch.Tensor], torch.Tensor] | None,
+        stock_balance: bool,
+        bias_counts: float,
+    ) -> None:
+        self._config = chunks[0].config
+        self._device = next(chunks[0].parameters()).device
+        self._groups = groups
+        self._sequence_group = groups.tp_cp if self._config.sequence_parallel else groups.cp
+        self._weights_at = weights_at
+        self._target_mass = target_mass
+        self._classes = len(next(iter(targets.values())))
+        self._steers = any(mask.any() for mask in targets.values())
+        self._original = original
+        self._active = False
+        self._clocks: list[ChunkClock] = []
+        self._routers: list[_SteeredRouter] = []
+        for chunk in chunks:
+            clock = ChunkClock(chunk)
+            self._clocks.append(clock)
+            for layer, router in routers(chunk):
+                if layer in targets:
+                    self._watch(clock, router, targets[layer], not stock_balance, bias_counts)
+
+    def _watch(
+        self,
+        clock: ChunkClock,
+        router: torch.nn.Module,
+        targets: torch.Tensor,
+        exclude: bool,
+        bias_counts: float,
+    ) -> None:
+        steered = _SteeredRouter(
+            clock,
+            router,
+            targets.to(self._device),
+            lambda: self._original(router.weight),
+            GeneralBalance(router, bias_counts) if exclude and targets.any() else None,
+        )
+        if self._original is not None:
+            router.gating = functools.partial(self._gating, steered, router.gating)
+        router.routing = functools.partial(self._routing, steered, router.routing)
+        self._routers.append(steered)
+
+    def begin(self, labels: torch.Tensor, iteration: int, sequence_length: int) -> None:
+        """Start a step whose micro-batches have these labels, ``[n, b]`` on the host.
+
+        Collectives: one all-reduce of D + 1 numbers over the data-parallel group.
+        """
+        self._labels = labels
+        counts = torch.bincount(labels.flatten() + 1, minlength=self._classes)
+        self._tokens = counts.float().to(self._device, non_blocking=True) * sequence_length
+        if self._groups.dp.size() > 1:
+            dist.all_reduce(self._tokens, group=self._groups.dp)
+        self._weights = self._weights_at(iteration)
+        self._step_scale = self._scale(self._tokens.sum())
+        self._sums = torch.zeros(3, 2, dtype=torch.float32, device=self._device)
+        for part in (*self._clocks, *self._routers):
+            part.reset()
+        self._active = True
+
+    def _scale(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What makes a sum over this rank's tokens one over the tokens of the step.
+
+        Megatron averages gradients over data- and context-parallel ranks; with
+        ``calculate_per_token_loss`` it sums them and divides by all tokens, of which, like its own
+        balance losses, this takes none to be masked.
+        """
+        scale = torch.ones((), device=self._device)
+        if self._config.grad_scale_func is not None and torch.is_grad_enabled():
+            scale = self._config.grad_scale_func(scale).detach()
+        if self._config.calculate_per_token_loss:
+            return scale * tokens
+        return scale * self._groups.dp_cp.size()
+
+    def end(self, reports: Any) -> None:
+        """Finish the step and add what was measured to what the schedule returned.
+
+        Args:
+            reports: on the last stage, one dictionary per micro-batch of this step.
+
+        Collectives: one all-reduce of six numbers over the ranks that share sequences and one over
+        the pipeline group.
+        """
+        self._active = False
+        for group in (self._sequence_group, self._groups.pp):
+            if group.size() > 1:
+                dist.all_reduce(self._sums, group=group)
+        add_reports(
+            reports,
+            {
+                name: sum_and_count(*values)
+                for name, values, wanted in zip(
+                    TERMS,
+                    self._sums,
+                    (self._steers, self._steers, self._original is not None),
+                    strict=True,
+                )
+                if wanted
+            },
+        )
+
+    def _gating(
+        self, steered: _SteeredRouter, stock: Callable, states: torch.Tensor
+    ) -> torch.Tensor:
+        """``Router.gating``: states ``[l, b, h]`` to logits ``[l, b, E]``."""
+        logits = stock(states)
+        if self._active and self._weights.retention > 0:
+            with torch.no_grad():
+                steered.original_logits = router_gating_linear(
+                    states, steered.original_weight(), steered.router.bias, logits.dtype
+                )
+        return logits
+
+    def _routing(
+        self,
+        steered: _SteeredRouter,
+        stock: Callable,
+        logits: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``TopKRouter.routing``: logits ``[l, b, E]`` to gates and choices ``[l b, E]``."""
+        if not self._active:
+            return stock(logits, *args, **kwargs)
+        micro_batch, first = steered.passing()
+        labels = self._labels[micro_batch]
+        balance = steered.balance
+        if balance is not None and self._weights.coeff > 0:
+            kept = ~steered.has_targets[labels + 1]
+            balance.general = (kept.nonzero().flatten().tolist(), len(labels))
+        try:
+            gates, chosen = stock(logits, *args, **kwargs)
+        finally:
+            if balance is not None:
+                balance.general = None
+        trains = torch.is_grad_enabled() and gates.requires_grad
+        with torch.set_grad_enabled(trains):
+            loss = self._losses(steered, logits, chosen, labels, first)
+        if not trains:
+            return gates, chosen
+        return attach_loss(gates, loss, torch.ones_like(loss)), chosen
+
+    def _losses(
+        self,
+        steered: _SteeredRouter,
+        logits: torch.Tensor,
+        chosen: torch.Tensor,
+        labels: torch.Tensor,
+        first: bool,
+    ) -> torch.Tensor:
+        """Weighted sum of a micro-batch's losses; their plain sums are kept the first time.
+
+        Every rank comes here with every micro-batch, also where it has no domain token.
+        """
+        score_function = self._config.moe_router_score_function
+        probs = router_distribution(logits, score_function)
+        index = (labels + 1).to(self._device, non_blocking=True)
+        targets = steered.targets[index].expand(len(probs), -1, -1)
+        has_targets = targets.any(-1)
+        full = None
+        if self._config.moe_expert_capacity_factor is not None:
+            before = chosen_before_dropping(steered.router, logits.detach())
+            full = (before & ~chosen).any(0)
+        per_token = self._step_scale / (steered.targets.any(1) * self._tokens).sum().clamp(min=1)
+        steering = steering_losses(probs, targets, target_mass=self._target_mass, full=full)
+        total = self._weights.coeff * per_token * steering.sum()
+        sums = {STEERING: (steering.sum(), has_targets.sum())}
+        if self._weights.coeff > 0 and self._weights.balance > 0:
+            shares = self._shares(targets, chosen.view_as(targets), index, steered.targets)
+            within = target_balance_losses(probs, targets, shares)
+            total = total + self._weights.balance * per_token * within.sum()
+            sums[WITHIN] = within.sum(), has_targets.sum()
+        if steered.original_logits is not None:
+            general = (index == 0).expand(len(probs), -1)
+            divergence = router_divergences(logits, steered.original_logits, score_function)
+            steered.original_logits = None
+            divergence = (divergence * general).sum()
+            per_token = self._step_scale / self._tokens[0].clamp(min=1)
+            total = total + self._weights.retention * per_token * divergence
+            sums[RETENTION] = divergence, general.sum()
+        if first:
+            for name, values in sums.items():
+                self._sums[TERMS.index(name)] += torch.stack([v.detach().float() for v in values])
+        return total
+
+    def _shares(
+        self,
+        targets: torch.Tensor,
+        chosen: torch.Tensor,
+        index: torch.Tensor,
+        table: torch.Tensor,
+    ) -> torch.Tensor:
+        """How the micro-batch's choices on each domain's targets split, ``[l, b, E]``; even where
+        there are none.
+
+        Collectives: one all-reduce of D E numbers over the ranks that share sequences.
+        """
+        counts = torch.zeros(table.shape, device=self._device)
+        counts.index_add_(0, index, (chosen & targets).sum(0).float())
+        if self._sequence_group.size() > 1:
+            dist.all_reduce(counts, group=self._sequence_group)
+        sums = counts.sum(-1, keepdim=True)
+        even = table / table.sum(-1, keepdim=True).clamp(min=1)
+        shares = torch.where(sums > 0, counts / sums.clamp(min=1), even)
+        return shares[index].expand_as(targets)
