@@ -35,6 +35,7 @@ from megatron_moe_inject.original_pass import OriginalPass
 from megatron_moe_inject.plan import Plan, TeacherRow
 from megatron_moe_inject.profile_run import ProfileSetup
 from megatron_moe_inject.recipe import GENERAL, Recipe, RecipeError
+from megatron_moe_inject.routing.rows import RouterRows
 from megatron_moe_inject.routing.setup import SteeringSetup
 from megatron_moe_inject.schedule import ever_positive, value_at
 from megatron_moe_inject.step import SplitRegistry, StepHook
@@ -157,6 +158,8 @@ class Injection:
             self._profile = ProfileSetup(recipe, args, self.facts, SPLITS[:1])
         self._steering = SteeringSetup(recipe, self.facts)
         self.imitation = ImitationSetup(recipe, args, self.facts, self.teacher_infos)
+        rows = recipe.experts_by_layer() if recipe.train.router_rows else {}
+        self._rows = RouterRows(rows, args)
         self.chunks: list[torch.nn.Module] = []
         self.originals: OriginalParameters | None = None
         remark = begin_or_resume(self.policy, args, self.imitation.projections)
@@ -167,10 +170,11 @@ class Injection:
 
     def freeze(self, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
         """``pre_wrap_hooks`` entry: apply the policy to bare chunks, split grouped experts that
-        are frozen in part, and add the projections of feature imitation. No collective."""
+        are frozen in part, and add projections and router rows that train. No collective."""
         self.policy.apply(chunks)
         split_grouped_experts(chunks)
         self.imitation.add_projections(chunks)
+        self._rows.add(chunks)
         return chunks
 
     def attach(self, chunks: Sequence[torch.nn.Module]) -> None:
@@ -187,6 +191,7 @@ class Injection:
                 that imitates a teacher lies below everything that trains.
         """
         self.chunks = list(chunks)
+        self._rows.loaded()
         device = next(self.chunks[0].parameters()).device
         self._check_patterns()
         boundary = agree_boundary(self.chunks, self.facts.num_layers, device)

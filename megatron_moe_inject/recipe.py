@@ -227,6 +227,7 @@ class Train:
 
     Attributes:
         experts: ``selected`` (those of the domains), ``all`` or ``none``.
+        router_rows: of each router, the rows of the experts that the domains chose.
         mlp: the MLPs of dense layers. The other names are the model's components.
         layers: 0-based decoder layers that train whole.
         patterns: parameters by name, with shell wildcards, as in
@@ -237,6 +238,7 @@ class Train:
 
     experts: str = "selected"
     router: bool = False
+    router_rows: bool = False
     shared_experts: bool = False
     attention: bool = False
     norms: bool = False

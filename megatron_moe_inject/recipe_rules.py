@@ -325,6 +325,23 @@ def _check_weight(path: str, weight: Weight | None) -> None:
         raise fail(path, lowest(weight), "is negative", "weights are 0 or more")
 
 
+def _check_router_rows(recipe: Recipe) -> None:
+    train = recipe.train
+    if not train.router_rows:
+        return
+    if train.router:
+        raise fail(
+            "train.router_rows", True, "stands beside train.router, which trains all rows",
+            "keep one of them",
+        )  # fmt: skip
+    for i, domain in enumerate(recipe.domains):
+        if not domain.experts.layers and domain.experts.profile is None:
+            raise fail(
+                "train.router_rows", True, f"has no rows to train for domain {domain.name!r}",
+                f"write domains[{i}].experts.layers, or train.router: true",
+            )  # fmt: skip
+
+
 def _check_train(recipe: Recipe) -> None:
     train = recipe.train
     _check_choice("train.experts", train.experts, EXPERT_MODES)
@@ -334,6 +351,7 @@ def _check_train(recipe: Recipe) -> None:
             if entry in found[:i] or entry == "":
                 problem = "is empty" if entry == "" else "is there twice"
                 raise fail(f"train.{name}[{i}]", entry, problem, "remove it")
+    _check_router_rows(recipe)
     for i, layer in enumerate(train.layers):
         if layer < 0:
             raise fail(f"train.layers[{i}]", layer, "is negative", "decoder layers count from 0")

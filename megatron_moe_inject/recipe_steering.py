@@ -99,7 +99,8 @@ def _check_use(recipe: Recipe) -> None:
     chosen = {layer for d in recipe.domains for layer in d.experts.layers}
     by_profile = any(d.experts.profile is not None for d in recipe.domains)
     train = recipe.train
-    if steering.retains and not (train.router or train.layers or train.patterns):
+    routers = train.router or train.router_rows or train.layers or train.patterns
+    if steering.retains and not routers:
         raise fail(
             "steering.retention", steering.retention, "holds routers that do not train",
             "set train.router: true or remove it",

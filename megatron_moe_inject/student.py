@@ -369,6 +369,7 @@ def _check_components(recipe: Recipe, facts: StudentFacts) -> None:
     train, moe = recipe.train, facts.num_moe_experts is not None
     for name, exists, why in (
         ("router", moe, "the student is dense (no --num-experts)"),
+        ("router_rows", moe, "the student is dense (no --num-experts)"),
         (
             "shared_experts",
             moe and facts.shared_experts,

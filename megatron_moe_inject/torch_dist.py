@@ -283,8 +283,8 @@ class TorchDistCheckpoint:
             raise _damaged(self.source, path, error) from error
 
 
-def stored_shapes(folder: Path, prefix: str) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors in a checkpoint's folder whose names begin with ``prefix``.
+def stored_shapes(folder: Path, part: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors in a checkpoint's folder with ``part`` in their names.
 
     Raises:
         OSError, pickle.UnpicklingError: it cannot be read.
@@ -293,7 +293,7 @@ def stored_shapes(folder: Path, prefix: str) -> dict[str, tuple[int, ...]]:
     return {
         name: tuple(value.size)
         for name, value in stored.items()
-        if name.startswith(prefix) and isinstance(value, TensorStorageMetadata)
+        if part in name and isinstance(value, TensorStorageMetadata)
     }
 
 

@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from megatron_moe_inject.experts.freeze import PROJECTIONS
+from megatron_moe_inject.experts.freeze import is_own
 from megatron_moe_inject.files import new_folder
 from megatron_moe_inject.torch_dist import Piece, TorchDistCheckpoint, rewritten_copy
 from megatron_moe_inject.typed import RecipeError, listing
@@ -214,8 +214,8 @@ class _Stored:
 
 
 def _common_tensors(before: TorchDistCheckpoint, after: TorchDistCheckpoint) -> list[str]:
-    own = {name for name in after.tensors if not name.startswith(f"{PROJECTIONS}.")}
-    base = {name for name in before.tensors if not name.startswith(f"{PROJECTIONS}.")}
+    own = {name for name in after.tensors if not is_own(name)}
+    base = {name for name in before.tensors if not is_own(name)}
     if own != base:
         missing, more = sorted(base - own), sorted(own - base)
         parts = [f"lacks {listing(missing, 4)}"] if missing else []
@@ -269,7 +269,7 @@ def _fingerprint(checkpoint: TorchDistCheckpoint) -> str:
     rows = sorted(
         (name, tuple(stored.size), str(stored.properties.dtype))
         for name, stored in checkpoint.tensors.items()
-        if not name.startswith(f"{PROJECTIONS}.")
+        if not is_own(name)
     )
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 

@@ -18,8 +18,19 @@ from typing import Any
 import torch
 
 EXPERTS = "experts"
-PROJECTIONS = "inject_projections"
+OWN_PREFIX = "inject_"
+"""Names of what the plugin adds to checkpoints begin so."""
+ROWS = "inject_rows"
+"""Parameter of a router of which only some rows train."""
+PROJECTIONS = f"{OWN_PREFIX}projections"
 """Name in a model chunk of the projections to teachers' widths, which always train."""
+
+
+def is_own(name: str) -> bool:
+    """Whether a tensor of a checkpoint is one that the plugin added to the student."""
+    return any(part.startswith(OWN_PREFIX) for part in name.split("."))
+
+
 COMPONENTS = (
     EXPERTS,
     "router",
@@ -166,6 +177,8 @@ class FreezePolicy:
                 experts in one fused parameter.
         """
         if place.layer in self.layers or self.matches(place):
+            return True
+        if place.component == "router" and place.name.endswith(f".{ROWS}"):
             return True
         if place.component != EXPERTS:
             return place.component in self.components

@@ -17,10 +17,22 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def frozen_tensors(chunks: Iterable[torch.nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Frozen parameters, and the ``expert_bias`` buffers of frozen routers, by unique name."""
+    """Frozen parameters, and the ``expert_bias`` buffers of frozen routers, by unique name.
+
+    Of a router with trained rows, the others.
+    """
     for index, chunk in enumerate(chunks):
+        routers = {
+            id(module.weight): module
+            for module in chunk.modules()
+            if hasattr(module, "trained_row_ids")
+        }
         for name, parameter in chunk.named_parameters():
-            if not parameter.requires_grad:
+            if id(parameter) in routers:
+                kept = torch.ones(len(parameter), dtype=torch.bool, device=parameter.device)
+                kept[routers[id(parameter)].trained_row_ids] = False
+                yield f"chunk{index}.{name}", parameter.detach()[kept]
+            elif not parameter.requires_grad:
                 yield f"chunk{index}.{name}", parameter.detach()
         for name, module in chunk.named_modules():
             bias = getattr(module, "expert_bias", None)

@@ -36,6 +36,7 @@ from megatron_moe_inject.routing.losses import (
     steering_losses,
     target_balance_losses,
 )
+from megatron_moe_inject.routing.rows import original_weight
 from megatron_moe_inject.routing.watch import chosen_before_dropping, routers
 
 TERMS = STEERING, WITHIN, RETENTION = "steering loss", "target balance loss", "router retention"
@@ -135,7 +136,7 @@ class SteeringHook:
             clock,
             router,
             targets.to(self._device),
-            lambda: self._original(router.weight),
+            lambda: original_weight(router, self._original),
             GeneralBalance(router, bias_counts) if exclude and targets.any() else None,
         )
         if self._original is not None:

@@ -1,0 +1,174 @@
+"""Routers of which only the target experts' rows train.
+
+A row of a router's matrix gives one expert's logit. The rows that train are a parameter of their
+own, so the rest has no gradient, no optimizer state and no decay: the stock matrix stays frozen,
+and the trained rows' logits take the place of its columns. Whenever the state of the router is
+read, the rows are written into the stock matrix first, so checkpoints hold the trained router under
+the stock name; beside it, under a name that plain Megatron does not ask for, are the rows, because
+the optimizer's state belongs to them.
+
+Shapes: l this rank's part of the sequence, b samples, h hidden, E experts, r rows that train.
+"""
+
+from __future__ import annotations
+
+import pickle
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_moe_inject import compat
+from megatron_moe_inject.experts.freeze import ROWS
+from megatron_moe_inject.experts.optimizer_state import with_own_keys
+from megatron_moe_inject.recipe import RecipeError
+from megatron_moe_inject.routing.watch import routers
+from megatron_moe_inject.torch_dist import stored_shapes
+from megatron_moe_inject.typed import listing
+
+
+class TrainedRows:
+    """The rows of one router that train.
+
+    Must be made before DDP and the optimizer, after the freezing policy was applied.
+
+    Args:
+        router: Megatron's, frozen; its start is what was built or is loaded.
+        layer: 0-based global layer.
+        experts: global ids of the rows.
+        stored: whether the checkpoint to be loaded holds rows.
+    """
+
+    def __init__(
+        self, router: torch.nn.Module, layer: int, experts: Sequence[int], *, stored: bool
+    ) -> None:
+        self._router = router
+        self._layer = layer
+        self.stored = stored
+        weight = router.weight
+        self._ids = torch.tensor(sorted(experts), device=weight.device)
+        rows = torch.nn.Parameter(weight.detach()[self._ids].clone())
+        rows.sequence_parallel = weight.sequence_parallel
+        router.register_parameter(ROWS, rows)
+        router.trained_row_ids = self._ids.tolist()
+        self._stock_gating = router.gating
+        router.gating = self._gating
+        self._stock_sharded = router.sharded_state_dict
+        router.sharded_state_dict = self._sharded_state_dict
+        router.register_state_dict_pre_hook(self._write_rows)
+        router.register_load_state_dict_post_hook(self._read_rows)
+
+    @property
+    def _rows(self) -> torch.nn.Parameter:
+        return self._router._parameters[ROWS]
+
+    def _gating(self, states: torch.Tensor) -> torch.Tensor:
+        """``Router.gating``: states ``[l, b, h]`` to logits ``[l, b, E]``."""
+        from megatron.core.transformer.moe.moe_utils import router_gating_linear
+
+        logits = self._stock_gating(states)
+        bias = None if self._router.bias is None else self._router.bias[self._ids]
+        own = router_gating_linear(states, self._rows, bias, logits.dtype)
+        return logits.index_copy(-1, self._ids, own)
+
+    @torch.no_grad()
+    def _write_rows(self, *_: Any) -> None:
+        self._router.weight.data[self._ids] = self._rows.data
+
+    @torch.no_grad()
+    def _read_rows(self, router: Any, incompatible: Any) -> None:
+        self._rows.data.copy_(self._router.weight.data[self._ids])
+        if not self.stored:
+            own = [key for key in incompatible.missing_keys if key.endswith(f"router.{ROWS}")]
+            for key in own:
+                incompatible.missing_keys.remove(key)
+
+    def _sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Stock's, with the rows under a key of their own, or without them."""
+        self._write_rows()
+        state = self._stock_sharded(prefix, *args, **kwargs)
+        rows = state.pop(f"{prefix}{ROWS}")
+        if self.stored:
+            # Megatron's block renames its layers' keys by their prefix.
+            key = f"{prefix}{ROWS}.{self._layer}"
+            state[f"{prefix}{ROWS}"] = replace(with_own_keys(rows), key=key)
+        return state
+
+
+class RouterRows:
+    """The trained rows of a student.
+
+    Args:
+        experts: by 0-based layer, the ids whose rows train; empty = none.
+        args: Megatron's arguments.
+
+    Raises:
+        RecipeError: a checkpoint format that cannot hold them, or a checkpoint to resume with other
+            rows.
+    """
+
+    def __init__(self, experts: Mapping[int, Sequence[int]], args: Namespace) -> None:
+        self._experts = experts
+        self._args = args
+        self._all: list[TrainedRows] = []
+        self._stored = bool(experts) and self._found_in_checkpoint()
+
+    def add(self, chunks: Sequence[torch.nn.Module]) -> None:
+        """Give the routers of bare chunks their rows."""
+        for chunk in chunks if self._experts else ():
+            for layer, router in routers(chunk):
+                if layer in self._experts and not router.weight.requires_grad:
+                    rows = TrainedRows(router, layer, self._experts[layer], stored=self._stored)
+                    self._all.append(rows)
+
+    def loaded(self) -> None:
+        """From now on checkpoints hold the rows."""
+        for rows in self._all:
+            rows.stored = True
+
+    def _found_in_checkpoint(self) -> bool:
+        used = self._args.save or self._args.load
+        if used and self._args.ckpt_format != "torch_dist":
+            raise RecipeError(
+                f"train.router_rows: --ckpt-format {self._args.ckpt_format} cannot leave rows out "
+                "where plain Megatron loads the student; use torch_dist or train.router"
+            )
+        folder = compat.checkpoint_to_resume(self._args)
+        if folder is None:
+            return False
+        try:
+            stored = stored_shapes(Path(folder), f".router.{ROWS}.")
+        except (OSError, pickle.UnpicklingError, AttributeError, ValueError):
+            return True  # Megatron's own loading says what is wrong with it.
+        found = {int(name.rpartition(".")[2]): shape for name, shape in stored.items()}
+        needed = {layer: (len(ids), self._args.hidden_size) for layer, ids in self._experts.items()}
+        if not found.items() <= needed.items():
+            raise RecipeError(
+                f"train.router_rows: {folder} holds {_described(found)}, but now "
+                f"{_described(needed)} train; keep what the run began with, or start an injection "
+                "of its own with --finetune"
+            )
+        return bool(found)
+
+
+def _described(shapes: Mapping[int, tuple[int, ...]]) -> str:
+    return listing((f"{shape[0]} rows of layer {layer}" for layer, shape in shapes.items()), 4)
+
+
+def original_weight(
+    router: torch.nn.Module, original: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """The original router's matrix ``[E, h]``, whatever of it trains.
+
+    Args:
+        router: Megatron's.
+        original: gives the original value of a parameter.
+    """
+    weight = original(router.weight)
+    if (rows := router._parameters.get(ROWS)) is not None:
+        ids = torch.tensor(router.trained_row_ids, device=weight.device)
+        return weight.index_copy(0, ids, original(rows))
+    return weight
