@@ -1,0 +1,236 @@
+"""What steering is worth on the quickstart's student: gain, forgetting and target share, by arm.
+
+    bash examples/quickstart.sh                       first: student, teacher, data and profile
+    python examples/benchmarks/steering_study.py runs/quickstart [--seeds 1234 1 2] [--steps 200]
+    python examples/benchmarks/steering_study.py runs/quickstart --report results/steering
+
+Each arm is the quickstart's injection on one process with other settings of ``train`` and
+``steering``; held-out text is evaluated whole, before and after. A run that is done is not
+repeated, so an interrupted study goes on. ``--report`` writes the table and the picture of what
+there is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+QUICKSTART = HERE.parent / "quickstart"
+sys.path.insert(0, str(QUICKSTART))
+
+import figures  # noqa: E402
+
+GENTLE = ("steering.coeff=0.01",)
+RETAINED = (*GENTLE, "steering.retention=1.0")
+ARMS = {
+    "no steering, router frozen": (),
+    "no steering, router trains": ("train.router=true",),
+    "0.01, router frozen": GENTLE,
+    "0.01, target rows": ("train.router_rows=true", *RETAINED),
+    "0.01, router": ("train.router=true", *RETAINED),
+    "0.1, router": ("train.router=true", "steering.coeff=0.1", "steering.retention=1.0"),
+    "0.1 to 0.8, router": (
+        *("train.router=true", "steering.coeff=0.1", "steering.target_mass=0.8"),
+        "steering.retention=1.0",
+    ),
+}
+SETS = ("code", "english")
+
+
+def flags(*names: str) -> list[str]:
+    """Arrays of the quickstart's flags.sh, one after the other."""
+    script = 'source "$0"; for n in "$@"; do r="$n[@]"; printf "%s\\n" "${!r}"; done'
+    command = ["bash", "-c", script, str(QUICKSTART / "flags.sh"), *names]
+    found = subprocess.run(command, check=True, capture_output=True, text=True)
+    return found.stdout.splitlines()
+
+
+def megatron(log: Path, *arguments: str) -> None:
+    """One run on one process; raises with the end of its log where it fails."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    command += ["1", "-m", "megatron_moe_inject.pretrain", "--cpu", *arguments]
+    quiet = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"}
+    with log.open("w") as output:
+        done = subprocess.run(
+            command, stdout=output, stderr=output, env=os.environ | quiet | {"HF_HUB_OFFLINE": "1"}
+        )
+    if done.returncode:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
+        raise SystemExit(f"{tail}\nfailed; the whole log is {log}")
+
+
+def held_out(folder: Path, checkpoint: Path, log: Path, cache: Path) -> dict[str, float]:
+    """Bits per byte of a student on the whole held-out text, by set."""
+    data = folder / "data"
+    megatron(
+        log,
+        *flags("STUDENT", "BOTH", "TRAINING", "HELD_OUT"),
+        *("--train-data-path", f"{data}/code_slice", "--valid-data-path"),
+        *(f"{data}/{name}_held_out" for name in SETS),
+        *("--data-cache-path", str(cache), "--train-iters", "1", "--lr", "1e-3"),
+        *("--eval-interval", "1", "--load", str(checkpoint), "--finetune", "--no-load-optim"),
+        *("--no-load-rng", "--skip-train"),
+    )
+    manifest = json.loads((data / "manifest.json").read_text())
+    losses = figures.read_log(log).validation
+    return {
+        name: figures.bits_per_byte(losses[f"lm loss/{name}"][-1][1], manifest[f"{name}_held_out"])
+        for name in SETS
+    }
+
+
+def last_details(folder: Path) -> dict[str, float]:
+    """Means over layers of what was last written by layer to TensorBoard."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    values: dict[str, list[float]] = {}
+    for tag in events.Tags()["scalars"]:
+        if tag.startswith("inject-routing/code/"):
+            values.setdefault(tag.split("/")[2], []).append(events.Scalars(tag)[-1].value)
+    return {name: statistics.mean(found) for name, found in values.items()}
+
+
+def run_arm(folder: Path, work: Path, arm: str, seed: int, steps: int) -> dict:
+    """Inject and evaluate; the numbers of one run."""
+    work.mkdir(parents=True, exist_ok=True)
+    data, saved = folder / "data", work / "injected"
+    sets = [
+        f"teachers.coder.source=megatron:{folder}/teacher",
+        f"domains[0].experts.profile={folder}/profile.json",
+        *("steering.report=true", f"steering.detail_every={steps}"),
+        *ARMS[arm],
+    ]
+    megatron(
+        work / "inject.log",
+        *flags("STUDENT", "BOTH", "TRAINING"),
+        *("--inject-recipe", str(QUICKSTART / "recipe.yaml"), "--inject-set", *sets),
+        *("--train-data-path", "0.9", f"{data}/code_slice", "0.1", f"{data}/english_slice"),
+        *("--valid-data-path", "0.5", f"{data}/code_held_out", "0.5", f"{data}/english_held_out"),
+        *("--data-cache-path", str(work / "cache"), "--train-iters", str(steps)),
+        *("--lr", "1e-3", "--min-lr", "1e-4", "--eval-interval", str(steps), "--eval-iters", "10"),
+        *("--load", str(folder / "student"), "--finetune", "--no-load-optim", "--no-load-rng"),
+        *("--save", str(saved), "--save-interval", str(steps), "--seed", str(seed)),
+        *("--tensorboard-dir", str(work / "tensorboard")),
+    )
+    run = figures.read_log(work / "inject.log")
+    return {
+        "arm": arm,
+        "seed": seed,
+        "steps": steps,
+        "held_out": held_out(folder, saved, work / "after.log", work / "cache-after"),
+        "validation": {name: series[-1][1] for name, series in run.validation.items()},
+        "details": last_details(work / "tensorboard"),
+    }
+
+
+def summary(results: list[dict], before: dict[str, float]) -> list[dict]:
+    """One row per arm: means and spreads over seeds."""
+    rows = []
+    for arm in ARMS:
+        found = [r for r in results if r["arm"] == arm]
+        if not found:
+            continue
+        gains = [before["code"] - r["held_out"]["code"] for r in found]
+        lost = [r["held_out"]["english"] - before["english"] for r in found]
+        row = {"arm": arm, "seeds": len(found), "gain": gains, "forgotten": lost}
+        for name, key in (("share", "target share/code"), ("general", "general on targets/code")):
+            row[name] = [r["validation"][key] for r in found]
+        row["within"] = [r["details"]["balance within"] for r in found]
+        row["dead"] = [r["details"]["dead within"] + r["details"]["dead outside"] for r in found]
+        rows.append(row)
+    return rows
+
+
+def mean_and_spread(values: list[float], digits: int = 3) -> str:
+    """ "0.257 (0.255-0.259)": mean, least and greatest."""
+    spread = f"{min(values):.{digits}f}-{max(values):.{digits}f}"
+    return f"{statistics.mean(values):.{digits}f} ({spread})"
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        "| steering | seeds | gain on code, bits per byte | English forgotten | code's choices on "
+        "targets | English's | balance within targets | dead experts per layer |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [row["arm"], str(row["seeds"])]
+        cells += [mean_and_spread(row[name]) for name in ("gain", "forgotten")]
+        cells += [f"{100 * statistics.mean(row[name]):.1f} %" for name in ("share", "general")]
+        cells += [f"{statistics.mean(row['within']):.3f}", f"{statistics.mean(row['dead']):.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Gain against forgetting, every seed a point; and where the tokens go."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (plane, shares) = pyplot.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
+    colours = pyplot.get_cmap("tab10")
+    for index, row in enumerate(rows):
+        plane.scatter(row["forgotten"], row["gain"], color=colours(index), label=row["arm"])
+    plane.set(xlabel="English forgotten, bits per byte", ylabel="gain on code, bits per byte")
+    plane.legend(fontsize=7)
+    places = range(len(rows))
+    for offset, name, label in ((-0.2, "share", "code"), (0.2, "general", "English")):
+        values = [100 * statistics.mean(row[name]) for row in rows]
+        shares.barh([p + offset for p in places], values, 0.38, label=label)
+    shares.set_yticks(places, [row["arm"] for row in rows], fontsize=7)
+    shares.invert_yaxis()
+    shares.set(xlabel="choices that go to the target experts, %")
+    shares.legend(fontsize=7)
+    for panel in (plane, shares):
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="a finished run of quickstart.sh")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1234, 1, 2])
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--report", type=Path, help="write REPORT.json, .md and .png, run nothing")
+    options = parser.parse_args()
+    results_path = options.folder / "steering" / "results.jsonl"
+    results_path.parent.mkdir(exist_ok=True)
+    results = []
+    if results_path.exists():
+        results = [json.loads(line) for line in results_path.read_text().splitlines()]
+    before = json.loads((options.folder / "result.json").read_text())["bits_per_byte"]["before"]
+    if options.report is not None:
+        rows = summary([r for r in results if r["steps"] == options.steps], before)
+        options.report.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
+        options.report.with_suffix(".md").write_text(table(rows) + "\n")
+        draw(rows, options.report.with_suffix(".png"))
+        print(table(rows))
+        return
+    done = {(r["arm"], r["seed"], r["steps"]) for r in results}
+    for seed in options.seeds:
+        for arm in options.arms:
+            if (arm, seed, options.steps) in done:
+                continue
+            work = options.folder / "steering" / f"{list(ARMS).index(arm)}-{seed}-{options.steps}"
+            result = run_arm(options.folder.absolute(), work.absolute(), arm, seed, options.steps)
+            with results_path.open("a") as file:
+                file.write(json.dumps(result) + "\n")
+            gain = before["code"] - result["held_out"]["code"]
+            lost = result["held_out"]["english"] - before["english"]
+            print(f"{arm}, seed {seed}: gain {gain:.3f}, forgotten {lost:+.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
