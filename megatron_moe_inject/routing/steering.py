@@ -58,7 +58,6 @@ class _SteeredRouter(Passages):
         clock: that of its chunk.
         router: Megatron's.
         targets: bool ``[D + 1, E]``: targets by domain index plus one, none of general data.
-        original_weight: gives the original router's ``[E, h]``.
         balance: keeps its stock losses to general samples; ``None`` leaves them.
     """
 
@@ -67,14 +66,12 @@ class _SteeredRouter(Passages):
         clock: ChunkClock,
         router: torch.nn.Module,
         targets: torch.Tensor,
-        original_weight: Callable[[], torch.Tensor],
         balance: GeneralBalance | None,
     ) -> None:
         super().__init__(clock)
         self.router = router
         self.targets = targets
         self.has_targets = targets.any(1).cpu()
-        self.original_weight = original_weight
         self.balance = balance
         self.original_logits: torch.Tensor | None = None
 
@@ -136,7 +133,6 @@ class SteeringHook:
             clock,
             router,
             targets.to(self._device),
-            lambda: original_weight(router, self._original),
             GeneralBalance(router, bias_counts) if exclude and targets.any() else None,
         )
         if self._original is not None:
@@ -209,8 +205,12 @@ class SteeringHook:
         logits = stock(states)
         if self._active and self._weights.retention > 0:
             with torch.no_grad():
+                bias = steered.router.bias
                 steered.original_logits = router_gating_linear(
-                    states, steered.original_weight(), steered.router.bias, logits.dtype
+                    states,
+                    original_weight(steered.router, self._original),
+                    None if bias is None else self._original(bias),
+                    logits.dtype,
                 )
         return logits
 

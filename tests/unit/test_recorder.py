@@ -11,19 +11,10 @@ from megatron.core.transformer.moe.moe_utils import (
 )
 
 from megatron_moe_inject.experts.recorder import RoutingRecorder
+from tests.unit.routers import GROUPS
 
 LENGTH, EXPERTS, TOPK = 5, 4, 2
 LABELS = torch.tensor([[-1, 1], [0, -1], [1, 1]])
-
-
-class Alone:
-    """A process group of this rank."""
-
-    def rank(self):
-        return 0
-
-    def size(self):
-        return 1
 
 
 class Router(torch.nn.Module):
@@ -101,8 +92,7 @@ class Chunk(torch.nn.Module):
 
 def recorded(chunk, padding=None):
     """Statistics of three micro-batches, run in 1F1B order; and their inputs."""
-    groups = SimpleNamespace(tp=Alone(), pp=Alone(), cp=Alone(), dp=Alone(), tp_cp=Alone())
-    recorder = RoutingRecorder([chunk], 3, groups, coselections=True)
+    recorder = RoutingRecorder([chunk], 3, GROUPS, coselections=True)
     generator = torch.Generator().manual_seed(9)
     inputs = [torch.randn(LENGTH, 2, 6, generator=generator).requires_grad_() for _ in LABELS]
     chunk(inputs[0])  # outside a step nothing counts

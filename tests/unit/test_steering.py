@@ -1,0 +1,216 @@
+"""Steering on Megatron's own router: maths, gradients over a step, and the stock losses' peace."""
+
+import pytest
+import torch
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_utils import compute_routing_scores_for_aux_loss
+
+from megatron_moe_inject.routing import steering_loss
+from megatron_moe_inject.routing.balance import GeneralBalance
+from megatron_moe_inject.routing.losses import (
+    SCORE_FUNCTIONS,
+    router_distribution,
+    router_divergences,
+    steering_losses,
+    target_balance_losses,
+)
+from megatron_moe_inject.routing.steering import SteeringHook, SteeringWeights
+from tests.unit.routers import EXPERTS, GROUPS, LENGTH, Chunk, inputs
+
+GENERAL = -1
+LABELS = torch.tensor([[0, GENERAL], [GENERAL, GENERAL], [1, 0]])
+TARGETS = {
+    0: torch.tensor([[0] * 6, [0, 1, 0, 1, 0, 0], [0] * 6], dtype=torch.bool),
+    1: torch.tensor([[0] * 6, [0, 0, 0, 0, 1, 1], [1, 0, 0, 0, 0, 1]], dtype=torch.bool),
+}
+
+
+@pytest.fixture(autouse=True)
+def no_device(monkeypatch):
+    monkeypatch.setattr("torch.cuda.current_device", lambda: torch.device("cpu"))
+    yield
+    get_moe_metrics_tracker().metrics.clear()
+
+
+def tokens(count=40, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(count, EXPERTS, generator=generator, dtype=torch.float64).mul(2)
+    mask = torch.rand(count, EXPERTS, generator=generator) < 0.4
+    weight = torch.rand(count, generator=generator).double()
+    return logits.requires_grad_(), mask, weight
+
+
+@pytest.mark.parametrize("score_function", SCORE_FUNCTIONS)
+def test_the_distribution_is_that_of_megatrons_balance_losses(score_function):
+    logits = tokens()[0].detach().float()
+    _, expected = compute_routing_scores_for_aux_loss(logits, 2, score_function)
+    assert torch.equal(router_distribution(logits, score_function), expected)
+
+
+def test_the_loss_is_the_weighted_mean_of_a_hinge_on_log_mass():
+    logits, mask, weight = tokens()
+    probs = logits.softmax(-1)
+    total = 0.0
+    for p, m, w in zip(probs, mask, weight, strict=True):
+        mass = sum(p[e] for e in range(EXPERTS) if m[e])
+        if m.any() and mass < 0.5:
+            total = total + w * (torch.log(torch.tensor(0.5)) - torch.log(mass))
+    expected = total / weight.sum()
+    loss = steering_loss(probs, mask, weight, target_mass=0.5)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    ours = torch.autograd.grad(loss, logits, retain_graph=True)[0]
+    theirs = torch.autograd.grad(expected, logits)[0]
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-8)
+
+
+def test_it_stops_at_the_target_mass_and_pushes_below():
+    probs = torch.tensor([[0.4, 0.2, 0.4], [0.2, 0.1, 0.7]], requires_grad=True)
+    mask = torch.tensor([[True, True, False]] * 2)
+    steering_losses(probs, mask, target_mass=0.5).sum().backward()
+    assert torch.equal(probs.grad[0], torch.zeros(3))
+    assert probs.grad[1, 0] == probs.grad[1, 1] < 0
+    assert probs.grad[1, 2] == 0
+
+
+def test_without_weight_it_is_zero_with_a_graph():
+    logits, mask, weight = tokens()
+    loss = steering_loss(logits.softmax(-1), mask, weight * 0, target_mass=0.5)
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+@pytest.mark.parametrize("mass", [0.0, 1.5, -1])
+def test_a_target_mass_that_is_no_share(mass):
+    with pytest.raises(ValueError, match="target_mass"):
+        steering_loss(torch.ones(1, 2), torch.ones(1, 2) > 0, torch.ones(1), target_mass=mass)
+
+
+def test_full_experts_count_but_are_not_pushed_to():
+    logits, mask, _ = tokens()
+    full = torch.tensor([True, False, False, True, False, False])
+    probs = logits.softmax(-1).float()
+    plain = steering_losses(probs, mask, target_mass=0.9)
+    held = steering_losses(probs, mask, target_mass=0.9, full=full)
+    assert torch.equal(plain, held)
+    only_full = (mask & ~full).sum(-1) == 0
+    grad = torch.autograd.grad(held.sum(), logits, retain_graph=True)[0]
+    assert torch.equal(grad[only_full], torch.zeros_like(grad[only_full]))
+    assert (grad[~only_full & (held > 0)] != 0).any()
+
+
+def test_balance_within_targets_is_one_when_even_and_moves_the_split_alone():
+    logits, _, _ = tokens()
+    mask = torch.tensor([True, False, True, True, False, False]).expand(40, -1)
+    even = mask / 3
+    probs = logits.softmax(-1)
+    uniform = torch.full((40, EXPERTS), 1 / EXPERTS)
+    assert torch.allclose(target_balance_losses(uniform, mask, even), torch.ones(40))
+    skewed = torch.tensor([0.8, 0, 0.1, 0.1, 0, 0]).expand(40, -1)
+    grad = torch.autograd.grad(target_balance_losses(probs, mask, skewed).sum(), logits)[0]
+    assert (grad[:, 0] > 0).all()
+    assert (grad[:, [2, 3]] < 0).all()
+    assert grad[:, [1, 4, 5]].abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("score_function", SCORE_FUNCTIONS)
+def test_divergence_of_routers(score_function):
+    logits, other = tokens()[0], tokens(seed=2)[0].detach()
+    same = router_divergences(logits, logits.detach(), score_function)
+    assert torch.equal(same, torch.zeros(40))
+    found = router_divergences(logits, other, score_function)
+    p, q = (router_distribution(x, score_function).double() for x in (other, logits))
+    expected = (p * (p.log() - q.log())).sum(-1)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6)
+    ours = torch.autograd.grad(found.sum(), logits)[0]
+    theirs = torch.autograd.grad(expected.sum(), logits)[0]
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+WEIGHTS = SteeringWeights(coeff=0.3, balance=0.2, retention=0.7)
+
+
+def stepped(chunk, weights=WEIGHTS, labels=LABELS, target_mass=0.6, **options):
+    """A step in 1F1B order with no other loss; the values that were reported."""
+    originals = {r.weight: r.weight.detach() * 0.9 for r in chunk.routers}
+    hook = SteeringHook(
+        [chunk],
+        GROUPS,
+        TARGETS,
+        lambda iteration: weights,
+        target_mass=target_mass,
+        original=originals.__getitem__,
+        stock_balance=options.pop("stock_balance", True),
+        bias_counts=options.pop("bias_counts", 0.0),
+    )
+    hook.begin(labels, 0, LENGTH)
+    waiting = []
+    for hidden in inputs(len(labels)):
+        waiting.append(chunk(hidden.clone().requires_grad_()))
+        if len(waiting) == 2:
+            (waiting.pop(0).sum() * 0).backward()
+    (waiting.pop(0).sum() * 0).backward()
+    reports = [{}, {}, {}]
+    hook.end(reports)
+    return {name: (sum(r[name] for r in reports)).tolist() for name in reports[0]}
+
+
+def expected_losses(chunk, weights=WEIGHTS, labels=LABELS, target_mass=0.6):
+    """The same from its definition, over the tokens of the whole step."""
+    losses = {"steering": [], "balance": [], "retention": []}
+    function = chunk.config.moe_router_score_function
+    states = inputs(len(labels))
+    for layer, router in enumerate(chunk.routers):
+        rows = {"logits": [], "original": [], "targets": [], "label": [], "shares": []}
+        for position, hidden in enumerate(states):
+            logits = hidden @ router.weight.t()
+            _, chosen = type(router).routing(router, logits)
+            index = labels[position] + 1
+            mask = TARGETS[layer][index].expand(LENGTH, -1, -1)
+            hits = chosen.view_as(mask) & mask
+            for sample in range(len(index)):
+                whole = hits[:, labels[position] == labels[position, sample]].sum((0, 1)).float()
+                if whole.sum() > 0:
+                    share = whole / whole.sum()
+                else:
+                    share = mask[0, sample] / mask[0, sample].sum().clamp(min=1)
+                rows["shares"].append(share.expand(LENGTH, -1))
+                rows["logits"].append(logits[:, sample])
+                rows["original"].append((hidden @ (router.weight.detach() * 0.9).t())[:, sample])
+                rows["targets"].append(mask[:, sample])
+                rows["label"].append(labels[position, sample].expand(LENGTH))
+            states[position] = torch.tanh(hidden)
+        whole = {name: torch.cat(parts) for name, parts in rows.items()}
+        probs = router_distribution(whole["logits"], function)
+        steered = whole["targets"].any(-1).float()
+        losses["steering"].append(
+            steering_loss(probs, whole["targets"], steered, target_mass=target_mass)
+        )
+        within = target_balance_losses(probs, whole["targets"], whole["shares"])
+        losses["balance"].append((within * steered).sum() / steered.sum())
+        general = (whole["label"] == GENERAL).float()
+        divergence = router_divergences(whole["logits"], whole["original"], function)
+        losses["retention"].append((divergence * general).sum() / general.sum())
+    return losses
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("function", ["softmax", "sigmoid"])
+def test_a_steps_gradient_is_that_of_its_definition(recompute, function):
+    chunk = Chunk(recompute, moe_router_score_function=function, moe_router_pre_softmax=True)
+    expected = expected_losses(chunk)
+    total = 0.3 * sum(expected["steering"]) + 0.2 * sum(expected["balance"])
+    total = total + 0.7 * sum(expected["retention"])
+    gradients = torch.autograd.grad(total, [r.weight for r in chunk.routers])
+    values = stepped(chunk)
+    for router, gradient in zip(chunk.routers, gradients, strict=True):
+        torch.testing.assert_close(router.weight.grad, gradient, rtol=1e-4, atol=1e-6)
+    for name, key in (
+        ("steering loss", "steering"),
+        ("target balance loss", "balance"),
+        ("router retention", "retention"),
+    ):
+        sums = [values[name][0], values[name][1]]
+        counted = {"retention": (3, 3), "steering": (2, 3), "balance": (2, 3)}[key]
+        mean = sum(v.item() * n for v, n in zip(expected[key], counted, strict=True))
+        assert sums[0] / sums[1] == pytest.approx(mean / sum(counted), rel=1e-4), name
