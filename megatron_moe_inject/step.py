@@ -17,6 +17,7 @@ import torch
 
 from megatron_moe_inject.data import labels as domain_labels
 from megatron_moe_inject.data.labels import HostGroup, MicroBatch
+from megatron_moe_inject.experts.pipeline import BoundaryCommunicator
 from megatron_moe_inject.experts.recorder import RoutingRecorder
 from megatron_moe_inject.imitation.hook import ImitationHook
 from megatron_moe_inject.loss_hook import LossHook
@@ -60,6 +61,7 @@ class StepHook:
         imitation: losses on layers, ``None`` without feature imitation.
         recorder: counts routing in the steps of training, ``None`` without a profile.
         records_evaluation: count in evaluation instead.
+        communicator: what pipeline stages talk through in training steps, ``None`` for Megatron's.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class StepHook:
         imitation: ImitationHook | None = None,
         recorder: RoutingRecorder | None = None,
         records_evaluation: bool = False,
+        communicator: BoundaryCommunicator | None = None,
     ) -> None:
         self._splits = splits
         self._host_group = host_group
@@ -81,6 +84,7 @@ class StepHook:
         self._imitation = imitation
         self._recorder = recorder
         self._records_evaluation = records_evaluation
+        self._communicator = communicator
 
     def wrap(self, forward_backward: Callable) -> Callable:
         """What ``train_step`` and ``evaluate`` call in the place of ``forward_backward``."""
@@ -119,6 +123,9 @@ class StepHook:
             if recorder is not None:
                 recorder.begin(labels)
             replay = [None if chunk is None else iter(chunk) for chunk in clean]
+            communicator = None if evaluation else self._communicator
+            if communicator is not None:
+                kwargs |= communicator.begin(num_microbatches, kwargs.get("p2p_communicator"))
             try:
                 reports = forward_backward(
                     forward_step_func=forward_step_func,
@@ -131,6 +138,8 @@ class StepHook:
             finally:
                 if self._loss_hook is not None:
                     self._loss_hook.end()
+            if communicator is not None:
+                communicator.end()
             if self._imitation is not None:
                 self._imitation.end(reports)
             if recorder is not None:
