@@ -235,22 +235,28 @@ def test_stages_below_run_forward_only(material, student, first, extra, layout, 
         assert messages["kept"] == len(above) * MICRO_BATCHES // replicas
 
 
-@pytest.mark.parametrize("batches", [1, 2, 16])
-def test_any_number_of_micro_batches_passes(material, student, batches):
+@pytest.mark.parametrize(
+    ("batches", "extra"),
+    [(1, ()), (2, ()), (16, ()), (2, VIRTUAL), (6, VIRTUAL)],
+    ids=["1", "2", "16", "2, virtual", "6, virtual"],
+)
+def test_any_number_of_micro_batches_passes(material, student, batches, extra):
     """Fewer than stages, as many, and more."""
     size = ("--global-batch-size", str(2 * batches))
-    one, two = (train(material, student, 5, *size, **at) for at in ({}, dict(nproc=2, pp=2)))
+    one = train(material, student, 5, *size)
+    two = train(material, student, 5, *size, *extra, nproc=2, pp=2)
     for term in TERMS:
         assert two.losses(term) == pytest.approx(one.losses(term), rel=2e-5), term
-    check_messages(two, 1, 2, batches=3 * batches)
+    forward, chunks = (2, 2) if extra else (1, 1)
+    check_messages(two, forward, 2, chunks, batches=3 * batches)
 
 
 def test_batches_that_grow_pass(material, student):
     """One micro-batch, then more, of which each step's schedule has its own number."""
-    ramp = ("--rampup-batch-size", "2", "2", "4", "--global-batch-size", "4")
-    ramp += ("--train-samples", "12")
+    growing = ("--step-batch-size-schedule", "0:2 128:4", "--train-samples", "12")
+    without = ("--train-iters", "--global-batch-size")
     one, two = (
-        train(material, student, 5, *ramp, without=("--train-iters",), **at)
+        train(material, student, 5, *growing, without=without, **at)
         for at in ({}, dict(nproc=2, pp=2))
     )
     assert one.losses("global batch size") == [2, 2, 4, 4]
@@ -275,17 +281,31 @@ def test_embedding_and_head_may_share_a_frozen_matrix(material, tmp_path):
     check_messages(runs[1], 1, 2)
 
 
+ENDS_ALONE = ("--pipeline-model-parallel-layout", "E|tttt|tttt|L")
+
+
 @pytest.mark.parametrize(
-    ("component", "forward_stages"),
-    [("embedding", 0), ("output_layer", 1)],
+    ("component", "extra", "forward_stages"),
+    [
+        ("embedding", (), 0),
+        ("output_layer", (), 1),
+        ("output_layer", ENDS_ALONE, 3),
+        ("embedding", ENDS_ALONE, 0),
+    ],
 )
-def test_the_boundary_may_be_an_end_of_the_model(material, student, component, forward_stages):
-    """With the embedding training all gradients go down; with the head alone, none."""
+def test_the_boundary_may_be_an_end_of_the_model(
+    material, student, component, extra, forward_stages
+):
+    """With the embedding training all gradients go down; with the head alone, none.
+
+    Also where embedding and head are virtual stages without layers.
+    """
     alone = ("--inject-set", "train.experts=none", f"train.{component}=true")
-    one, two = (train(material, student, 5, *alone, **at) for at in ({}, dict(nproc=2, pp=2)))
+    one = train(material, student, 5, *alone)
+    two = train(material, student, 5, *extra, *alone, nproc=2, pp=2)
     for term in TERMS:
         assert two.losses(term) == pytest.approx(one.losses(term), rel=2e-5), term
-    check_messages(two, forward_stages, 2)
+    check_messages(two, forward_stages, 2, chunks=2 if extra else 1)
 
 
 def test_dropout_draws_the_same_numbers_with_recompute(material, student):
@@ -304,8 +324,9 @@ def test_the_other_supported_megatron_splits_the_block_too(tmp_path, plain):
     flags = student_flags("--data-path", material.general, "--split", "90,5,5")
     layers = ("--num-layers", str(LAYERS), "--train-iters", "1")
     lane.run([*flags, *layers, "--save", folder, "--save-interval", "1"], pythonpath=[OTHER])
-    run = train(material, folder, 5, *full("uniform", 2), nproc=2, pp=2, path=[OTHER])
-    check_counts(run, 5, {5, 6, 7})
-    check_messages(run, 1, 2)
-    for term in TERMS:
-        assert run.losses(term) == pytest.approx(plain[5].losses(term), rel=2e-5), term
+    for extra, recomputed, stages in ((full("uniform", 2), {5, 6, 7}, 2), (VIRTUAL, set(), 4)):
+        run = train(material, folder, 5, *extra, nproc=2, pp=2, path=[OTHER])
+        check_counts(run, 5, recomputed)
+        check_messages(run, stages // 2, 2, stages // 2)
+        for term in TERMS:
+            assert run.losses(term) == pytest.approx(plain[5].losses(term), rel=2e-5), term
