@@ -3,8 +3,9 @@
 One wrapper around Megatron's forward-backward function. It takes the step's micro-batches from
 the data iterators once, removes what stock code must not see, sends the domain labels to every
 model-parallel rank, runs the teachers on the last pipeline stage, and then lets the stock
-schedule run on the very same micro-batches. No collective of ours runs inside the schedule,
-except a teacher's when its recipe asks for a window of micro-batches.
+schedule run on the very same micro-batches, through a communicator that leaves out the gradients
+that no stage needs. No collective of ours runs inside the schedule, except a teacher's when its
+recipe asks for a window of micro-batches.
 """
 
 from __future__ import annotations
