@@ -63,6 +63,9 @@ class StepHook:
         recorder: counts routing in the steps of training, ``None`` without a profile.
         records_evaluation: count in evaluation instead.
         communicator: what pipeline stages talk through in training steps, ``None`` for Megatron's.
+
+    Attributes:
+        after_step: called when a step has ended.
     """
 
     def __init__(
@@ -86,6 +89,7 @@ class StepHook:
         self._recorder = recorder
         self._records_evaluation = records_evaluation
         self._communicator = communicator
+        self.after_step: Callable[[], None] = lambda: None
 
     def wrap(self, forward_backward: Callable) -> Callable:
         """What ``train_step`` and ``evaluate`` call in the place of ``forward_backward``."""
@@ -145,6 +149,7 @@ class StepHook:
                 self._imitation.end(reports)
             if recorder is not None:
                 recorder.end()
+            self.after_step()
             return reports
 
         return step

@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from megatron_moe_inject.clock import ChunkClock
 from megatron_moe_inject.experts.freeze import decoder_layers
+from megatron_moe_inject.experts.router_logits import LogitSample, LogitSampler
 from megatron_moe_inject.experts.routing_profile import ClassStatistics, Spread
 
 _SUMS = ("selections", "gate_sums", "prob_sums", "dropped")
@@ -34,6 +35,8 @@ class RoutingRecorder:
         classes: number of classes; sample labels count from ``-1``, which is class 0.
         groups: the student's ``ProcessGroupCollection``.
         coselections: also count which experts are chosen together; C L E^2 numbers.
+        logits: keep the router logits of at most so many tokens of each class.
+        sequence_length: tokens of a sequence, where logits are kept.
 
     Attributes:
         layers: 0-based MoE layers of this rank, in the order of the sums.
@@ -47,6 +50,8 @@ class RoutingRecorder:
         groups: Any,
         *,
         coselections: bool = False,
+        logits: int | None = None,
+        sequence_length: int = 0,
     ) -> None:
         self._config = chunks[0].config
         self._device = next(chunks[0].parameters()).device
@@ -72,13 +77,30 @@ class RoutingRecorder:
         self._share_sums, self._share_squares = self._zeros(*shape), self._zeros(*shape)
         self._sequences = self._zeros(classes)
         self._pairs = self._zeros(*shape, shape[-1]) if coselections else None
+        self._sampler: LogitSampler | None = None
+        if logits is not None:
+            self._sampler = LogitSampler(
+                logits,
+                classes=classes,
+                layers=len(self.layers),
+                experts=shape[-1],
+                sequence_length=sequence_length,
+                groups=groups,
+                sequence_parallel=self._config.sequence_parallel,
+                device=self._device,
+            )
 
     def _zeros(self, *shape: int) -> torch.Tensor:
         return torch.zeros(*shape, dtype=torch.float64, device=self._device)
 
     def begin(self, labels: torch.Tensor) -> None:
-        """Record the step whose micro-batches have these labels, ``[n, b]`` on the host."""
+        """Record the step whose micro-batches have these labels, ``[n, b]`` on the host.
+
+        Collectives: with logits, that of ``LogitSampler.begin``.
+        """
         self._labels = labels
+        if self._sampler is not None:
+            self._sampler.begin(labels)
         n, b = labels.shape
         experts = self._config.num_moe_experts
         self._step = torch.zeros(
@@ -148,10 +170,22 @@ class RoutingRecorder:
             rows = [value * kept for value in rows]
         for place, value in zip(self._step[:, micro_batch, :, layer], rows, strict=True):
             torch.sum(value, 0, out=place)
+        if self._sampler is not None:
+            before = before.view(length, samples, experts)
+            if padding is not None:
+                padding = padding.view(length, samples)
+            self._sampler.record(micro_batch, layer, logits.detach(), before, padding)
         if self._pairs is not None and self._counts_here:
             for sample, label in enumerate(self._labels[micro_batch].tolist()):
                 together = rows[0][:, sample]
                 self._pairs[label + 1, layer] += together.t() @ together
+
+    def sampled_logits(self) -> list[LogitSample] | None:
+        """By class, what was kept of the logits; None where nothing was, and on most ranks.
+
+        Collectives: those of ``LogitSampler.collect``.
+        """
+        return None if self._sampler is None else self._sampler.collect(self.layers)
 
     def statistics(self, data: Sequence[tuple[str, ...]]) -> list[ClassStatistics | None]:
         """Everything recorded, of all ranks and layers; None for a class without a sequence.
