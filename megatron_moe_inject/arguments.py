@@ -28,7 +28,7 @@ from megatron_moe_inject.typed import RecipeError
 
 _OBJECTIVE = ("alpha", "beta", "general_beta", "gamma", "temperature", "divergence")
 _PLAIN = ("teacher", "domain_data", "domain_name", "experts", *_OBJECTIVE, "train_router")
-_RUN = ("dry_run", "verify_frozen", "profile", "profile_coselections")
+_RUN = ("dry_run", "verify_frozen", "profile", "profile_coselections", "profile_logits")
 _FLAG_OF_KEY = (
     (r"domains\[0\]\.experts\.layers\.(\d+)", r"--inject-experts (layer \1)"),
     (r"domains\[0\]\.experts(\.layers)?", "--inject-experts"),
@@ -73,6 +73,13 @@ def add_inject_arguments(parser: ArgumentParser) -> ArgumentParser:
         default=None,
         help="Record besides which experts are chosen together.",
     )
+    group.add_argument(
+        "--inject-profile-logits",
+        metavar="N",
+        type=int,
+        help="Keep besides the router logits of at most N tokens of each class, in a safetensors "
+        "file beside the profile.",
+    )
     for flag, metavar, text in (
         ("teacher", "SOURCE", "megatron:/dir or hf:/dir."),
         ("domain-name", "NAME", "name in the logs (default: domain)."),
@@ -113,9 +120,13 @@ def recipe_from_args(args: Namespace, argv: Sequence[str] | None = None) -> Reci
     if not hasattr(args, "inject_recipe"):
         _refuse_lost_flags(args, sys.argv[1:] if argv is None else argv)
         return None
-    if _given(args, "profile_coselections") and not _given(args, "profile"):
+    for name in ("profile_coselections", "profile_logits"):
+        if _given(args, name) and not _given(args, "profile"):
+            raise RecipeError(f"{_flag(name)}: no profile is recorded; add --inject-profile PATH")
+    if _given(args, "profile_logits") and args.inject_profile_logits < 1:
         raise RecipeError(
-            "--inject-profile-coselections: no profile is recorded; add --inject-profile PATH"
+            f"--inject-profile-logits: {args.inject_profile_logits} is not a number of tokens; "
+            "give 1 or more, or leave it out"
         )
     overrides = _overrides(args)
     plain = [name for name in _PLAIN if _given(args, name)]

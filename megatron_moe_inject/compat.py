@@ -163,6 +163,28 @@ def process_groups(chunk: torch.nn.Module) -> Any:
     return ProcessGroupCollection.use_mpu_process_groups()
 
 
+def schedule_groups() -> Any:
+    """The ``ProcessGroupCollection`` that a pipeline schedule makes when it is given none.
+
+    It must be given one along with a communicator. 0.18 makes it inside its schedules.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel import schedules
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    if hasattr(schedules, "_build_default_pg_collection"):
+        return schedules._build_default_pg_collection()
+    groups = ProcessGroupCollection()
+    groups.tp = parallel_state.get_tensor_model_parallel_group()
+    groups.cp = parallel_state.get_context_parallel_group()
+    groups.pp = parallel_state.get_pipeline_model_parallel_group()
+    groups.embd = parallel_state.get_embedding_group(check_initialized=False)
+    groups.pos_embd = parallel_state.get_position_embedding_group(check_initialized=False)
+    groups.dp_cp = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    groups.tp_dp_cp = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    return groups
+
+
 def use_prebuilt_dataset_helpers() -> None:
     """Use the compiled dataset helper that is there instead of running ``make`` at every start.
 

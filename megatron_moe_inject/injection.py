@@ -23,6 +23,11 @@ from megatron_moe_inject.experts.choice import resolve_experts
 from megatron_moe_inject.experts.freeze import FreezePolicy, places
 from megatron_moe_inject.experts.grouped import split_grouped_experts
 from megatron_moe_inject.experts.original import FOLDER, OriginalParameters
+from megatron_moe_inject.experts.pipeline import (
+    agree_forward_stages,
+    boundary_communicator,
+    gets_no_graph,
+)
 from megatron_moe_inject.experts.recorder import RoutingRecorder
 from megatron_moe_inject.experts.resume import begin_or_resume
 from megatron_moe_inject.experts.verify import FrozenCheck
@@ -184,7 +189,8 @@ class Injection:
             chunks: this rank's bare model chunks.
 
         Collectives, over the whole world: one all-reduce for the boundary, group creation for
-        the labels, one all-gather each for agreement on the teachers and for the plan.
+        the labels, one all-gather each for agreement on the teachers and for the plan; over the
+        pipeline, one all-gather for the stages that run forward only.
 
         Raises:
             RecipeError: on every rank, if a teacher cannot be loaded, nothing trains, or a layer
@@ -196,9 +202,10 @@ class Injection:
         self._check_patterns()
         boundary = agree_boundary(self.chunks, self.facts.num_layers, device)
         self.imitation.check_boundary(boundary)
-        for chunk in self.chunks:
-            GradientBoundary(chunk, boundary)
         groups = compat.process_groups(self.chunks[0])
+        forward_stages = agree_forward_stages(self.chunks, boundary, groups.pp)
+        for i, chunk in enumerate(self.chunks):
+            GradientBoundary(chunk, boundary, cut=gets_no_graph(i, forward_stages, groups.pp))
         host_group = HostGroup.create(groups.mp)
         self.originals = self._keep_originals()
         routing = self._steering.step(
@@ -217,6 +224,7 @@ class Injection:
             self.imitation.hook(self.chunks, groups, by_domain=self._several_classes),
             self._recorder,
             routing=routing,
+            communicator=boundary_communicator(self.chunks, forward_stages, groups.pp),
         )
         self.plan = Plan(
             self.recipe,

@@ -38,6 +38,11 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     profile.add_argument(
         "--coselections", action="store_true", help="count which experts are chosen together too"
     )
+    profile.add_argument(
+        "--logits",
+        metavar="N",
+        help="keep the router logits of at most N tokens of each class too, beside the profile",
+    )
     profile.add_argument("--cpu", action="store_true", help="gloo processes without a GPU")
 
 
@@ -60,6 +65,8 @@ def _profile(options: argparse.Namespace, flags: list[str]) -> None:
     ours = ["--inject-recipe", options.recipe, "--inject-profile", options.output]
     if options.coselections:
         ours.append("--inject-profile-coselections")
+    if options.logits is not None:
+        ours += ["--inject-profile-logits", options.logits]
     if "--train-iters" not in flags and "--train-samples" not in flags:
         ours += ["--train-iters", "1"]  # Megatron wants to know, also where nothing trains
     sys.argv[1:] = [*(["--cpu"] if options.cpu else []), *flags, *ours, "--skip-train"]

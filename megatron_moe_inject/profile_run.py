@@ -21,12 +21,14 @@ from megatron_moe_inject.experts.census import parameter_rows
 from megatron_moe_inject.experts.freeze import EXPERTS
 from megatron_moe_inject.experts.profile_file import write_profile
 from megatron_moe_inject.experts.recorder import RoutingRecorder
+from megatron_moe_inject.experts.router_logits import logit_path, write_logits
 from megatron_moe_inject.experts.routing_profile import (
     GENERAL_CLASS,
     Provenance,
     RouterSettings,
     RoutingProfile,
 )
+from megatron_moe_inject.progress import StepProgress
 from megatron_moe_inject.recipe import GENERAL, Recipe, RecipeError
 from megatron_moe_inject.step import SplitRegistry, StepHook
 from megatron_moe_inject.student import SPLITS, StudentFacts, split_labels, student_facts_from_args
@@ -86,14 +88,17 @@ class ProfileSetup:
             len(self._names),
             groups,
             coselections=bool(self._args.inject_profile_coselections),
+            logits=self._args.inject_profile_logits,
+            sequence_length=self._args.seq_length,
         )
 
     def write(self, recorder: RoutingRecorder) -> str:
         """Write the profile on the first rank; what to say about it.
 
-        Collectives: those of ``RoutingRecorder.statistics`` and one barrier.
+        Collectives: those of ``RoutingRecorder.statistics`` and ``sampled_logits``, one barrier.
         """
         found = recorder.statistics(self._data)
+        sampled = recorder.sampled_logits()
         classes = {n: s for n, s in zip(self._names, found, strict=True) if s is not None}
         if not classes:
             return f"routing profile: no step was recorded, {self._path} is not written"
@@ -121,13 +126,20 @@ class ProfileSetup:
             ),
         )
         if dist.get_rank() == 0:
-            write_profile(self._path, RoutingProfile(provenance, classes))
+            logits = None
+            if sampled is not None:
+                samples = {n: s for n, s in zip(self._names, sampled, strict=True) if n in classes}
+                logits = write_logits(self._path, samples)
+            write_profile(self._path, RoutingProfile(provenance, classes, logits=logits))
         dist.barrier()
         counts = ", ".join(
             f"{name} {statistics.spread.sequences} sequences"
             for name, statistics in classes.items()
         )
-        return f"routing profile: {counts}, written to {self._path}"
+        beside = ""
+        if args.inject_profile_logits is not None:
+            beside = f", router logits to {logit_path(self._path)}"
+        return f"routing profile: {counts}, written to {self._path}{beside}"
 
 
 class ProfileRun:
@@ -153,6 +165,7 @@ class ProfileRun:
         self.splits = SplitRegistry({s: split_labels(recipe, facts, s) for s in SPLITS})
         self.step_hook: StepHook | None = None
         self._recorder: RoutingRecorder | None = None
+        self._progress: StepProgress | None = None
 
     def freeze(self, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
         """Nothing is frozen."""
@@ -173,6 +186,14 @@ class ProfileRun:
             recorder=self._recorder,
             records_evaluation=True,
         )
+        self._progress = StepProgress(dist.get_rank())
+        self.step_hook.after_step = lambda: self._progress.step(self._steps())
+
+    def _steps(self) -> int | None:
+        """How many steps Megatron evaluates, None where it reads all of the data."""
+        splits = [getattr(self._args, name, True) for name in ("do_valid", "do_test")]
+        iterations = self._args.eval_iters
+        return sum(map(bool, splits)) * iterations if iterations and iterations > 0 else None
 
     def begin_training(self) -> None:
         """Never called: ``--skip-train``."""
@@ -182,4 +203,5 @@ class ProfileRun:
 
     def finish(self) -> str:
         """Write the profile; see ``ProfileSetup.write``."""
+        self._progress.close()
         return self._setup.write(self._recorder)

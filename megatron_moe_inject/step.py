@@ -3,8 +3,9 @@
 One wrapper around Megatron's forward-backward function. It takes the step's micro-batches from
 the data iterators once, removes what stock code must not see, sends the domain labels to every
 model-parallel rank, runs the teachers on the last pipeline stage, and then lets the stock
-schedule run on the very same micro-batches. No collective of ours runs inside the schedule,
-except a teacher's when its recipe asks for a window of micro-batches.
+schedule run on the very same micro-batches, through a communicator that leaves out the gradients
+that no stage needs. No collective of ours runs inside the schedule, except a teacher's when its
+recipe asks for a window of micro-batches.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 
 from megatron_moe_inject.data import labels as domain_labels
 from megatron_moe_inject.data.labels import HostGroup, MicroBatch
+from megatron_moe_inject.experts.pipeline import BoundaryCommunicator
 from megatron_moe_inject.experts.recorder import RoutingRecorder
 from megatron_moe_inject.imitation.hook import ImitationHook
 from megatron_moe_inject.loss_hook import LossHook
@@ -62,6 +64,10 @@ class StepHook:
         recorder: counts routing in the steps of training, ``None`` without a profile.
         records_evaluation: count in evaluation instead.
         routing: steers tokens and reports where they go.
+        communicator: what pipeline stages talk through in training steps, ``None`` for Megatron's.
+
+    Attributes:
+        after_step: called when a step has ended.
     """
 
     def __init__(
@@ -75,6 +81,7 @@ class StepHook:
         recorder: RoutingRecorder | None = None,
         records_evaluation: bool = False,
         routing: RoutingStep | None = None,
+        communicator: BoundaryCommunicator | None = None,
     ) -> None:
         self._splits = splits
         self._host_group = host_group
@@ -85,6 +92,8 @@ class StepHook:
         self._recorder = recorder
         self._records_evaluation = records_evaluation
         self._routing = routing
+        self._communicator = communicator
+        self.after_step: Callable[[], None] = lambda: None
 
     def wrap(self, forward_backward: Callable) -> Callable:
         """What ``train_step`` and ``evaluate`` call in the place of ``forward_backward``."""
@@ -125,6 +134,9 @@ class StepHook:
             if self._routing is not None:
                 self._routing.begin(labels, self._iteration(), seq_length)
             replay = [None if chunk is None else iter(chunk) for chunk in clean]
+            communicator = None if evaluation else self._communicator
+            if communicator is not None:
+                kwargs |= communicator.begin(num_microbatches, kwargs.get("p2p_communicator"))
             try:
                 reports = forward_backward(
                     forward_step_func=forward_step_func,
@@ -137,12 +149,15 @@ class StepHook:
             finally:
                 if self._loss_hook is not None:
                     self._loss_hook.end()
+            if communicator is not None:
+                communicator.end()
             if self._imitation is not None:
                 self._imitation.end(reports)
             if self._routing is not None:
                 self._routing.end(reports, trained=not evaluation)
             if recorder is not None:
                 recorder.end()
+            self.after_step()
             return reports
 
         return step

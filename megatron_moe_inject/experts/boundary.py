@@ -13,8 +13,8 @@ of more than attention it starts at the layer's input instead. A part is a shall
 block with fewer layers, made for each micro-batch, so what is recomputed in the backward pass
 belongs to the copy of its micro-batch, and the block itself is never changed.
 
-A pipeline stage still owes the previous stage a gradient of its input, and that stage waits for
-it: ``_Bridge`` answers with zeros, so the schedule stays stock and only the communication remains.
+A pipeline stage at or below the boundary makes no gradient of what it received: ``pipeline.py``
+has the schedule neither send nor wait for one.
 
 Shapes: s sequence, b batch, h hidden.
 """
@@ -46,22 +46,6 @@ def agree_boundary(chunks: Sequence[torch.nn.Module], num_layers: int, device: t
     return int(lowest.item())
 
 
-class _Bridge(torch.autograd.Function):
-    """Passes ``hidden`` on as if it came from ``received`` too, which gets a zero gradient."""
-
-    @staticmethod
-    def forward(ctx, received: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        ctx.like = (received.shape, received.dtype, received.device)
-        # A fresh storage: the schedule frees the outputs it sends and refuses views.
-        return hidden.clone()
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        shape, dtype, device = ctx.like
-        zeros = torch.zeros(shape, dtype=dtype, device=device)
-        return zeros, grad if ctx.needs_input_grad[1] else None
-
-
 def _requiring_grad(hidden: torch.Tensor) -> torch.Tensor:
     return hidden if hidden.requires_grad else hidden.detach().requires_grad_(True)
 
@@ -74,20 +58,24 @@ class GradientBoundary:
     Args:
         chunk: bare GPT model chunk, after ``requires_grad`` is set.
         boundary: the agreed position (``agree_boundary``).
+        cut: the stage before runs forward only (``pipeline.gets_no_graph``), so that what the
+            chunk receives must get no gradient. So it is wherever ``boundary`` is not below the
+            chunk's layers; a chunk without layers cannot know by itself.
 
     Raises:
         RecipeError: there are layers below the boundary, and Megatron offloads activations: it
             counts on a backward of every layer.
     """
 
-    def __init__(self, chunk: torch.nn.Module, boundary: int) -> None:
+    def __init__(self, chunk: torch.nn.Module, boundary: int, *, cut: bool = False) -> None:
         self._block = chunk.decoder
         layers = decoder_layers(chunk)
         if boundary > 0:
             _refuse_offloading(chunk.config, boundary)
-        if boundary < 0 or not layers:
+        if boundary < 0 or not (layers or cut):
             return
-        below = boundary - (layers[0].layer_number - 1)
+        below = boundary - (layers[0].layer_number - 1) if layers else 0
+        assert self._block.pre_process or cut == (below >= 0), "stages disagree on the boundary"
         if 0 <= below < len(layers) and _starts_at_experts(layers[below]):
             layers[below].mlp.experts.register_forward_hook(_start_at_experts)
             below += 1
@@ -100,7 +88,7 @@ class GradientBoundary:
                 for module in layer.modules():
                     if getattr(module, "moe_layer_recompute", False):
                         module.moe_layer_recompute = False
-        elif self._block.pre_process:
+        elif below == 0:
             self._block.register_forward_pre_hook(self._start_at_block, with_kwargs=True)
 
     def _start_at_block(
@@ -108,7 +96,10 @@ class GradientBoundary:
     ) -> tuple[tuple, dict[str, Any]] | None:
         if not torch.is_grad_enabled():
             return None
-        return _with_hidden(args, kwargs, _requiring_grad(_hidden(args, kwargs)))
+        if block.pre_process:
+            return _with_hidden(args, kwargs, _requiring_grad(_hidden(args, kwargs)))
+        block.input_tensor = block.input_tensor.detach().requires_grad_(True)
+        return None
 
     def _forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """In the place of the block's forward; arguments and result ``[s, b, h]`` are its own."""
@@ -116,8 +107,7 @@ class GradientBoundary:
             return self._stock(*args, **kwargs)
         assert not kwargs.get("extract_layer_indices"), "layers of a part are not numbered alike"
         block = self._block
-        received = None if block.pre_process else block.input_tensor
-        given = _hidden(args, kwargs) if received is None else received
+        given = _hidden(args, kwargs) if block.pre_process else block.input_tensor
         with _one_fp8_region(block.config):
             lower = _part(block, slice(0, self._below))
             lower.config = copy.copy(block.config)
@@ -125,10 +115,11 @@ class GradientBoundary:
             lower.final_layernorm = None
             args, kwargs = _with_hidden(args, kwargs, given.detach())
             hidden = lower.forward(*args, **kwargs)
+            if not block.pre_process:
+                # The schedule keeps what was received for a backward that never comes.
+                given.data = given.new_empty(1)
             upper = _part(block, slice(self._below, None))
-            if received is not None:
-                hidden = _Bridge.apply(received, hidden)
-            elif len(upper.layers):
+            if len(upper.layers):
                 hidden = _requiring_grad(hidden)
             if not len(upper.layers) and upper.final_layernorm is None:
                 return hidden

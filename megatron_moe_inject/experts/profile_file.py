@@ -4,10 +4,11 @@ One JSON file: format, version, provenance, statistics by class, and a SHA-256 o
 form of all that (sorted keys, shortest numbers), so that layout does not matter and every value
 does. Rows of numbers stand one to a line. Co-selections, by far the largest part, are the
 rows right of the diagonal; for 61 layers of 256 experts they take about 10 MB a class, everything
-else about 2 MB. Samples of router logits are tensors and have no place here.
+else about 2 MB. Samples of router logits are tensors in a file of their own
+(``router_logits.py``), of which the profile holds name and checksum.
 
 Merging adds counts. It refuses profiles of different students, and profiles that share a part,
-which would count the same tokens twice.
+which would count the same tokens twice. Sampled logits stay with the recorded profiles.
 
 Shapes: L MoE layers, E experts.
 """
@@ -26,6 +27,7 @@ import numpy as np
 from megatron_moe_inject import typed
 from megatron_moe_inject.experts.routing_profile import (
     ClassStatistics,
+    LogitFile,
     Provenance,
     RoutingProfile,
     Spread,
@@ -169,11 +171,12 @@ def _add(
 
 def _content(profile: RoutingProfile) -> dict[str, Any]:
     """Everything the checksum covers, in plain values."""
-    return {
+    content = {
         "parts": list(profile.parts),
         "provenance": asdict(profile.provenance),
         "classes": {name: _plain_class(found) for name, found in profile.classes.items()},
     }
+    return content if profile.logits is None else content | {"logits": asdict(profile.logits)}
 
 
 def _plain_class(found: ClassStatistics) -> dict[str, Any]:
@@ -255,7 +258,8 @@ def _parse(plain: Any) -> RoutingProfile:
             f"{VERSION}: record the profile again, or use the package that wrote it",
             "version",
         )
-    _check_keys("", plain, _KEYS)
+    sampled = "logits" in plain
+    _check_keys("", plain, (*_KEYS, "logits") if sampled else _KEYS)
     provenance = typed.build(Provenance, plain["provenance"], "provenance")
     check_provenance(provenance)
     parts = typed.build(list[str], plain["parts"], "parts")
@@ -269,6 +273,7 @@ def _parse(plain: Any) -> RoutingProfile:
             for name, found in classes.items()
         },
         tuple(parts),
+        typed.build(LogitFile, plain["logits"], "logits") if sampled else None,
     )
     if plain["sha256"] != profile_checksum(profile):
         raise RecipeError(f"sha256: does not fit the content, which was changed; {_AGAIN}")

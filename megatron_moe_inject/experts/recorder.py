@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_moe_inject.experts.router_logits import LogitSample, LogitSampler
 from megatron_moe_inject.experts.routing_profile import ClassStatistics, Spread
 from megatron_moe_inject.routing.watch import SUMS, RoutingWatch
 
@@ -28,6 +29,8 @@ class RoutingRecorder:
         classes: number of classes; sample labels count from ``-1``, which is class 0.
         groups: the student's ``ProcessGroupCollection``.
         coselections: also count which experts are chosen together; C L E^2 numbers.
+        logits: keep the router logits of at most so many tokens of each class.
+        sequence_length: tokens of a sequence, where logits are kept.
 
     Attributes:
         watch: gives the sums of a step.
@@ -41,6 +44,8 @@ class RoutingRecorder:
         groups: Any,
         *,
         coselections: bool = False,
+        logits: int | None = None,
+        sequence_length: int = 0,
     ) -> None:
         self._config = chunks[0].config
         self._device = next(chunks[0].parameters()).device
@@ -48,19 +53,37 @@ class RoutingRecorder:
         self._counts_here = self._config.sequence_parallel or groups.tp.rank() == 0
         self._classes = classes
         self.steps = 0
-        self.watch = RoutingWatch(chunks, groups, self._count_pairs if coselections else None)
+        each = coselections or logits is not None
+        self.watch = RoutingWatch(chunks, groups, self._routed if each else None)
         shape = (classes, len(self.watch.layers), self._config.num_moe_experts)
         self._totals = {name: self._zeros(*shape) for name in SUMS}
         self._share_sums, self._share_squares = self._zeros(*shape), self._zeros(*shape)
         self._sequences = self._zeros(classes)
         self._pairs = self._zeros(*shape, shape[-1]) if coselections else None
+        self._sampler: LogitSampler | None = None
+        if logits is not None:
+            self._sampler = LogitSampler(
+                logits,
+                classes=classes,
+                layers=shape[1],
+                experts=shape[-1],
+                sequence_length=sequence_length,
+                groups=groups,
+                sequence_parallel=self._config.sequence_parallel,
+                device=self._device,
+            )
 
     def _zeros(self, *shape: int) -> torch.Tensor:
         return torch.zeros(*shape, dtype=torch.float64, device=self._device)
 
     def begin(self, labels: torch.Tensor) -> None:
-        """Record the step whose micro-batches have these labels, ``[n, b]`` on the host."""
+        """Record the step whose micro-batches have these labels, ``[n, b]`` on the host.
+
+        Collectives: with logits, that of ``LogitSampler.begin``.
+        """
         self._labels = labels
+        if self._sampler is not None:
+            self._sampler.begin(labels)
         self.watch.begin(*labels.shape)
 
     def end(self) -> None:
@@ -79,12 +102,29 @@ class RoutingRecorder:
         self._share_squares.index_add_(0, label, share.square())
         self._sequences.index_add_(0, label, torch.ones_like(label, dtype=torch.float64))
 
-    def _count_pairs(self, micro_batch: int, layer: int, chosen: torch.Tensor) -> None:
-        if not self._counts_here:
-            return
-        for sample, label in enumerate(self._labels[micro_batch].tolist()):
-            together = chosen[:, sample]
-            self._pairs[label + 1, layer] += together.t() @ together
+    def _routed(
+        self,
+        micro_batch: int,
+        layer: int,
+        logits: torch.Tensor,
+        chosen: torch.Tensor,
+        padding: torch.Tensor | None,
+    ) -> None:
+        """See ``routing.watch.OnRouted``."""
+        if self._sampler is not None:
+            self._sampler.record(micro_batch, layer, logits, chosen, padding)
+        if self._pairs is not None and self._counts_here:
+            kept = chosen if padding is None else chosen & ~padding.unsqueeze(-1)
+            for sample, label in enumerate(self._labels[micro_batch].tolist()):
+                together = kept[:, sample].float()
+                self._pairs[label + 1, layer] += together.t() @ together
+
+    def sampled_logits(self) -> list[LogitSample] | None:
+        """By class, what was kept of the logits; None where nothing was, and on most ranks.
+
+        Collectives: those of ``LogitSampler.collect``.
+        """
+        return None if self._sampler is None else self._sampler.collect(self.watch.layers)
 
     def statistics(self, data: Sequence[tuple[str, ...]]) -> list[ClassStatistics | None]:
         """Everything recorded, of all ranks and layers; None for a class without a sequence.

@@ -149,6 +149,21 @@ def _share(sums: np.ndarray) -> np.ndarray:
     return sums / np.where(totals == 0, 1, totals)
 
 
+@dataclass(frozen=True)
+class LogitFile:
+    """The router logits that were sampled with a profile; see ``router_logits``.
+
+    Attributes:
+        file: name of the file beside the profile.
+        sha256: of its content.
+        tokens: how many of each class.
+    """
+
+    file: str = field(metadata=_MISSING)
+    sha256: str = field(metadata=_MISSING)
+    tokens: dict[str, int] = field(metadata=_MISSING)
+
+
 @dataclass(frozen=True, eq=False)
 class RoutingProfile:
     """Statistics by class of data, and where they are from.
@@ -156,11 +171,13 @@ class RoutingProfile:
     Attributes:
         parts: checksums of the recorded profiles that were merged into this one; empty for a
             recorded one.
+        logits: sampled router logits, where a recorded one has them.
     """
 
     provenance: Provenance
     classes: Mapping[str, ClassStatistics]
     parts: tuple[str, ...] = ()
+    logits: LogitFile | None = None
 
     def of(self, name: str, key: str) -> ClassStatistics:
         """The statistics of a class.
@@ -186,11 +203,22 @@ def check_profile(profile: RoutingProfile) -> None:
     check_provenance(profile.provenance)
     if not profile.classes:
         raise _contradiction("classes", "is empty")
+    if profile.logits is not None:
+        _check_logit_file(profile)
     for name, statistics in profile.classes.items():
         key = f"classes.{name}"
         if not _NAME.fullmatch(name):
             raise _contradiction("classes", f"{name!r} is no name of letters, digits, _ and -")
         _check_class(key, statistics, profile.provenance)
+
+
+def _check_logit_file(profile: RoutingProfile) -> None:
+    logits = profile.logits
+    if logits.file in ("", ".", "..") or "/" in logits.file:
+        raise _contradiction("logits.file", f"{logits.file!r} is no file beside the profile")
+    for name, count in logits.tokens.items():
+        if name not in profile.classes or count < 0:
+            raise _contradiction(f"logits.tokens.{name}", f"{count} tokens of no class")
 
 
 def _contradiction(key: str, problem: str) -> RecipeError:

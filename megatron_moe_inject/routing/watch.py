@@ -26,8 +26,9 @@ SUMS = ("selections", "gate_sums", "prob_sums", "dropped")
 """Choices before capacity drops, gate weights, probabilities (``router_distribution``), and
 choices that were dropped."""
 
-OnChosen = Callable[[int, int, torch.Tensor], None]
-"""Gets the micro-batch, the layer's place and the choices ``[l, b, E]`` as fp32."""
+OnRouted = Callable[[int, int, torch.Tensor, torch.Tensor, torch.Tensor | None], None]
+"""Gets the micro-batch, the layer's place, logits and bool choices ``[l, b, E]`` before drops, and
+the padding ``[l, b]`` if there is any."""
 
 
 def routers(chunk: torch.nn.Module) -> Iterator[tuple[int, torch.nn.Module]]:
@@ -44,7 +45,7 @@ class RoutingWatch:
     Args:
         chunks: this rank's bare model chunks.
         groups: the student's ``ProcessGroupCollection``.
-        on_chosen: also called for every layer and micro-batch.
+        on_routed: also called for every layer and micro-batch.
 
     Attributes:
         layers: 0-based MoE layers of this rank, in the order of the sums.
@@ -54,12 +55,12 @@ class RoutingWatch:
         self,
         chunks: Sequence[torch.nn.Module],
         groups: Any,
-        on_chosen: OnChosen | None = None,
+        on_routed: OnRouted | None = None,
     ) -> None:
         self._config = chunks[0].config
         self._device = next(chunks[0].parameters()).device
         self._sequence_group = groups.tp_cp if self._config.sequence_parallel else groups.cp
-        self._on_chosen = on_chosen
+        self._on_routed = on_routed
         self._active = False
         self._clocks: list[ChunkClock] = []
         self.layers: list[int] = []
@@ -126,12 +127,13 @@ class RoutingWatch:
         values = [before.float(), gates.detach().float(), probs, (before & ~chosen).float()]
         rows = [value.view(length, samples, experts) for value in values]
         if padding is not None:
-            kept = (~padding).view(length, samples, 1)
-            rows = [value * kept for value in rows]
+            padding = padding.view(length, samples)
+            rows = [value * ~padding.unsqueeze(-1) for value in rows]
         for place, value in zip(self._step[:, micro_batch, :, layer], rows, strict=True):
             torch.sum(value, 0, out=place)
-        if self._on_chosen is not None:
-            self._on_chosen(micro_batch, layer, rows[0])
+        if self._on_routed is not None:
+            before = before.view(length, samples, experts)
+            self._on_routed(micro_batch, layer, logits.detach(), before, padding)
 
 
 def chosen_before_dropping(router: torch.nn.Module, logits: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from megatron_moe_inject.experts.profile_file import read_profile
+from megatron_moe_inject.experts.router_logits import read_logits
 from tests.training import lane
 from tests.training.conftest import student_flags
 from tests.training.test_injection import LAYOUTS, RECIPE, inject, recipe_file
@@ -67,6 +68,43 @@ def test_it_counts_every_token_of_every_class(single, material):
 def test_it_does_not_depend_on_the_layout(material, single, tmp_path, layout):
     options = {k: v for k, v in LAYOUTS[layout].items() if k != "extra"}
     assert_same(record(material, tmp_path / "profile.json", **options), single)
+
+
+@pytest.fixture(scope="module")
+def sampled(material, tmp_path_factory):
+    path = tmp_path_factory.mktemp("logits") / "one.json"
+    return read_logits(path, record(material, path, "--inject-profile-logits", "70"))
+
+
+def assert_same_sample(found, expected):
+    assert found.keys() == expected.keys()
+    for name, ours in found.items():
+        for field in ("chosen", "sequences", "positions"):
+            assert np.array_equal(getattr(ours, field), getattr(expected[name], field)), field
+        np.testing.assert_allclose(ours.logits, expected[name].logits, rtol=1e-4, atol=1e-6)
+
+
+def test_sampled_logits_are_those_that_chose(sampled, single):
+    for name, sample in sampled.items():
+        assert sample.logits.shape == (4, 64, 4)  # eight tokens each of eight sequences
+        best = np.argsort(-sample.logits, axis=-1)[..., :2]
+        assert np.take_along_axis(sample.chosen, best, -1).all()
+        assert (sample.chosen.sum(-1) == 2).all()
+        assert sorted(set(sample.positions)) == [2, 6, 10, 14, 18, 22, 26, 30]
+        assert len(set(sample.sequences)) == 8
+        assert len(np.unique(sample.logits)) > 0.9 * sample.logits.size, name
+    code, general = (set(sampled[name].sequences) for name in ("code", "general"))
+    assert not code & general
+    assert max(code | general) < sum(found.spread.sequences for found in single.classes.values())
+
+
+@pytest.mark.parametrize("layout", ["ep2", "tp2-sp", "pp2", "cp2"])
+def test_the_sample_of_logits_does_not_depend_on_the_layout(material, sampled, tmp_path, layout):
+    options = {k: v for k, v in LAYOUTS[layout].items() if k != "extra"}
+    path = tmp_path / "p.json"
+    found = record(material, path, "--inject-profile-logits", "70", **options)
+    assert found.logits.tokens == {"general": 64, "code": 64}
+    assert_same_sample(read_logits(path, found), sampled)
 
 
 def test_virtual_pipeline_stages(material, single, tmp_path):
@@ -150,7 +188,11 @@ def test_the_command_records_the_same(material, single, tmp_path):
     at = flags.index("--train-iters")
     del flags[at : at + 2]
     ours = ["profile", recipe_file(material, UNKNOWN), "--output", str(path), "--coselections"]
+    ours += ["--logits", "3"]
     script = ("-m", "megatron_moe_inject.cli", *ours, "--cpu", "--")
     run = lane.run(flags, nproc=2, script=script)
     assert "routing profile: general" in run.output
     assert_same(read_profile(path), single)
+    assert read_profile(path).logits.tokens == {"general": 3, "code": 3}
+    assert f"router logits to {path.with_suffix('.safetensors')}" in run.output
+    assert "step/s" not in run.output  # the progress bar of a terminal

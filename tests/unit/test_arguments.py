@@ -166,6 +166,7 @@ def test_every_plain_flag_is_covered():
     flags = {s for s in parser._option_string_actions if s.startswith("--inject-")}
     shared = {"--inject-recipe", "--inject-set", "--inject-dry-run", "--inject-verify-frozen"}
     shared |= {"--inject-profile", "--inject-profile-coselections"}
+    shared |= {"--inject-profile-logits"}
     assert flags == shared | {flag.split()[0] for flag in PLAIN_ALONE}
 
 
@@ -238,7 +239,15 @@ def test_errors_of_later_checks_are_named_once(line, key, expected):
     assert str(name_error(error, args)) == expected
 
 
-def test_coselections_without_a_profile_are_an_error(recipe_file):
-    args = parse(f"--inject-recipe {recipe_file} --inject-profile-coselections")
-    with pytest.raises(RecipeError, match="--inject-profile-coselections: no profile is recorded"):
+def test_a_profile_keeps_some_tokens_logits(recipe_file):
+    line = f"--inject-recipe {recipe_file} --inject-profile p.json --inject-profile-logits"
+    with pytest.raises(RecipeError, match="--inject-profile-logits: 0 is not a number of tokens"):
+        recipe_from_args(parse(f"{line} 0"))
+    assert recipe_from_args(parse(f"{line} 1")) is not None
+
+
+@pytest.mark.parametrize("flag", ["--inject-profile-coselections", "--inject-profile-logits 8"])
+def test_more_of_no_profile_is_an_error(recipe_file, flag):
+    args = parse(f"--inject-recipe {recipe_file} {flag}")
+    with pytest.raises(RecipeError, match=f"{flag.split()[0]}: no profile is recorded"):
         recipe_from_args(args)

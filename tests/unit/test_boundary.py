@@ -63,7 +63,9 @@ def chunk(first=0, count=4, pre_process=True, final=False, **options):
 def split(built, boundary):
     for layer in built.decoder.layers:
         layer.weight.requires_grad_(layer.layer_number > boundary)
-    GradientBoundary(built, boundary)
+    layers = built.decoder.layers
+    first = layers[0].layer_number - 1 if layers else boundary
+    GradientBoundary(built, boundary, cut=not built.decoder.pre_process and boundary >= first)
     return built.decoder
 
 
@@ -80,24 +82,41 @@ def test_lower_layers_run_once_without_recompute_or_graph(keyword):
     assert block.layers[2].weight.grad == 3 * 2 * 3 * 5
 
 
-def test_a_later_stage_answers_with_zeros():
+@pytest.mark.parametrize("boundary", [4, 6])
+def test_a_later_stage_makes_no_gradient_of_what_it_received(boundary):
+    received = torch.full((2, 1, 1), 2.0, requires_grad=True)
+    block = split(chunk(first=4, pre_process=False), boundary)
+    block.input_tensor = received
+    output = block(None)
+    assert torch.equal(output, torch.full((2, 1, 1), 2.0 * 6 * 7 * 8 * 9))
+    output.sum().backward()
+    assert received.grad is None
+    assert block.layers[2].weight.grad is not None
+    # Below the boundary nothing needs it any more.
+    assert received.numel() == (2 if boundary == 4 else 1)
+
+
+def test_a_later_stage_above_the_boundary_is_stock():
     received = torch.ones(2, 1, 1, requires_grad=True)
-    block = split(chunk(first=4, pre_process=False), 6)
+    block = split(chunk(first=4, pre_process=False), 3)
     block.input_tensor = received
     block(None).sum().backward()
-    assert torch.equal(received.grad, torch.zeros_like(received))
-    assert block.layers[2].weight.grad is not None
+    assert torch.equal(received.grad, torch.full((2, 1, 1), 6.0 * 7 * 8 * 9))
 
 
 @pytest.mark.parametrize("final", [False, True])
-def test_a_stage_wholly_below_keeps_its_final_norm_trainable(final):
+@pytest.mark.parametrize("count", [0, 4])
+def test_a_stage_wholly_below_keeps_its_final_norm_trainable(count, final):
     received = torch.ones(2, 1, 1, requires_grad=True)
-    block = split(chunk(first=4, pre_process=False, final=final), 8)
+    block = split(chunk(first=4, count=count, pre_process=False, final=final), 8)
     block.input_tensor = received
-    block(None).sum().backward()
-    assert torch.equal(received.grad, torch.zeros_like(received))
+    output = block(None)
     if final:
+        output.sum().backward()
         assert block.final_layernorm.weight.grad != 0
+    elif count:
+        assert not output.requires_grad
+    assert received.grad is None
 
 
 def test_a_first_stage_wholly_below_starts_no_graph():

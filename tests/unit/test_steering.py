@@ -6,7 +6,6 @@ from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import compute_routing_scores_for_aux_loss
 
 from megatron_moe_inject.routing import steering_loss
-from megatron_moe_inject.routing.balance import GeneralBalance
 from megatron_moe_inject.routing.losses import (
     SCORE_FUNCTIONS,
     router_distribution,
