@@ -53,7 +53,7 @@ def test_applied_to_the_base_it_is_the_trained_student(material, trained, delta,
     assert "4 slices" in capsys.readouterr().out
     same = CheckpointPlace("--base", applied).open(), CheckpointPlace("--trained", trained).open()
     for name in same[0].tensors:
-        assert torch.equal(*(_whole(checkpoint, name) for checkpoint in same)), name
+        assert torch.equal(*(whole(checkpoint, name) for checkpoint in same)), name
     flags = ("--train-iters", "2", *material.blend, "--finetune", "--no-load-optim", "--load")
     runs = [
         lane.run(student_flags(*flags, str(folder), "--no-load-rng", **layout), nproc=nproc)
@@ -73,7 +73,7 @@ def test_a_base_in_a_folder_of_any_name_becomes_a_release(material, delta, tmp_p
     assert "successfully loaded checkpoint" in run.output
 
 
-def _whole(checkpoint, name):
+def whole(checkpoint, name):
     stored = checkpoint.tensors[name]
     target = torch.empty(stored.size, dtype=stored.properties.dtype)
     checkpoint.read([Piece(name, tuple(stored.size), (0,) * len(stored.size), target)])

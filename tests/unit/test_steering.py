@@ -6,6 +6,7 @@ from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import compute_routing_scores_for_aux_loss
 
 from megatron_moe_inject.routing import steering_loss
+from megatron_moe_inject.routing.balance import GeneralBalance
 from megatron_moe_inject.routing.losses import (
     SCORE_FUNCTIONS,
     router_distribution,
@@ -26,7 +27,10 @@ TARGETS = {
 
 @pytest.fixture(autouse=True)
 def no_device(monkeypatch):
+    """Megatron's router asks for its device, and its reductions take no group of ours."""
     monkeypatch.setattr("torch.cuda.current_device", lambda: torch.device("cpu"))
+    asked = "megatron.core.tensor_parallel.mappings.get_tensor_model_parallel_group_if_none"
+    monkeypatch.setattr(asked, lambda group, *_, **__: group)
     yield
     get_moe_metrics_tracker().metrics.clear()
 
@@ -213,3 +217,60 @@ def test_a_steps_gradient_is_that_of_its_definition(recompute, function):
         counted = {"retention": (3, 3), "steering": (2, 3), "balance": (2, 3)}[key]
         mean = sum(v.item() * n for v, n in zip(expected[key], counted, strict=True))
         assert sums[0] / sums[1] == pytest.approx(mean / sum(counted), rel=1e-4), name
+
+
+def balanced(kind, per_token, labels):
+    """A router's gradient of its stock balance loss on one micro-batch; ``None`` = untouched."""
+    chunk = Chunk(
+        moe_router_load_balancing_type=kind,
+        moe_aux_loss_coeff=0.5,
+        calculate_per_token_loss=per_token,
+    )
+    router = chunk.routers[0]
+    hidden = inputs(1, samples=4)[0]
+    if labels is not None:
+        balance = GeneralBalance(router, 0.0)
+        balance.general = ([i for i, label in enumerate(labels) if label == GENERAL], 4)
+        samples = slice(None)
+    else:
+        samples = [1, 3]
+    gates, _ = router(hidden[:, samples].clone().requires_grad_())
+    (gates.sum() * 0).backward()
+    return router.weight.grad
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("kind", ["aux_loss", "seq_aux_loss", "global_aux_loss"])
+def test_stock_balance_of_a_mixed_batch_is_that_of_its_general_samples(kind, per_token):
+    """Where half the samples are general, theirs, with the weight they had among all tokens.
+
+    With ``calculate_per_token_loss`` Megatron's own weight is the number of tokens it is given.
+    """
+    mixed = balanced(kind, per_token, [0, GENERAL, 0, GENERAL])
+    alone = balanced(kind, per_token, None)
+    torch.testing.assert_close(mixed, alone if per_token else alone / 2, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["aux_loss", "seq_aux_loss", "global_aux_loss"])
+def test_stock_balance_without_general_samples_is_nothing(kind):
+    assert torch.equal(balanced(kind, False, [0] * 4), torch.zeros(EXPERTS, 8))
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.25])
+def test_expert_bias_counts_weigh_domain_tokens(weight):
+    chunk = Chunk(moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True)
+    router = chunk.routers[0]
+    balance = GeneralBalance(router, weight)
+    hidden = inputs(1, samples=3)[0]
+    router(hidden)  # nothing steered: stock counts
+    assert router.local_tokens_per_expert.sum() == 3 * LENGTH * 2
+    router.local_tokens_per_expert.zero_()
+    balance.general = ([0, 2], 3)
+    _, chosen = router(hidden)
+    by_sample = chosen.view(LENGTH, 3, EXPERTS).sum(0).float()
+    expected = by_sample[0] + by_sample[2] + weight * by_sample[1]
+    assert torch.equal(router.local_tokens_per_expert, expected)
+    router.local_tokens_per_expert.zero_()
+    with torch.no_grad():
+        router(hidden)
+    assert router.local_tokens_per_expert.sum() == 0

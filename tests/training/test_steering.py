@@ -1,0 +1,314 @@
+"""Steering through the real ``pretrain()``: one curve at every layout, and what it does to routing.
+
+Experts 0 and 3 of layer 2, and one each of layers 1 and 3, are the targets of the domain "code".
+"""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_moe_inject.cli import main
+from megatron_moe_inject.experts.delta import CheckpointPlace
+from tests.training import lane
+from tests.training.conftest import make_material, student_flags
+from tests.training.test_delta import whole
+from tests.training.test_injection import (
+    LAYOUTS,
+    OTHER,
+    PROVEN,
+    SLOW_LAYOUTS,
+    inject,
+    recipe_file,
+)
+
+STEERED = """
+domains:
+  - name: code
+    data: [1]
+    teacher: coder
+    experts: {{layers: {{1: [2], 2: [0, 3], 3: [3]}}}}
+teachers:
+  coder: {{source: "megatron:{teacher}"}}
+objective: {{alpha: 0.7, beta: 0.3}}
+train: {{router: true}}
+steering: {{coeff: 0.5, target_mass: 0.8, balance: 0.1, retention: 1.0, detail_every: 2}}
+"""
+ROWS = STEERED.replace("router: true", "router_rows: true")
+FROZEN = STEERED.replace("{{router: true}}", "{{}}").replace("retention: 1.0", "retention: 0.0")
+TERMS = (
+    "lm loss",
+    "kd loss",
+    "total loss",
+    "steering loss",
+    "target balance loss",
+    "router retention",
+    "target share/code",
+    "target gates/code",
+    "target mass/code",
+    "general on targets/code",
+    "grad norm",
+)
+HERE = {name: layout for name, layout in LAYOUTS.items() if "window" not in name}
+
+
+@pytest.fixture(scope="module")
+def single(material):
+    return inject(material, STEERED)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        *(pytest.param(v, id=k) for k, v in HERE.items()),
+        *(pytest.param(v, id=k, marks=pytest.mark.slow) for k, v in SLOW_LAYOUTS.items()),
+    ],
+)
+def test_the_curve_does_not_depend_on_the_layout(material, single, layout):
+    run = inject(material, STEERED, **copy.deepcopy(layout))
+    for term in TERMS:
+        assert run.losses(term) == pytest.approx(single.losses(term), rel=2e-5, abs=1e-6), term
+    assert PROVEN.search(run.output)
+    reported = [name for name in TERMS if name != "grad norm"]
+    for name in reported:
+        expected = single.evaluations[-1][name]
+        assert run.evaluations[-1][name] == pytest.approx(expected, rel=2e-5, abs=1e-6), name
+
+
+def test_it_does_not_depend_on_the_micro_batch_size(material):
+    """Without the balance losses, which are taken per micro-batch."""
+    alone = ("--moe-router-load-balancing-type", "none")
+    two, one = (
+        inject(
+            material,
+            STEERED.replace("balance: 0.1", "balance: 0.0"),
+            extra=(*alone, "--micro-batch-size", size),
+        )
+        for size in ("2", "1")
+    )
+    for term in TERMS:
+        if term != "target balance loss":
+            assert one.losses(term) == pytest.approx(two.losses(term), rel=2e-5, abs=1e-6), term
+
+
+def test_retention_is_zero_at_the_first_step_and_then_grows(single):
+    values = single.losses("router retention")
+    assert abs(values[0]) < 1e-7
+    assert min(values[1:]) > 1e-4
+
+
+MORE = ("--train-iters", "30", "--moe-router-load-balancing-type", "none")
+ONLY = STEERED.replace("retention: 1.0", "retention: 0.0").replace("0.5, target", "3.0, target")
+
+
+@pytest.fixture(scope="module")
+def pushed(material):
+    return inject(material, ONLY.replace("target_mass: 0.8", "target_mass: 0.6"), extra=MORE)
+
+
+def test_it_raises_the_share_until_the_target_mass_and_stops(material, pushed):
+    """Mass goes to the target for every token and no further; choices follow."""
+    mass = pushed.losses("target mass/code")
+    assert mass[0] < 0.4
+    assert 0.58 < mass[-1] < 0.8
+    assert pushed.losses("steering loss")[-1] < 0.1 * pushed.losses("steering loss")[0]
+    share = pushed.losses("target share/code")
+    assert share[-1] > share[0] + 0.15
+    left = inject(material, ONLY.replace("coeff: 3.0", "coeff: 0.0, report: true"), extra=MORE)
+    assert abs(left.losses("target mass/code")[-1] - left.losses("target mass/code")[0]) < 0.1
+    assert left.losses("target share/code")[0] == pytest.approx(share[0], rel=1e-6)
+
+
+def test_router_retention_bounds_what_happens_to_general_tokens(material, pushed):
+    held = inject(
+        material,
+        ONLY.replace("target_mass: 0.8", "target_mass: 0.6").replace(
+            "retention: 0.0", "retention: 10.0"
+        ),
+        extra=MORE,
+    )
+    moved = [run.losses("general on targets/code") for run in (pushed, held)]
+    assert abs(moved[1][-1] - moved[1][0]) < 0.5 * abs(moved[0][-1] - moved[0][0])
+    assert held.losses("router retention")[-1] < 0.1
+
+
+def test_a_frozen_router_stays_bitwise_and_hidden_states_are_steered(material):
+    """Layers 2 and 3 get their input from trained experts below; layer 1 gets nothing."""
+    run = inject(material, FROZEN)
+    off = inject(material, FROZEN.replace("coeff: 0.5", "coeff: 0.0, report: true"))
+    assert PROVEN.search(run.output)
+    assert "steering acts on nothing in layers [1]" in run.output
+    assert run.losses("steering loss")[0] > 0
+    assert run.losses("grad norm")[0] != off.losses("grad norm")[0]
+
+
+def test_steering_that_would_act_on_nothing_is_an_error(material):
+    recipe = FROZEN.replace("{{1: [2], 2: [0, 3], 3: [3]}}", "{{3: [3]}}")
+    run = inject(material, recipe, nproc=2, pp=2, check=False)
+    assert run.returncode == 2, run.tail()
+    assert "steering.coeff: 0.5 steers layers [3], but neither their routers train" in run.output
+
+
+@pytest.mark.parametrize(
+    "layout", ["ep2", "tp2-sp", "pp2", "full recompute", "distributed optimizer, ep2"]
+)
+def test_target_rows_train_alike_at_every_layout(material, layout):
+    single, run = inject(material, ROWS), inject(material, ROWS, **copy.deepcopy(LAYOUTS[layout]))
+    for term in TERMS:
+        assert run.losses(term) == pytest.approx(single.losses(term), rel=2e-5, abs=1e-6), term
+    assert PROVEN.search(run.output)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [(), pytest.param(("--bf16", *lane.DISTRIBUTED_OPTIMIZER), id="bf16, distributed optimizer")],
+)
+def test_target_rows_are_in_the_stock_matrix_of_a_checkpoint_and_resume(
+    material, tmp_path, optimizer
+):
+    """The other rows keep their bits; plain Megatron loads it; a resumed run goes on bitwise."""
+    save = tmp_path / "saved"
+    keep = (*optimizer, "--train-iters", "6", "--save", str(save), "--save-interval", "3")
+    whole = inject(material, ROWS, nproc=2, ep=2, extra=(*optimizer, "--train-iters", "6"))
+    inject(material, ROWS, nproc=2, ep=2, extra=(*keep, "--exit-interval", "3"))
+    before, after = (_stored_routers(folder) for folder in (material.student, save))
+    for layer, rows in {0: [], 1: [2], 2: [0, 3], 3: [3]}.items():
+        same = [torch.equal(a, b) for a, b in zip(before[layer], after[layer], strict=True)]
+        assert [row for row, kept in enumerate(same) if not kept] == rows
+    plain = (*material.blend, "--train-iters", "4", "--no-load-optim", *optimizer)
+    assert lane.run(student_flags(*plain, "--load", str(save))).iterations
+    ours = ("--inject-recipe", recipe_file(material, ROWS), "--load", str(save))
+    resumed = lane.run(student_flags(*material.blend, *keep, *ours, ep=2), nproc=2)
+    for term in TERMS:
+        assert resumed.losses(term) == whole.losses(term)[3:], term
+
+
+def _stored_routers(folder):
+    """Router matrices ``[L, E, h]`` of a checkpoint."""
+    checkpoint = CheckpointPlace("--load", Path(folder)).open()
+    return whole(checkpoint, "decoder.layers.mlp.router.weight").float()
+
+
+def test_a_delta_holds_the_rows_and_applies(material, tmp_path):
+    save, delta, applied = (tmp_path / name for name in ("saved", "delta", "applied"))
+    run = inject(material, ROWS, extra=("--save", str(save), "--save-interval", "100"))
+    base = ["--base", str(material.student)]
+    assert main(["export-delta", *base, "--trained", str(save), "--output", str(delta)]) == 0
+    described = json.loads((delta / "delta.json").read_text())
+    named = {entry["tensor"] for entry in described["slices"].values()}
+    assert "decoder.layers.mlp.router.weight" in named
+    assert not any("inject" in name for name in named)
+    assert main(["apply-delta", *base, "--delta", str(delta), "--output", str(applied)]) == 0
+    assert torch.equal(_stored_routers(applied), _stored_routers(save))
+    assert run.iterations
+
+
+SIGMOID = (*lane.DEEPSEEK_ROUTER, "--moe-router-topk", "1")
+
+
+@pytest.mark.parametrize("layout", [{}, dict(nproc=2, ep=2), dict(nproc=2, tp=2)], ids=str)
+def test_expert_bias_counts_general_tokens_only(material, tmp_path, layout):
+    """Stock counts push tokens off the targets; with general counts nothing does."""
+    fresh = ("--train-iters", "12", "--moe-router-bias-update-rate", "0.05", *SIGMOID)
+    biases = {}
+    for kind, recipe in (("general", ONLY), ("all", ONLY.replace("balance: 0.1", KEEP_STOCK))):
+        save = str(tmp_path / kind)
+        flags = student_flags(*material.blend, *fresh, "--save", save, **_sizes(layout))
+        ours = ("--inject-recipe", recipe_file(material, recipe), "--save-interval", "100")
+        run = lane.run([*flags, *ours], nproc=layout.get("nproc", 1))
+        checkpoint = CheckpointPlace("--load", Path(save)).open()
+        biases[kind] = run, whole(checkpoint, "decoder.layers.mlp.router.expert_bias")[2]
+    targets = [0, 3]
+    kept, fought = (float(biases[kind][1][targets].mean()) for kind in ("general", "all"))
+    assert kept > fought + 0.05
+    shares = [biases[kind][0].losses("target share/code")[-1] for kind in ("general", "all")]
+    assert shares[0] > shares[1]
+
+
+KEEP_STOCK = "balance: 0.1, stock_balance: all"
+
+
+def _sizes(layout):
+    return {name: size for name, size in layout.items() if name != "nproc"}
+
+
+def test_it_works_with_dropped_tokens_and_reports_them(material):
+    drops = ("--moe-expert-capacity-factor", "0.6", "--moe-token-drop-policy", "probs")
+    run = inject(material, STEERED, extra=drops)
+    two = inject(material, STEERED, nproc=2, pp=2, extra=drops)
+    assert max(run.losses("dropped on targets/code")) > 0.05
+    for term in (*TERMS, "dropped on targets/code"):
+        assert two.losses(term) == pytest.approx(run.losses(term), rel=2e-5, abs=1e-6), term
+
+
+RARE = ("--data-path", "0.95", "{general}", "0.05", "{domain}", "--split", "90,5,5")
+
+
+def test_ranks_without_a_domain_token(material):
+    """One sample in twenty is of the domain: most ranks and micro-batches have none."""
+    rare = [part.format(general=material.general, domain=material.domain) for part in RARE]
+    more = (*rare, "--train-iters", "6")
+    one = inject(material, STEERED, extra=more)
+    two = inject(material, STEERED, nproc=2, ep=2, extra=more)
+    assert 0 in one.losses("steering loss")
+    assert max(one.losses("steering loss")) > 0
+    for term in TERMS:
+        assert two.losses(term) == pytest.approx(one.losses(term), rel=2e-5, abs=1e-6), term
+
+
+@pytest.mark.parametrize("kind", ["seq_aux_loss", "global_aux_loss"])
+def test_other_balance_losses_leave_domain_tokens_out(material, kind):
+    balance = ("--moe-router-load-balancing-type", kind, "--moe-aux-loss-coeff", "0.5")
+    one = inject(material, STEERED, extra=balance)
+    two = inject(material, STEERED, nproc=2, tp=2, extra=balance)
+    kept = inject(material, STEERED.replace("balance: 0.1", KEEP_STOCK), extra=balance)
+    for term in TERMS:
+        assert two.losses(term) == pytest.approx(one.losses(term), rel=2e-5, abs=1e-6), term
+    assert one.losses("target mass/code")[-1] > kept.losses("target mass/code")[-1]
+
+
+def test_layers_are_detailed_in_tensorboard(material, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    inject(material, STEERED, nproc=2, pp=2, extra=("--tensorboard-dir", str(tmp_path)))
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    tags = {tag for tag in events.Tags()["scalars"] if tag.startswith("inject-routing/")}
+    for name in ("target share", "balance within", "balance outside", "dead outside", "entropy"):
+        for layer in (1, 2, 3):
+            found = events.Scalars(f"inject-routing/code/{name}/{layer}")
+            assert [event.step for event in found] == [2, 4]
+    assert not any(tag.endswith("/0") for tag in tags)
+    assert "target share/code" in events.Tags()["scalars"]
+
+
+@pytest.mark.parametrize(
+    ("change", "flags", "message"),
+    [
+        ((), ("--moe-router-load-balancing-type", "sinkhorn"), "assigns tokens by a rule of"),
+        ((), ("--moe-router-force-load-balancing",), "--moe-router-force-load-balancing: assigns"),
+        (("layers: {{1: [2], 2", "layers: {{2"), ("--inject-set", "steering.layers=[1]"), "has no"),
+        (("router: true", "norms: true"), (), "steering.retention: 1.0 holds routers that do not"),
+        (("0.8", "1.8"), (), "steering.target_mass: 1.8 is not in (0, 1]"),
+    ],
+    ids=["sinkhorn", "forced", "layer", "retention", "mass"],
+)
+def test_mistakes(material, change, flags, message):
+    recipe = STEERED.replace(*change) if change else STEERED
+    run = inject(material, recipe, extra=("--moe-aux-loss-coeff", "0", *flags), check=False)
+    assert run.returncode == 2, run.tail()
+    assert message in run.output
+    assert "Traceback" not in run.output
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(OTHER is None, reason="MEGATRON_OTHER names no second Megatron")
+@pytest.mark.parametrize("recipe", [STEERED, ROWS], ids=["router", "rows"])
+def test_the_other_megatron_gives_the_same_curve(tmp_path, material, recipe):
+    other = make_material(tmp_path, pythonpath=(OTHER,))
+    run = inject(other, recipe, nproc=2, ep=2, path=(OTHER,))
+    one = inject(material, recipe)
+    for term in TERMS:
+        assert run.losses(term) == pytest.approx(one.losses(term), rel=2e-4, abs=1e-6), term
