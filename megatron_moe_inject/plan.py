@@ -86,6 +86,7 @@ def render_plan(plan: Plan) -> str:
         ("experts", _expert_lines(plan)),
         ("loss", _loss_lines(plan.recipe)),
         ("features", _feature_lines(plan)),
+        ("steering", _steering_lines(plan.recipe)),
         ("trains", _train_lines(plan)),
         ("teachers", _teacher_lines(plan)),
         ("student", _student_lines(plan.facts)),
@@ -223,6 +224,24 @@ def _loss_lines(recipe: Recipe) -> list[str]:
     if objective.skip_worse:
         shown.append("no distillation where the teacher predicts the label worse than the student")
     return shown
+
+
+def _steering_lines(recipe: Recipe) -> list[str]:
+    steering, lines = recipe.steering, []
+    if steering.steers:
+        layers = {la for d in recipe.domains for la in d.experts.layers}
+        layers = sorted(layers & set(steering.layers)) if steering.layers else sorted(layers)
+        coeff, mass = show_weight(steering.coeff), f"{steering.target_mass:g}"
+        lines.append(
+            f"{coeff} * relu(log {mass} - log mass) on a domain's experts, layers {ranges(layers)}"
+        )
+        if ever_positive(steering.balance):
+            lines.append(f"{show_weight(steering.balance)} * balance within each domain's experts")
+        if steering.stock_balance == "general":
+            lines.append("Megatron's balance losses see general tokens only")
+    if steering.retains:
+        lines.append(f"{show_weight(steering.retention)} * KL(original router || router)")
+    return lines
 
 
 def _feature_lines(plan: Plan) -> list[str]:

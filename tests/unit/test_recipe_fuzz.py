@@ -10,6 +10,7 @@ from megatron_moe_inject.recipe import (
     Recipe,
     RecipeError,
     Schedule,
+    Steering,
     TeacherSpec,
     Train,
     dump_recipe,
@@ -101,10 +102,20 @@ def recipes(draw):
         skip_worse=draw(st.booleans()),
         masked_sum=draw(st.booleans()),
     )
+    router = draw(st.booleans())
     train = Train(
-        draw(st.sampled_from(["selected", "all"])), *draw(st.tuples(*[st.booleans()] * 7))
+        draw(st.sampled_from(["selected", "all"])),
+        router,
+        draw(st.booleans()) and not router,
+        *draw(st.tuples(*[st.booleans()] * 6)),
     )
-    return Recipe(domains, specs, objective, train, verify_frozen=draw(st.booleans()))
+    steering = Steering(
+        target_mass=draw(st.floats(0.01, 1)),
+        balance=draw(weights | schedules),
+        report=draw(st.booleans()),
+        detail_every=draw(st.integers(0, 1000)),
+    )
+    return Recipe(domains, specs, objective, train, steering, verify_frozen=draw(st.booleans()))
 
 
 @given(recipes())
