@@ -1,4 +1,4 @@
-"""What one feature adds to a step: gamma, imitation of layers or experts, the routing profile.
+"""What one feature adds to a step: gamma, imitation, the routing profile, steering.
 
     python examples/benchmarks/term_cost.py gamma [--steps 20] [--general 0.1] [--layers 4]
 
@@ -28,7 +28,14 @@ FEATURES = {
     "hidden": "features: {hidden: 0.1}",
     "experts": "features: {experts: 0.1}",
     "profile": "beta: 0.0",
+    "steering": "beta: 0.0",
+    "report": "beta: 0.0",
 }
+MORE = {
+    "steering": "train: {router: true}\nsteering: {coeff: 0.01, retention: 1.0, detail_every: 0}",
+    "report": "train: {router: true}\nsteering: {report: true, detail_every: 0}",
+}
+"""Beside the objective; ``report`` is steering's part of the log alone."""
 RECIPE = """
 domains:
   - name: domain
@@ -40,6 +47,7 @@ teachers:
 objective:
   alpha: 1.0
   {feature}
+{more}
 """
 
 
@@ -76,7 +84,12 @@ def parent(options: argparse.Namespace) -> None:
         recipe, times = Path(folder, "recipe.yaml"), Path(folder, "times.json")
         layers = ", ".join(f"{layer}: [0, 1]" for layer in range(options.layers))
         recipe.write_text(
-            RECIPE.format(teacher=teacher, layers=layers, feature=FEATURES[options.feature])
+            RECIPE.format(
+                teacher=teacher,
+                layers=layers,
+                feature=FEATURES[options.feature],
+                more=MORE.get(options.feature, ""),
+            )
         )
         flags = [f for f in model_flags(options, options.hidden) if f != "--mock-data"]
         steps = 2 * options.steps + WARM_UP
@@ -132,7 +145,8 @@ def child() -> None:
     @contextlib.contextmanager
     def switched_off(self: StepHook):
         """The same step hook without the feature."""
-        owners = [(self, "_imitation"), (self, "_recorder"), (self, "_original_pass")]
+        parts = ("_imitation", "_recorder", "_original_pass", "_routing")
+        owners = [(self, name) for name in parts]
         if self._loss_hook is not None:
             owners += [(self._loss_hook, "_originals"), (self._loss_hook, "_weights_at")]
         kept = [(owner, name, getattr(owner, name)) for owner, name in owners]
