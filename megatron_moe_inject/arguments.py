@@ -28,7 +28,7 @@ from megatron_moe_inject.typed import RecipeError
 
 _OBJECTIVE = ("alpha", "beta", "general_beta", "gamma", "temperature", "divergence")
 _PLAIN = ("teacher", "domain_data", "domain_name", "experts", *_OBJECTIVE, "train_router")
-_RUN = ("dry_run", "verify_frozen", "profile", "profile_coselections")
+_RUN = ("dry_run", "verify_frozen", "profile", "profile_coselections", "evaluate")
 _FLAG_OF_KEY = (
     (r"domains\[0\]\.experts\.layers\.(\d+)", r"--inject-experts (layer \1)"),
     (r"domains\[0\]\.experts(\.layers)?", "--inject-experts"),
@@ -72,6 +72,12 @@ def add_inject_arguments(parser: ArgumentParser) -> ArgumentParser:
         action="store_true",
         default=None,
         help="Record besides which experts are chosen together.",
+    )
+    group.add_argument(
+        "--inject-evaluate",
+        metavar="PATH",
+        help="With --skip-train: measure student and teachers on the validation data and write "
+        "the evaluation to this file (JSON).",
     )
     for flag, metavar, text in (
         ("teacher", "SOURCE", "megatron:/dir or hf:/dir."),
@@ -118,6 +124,13 @@ def recipe_from_args(args: Namespace, argv: Sequence[str] | None = None) -> Reci
             "--inject-profile-coselections: no profile is recorded; add --inject-profile PATH"
         )
     overrides = _overrides(args)
+    if _given(args, "evaluate") and not getattr(args, "skip_train", False):
+        raise RecipeError(
+            "--inject-evaluate: the run trains; add --skip-train, or write evaluation: {} in the "
+            "recipe to measure while training"
+        )
+    if _given(args, "evaluate") and _given(args, "profile"):
+        raise RecipeError("--inject-evaluate: stands beside --inject-profile; run them one by one")
     plain = [name for name in _PLAIN if _given(args, name)]
     if args.inject_recipe is None and not plain:
         if overrides or any(_given(args, name) for name in _RUN):
@@ -180,8 +193,9 @@ def _recipe_from_plain_flags(args: Namespace, overrides: list[str]) -> Recipe:
             "--inject-domain-data: missing; name the blend entries of the domain by 0-based "
             "position or path prefix (0 when there is one dataset)"
         )
-    only_profile = args.inject_profile is not None and args.skip_train
-    if args.inject_experts is None and not args.inject_train_router and not only_profile:
+    reads = args.inject_profile is not None or args.inject_evaluate is not None
+    only_reads = reads and bool(args.skip_train)
+    if args.inject_experts is None and not args.inject_train_router and not only_reads:
         raise RecipeError(
             "--inject-experts: missing; choose experts as LAYER:ID,ID;LAYER:ID, such as 12:3,40"
         )
@@ -196,7 +210,7 @@ def _recipe_from_plain_flags(args: Namespace, overrides: list[str]) -> Recipe:
             data=[_blend_entry(entry) for entry in args.inject_domain_data],
             experts=args.inject_experts,
             teacher=args.inject_teacher,
-            router=bool(args.inject_train_router) or only_profile,
+            router=bool(args.inject_train_router) or only_reads,
             overrides=overrides,
             **named,
             **objective,

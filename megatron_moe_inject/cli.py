@@ -18,7 +18,13 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
-from megatron_moe_inject import __version__, delta_command, profile_command, select_command
+from megatron_moe_inject import (
+    __version__,
+    delta_command,
+    evaluate_command,
+    profile_command,
+    select_command,
+)
 from megatron_moe_inject.arguments import add_inject_arguments, name_error, recipe_for_student
 from megatron_moe_inject.experts.choice import resolve_experts
 from megatron_moe_inject.plan import Plan, TeacherRow, render_plan
@@ -95,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     select_command.add_commands(commands)
     delta_command.add_commands(commands)
     profile_command.add_commands(commands)
+    evaluate_command.add_commands(commands)
     return parser
 
 

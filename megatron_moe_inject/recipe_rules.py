@@ -43,6 +43,8 @@ def validate(recipe: Recipe) -> None:
     _check_teachers(recipe)
     _check_objective(recipe)
     _check_train(recipe)
+    if recipe.evaluation is not None and recipe.evaluation.file == "":
+        raise fail("evaluation.file", "", "is no file", "name one, or leave it out for <save>")
 
 
 def _check_domains(recipe: Recipe) -> None:

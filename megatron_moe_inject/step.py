@@ -20,6 +20,7 @@ from megatron_moe_inject.data.labels import HostGroup, MicroBatch
 from megatron_moe_inject.experts.recorder import RoutingRecorder
 from megatron_moe_inject.imitation.hook import ImitationHook
 from megatron_moe_inject.loss_hook import LossHook
+from megatron_moe_inject.metrics.measurement import Measurement
 from megatron_moe_inject.original_pass import OriginalPass
 
 
@@ -60,6 +61,7 @@ class StepHook:
         imitation: losses on layers, ``None`` without feature imitation.
         recorder: counts routing in the steps of training, ``None`` without a profile.
         records_evaluation: count in evaluation instead.
+        measurement: measures evaluations, ``None`` without.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class StepHook:
         imitation: ImitationHook | None = None,
         recorder: RoutingRecorder | None = None,
         records_evaluation: bool = False,
+        measurement: Measurement | None = None,
     ) -> None:
         self._splits = splits
         self._host_group = host_group
@@ -81,6 +84,7 @@ class StepHook:
         self._imitation = imitation
         self._recorder = recorder
         self._records_evaluation = records_evaluation
+        self._measurement = measurement
 
     def wrap(self, forward_backward: Callable) -> Callable:
         """What ``train_step`` and ``evaluate`` call in the place of ``forward_backward``."""
@@ -99,6 +103,8 @@ class StepHook:
             batches = [domain_labels.pull(it, num_microbatches) for it in iterators]
             labels = self._labels(iterators, batches, num_microbatches, micro_batch_size)
             clean = [domain_labels.without_dataset_id(chunk) for chunk in batches]
+            if self._measurement is not None and self._measurement.active:
+                self._measurement.begin_step(_first(clean))
             if self._loss_hook is not None:
                 forward_step_func = self._loss_hook.wrap_forward_step(forward_step_func)
                 self._loss_hook.begin(labels, self._iteration())
