@@ -387,17 +387,23 @@ def logit_scale(config: Any) -> float:
 
 def checkpoint_to_resume(args: Any) -> Path | None:
     """The folder of the checkpoint whose training goes on, None where a run starts anew."""
-    if not args.load or args.finetune:
-        return None
-    tracker = Path(args.load) / "latest_checkpointed_iteration.txt"
-    step = getattr(args, "ckpt_step", None)
+    step = None if args.finetune else stored_iteration(args)
     if step is None:
-        text = tracker.read_text().strip() if tracker.is_file() else ""
-        if not text.isdigit():
-            return None
-        step = int(text)
+        return None
     folder = Path(args.load) / f"iter_{step:07d}"
     return folder if folder.is_dir() else None
+
+
+def stored_iteration(args: Any) -> int | None:
+    """Iteration of the checkpoint that is loaded, None without one or where it does not say."""
+    if not args.load:
+        return None
+    step = getattr(args, "ckpt_step", None)
+    if step is not None:
+        return int(step)
+    tracker = Path(args.load) / "latest_checkpointed_iteration.txt"
+    text = tracker.read_text().strip() if tracker.is_file() else ""
+    return int(text) if text.isdigit() else None
 
 
 def optimizer_steps(args: Any) -> int:

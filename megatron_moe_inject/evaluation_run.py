@@ -95,9 +95,8 @@ class Evaluator:
             )
         self.samples = args.eval_iters * args.eval_global_batch_size
         self.text = HeldOutText(self.samples)
-        self._names = {GENERAL: GENERAL_CLASS} | {
-            label: domain.name for label, domain in enumerate(recipe.domains)
-        }
+        self._names = {label: domain.name for label, domain in enumerate(recipe.domains)}
+        self._names[GENERAL] = GENERAL_CLASS
         self._labels = split_labels(recipe, facts, "valid")
         self.measurement: Measurement | None = None
 
@@ -131,8 +130,12 @@ class Evaluator:
             result = stock(*args, **kwargs)
             collected = self.measurement.collect()
         if sum(map(len, collected.rows.values())) == self.samples:  # else the time was up
-            self.record(self._evaluation(collected, given["iteration"]))
+            self.record(self._evaluation(collected, self.iteration(given["iteration"])))
         return result
+
+    def iteration(self, told: int) -> int:
+        """Optimiser steps that the student has taken, where Megatron's loop tells this number."""
+        return told
 
     def other_data(self, evaluate: Callable[[], Any]) -> Any:
         """An evaluation on other text, such as the test data."""
@@ -147,7 +150,7 @@ class Evaluator:
         model = args.tokenizer_model or args.vocab_file or args.vocab_size or ""
         provenance = Provenance(
             checkpoint=str(args.load or ""),
-            iteration=int(iteration),
+            iteration=iteration,
             megatron_version=compat.megatron_version(),
             tokenizer=f"{args.tokenizer_type} {model}".strip(),
             sequence_length=args.seq_length,
@@ -334,6 +337,11 @@ class EvaluationRun(Evaluator):
             measurement=self.measurement,
             only_measures=True,
         )
+
+    def iteration(self, told: int) -> int:
+        """The checkpoint's iteration, also where ``--finetune`` makes Megatron count from 0."""
+        found = compat.stored_iteration(self.args)
+        return told if found is None else found
 
     def other_data(self, evaluate: Callable[[], Any]) -> None:
         """The test data are not read."""

@@ -77,15 +77,15 @@ def read_list(path: str | Path) -> list[Evaluation]:
     """
     if not Path(path).exists():
         return []
-    found = []
-    for number, line in enumerate(_text(path).splitlines(keepends=True), start=1):
-        if not line.endswith("\n"):
-            break
-        try:
-            found.append(_parse(line))
-        except RecipeError as error:
+    found, where = [], typed.one_line(str(path), 200)
+    try:
+        for number, line in enumerate(_text(path).splitlines(keepends=True), start=1):
+            if not line.endswith("\n"):
+                break
             where = f"{typed.one_line(str(path), 200)}, line {number}"
-            raise RecipeError(f"{where}: {error}", error.key) from None
+            found.append(_parse(line))
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}", error.key) from None
     return found
 
 
@@ -163,8 +163,7 @@ def _text(path: str | Path) -> str:
     except (OSError, UnicodeDecodeError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise RecipeError(
-            f"{typed.one_line(str(path), 200)}: cannot be read ({reason}); give an evaluation, "
-            f"relative to {Path.cwd()}"
+            f"cannot be read ({reason}); give an evaluation, relative to {Path.cwd()}"
         ) from None
 
 

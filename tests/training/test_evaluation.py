@@ -162,6 +162,7 @@ def test_a_run_measures_before_between_and_after(trained, single):
     run, found = trained
     assert [e.provenance.iteration for e in found] == [0, 2, 4]
     assert len({e.text() for e in found}) == 1
+    assert single.provenance.iteration == 3  # the student's own
     # Before the first step it is what a run that only evaluates finds.
     before, after = found[0].classes, found[-1].classes
     for name, alone in single.classes.items():
