@@ -43,6 +43,10 @@ from megatron_moe_inject.student import SPLITS, StudentFacts, split_labels, stud
 from megatron_moe_inject.teachers.setup import checked_teachers, teacher_pass
 
 FILE = "inject_evaluation.jsonl"
+_NO_DATA = (
+    "{}: there is no validation data to measure on; set --eval-iters above 0, and a --split or "
+    "--valid-data-path that has some"
+)
 _ONE_PASS = {
     "full_validation": "evaluates as often as the fullest rank, which counts text twice",
     "multiple_validation_sets": "yields samples that do not say which dataset they are from",
@@ -89,10 +93,7 @@ class Evaluator:
                 f"Megatron's loaders, or measure nothing ({origin})"
             )
         if not args.eval_iters or not (facts.mock_data or facts.data_paths.get("valid")):
-            raise RecipeError(
-                f"{origin}: there is no validation data to measure on; set --eval-iters above 0 "
-                "and a --split or --valid-data-path that has some"
-            )
+            raise RecipeError(_NO_DATA.format(origin))
         self.samples = args.eval_iters * args.eval_global_batch_size
         self.text = HeldOutText(self.samples)
         self._names = {label: domain.name for label, domain in enumerate(recipe.domains)}
@@ -121,10 +122,7 @@ class Evaluator:
         those of ``Measurement.collect`` and ``record``.
         """
         given = compat.bound_arguments(stock, args, kwargs)
-        own = self.text.restart(given["data_iterator"])
-        flag = torch.tensor([int(own)], device=self._device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        if not flag.item():
+        if not self._on_any_rank(self.text.restart(given["data_iterator"])):
             return self.other_data(lambda: stock(*args, **kwargs))
         with self.measurement.running():
             result = stock(*args, **kwargs)
@@ -132,6 +130,11 @@ class Evaluator:
         if sum(map(len, collected.rows.values())) == self.samples:  # else the time was up
             self.record(self._evaluation(collected, self.iteration(given["iteration"])))
         return result
+
+    def _on_any_rank(self, mine: bool) -> bool:
+        flag = torch.tensor([int(mine)], device=self._device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
 
     def iteration(self, told: int) -> int:
         """Optimiser steps that the student has taken, where Megatron's loop tells this number."""
@@ -214,9 +217,11 @@ class TrainingEvaluator(Evaluator):
         Collectives: those of ``on_first_rank`` and of an evaluation.
 
         Raises:
-            RecipeError: on every rank: the list cannot be continued, its lines are of other text,
-                or a teacher is no better than the student.
+            RecipeError: on every rank: no validation data, the list cannot be continued, its
+                lines are of other text, or a teacher is no better than the student.
         """
+        if not self._on_any_rank(self.text.exists):
+            raise RecipeError(_NO_DATA.format("evaluation"))
         self._seen, self._text = on_first_rank(self._continued)
         first = not self._seen
         self._measured: Evaluation | None = None
@@ -364,7 +369,17 @@ class EvaluationRun(Evaluator):
         """Never called: ``--skip-train``."""
 
     def finish(self) -> str:
-        """What was found."""
+        """What was found.
+
+        Raises:
+            RecipeError: nothing was, or not all of the text was read in time.
+        """
+        if not self._said:
+            raise RecipeError(
+                f"--inject-evaluate: the validation data were not read to the end, {self._path} is "
+                "not written; give --split or --valid-data-path some, and "
+                "--exit-duration-in-mins enough time"
+            )
         return self._said
 
 

@@ -82,6 +82,11 @@ class HeldOutText:
             self._iterators[id(valid)] = valid
         return train, valid, test
 
+    @property
+    def exists(self) -> bool:
+        """Whether there is validation data on this rank."""
+        return bool(self._iterators)
+
     def restart(self, iterators: Any) -> bool:
         """Go back to the beginning; whether any of what Megatron evaluates on is the text.
 

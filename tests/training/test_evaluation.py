@@ -26,6 +26,7 @@ GAMMA = MEASURED.replace("beta: 0.3", "beta: 0.3, gamma: 2.0")
 PLAIN = (str(Path(__file__).with_name("plain_logits.py")),)
 TOKENIZER = str(lane.ROOT / "examples" / "quickstart" / "tokenizer")
 BATCHES = 3
+KEEP = ("--save-interval", "100")
 EVALUATIONS = ("--eval-iters", str(BATCHES), "--eval-interval", "2")
 
 
@@ -46,7 +47,7 @@ def evaluate(material, path, *extra, nproc=1, recipe=RECIPE, load=None, **layout
 def train(material, folder, recipe=GAMMA, extra=(), **options):
     """A run of four iterations that measures at 0, 2 and 4; the run and its list."""
     path = Path(folder, "inject_evaluation.jsonl")
-    keep = ("--save", str(folder), "--save-interval", "100", *EVALUATIONS, *extra)
+    keep = ("--save", str(folder), *KEEP, *EVALUATIONS, *extra)
     return inject(material, recipe, extra=keep, **options), read_list(path)
 
 
@@ -275,8 +276,9 @@ def test_the_gate_says_what_it_found(trained):
     assert "teacher gate: code: loss of teacher coder" in trained[0].output
 
 
-def test_a_run_without_validation_data(material, tmp_path):
-    run = inject(material, MEASURED, extra=("--eval-iters", "0"), check=False)
+@pytest.mark.parametrize("none", [("--eval-iters", "0"), ("--split", "99,0,1")], ids=str)
+def test_a_run_without_validation_data(material, tmp_path, none):
+    run = inject(material, MEASURED, extra=("--save", str(tmp_path), *KEEP, *none), check=False)
     assert run.returncode == 2, run.tail()
     assert "evaluation: there is no validation data to measure on" in run.output
 
