@@ -39,7 +39,13 @@ from megatron_moe_inject.metrics.losses import LossReport
 from megatron_moe_inject.metrics.measurement import Collected, Measurement
 from megatron_moe_inject.recipe import GENERAL, Recipe, RecipeError
 from megatron_moe_inject.step import SplitRegistry, StepHook
-from megatron_moe_inject.student import SPLITS, StudentFacts, split_labels, student_facts_from_args
+from megatron_moe_inject.student import (
+    SPLITS,
+    StudentFacts,
+    check_options,
+    split_labels,
+    student_facts_from_args,
+)
 from megatron_moe_inject.teachers.setup import checked_teachers, teacher_pass
 
 FILE = "inject_evaluation.jsonl"
@@ -290,6 +296,7 @@ class EvaluationRun(Evaluator):
         if not self._path.absolute().parent.is_dir():
             raise RecipeError(f"{flag}: {self._path.absolute().parent} is no folder")
         facts = student_facts_from_args(args)
+        check_options(recipe, facts)
         super().__init__(recipe, args, facts, valid_vocab_size, origin=flag)
         self.dry_run = False
         checked_teachers(recipe, args)
