@@ -276,7 +276,7 @@ def test_the_gate_says_what_it_found(trained):
     assert "teacher gate: code: loss of teacher coder" in trained[0].output
 
 
-@pytest.mark.parametrize("none", [("--eval-iters", "0"), ("--split", "99,0,1")], ids=str)
+@pytest.mark.parametrize("none", [("--eval-iters", "0"), ("--split", "90,0,10")], ids=str)
 def test_a_run_without_validation_data(material, tmp_path, none):
     run = inject(material, MEASURED, extra=("--save", str(tmp_path), *KEEP, *none), check=False)
     assert run.returncode == 2, run.tail()
