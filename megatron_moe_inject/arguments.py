@@ -28,7 +28,8 @@ from megatron_moe_inject.typed import RecipeError
 
 _OBJECTIVE = ("alpha", "beta", "general_beta", "gamma", "temperature", "divergence")
 _PLAIN = ("teacher", "domain_data", "domain_name", "experts", *_OBJECTIVE, "train_router")
-_RUN = ("dry_run", "verify_frozen", "profile", "profile_coselections", "profile_logits")
+_PROFILE = ("profile", "profile_coselections", "profile_logits")
+_RUN = ("dry_run", "verify_frozen", *_PROFILE, "evaluate")
 _FLAG_OF_KEY = (
     (r"domains\[0\]\.experts\.layers\.(\d+)", r"--inject-experts (layer \1)"),
     (r"domains\[0\]\.experts(\.layers)?", "--inject-experts"),
@@ -80,6 +81,12 @@ def add_inject_arguments(parser: ArgumentParser) -> ArgumentParser:
         help="Keep besides the router logits of at most N tokens of each class, in a safetensors "
         "file beside the profile.",
     )
+    group.add_argument(
+        "--inject-evaluate",
+        metavar="PATH",
+        help="With --skip-train: measure student and teachers on the validation data and write "
+        "the evaluation to this file (JSON).",
+    )
     for flag, metavar, text in (
         ("teacher", "SOURCE", "megatron:/dir or hf:/dir."),
         ("domain-name", "NAME", "name in the logs (default: domain)."),
@@ -129,6 +136,13 @@ def recipe_from_args(args: Namespace, argv: Sequence[str] | None = None) -> Reci
             "give 1 or more, or leave it out"
         )
     overrides = _overrides(args)
+    if _given(args, "evaluate") and not getattr(args, "skip_train", False):
+        raise RecipeError(
+            "--inject-evaluate: the run trains; add --skip-train, or write evaluation: {} in the "
+            "recipe to measure while training"
+        )
+    if _given(args, "evaluate") and _given(args, "profile"):
+        raise RecipeError("--inject-evaluate: stands beside --inject-profile; run them one by one")
     plain = [name for name in _PLAIN if _given(args, name)]
     if args.inject_recipe is None and not plain:
         if overrides or any(_given(args, name) for name in _RUN):
@@ -191,8 +205,9 @@ def _recipe_from_plain_flags(args: Namespace, overrides: list[str]) -> Recipe:
             "--inject-domain-data: missing; name the blend entries of the domain by 0-based "
             "position or path prefix (0 when there is one dataset)"
         )
-    only_profile = args.inject_profile is not None and args.skip_train
-    if args.inject_experts is None and not args.inject_train_router and not only_profile:
+    reads = args.inject_profile is not None or args.inject_evaluate is not None
+    only_reads = reads and bool(args.skip_train)
+    if args.inject_experts is None and not args.inject_train_router and not only_reads:
         raise RecipeError(
             "--inject-experts: missing; choose experts as LAYER:ID,ID;LAYER:ID, such as 12:3,40"
         )
@@ -207,7 +222,7 @@ def _recipe_from_plain_flags(args: Namespace, overrides: list[str]) -> Recipe:
             data=[_blend_entry(entry) for entry in args.inject_domain_data],
             experts=args.inject_experts,
             teacher=args.inject_teacher,
-            router=bool(args.inject_train_router) or only_profile,
+            router=bool(args.inject_train_router) or only_reads,
             overrides=overrides,
             **named,
             **objective,

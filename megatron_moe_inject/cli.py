@@ -21,6 +21,7 @@ from typing import NoReturn
 from megatron_moe_inject import (
     __version__,
     delta_command,
+    evaluate_command,
     profile_command,
     routing_report,
     select_command,
@@ -102,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     delta_command.add_commands(commands)
     profile_command.add_commands(commands)
     routing_report.add_commands(commands)
+    evaluate_command.add_commands(commands)
     return parser
 
 

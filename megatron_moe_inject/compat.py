@@ -30,6 +30,13 @@ REQUIRED_SYMBOLS = {
         "get_forward_backward_func",
         "train",
         "evaluate",
+        "evaluate_and_print_results",
+        "get_train_valid_test_num_samples",
+        "build_train_valid_test_datasets",
+        "build_pretraining_data_loader",
+        "should_disable_forward_pre_hook",
+        "enable_forward_pre_hook",
+        "disable_forward_pre_hook",
     ),
     "megatron.training.checkpointing": ("_build_sharded_state_dict_metadata",),
     "megatron.training": ("pretrain", "get_args", "print_rank_0"),
@@ -140,6 +147,69 @@ def tokenizer_vocab_size() -> int:
     from megatron.training.global_vars import get_tokenizer
 
     return int(get_tokenizer().vocab_size)
+
+
+def text_length() -> Callable[[list[int]], int] | None:
+    """UTF-8 length of ids as text, by Megatron's tokenizer; None for one that has no text.
+
+    Special tokens, such as an end of document, have no length where the tokenizer can leave them
+    out.
+    """
+    from megatron.training import get_args
+    from megatron.training.global_vars import get_tokenizer
+
+    if get_args().tokenizer_type.startswith("Null"):
+        return None
+    detokenize = get_tokenizer().detokenize
+    options = accepted(detokenize, {"skip_special_tokens": True})
+    return lambda ids: len(detokenize(ids, **options).encode("utf-8", "replace"))
+
+
+def validation_loader(dataset: Any, consumed_samples: int) -> Any:
+    """Megatron's data loader over a dataset."""
+    from megatron.training import training
+
+    build = training.build_pretraining_data_loader
+    return getattr(build, "__wrapped__", build)(dataset, consumed_samples)
+
+
+def evaluate_before_training(train: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    """Evaluate with what ``train`` is about to be called with, as its loop would.
+
+    The hooks that gather parameters in the forward pass are off meanwhile, as in the loop's own
+    evaluations: what was loaded is complete. Samples that are read do not count as consumed.
+    """
+    from megatron.training import get_args, training
+
+    options = get_args()
+    given = inspect.signature(train).bind(*args, **kwargs).arguments
+    evaluate = training.evaluate_and_print_results
+    iteration = optimizer_steps(options)
+    arguments = {
+        "prefix": f"iteration {iteration} before training",
+        "forward_step_func": given["forward_step_func"],
+        "data_iterator": given["valid_data_iterator"],
+        "model": given["model"],
+        "iteration": iteration,
+        "process_non_loss_data_func": given["process_non_loss_data_func"],
+        "config": given["config"],
+        "non_loss_data_func": given.get("non_loss_data_func"),
+        "pg_collection": given.get("pg_collection"),
+        "p2p_communicator": given.get("p2p_communicator"),
+    }
+    consumed = options.consumed_valid_samples
+    hooked = training.should_disable_forward_pre_hook(options)
+    if hooked:
+        training.disable_forward_pre_hook(given["model"], param_sync=False)
+    evaluate(**accepted(evaluate, arguments))
+    if hooked:
+        training.enable_forward_pre_hook(given["model"])
+    options.consumed_valid_samples = consumed
+
+
+def bound_arguments(function: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> dict:
+    """The arguments of a call by name."""
+    return inspect.signature(function).bind(*args, **kwargs).arguments
 
 
 def run_forward_pre_hooks(module: torch.nn.Module, *inputs: Any) -> None:
@@ -339,17 +409,23 @@ def logit_scale(config: Any) -> float:
 
 def checkpoint_to_resume(args: Any) -> Path | None:
     """The folder of the checkpoint whose training goes on, None where a run starts anew."""
-    if not args.load or args.finetune:
-        return None
-    tracker = Path(args.load) / "latest_checkpointed_iteration.txt"
-    step = getattr(args, "ckpt_step", None)
+    step = None if args.finetune else stored_iteration(args)
     if step is None:
-        text = tracker.read_text().strip() if tracker.is_file() else ""
-        if not text.isdigit():
-            return None
-        step = int(text)
+        return None
     folder = Path(args.load) / f"iter_{step:07d}"
     return folder if folder.is_dir() else None
+
+
+def stored_iteration(args: Any) -> int | None:
+    """Iteration of the checkpoint that is loaded, None without one or where it does not say."""
+    if not args.load:
+        return None
+    step = getattr(args, "ckpt_step", None)
+    if step is not None:
+        return int(step)
+    tracker = Path(args.load) / "latest_checkpointed_iteration.txt"
+    text = tracker.read_text().strip() if tracker.is_file() else ""
+    return int(text) if text.isdigit() else None
 
 
 def optimizer_steps(args: Any) -> int:

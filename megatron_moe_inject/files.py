@@ -8,10 +8,12 @@ writer. A killed writer can leave its ``.part`` file behind, nothing else.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from megatron_moe_inject.typed import RecipeError, show
 
@@ -41,6 +43,20 @@ def replace_file(path: str | Path, content: bytes) -> None:
         raise RecipeError(
             f"{show(str(path))} cannot be written ({reason}); name a file in a folder that exists"
         ) from None
+
+
+def readable_json(value: Any, indent: str = "") -> str:
+    """JSON with one key and one row of numbers to a line."""
+    deeper = indent + " "
+    if isinstance(value, dict) and value:
+        items = [f"{json.dumps(k)}: {readable_json(v, deeper)}" for k, v in value.items()]
+        opening, closing = "{", "}"
+    elif isinstance(value, list) and value and isinstance(value[0], list):
+        items = [readable_json(v, deeper) for v in value]
+        opening, closing = "[", "]"
+    else:
+        return json.dumps(value, allow_nan=False)
+    return f"{opening}\n{deeper}" + f",\n{deeper}".join(items) + f"\n{indent}{closing}"
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ and the step hook.
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_moe_inject import compat
+from megatron_moe_inject.agreement import agree
 from megatron_moe_inject.data.labels import HostGroup
+from megatron_moe_inject.evaluation_run import TrainingEvaluator
 from megatron_moe_inject.experts.boundary import GradientBoundary, agree_boundary
 from megatron_moe_inject.experts.census import parameter_rows
 from megatron_moe_inject.experts.choice import resolve_experts
@@ -36,6 +38,7 @@ from megatron_moe_inject.loss_hook import LossHook
 from megatron_moe_inject.losses.objective import TermWeights
 from megatron_moe_inject.losses.spec import Divergence, TokenWeighting
 from megatron_moe_inject.metrics.losses import LossReport
+from megatron_moe_inject.metrics.measurement import Measurement
 from megatron_moe_inject.original_pass import OriginalPass
 from megatron_moe_inject.plan import Plan, TeacherRow
 from megatron_moe_inject.profile_run import ProfileSetup
@@ -51,35 +54,10 @@ from megatron_moe_inject.student import (
     split_labels,
     student_facts_from_args,
 )
-from megatron_moe_inject.teachers import (
-    StudentTokenizer,
-    check_teacher,
-    load_teacher,
-    states_dtype,
-)
+from megatron_moe_inject.teachers import states_dtype
+from megatron_moe_inject.teachers.setup import checked_teachers, teacher_pass
 from megatron_moe_inject.teachers.step_pass import TeacherPass
 from megatron_moe_inject.typed import fail
-
-
-def agree(action: Callable[[], Any]) -> Any:
-    """Run a step of the set-up that can fail on some ranks only, and fail on all or none.
-
-    Collectives: one all-gather of error strings over the whole world.
-
-    Raises:
-        RecipeError: the first failing rank's message, on every rank.
-    """
-    result, error = None, None
-    try:
-        result = action()
-    except RecipeError as failure:
-        error = str(failure)
-    errors: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    first = next((message for message in errors if message is not None), None)
-    if first is not None:
-        raise RecipeError(first)
-    return result
 
 
 def freeze_policy(recipe: Recipe) -> FreezePolicy:
@@ -145,23 +123,15 @@ class Injection:
         self._valid_vocab_size = valid_vocab_size
         self._labels = {split: split_labels(recipe, self.facts, split) for split in SPLITS}
         self.splits = SplitRegistry(self._labels)
-        tokenizer = StudentTokenizer.from_args(args)
-        self.teacher_infos = {
-            name: check_teacher(name, spec.source, student_tokenizer=tokenizer)
-            for name, spec in recipe.teachers.items()
-        }
-        for name, info in self.teacher_infos.items():
-            if info.max_positions is not None and args.seq_length > info.max_positions:
-                raise RecipeError(
-                    f"teachers.{name}.source: {info.source} has positions up to "
-                    f"{info.max_positions}, but --seq-length is {args.seq_length}; use a teacher "
-                    "with longer positions or shorter sequences"
-                )
+        self.teacher_infos = checked_teachers(recipe, args)
         self._profile: ProfileSetup | None = None
         self._recorder: RoutingRecorder | None = None
         if args.inject_profile is not None:
             self._profile = ProfileSetup(recipe, args, self.facts, SPLITS[:1])
         self._steering = SteeringSetup(recipe, self.facts)
+        self.evaluator: TrainingEvaluator | None = None
+        if recipe.evaluation is not None and not args.skip_train:
+            self.evaluator = TrainingEvaluator(recipe, args, self.facts, valid_vocab_size)
         self.imitation = ImitationSetup(recipe, args, self.facts, self.teacher_infos)
         rows = recipe.experts_by_layer() if recipe.train.router_rows else {}
         self._rows = RouterRows(rows, args)
@@ -213,6 +183,8 @@ class Injection:
         )
         if self._profile is not None:
             self._recorder = self._profile.recorder(self.chunks, groups)
+        if self.evaluator is not None:
+            self.evaluator.prepare(self.chunks[0])
         last = next((c for c in self.chunks if c.post_process), None)
         loss_hook = agree(lambda: None if last is None else self._loss_hook(last, groups))
         self.step_hook = StepHook(
@@ -225,6 +197,7 @@ class Injection:
             self._recorder,
             routing=routing,
             communicator=boundary_communicator(self.chunks, forward_stages, groups.pp),
+            measurement=self._measurement,
         )
         self.plan = Plan(
             self.recipe,
@@ -332,7 +305,12 @@ class Injection:
             valid_vocab_size=self._valid_vocab_size,
             originals=originals,
             masked_sum=objective.masked_sum,
+            measurement=self._measurement,
         )
+
+    @property
+    def _measurement(self) -> Measurement | None:
+        return None if self.evaluator is None else self.evaluator.measurement
 
     @property
     def _several_classes(self) -> bool:
@@ -340,33 +318,14 @@ class Injection:
         return len(set(self._labels["train"])) > 1
 
     def _teacher_pass(self, name: str, chunk: torch.nn.Module, groups: Any) -> TeacherPass:
-        spec = self.recipe.teachers[name]
-        head_weight = chunk.shared_embedding_or_output_weight()  # for its type, place and rows
-        resets = self._args.reset_position_ids or self._args.reset_attention_mask
-        teacher = load_teacher(
+        return teacher_pass(
+            self.recipe,
             name,
-            spec.source,
-            params_dtype=states_dtype(spec.dtype, head_weight.dtype),
-            device=head_weight.device,
-            resets_documents=resets,
-        )
-        if teacher.vocab_size < self._valid_vocab_size:
-            raise RecipeError(
-                f"teachers.{name}.source: {spec.source} knows {teacher.vocab_size} tokens, but the "
-                f"student's tokenizer has {self._valid_vocab_size}; use a teacher that was trained "
-                "with the student's tokenizer"
-            )
-        rows = head_weight.shape[0]
-        start = groups.tp.rank() * rows
-        return TeacherPass(
-            teacher,
-            teacher.head_weight(start, start + rows),
-            tp_group=groups.tp,
-            cp_group=groups.cp,
-            share_group=groups.tp_cp,
-            window=spec.window,
-            layers=self.imitation.teacher_layers(teacher),
-            resets_documents=resets,
+            self._args,
+            chunk,
+            groups,
+            valid_vocab_size=self._valid_vocab_size,
+            layers_of=self.imitation.teacher_layers,
         )
 
     def begin_training(self) -> None:

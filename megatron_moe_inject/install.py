@@ -6,8 +6,12 @@
 | ``training.pretrain`` | reads and checks the recipe before anything is built |
 | ``training.setup_model_and_optimizer`` | freezing before DDP; hooks, boundary, teachers after |
 | ``training.build_train_valid_test_data_iterators`` | which split each iterator reads |
+| ``training.get_train_valid_test_num_samples`` | with ``evaluation``: how much text is held out |
+| ``training.build_train_valid_test_datasets`` | ... which data set that is |
+| ``training.build_pretraining_data_loader`` | ... and that it is read from its beginning |
+| ``training.evaluate_and_print_results`` | ... and what was measured on it |
 | ``training.get_forward_backward_func`` | the step hook |
-| ``training.train`` | the proof that frozen parameters did not change; the routing profile |
+| ``training.train`` | the first evaluation; the proof of what is frozen; the routing profile |
 | ``training.get_megatron_optimizer`` | the optimizer can be saved where little trains |
 
 Not patched: the optimizer's maths, DDP, schedules, routers, the checkpoint format, and any model
@@ -31,11 +35,18 @@ from megatron_moe_inject.recipe import RecipeError
 if TYPE_CHECKING:
     from argparse import Namespace
 
+    from megatron_moe_inject.evaluation_run import EvaluationRun, Evaluator
     from megatron_moe_inject.injection import Injection
     from megatron_moe_inject.profile_run import ProfileRun
     from megatron_moe_inject.recipe import Recipe
 
 _MARK = "_megatron_moe_inject"
+_HELD_OUT = {
+    "num_samples": "get_train_valid_test_num_samples",
+    "datasets": "build_train_valid_test_datasets",
+    "loader": "build_pretraining_data_loader",
+}
+"""Where ``HeldOutText`` stands in the building of data, by its methods."""
 
 
 def install() -> None:
@@ -57,6 +68,9 @@ def install() -> None:
     _wrap(training, "setup_model_and_optimizer", run.setup_model_and_optimizer)
     _wrap(training, "get_megatron_optimizer", run.get_megatron_optimizer)
     _wrap(training, "build_train_valid_test_data_iterators", run.build_data_iterators)
+    for name in ("num_samples", "datasets", "loader"):
+        _wrap(training, _HELD_OUT[name], functools.partial(run.held_out, name))
+    _wrap(training, "evaluate_and_print_results", run.evaluate)
     _wrap(training, "get_forward_backward_func", run.get_forward_backward_func)
     _wrap(training, "train", run.train)
 
@@ -77,7 +91,7 @@ class _Run:
     """Holds the injection of the ``pretrain()`` that is running, ``None`` when off."""
 
     def __init__(self) -> None:
-        self._injection: Injection | ProfileRun | None = None
+        self._injection: Injection | ProfileRun | EvaluationRun | None = None
 
     def add_arguments(self, stock, parser):
         from megatron_moe_inject.arguments import add_inject_arguments
@@ -108,7 +122,11 @@ class _Run:
             self._injection = None
 
     @staticmethod
-    def _made(recipe: Recipe, options: Namespace) -> Injection | ProfileRun:
+    def _made(recipe: Recipe, options: Namespace) -> Injection | ProfileRun | EvaluationRun:
+        if options.inject_evaluate is not None:
+            from megatron_moe_inject.evaluation_run import EvaluationRun
+
+            return EvaluationRun(recipe, options, compat.tokenizer_vocab_size())
         if options.inject_profile is not None and options.skip_train:
             from megatron_moe_inject.profile_run import ProfileRun
 
@@ -138,9 +156,30 @@ class _Run:
 
     def build_data_iterators(self, stock, *args, **kwargs):
         iterators = stock(*args, **kwargs)
-        if self._injection is not None:
-            self._injection.splits.register(*iterators)
+        if self._injection is None:
+            return iterators
+        if self._evaluator is not None:
+            iterators = self._evaluator.text.iterators(compat.validation_loader, iterators)
+        self._injection.splits.register(*iterators)
         return iterators
+
+    @property
+    def _evaluator(self) -> Evaluator | None:
+        return None if self._injection is None else self._injection.evaluator
+
+    def held_out(self, name, stock, *args, **kwargs):
+        """Megatron asks for numbers of samples, datasets or a loader."""
+        if self._evaluator is None:
+            return stock(*args, **kwargs)
+        text = self._evaluator.text
+        if name == "loader":
+            return text.loader(stock, *args, **kwargs)
+        return getattr(text, name)(stock(*args, **kwargs))
+
+    def evaluate(self, stock, *args, **kwargs):
+        if self._evaluator is None:
+            return stock(*args, **kwargs)
+        return self._evaluator.evaluate(stock, *args, **kwargs)
 
     def get_forward_backward_func(self, stock, *args, **kwargs):
         forward_backward = stock(*args, **kwargs)
@@ -153,6 +192,8 @@ class _Run:
         if injection is None:
             return stock(*args, **kwargs)
         injection.begin_training()
+        if injection.evaluator is not None:
+            injection.evaluator.before_training(stock, args, kwargs)
         try:
             result = stock(*args, **kwargs)
         except SystemExit:  # --exit-interval and the like leave the loop this way

@@ -30,6 +30,7 @@ from megatron_moe_inject.losses.objective import SampleGroup, TermWeights, injec
 from megatron_moe_inject.losses.spec import LogitTransform
 from megatron_moe_inject.losses.upstream import common_factor
 from megatron_moe_inject.metrics.losses import LossReport, merge
+from megatron_moe_inject.metrics.measurement import Measurement
 from megatron_moe_inject.recipe import GENERAL
 from megatron_moe_inject.teachers.step_pass import TeacherPass
 
@@ -48,6 +49,8 @@ class LossHook:
         originals: the original parameters, where general samples are held to the original model.
         masked_sum: the script's loss is the sum of the token losses times the loss mask, times one
             number.
+        measurement: gets the micro-batches of evaluations that it is to measure.
+        only_measures: the run trains nothing: the output is the measured cross-entropy.
     """
 
     def __init__(
@@ -61,7 +64,11 @@ class LossHook:
         valid_vocab_size: int,
         originals: OriginalParameters | None = None,
         masked_sum: bool = True,
+        measurement: Measurement | None = None,
+        only_measures: bool = False,
     ) -> None:
+        self._measurement = measurement
+        self._only_measures = only_measures
         self._chunk = chunk
         self._originals = originals
         self._original_states: list[torch.Tensor] | None = None
@@ -172,21 +179,33 @@ class LossHook:
             hidden_states = gather_from_sequence_parallel_region(
                 hidden_states, tensor_parallel_output_grad=True, group=self._tp_group
             )
+        groups = self._groups(index, domains, head, config.sequence_parallel)
+        transform = LogitTransform(scale=compat.logit_scale(config))
+        values: dict[str, torch.Tensor] = {}
+        if self._measurement is not None and self._measurement.active:
+            measured, values = self._measurement.micro_batch(
+                index, hidden_states, head, labels, loss_mask, domains, groups, transform=transform
+            )
+            if self._only_measures:
+                values |= self._report.values(measured, loss_mask, domains)
+                self._pending.append((values, None))
+                return measured.total
         promise = self._masked_sum and head.requires_grad and torch.is_grad_enabled()
         upstream_mask = loss_mask if promise else None
         terms = injection_loss(
             hidden_states,
             head,
             labels,
-            self._groups(index, domains, head, config.sequence_parallel),
+            groups,
             tp_group=self._tp_group,
             valid_vocab_size=self._valid_vocab_size,
             reduce_hidden_grad=not config.sequence_parallel,
             accumulate_main_grad=config.gradient_accumulation_fusion and head.requires_grad,
-            student_transform=LogitTransform(scale=compat.logit_scale(config)),
+            student_transform=transform,
             upstream_mask=upstream_mask,
         )
-        self._pending.append((self._report.values(terms, loss_mask, domains), upstream_mask))
+        values |= self._report.values(terms, loss_mask, domains)
+        self._pending.append((values, upstream_mask))
         return terms.total
 
     def _groups(

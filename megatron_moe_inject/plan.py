@@ -89,6 +89,7 @@ def render_plan(plan: Plan) -> str:
         ("steering", _steering_lines(plan.recipe)),
         ("trains", _train_lines(plan)),
         ("teachers", _teacher_lines(plan)),
+        ("evaluation", _evaluation_lines(plan.recipe)),
         ("student", _student_lines(plan.facts)),
         ("warnings", [*recipe_warnings(plan.recipe), *plan.warnings]),
     ]
@@ -250,6 +251,16 @@ def _feature_lines(plan: Plan) -> list[str]:
         what = "hidden" if term.kind == "hidden" else f"experts {ranges(sorted(term.experts))}"
         rows.append((str(term.layer), what, term.teacher, str(term.teacher_layer)))
     return table(rows, right=(0, 3)) if len(rows) > 1 else []
+
+
+def _evaluation_lines(recipe: Recipe) -> list[str]:
+    if recipe.evaluation is None:
+        return []
+    gate = "a teacher that is no better than the student stops the run"
+    return [
+        f"before, between and after training, into {recipe.evaluation.file or 'the --save folder'}",
+        gate if recipe.evaluation.gate else "no teacher gate",
+    ]
 
 
 def _train_lines(plan: Plan) -> list[str]:

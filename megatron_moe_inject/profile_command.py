@@ -7,9 +7,8 @@ Megatron evaluates as it does in training, in this process or, under ``torchrun`
 from __future__ import annotations
 
 import argparse
-import os
-import socket
-import sys
+
+from megatron_moe_inject.evaluate_command import only_evaluate
 
 _EXAMPLES = """examples:
   moe-inject profile recipe.yaml --output code.json -- <flags of the training command>
@@ -46,33 +45,15 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     profile.add_argument("--cpu", action="store_true", help="gloo processes without a GPU")
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 def _profile(options: argparse.Namespace, flags: list[str]) -> None:
     """Become an evaluation run of the flags.
 
     Raises:
         SystemExit: 2 with one line for a mistake in the recipe or the flags.
     """
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
-        os.environ.setdefault(name, value)
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", str(_free_port()))
     ours = ["--inject-recipe", options.recipe, "--inject-profile", options.output]
     if options.coselections:
         ours.append("--inject-profile-coselections")
     if options.logits is not None:
         ours += ["--inject-profile-logits", options.logits]
-    if "--train-iters" not in flags and "--train-samples" not in flags:
-        ours += ["--train-iters", "1"]  # Megatron wants to know, also where nothing trains
-    sys.argv[1:] = [*(["--cpu"] if options.cpu else []), *flags, *ours, "--skip-train"]
-    from megatron_moe_inject import launch
-
-    launch.prepare()
-    from megatron_moe_inject import gpt_entry
-
-    gpt_entry.main()
+    only_evaluate(flags, ours, cpu=options.cpu)

@@ -151,6 +151,7 @@ class ProfileRun:
     """
 
     plan = None
+    evaluator = None
 
     def __init__(self, recipe: Recipe, args: Namespace) -> None:
         self.dry_run = False

@@ -32,6 +32,7 @@ __all__ = [
     "EXPERT_MODES",
     "GENERAL",
     "Domain",
+    "EvaluationSpec",
     "ExpertChoice",
     "Features",
     "Objective",
@@ -254,6 +255,21 @@ class Train:
 
 
 @dataclass
+class EvaluationSpec:
+    """Measurement of gain and forgetting while training, on the same held-out text each time.
+
+    Attributes:
+        file: where the measurements go, one JSON line each; None =
+            ``<save>/inject_evaluation.jsonl``.
+        gate: stop before the first step when a teacher predicts the held-out text of one of its
+            domains no better than the student does.
+    """
+
+    file: str | None = None
+    gate: bool = True
+
+
+@dataclass
 class Recipe:
     """The whole recipe. Build one with ``load_recipe``, ``recipe_from_flags`` or directly.
 
@@ -262,6 +278,7 @@ class Recipe:
             without being named; naming helps only where a validation or test blend of its own
             cannot be matched to the training blend.
         verify_frozen: compare checksums of frozen parameters before and after training.
+        evaluation: None = Megatron's own evaluation and nothing else.
     """
 
     domains: list[Domain] = field(
@@ -273,6 +290,7 @@ class Recipe:
     steering: Steering = field(default_factory=Steering)
     general_data: list[int | str] = field(default_factory=list)
     verify_frozen: bool = False
+    evaluation: EvaluationSpec | None = None
     version: int = 1
 
     def temperature(self, domain: Domain) -> float:

@@ -48,6 +48,8 @@ def validate(recipe: Recipe) -> None:
     for name in ("coeff", "balance", "retention"):
         _check_weight(f"steering.{name}", getattr(recipe.steering, name))
     check_steering(recipe)
+    if recipe.evaluation is not None and recipe.evaluation.file == "":
+        raise fail("evaluation.file", "", "is no file", "name one, or leave it out for <save>")
 
 
 def _check_domains(recipe: Recipe) -> None:

@@ -22,6 +22,7 @@ from megatron_moe_inject.experts.pipeline import BoundaryCommunicator
 from megatron_moe_inject.experts.recorder import RoutingRecorder
 from megatron_moe_inject.imitation.hook import ImitationHook
 from megatron_moe_inject.loss_hook import LossHook
+from megatron_moe_inject.metrics.measurement import Measurement
 from megatron_moe_inject.original_pass import OriginalPass
 from megatron_moe_inject.routing.setup import RoutingStep
 
@@ -65,6 +66,7 @@ class StepHook:
         records_evaluation: count in evaluation instead.
         routing: steers tokens and reports where they go.
         communicator: what pipeline stages talk through in training steps, ``None`` for Megatron's.
+        measurement: measures evaluations, ``None`` without.
 
     Attributes:
         after_step: called when a step has ended.
@@ -82,6 +84,7 @@ class StepHook:
         records_evaluation: bool = False,
         routing: RoutingStep | None = None,
         communicator: BoundaryCommunicator | None = None,
+        measurement: Measurement | None = None,
     ) -> None:
         self._splits = splits
         self._host_group = host_group
@@ -94,6 +97,7 @@ class StepHook:
         self._routing = routing
         self._communicator = communicator
         self.after_step: Callable[[], None] = lambda: None
+        self._measurement = measurement
 
     def wrap(self, forward_backward: Callable) -> Callable:
         """What ``train_step`` and ``evaluate`` call in the place of ``forward_backward``."""
@@ -112,6 +116,8 @@ class StepHook:
             batches = [domain_labels.pull(it, num_microbatches) for it in iterators]
             labels = self._labels(iterators, batches, num_microbatches, micro_batch_size)
             clean = [domain_labels.without_dataset_id(chunk) for chunk in batches]
+            if self._measurement is not None and self._measurement.active:
+                self._measurement.begin_step(_first(clean))
             if self._loss_hook is not None:
                 forward_step_func = self._loss_hook.wrap_forward_step(forward_step_func)
                 self._loss_hook.begin(labels, self._iteration())

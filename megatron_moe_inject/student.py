@@ -267,7 +267,7 @@ def check_recipe(recipe: Recipe, facts: StudentFacts) -> None:
             expert that the student does not have, or a split whose datasets have no domain.
     """
     validate(recipe)
-    _check_options(recipe, facts)
+    check_options(recipe, facts)
     _check_layers(recipe, facts)
     _check_components(recipe, facts)
     for split in ("train", *(s for s in SPLITS[1:] if s in facts.data_paths)):
@@ -331,7 +331,8 @@ def _check_steering(recipe: Recipe, facts: StudentFacts) -> None:
         )  # fmt: skip
 
 
-def _check_options(recipe: Recipe, facts: StudentFacts) -> None:
+def check_options(recipe: Recipe, facts: StudentFacts) -> None:
+    """RecipeError for a Megatron option that the plugin does not work with."""
     taught = any(domain.teacher is not None for domain in recipe.domains)
     for option in _REFUSED:
         if option.matches(facts.options) and (taught or not option.with_teacher):

@@ -1,11 +1,12 @@
-"""What one feature adds to a step: gamma, imitation, the routing profile, steering.
+"""What one feature adds to a step: gamma, imitation, steering, the profile, the evaluation.
 
     python examples/benchmarks/term_cost.py gamma [--steps 20] [--general 0.1] [--layers 4]
 
 One run of real Megatron on the CPU lane, two of eight experts per layer trained, distilled from a
 small teacher. Steps alternate between with and without the feature, so that noise of the machine
-hits both alike; compared are medians of the CPU seconds of the process. ``profile`` compares
-evaluation steps, the others steps that train. Prints one table.
+hits both alike; compared are medians of the CPU seconds of the process. ``profile`` and
+``evaluation`` compare evaluation steps, the others steps that train; ``evaluation`` with steps that
+are stock Megatron's, and the teachers' forward, logits included, is told apart. Prints one table.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ FEATURES = {
     "hidden": "features: {hidden: 0.1}",
     "experts": "features: {experts: 0.1}",
     "profile": "beta: 0.0",
+    "evaluation": "beta: 0.0",
     "steering": "beta: 0.0",
     "report": "beta: 0.0",
 }
@@ -36,6 +38,7 @@ MORE = {
     "report": "train: {router: true}\nsteering: {report: true, detail_every: 0}",
 }
 """Beside the objective; ``report`` is steering's part of the log alone."""
+READS_ONLY = {"profile": "--inject-profile", "evaluation": "--inject-evaluate"}
 RECIPE = """
 domains:
   - name: domain
@@ -101,8 +104,8 @@ def parent(options: argparse.Namespace) -> None:
             f"--inject-recipe {recipe} --train-iters {steps} --eval-iters {steps} "
             "--micro-batch-size 1 --global-batch-size 20"
         ).split()
-        if options.feature == "profile":
-            flags += ["--skip-train", "--inject-profile", f"{folder}/profile.json"]
+        if options.feature in READS_ONLY:
+            flags += ["--skip-train", READS_ONLY[options.feature], f"{folder}/found.json"]
         environment |= {"TERM_COST_TIMES": str(times), "TERM_COST_FEATURE": options.feature}
         train(1, *flags, module=str(Path(__file__).resolve()), environment=environment)
         print_table(json.loads(times.read_text()), options)
@@ -111,7 +114,7 @@ def parent(options: argparse.Namespace) -> None:
 def print_table(times: dict[str, list[float]], options: argparse.Namespace) -> None:
     """Medians in milliseconds of CPU time, and their ratio."""
     without, with_it = (1e3 * statistics.median(times[name]) for name in ("without", "with"))
-    kind = "evaluation" if options.feature == "profile" else "training"
+    kind = "evaluation" if options.feature in READS_ONLY else "training"
     print(
         f"{options.feature}: {options.layers} layers, hidden {options.hidden}, teacher "
         f"{options.teacher_hidden}, vocabulary {options.vocab}, 20 micro-batches of 256 tokens, "
@@ -125,6 +128,11 @@ def print_table(times: dict[str, list[float]], options: argparse.Namespace) -> N
         added = (with_it - without) / (options.general * forward)
         print(f"forward{forward:>14.1f} ms (evaluation)")
         print(f"added is{added:>12.2f} x the general share of a forward")
+    if options.feature == "evaluation":
+        teacher = 1e3 * statistics.median(times["teacher"])
+        beyond = 100 * (with_it / (without + teacher) - 1)
+        print(f"teacher{teacher:>14.1f} ms\nbeyond it{beyond:>+11.1f} %")
+        print(f"throughput{100 * (without + teacher) / with_it:>10.1f} % of both forwards")
 
 
 def child() -> None:
@@ -167,6 +175,8 @@ def child() -> None:
 
         def step(**kwargs):
             evaluation = bool(kwargs.get("forward_only"))
+            if feature == "evaluation":
+                return evaluation_step(self, kwargs)
             if evaluation != (feature == "profile"):
                 with switched_off(self):
                     started = time.process_time()
@@ -180,6 +190,33 @@ def child() -> None:
                 times["with" if on else "without"].append(time.process_time() - started)
             return result
 
+        def evaluation_step(self: StepHook, kwargs):
+            """In turn stock Megatron's and the measured; the log wants the same keys from both."""
+            on = next(number) % 2
+            started = time.process_time()
+            result = injected(**kwargs) if on else forward_alone(forward_backward, kwargs)
+            times["with" if on else "without"].append(time.process_time() - started)
+            if on:
+                started = time.process_time()
+                for head, states in teachers:
+                    for rows in states:
+                        rows.flatten(0, 1) @ head.t()
+                times["teacher"][-1] += time.process_time() - started
+            kept.update(result[0] if on else {})
+            return result if on else [dict(kept)] * len(result)
+
+        def run_teachers(*args):
+            started = time.process_time()
+            stock_teachers(*args)
+            times.setdefault("teacher", []).append(time.process_time() - started)
+            runs = self._loss_hook.teachers
+            teachers[:] = [(run.head, list(run._states.values())) for run in runs]
+
+        kept: dict = {}
+        teachers: list = []
+        stock_teachers = self._run_teachers
+        if feature == "evaluation":
+            self._run_teachers = run_teachers
         return step
 
     StepHook.wrap = wrap

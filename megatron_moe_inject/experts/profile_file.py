@@ -34,7 +34,7 @@ from megatron_moe_inject.experts.routing_profile import (
     check_profile,
     check_provenance,
 )
-from megatron_moe_inject.files import replace_file
+from megatron_moe_inject.files import readable_json, replace_file
 from megatron_moe_inject.typed import RecipeError, listing, show
 
 FORMAT = "megatron_moe_inject.routing_profile"
@@ -58,7 +58,7 @@ def write_profile(path: str | Path, profile: RoutingProfile) -> str:
     content = _content(profile)
     checksum = _checksum(content)
     head = {"format": FORMAT, "version": VERSION, "sha256": checksum}
-    replace_file(path, (_readable({**head, **content}) + "\n").encode())
+    replace_file(path, (readable_json({**head, **content}) + "\n").encode())
     return checksum
 
 
@@ -203,20 +203,6 @@ def _plain_class(found: ClassStatistics) -> dict[str, Any]:
 def _checksum(content: dict[str, Any]) -> str:
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _readable(value: Any, indent: str = "") -> str:
-    """JSON with one key and one row of numbers to a line."""
-    deeper = indent + " "
-    if isinstance(value, dict) and value:
-        items = [f"{json.dumps(k)}: {_readable(v, deeper)}" for k, v in value.items()]
-        opening, closing = "{", "}"
-    elif isinstance(value, list) and value and isinstance(value[0], list):
-        items = [_readable(v, deeper) for v in value]
-        opening, closing = "[", "]"
-    else:
-        return json.dumps(value, allow_nan=False)
-    return f"{opening}\n{deeper}" + f",\n{deeper}".join(items) + f"\n{indent}{closing}"
 
 
 def _load(path: str | Path) -> Any:

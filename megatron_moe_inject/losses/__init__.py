@@ -4,6 +4,7 @@
 ``fused`` from hidden states and heads without ever holding the logits, both with the maths in
 ``rows`` (for GPUs: ``triton_rows``). ``sparse`` compares with a teacher of which only some ids
 per token are stored. ``objective`` composes them for a micro-batch of domain and general samples.
+``measure`` says how good a model's predictions are, without gradients.
 """
 
 from megatron_moe_inject.losses.divergences import vocab_parallel_divergence
@@ -12,6 +13,7 @@ from megatron_moe_inject.losses.fused import (
     default_chunk_tokens,
     fused_linear_distillation,
 )
+from megatron_moe_inject.losses.measure import TokenMeasures, measure_tokens
 from megatron_moe_inject.losses.sparse import (
     TAILS,
     SparseTeacher,
@@ -26,9 +28,11 @@ __all__ = [
     "TAILS",
     "FusedLoss",
     "SparseTeacher",
+    "TokenMeasures",
     "TritonRows",
     "default_chunk_tokens",
     "fused_linear_distillation",
+    "measure_tokens",
     "sample_teacher",
     "vocab_parallel_divergence",
     "vocab_parallel_sparse_divergence",

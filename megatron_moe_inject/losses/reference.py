@@ -177,6 +177,23 @@ def sparse_divergence(
     return temperature**2 * _kl(log_p, log_m)
 
 
+@torch.no_grad()
+def measures(student_logits, teacher_logits, labels, *, valid_vocab_size=None) -> dict[str, Tensor]:
+    """What ``measure.TokenMeasures`` says of each token, by name; without a teacher only a half."""
+    log_q = log_probs(student_logits, 1.0, valid_vocab_size)
+    found = {
+        "loss": cross_entropy(student_logits, labels, valid_vocab_size=valid_vocab_size),
+        "top": log_q.argmax(-1),
+        "confidence": log_q.exp().amax(-1),
+    }
+    if teacher_logits is None:
+        return found
+    log_p = log_probs(teacher_logits, 1.0, valid_vocab_size)
+    teacher_loss = cross_entropy(teacher_logits, labels, valid_vocab_size=valid_vocab_size)
+    kl = _kl(log_p, log_q)
+    return found | {"teacher_loss": teacher_loss, "teacher_top": log_p.argmax(-1), "kl": kl}
+
+
 def feature_loss(student, teacher, *, kind) -> Tensor:
     """Distance of projected student states from teacher states [..., h_t]; see ``features``."""
     if kind == "cosine":

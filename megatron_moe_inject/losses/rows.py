@@ -173,7 +173,7 @@ def row_statistics(
             for rows in blocks
         ]
         local = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    stats = _merge(exchange(local, shard), logits, divergence)
+    stats = merge(exchange(local, shard), logits, divergence)
     if divergence is None or divergence.mixture is None:
         return stats
     if kernels is not None:
@@ -254,12 +254,12 @@ def local_statistics(
             local["ce_sum"] = local["x_sum"]
         else:
             local["ce_sum"] = shifted(logits.x, local["x_max"], 1.0, out=a).exp_().sum(-1)
-        local["label_logit"] = _label_logit(logits.x, logits.labels, shard)
+        local["label_logit"] = label_logit(logits.x, logits.labels, shard)
     if weighting:
         y = shifted(logits.y, local["y_max"], 1.0, out=b)
         probs = torch.exp(y, out=c)
         local["y_ce_sum"], local["y_moment"] = probs.sum(-1), _zero_safe_sum(probs, y)
-        local["y_label_logit"] = _label_logit(logits.y, logits.labels, shard)
+        local["y_label_logit"] = label_logit(logits.y, logits.labels, shard)
     return local
 
 
@@ -274,7 +274,7 @@ def exchange(local: dict[str, Tensor], shard: VocabShard) -> dict[str, Tensor]:
     return dict(zip(local, gathered.unbind(1), strict=True))
 
 
-def _merge(ranks: dict[str, Tensor], logits: LogitRows, divergence: Divergence | None) -> RowStats:
+def merge(ranks: dict[str, Tensor], logits: LogitRows, divergence: Divergence | None) -> RowStats:
     """Statistics of the whole vocabulary from every rank's; a mixture's D and slope come later."""
     temperature = logits.temperature
     x_max = ranks["x_max"].amax(0)
@@ -430,7 +430,7 @@ def _sum_and_cross(a: Tensor, b: Tensor, exp_a: Tensor) -> tuple[Tensor, Tensor]
     return exp_a.sum(-1), _zero_safe_sum(exp_a, a.sub_(b))
 
 
-def _label_logit(logits: Tensor, labels: Tensor, shard: VocabShard) -> Tensor:
+def label_logit(logits: Tensor, labels: Tensor, shard: VocabShard) -> Tensor:
     """The label's logit where it is in this shard, else -inf (so is that of an id nobody holds)."""
     dtype = maths_dtype(logits.dtype)
     if shard.columns == 0:

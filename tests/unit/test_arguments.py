@@ -165,9 +165,14 @@ def test_every_plain_flag_is_covered():
     parser = add_inject_arguments(ArgumentParser())
     flags = {s for s in parser._option_string_actions if s.startswith("--inject-")}
     shared = {"--inject-recipe", "--inject-set", "--inject-dry-run", "--inject-verify-frozen"}
-    shared |= {"--inject-profile", "--inject-profile-coselections"}
-    shared |= {"--inject-profile-logits"}
+    shared |= {"--inject-profile", "--inject-profile-coselections", "--inject-profile-logits"}
+    shared |= {"--inject-evaluate"}
     assert flags == shared | {flag.split()[0] for flag in PLAIN_ALONE}
+
+
+def test_measuring_alone_wants_a_run_that_trains_nothing(recipe_file):
+    ours = f"--inject-recipe {recipe_file} --inject-evaluate e.json"
+    assert "the run trains; add --skip-train" in message_of(ours)
 
 
 def test_flags_lost_to_yaml_cfg_are_noticed():

@@ -193,6 +193,15 @@ def test_terms_of_the_loss_with_their_schedules_and_options():
     assert any("no distillation where the teacher predicts the label worse" in x for x in lines)
 
 
+def test_evaluation_is_told_where_it_is_on(recipe_file, capsys):
+    main(["plan", str(recipe_file)])
+    assert "evaluation" not in capsys.readouterr().out
+    main(["plan", str(recipe_file), "--inject-set", "evaluation.gate=false"])
+    text = capsys.readouterr().out
+    assert "into the --save folder" in text
+    assert "no teacher gate" in text
+
+
 def test_what_imitates_what():
     options = ["objective.features.hidden=0.1", "objective.features.experts=2"]
     recipe = recipe_from_yaml(RECIPE, options)

@@ -64,6 +64,10 @@ WRAPPED = (
     ("megatron.training.training", "build_train_valid_test_data_iterators"),
     ("megatron.training.training", "get_forward_backward_func"),
     ("megatron.training.training", "train"),
+    ("megatron.training.training", "get_train_valid_test_num_samples"),
+    ("megatron.training.training", "build_train_valid_test_datasets"),
+    ("megatron.training.training", "build_pretraining_data_loader"),
+    ("megatron.training.training", "evaluate_and_print_results"),
 )
 
 

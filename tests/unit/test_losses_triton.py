@@ -165,7 +165,7 @@ def _merged():
             start += width
         local = [_kernels().local_statistics(p, divergence, s, weighting) for p, s, _ in parts]
         ranks = {name: torch.stack([stats[name] for stats in local]) for name in local[0]}
-        stats = row_maths._merge(ranks, whole, divergence)
+        stats = row_maths.merge(ranks, whole, divergence)
         if divergence.mixture is not None:
             terms = sum(_kernels().mixture_terms(p, stats, divergence) for p, _, _ in parts)
             stats = stats._replace(divergence=terms[0], slope=terms[1])

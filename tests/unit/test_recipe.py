@@ -449,6 +449,21 @@ def test_mistakes_of_the_file_are_not_blamed_on_overrides(tmp_path):
     assert message.startswith(f"{path}: objective.alpha")
 
 
+def test_evaluation_is_off_unless_it_is_written():
+    assert recipe_from_yaml(text_with({})).evaluation is None
+    on = recipe_from_yaml(text_with({}), ["evaluation={}"]).evaluation
+    assert (on.file, on.gate) == (None, True)
+    changed = recipe_from_yaml(text_with({}), ["evaluation.gate=false", "evaluation.file=e.jsonl"])
+    assert (changed.evaluation.file, changed.evaluation.gate) == ("e.jsonl", False)
+    assert recipe_from_yaml(dump_recipe(changed)) == changed
+    for override, part in (
+        ("evaluation.gate=maybe", "evaluation.gate: 'maybe' is not true or false"),
+        ("evaluation.gait=true", "evaluation.gait: unknown key; did you mean gate?"),
+        ("evaluation.file=''", "evaluation.file: '' is no file"),
+    ):
+        assert part in message_of(lambda o=override: recipe_from_yaml(text_with({}), [o]))
+
+
 def test_nothing_in_a_recipe_is_executed(tmp_path):
     target = tmp_path / "made"
     text = f"domains: !!python/object/apply:os.mkdir ['{target}']"

@@ -1,0 +1,410 @@
+"""Measuring gain and forgetting: in a run that only evaluates, or beside training.
+
+Both measure in Megatron's own evaluation, so that one forward pass serves its validation loss and
+ours, at any parallel layout. What changes is the text: every evaluation reads the same
+(``data.held_out``). With ``--skip-train`` nothing is frozen, the teachers are loaded, and the only
+loss is the measured cross-entropy.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_moe_inject import compat
+from megatron_moe_inject.agreement import agree, on_first_rank
+from megatron_moe_inject.data.held_out import HeldOutText
+from megatron_moe_inject.data.labels import HostGroup
+from megatron_moe_inject.loss_hook import LossHook
+from megatron_moe_inject.losses.objective import TermWeights
+from megatron_moe_inject.metrics.evaluation import (
+    GENERAL_CLASS,
+    Evaluation,
+    Provenance,
+    build_class,
+)
+from megatron_moe_inject.metrics.evaluation_file import (
+    append_line,
+    read_list,
+    write_evaluation,
+    write_list,
+)
+from megatron_moe_inject.metrics.gate import teacher_gate
+from megatron_moe_inject.metrics.losses import LossReport
+from megatron_moe_inject.metrics.measurement import Collected, Measurement
+from megatron_moe_inject.recipe import GENERAL, Recipe, RecipeError
+from megatron_moe_inject.step import SplitRegistry, StepHook
+from megatron_moe_inject.student import (
+    SPLITS,
+    StudentFacts,
+    check_options,
+    split_labels,
+    student_facts_from_args,
+)
+from megatron_moe_inject.teachers.setup import checked_teachers, teacher_pass
+
+FILE = "inject_evaluation.jsonl"
+_NO_DATA = (
+    "{}: there is no validation data to measure on; set --eval-iters above 0, and a --split or "
+    "--valid-data-path that has some"
+)
+_ONE_PASS = {
+    "full_validation": "evaluates as often as the fullest rank, which counts text twice",
+    "multiple_validation_sets": "yields samples that do not say which dataset they are from",
+    "sft": "packs documents into one sequence",
+    "dataloader_inter_document_masking": "packs documents into one sequence",
+    "hybrid_context_parallel": "regroups the micro-batches of a step",
+    "perform_rl_step": "replaces Megatron's evaluation",
+}
+
+
+class Evaluator:
+    """Measures Megatron's evaluations on held-out text that stays the same.
+
+    Args:
+        recipe: names the classes and the teachers.
+        args: Megatron's arguments.
+        facts: the student.
+        valid_vocab_size: ids of the student's tokenizer.
+        origin: what messages name as the reason, such as ``evaluation``.
+
+    Raises:
+        RecipeError: there is nothing to evaluate on, or an option that would not read it once.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        args: Namespace,
+        facts: StudentFacts,
+        valid_vocab_size: int,
+        origin: str = "evaluation",
+    ) -> None:
+        self.recipe = recipe
+        self.args = args
+        self._facts = facts
+        self._valid_vocab_size = valid_vocab_size
+        for name, reason in _ONE_PASS.items():
+            if getattr(args, name, None):
+                flag = "--" + name.replace("_", "-")
+                raise RecipeError(f"{flag}: {reason}; remove it, or measure nothing ({origin})")
+        if args.dataloader_type == "external":
+            raise RecipeError(
+                f"--dataloader-type external: cannot be read from its beginning again; use "
+                f"Megatron's loaders, or measure nothing ({origin})"
+            )
+        if not args.eval_iters or not (facts.mock_data or facts.data_paths.get("valid")):
+            raise RecipeError(_NO_DATA.format(origin))
+        self.samples = args.eval_iters * args.eval_global_batch_size
+        self.text = HeldOutText(self.samples)
+        self._names = {label: domain.name for label, domain in enumerate(recipe.domains)}
+        self._names[GENERAL] = GENERAL_CLASS
+        self._labels = split_labels(recipe, facts, "valid")
+        self.measurement: Measurement | None = None
+
+    def prepare(self, chunk: torch.nn.Module) -> None:
+        """Make the measurement of this rank, which has this chunk of the built student."""
+        groups = compat.process_groups(chunk)
+        self._device = next(chunk.parameters()).device
+        self.measurement = Measurement(
+            self._names,
+            sorted(set(self._labels)),
+            [label for label, domain in enumerate(self.recipe.domains) if domain.teacher],
+            tp_group=groups.tp,
+            cp_group=groups.cp,
+            valid_vocab_size=self._valid_vocab_size,
+            text_length=compat.text_length(),
+        )
+
+    def evaluate(self, stock: Callable, *args, **kwargs) -> Any:
+        """Megatron's ``evaluate_and_print_results``, measured where it reads the held-out text.
+
+        Collectives: one all-reduce of one number over the whole world, and where it is measured
+        those of ``Measurement.collect`` and ``record``.
+        """
+        given = compat.bound_arguments(stock, args, kwargs)
+        if not self._on_any_rank(self.text.restart(given["data_iterator"])):
+            return self.other_data(lambda: stock(*args, **kwargs))
+        with self.measurement.running():
+            result = stock(*args, **kwargs)
+            collected = self.measurement.collect()
+        if sum(map(len, collected.rows.values())) == self.samples:  # else the time was up
+            self.record(self._evaluation(collected, self.iteration(given["iteration"])))
+        return result
+
+    def _on_any_rank(self, mine: bool) -> bool:
+        flag = torch.tensor([int(mine)], device=self._device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+    def iteration(self, told: int) -> int:
+        """Optimiser steps that the student has taken, where Megatron's loop tells this number."""
+        return told
+
+    def other_data(self, evaluate: Callable[[], Any]) -> Any:
+        """An evaluation on other text, such as the test data."""
+        return evaluate()
+
+    def record(self, evaluation: Evaluation) -> None:
+        """Do something with what was measured; called on every rank with the same."""
+        raise NotImplementedError
+
+    def _evaluation(self, collected: Collected, iteration: int) -> Evaluation:
+        args = self.args
+        model = args.tokenizer_model or args.vocab_file or args.vocab_size or ""
+        provenance = Provenance(
+            checkpoint=str(args.load or ""),
+            iteration=iteration,
+            megatron_version=compat.megatron_version(),
+            tokenizer=f"{args.tokenizer_type} {model}".strip(),
+            sequence_length=args.seq_length,
+            evaluated_batches=args.eval_iters,
+            batch_size=args.eval_global_batch_size,
+            teachers={name: spec.source for name, spec in self.recipe.teachers.items()},
+        )
+        classes = {}
+        for label, name in self._names.items():
+            if label in collected.rows:
+                teacher = None if label == GENERAL else self.recipe.domains[label].teacher
+                classes[name] = build_class(
+                    collected.rows[label], collected.bins[label], teacher, self._data(label)
+                )
+        for name, found in classes.items():
+            for key, values in found.sums.items():
+                if not values.sum() < float("inf"):
+                    raise RecipeError(
+                        f"evaluation: {key} of {name} is not finite at iteration {iteration}; the "
+                        "student, a teacher, or a label beyond the vocabulary gave it"
+                    )
+        return Evaluation(provenance, classes)
+
+    def _data(self, label: int) -> list[str]:
+        if self._facts.mock_data:
+            return ["(mock data)"]
+        entries = self._facts.data_paths["valid"]
+        return [entry for entry, own in zip(entries, self._labels, strict=True) if own == label]
+
+
+class TrainingEvaluator(Evaluator):
+    """Measures before the first step and whenever Megatron evaluates, into a list on disk.
+
+    The list has one line for an iteration. A resumed run goes on with it: lines beyond the
+    iteration that it resumes from are dropped, since they will be measured again.
+
+    Args:
+        arguments: as for ``Evaluator``.
+    """
+
+    def __init__(
+        self, recipe: Recipe, args: Namespace, facts: StudentFacts, valid_vocab_size: int
+    ) -> None:
+        super().__init__(recipe, args, facts, valid_vocab_size)
+        named = recipe.evaluation.file
+        if named is None and not args.save:
+            raise RecipeError(
+                "evaluation.file: missing, and there is no --save folder to write to; name a file"
+            )
+        self.path = Path(named) if named is not None else Path(args.save) / FILE
+        if named is not None and not self.path.absolute().parent.is_dir():
+            folder = self.path.absolute().parent
+            raise RecipeError(f"evaluation.file: {folder} is no folder; create it first")
+        self._seen: set[int] = set()
+        self._text: str | None = None
+        self._training = False
+
+    def before_training(self, train: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        """Measure with what ``train`` will be called with, and ask the teacher gate.
+
+        Collectives: those of ``on_first_rank`` and of an evaluation.
+
+        Raises:
+            RecipeError: on every rank: no validation data, the list cannot be continued, its
+                lines are of other text, or a teacher is no better than the student.
+        """
+        if not self._on_any_rank(self.text.exists):
+            raise RecipeError(_NO_DATA.format("evaluation"))
+        self._seen, self._text = on_first_rank(self._continued)
+        first = not self._seen
+        self._measured: Evaluation | None = None
+        compat.evaluate_before_training(train, args, kwargs)
+        self._training = True
+        if first and self.recipe.evaluation.gate and self._measured is not None:
+            said = teacher_gate(self._measured, self.recipe.domains)
+            if said and dist.get_rank() == 0:
+                print("\n".join(said), flush=True)
+        self._measured = None
+
+    def _continued(self) -> tuple[set[int], str | None]:
+        """Iterations that the list keeps, and the hash of their text."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        now = compat.optimizer_steps(self.args)
+        found = [e for e in read_list(self.path) if e.provenance.iteration <= now] if now else []
+        write_list(self.path, found)
+        seen = {evaluation.provenance.iteration for evaluation in found}
+        return seen, found[-1].text() if found else None
+
+    def record(self, evaluation: Evaluation) -> None:
+        """Add a line where the iteration has none yet.
+
+        Collectives: before training those of ``agree``; none later, when a full disk is worth a
+        warning and not the run.
+        """
+        self._measured = evaluation
+        if self._text is not None and evaluation.text() != self._text:
+            raise RecipeError(
+                f"evaluation: {self.path} was measured on other text than this run reads; keep "
+                "--eval-iters, --global-batch-size, --seq-length, --seed, --split and the data, or "
+                "name another evaluation.file"
+            )
+        self._text = evaluation.text()
+        iteration = evaluation.provenance.iteration
+        if iteration in self._seen:
+            return
+        self._seen.add(iteration)
+        if not self._training:
+            on_first_rank(lambda: append_line(self.path, evaluation))
+        elif dist.get_rank() == 0:
+            try:
+                append_line(self.path, evaluation)
+            except RecipeError as error:
+                print(f"megatron_moe_inject: warning: evaluation: {error}", flush=True)
+
+
+class EvaluationRun(Evaluator):
+    """A run that only measures; see ``injection.Injection`` for its part in it.
+
+    Args:
+        recipe: names the classes and teachers; what trains is not used.
+        args: Megatron's arguments.
+        valid_vocab_size: ids of the student's tokenizer.
+    """
+
+    plan = None
+
+    def __init__(self, recipe: Recipe, args: Namespace, valid_vocab_size: int) -> None:
+        flag = "--inject-evaluate"
+        if args.inject_dry_run:
+            raise RecipeError(
+                "--inject-dry-run: a run that only measures has no plan to show; leave it out"
+            )
+        self._path = Path(args.inject_evaluate)
+        if not self._path.absolute().parent.is_dir():
+            raise RecipeError(f"{flag}: {self._path.absolute().parent} is no folder")
+        facts = student_facts_from_args(args)
+        check_options(recipe, facts)
+        super().__init__(recipe, args, facts, valid_vocab_size, origin=flag)
+        self.dry_run = False
+        checked_teachers(recipe, args)
+        self.splits = SplitRegistry({s: split_labels(recipe, facts, s) for s in SPLITS})
+        self.step_hook: StepHook | None = None
+        self._said = ""
+
+    @property
+    def evaluator(self) -> EvaluationRun:
+        """Itself."""
+        return self
+
+    def freeze(self, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+        """Nothing is frozen."""
+        return chunks
+
+    def attach(self, chunks: Sequence[torch.nn.Module]) -> None:
+        """Attach to a student that is built and loaded.
+
+        Collectives: group creation for the labels, and those of ``agree``.
+        """
+        groups = compat.process_groups(chunks[0])
+        self.prepare(chunks[0])
+        last = next((chunk for chunk in chunks if chunk.post_process), None)
+        loss_hook = agree(lambda: None if last is None else self._loss_hook(last, groups))
+        self.step_hook = StepHook(
+            self.splits,
+            HostGroup.create(groups.mp),
+            loss_hook,
+            lambda: compat.optimizer_steps(self.args),
+            measurement=self.measurement,
+        )
+
+    def _loss_hook(self, chunk: torch.nn.Module, groups: Any) -> LossHook:
+        recipe, size = self.recipe, self._valid_vocab_size
+        passes = {
+            name: teacher_pass(recipe, name, self.args, chunk, groups, valid_vocab_size=size)
+            for name in recipe.teachers
+        }
+        taught = {i: d.teacher for i, d in enumerate(recipe.domains) if d.teacher}
+        report = LossReport([d.name for d in recipe.domains], list(taught), by_class=True)
+        weights = dict.fromkeys((GENERAL, *range(len(recipe.domains))), TermWeights(0.0, 1.0))
+        return LossHook(
+            chunk,
+            lambda iteration: weights,
+            {index: passes[name] for index, name in taught.items()},
+            report,
+            tp_group=groups.tp,
+            valid_vocab_size=size,
+            measurement=self.measurement,
+            only_measures=True,
+        )
+
+    def iteration(self, told: int) -> int:
+        """The checkpoint's iteration, also where ``--finetune`` makes Megatron count from 0."""
+        found = compat.stored_iteration(self.args)
+        return told if found is None else found
+
+    def other_data(self, evaluate: Callable[[], Any]) -> None:
+        """The test data are not read."""
+
+    def record(self, evaluation: Evaluation) -> None:
+        """Write the file.
+
+        Collectives: those of ``on_first_rank``.
+        """
+        on_first_rank(lambda: write_evaluation(self._path, evaluation))
+        self._said = f"evaluation: written to {self._path}\n" + describe(evaluation)
+
+    def before_training(self, *_: Any) -> None:
+        """Never called: ``--skip-train``."""
+
+    def begin_training(self) -> None:
+        """Never called: ``--skip-train``."""
+
+    def end_training(self) -> str | None:
+        """Never called: ``--skip-train``."""
+
+    def finish(self) -> str:
+        """What was found.
+
+        Raises:
+            RecipeError: nothing was, or not all of the text was read in time.
+        """
+        if not self._said:
+            raise RecipeError(
+                f"--inject-evaluate: the validation data were not read to the end, {self._path} is "
+                "not written; give --split or --valid-data-path some, and "
+                "--exit-duration-in-mins enough time"
+            )
+        return self._said
+
+
+def describe(evaluation: Evaluation) -> str:
+    """An evaluation as a table, a line for each class."""
+    from megatron_moe_inject.plan import table
+
+    shown = {
+        "tokens": "{:,d}", "loss": "{:.4f}", "bits_per_byte": "{:.4f}", "accuracy": "{:.4f}",
+        "calibration_error": "{:.4f}", "teacher_loss": "{:.4f}", "teacher_kl": "{:.4f}",
+        "teacher_agreement": "{:.4f}",
+    }  # fmt: skip
+    rows = [("class", *(name.replace("_", " ") for name in shown))]
+    for name, found in evaluation.classes.items():
+        summary = found.summary()
+        cells = ["-" if summary[k] is None else f.format(summary[k]) for k, f in shown.items()]
+        rows.append((name, *cells))
+    lines = table(rows, right=range(1, len(rows[0])))
+    if not any("bytes" in found.sums for found in evaluation.classes.values()):
+        lines.append("(no bits per byte: this tokenizer has no text)")
+    return "\n".join(lines)

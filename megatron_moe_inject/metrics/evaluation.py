@@ -1,0 +1,184 @@
+"""What an evaluation found: sums for every sequence of held-out text, and what follows from them.
+
+A class of data (each domain of a recipe, and ``general``) keeps its sequences apart, so that two
+evaluations of the same text can be compared sequence by sequence. A sequence is known by a hash of
+its tokens, labels and mask, and a class lists its sequences in the order of their hashes: the
+result is the same at every parallel layout, in whatever order they were read.
+
+Shapes: n sequences of a class, B = 15 bins of confidence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from megatron_moe_inject.typed import RecipeError
+
+BINS = 15
+"""Bins of equal width that the expected calibration error sorts confidences into."""
+
+GENERAL_CLASS = "general"
+ALWAYS = ("tokens", "loss", "correct")
+TAUGHT = ("teacher_loss", "teacher_kl", "agreement")
+SUMS = (*ALWAYS, *TAUGHT, "original_kl", "bytes")
+"""Sums over the unmasked tokens of a sequence: their number, the student's cross-entropy in nats,
+how often its most likely token was the label; the teacher's cross-entropy, KL(teacher || student),
+how often both find the same token most likely; KL(original || student); and the length of the
+labels as UTF-8 text. Only ``ALWAYS`` are always there."""
+
+
+@dataclass(frozen=True)
+class ClassEvaluation:
+    """One class of held-out text.
+
+    Attributes:
+        sequences: ``[n]`` hashes, sorted; a sequence that was read twice is there twice.
+        sums: ``[n]`` float64 by name of ``SUMS``.
+        bins: ``[3, B]``: tokens, confidence and correct predictions by bin of confidence.
+        teacher: its key in the recipe, None without one.
+        data: entries of the validation blend.
+    """
+
+    sequences: tuple[str, ...]
+    sums: Mapping[str, np.ndarray]
+    bins: np.ndarray
+    teacher: str | None = None
+    data: tuple[str, ...] = ()
+
+    def mean(self, name: str, per: str = "tokens") -> float | None:
+        """A sum of ``SUMS`` per token, or per another sum; None where it was not measured."""
+        if name not in self.sums or per not in self.sums:
+            return None
+        count = self.sums[per].sum()
+        return float(self.sums[name].sum() / count) if count else None
+
+    def summary(self) -> dict[str, float | None]:
+        """The class in a few numbers: per token, in nats unless the name says otherwise."""
+        loss, bits = self.mean("loss"), self.mean("loss", "bytes")
+        return {
+            "sequences": len(self.sequences),
+            "tokens": int(self.sums["tokens"].sum()),
+            "bytes": int(self.sums["bytes"].sum()) if "bytes" in self.sums else None,
+            "loss": loss,
+            "perplexity": None if loss is None else math.exp(min(loss, 700.0)),
+            "bits_per_byte": None if bits is None else bits / math.log(2),
+            "accuracy": self.mean("correct"),
+            "calibration_error": self.calibration_error(),
+            "teacher_loss": self.mean("teacher_loss"),
+            "teacher_kl": self.mean("teacher_kl"),
+            "teacher_agreement": self.mean("agreement"),
+            "original_kl": self.mean("original_kl"),
+        }
+
+    def calibration_error(self) -> float | None:
+        """Expected calibration error: the mean over tokens of |accuracy - confidence| of a bin."""
+        tokens, confidence, correct = self.bins
+        total = tokens.sum()
+        return float(np.abs(correct - confidence).sum() / total) if total else None
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What was measured, and how.
+
+    Attributes:
+        checkpoint: what the run loaded, as on the command line.
+        iteration: optimiser steps that the student has taken.
+        teachers: source by name of the recipe.
+        tokenizer: ``--tokenizer-type`` and model, as on the command line.
+        evaluated_batches: ``--eval-iters``, of ``batch_size`` sequences each.
+    """
+
+    checkpoint: str
+    iteration: int
+    megatron_version: str
+    tokenizer: str
+    sequence_length: int
+    evaluated_batches: int
+    batch_size: int
+    teachers: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything that was measured at one moment; classes without a sequence are left out."""
+
+    provenance: Provenance
+    classes: Mapping[str, ClassEvaluation]
+
+    def text(self) -> str:
+        """Hash of the text: equal where the same sequences were read, each as often and as the
+        same class."""
+        found = hashlib.sha256()
+        for name in sorted(self.classes):
+            found.update(f"{name}:{','.join(self.classes[name].sequences)};".encode())
+        return found.hexdigest()
+
+
+def build_class(
+    rows: Iterable[tuple[str, Mapping[str, float]]],
+    bins: np.ndarray,
+    teacher: str | None,
+    data: Iterable[str],
+) -> ClassEvaluation:
+    """A class from hash and sums of its sequences, in any order."""
+    ordered = sorted(rows, key=lambda row: row[0])
+    names = [name for name in SUMS if ordered and name in ordered[0][1]]
+    sums = {name: np.array([_rounded(row[name]) for _, row in ordered]) for name in names}
+    return ClassEvaluation(
+        tuple(key for key, _ in ordered), sums, np.asarray(bins, dtype=float), teacher, tuple(data)
+    )
+
+
+def _rounded(value: float) -> float:
+    """Ten digits: beyond what float32 losses carry, and half of what float64 would write."""
+    return float(f"{value:.10g}")
+
+
+def same_text(before: Evaluation, after: Evaluation, names: tuple[str, str]) -> None:
+    """Refuse to compare evaluations of different text.
+
+    Raises:
+        RecipeError: names what differs, and settings that may be the reason.
+    """
+    first, second = names
+    missing = set(before.classes) ^ set(after.classes)
+    if missing:
+        name = min(missing)
+        having, lacking = (first, second) if name in before.classes else (second, first)
+        raise RecipeError(
+            f"{lacking}: has no class {name}, which {having} has;{_reasons(before, after)} measure "
+            "both with one recipe on the same data"
+        )
+    for name, ours in before.classes.items():
+        theirs = after.classes[name]
+        if ours.sequences == theirs.sequences:
+            continue
+        common = len(set(ours.sequences) & set(theirs.sequences))
+        raise RecipeError(
+            f"{second}: class {name} is not the text of {first}: {len(theirs.sequences)} sequences "
+            f"here and {len(ours.sequences)} there, {common} in common;"
+            f"{_reasons(before, after)} measure both with the same data, --split, --seed, "
+            "--eval-iters, --global-batch-size, --seq-length and tokenizer"
+        )
+
+
+def _reasons(before: Evaluation, after: Evaluation) -> str:
+    settings = ("tokenizer", "sequence_length", "evaluated_batches", "batch_size")
+    pairs: list[tuple[str, Any, Any]] = [
+        (name, getattr(before.provenance, name), getattr(after.provenance, name))
+        for name in settings
+    ]
+    pairs += [
+        (f"data of {name}", list(found.data), list(after.classes[name].data))
+        for name, found in before.classes.items()
+        if name in after.classes
+    ]
+    told = [f"{name} was {a} and is {b}" for name, a, b in pairs if a != b]
+    return f" {'; '.join(told)};" if told else ""

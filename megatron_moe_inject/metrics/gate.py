@@ -1,0 +1,57 @@
+"""The teacher gate: a teacher has something to teach only where it predicts better.
+
+Judged by the mean loss over the held-out text of a domain. The paired interval is shown but does
+not decide: with little held-out text it is wide, and a gate that then stopped every run would be
+switched off rather than read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_moe_inject.metrics.bootstrap import paired_difference
+from megatron_moe_inject.metrics.comparison import show_interval
+from megatron_moe_inject.metrics.evaluation import Evaluation
+from megatron_moe_inject.recipe import Domain
+from megatron_moe_inject.typed import RecipeError
+
+
+def teacher_gate(evaluation: Evaluation, domains: Sequence[Domain]) -> list[str]:
+    """Compare each teacher with the student on its domains; what to say of it, a line each.
+
+    Raises:
+        RecipeError: a teacher that is not better on one of its domains. The message shows every
+            comparison that failed.
+    """
+    said, worse, key = [], [], None
+    for index, domain in enumerate(domains):
+        if domain.teacher is None:
+            continue
+        found = evaluation.classes.get(domain.name)
+        if found is None or not found.sums["tokens"].sum():
+            said.append(
+                f"teacher gate: no held-out text of {domain.name}, so that teacher "
+                f"{domain.teacher} was not compared with the student"
+            )
+            continue
+        tokens = found.sums["tokens"]
+        lead = paired_difference(found.sums["teacher_loss"], found.sums["loss"], tokens)
+        told = (
+            f"{domain.name}: loss of teacher {domain.teacher} {found.mean('teacher_loss'):.4f}, "
+            f"of the student {found.mean('loss'):.4f} nats per token, lead {show_interval(lead)} "
+            f"on {len(found.sequences)} sequences"
+        )
+        if not lead.value > 0:
+            worse.append(told)
+            key = key or f"domains[{index}].teacher"
+        elif lead.low <= 0:
+            said.append(f"teacher gate: {told}; so small a lead may be chance")
+        else:
+            said.append(f"teacher gate: {told}")
+    if worse:
+        raise RecipeError(
+            f"{key}: does not predict its domain better than its student ({'; '.join(worse)}); "
+            "take another teacher, or go on with evaluation.gate: false",
+            key,
+        )
+    return said

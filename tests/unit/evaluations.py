@@ -1,0 +1,53 @@
+"""Evaluations of invented text, for tests."""
+
+import numpy as np
+
+from megatron_moe_inject.metrics.evaluation import BINS, Evaluation, Provenance, build_class
+
+
+def provenance(**changed) -> Provenance:
+    fields = {
+        "checkpoint": "/ckpt/student",
+        "iteration": 0,
+        "megatron_version": "0.19.2",
+        "tokenizer": "NullTokenizer 61",
+        "sequence_length": 32,
+        "evaluated_batches": 3,
+        "batch_size": 8,
+        "teachers": {"coder": "megatron:/ckpt/coder"},
+    }
+    return Provenance(**fields | changed)
+
+
+def rows(n=20, seed=0, loss=3.0, teacher=None, length=None, original=None):
+    """Hash and sums of n sequences of 32 tokens; losses are per token, with noise."""
+    generator = np.random.default_rng(seed)
+    hard = generator.normal(0, 10, n)
+    found = []
+    for i in range(n):
+        sums = {"tokens": 32.0, "loss": 32 * loss + hard[i], "correct": float(i % 32)}
+        if teacher is not None:
+            sums |= {"teacher_loss": 32 * teacher + hard[i], "teacher_kl": 3.0, "agreement": 16.0}
+        if original is not None:
+            sums["original_kl"] = original * 32
+        if length is not None:
+            sums["bytes"] = length
+        found.append((f"{i:032x}", sums))
+    return found
+
+
+def bins(n=20):
+    """All tokens with confidence 0.5, a quarter of them right."""
+    found = np.zeros((3, BINS))
+    found[:, BINS // 2] = (32 * n, 0.5 * 32 * n, 0.25 * 32 * n)
+    return found
+
+
+def evaluation(code=None, general=None, **changed) -> Evaluation:
+    """Two classes, made by ``rows`` with these options."""
+    made = {}
+    for name, teacher, options in (("code", "coder", code), ("general", None, general)):
+        if options is not None:
+            own = rows(**options)
+            made[name] = build_class(own, bins(len(own)), teacher, [f"/data/{name}"])
+    return Evaluation(provenance(**changed), made)
