@@ -96,6 +96,23 @@ class LossHook:
         """Indices of the domains that ``teacher`` teaches."""
         return [index for index, own in self._teachers.items() if own is teacher]
 
+    def confidences(self, kind: str, labels: torch.Tensor) -> torch.Tensor:
+        """Of the teacher of each sample, fp32 ``[n, b, s/c]``; 0 where a sample has none.
+
+        Args:
+            kind: see ``TeacherPass.confidences``.
+            labels: ``[n, b]`` on the host.
+
+        Collectives: those of ``TeacherPass.confidences`` by teacher.
+        """
+        found = {t: t.confidences(kind, self._valid_vocab_size) for t in self.teachers}
+        length = next(iter(found.values())).shape[1]
+        whole = next(iter(found.values())).new_zeros(labels.numel(), length)
+        for teacher, sure in found.items():
+            own = torch.isin(labels.flatten(), torch.tensor(self.taught_by(teacher)))
+            whole[own.nonzero().flatten().to(whole.device)] = sure
+        return whole.view(*labels.shape, length)
+
     def begin(self, labels: torch.Tensor, iteration: int) -> None:
         """Start a step whose micro-batches have these labels, ``[n, b]`` on the host."""
         self._labels = labels.tolist()

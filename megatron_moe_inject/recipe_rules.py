@@ -11,7 +11,11 @@ import re
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from megatron_moe_inject.recipe_steering import STOCK_BALANCES, check_steering
+from megatron_moe_inject.recipe_steering import (
+    STEERING_CONFIDENCES,
+    STOCK_BALANCES,
+    check_steering,
+)
 from megatron_moe_inject.schedule import SHAPES, Schedule, Weight, ever_positive, lowest
 from megatron_moe_inject.typed import RecipeError, child, fail, listing, suggest
 
@@ -44,9 +48,11 @@ def validate(recipe: Recipe) -> None:
     _check_teachers(recipe)
     _check_objective(recipe)
     _check_train(recipe)
-    _check_choice("steering.stock_balance", recipe.steering.stock_balance, STOCK_BALANCES)
+    steering = recipe.steering
+    _check_choice("steering.stock_balance", steering.stock_balance, STOCK_BALANCES)
+    _check_choice("steering.confidence", steering.confidence, STEERING_CONFIDENCES)
     for name in ("coeff", "balance", "retention"):
-        _check_weight(f"steering.{name}", getattr(recipe.steering, name))
+        _check_weight(f"steering.{name}", getattr(steering, name))
     check_steering(recipe)
     if recipe.evaluation is not None and recipe.evaluation.file == "":
         raise fail("evaluation.file", "", "is no file", "name one, or leave it out for <save>")

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from megatron_moe_inject.recipe import Recipe
 
 STOCK_BALANCES = ("general", "all")
+STEERING_CONFIDENCES = ("none", "label", "top")
 
 
 @dataclass
@@ -26,6 +27,9 @@ class Steering:
             probability on the experts that the domain chose in that layer.
         target_mass: where steering stops.
         layers: decoder layers to steer in; empty = all in which a domain chose experts.
+        confidence: weighs each domain token by its teacher's confidence there, one of
+            ``STEERING_CONFIDENCES``: by its probability of the label, or of its most likely token.
+            The teacher runs ahead of the step, so every stage knows it.
         balance: weight of the balance of domain tokens within their targets, while coeff is used.
         stock_balance: ``general``: Megatron's balance losses see general tokens only while tokens
             are steered; ``all``: they see all, as ever.
@@ -40,6 +44,7 @@ class Steering:
     coeff: float | Schedule = 0.0
     target_mass: float = 0.5
     layers: list[int] = field(default_factory=list)
+    confidence: str = "none"
     balance: float | Schedule = 0.01
     stock_balance: str = "general"
     bias_counts: float = 0.0
@@ -105,6 +110,8 @@ def _check_use(recipe: Recipe) -> None:
             "steering.retention", steering.retention, "holds routers that do not train",
             "set train.router: true or remove it",
         )  # fmt: skip
+    if steering.steers and steering.confidence != "none":
+        _check_confidence(recipe)
     if by_profile:
         return
     name = "coeff" if steering.steers else "report"
@@ -118,4 +125,20 @@ def _check_use(recipe: Recipe) -> None:
             raise fail(
                 f"steering.layers[{i}]", layer, "has no experts that a domain chose",
                 f"the layers that have are {sorted(chosen)}",
+            )  # fmt: skip
+
+
+def _check_confidence(recipe: Recipe) -> None:
+    kind = recipe.steering.confidence
+    for i, domain in enumerate(recipe.domains):
+        if domain.teacher is None and (domain.experts.layers or domain.experts.profile):
+            raise fail(
+                "steering.confidence", kind, f"asks for a teacher that {domain.name!r} lacks",
+                f"write domains[{i}].teacher, or confidence: none",
+            )  # fmt: skip
+        if domain.teacher is not None and recipe.teachers[domain.teacher].window:
+            raise fail(
+                "steering.confidence", kind,
+                f"needs {domain.teacher}'s states of the whole step before it starts",
+                f"write teachers.{domain.teacher}.window: 0, or confidence: none",
             )  # fmt: skip

@@ -138,7 +138,10 @@ class StepHook:
             if recorder is not None:
                 recorder.begin(labels)
             if self._routing is not None:
-                self._routing.begin(labels, self._iteration(), seq_length)
+                sure = None
+                if self._routing.confidence != "none" and self._loss_hook is not None:
+                    sure = self._loss_hook.confidences(self._routing.confidence, labels)
+                self._routing.begin(labels, self._iteration(), seq_length, sure)
             replay = [None if chunk is None else iter(chunk) for chunk in clean]
             communicator = None if evaluation else self._communicator
             if communicator is not None:

@@ -23,21 +23,31 @@ class RoutingStep:
     Args:
         hook: attaches losses; ``None`` where the log alone is wanted.
         shares: reports where tokens go; ``None`` where no domain has targets.
+        confidence: what weighs domain tokens, ``none`` or see ``TeacherPass.confidences``.
     """
 
-    def __init__(self, hook: SteeringHook | None, shares: RoutingShares | None) -> None:
+    def __init__(
+        self, hook: SteeringHook | None, shares: RoutingShares | None, confidence: str = "none"
+    ) -> None:
+        self.confidence = confidence
         self._hook = hook
         self._shares = shares
         self._iteration = 0
 
-    def begin(self, labels: torch.Tensor, iteration: int, sequence_length: int) -> None:
-        """Start a step, ``labels`` ``[n, b]`` on the host.
+    def begin(
+        self,
+        labels: torch.Tensor,
+        iteration: int,
+        sequence_length: int,
+        confidences: torch.Tensor | None = None,
+    ) -> None:
+        """Start a step, ``labels`` ``[n, b]`` on the host; see ``SteeringHook.begin``.
 
         Collectives: those of ``SteeringHook.begin``.
         """
         self._iteration = iteration
         if self._hook is not None:
-            self._hook.begin(labels, iteration, sequence_length)
+            self._hook.begin(labels, iteration, sequence_length, confidences)
         if self._shares is not None:
             self._shares.begin(labels)
 
@@ -102,7 +112,7 @@ class SteeringSetup:
         spec = self._spec
         if spec.steers:
             self._check_acts(chunks, boundary)
-        hook = None
+        hook, confidence = None, spec.confidence if spec.steers else "none"
         if spec.steers or spec.retains:
             hook = SteeringHook(
                 chunks,
@@ -113,9 +123,10 @@ class SteeringSetup:
                 original=original if spec.retains else None,
                 stock_balance=spec.stock_balance == "all",
                 bias_counts=spec.bias_counts,
+                weighs=spec.confidence != "none",
             )
         if not any(table.any() for table in self._targets.values()):
-            return RoutingStep(hook, None)
+            return RoutingStep(hook, None, confidence)
         shares = RoutingShares(
             RoutingWatch(chunks, groups),
             [domain.name for domain in self._recipe.domains],
@@ -126,7 +137,7 @@ class SteeringSetup:
             detail_every=spec.detail_every,
             write=_write,
         )
-        return RoutingStep(hook, shares)
+        return RoutingStep(hook, shares, confidence)
 
     def _weights_at(self, iteration: int) -> SteeringWeights:
         spec = self._spec

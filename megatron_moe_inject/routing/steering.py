@@ -29,6 +29,7 @@ from megatron.core.transformer.moe.moe_utils import router_gating_linear
 from megatron_moe_inject.clock import ChunkClock, Passages
 from megatron_moe_inject.losses.features import attach_loss
 from megatron_moe_inject.metrics.losses import add_reports, sum_and_count
+from megatron_moe_inject.recipe import GENERAL
 from megatron_moe_inject.routing.balance import GeneralBalance
 from megatron_moe_inject.routing.losses import (
     router_distribution,
@@ -72,6 +73,7 @@ class _SteeredRouter(Passages):
         self.router = router
         self.targets = targets
         self.has_targets = targets.any(1).cpu()
+        self.on_device = targets.any(1)
         self.balance = balance
         self.original_logits: torch.Tensor | None = None
 
@@ -88,6 +90,7 @@ class SteeringHook:
         original: gives the original value of a parameter; ``None`` without retention.
         stock_balance: leave Megatron's balance losses and bias counts as they are.
         bias_counts: weight of a domain token in the counts for the expert bias.
+        weighs: weigh domain tokens by ``confidences`` of ``begin``.
     """
 
     def __init__(
@@ -101,7 +104,9 @@ class SteeringHook:
         original: Callable[[torch.Tensor], torch.Tensor] | None,
         stock_balance: bool,
         bias_counts: float,
+        weighs: bool = False,
     ) -> None:
+        self._weighs = weighs
         self._config = chunks[0].config
         self._device = next(chunks[0].parameters()).device
         self._groups = groups
@@ -140,24 +145,68 @@ class SteeringHook:
         router.routing = functools.partial(self._routing, steered, router.routing)
         self._routers.append(steered)
 
-    def begin(self, labels: torch.Tensor, iteration: int, sequence_length: int) -> None:
-        """Start a step whose micro-batches have these labels, ``[n, b]`` on the host.
+    def begin(
+        self,
+        labels: torch.Tensor,
+        iteration: int,
+        sequence_length: int,
+        confidences: torch.Tensor | None = None,
+    ) -> None:
+        """Start a step.
 
-        Collectives: one all-reduce of D + 1 numbers over the data-parallel group.
+        Args:
+            labels: ``[n, b]`` domain indices, on the host.
+            iteration: optimizer steps taken so far.
+            sequence_length: s.
+            confidences: where tokens are weighed, on the last pipeline stage: fp32 ``[n, b, s/c]``,
+                this context-parallel rank's part of every sequence.
+
+        Collectives: one all-reduce of 2 D + 2 numbers over the data- and context-parallel ranks;
+        where tokens are weighed, one broadcast of n b s/c numbers over the pipeline group.
         """
         self._labels = labels
-        counts = torch.bincount(labels.flatten() + 1, minlength=self._classes)
-        self._tokens = counts.float().to(self._device, non_blocking=True) * sequence_length
-        if self._groups.dp.size() > 1:
-            dist.all_reduce(self._tokens, group=self._groups.dp)
+        index = labels.flatten() + 1
+        length = sequence_length // self._groups.cp.size()
+        tokens = torch.bincount(index, minlength=self._classes).float() * length
+        sums = torch.stack([tokens, tokens]).to(self._device, non_blocking=True)
+        self._token_weights = None
+        if self._weighs:
+            whole = self._shared(confidences, (*labels.shape, length))
+            weights = sums.new_zeros(self._classes)
+            weights.index_add_(0, index.to(self._device), whole.flatten(0, 1).sum(1))
+            sums[1] = weights
+            self._token_weights = self._own_part(whole)
+        if self._groups.dp_cp.size() > 1:
+            dist.all_reduce(sums, group=self._groups.dp_cp)
         self._weights = self._weights_at(iteration)
-        self._step_scale = self._scale(self._tokens.sum())
-        self._sums = torch.zeros(3, 2, dtype=torch.float32, device=self._device)
+        scale = self._scale(labels.numel() * sequence_length * self._groups.dp.size())
         for part in (*self._clocks, *self._routers):
             part.reset()
+        for steered in self._routers:
+            tokens, weights = (sums * steered.on_device).sum(1)
+            steered.within = scale / tokens.clamp(min=1)
+            steered.steering = scale / weights.clamp(min=1e-6)
+            steered.retention = scale / sums[0, 0].clamp(min=1)
+        self._sums = torch.zeros(3, 2, dtype=torch.float32, device=self._device)
         self._active = True
 
-    def _scale(self, tokens: torch.Tensor) -> torch.Tensor:
+    def _shared(self, own: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor:
+        """The last stage's tensor on every stage."""
+        group = self._groups.pp
+        if own is None:
+            own = torch.empty(shape, dtype=torch.float32, device=self._device)
+        if group.size() > 1:
+            dist.broadcast(own, src=dist.get_process_group_ranks(group)[-1], group=group)
+        return own
+
+    def _own_part(self, whole: torch.Tensor) -> torch.Tensor:
+        """``[n, b, s/c]`` to what this rank's routers see, ``[n, l, b]``."""
+        whole = whole.transpose(1, 2)
+        if self._config.sequence_parallel:
+            whole = whole.chunk(self._groups.tp.size(), dim=1)[self._groups.tp.rank()]
+        return whole
+
+    def _scale(self, tokens: int) -> torch.Tensor:
         """What makes a sum over this rank's tokens one over the tokens of the step.
 
         Megatron averages gradients over data- and context-parallel ranks; with
@@ -238,7 +287,7 @@ class SteeringHook:
                 balance.general = None
         trains = torch.is_grad_enabled() and gates.requires_grad
         with torch.set_grad_enabled(trains):
-            loss = self._losses(steered, logits, chosen, labels, first)
+            loss = self._losses(steered, logits, chosen, micro_batch, first)
         if not trains:
             return gates, chosen
         return attach_loss(gates, loss, torch.ones_like(loss)), chosen
@@ -248,42 +297,47 @@ class SteeringHook:
         steered: _SteeredRouter,
         logits: torch.Tensor,
         chosen: torch.Tensor,
-        labels: torch.Tensor,
+        micro_batch: int,
         first: bool,
     ) -> torch.Tensor:
         """Weighted sum of a micro-batch's losses; their plain sums are kept the first time.
 
         Every rank comes here with every micro-batch, also where it has no domain token.
         """
+        labels = self._labels[micro_batch]
         score_function = self._config.moe_router_score_function
         probs = router_distribution(logits, score_function)
         index = (labels + 1).to(self._device, non_blocking=True)
         targets = steered.targets[index].expand(len(probs), -1, -1)
-        has_targets = targets.any(-1)
         full = None
         if self._config.moe_expert_capacity_factor is not None:
             before = chosen_before_dropping(steered.router, logits.detach())
             full = (before & ~chosen).any(0)
-        per_token = self._step_scale / (steered.targets.any(1) * self._tokens).sum().clamp(min=1)
         steering = steering_losses(probs, targets, target_mass=self._target_mass, full=full)
-        total = self._weights.coeff * per_token * steering.sum()
-        sums = {STEERING: (steering.sum(), has_targets.sum())}
+        tokens = weight = steered.has_targets[labels + 1].sum() * len(probs)
+        if self._token_weights is not None:
+            own = self._token_weights[micro_batch]
+            steering = steering * own
+            weight = (own * steered.on_device[index]).sum()
+        steering = steering.sum()
+        total = self._weights.coeff * steered.steering * steering
+        sums = {STEERING: (steering, weight)}
         if self._weights.coeff > 0 and self._weights.balance > 0:
             shares = self._shares(targets, chosen.view_as(targets), index, steered.targets)
-            within = target_balance_losses(probs, targets, shares)
-            total = total + self._weights.balance * per_token * within.sum()
-            sums[WITHIN] = within.sum(), has_targets.sum()
+            within = target_balance_losses(probs, targets, shares).sum()
+            total = total + self._weights.balance * steered.within * within
+            sums[WITHIN] = within, tokens
         if steered.original_logits is not None:
-            general = (index == 0).expand(len(probs), -1)
             divergence = router_divergences(logits, steered.original_logits, score_function)
             steered.original_logits = None
-            divergence = (divergence * general).sum()
-            per_token = self._step_scale / self._tokens[0].clamp(min=1)
-            total = total + self._weights.retention * per_token * divergence
-            sums[RETENTION] = divergence, general.sum()
+            divergence = (divergence * (index == 0)).sum()
+            total = total + self._weights.retention * steered.retention * divergence
+            sums[RETENTION] = divergence, (labels == GENERAL).sum() * len(probs)
         if first:
-            for name, values in sums.items():
-                self._sums[TERMS.index(name)] += torch.stack([v.detach().float() for v in values])
+            for name, (value, count) in sums.items():
+                row = self._sums[TERMS.index(name)]
+                row[0] += value.detach()
+                row[1] += count.to(row.device, non_blocking=True)
         return total
 
     def _shares(

@@ -120,17 +120,17 @@ class RoutingWatch:
         padding: torch.Tensor | None,
     ) -> None:
         length, samples, experts = logits.shape
-        before = chosen
-        if self._config.moe_expert_capacity_factor is not None:
-            before = chosen_before_dropping(router, logits.detach())
+        drops = self._config.moe_expert_capacity_factor is not None
+        before = chosen_before_dropping(router, logits.detach()) if drops else chosen
         probs = router_distribution(logits.detach(), self._config.moe_router_score_function)
-        values = [before.float(), gates.detach().float(), probs, (before & ~chosen).float()]
-        rows = [value.view(length, samples, experts) for value in values]
+        values = [before.float(), gates.detach().float(), probs.view(-1, experts)]
+        if drops:
+            values.append((before & ~chosen).float())
+        rows = torch.stack(values).view(-1, length, samples, experts)
         if padding is not None:
             padding = padding.view(length, samples)
-            rows = [value * ~padding.unsqueeze(-1) for value in rows]
-        for place, value in zip(self._step[:, micro_batch, :, layer], rows, strict=True):
-            torch.sum(value, 0, out=place)
+            rows = rows * ~padding.unsqueeze(-1)
+        self._step[: len(rows), micro_batch, :, layer] = rows.sum(1)
         if self._on_routed is not None:
             before = before.view(length, samples, experts)
             self._on_routed(micro_batch, layer, logits.detach(), before, padding)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+from megatron_moe_inject.losses.measure import measure_tokens
 from megatron_moe_inject.teachers.base import Teacher
 from megatron_moe_inject.teachers.forward import shared_forward
 
@@ -142,6 +143,34 @@ class TeacherPass:
         if micro_batch not in self._states:
             self._run_window(micro_batch)
         return self._states.pop(micro_batch)
+
+    def confidences(self, kind: str, valid_vocab_size: int) -> torch.Tensor:
+        """How sure the teacher is at each position of the step's samples, fp32 ``[k, s/c]``.
+
+        Args:
+            kind: ``label``, its probability of the next token, 0 at the last position, where its
+                input does not hold that; or ``top``, the probability of its most likely token.
+            valid_vocab_size: number of ids that are not padding.
+
+        Needs the whole step at once (``window`` 0). Collectives: those of ``measure_tokens``.
+        """
+        assert not self._window, "the teacher runs ahead by a window of micro-batches"
+        tokens = self._inputs["tokens"]
+        labels = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -1)], dim=1)
+        labels = context_parallel_slice(labels.unsqueeze(-1), *self._cp).flatten()
+        states = [self._states[index].flatten(0, 1) for index in range(len(self._rows))]
+        found = measure_tokens(
+            torch.cat(states),
+            self.head,
+            None,
+            None,
+            labels,
+            tp_group=self._tp_group if self._tp_group.size() > 1 else None,
+            valid_vocab_size=valid_vocab_size,
+            student_transform=self.teacher.logit_transform,
+        )
+        sure = found.confidence if kind == "top" else found.loss.neg().exp() * (labels >= 0)
+        return sure.float().view(len(tokens), -1)
 
     def take_layer(self, layer: int) -> torch.Tensor:
         """The step's states after one of ``layers``, ``[k, s/c, h_t]`` for its k samples, once."""

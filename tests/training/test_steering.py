@@ -93,6 +93,19 @@ def test_it_does_not_depend_on_the_micro_batch_size(material):
             assert one.losses(term) == pytest.approx(two.losses(term), rel=2e-5, abs=1e-6), term
 
 
+@pytest.mark.parametrize("kind", ["label", "top"])
+def test_the_teachers_confidence_is_known_to_every_stage(material, single, kind):
+    sure = STEERED.replace("balance: 0.1", f"balance: 0.1, confidence: {kind}")
+    one = inject(material, sure)
+    assert one.losses("steering loss")[0] != single.losses("steering loss")[0]
+    assert one.losses("target mass/code")[0] == single.losses("target mass/code")[0]
+    for layout in ("ep2", "tp2-sp", "pp2", "cp2", "full recompute", "per-token loss"):
+        run = inject(material, sure, **copy.deepcopy(LAYOUTS[layout]))
+        for term in TERMS:
+            expected = pytest.approx(one.losses(term), rel=2e-5, abs=1e-6)
+            assert run.losses(term) == expected, (layout, term)
+
+
 def test_retention_is_zero_at_the_first_step_and_then_grows(single):
     values = single.losses("router retention")
     assert abs(values[0]) < 1e-7
@@ -291,8 +304,13 @@ def test_layers_are_detailed_in_tensorboard(material, tmp_path):
         (("layers: {{1: [2], 2", "layers: {{2"), ("--inject-set", "steering.layers=[1]"), "has no"),
         (("router: true", "norms: true"), (), "steering.retention: 1.0 holds routers that do not"),
         (("0.8", "1.8"), (), "steering.target_mass: 1.8 is not in (0, 1]"),
+        (
+            ("coeff:", "confidence: label, coeff:"),
+            ("--inject-set", "teachers.coder.window=1"),
+            "steering.confidence: 'label' needs coder's states of the whole step",
+        ),
     ],
-    ids=["sinkhorn", "forced", "layer", "retention", "mass"],
+    ids=["sinkhorn", "forced", "layer", "retention", "mass", "window"],
 )
 def test_mistakes(material, change, flags, message):
     recipe = STEERED.replace(*change) if change else STEERED

@@ -133,7 +133,7 @@ def test_divergence_of_routers(score_function):
 WEIGHTS = SteeringWeights(coeff=0.3, balance=0.2, retention=0.7)
 
 
-def stepped(chunk, weights=WEIGHTS, labels=LABELS, target_mass=0.6, **options):
+def stepped(chunk, weights=WEIGHTS, labels=LABELS, target_mass=0.6, confidences=None, **options):
     """A step in 1F1B order with no other loss; the values that were reported."""
     originals = {r.weight: r.weight.detach() * 0.9 for r in chunk.routers}
     hook = SteeringHook(
@@ -145,8 +145,9 @@ def stepped(chunk, weights=WEIGHTS, labels=LABELS, target_mass=0.6, **options):
         original=originals.__getitem__,
         stock_balance=options.pop("stock_balance", True),
         bias_counts=options.pop("bias_counts", 0.0),
+        weighs=confidences is not None,
     )
-    hook.begin(labels, 0, LENGTH)
+    hook.begin(labels, 0, LENGTH, confidences)
     waiting = []
     for hidden in inputs(len(labels)):
         waiting.append(chunk(hidden.clone().requires_grad_()))
@@ -217,6 +218,27 @@ def test_a_steps_gradient_is_that_of_its_definition(recompute, function):
         counted = {"retention": (3, 3), "steering": (2, 3), "balance": (2, 3)}[key]
         mean = sum(v.item() * n for v, n in zip(expected[key], counted, strict=True))
         assert sums[0] / sums[1] == pytest.approx(mean / sum(counted), rel=1e-4), name
+
+
+def test_confidence_weighs_the_mean_over_the_step():
+    chunk = Chunk()
+    generator = torch.Generator().manual_seed(5)
+    sure = torch.rand(*LABELS.shape, LENGTH, generator=generator)
+    total = 0.0
+    for layer, router in enumerate(chunk.routers):
+        losses, weights = [], []
+        for position, hidden in enumerate(inputs(len(LABELS))):
+            states = hidden if layer == 0 else torch.tanh(hidden)
+            probs = (states @ router.weight.t()).softmax(-1)
+            mask = TARGETS[layer][LABELS[position] + 1].expand(LENGTH, -1, -1)
+            losses.append(steering_losses(probs, mask, target_mass=0.6))
+            weights.append(sure[position].t() * mask.any(-1))
+        losses, weights = torch.stack(losses), torch.stack(weights)
+        total = total + (losses * weights).sum() / weights.sum()
+    gradients = torch.autograd.grad(0.3 * total, [r.weight for r in chunk.routers])
+    stepped(chunk, SteeringWeights(0.3, 0.0, 0.0), confidences=sure)
+    for router, gradient in zip(chunk.routers, gradients, strict=True):
+        torch.testing.assert_close(router.weight.grad, gradient, rtol=1e-4, atol=1e-6)
 
 
 def balanced(kind, per_token, labels):
