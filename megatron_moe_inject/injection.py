@@ -18,6 +18,7 @@ import torch.distributed as dist
 from megatron_moe_inject import compat
 from megatron_moe_inject.agreement import agree
 from megatron_moe_inject.data.labels import HostGroup
+from megatron_moe_inject.data.mixing import mix
 from megatron_moe_inject.evaluation_run import TrainingEvaluator
 from megatron_moe_inject.experts.boundary import GradientBoundary, agree_boundary
 from megatron_moe_inject.experts.census import parameter_rows
@@ -112,6 +113,7 @@ class Injection:
         self.facts: StudentFacts = student_facts_from_args(args)
         self.recipe = recipe = resolve_experts(recipe, self.facts)
         check_recipe(recipe, self.facts)
+        mix(recipe, args, self.facts)
         self.policy = freeze_policy(recipe)
         balancing = getattr(args, "moe_router_load_balancing_type", None) or ()
         if "router" not in self.policy.components and "quantile_balancing" in balancing:
@@ -295,6 +297,7 @@ class Injection:
             by_class=self._several_classes,
             weighted=bool(TokenWeighting(objective.confidence, objective.skip_worse)),
             retained=originals is not None,
+            shares=bool(self.recipe.mixing),
         )
         return LossHook(
             chunk,

@@ -54,8 +54,21 @@ def validate(recipe: Recipe) -> None:
     for name in ("coeff", "balance", "retention"):
         _check_weight(f"steering.{name}", getattr(steering, name))
     check_steering(recipe)
+    _check_mixing(recipe)
     if recipe.evaluation is not None and recipe.evaluation.file == "":
         raise fail("evaluation.file", "", "is no file", "name one, or leave it out for <save>")
+
+
+def _check_mixing(recipe: Recipe) -> None:
+    known = ["general", *(domain.name for domain in recipe.domains)]
+    for name, share in recipe.mixing.items():
+        if name not in known:
+            remedy = suggest(name, known, "it may name")
+            raise fail(f"mixing.{name}", share, "is the share of no domain", remedy)
+        if not 0 < share <= 1:
+            raise fail(f"mixing.{name}", share, "is not in (0, 1]", "write a share such as 0.1")
+    if sum(recipe.mixing.values()) > 1 + 1e-6:
+        raise fail("mixing", recipe.mixing, "is more than 1 in sum", "lower the shares")
 
 
 def _check_domains(recipe: Recipe) -> None:

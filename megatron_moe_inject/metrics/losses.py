@@ -23,6 +23,7 @@ KD_LOSS = "kd loss"
 KD_FACTOR = "kd factor"
 RETENTION = "retention loss"
 TOTAL_LOSS = "total loss"
+SHARE = "data share"
 
 _NO_TOKENS = 1e-9
 """Added to every count: a class without tokens in a step reports 0, not 0/0. It vanishes in the
@@ -38,6 +39,7 @@ class LossReport:
         by_class: also report each class, not only the sums over all of them.
         weighted: also report the mean factor of the token weighting over distilled tokens.
         retained: also report the divergence from the original model on general samples.
+        shares: also report each class's share of the tokens, with ``by_class``.
     """
 
     def __init__(
@@ -47,7 +49,9 @@ class LossReport:
         by_class: bool,
         weighted: bool = False,
         retained: bool = False,
+        shares: bool = False,
     ) -> None:
+        self._shares = shares
         self._retained = retained
         self._weighted = weighted
         self._classes = [GENERAL, *range(len(domains))]
@@ -83,6 +87,8 @@ class LossReport:
         if self._by_class:
             for index, name in enumerate(self._names):
                 report[f"{LM_LOSS}/{name}"] = sum_and_count(ce[index], count[index])
+                if self._shares:
+                    report[f"{SHARE}/{name}"] = sum_and_count(count[index], count.sum())
                 if index in self._distilled:
                     report[f"{KD_LOSS}/{name}"] = sum_and_count(kd[index], count[index])
                     if self._weighted:

@@ -1,0 +1,119 @@
+"""The shares of domains and general data in the training blend.
+
+A recipe names the share of some classes of data. Where the command line gives no weights they are
+built from the shares, and where it gives weights they are checked. Within a class, and for the
+classes without a share, what the command line says stays: weights in proportion, or alike.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+
+from megatron_moe_inject.recipe import GENERAL, Recipe, RecipeError
+from megatron_moe_inject.student import StudentFacts, split_labels
+from megatron_moe_inject.typed import fail
+
+TOLERANCE = 0.005
+"""How far a blend's share may be from the recipe's."""
+_GENERAL = "general"
+
+
+def blend_weights(
+    labels: Sequence[int], given: Sequence[float] | None, shares: Mapping[int, float]
+) -> list[float]:
+    """Weights of the blend's entries, 1 in sum.
+
+    Args:
+        labels: class of each entry.
+        given: weights so far; ``None`` = alike.
+        shares: by class, at most 1 in sum; the other classes get the rest.
+    """
+    weights = [1.0] * len(labels) if given is None else list(given)
+    sums = dict.fromkeys(labels, 0.0)
+    for label, weight in zip(labels, weights, strict=True):
+        sums[label] += weight
+    rest = 1.0 - sum(shares.values())
+    others = sum(total for label, total in sums.items() if label not in shares)
+
+    def share(label: int) -> float:
+        return shares[label] / sums[label] if label in shares else rest / others
+
+    return [weight * share(label) for label, weight in zip(labels, weights, strict=True)]
+
+
+def mix(recipe: Recipe, args: Namespace, facts: StudentFacts) -> None:
+    """Give the training blend its weights, or check those that it has.
+
+    Args:
+        recipe: with ``mixing``.
+        args: Megatron's arguments, changed in place where the blend has no weights.
+        facts: the student.
+
+    Raises:
+        RecipeError: shares that the blend cannot have or does not have, or a blend that is given
+            in a file without weights.
+    """
+    if not recipe.mixing:
+        return
+    if facts.mock_data:
+        raise fail("mixing", recipe.mixing, "mixes a blend, but --mock-data has none", "remove it")
+    labels = split_labels(recipe, facts, "train")
+    index = {_GENERAL: GENERAL} | {domain.name: i for i, domain in enumerate(recipe.domains)}
+    shares = {index[name]: share for name, share in recipe.mixing.items()}
+    names = {label: name for name, label in index.items()}
+    for label in shares:
+        if label not in labels:
+            raise fail(
+                f"mixing.{names[label]}", shares[label], "is the share of data that the training "
+                "blend lacks", "add some to --data-path, or remove it",
+            )  # fmt: skip
+    if set(labels) == set(shares) and abs(sum(shares.values()) - 1) > 1e-6:
+        raise fail(
+            "mixing", recipe.mixing, "names all of the blend, but does not sum to 1",
+            "leave one out, or let them sum to 1",
+        )  # fmt: skip
+    flag, given = _given(args)
+    wanted = blend_weights(labels, given, shares)
+    if given is None:
+        if flag is None:
+            raise RecipeError(
+                "mixing: the blend comes from a file without weights; add them there, or name the "
+                "data with --data-path"
+            )
+        entries = facts.data_paths["train"]
+        pairs = zip(wanted, entries, strict=True)
+        setattr(args, flag, [text for weight, path in pairs for text in (repr(weight), path)])
+        return
+    _check(names, labels, given, wanted, facts.data_paths["train"])
+
+
+def _check(
+    names: Mapping[int, str],
+    labels: Sequence[int],
+    given: Sequence[float],
+    wanted: Sequence[float],
+    entries: Sequence[str],
+) -> None:
+    total = sum(given)
+    for label in dict.fromkeys(labels):
+        found = sum(w for w, own in zip(given, labels, strict=True) if own == label) / total
+        asked = sum(w for w, own in zip(wanted, labels, strict=True) if own == label)
+        if abs(found - asked) > TOLERANCE:
+            blend = " ".join(f"{w:.4g} {e}" for w, e in zip(wanted, entries, strict=True))
+            raise RecipeError(
+                f"mixing: {names[label]} has {found:.1%} of the training blend, but {asked:.1%} "
+                f"is asked for; leave out the weights, or write {blend}",
+                "mixing",
+            )
+
+
+def _given(args: Namespace) -> tuple[str | None, list[float] | None]:
+    """The argument that holds the training blend, ``None`` for a file, and its weights."""
+    from megatron.training.utils import get_blend_and_blend_per_split
+
+    blend, per_split = get_blend_and_blend_per_split(args)
+    found = blend if per_split is None else per_split[0]
+    named = ("data_path", "train_data_path")
+    flag = next((name for name in named if getattr(args, name, None) is not None), None)
+    return flag, found[1]
