@@ -306,3 +306,21 @@ def _build_leaf(kind: Any, value: Any, path: str) -> Any:
     if kind is float and not math.isfinite(value):
         raise fail(path, value, "is not finite", "write a finite number")
     return value
+
+
+def check_keys(key: str, plain: Any, known: Iterable[str], remedy: str) -> None:
+    """Check that ``plain`` is a mapping with exactly these keys.
+
+    Raises:
+        RecipeError: naming ``key``, or the key that is missing or not known, and ``remedy``.
+    """
+    problems = []
+    if not isinstance(plain, dict):
+        problems.append((key, "is not a mapping"))
+    else:
+        problems += [(child(key, name), "is missing") for name in known if name not in plain]
+        more = [name for name in plain if name not in known]
+        problems += [(child(key, name), "is not known in this version") for name in more]
+    if problems:
+        where, problem = problems[0]
+        raise RecipeError(f"{where}: {problem}; {remedy}", where)

@@ -245,7 +245,7 @@ def _parse(plain: Any) -> RoutingProfile:
             "version",
         )
     sampled = "logits" in plain
-    _check_keys("", plain, (*_KEYS, "logits") if sampled else _KEYS)
+    typed.check_keys("", plain, (*_KEYS, "logits") if sampled else _KEYS, _AGAIN)
     provenance = typed.build(Provenance, plain["provenance"], "provenance")
     check_provenance(provenance)
     parts = typed.build(list[str], plain["parts"], "parts")
@@ -268,7 +268,7 @@ def _parse(plain: Any) -> RoutingProfile:
 
 
 def _class(key: str, plain: Any, layers: int, experts: int) -> ClassStatistics:
-    _check_keys(key, plain, _CLASS_KEYS)
+    typed.check_keys(key, plain, _CLASS_KEYS, _AGAIN)
 
     def matrix(name: str, kind: type, owner: dict = plain, where: str = key) -> np.ndarray:
         return _array(f"{where}.{name}", owner[name], (layers, experts), kind)
@@ -278,7 +278,7 @@ def _class(key: str, plain: Any, layers: int, experts: int) -> ClassStatistics:
 
     def spread() -> Spread:
         where, found = f"{key}.spread", plain["spread"]
-        _check_keys(where, found, _SPREAD_KEYS)
+        typed.check_keys(where, found, _SPREAD_KEYS, _AGAIN)
         return Spread(
             typed.build(int, found["sequences"], f"{where}.sequences"),
             matrix("share_sums", float, found, where),
@@ -332,17 +332,6 @@ def _check_length(key: str, plain: Any, length: int) -> None:
         raise _wrong(key, "is not a list")
     if len(plain) != length:
         raise _wrong(key, f"has {len(plain)} entries where the provenance says {length}")
-
-
-def _check_keys(key: str, plain: Any, known: tuple[str, ...]) -> None:
-    if not isinstance(plain, dict):
-        raise _wrong(key, "is not a mapping")
-    for name in known:
-        if name not in plain:
-            raise _wrong(typed.child(key, name), "is missing")
-    for name in plain:
-        if name not in known:
-            raise _wrong(typed.child(key, name), "is not known in this version")
 
 
 def _wrong(key: str, problem: str) -> RecipeError:

@@ -181,7 +181,7 @@ def _parse(text: str) -> Evaluation:
             f"{VERSION}: measure again, or use the package that wrote it",
             "version",
         )
-    _check_keys("", plain, _KEYS)
+    typed.check_keys("", plain, _KEYS, _AGAIN)
     provenance = typed.build(Provenance, plain["provenance"], "provenance")
     if not isinstance(plain["classes"], dict):
         raise _wrong("classes", "is not a mapping")
@@ -198,7 +198,7 @@ def _parse(text: str) -> Evaluation:
 
 def _check_summary(key: str, plain: Any, found: ClassEvaluation) -> None:
     expected = found.summary()
-    _check_keys(key, plain, tuple(expected))
+    typed.check_keys(key, plain, tuple(expected), _AGAIN)
     for name, value in expected.items():
         given = plain[name]
         if value is None or given is None:
@@ -211,7 +211,7 @@ def _check_summary(key: str, plain: Any, found: ClassEvaluation) -> None:
 
 
 def _class(key: str, plain: Any) -> ClassEvaluation:
-    _check_keys(key, plain, _CLASS_KEYS)
+    typed.check_keys(key, plain, _CLASS_KEYS, _AGAIN)
     sequences = typed.build(list[str], plain["sequences"], f"{key}.sequences")
     if sequences != sorted(sequences):
         raise _wrong(f"{key}.sequences", "is not sorted")
@@ -237,17 +237,6 @@ def _class(key: str, plain: Any) -> ClassEvaluation:
         typed.build(str | None, plain["teacher"], f"{key}.teacher"),
         tuple(typed.build(list[str], plain["data"], f"{key}.data")),
     )
-
-
-def _check_keys(key: str, plain: Any, known: tuple[str, ...]) -> None:
-    if not isinstance(plain, dict):
-        raise _wrong(key, "is not a mapping")
-    for name in known:
-        if name not in plain:
-            raise _wrong(typed.child(key, name), "is missing")
-    for name in plain:
-        if name not in known:
-            raise _wrong(typed.child(key, name), "is not known in this version")
 
 
 def _wrong(key: str, problem: str) -> RecipeError:
