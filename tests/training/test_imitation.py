@@ -15,7 +15,7 @@ from tests.training.test_injection import (
     LAYOUTS,
     OTHER,
     PROVEN,
-    SLOW_LAYOUTS,
+    every_layout,
     inject,
     recipe_file,
 )
@@ -42,7 +42,6 @@ TERMS = (
     "total loss",
     "grad norm",
 )
-HERE = {name: layout for name, layout in LAYOUTS.items() if "window" not in name}
 
 
 @pytest.fixture(scope="module")
@@ -69,13 +68,7 @@ def test_the_student_itself_moves_towards_the_teacher(material, single):
     assert plain.losses("lm loss")[1:] != single.losses("lm loss")[1:]
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        *(pytest.param(v, id=k) for k, v in HERE.items()),
-        *(pytest.param(v, id=k, marks=pytest.mark.slow) for k, v in SLOW_LAYOUTS.items()),
-    ],
-)
+@every_layout(without="window")
 def test_the_curve_does_not_depend_on_the_layout(material, single, layout):
     run = inject(material, FEATURES, **copy.deepcopy(layout))
     assert len(run.iterations) == 4

@@ -109,13 +109,16 @@ SLOW_LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        *(pytest.param(v, id=k) for k, v in LAYOUTS.items()),
-        *(pytest.param(v, id=k, marks=pytest.mark.slow) for k, v in SLOW_LAYOUTS.items()),
-    ],
-)
+def every_layout(without: str = "nothing"):
+    """Parametrize ``layout`` by all layouts, those of four processes slow."""
+    quick = {k: v for k, v in LAYOUTS.items() if without not in k}
+    slow = [pytest.param(v, id=k, marks=pytest.mark.slow) for k, v in SLOW_LAYOUTS.items()]
+    return pytest.mark.parametrize(
+        "layout", [*(pytest.param(v, id=k) for k, v in quick.items()), *slow]
+    )
+
+
+@every_layout()
 def test_the_curve_does_not_depend_on_the_layout(material, single, layout):
     run = inject(material, **layout)
     assert len(run.iterations) == 4

@@ -19,7 +19,7 @@ from tests.training.test_injection import (
     LAYOUTS,
     OTHER,
     PROVEN,
-    SLOW_LAYOUTS,
+    every_layout,
     inject,
     recipe_file,
 )
@@ -51,7 +51,6 @@ TERMS = (
     "general on targets/code",
     "grad norm",
 )
-HERE = {name: layout for name, layout in LAYOUTS.items() if "window" not in name}
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +58,7 @@ def single(material):
     return inject(material, STEERED)
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        *(pytest.param(v, id=k) for k, v in HERE.items()),
-        *(pytest.param(v, id=k, marks=pytest.mark.slow) for k, v in SLOW_LAYOUTS.items()),
-    ],
-)
+@every_layout(without="window")
 def test_the_curve_does_not_depend_on_the_layout(material, single, layout):
     run = inject(material, STEERED, **copy.deepcopy(layout))
     for term in TERMS:
