@@ -60,6 +60,10 @@ class _SteeredRouter(Passages):
         router: Megatron's.
         targets: bool ``[D + 1, E]``: targets by domain index plus one, none of general data.
         balance: keeps its stock losses to general samples; ``None`` leaves them.
+
+    Attributes:
+        original_logits: of the pass that is under way, with retention.
+        per_token: by term, what a token of this step contributes to the loss.
     """
 
     def __init__(
@@ -76,6 +80,7 @@ class _SteeredRouter(Passages):
         self.on_device = targets.any(1)
         self.balance = balance
         self.original_logits: torch.Tensor | None = None
+        self.per_token: dict[str, torch.Tensor] = {}
 
 
 class SteeringHook:
@@ -166,6 +171,7 @@ class SteeringHook:
         """
         self._labels = labels
         index = labels.flatten() + 1
+        self._index = (labels + 1).to(self._device, non_blocking=True)
         length = sequence_length // self._groups.cp.size()
         tokens = torch.bincount(index, minlength=self._classes).float() * length
         sums = torch.stack([tokens, tokens]).to(self._device, non_blocking=True)
@@ -173,7 +179,7 @@ class SteeringHook:
         if self._weighs:
             whole = self._shared(confidences, (*labels.shape, length))
             weights = sums.new_zeros(self._classes)
-            weights.index_add_(0, index.to(self._device), whole.flatten(0, 1).sum(1))
+            weights.index_add_(0, self._index.flatten(), whole.flatten(0, 1).sum(1))
             sums[1] = weights
             self._token_weights = self._own_part(whole)
         if self._groups.dp_cp.size() > 1:
@@ -184,9 +190,11 @@ class SteeringHook:
             part.reset()
         for steered in self._routers:
             tokens, weights = (sums * steered.on_device).sum(1)
-            steered.within = scale / tokens.clamp(min=1)
-            steered.steering = scale / weights.clamp(min=1e-6)
-            steered.retention = scale / sums[0, 0].clamp(min=1)
+            steered.per_token = {
+                STEERING: self._weights.coeff * scale / weights.clamp(min=1e-6),
+                WITHIN: self._weights.balance * scale / tokens.clamp(min=1),
+                RETENTION: self._weights.retention * scale / sums[0, 0].clamp(min=1),
+            }
         self._sums = torch.zeros(3, 2, dtype=torch.float32, device=self._device)
         self._active = True
 
@@ -307,38 +315,33 @@ class SteeringHook:
         labels = self._labels[micro_batch]
         score_function = self._config.moe_router_score_function
         probs = router_distribution(logits, score_function)
-        index = (labels + 1).to(self._device, non_blocking=True)
+        index = self._index[micro_batch]
         targets = steered.targets[index].expand(len(probs), -1, -1)
         full = None
         if self._config.moe_expert_capacity_factor is not None:
             before = chosen_before_dropping(steered.router, logits.detach())
             full = (before & ~chosen).any(0)
         steering = steering_losses(probs, targets, target_mass=self._target_mass, full=full)
-        tokens = weight = steered.has_targets[labels + 1].sum() * len(probs)
+        tokens = weight = int(steered.has_targets[labels + 1].sum()) * len(probs)
         if self._token_weights is not None:
             own = self._token_weights[micro_batch]
             steering = steering * own
             weight = (own * steered.on_device[index]).sum()
-        steering = steering.sum()
-        total = self._weights.coeff * steered.steering * steering
-        sums = {STEERING: (steering, weight)}
+        sums = {STEERING: (steering.sum(), weight)}
         if self._weights.coeff > 0 and self._weights.balance > 0:
             shares = self._shares(targets, chosen.view_as(targets), index, steered.targets)
-            within = target_balance_losses(probs, targets, shares).sum()
-            total = total + self._weights.balance * steered.within * within
-            sums[WITHIN] = within, tokens
+            sums[WITHIN] = target_balance_losses(probs, targets, shares).sum(), tokens
         if steered.original_logits is not None:
             divergence = router_divergences(logits, steered.original_logits, score_function)
             steered.original_logits = None
-            divergence = (divergence * (index == 0)).sum()
-            total = total + self._weights.retention * steered.retention * divergence
-            sums[RETENTION] = divergence, (labels == GENERAL).sum() * len(probs)
+            general = int((labels == GENERAL).sum()) * len(probs)
+            sums[RETENTION] = (divergence * (index == 0)).sum(), general
         if first:
             for name, (value, count) in sums.items():
                 row = self._sums[TERMS.index(name)]
                 row[0] += value.detach()
-                row[1] += count.to(row.device, non_blocking=True)
-        return total
+                row[1] += count
+        return sum(steered.per_token[name] * value for name, (value, _) in sums.items())
 
     def _shares(
         self,
