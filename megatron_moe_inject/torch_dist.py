@@ -284,7 +284,7 @@ class TorchDistCheckpoint:
 
 
 def stored_shapes(folder: Path, part: str) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors in a checkpoint's folder with ``part`` in their names.
+    """Shapes of the model's tensors in a checkpoint's folder with ``part`` in their names.
 
     Raises:
         OSError, pickle.UnpicklingError: it cannot be read.
@@ -293,7 +293,9 @@ def stored_shapes(folder: Path, part: str) -> dict[str, tuple[int, ...]]:
     return {
         name: tuple(value.size)
         for name, value in stored.items()
-        if part in name and isinstance(value, TensorStorageMetadata)
+        if part in name
+        and not _TRAINING_STATE.match(name)
+        and isinstance(value, TensorStorageMetadata)
     }
 
 
