@@ -30,6 +30,7 @@ setup(
             "transformers>=4.56",
             "tokenizers>=0.21",
             "matplotlib>=3.8",
+            "jinja2>=3.1",
             "tensorboard>=2.16",
         ],
     },

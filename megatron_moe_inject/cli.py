@@ -23,6 +23,7 @@ from megatron_moe_inject import (
     delta_command,
     evaluate_command,
     profile_command,
+    report_command,
     routing_report,
     select_command,
 )
@@ -104,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     profile_command.add_commands(commands)
     routing_report.add_commands(commands)
     evaluate_command.add_commands(commands)
+    report_command.add_commands(commands)
     return parser
 
 

@@ -29,6 +29,7 @@ REQUIRED_SYMBOLS = {
         "build_train_valid_test_data_iterators",
         "get_forward_backward_func",
         "train",
+        "training_log",
         "evaluate",
         "evaluate_and_print_results",
         "get_train_valid_test_num_samples",
@@ -49,6 +50,12 @@ REQUIRED_SYMBOLS = {
 REQUIRED_PARAMETERS = {
     ("megatron.core.models.gpt.gpt_model", "GPTModel.forward"): ("output_processor", "loss_mask"),
     ("megatron.training.training", "setup_model_and_optimizer"): ("model_provider_func",),
+    ("megatron.training.training", "training_log"): (
+        "total_loss_dict",
+        "learning_rate",
+        "grad_norm",
+        "is_first_iteration",
+    ),
     ("megatron.core.tensor_parallel", "gather_from_sequence_parallel_region"): (
         "tensor_parallel_output_grad",
         "group",
@@ -435,6 +442,14 @@ def optimizer_steps(args: Any) -> int:
     only evaluates, it is where the checkpoint left off.
     """
     return int(getattr(args, "curr_iteration", None) or args.iteration or 0)
+
+
+def seconds_in_steps() -> float:
+    """Seconds that this process spent in training steps so far, evaluations and saving excluded;
+    exact right after Megatron logged."""
+    from megatron.training.global_vars import get_timers
+
+    return get_timers()("interval-time", log_level=0).active_time()
 
 
 def sharded_state_metadata(args: Any) -> dict[str, Any]:

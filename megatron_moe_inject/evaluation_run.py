@@ -285,6 +285,7 @@ class EvaluationRun(Evaluator):
     """
 
     plan = None
+    run_log = None
 
     def __init__(self, recipe: Recipe, args: Namespace, valid_vocab_size: int) -> None:
         flag = "--inject-evaluate"

@@ -1,5 +1,7 @@
 """Files and folders that are written as a whole or not at all.
 
+A list that grows gets whole lines; its reader leaves out a last one without an end.
+
 The new content is written beside the old file, forced to disk and renamed over it, which a POSIX
 file system does in one step: a reader sees the old file or the new one, whatever interrupts the
 writer. A killed writer can leave its ``.part`` file behind, nothing else.
@@ -43,6 +45,35 @@ def replace_file(path: str | Path, content: bytes) -> None:
         raise RecipeError(
             f"{show(str(path))} cannot be written ({reason}); name a file in a folder that exists"
         ) from None
+
+
+def append_line(path: str | Path, line: bytes) -> None:
+    """Add a line, with its end, to a list on disk and force it there; a new file is made.
+
+    Raises:
+        RecipeError: the file cannot be written; what was begun is cut off again.
+    """
+    rest = memoryview(line)
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        size = os.fstat(handle).st_size
+        try:
+            while rest:
+                rest = rest[os.write(handle, rest) :]
+            os.fsync(handle)
+        except OSError:
+            os.ftruncate(handle, size)
+            raise
+        finally:
+            os.close(handle)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise RecipeError(f"{show(str(path))} cannot be written ({reason})") from None
+
+
+def whole_lines(text: str) -> list[str]:
+    """The lines of a list that somebody may be writing: a last one without an end is left out."""
+    return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def readable_json(value: Any, indent: str = "") -> str:

@@ -46,6 +46,7 @@ from megatron_moe_inject.profile_run import ProfileSetup
 from megatron_moe_inject.recipe import GENERAL, Recipe, RecipeError
 from megatron_moe_inject.routing.rows import RouterRows
 from megatron_moe_inject.routing.setup import SteeringSetup
+from megatron_moe_inject.run_log import RunLog
 from megatron_moe_inject.schedule import ever_positive, value_at
 from megatron_moe_inject.step import SplitRegistry, StepHook
 from megatron_moe_inject.student import (
@@ -134,6 +135,9 @@ class Injection:
         self.evaluator: TrainingEvaluator | None = None
         if recipe.evaluation is not None and not args.skip_train:
             self.evaluator = TrainingEvaluator(recipe, args, self.facts, valid_vocab_size)
+        self.run_log: RunLog | None = None
+        if self.evaluator is not None and args.save:
+            self.run_log = RunLog(recipe, args, self.evaluator.path)
         self.imitation = ImitationSetup(recipe, args, self.facts, self.teacher_infos)
         rows = recipe.experts_by_layer() if recipe.train.router_rows else {}
         self._rows = RouterRows(rows, args)

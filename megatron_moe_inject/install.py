@@ -12,6 +12,7 @@
 | ``training.evaluate_and_print_results`` | ... and what was measured on it |
 | ``training.get_forward_backward_func`` | the step hook |
 | ``training.train`` | the first evaluation; the proof of what is frozen; the routing profile |
+| ``training.training_log`` | with ``evaluation``: the run's list, for ``moe-inject report`` |
 | ``training.get_megatron_optimizer`` | the optimizer can be saved where little trains |
 
 Not patched: the optimizer's maths, DDP, schedules, routers, the checkpoint format, and any model
@@ -73,6 +74,7 @@ def install() -> None:
     _wrap(training, "evaluate_and_print_results", run.evaluate)
     _wrap(training, "get_forward_backward_func", run.get_forward_backward_func)
     _wrap(training, "train", run.train)
+    _wrap(training, "training_log", run.training_log)
 
 
 def _wrap(module: ModuleType, name: str, around: Callable) -> None:
@@ -194,6 +196,8 @@ class _Run:
         injection.begin_training()
         if injection.evaluator is not None:
             injection.evaluator.before_training(stock, args, kwargs)
+        if injection.run_log is not None:
+            injection.run_log.begin(injection.plan)
         try:
             result = stock(*args, **kwargs)
         except SystemExit:  # --exit-interval and the like leave the loop this way
@@ -201,6 +205,11 @@ class _Run:
             raise
         _print_rank_0(injection.end_training())
         return result
+
+    def training_log(self, stock, *args, **kwargs):
+        if self._injection is None or self._injection.run_log is None:
+            return stock(*args, **kwargs)
+        return self._injection.run_log.log(stock, *args, **kwargs)
 
 
 def _print_rank_0(text: str | None) -> None:

@@ -152,6 +152,7 @@ class ProfileRun:
 
     plan = None
     evaluator = None
+    run_log = None
 
     def __init__(self, recipe: Recipe, args: Namespace) -> None:
         self.dry_run = False

@@ -256,7 +256,8 @@ class Train:
 
 @dataclass
 class EvaluationSpec:
-    """Measurement of gain and forgetting while training, on the same held-out text each time.
+    """Measurement of gain and forgetting while training, on the same held-out text each time, and
+    the run's list for ``moe-inject report``.
 
     Attributes:
         file: where the measurements go, one JSON line each; None =

@@ -57,7 +57,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 
 def _report(options: argparse.Namespace) -> str:
     profiles = [read_profile(path) for path in (options.before, options.after)]
-    _check_same_student(options, *profiles)
+    check_same_student(*profiles, (options.before, options.after))
     domain = options.domain or _shared_domain(*profiles)
     for profile in profiles:
         profile.of(domain, "--domain")
@@ -179,15 +179,20 @@ def _targets(
     return targets
 
 
-def _check_same_student(
-    options: argparse.Namespace, before: RoutingProfile, after: RoutingProfile
+def check_same_student(
+    before: RoutingProfile, after: RoutingProfile, files: tuple[str, str]
 ) -> None:
+    """Refuse profiles of different students.
+
+    Raises:
+        RecipeError: names what differs.
+    """
     pair = before.provenance, after.provenance
     for name in ("moe_layers", "num_layers", "router", "parameters"):
         values = [getattr(found, name) for found in pair]
         if values[0] != values[1]:
             raise RecipeError(
-                f"{options.after}: {name} is {show(values[1])}, in {options.before} "
+                f"{files[1]}: {name} is {show(values[1])}, in {files[0]} "
                 f"{show(values[0])}; compare profiles of one student"
             )
 

@@ -26,6 +26,14 @@ def compare(before: Evaluation, after: Evaluation, names: tuple[str, str]) -> st
     Raises:
         RecipeError: they are not of the same text; the message says what differs.
     """
+    rows, notes = comparison(before, after, names)
+    return "\n".join([*_markdown(rows), "", *notes])
+
+
+def comparison(
+    before: Evaluation, after: Evaluation, names: tuple[str, str]
+) -> tuple[list[Sequence[str]], list[str]]:
+    """Rows of cells, the header first, and notes; arguments and errors are those of ``compare``."""
     same_text(before, after, names)
     rows: list[Sequence[str]] = [_HEADER]
     for name, ours in before.classes.items():
@@ -45,7 +53,7 @@ def compare(before: Evaluation, after: Evaluation, names: tuple[str, str]) -> st
     notes.append(f"Text: {counts}. Loss and KL in nats per token; less is better.")
     if not any("bytes" in found.sums for found in before.classes.values()):
         notes.append("No bits per byte: a tokenizer without text (NullTokenizer) measured them.")
-    return "\n".join([*_markdown(rows), "", *notes])
+    return rows, notes
 
 
 def lead_taken_over(before: ClassEvaluation, after: ClassEvaluation) -> float | None:

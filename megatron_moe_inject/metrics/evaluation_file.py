@@ -14,14 +14,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_moe_inject import typed
+from megatron_moe_inject import files, typed
 from megatron_moe_inject.files import readable_json, replace_file
 from megatron_moe_inject.metrics.evaluation import (
     ALWAYS,
@@ -79,9 +78,7 @@ def read_list(path: str | Path) -> list[Evaluation]:
         return []
     found, where = [], typed.one_line(str(path), 200)
     try:
-        for number, line in enumerate(_text(path).splitlines(keepends=True), start=1):
-            if not line.endswith("\n"):
-                break
+        for number, line in enumerate(files.whole_lines(_text(path)), start=1):
             where = f"{typed.one_line(str(path), 200)}, line {number}"
             found.append(_parse(line))
     except RecipeError as error:
@@ -100,22 +97,7 @@ def append_line(path: str | Path, evaluation: Evaluation) -> None:
     Raises:
         RecipeError: the file cannot be written; what was begun is cut off again.
     """
-    line = memoryview(_line(evaluation))
-    try:
-        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        size = os.fstat(handle).st_size
-        try:
-            while line:
-                line = line[os.write(handle, line) :]
-            os.fsync(handle)
-        except OSError:
-            os.ftruncate(handle, size)
-            raise
-        finally:
-            os.close(handle)
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise RecipeError(f"{show(str(path))} cannot be written ({reason})") from None
+    files.append_line(path, _line(evaluation))
 
 
 def _line(evaluation: Evaluation) -> bytes:

@@ -1,0 +1,97 @@
+"""A run's list: what is written reads back, cut-off and damaged lines, what a resumed run keeps."""
+
+import json
+
+import pytest
+
+from megatron_moe_inject.metrics.run_file import (
+    Component,
+    Start,
+    Step,
+    append,
+    kept,
+    read_run,
+    write_run,
+)
+from megatron_moe_inject.typed import RecipeError
+
+
+def start(iteration=0, **changed) -> Start:
+    fields = {
+        "time": "2026-11-22T07:00:00+00:00",
+        "recipe": "domains: [{name: code, data: [1]}]\nobjective: {alpha: 0, beta: 1}\n",
+        "plan": "moe-inject plan\n\ndomains\n  code",
+        "versions": {"torch": "2.15", "megatron-core": "0.19.2"},
+        "parameters": [Component("experts", 1000, 3000), Component("router", 0, 64)],
+        "world_size": 2,
+        "evaluations": "/nowhere/inject_evaluation.jsonl",
+        "train_iters": 8,
+    }
+    return Start(iteration=iteration, **fields | changed)
+
+
+def step(iteration, terms=None, **changed) -> Step:
+    fields = {"samples": 8 * iteration, "steps": 1, "skipped": 0, "seconds": 0.25}
+    fields |= {"terms": terms or {"lm loss": 4.0 - iteration / 10}, "grad_norm": 1.5}
+    return Step(iteration=iteration, **fields | changed)
+
+
+def test_lines_read_back(tmp_path):
+    path = tmp_path / "inject_run.jsonl"
+    lines = [start(), step(1), step(2, {"kd loss/code": None}, learning_rate=1e-3)]
+    assert read_run(path) == []
+    write_run(path, lines[:1])
+    for line in lines[1:]:
+        append(path, line)
+    assert read_run(path) == lines
+
+
+def test_the_beginning_of_a_line_is_left_out(tmp_path):
+    path = tmp_path / "inject_run.jsonl"
+    write_run(path, [start(), step(1, {"lm loss/größe": 1.0})])
+    whole = path.read_bytes()
+    append(path, step(2))
+    longer = path.read_bytes()
+    for cut in range(len(whole), len(longer)):
+        path.write_bytes(longer[:cut])
+        assert len(read_run(path)) == 2
+    path.write_bytes(b"\xc3" + whole)
+    with pytest.raises(RecipeError, match="not UTF-8 text"):
+        read_run(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "line 2: version: 2 is not known here"),
+        ({"kind": "stop"}, "line 2: kind: 'stop' is not known"),
+        ({"kind": ["step"]}, "line 2: kind:"),
+        ({"format": "other"}, "line 2: is no line of a run"),
+        ({"terms": {"lm loss": "x"}}, "line 2: terms.'lm loss': 'x' is not a number"),
+        ({"seconds": None}, "line 2: seconds"),
+        ({"more": 1}, "line 2: more: unknown key"),
+    ],
+)
+def test_damaged_lines_are_told(tmp_path, change, message):
+    path = tmp_path / "inject_run.jsonl"
+    write_run(path, [start(), step(1)])
+    first, second = path.read_text().splitlines()
+    path.write_text(f"{first}\n{json.dumps(json.loads(second) | change)}\n")
+    with pytest.raises(RecipeError, match=r"inject_run\.jsonl, line 2") as error:
+        read_run(path)
+    assert message in str(error.value)
+    path.write_text(f"{first}\n{second[:-9]}\n")
+    with pytest.raises(RecipeError, match="is damaged or no JSON"):
+        read_run(path)
+
+
+def test_a_resumed_run_keeps_what_it_goes_on_from():
+    lines = [start(), step(1), step(2), start(2), step(3), step(4)]
+    assert kept(lines, 3) == lines[:5]
+    assert kept(lines, 2) == lines[:3]
+    assert kept(lines, 1) == lines[:2]
+
+
+def test_a_number_that_is_not_finite_is_never_written(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        append(tmp_path / "x.jsonl", step(1, seconds=float("nan")))
