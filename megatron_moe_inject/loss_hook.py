@@ -26,13 +26,14 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
 from megatron_moe_inject import compat
 from megatron_moe_inject.experts.original import OriginalParameters
+from megatron_moe_inject.losses.committee import Committee, Member
 from megatron_moe_inject.losses.objective import SampleGroup, TermWeights, injection_loss
 from megatron_moe_inject.losses.spec import LogitTransform
 from megatron_moe_inject.losses.upstream import common_factor
 from megatron_moe_inject.metrics.losses import LossReport, merge
 from megatron_moe_inject.metrics.measurement import Measurement
 from megatron_moe_inject.recipe import GENERAL
-from megatron_moe_inject.teachers.step_pass import TeacherPass
+from megatron_moe_inject.teachers.step_pass import CommitteePass, TeacherPass
 
 
 class LossHook:
@@ -57,7 +58,7 @@ class LossHook:
         self,
         chunk: torch.nn.Module,
         weights_at: Callable[[int], Mapping[int, TermWeights]],
-        teachers: Mapping[int, TeacherPass],
+        teachers: Mapping[int, TeacherPass | CommitteePass],
         report: LossReport,
         *,
         tp_group: torch.distributed.ProcessGroup,
@@ -90,11 +91,11 @@ class LossHook:
     @property
     def teachers(self) -> list[TeacherPass]:
         """The teachers in use, each once."""
-        return list(dict.fromkeys(self._teachers.values()))
+        return list(dict.fromkeys(t for own in self._teachers.values() for t in _passes(own)))
 
     def taught_by(self, teacher: TeacherPass) -> list[int]:
         """Indices of the domains that ``teacher`` teaches."""
-        return [index for index, own in self._teachers.items() if own is teacher]
+        return [index for index, own in self._teachers.items() if teacher in _passes(own)]
 
     def confidences(self, kind: str, labels: torch.Tensor) -> torch.Tensor:
         """Of the teacher of each sample, fp32 ``[n, b, s/c]``; 0 where a sample has none.
@@ -105,6 +106,7 @@ class LossHook:
 
         Collectives: those of ``TeacherPass.confidences`` by teacher.
         """
+        assert all(isinstance(own, TeacherPass) for own in self._teachers.values()), "a committee"
         found = {t: t.confidences(kind, self._valid_vocab_size) for t in self.teachers}
         length = next(iter(found.values())).shape[1]
         whole = next(iter(found.values())).new_zeros(labels.numel(), length)
@@ -232,7 +234,7 @@ class LossHook:
 
         The teacher of general samples is the original model, where they are held to it.
         """
-        members: dict[tuple[bool, TermWeights, TeacherPass | None], list[int]] = {}
+        members: dict[tuple[bool, TermWeights, TeacherPass | CommitteePass | None], list[int]] = {}
         for position, domain in enumerate(domains):
             kind = (domain == GENERAL, self._weights[domain], self._teachers.get(domain))
             members.setdefault(kind, []).append(position)
@@ -248,13 +250,16 @@ class LossHook:
                 else:
                     groups.append(SampleGroup(samples, weights))
                 continue
-            taught, hidden = states[teacher]
-            rows = [taught.index(position) for position in samples]
-            if rows != list(range(len(taught))):
-                hidden = hidden[rows]
-            groups.append(
-                SampleGroup(samples, weights, hidden, teacher.head, teacher.teacher.logit_transform)
-            )
+            found = [
+                Member(_of_samples(states[t], samples), t.head, t.teacher.logit_transform)
+                for t in _passes(teacher)
+            ]
+            if isinstance(teacher, CommitteePass):
+                committee = Committee(tuple(found), teacher.weights, teacher.by)
+                groups.append(SampleGroup(samples, weights, committee=committee))
+            else:
+                (one,) = found
+                groups.append(SampleGroup(samples, weights, one.hidden, one.head, one.transform))
         return groups
 
     def _original_hidden(
@@ -272,3 +277,14 @@ class LossHook:
         """Positions that ``teacher`` teaches in the micro-batch, and their states in order."""
         taught = self.taught_by(teacher)
         return [i for i, d in enumerate(domains) if d in taught], teacher.states(index)
+
+
+def _passes(own: TeacherPass | CommitteePass) -> tuple[TeacherPass, ...]:
+    return own.passes if isinstance(own, CommitteePass) else (own,)
+
+
+def _of_samples(states: tuple[Sequence[int], torch.Tensor], samples: Sequence[int]) -> torch.Tensor:
+    """Of a teacher's states and the positions they belong to, those of some positions."""
+    taught, hidden = states
+    rows = [taught.index(position) for position in samples]
+    return hidden if rows == list(range(len(taught))) else hidden[rows]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from megatron_moe_inject.recipe_committee import refuse_committees
 from megatron_moe_inject.schedule import Schedule, ever_positive
 from megatron_moe_inject.typed import fail
 
@@ -130,15 +131,20 @@ def _check_use(recipe: Recipe) -> None:
 
 def _check_confidence(recipe: Recipe) -> None:
     kind = recipe.steering.confidence
+    refuse_committees(
+        recipe, "steering.confidence", kind, "is that of one teacher",
+        "write confidence: none, or give the domain one teacher",
+    )  # fmt: skip
     for i, domain in enumerate(recipe.domains):
         if domain.teacher is None and (domain.experts.layers or domain.experts.profile):
             raise fail(
                 "steering.confidence", kind, f"asks for a teacher that {domain.name!r} lacks",
                 f"write domains[{i}].teacher, or confidence: none",
             )  # fmt: skip
-        if domain.teacher is not None and recipe.teachers[domain.teacher].window:
-            raise fail(
-                "steering.confidence", kind,
-                f"needs {domain.teacher}'s states of the whole step before it starts",
-                f"write teachers.{domain.teacher}.window: 0, or confidence: none",
-            )  # fmt: skip
+        for name in domain.teacher_weights:
+            if recipe.teachers[name].window:
+                raise fail(
+                    "steering.confidence", kind,
+                    f"needs {name}'s states of the whole step before it starts",
+                    f"write teachers.{name}.window: 0, or confidence: none",
+                )  # fmt: skip

@@ -53,7 +53,7 @@ def imitation_terms(
     for kind in recipe.objective.features.in_use():
         for name in recipe.teachers:
             pairs = _layer_pairs(recipe, name, teacher_layers[name], num_layers)
-            taught = {i: d for i, d in enumerate(recipe.domains) if d.teacher == name}
+            taught = {i: d for i, d in enumerate(recipe.domains) if name in d.teacher_weights}
             if kind == "hidden":
                 terms += [
                     ImitationTerm(kind, name, own, other, dict.fromkeys(taught, 1 / len(pairs)))
@@ -77,7 +77,7 @@ def _layer_pairs(
             raise fail(f"{path}.{own}", other, "is no layer of the teacher", remedy)
     if given:
         return dict(sorted(given.items()))
-    domains = [domain for domain in recipe.domains if domain.teacher == teacher]
+    domains = [domain for domain in recipe.domains if teacher in domain.teacher_weights]
     chosen = {layer for domain in domains for layer in domain.experts.layers}
     layers = sorted(chosen) or range(num_layers)
     return {layer: proportional_layer(layer, num_layers, teacher_layers) for layer in layers}

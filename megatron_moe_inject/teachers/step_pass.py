@@ -1,4 +1,4 @@
-"""One teacher's forward passes of a training step, on the ranks of the last pipeline stage.
+"""A teacher's forward passes of a training step, on the ranks of the last pipeline stage.
 
 Only samples of the teacher's domains are run. The TP x CP ranks of the stage hold the same
 samples, so they share them (``forward.shared_forward``) instead of repeating them. What is kept
@@ -10,6 +10,7 @@ Shapes: n micro-batches, b samples each, s sequence, c context-parallel size, h_
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -175,3 +176,18 @@ class TeacherPass:
     def take_layer(self, layer: int) -> torch.Tensor:
         """The step's states after one of ``layers``, ``[k, s/c, h_t]`` for its k samples, once."""
         return self._layer_states.pop(layer)
+
+
+@dataclass(frozen=True)
+class CommitteePass:
+    """Several teachers of one domain.
+
+    Attributes:
+        passes: one for each teacher.
+        weights: one for each, see ``losses.committee.Committee``.
+        by: how they are weighed at each token.
+    """
+
+    passes: tuple[TeacherPass, ...]
+    weights: tuple[float, ...]
+    by: str
