@@ -26,14 +26,13 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
 from megatron_moe_inject import compat
 from megatron_moe_inject.experts.original import OriginalParameters
-from megatron_moe_inject.losses.committee import Committee, Member
 from megatron_moe_inject.losses.objective import SampleGroup, TermWeights, injection_loss
 from megatron_moe_inject.losses.spec import LogitTransform
 from megatron_moe_inject.losses.upstream import common_factor
 from megatron_moe_inject.metrics.losses import LossReport, merge
 from megatron_moe_inject.metrics.measurement import Measurement
 from megatron_moe_inject.recipe import GENERAL
-from megatron_moe_inject.teachers.step_pass import CommitteePass, TeacherPass
+from megatron_moe_inject.teachers.step_pass import CommitteePass, TeacherPass, confidences
 
 
 class LossHook:
@@ -91,29 +90,30 @@ class LossHook:
     @property
     def teachers(self) -> list[TeacherPass]:
         """The teachers in use, each once."""
-        return list(dict.fromkeys(t for own in self._teachers.values() for t in _passes(own)))
+        return list(dict.fromkeys(t for own in self._teachers.values() for t in own.passes))
 
     def taught_by(self, teacher: TeacherPass) -> list[int]:
         """Indices of the domains that ``teacher`` teaches."""
-        return [index for index, own in self._teachers.items() if teacher in _passes(own)]
+        return [index for index, own in self._teachers.items() if teacher in own.passes]
 
     def confidences(self, kind: str, labels: torch.Tensor) -> torch.Tensor:
-        """Of the teacher of each sample, fp32 ``[n, b, s/c]``; 0 where a sample has none.
+        """Of the teacher or teachers of each sample, fp32 ``[n, b, s/c]``; 0 where it has none.
 
         Args:
-            kind: see ``TeacherPass.confidences``.
+            kind: see ``step_pass.confidences``.
             labels: ``[n, b]`` on the host.
 
-        Collectives: those of ``TeacherPass.confidences`` by teacher.
+        Collectives: those of ``step_pass.confidences``, for each teacher or committee.
         """
-        assert all(isinstance(own, TeacherPass) for own in self._teachers.values()), "a committee"
-        found = {t: t.confidences(kind, self._valid_vocab_size) for t in self.teachers}
-        length = next(iter(found.values())).shape[1]
-        whole = next(iter(found.values())).new_zeros(labels.numel(), length)
-        for teacher, sure in found.items():
-            own = torch.isin(labels.flatten(), torch.tensor(self.taught_by(teacher)))
-            whole[own.nonzero().flatten().to(whole.device)] = sure
-        return whole.view(*labels.shape, length)
+        whole = None
+        for own in dict.fromkeys(self._teachers.values()):
+            domains = [index for index, other in self._teachers.items() if other == own]
+            wanted = torch.isin(labels, torch.tensor(domains))
+            sure = confidences(own, kind, wanted, self._valid_vocab_size)
+            if whole is None:
+                whole = sure.new_zeros(labels.numel(), sure.shape[1])
+            whole[wanted.flatten().nonzero().flatten().to(whole.device)] = sure
+        return whole.view(*labels.shape, -1)
 
     def begin(self, labels: torch.Tensor, iteration: int) -> None:
         """Start a step whose micro-batches have these labels, ``[n, b]`` on the host."""
@@ -250,16 +250,15 @@ class LossHook:
                 else:
                     groups.append(SampleGroup(samples, weights))
                 continue
-            found = [
-                Member(_of_samples(states[t], samples), t.head, t.teacher.logit_transform)
-                for t in _passes(teacher)
-            ]
+            hidden = [_of_samples(states[own], samples) for own in teacher.passes]
             if isinstance(teacher, CommitteePass):
-                committee = Committee(tuple(found), teacher.weights, teacher.by)
-                groups.append(SampleGroup(samples, weights, committee=committee))
-            else:
-                (one,) = found
-                groups.append(SampleGroup(samples, weights, one.hidden, one.head, one.transform))
+                groups.append(SampleGroup(samples, weights, committee=teacher.committee(hidden)))
+                continue
+            groups.append(
+                SampleGroup(
+                    samples, weights, hidden[0], teacher.head, teacher.teacher.logit_transform
+                )
+            )
         return groups
 
     def _original_hidden(
@@ -277,10 +276,6 @@ class LossHook:
         """Positions that ``teacher`` teaches in the micro-batch, and their states in order."""
         taught = self.taught_by(teacher)
         return [i for i, d in enumerate(domains) if d in taught], teacher.states(index)
-
-
-def _passes(own: TeacherPass | CommitteePass) -> tuple[TeacherPass, ...]:
-    return own.passes if isinstance(own, CommitteePass) else (own,)
 
 
 def _of_samples(states: tuple[Sequence[int], torch.Tensor], samples: Sequence[int]) -> torch.Tensor:

@@ -65,11 +65,3 @@ def check_committee(recipe: Recipe, path: str, domain: Domain) -> None:
             "temperatures, and a committee is mixed at one: write it here",
             f"{path}.temperature",
         )
-
-
-def refuse_committees(recipe: Recipe, key: str, value: object, why: str, remedy: str) -> None:
-    """RecipeError at ``key`` where a domain has several teachers."""
-    for domain in recipe.domains:
-        if len(domain.teacher_weights) > 1:
-            what = f"{why}, but {domain.name!r} has {len(domain.teacher_weights)} teachers"
-            raise fail(key, value, what, remedy)

@@ -11,7 +11,7 @@ import re
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from megatron_moe_inject.recipe_committee import check_committee, refuse_committees
+from megatron_moe_inject.recipe_committee import check_committee
 from megatron_moe_inject.recipe_steering import (
     STEERING_CONFIDENCES,
     STOCK_BALANCES,
@@ -260,10 +260,6 @@ def _check_features(recipe: Recipe) -> None:
     if not in_use:
         return
     weight = getattr(features, in_use[0])
-    refuse_committees(
-        recipe, f"{path}.{in_use[0]}", weight, "imitates the layers of one teacher",
-        "set it to 0, or give the domain one teacher",
-    )  # fmt: skip
     taught = [(i, domain) for i, domain in enumerate(recipe.domains) if domain.teacher]
     if not taught:
         raise fail(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from megatron_moe_inject.recipe_committee import refuse_committees
 from megatron_moe_inject.schedule import Schedule, ever_positive
 from megatron_moe_inject.typed import fail
 
@@ -131,10 +130,6 @@ def _check_use(recipe: Recipe) -> None:
 
 def _check_confidence(recipe: Recipe) -> None:
     kind = recipe.steering.confidence
-    refuse_committees(
-        recipe, "steering.confidence", kind, "is that of one teacher",
-        "write confidence: none, or give the domain one teacher",
-    )  # fmt: skip
     for i, domain in enumerate(recipe.domains):
         if domain.teacher is None and (domain.experts.layers or domain.experts.profile):
             raise fail(

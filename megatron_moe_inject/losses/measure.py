@@ -40,6 +40,7 @@ class TokenMeasures(NamedTuple):
         teacher_loss: the teacher's cross-entropy, 0 where the label is negative.
         teacher_top: the teacher's most likely id.
         kl: KL(teacher || student) in nats.
+        teacher_confidence: the probability of the teacher's most likely id.
     """
 
     loss: Tensor
@@ -48,6 +49,7 @@ class TokenMeasures(NamedTuple):
     teacher_loss: Tensor | None = None
     teacher_top: Tensor | None = None
     kl: Tensor | None = None
+    teacher_confidence: Tensor | None = None
 
     @classmethod
     def cat(cls, parts: list[Self]) -> Self:
@@ -122,6 +124,7 @@ def _measure_chunk(logits: LogitRows, shard: VocabShard, width: int) -> TokenMea
         teacher_loss=torch.where(logits.labels >= 0, teacher_loss, 0.0),
         teacher_top=_top(ranks, "y", width),
         kl=stats.divergence,
+        teacher_confidence=stats.y_lse.neg().exp(),
     )
 
 

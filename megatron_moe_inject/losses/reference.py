@@ -215,8 +215,12 @@ def measures(student_logits, teacher_logits, labels, *, valid_vocab_size=None) -
         return found
     log_p = log_probs(teacher_logits, 1.0, valid_vocab_size)
     teacher_loss = cross_entropy(teacher_logits, labels, valid_vocab_size=valid_vocab_size)
-    kl = _kl(log_p, log_q)
-    return found | {"teacher_loss": teacher_loss, "teacher_top": log_p.argmax(-1), "kl": kl}
+    return found | {
+        "teacher_loss": teacher_loss,
+        "teacher_top": log_p.argmax(-1),
+        "kl": _kl(log_p, log_q),
+        "teacher_confidence": log_p.exp().amax(-1),
+    }
 
 
 def feature_loss(student, teacher, *, kind) -> Tensor:

@@ -44,11 +44,31 @@ def test_the_same_teacher_twice_is_that_teacher(material):
 def test_two_teachers_give_one_curve_at_every_layout(material, prose):
     recipe = _two(prose, "top")
     one = inject(material, recipe)
+    windowed = inject(material, recipe, extra=("--inject-set", "teachers.prose.window=1"))
+    assert windowed.losses("kd loss") == pytest.approx(one.losses("kd loss"), rel=2e-5)
     for layout in (dict(ep=2), dict(tp=2), dict(pp=2)):
         run = inject(material, recipe, nproc=2, **layout)
         assert "frozen tensors" in run.output
         for term in TERMS:
             assert run.losses(term) == pytest.approx(one.losses(term), rel=2e-5), (term, layout)
+
+
+def test_steering_and_imitation_take_both_teachers(material, prose):
+    """The mixture's confidence steers; the layers of each teacher are imitated."""
+    more = (
+        "objective: {{features: {{hidden: 0.5}}, ",
+        "steering: {{coeff: 0.5, confidence: top}}\ntrain: {{router: true}}\n",
+    )
+    recipe = _two(prose, "label").replace("objective: {{", more[0]) + more[1]
+    terms = (*TERMS, "feature loss", "steering loss")
+    one = inject(material, recipe)
+    plain = inject(material, recipe.replace("confidence: top", "confidence: none"))
+    assert one.losses("steering loss")[0] != plain.losses("steering loss")[0]
+    for layout in (dict(tp=2), dict(pp=2)):
+        run = inject(material, recipe, nproc=2, **layout)
+        for term in terms:
+            expected = pytest.approx(one.losses(term), rel=2e-5, abs=1e-6)
+            assert run.losses(term) == expected, (term, layout)
 
 
 def test_the_mixture_lies_between_its_teachers(material, prose):

@@ -79,12 +79,9 @@ MISTAKES = [
     ({"domains.1.committee": "top"}, ("domains[1].committee: 'top' weighs teachers against",)),
     ({"teachers.prose.temperature": 2}, ("domains[0].temperature: missing", "coder and prose")),
     (
-        {"objective.features.hidden": 0.5},
-        ("objective.features.hidden: 0.5 imitates the layers of one teacher", "'code' has 2"),
-    ),
-    (
-        {"steering.coeff": 0.1, "steering.confidence": "label", "domains.1.teacher": "coder"},
-        ("steering.confidence: 'label' is that of one teacher", "'code' has 2", "none"),
+        {"steering.coeff": 1, "steering.confidence": "top", "domains.1.teacher": "coder"}
+        | {"teachers.prose.window": 2},
+        ("steering.confidence: 'top' needs prose's states", "teachers.prose.window: 0"),
     ),
 ]
 
