@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_moe_inject.losses import Committee, Member, measure_tokens, reference
 from megatron_moe_inject.losses.committee import COMMITTEES
@@ -163,3 +164,27 @@ def test_reference_mixture_is_a_distribution():
         mixed = reference.mixture(teachers, (2.0, 1.0), labels, 3.0, by=by, valid_vocab_size=9)
         assert mixed.shape[-1] == 9
         assert_close(mixed.exp().sum(-1), torch.ones(len(case.labels)), "sum", 1e-10)
+
+
+class _LargestBlock(TorchDispatchMode):
+    """Notes the most rows of a block with ``columns`` columns that an operation gives."""
+
+    def __init__(self, columns):
+        super().__init__()
+        self.columns, self.rows = columns, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor) and found.shape[1:] == (self.columns,):
+            self.rows = max(self.rows, len(found))
+        return found
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_no_block_is_larger_than_a_chunk(head):
+    case = committee_case(t=40, h=3, by="label", weighting=TokenWeighting("entropy"))
+    hidden, weight = case.leaves(head != "frozen")
+    with _LargestBlock(VALID) as found:
+        loss = case.call(hidden, weight, chunk_tokens=8, **case.promise(head))
+        loss.total.backward(case.upstream)
+    assert found.rows == 8
