@@ -46,7 +46,7 @@ from megatron_moe_inject.student import (
     split_labels,
     student_facts_from_args,
 )
-from megatron_moe_inject.teachers.setup import checked_teachers, teacher_pass
+from megatron_moe_inject.teachers.setup import by_domain, checked_teachers, teacher_pass
 
 FILE = "inject_evaluation.jsonl"
 _NO_DATA = (
@@ -170,7 +170,7 @@ class Evaluator:
         classes = {}
         for label, name in self._names.items():
             if label in collected.rows:
-                teacher = None if label == GENERAL else self.recipe.domains[label].teacher
+                teacher = None if label == GENERAL else self.recipe.domains[label].taught_by
                 classes[name] = build_class(
                     collected.rows[label], collected.bins[label], teacher, self._data(label)
                 )
@@ -337,13 +337,13 @@ class EvaluationRun(Evaluator):
             name: teacher_pass(recipe, name, self.args, chunk, groups, valid_vocab_size=size)
             for name in recipe.teachers
         }
-        taught = {i: d.teacher for i, d in enumerate(recipe.domains) if d.teacher}
+        taught = by_domain(recipe, passes)
         report = LossReport([d.name for d in recipe.domains], list(taught), by_class=True)
         weights = dict.fromkeys((GENERAL, *range(len(recipe.domains))), TermWeights(0.0, 1.0))
         return LossHook(
             chunk,
             lambda iteration: weights,
-            {index: passes[name] for index, name in taught.items()},
+            taught,
             report,
             tp_group=groups.tp,
             valid_vocab_size=size,

@@ -57,7 +57,7 @@ from megatron_moe_inject.student import (
     student_facts_from_args,
 )
 from megatron_moe_inject.teachers import states_dtype
-from megatron_moe_inject.teachers.setup import checked_teachers, teacher_pass
+from megatron_moe_inject.teachers.setup import by_domain, checked_teachers, teacher_pass
 from megatron_moe_inject.teachers.step_pass import TeacherPass
 from megatron_moe_inject.typed import fail
 
@@ -292,7 +292,7 @@ class Injection:
 
     def _loss_hook(self, chunk: torch.nn.Module, groups: Any) -> LossHook:
         passes = {name: self._teacher_pass(name, chunk, groups) for name in self.recipe.teachers}
-        taught = {i: d.teacher for i, d in enumerate(self.recipe.domains) if d.teacher}
+        taught = by_domain(self.recipe, passes)
         objective = self.recipe.objective
         originals = self.originals if ever_positive(objective.gamma) else None
         report = LossReport(
@@ -306,7 +306,7 @@ class Injection:
         return LossHook(
             chunk,
             lambda iteration: term_weights(self.recipe, iteration),
-            {index: passes[name] for index, name in taught.items()},
+            taught,
             report,
             tp_group=groups.tp,
             valid_vocab_size=self._valid_vocab_size,

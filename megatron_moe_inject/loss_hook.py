@@ -32,7 +32,7 @@ from megatron_moe_inject.losses.upstream import common_factor
 from megatron_moe_inject.metrics.losses import LossReport, merge
 from megatron_moe_inject.metrics.measurement import Measurement
 from megatron_moe_inject.recipe import GENERAL
-from megatron_moe_inject.teachers.step_pass import TeacherPass
+from megatron_moe_inject.teachers.step_pass import CommitteePass, TeacherPass, confidences
 
 
 class LossHook:
@@ -57,7 +57,7 @@ class LossHook:
         self,
         chunk: torch.nn.Module,
         weights_at: Callable[[int], Mapping[int, TermWeights]],
-        teachers: Mapping[int, TeacherPass],
+        teachers: Mapping[int, TeacherPass | CommitteePass],
         report: LossReport,
         *,
         tp_group: torch.distributed.ProcessGroup,
@@ -90,28 +90,30 @@ class LossHook:
     @property
     def teachers(self) -> list[TeacherPass]:
         """The teachers in use, each once."""
-        return list(dict.fromkeys(self._teachers.values()))
+        return list(dict.fromkeys(t for own in self._teachers.values() for t in own.passes))
 
     def taught_by(self, teacher: TeacherPass) -> list[int]:
         """Indices of the domains that ``teacher`` teaches."""
-        return [index for index, own in self._teachers.items() if own is teacher]
+        return [index for index, own in self._teachers.items() if teacher in own.passes]
 
     def confidences(self, kind: str, labels: torch.Tensor) -> torch.Tensor:
-        """Of the teacher of each sample, fp32 ``[n, b, s/c]``; 0 where a sample has none.
+        """Of the teacher or teachers of each sample, fp32 ``[n, b, s/c]``; 0 where it has none.
 
         Args:
-            kind: see ``TeacherPass.confidences``.
+            kind: see ``step_pass.confidences``.
             labels: ``[n, b]`` on the host.
 
-        Collectives: those of ``TeacherPass.confidences`` by teacher.
+        Collectives: those of ``step_pass.confidences``, for each teacher or committee.
         """
-        found = {t: t.confidences(kind, self._valid_vocab_size) for t in self.teachers}
-        length = next(iter(found.values())).shape[1]
-        whole = next(iter(found.values())).new_zeros(labels.numel(), length)
-        for teacher, sure in found.items():
-            own = torch.isin(labels.flatten(), torch.tensor(self.taught_by(teacher)))
-            whole[own.nonzero().flatten().to(whole.device)] = sure
-        return whole.view(*labels.shape, length)
+        whole = None
+        for own in dict.fromkeys(self._teachers.values()):
+            domains = [index for index, other in self._teachers.items() if other == own]
+            wanted = torch.isin(labels, torch.tensor(domains))
+            sure = confidences(own, kind, wanted, self._valid_vocab_size)
+            if whole is None:
+                whole = sure.new_zeros(labels.numel(), sure.shape[1])
+            whole[wanted.flatten().nonzero().flatten().to(whole.device)] = sure
+        return whole.view(*labels.shape, -1)
 
     def begin(self, labels: torch.Tensor, iteration: int) -> None:
         """Start a step whose micro-batches have these labels, ``[n, b]`` on the host."""
@@ -232,7 +234,7 @@ class LossHook:
 
         The teacher of general samples is the original model, where they are held to it.
         """
-        members: dict[tuple[bool, TermWeights, TeacherPass | None], list[int]] = {}
+        members: dict[tuple[bool, TermWeights, TeacherPass | CommitteePass | None], list[int]] = {}
         for position, domain in enumerate(domains):
             kind = (domain == GENERAL, self._weights[domain], self._teachers.get(domain))
             members.setdefault(kind, []).append(position)
@@ -248,12 +250,14 @@ class LossHook:
                 else:
                     groups.append(SampleGroup(samples, weights))
                 continue
-            taught, hidden = states[teacher]
-            rows = [taught.index(position) for position in samples]
-            if rows != list(range(len(taught))):
-                hidden = hidden[rows]
+            hidden = [_of_samples(states[own], samples) for own in teacher.passes]
+            if isinstance(teacher, CommitteePass):
+                groups.append(SampleGroup(samples, weights, committee=teacher.committee(hidden)))
+                continue
             groups.append(
-                SampleGroup(samples, weights, hidden, teacher.head, teacher.teacher.logit_transform)
+                SampleGroup(
+                    samples, weights, hidden[0], teacher.head, teacher.teacher.logit_transform
+                )
             )
         return groups
 
@@ -272,3 +276,10 @@ class LossHook:
         """Positions that ``teacher`` teaches in the micro-batch, and their states in order."""
         taught = self.taught_by(teacher)
         return [i for i, d in enumerate(domains) if d in taught], teacher.states(index)
+
+
+def _of_samples(states: tuple[Sequence[int], torch.Tensor], samples: Sequence[int]) -> torch.Tensor:
+    """Of a teacher's states and the positions they belong to, those of some positions."""
+    taught, hidden = states
+    rows = [taught.index(position) for position in samples]
+    return hidden if rows == list(range(len(taught))) else hidden[rows]

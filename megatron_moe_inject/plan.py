@@ -156,7 +156,7 @@ def memory_text(size: int) -> str:
 def _domain_lines(plan: Plan) -> list[str]:
     rows = [("domain", "teacher", "data")]
     for i, domain in enumerate(plan.recipe.domains):
-        rows.append((domain.name, domain.teacher or "(none: CE only)", _data_of(plan, i)))
+        rows.append((domain.name, domain.taught_by or "(none: CE only)", _data_of(plan, i)))
     general = _data_of(plan, GENERAL)
     if general:
         held = ever_positive(plan.recipe.objective.gamma)
@@ -207,13 +207,13 @@ def _loss_lines(recipe: Recipe) -> list[str]:
             temperature = recipe.temperature(domain)
             terms.append(
                 f"{show_weight(alpha)} * {temperature:g}^2 * "
-                f"{divergence}({domain.teacher} || student, T={temperature:g})"
+                f"{divergence}({domain.taught_by} || student, T={temperature:g})"
             )
         if ever_positive(beta):
             terms.append(f"{show_weight(beta)} * CE")
         for name in objective.features.in_use() if domain.teacher else ():
             weight, loss = getattr(objective.features, name), objective.features.loss
-            terms.append(f"{show_weight(weight)} * {loss}({_IMITATED[name]}, {domain.teacher})")
+            terms.append(f"{show_weight(weight)} * {loss}({_IMITATED[name]}, {domain.taught_by})")
         lines.append((domain.name, " + ".join(terms)))
     general = (
         (objective.gamma, "KL(original || student)"),

@@ -21,6 +21,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from megatron_moe_inject import typed
+from megatron_moe_inject.recipe_committee import in_words, weights_of
 from megatron_moe_inject.recipe_rules import CONFIDENCES, DIVERGENCES, EXPERT_MODES, validate
 from megatron_moe_inject.recipe_steering import Steering
 from megatron_moe_inject.schedule import Schedule, Weight, ever_positive
@@ -106,7 +107,10 @@ class Domain:
         name: appears in logs as ``kd loss/<name>``; letters, digits, ``_`` and ``-``.
         data: entries of the student's data blend, each a 0-based position in the training
             blend or a path prefix exactly as written there.
-        teacher: key of ``Recipe.teachers``; None = no distillation here, cross-entropy only.
+        teacher: key of ``Recipe.teachers``, or several with weights, whose distributions are mixed;
+            None = no distillation here, cross-entropy only.
+        committee: how several teachers are weighed: ``fixed``, or at each token also by their
+            probability of the ``label`` or of their ``top`` token.
         experts: the experts that this domain's knowledge goes to.
         alpha, beta, temperature: override the objective's for this domain.
     """
@@ -115,11 +119,22 @@ class Domain:
     data: list[int | str] = field(
         metadata={"remedy": "name the blend entries of this domain, such as data: [1]"}
     )
-    teacher: str | None = None
+    teacher: str | dict[str, float] | None = None
     experts: ExpertChoice = field(default_factory=ExpertChoice)
     alpha: float | Schedule | None = None
     beta: float | Schedule | None = None
     temperature: float | None = None
+    committee: str = "fixed"
+
+    @property
+    def teacher_weights(self) -> dict[str, float]:
+        """Weight of each of its teachers, summing to 1; empty without a teacher."""
+        return weights_of(self.teacher)
+
+    @property
+    def taught_by(self) -> str | None:
+        """Its teacher or teachers in words."""
+        return in_words(self)
 
 
 @dataclass
@@ -298,9 +313,9 @@ class Recipe:
     version: int = 1
 
     def temperature(self, domain: Domain) -> float:
-        """Its own temperature, else its teacher's, else the objective's."""
-        teacher = self.teachers[domain.teacher].temperature if domain.teacher else None
-        return next(t for t in (domain.temperature, teacher, self.objective.temperature) if t)
+        """Its own temperature, else its teachers', which is one, else the objective's."""
+        teachers = [self.teachers[name].temperature for name in domain.teacher_weights]
+        return next(t for t in (domain.temperature, *teachers, self.objective.temperature) if t)
 
     def alpha(self, domain: Domain) -> Weight:
         """Weight of distillation in a domain; 0 without a teacher."""

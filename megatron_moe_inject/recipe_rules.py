@@ -11,6 +11,7 @@ import re
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from megatron_moe_inject.recipe_committee import check_committee
 from megatron_moe_inject.recipe_steering import (
     STEERING_CONFIDENCES,
     STOCK_BALANCES,
@@ -86,9 +87,7 @@ def _check_domains(recipe: Recipe) -> None:
             raise fail(f"{path}.data", domain.data, "is empty", "name blend entries, as in [1]")
         _claim(domain.data, f"{path}.data", claims)
         _check_experts(f"{path}.experts", domain.experts)
-        if domain.teacher is not None and domain.teacher not in recipe.teachers:
-            remedy = suggest(domain.teacher, recipe.teachers, "teachers")
-            raise fail(f"{path}.teacher", domain.teacher, "is not in 'teachers'", remedy)
+        check_committee(recipe, path, domain)
     _claim(recipe.general_data, "general_data", claims)
 
 
@@ -195,7 +194,7 @@ def check_profile_choice(path: str, choice: ExpertChoice) -> None:
 
 
 def _check_teachers(recipe: Recipe) -> None:
-    used = {domain.teacher for domain in recipe.domains}
+    used = {name for domain in recipe.domains for name in domain.teacher_weights}
     for name, spec in recipe.teachers.items():
         path = f"teachers.{name}"
         if not _NAME.fullmatch(name):
@@ -285,7 +284,7 @@ def _check_features(recipe: Recipe) -> None:
     for i, domain in taught:
         if not domain.experts.layers:
             raise fail(
-                f"domains[{i}].experts.layers", {}, f"has no experts to imitate {domain.teacher}",
+                f"domains[{i}].experts.layers", {}, f"has no experts to imitate {domain.taught_by}",
                 f"write {{layer: [expert ids]}} or set {path}.experts to 0",
             )  # fmt: skip
 

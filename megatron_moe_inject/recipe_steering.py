@@ -136,9 +136,10 @@ def _check_confidence(recipe: Recipe) -> None:
                 "steering.confidence", kind, f"asks for a teacher that {domain.name!r} lacks",
                 f"write domains[{i}].teacher, or confidence: none",
             )  # fmt: skip
-        if domain.teacher is not None and recipe.teachers[domain.teacher].window:
-            raise fail(
-                "steering.confidence", kind,
-                f"needs {domain.teacher}'s states of the whole step before it starts",
-                f"write teachers.{domain.teacher}.window: 0, or confidence: none",
-            )  # fmt: skip
+        for name in domain.teacher_weights:
+            if recipe.teachers[name].window:
+                raise fail(
+                    "steering.confidence", kind,
+                    f"needs {name}'s states of the whole step before it starts",
+                    f"write teachers.{name}.window: 0, or confidence: none",
+                )  # fmt: skip

@@ -175,7 +175,7 @@ class ImitationSetup:
             self.terms,
             exchange,
             taught={
-                name: [i for i, d in enumerate(recipe.domains) if d.teacher == name]
+                name: [i for i, d in enumerate(recipe.domains) if name in d.teacher_weights]
                 for name in recipe.teachers
             },
             weights_at=lambda iteration: {

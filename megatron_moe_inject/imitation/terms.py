@@ -19,7 +19,7 @@ class ImitationTerm:
         teacher: its key in the recipe.
         layer, teacher_layer: 0-based decoder layers.
         shares: by index of the domains whose tokens count, the layer's part of the mean over a
-            domain's layers.
+            domain's layers, times the teacher's weight where the domain has several.
         experts: global ids of the experts whose output is meant, for ``experts``.
     """
 
@@ -53,11 +53,11 @@ def imitation_terms(
     for kind in recipe.objective.features.in_use():
         for name in recipe.teachers:
             pairs = _layer_pairs(recipe, name, teacher_layers[name], num_layers)
-            taught = {i: d for i, d in enumerate(recipe.domains) if d.teacher == name}
+            taught = {i: d for i, d in enumerate(recipe.domains) if name in d.teacher_weights}
             if kind == "hidden":
+                parts = {i: d.teacher_weights[name] / len(pairs) for i, d in taught.items()}
                 terms += [
-                    ImitationTerm(kind, name, own, other, dict.fromkeys(taught, 1 / len(pairs)))
-                    for own, other in pairs.items()
+                    ImitationTerm(kind, name, own, other, parts) for own, other in pairs.items()
                 ]
             else:
                 terms += _expert_terms(name, pairs, taught)
@@ -77,7 +77,7 @@ def _layer_pairs(
             raise fail(f"{path}.{own}", other, "is no layer of the teacher", remedy)
     if given:
         return dict(sorted(given.items()))
-    domains = [domain for domain in recipe.domains if domain.teacher == teacher]
+    domains = [domain for domain in recipe.domains if teacher in domain.teacher_weights]
     chosen = {layer for domain in domains for layer in domain.experts.layers}
     layers = sorted(chosen) or range(num_layers)
     return {layer: proportional_layer(layer, num_layers, teacher_layers) for layer in layers}
@@ -98,6 +98,6 @@ def _expert_terms(
         layers = [layer for layer in pairs if layer in domain.experts.layers]
         for layer in layers:
             key = layer, frozenset(domain.experts.layers[layer])
-            groups.setdefault(key, {})[index] = 1 / len(layers)
+            groups.setdefault(key, {})[index] = domain.teacher_weights[teacher] / len(layers)
     for (layer, experts), shares in groups.items():
         yield ImitationTerm("experts", teacher, layer, pairs[layer], shares, experts)

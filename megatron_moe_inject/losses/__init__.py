@@ -3,10 +3,12 @@
 ``reference`` says what each loss means, ``divergences`` computes it on existing logits and
 ``fused`` from hidden states and heads without ever holding the logits, both with the maths in
 ``rows`` (for GPUs: ``triton_rows``). ``sparse`` compares with a teacher of which only some ids
-per token are stored. ``objective`` composes them for a micro-batch of domain and general samples.
+per token are stored, ``committee`` mixes several teachers. ``objective`` composes them for a
+micro-batch of domain and general samples.
 ``measure`` says how good a model's predictions are, without gradients.
 """
 
+from megatron_moe_inject.losses.committee import COMMITTEES, Committee, Member
 from megatron_moe_inject.losses.divergences import vocab_parallel_divergence
 from megatron_moe_inject.losses.fused import (
     FusedLoss,
@@ -24,9 +26,12 @@ from megatron_moe_inject.losses.spec import KINDS
 from megatron_moe_inject.losses.triton_rows import TritonRows
 
 __all__ = [
+    "COMMITTEES",
     "KINDS",
     "TAILS",
+    "Committee",
     "FusedLoss",
+    "Member",
     "SparseTeacher",
     "TokenMeasures",
     "TritonRows",

@@ -6,6 +6,7 @@ tensor-parallel size.
 
 from torch import Tensor
 
+from megatron_moe_inject.losses.committee import Committee
 from megatron_moe_inject.losses.sparse import check_stored, check_tail
 
 
@@ -44,6 +45,18 @@ def check_teacher(hidden, weight, teacher_hidden, teacher_weight, alpha, weighti
                 "alpha is not the number 0, so teacher_hidden and teacher_weight must be given"
             )
         return
+    _check_teacher_shapes(hidden, weight, teacher_hidden, teacher_weight)
+
+
+def check_committee(hidden, weight, teacher_hidden, committee: Committee) -> None:
+    """Raise ValueError unless a committee stands alone and each of its teachers fits."""
+    if teacher_hidden is not None:
+        raise ValueError("give teacher_hidden and teacher_weight or committee, not both")
+    for member in committee.members:
+        _check_teacher_shapes(hidden, weight, member.hidden, member.head)
+
+
+def _check_teacher_shapes(hidden, weight, teacher_hidden, teacher_weight) -> None:
     expected = (len(hidden), len(weight))
     if (len(teacher_hidden), len(teacher_weight)) != expected or (
         teacher_hidden.shape[1:] != teacher_weight.shape[1:]

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_moe_inject.losses.committee import Committee, Mixture, mix
 from megatron_moe_inject.losses.head_gradient import HeadGradient
 from megatron_moe_inject.losses.rows import (
     LogitRows,
@@ -52,13 +53,22 @@ class Plan:
     student_transform: LogitTransform | None
     teacher_transform: LogitTransform | None
     sparse: SparseTarget | None
+    committee: Committee | None
     kernels: RowKernels | None
 
     def of(self, rows: slice) -> "Plan":
         """The plan for some of the tokens."""
+        if self.committee is not None:
+            return replace(self, committee=self.committee.changed(lambda hidden: hidden[rows]))
         return self if self.sparse is None else replace(self, sparse=self.sparse.rows(rows))
 
-    def logits(self, chunk: "Inputs") -> LogitRows:
+    def mixture(self, chunk: "Inputs") -> Mixture | None:
+        """What a committee of teachers says of a chunk; None without one."""
+        if self.committee is None:
+            return None
+        return mix(self.committee, chunk.labels, chunk.temperature, self.shard, self.weighting)
+
+    def logits(self, chunk: "Inputs", mixture: Mixture | None) -> LogitRows:
         """Student and teacher logits of a chunk, [t, c] each."""
         x, y = chunk.hidden @ chunk.weight.t(), None
         if self.student_transform:
@@ -67,12 +77,19 @@ class Plan:
             y = chunk.teacher_hidden @ chunk.teacher_weight.t()
             if self.teacher_transform:
                 self.teacher_transform.apply_(y)
+        elif mixture is not None:
+            y = mixture.logits
         return LogitRows(
             x, y, chunk.labels, chunk.temperature, self.student_transform, self.kernels
         )
 
-    def statistics(self, logits: LogitRows) -> tuple[RowStats, SparseStats | None]:
+    def statistics(
+        self, logits: LogitRows, mixture: Mixture | None
+    ) -> tuple[RowStats, SparseStats | None]:
         """Their losses."""
+        if mixture is not None:
+            stats = row_statistics(logits, self.divergence, self.shard)
+            return stats._replace(y_ce=mixture.ce, y_entropy=mixture.entropy), None
         if self.sparse is None:
             return row_statistics(logits, self.divergence, self.shard, self.weighting), None
         stats = row_statistics(logits, None, self.shard)
@@ -150,8 +167,9 @@ def statistics_and_gradient(
     chunk: Inputs, plan: Plan
 ) -> tuple[RowStats, SparseStats | None, Tensor]:
     """Statistics of a chunk and the gradient of its losses by head @ hidden, [t, c]."""
-    logits = plan.logits(chunk)
-    stats, sparse = plan.statistics(logits)
+    mixture = plan.mixture(chunk)
+    logits = plan.logits(chunk, mixture)
+    stats, sparse = plan.statistics(logits, mixture)
     kd_weight = plan.kd_weight(chunk, stats)
     return stats, sparse, plan.logit_gradient(logits, stats, sparse, kd_weight, chunk.beta)
 
@@ -165,7 +183,8 @@ def forward_chunk(
     tokens weighted by ``upstream_mask``, to ``head``; None leaves one out.
     """
     if unscaled is None and head is None:
-        return plan.statistics(plan.logits(chunk))
+        mixture = plan.mixture(chunk)
+        return plan.statistics(plan.logits(chunk, mixture), mixture)
     stats, sparse, gradient = statistics_and_gradient(chunk, plan)
     if unscaled is not None:
         torch.mm(gradient, chunk.weight, out=unscaled)
@@ -178,5 +197,6 @@ def recomputed_gradient(
     chunk: Inputs, stats: RowStats, sparse: SparseStats | None, plan: Plan
 ) -> Tensor:
     """What ``statistics_and_gradient`` gave, from logits made again."""
-    logits, kd_weight = plan.logits(chunk), plan.kd_weight(chunk, stats)
+    mixture = plan.mixture(chunk) if plan.kd_gradient else None
+    logits, kd_weight = plan.logits(chunk, mixture), plan.kd_weight(chunk, stats)
     return plan.logit_gradient(logits, stats, sparse, kd_weight, chunk.beta)

@@ -25,6 +25,7 @@ Without gradients (``torch.no_grad()``, or nothing that requires them) only the 
 values run.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -34,6 +35,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from megatron_moe_inject.losses.checks import (
+    check_committee,
     check_sparse_teacher,
     check_student,
     check_teacher,
@@ -46,6 +48,7 @@ from megatron_moe_inject.losses.chunks import (
     recomputed_gradient,
     statistics_and_gradient,
 )
+from megatron_moe_inject.losses.committee import Committee
 from megatron_moe_inject.losses.head_gradient import HeadGradient
 from megatron_moe_inject.losses.rows import RowKernels, RowStats, distillation_factor, maths_dtype
 from megatron_moe_inject.losses.sparse import SparseTarget, SparseTeacher
@@ -99,6 +102,7 @@ def fused_linear_distillation(
     student_transform: LogitTransform | None = None,
     teacher_transform: LogitTransform | None = None,
     sparse_teacher: SparseTeacher | None = None,
+    committee: Committee | None = None,
     upstream_mask: Tensor | None = None,
     kernels: RowKernels | None = None,
 ) -> FusedLoss:
@@ -132,6 +136,9 @@ def fused_linear_distillation(
             ``LogitTransform``; None for nothing.
         sparse_teacher: stored ids [t, k] of a teacher in place of its hidden states and head, at
             one temperature for all tokens.
+        committee: several teachers [t, h_k] in place of one, their distributions mixed at the
+            temperature; ``weighting`` then uses the mixture's cross-entropy and entropy, with the
+            same weights. A committee of one is that teacher.
         upstream_mask: [t], a constant, of the order of 1: the promise that the gradient which
             arrives at ``total`` will be one number times it, as with a loss of
             ``(total * mask).sum() / tokens``. It is not applied to ``total``, only makes the
@@ -152,15 +159,27 @@ def fused_linear_distillation(
 
     Collectives over ``tp_group``. Forward, per chunk of c tokens: one all-gather of at most 7 c
     float32 numbers (10 c with a weighting), and for jsd and skew_kl one all-reduce of 2 c; with a
-    sparse teacher one all-gather of 3 c and one of (k + 2) c. Backward: one all-reduce of
-    ``student_hidden``'s size and dtype with ``reduce_hidden_grad``, nothing else.
+    sparse teacher one all-gather of 3 c and one of (k + 2) c; with a committee those of
+    ``committee.mix`` besides. Backward: one all-reduce of ``student_hidden``'s size and dtype with
+    ``reduce_hidden_grad``, and nothing else but those of ``committee.mix`` for every chunk whose
+    logits are computed again.
     """
     check_temperature(temperature)
     check_student(
         student_hidden, student_weight, labels=labels, temperature=temperature, alpha=alpha,
         beta=beta, upstream_mask=upstream_mask,
     )  # fmt: skip
-    if sparse_teacher is None:
+    if committee is not None and len(committee.members) == 1:
+        check_committee(student_hidden, student_weight, teacher_hidden, committee)
+        (member,), committee = committee.members, None
+        teacher_hidden, teacher_weight, teacher_transform = (
+            member.hidden, member.head, member.transform,
+        )  # fmt: skip
+    if committee is not None:
+        check_committee(student_hidden, student_weight, teacher_hidden, committee)
+        if sparse_teacher is not None:
+            raise ValueError("give committee or sparse_teacher, not both")
+    elif sparse_teacher is None:
         check_teacher(
             student_hidden, student_weight, teacher_hidden, teacher_weight, alpha, weighting
         )
@@ -168,14 +187,16 @@ def fused_linear_distillation(
         check_sparse_teacher(student_hidden, teacher_hidden, sparse_teacher, kind, weighting)
         if isinstance(temperature, Tensor):
             raise ValueError("a sparse teacher is stored at one temperature; give a number")
-    with_teacher = teacher_hidden is not None or sparse_teacher is not None
+    with_teacher = any(t is not None for t in (teacher_hidden, sparse_teacher, committee))
     shard = VocabShard.of(student_weight.shape[0], tp_group, valid_vocab_size)
     weight_gradient = torch.is_grad_enabled() and student_weight.requires_grad
     if not weight_gradient:
         upstream_mask = None
     if chunk_tokens is None:
         summed = upstream_mask is not None
-        chunk_tokens = default_chunk_tokens(student_hidden, student_weight, head_gradient=summed)
+        chunk_tokens = default_chunk_tokens(
+            student_hidden, student_weight, head_gradient=summed, mixed=committee is not None
+        )
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens={chunk_tokens} must be at least 1")
 
@@ -202,6 +223,7 @@ def fused_linear_distillation(
             vocab_size=shard.valid,
             dtype=maths_dtype(student_hidden.dtype),
         ),
+        committee=None if committee is None else committee.changed(Tensor.detach),
         kernels=kernels,
     )
     if plan.weight_gradient and accumulate_main_grad:
@@ -223,7 +245,11 @@ def fused_linear_distillation(
 
 
 def default_chunk_tokens(
-    student_hidden: Tensor, student_weight: Tensor, *, head_gradient: bool = False
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    *,
+    head_gradient: bool = False,
+    mixed: bool = False,
 ) -> int:
     """Tokens per chunk whose logits stay within 64 MiB on a CPU and 512 MiB on a GPU.
 
@@ -232,10 +258,14 @@ def default_chunk_tokens(
     chunks are faster, for memory in proportion to what the gradient takes.
 
     A token takes 2 * v/p * itemsize bytes: the student's logits, which its gradient overwrites, and
-    the teacher's. (The float32 copies of the row maths live in small blocks.) Rounded down to a
-    multiple of 64 where that leaves anything, and evened out over the chunks.
+    the teacher's; with a committee (``mixed``) also those of its mixture in float32. (The float32
+    copies of the row maths live in small blocks.) Rounded down to a multiple of 64 where that
+    leaves anything, and evened out over the chunks.
     """
-    per_token = max(1, 2 * student_weight.shape[0] * student_weight.element_size())
+    itemsize = 2 * student_weight.element_size()
+    if mixed:
+        itemsize += maths_dtype(student_weight.dtype).itemsize
+    per_token = max(1, student_weight.shape[0] * itemsize)
     budget = _CHUNK_BYTES.get(student_hidden.device.type, _CHUNK_BYTES["cuda"])
     if head_gradient:
         dtype = maths_dtype(student_weight.dtype)
@@ -272,7 +302,9 @@ class _FusedLinearDistillation(torch.autograd.Function):
             sparse_parts.append(sparse_stats)
         stats = RowStats.cat(parts)
 
-        ctx.plan, ctx.twice, ctx.head = plan, twice, head
+        again = twice and plan.kd_gradient  # whether the backward pass mixes a committee again
+        ctx.plan = plan if again else replace(plan, committee=None)
+        ctx.twice, ctx.head = twice, head
         if twice:
             ctx.sparse_parts = sparse_parts
             ctx.kept = kept  # no saved tensor, so that the backward pass can free it

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_moe_inject.losses.checks import check_student, check_teacher
+from megatron_moe_inject.losses.checks import check_committee, check_student, check_teacher
+from megatron_moe_inject.losses.committee import Committee, mix
 from megatron_moe_inject.losses.fused import default_chunk_tokens
 from megatron_moe_inject.losses.rows import (
     LogitRows,
@@ -39,6 +40,7 @@ class TokenMeasures(NamedTuple):
         teacher_loss: the teacher's cross-entropy, 0 where the label is negative.
         teacher_top: the teacher's most likely id.
         kl: KL(teacher || student) in nats.
+        teacher_confidence: the probability of the teacher's most likely id.
     """
 
     loss: Tensor
@@ -47,6 +49,7 @@ class TokenMeasures(NamedTuple):
     teacher_loss: Tensor | None = None
     teacher_top: Tensor | None = None
     kl: Tensor | None = None
+    teacher_confidence: Tensor | None = None
 
     @classmethod
     def cat(cls, parts: list[Self]) -> Self:
@@ -68,6 +71,7 @@ def measure_tokens(
     chunk_tokens: int | None = None,
     student_transform: LogitTransform | None = None,
     teacher_transform: LogitTransform | None = None,
+    committee: Committee | None = None,
 ) -> TokenMeasures:
     """Measure every token; the arguments are those of ``fused_linear_distillation``.
 
@@ -77,13 +81,17 @@ def measure_tokens(
         ValueError: shapes or dtypes that do not fit, with the values.
 
     Collectives over ``tp_group``, per chunk of c tokens: one all-gather of 9 c float32 numbers,
-    4 c without a teacher.
+    4 c without a teacher; with a committee those of ``committee.mix`` besides.
     """
     check_student(student_hidden, student_weight, labels=labels)
     check_teacher(student_hidden, student_weight, teacher_hidden, teacher_weight, 0, None)
+    if committee is not None:
+        check_committee(student_hidden, student_weight, teacher_hidden, committee)
     width = student_weight.shape[0]
     shard = VocabShard.of(width, tp_group, valid_vocab_size)
-    step = chunk_tokens or default_chunk_tokens(student_hidden, student_weight)
+    step = chunk_tokens or default_chunk_tokens(
+        student_hidden, student_weight, mixed=committee is not None
+    )
     parts = []
     for start in range(0, max(len(student_hidden), 1), step):
         rows = slice(start, start + step)
@@ -94,6 +102,9 @@ def measure_tokens(
             y = teacher_hidden[rows] @ teacher_weight[: shard.columns].t()
             if teacher_transform:
                 teacher_transform.apply_(y)
+        elif committee is not None:
+            part = committee.changed(lambda hidden, rows=rows: hidden[rows])
+            y = mix(part, labels[rows], 1.0, shard).logits
         parts.append(_measure_chunk(LogitRows(x, y, labels[rows], 1.0), shard, width))
     return TokenMeasures.cat(parts)
 
@@ -113,6 +124,7 @@ def _measure_chunk(logits: LogitRows, shard: VocabShard, width: int) -> TokenMea
         teacher_loss=torch.where(logits.labels >= 0, teacher_loss, 0.0),
         teacher_top=_top(ranks, "y", width),
         kl=stats.divergence,
+        teacher_confidence=stats.y_lse.neg().exp(),
     )
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_moe_inject.losses.committee import Committee
 from megatron_moe_inject.losses.fused import fused_linear_distillation
 from megatron_moe_inject.losses.spec import Divergence, LogitTransform, TokenWeighting
 
@@ -44,6 +45,8 @@ class SampleGroup:
         teacher_hidden: ``[len(samples), s, h_t]`` pre-head states, ``None`` without a teacher.
         teacher_head: ``[v/p, h_t]``, ``None`` without a teacher.
         teacher_transform: what the teacher does to its logits.
+        committee: several teachers in place of one, each with hidden states
+            ``[len(samples), s, h_k]``.
     """
 
     samples: Sequence[int]
@@ -51,6 +54,12 @@ class SampleGroup:
     teacher_hidden: torch.Tensor | None = None
     teacher_head: torch.Tensor | None = None
     teacher_transform: LogitTransform | None = None
+    committee: Committee | None = None
+
+    @property
+    def taught(self) -> bool:
+        """Whether the samples have a teacher."""
+        return self.teacher_hidden is not None or self.committee is not None
 
 
 @dataclass(frozen=True)
@@ -107,9 +116,11 @@ def injection_loss(
         mask = upstream_mask
         if mask is not None:
             mask = (mask if len(groups) == 1 else mask[list(group.samples)]).t().flatten()
-        teacher_rows = None
+        teacher_rows, committee = None, group.committee
         if group.teacher_hidden is not None:
-            teacher_rows = group.teacher_hidden.transpose(0, 1).flatten(0, 1)
+            teacher_rows = _by_position(group.teacher_hidden)
+        if committee is not None:
+            committee = committee.changed(_by_position)
         loss = fused_linear_distillation(
             rows.flatten(0, 1),
             head,
@@ -119,9 +130,10 @@ def injection_loss(
             kind=group.weights.divergence.kind,
             jsd_beta=group.weights.divergence.beta,
             skew=group.weights.divergence.skew,
-            weighting=None if teacher_rows is None else group.weights.weighting,
+            weighting=group.weights.weighting if group.taught else None,
             student_transform=student_transform,
             teacher_transform=group.teacher_transform,
+            committee=committee,
             temperature=group.weights.temperature,
             alpha=group.weights.alpha,
             beta=group.weights.beta,
@@ -143,3 +155,8 @@ def injection_loss(
     position[torch.tensor(order)] = torch.arange(len(order))
     position = position.to(hidden.device, non_blocking=True)
     return LossTerms(*(torch.cat(terms)[position] for terms in zip(*parts, strict=True)))
+
+
+def _by_position(states: torch.Tensor) -> torch.Tensor:
+    """``[b, s, h]`` in the order of the student's tokens, ``[s * b, h]``."""
+    return states.transpose(0, 1).flatten(0, 1)

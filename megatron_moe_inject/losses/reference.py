@@ -79,16 +79,41 @@ def linear_distillation(
     weighting=None,
     student_transform=None,
     teacher_transform=None,
+    committee=None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(alpha factor kd + beta ce, kd, ce, factor) from hidden states and heads; see ``fused``."""
     x = transformed(student_hidden @ student_weight.t(), student_transform)
-    y = transformed(teacher_hidden @ teacher_weight.t(), teacher_transform)
+    if committee is None:
+        y = unit_y = transformed(teacher_hidden @ teacher_weight.t(), teacher_transform)
+    else:
+        teachers = [transformed(m.hidden @ m.head.t(), m.transform) for m in committee.members]
+        options = {"by": committee.by, "valid_vocab_size": valid_vocab_size}
+        unit_y = mixture(teachers, committee.weights, labels, 1.0, **options)
+        y = mixture(teachers, committee.weights, labels, temperature, **options)
+        y = y * (temperature[:, None] if isinstance(temperature, Tensor) else temperature)
     kd = divergence(x, y, temperature=temperature, valid_vocab_size=valid_vocab_size)
     ce = cross_entropy(x, labels, valid_vocab_size=valid_vocab_size)
     factor = torch.ones_like(kd)
     if weighting is not None:
-        factor = distillation_factor(x, y, labels, weighting, valid_vocab_size=valid_vocab_size)
+        factor = distillation_factor(
+            x, unit_y, labels, weighting, valid_vocab_size=valid_vocab_size
+        )
     return alpha * factor * kd + beta * ce, kd, ce, factor
+
+
+def mixture(teachers, weights, labels, temperature, *, by="fixed", valid_vocab_size=None) -> Tensor:
+    """log sum_k w_k softmax(z_k / T) of the real ids, the weights by token; see ``committee``."""
+    shares = []
+    for logits, weight in zip(teachers, weights, strict=True):
+        sure = torch.ones_like(logits[..., 0])
+        if by == "label":  # a label that is ignored has cross-entropy 0: all alike
+            sure = (-cross_entropy(logits, labels, valid_vocab_size=valid_vocab_size)).exp()
+        if by == "top":
+            sure = log_probs(logits, 1.0, valid_vocab_size).exp().amax(-1)
+        shares.append(weight * sure)
+    total = sum(shares)
+    probs = (log_probs(logits, temperature, valid_vocab_size).exp() for logits in teachers)
+    return sum((w / total)[..., None] * p for w, p in zip(shares, probs, strict=True)).log()
 
 
 def transformed(logits: Tensor, transform) -> Tensor:
@@ -190,8 +215,12 @@ def measures(student_logits, teacher_logits, labels, *, valid_vocab_size=None) -
         return found
     log_p = log_probs(teacher_logits, 1.0, valid_vocab_size)
     teacher_loss = cross_entropy(teacher_logits, labels, valid_vocab_size=valid_vocab_size)
-    kl = _kl(log_p, log_q)
-    return found | {"teacher_loss": teacher_loss, "teacher_top": log_p.argmax(-1), "kl": kl}
+    return found | {
+        "teacher_loss": teacher_loss,
+        "teacher_top": log_p.argmax(-1),
+        "kl": _kl(log_p, log_q),
+        "teacher_confidence": log_p.exp().amax(-1),
+    }
 
 
 def feature_loss(student, teacher, *, kind) -> Tensor:

@@ -31,13 +31,13 @@ def teacher_gate(evaluation: Evaluation, domains: Sequence[Domain]) -> list[str]
         if found is None or not found.sums["tokens"].sum():
             said.append(
                 f"teacher gate: no held-out text of {domain.name}, so that teacher "
-                f"{domain.teacher} was not compared with the student"
+                f"{domain.taught_by} was not compared with the student"
             )
             continue
         tokens = found.sums["tokens"]
         lead = paired_difference(found.sums["teacher_loss"], found.sums["loss"], tokens)
         told = (
-            f"{domain.name}: loss of teacher {domain.teacher} {found.mean('teacher_loss'):.4f}, "
+            f"{domain.name}: loss of teacher {domain.taught_by} {found.mean('teacher_loss'):.4f}, "
             f"of the student {found.mean('loss'):.4f} nats per token, lead {show_interval(lead)} "
             f"on {len(found.sequences)} sequences"
         )

@@ -145,7 +145,9 @@ class Measurement:
         for group in groups:
             samples = list(group.samples)
             targets, mask = labels[samples], loss_mask[samples].double()
-            teacher = group.teacher_hidden
+            teacher, committee = group.teacher_hidden, group.committee
+            if committee is not None:
+                committee = committee.blind().changed(lambda hidden: hidden.flatten(0, 1))
             found = measure_tokens(
                 hidden[:, samples].transpose(0, 1).flatten(0, 1),
                 head,
@@ -156,10 +158,11 @@ class Measurement:
                 valid_vocab_size=self._valid_vocab_size,
                 student_transform=transform,
                 teacher_transform=group.teacher_transform,
+                committee=committee,
             )
             correct = found.top == targets.flatten()
             tokens = [torch.ones_like(found.loss), found.loss, correct]
-            if teacher is not None:
+            if group.taught:
                 same = found.top == found.teacher_top
                 tokens += [found.teacher_loss, found.kl, same]
                 kl[samples] = found.kl.view(targets.shape).to(kl.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from megatron_moe_inject.teachers import (
     states_dtype,
 )
 from megatron_moe_inject.teachers.base import Teacher, TeacherInfo
-from megatron_moe_inject.teachers.step_pass import TeacherPass
+from megatron_moe_inject.teachers.step_pass import CommitteePass, TeacherPass
 
 
 def checked_teachers(recipe: Recipe, args: Namespace) -> dict[str, TeacherInfo]:
@@ -86,3 +86,18 @@ def teacher_pass(
         layers=layers_of(teacher),
         resets_documents=resets,
     )
+
+
+def by_domain(
+    recipe: Recipe, passes: Mapping[str, TeacherPass]
+) -> dict[int, TeacherPass | CommitteePass]:
+    """The teacher or teachers of each domain that has one, by its index."""
+    found = {}
+    for index, domain in enumerate(recipe.domains):
+        weights = domain.teacher_weights
+        own = tuple(passes[name] for name in weights)
+        if len(own) > 1:
+            found[index] = CommitteePass(own, tuple(weights.values()), domain.committee)
+        elif own:
+            found[index] = own[0]
+    return found

@@ -1,4 +1,4 @@
-"""One teacher's forward passes of a training step, on the ranks of the last pipeline stage.
+"""A teacher's forward passes of a training step, on the ranks of the last pipeline stage.
 
 Only samples of the teacher's domains are run. The TP x CP ranks of the stage hold the same
 samples, so they share them (``forward.shared_forward``) instead of repeating them. What is kept
@@ -10,10 +10,12 @@ Shapes: n micro-batches, b samples each, s sequence, c context-parallel size, h_
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
+from megatron_moe_inject.losses.committee import Committee, Member
 from megatron_moe_inject.losses.measure import measure_tokens
 from megatron_moe_inject.teachers.base import Teacher
 from megatron_moe_inject.teachers.forward import shared_forward
@@ -144,34 +146,98 @@ class TeacherPass:
             self._run_window(micro_batch)
         return self._states.pop(micro_batch)
 
-    def confidences(self, kind: str, valid_vocab_size: int) -> torch.Tensor:
-        """How sure the teacher is at each position of the step's samples, fp32 ``[k, s/c]``.
+    @property
+    def passes(self) -> tuple[TeacherPass, ...]:
+        """Itself: a domain's teachers, as of a ``CommitteePass``."""
+        return (self,)
+
+    def member(self, hidden: torch.Tensor) -> Member:
+        """The teacher as a committee has it, with these of its states."""
+        return Member(hidden, self.head, self.teacher.logit_transform)
+
+    def of_step(self, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens ``[k, s]`` and states ``[k, s/c, h_t]`` of some of the step's samples.
 
         Args:
-            kind: ``label``, its probability of the next token, 0 at the last position, where its
-                input does not hold that; or ``top``, the probability of its most likely token.
-            valid_vocab_size: number of ids that are not padding.
+            wanted: ``[n, b]`` bool on the host; only samples that this teacher teaches.
 
-        Needs the whole step at once (``window`` 0). Collectives: those of ``measure_tokens``.
+        Needs the whole step at once (``window`` 0).
         """
         assert not self._window, "the teacher runs ahead by a window of micro-batches"
-        tokens = self._inputs["tokens"]
+        states = torch.cat([self._states[index] for index in range(len(self._rows))])
+        kept = wanted[self._selected].nonzero().flatten().to(states.device)
+        return self._inputs["tokens"][kept], states[kept]
+
+    def next_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The next token of each position of ``[k, s]``, -1 at the last; this rank's, flat."""
         labels = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -1)], dim=1)
-        labels = context_parallel_slice(labels.unsqueeze(-1), *self._cp).flatten()
-        states = [self._states[index].flatten(0, 1) for index in range(len(self._rows))]
-        found = measure_tokens(
-            torch.cat(states),
-            self.head,
-            None,
-            None,
-            labels,
-            tp_group=self._tp_group if self._tp_group.size() > 1 else None,
-            valid_vocab_size=valid_vocab_size,
-            student_transform=self.teacher.logit_transform,
-        )
-        sure = found.confidence if kind == "top" else found.loss.neg().exp() * (labels >= 0)
-        return sure.float().view(len(tokens), -1)
+        return context_parallel_slice(labels.unsqueeze(-1), *self._cp).flatten()
+
+    @property
+    def tp_group(self) -> dist.ProcessGroup | None:
+        """The group over whose ranks the head is sharded."""
+        return self._tp_group if self._tp_group.size() > 1 else None
 
     def take_layer(self, layer: int) -> torch.Tensor:
         """The step's states after one of ``layers``, ``[k, s/c, h_t]`` for its k samples, once."""
         return self._layer_states.pop(layer)
+
+
+@dataclass(frozen=True)
+class CommitteePass:
+    """Several teachers of one domain.
+
+    Attributes:
+        passes: one for each teacher.
+        weights: one for each, see ``losses.committee.Committee``.
+        by: how they are weighed at each token.
+    """
+
+    passes: tuple[TeacherPass, ...]
+    weights: tuple[float, ...]
+    by: str
+
+    def committee(self, hidden: Sequence[torch.Tensor]) -> Committee:
+        """The teachers with these of their states."""
+        members = (own.member(part) for own, part in zip(self.passes, hidden, strict=True))
+        return Committee(tuple(members), self.weights, self.by)
+
+
+def confidences(
+    own: TeacherPass | CommitteePass, kind: str, wanted: torch.Tensor, valid_vocab_size: int
+) -> torch.Tensor:
+    """How sure a domain's teacher, or the mixture of several, is at each position, ``[k, s/c]``.
+
+    Args:
+        own: the teacher or teachers.
+        kind: ``label``, the probability of the next token, 0 at the last position, where the
+            teacher's input does not hold that; or ``top``, that of the most likely token.
+        wanted: ``[n, b]`` bool on the host, samples of the step; all that they teach or fewer.
+        valid_vocab_size: number of ids that are not padding.
+
+    Returns:
+        fp32, for the k samples in order.
+
+    Needs the whole step at once (``window`` 0). Collectives: those of ``measure_tokens``.
+    """
+    first = own.passes[0]
+    found = [teacher.of_step(wanted) for teacher in own.passes]
+    tokens, shape = found[0][0], found[0][1].shape[:2]
+    labels = first.next_tokens(tokens)
+    hidden = [states.flatten(0, 1) for _, states in found]
+    measured = measure_tokens(
+        hidden[0],
+        first.head,
+        None,
+        None,
+        labels,
+        tp_group=first.tp_group,
+        valid_vocab_size=valid_vocab_size,
+        student_transform=first.teacher.logit_transform,
+        committee=own.committee(hidden) if isinstance(own, CommitteePass) else None,
+    )
+    loss, top = measured.loss, measured.confidence
+    if isinstance(own, CommitteePass):
+        loss, top = measured.teacher_loss, measured.teacher_confidence
+    sure = top if kind == "top" else loss.neg().exp() * (labels >= 0)
+    return sure.float().view(shape)

@@ -4,13 +4,14 @@ Shapes: t tokens, h and h_t hidden, v vocabulary. Everything a test needs follow
 the ranks of a multi-process test build the same whole tensors and cut their own part out.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from megatron_moe_inject.losses import fused_linear_distillation, reference
+from megatron_moe_inject.losses import Committee, Member, fused_linear_distillation, reference
+from megatron_moe_inject.losses.spec import LogitTransform
 
 KINDS = ("forward_kl", "reverse_kl", "jsd", "skew_kl")
 HEADS = ("frozen", "trained", "promised")  # the last with upstream_mask
@@ -69,7 +70,15 @@ class FusedCase:
         padding = (ids >= (self.options["valid_vocab_size"] or len(self.weight)))[:, None]
         cut = dict(vars(self))
         for name in ("weight", "teacher_weight"):
-            cut[name] = cut[name][ids].masked_fill(padding, torch.nan)
+            if cut[name] is not None:
+                cut[name] = cut[name][ids].masked_fill(padding, torch.nan)
+        committee = self.options.get("committee")
+        if committee is not None:
+            members = tuple(
+                replace(member, head=member.head[ids].masked_fill(padding, torch.nan))
+                for member in committee.members
+            )
+            cut["options"] = self.options | {"committee": replace(committee, members=members)}
         return FusedCase(**cut)
 
     def leaves(self, head_trains=True) -> tuple[Tensor, Tensor]:
@@ -96,13 +105,33 @@ class FusedCase:
             name: value.double() if isinstance(value, Tensor) else value
             for name, value in self.options.items()
         }
+        teacher = (self.teacher_hidden, self.teacher_weight)
         total, kd, ce, factor = reference.linear_distillation(
-            hidden, weight, self.teacher_hidden.double(), self.teacher_weight.double(),
+            hidden, weight, *(None if part is None else part.double() for part in teacher),
             self.labels, divergence=REFERENCES[options.pop("kind")], **options,
         )  # fmt: skip
         grads = torch.autograd.grad(total, (hidden, weight), self.upstream.double())
         losses = {"total": total.detach(), "kd": kd.detach(), "ce": ce.detach()}
         return losses | {"kd_factor": factor, "hidden": grads[0], "weight": grads[1]}
+
+
+def committee_case(widths=(4, 7), by="fixed", dtype=torch.float64, **options) -> FusedCase:
+    """A case whose teachers are a committee of these widths, the last with capped logits."""
+    case = FusedCase.make(dtype=dtype, **options)
+    generator = torch.Generator().manual_seed(9)
+    members = []
+    for width in widths:
+        shapes = (len(case.hidden), width), (len(case.weight), width)
+        states, head = (
+            torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+            for shape in shapes
+        )
+        members.append(Member(states, head))
+    members[-1] = replace(members[-1], transform=LogitTransform(0.5, 4.0))
+    weights = tuple(0.7 / 2**i for i in range(len(widths)))
+    case.options["committee"] = Committee(tuple(members), weights, by)
+    case.teacher_hidden = case.teacher_weight = None
+    return case
 
 
 def per_token(t: int, seed: int = 5) -> Tensor:

@@ -57,6 +57,18 @@ def test_experts_are_those_of_each_domain():
     assert len({t.projection for t in found}) == 3
 
 
+def test_a_committee_is_imitated_by_its_weights():
+    committee = {"a": 3, "b": 1}
+    found = imitation_terms(
+        recipe([(committee, {3: [1], 7: [0]})], {"hidden": 1, "experts": 1}, a=None, b={7: 0}),
+        {"a": 4, "b": 4},
+        8,
+    )
+    for kind in ("hidden", "experts"):
+        shares = {(t.teacher, t.layer): t.shares for t in found if t.kind == kind}
+        assert shares == {("a", 3): {0: 0.375}, ("a", 7): {0: 0.375}, ("b", 7): {0: 0.25}}
+
+
 @pytest.mark.parametrize(
     ("layers", "features", "message"),
     [

@@ -33,6 +33,7 @@ from tests.unit.losses_cases import (
     MIXTURE,
     REFERENCES,
     FusedCase,
+    committee_case,
     logits,
     per_token,
     relative_error,
@@ -293,6 +294,23 @@ def _fused(options, head_trains, chunk, stored):
     ):
         if expected is not None:
             _same(actual, expected, f"{options}: {name}", floor=2e-5)
+
+
+def _mixture(kind):
+    case = committee_case(kind=kind, dtype=torch.float32, weighting=TokenWeighting("entropy"))
+    results = []
+    for kernels in (None, _kernels()):
+        hidden, weight = case.leaves()
+        loss = case.call(hidden, weight, kernels=kernels)
+        loss.total.backward(case.upstream)
+        results.append([*loss, hidden.grad, weight.grad])
+    for expected, actual in zip(*results, strict=True):
+        _same(actual, expected, kind, floor=2e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_committee_of_teachers(run, kind):
+    run(_mixture, kind)
 
 
 FUSED = [

@@ -99,7 +99,10 @@ MISTAKES = [
     ({"domains.0.data": 1}, ["domains[0].data: 1 is not a list", "data: [...]"]),
     ({"domains.0.data": [1.5]}, ["domains[0].data[0]: 1.5 is not an integer or a string"]),
     ({"domains.0.data": [True]}, ["domains[0].data[0]: True", "it is a bool"]),
-    ({"domains.0.teacher": ["coder"]}, ["domains[0].teacher: ['coder'] is not a string or null"]),
+    (
+        {"domains.0.teacher": ["coder"]},
+        ["domains[0].teacher: ['coder'] is not a string or a mapping or null"],
+    ),
     ({"domains.0.experts.layers": [3]}, ["domains[0].experts.layers: [3] is not a mapping"]),
     ({"domains.0.experts.layers": {"a": [1]}}, ["domains[0].experts.layers.a:", "an integer"]),
     ({"domains.0.experts.layers": {3: 5}}, ["domains[0].experts.layers.3: 5 is not a list"]),

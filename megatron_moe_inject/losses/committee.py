@@ -1,0 +1,217 @@
+"""Several teachers as one: the mixture of their distributions, formed chunk by chunk.
+
+Shapes: t tokens (of a chunk, where it is mixed), h_k hidden size of teacher k, v vocabulary, p
+tensor-parallel size, c columns of this rank that hold real ids.
+
+    P = sum_k w_k softmax(z_k / T),   sum_k w_k = 1
+
+Probabilities are mixed, not logits: the mean of logits is a product of experts, which gives an id
+next to nothing as soon as one teacher does. One teacher's logits exist at a time. They become
+log-probabilities with a log-sum-exp over the whole vocabulary and go into the sum by logaddexp, so
+a chunk needs one float32 block beside the logits, however many teachers there are.
+
+Weights may differ by token: w_k c_k / sum_j w_j c_j, with c_k teacher k's confidence there, at
+temperature 1. The running sum is kept normalised, so that small confidences lose no precision.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_moe_inject.losses.rows import (
+    LogitRows,
+    exchange,
+    is_one,
+    label_logit,
+    local_maximum,
+    maths_dtype,
+    shifted,
+)
+from megatron_moe_inject.losses.spec import LogitTransform, TokenWeighting, VocabShard
+
+COMMITTEES = ("fixed", "label", "top")
+
+# Least log-confidence: where no teacher gives the label any probability, the fixed weights remain.
+_LEAST_CONFIDENCE = -1e3
+
+
+@dataclass(frozen=True)
+class Member:
+    """One teacher of a committee: hidden states [t, h_k], head [v/p, h_k], both constants."""
+
+    hidden: Tensor
+    head: Tensor
+    transform: LogitTransform | None = None
+
+    def logits(self, columns: int) -> Tensor:
+        """Its logits for the first ``columns`` rows of the head, [t, columns]."""
+        logits = self.hidden @ self.head[:columns].t()
+        return self.transform.apply_(logits) if self.transform else logits
+
+
+@dataclass(frozen=True)
+class Committee:
+    """Teachers of the same tokens and vocabulary ids, with weights.
+
+    Attributes:
+        members: the teachers; widths and dtypes may differ.
+        weights: one for each, positive; only their ratios matter.
+        by: ``fixed``: these weights for every token. ``label``: times the teacher's probability of
+            the label, where there is one. ``top``: times the probability of its most likely id.
+
+    Raises:
+        ValueError: no member, another number of weights, a weight that is not positive and
+            finite, or an unknown ``by``.
+    """
+
+    members: tuple[Member, ...]
+    weights: tuple[float, ...]
+    by: str = "fixed"
+
+    def __post_init__(self):
+        if not self.members or len(self.members) != len(self.weights):
+            raise ValueError(
+                f"a committee of {len(self.members)} teachers with {len(self.weights)} weights; "
+                "give at least one teacher and a weight for each"
+            )
+        if not all(0 < weight < float("inf") for weight in self.weights):
+            raise ValueError(f"weights={self.weights} of a committee must be positive and finite")
+        if self.by not in COMMITTEES:
+            raise ValueError(f"by={self.by!r} is not known; use one of {', '.join(COMMITTEES)}")
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The committee with every teacher's hidden states changed."""
+        members = (replace(member, hidden=change(member.hidden)) for member in self.members)
+        return replace(self, members=tuple(members))
+
+    def blind(self) -> Self:
+        """What can be measured on a text: with ``label`` the weights would know the answer."""
+        return replace(self, by="fixed") if self.by == "label" else self
+
+
+class Mixture(NamedTuple):
+    """The mixture of a chunk.
+
+    Attributes:
+        logits: [t, c] in the dtype of the maths; their softmax at the temperature is P.
+        ce: [t], -log P(label) at temperature 1, +inf without a label; None where not asked for.
+        entropy: [t], of P at temperature 1; None where not asked for.
+    """
+
+    logits: Tensor
+    ce: Tensor | None = None
+    entropy: Tensor | None = None
+
+
+class _Rows(NamedTuple):
+    """A teacher's statistics over the whole vocabulary, each [t]; ``unit_lse`` is at T = 1."""
+
+    maximum: Tensor
+    lse: Tensor
+    unit_lse: Tensor
+    label: Tensor
+
+
+def mix(
+    committee: Committee,
+    labels: Tensor,
+    temperature: float | Tensor,
+    shard: VocabShard,
+    weighting: TokenWeighting | None = None,
+) -> Mixture:
+    """The teachers' mixture on this rank's columns.
+
+    Args:
+        committee: the teachers of these tokens.
+        labels: [t] global ids, negative where there is none.
+        temperature: T, a number or [t].
+        shard: this rank's part of the vocabulary.
+        weighting: what the mixture's cross-entropy and entropy are wanted for.
+
+    Collectives over the shard's group: one all-gather of at most 4 t numbers per teacher, and one
+    all-reduce of t numbers where the entropy is wanted.
+    """
+    entropy = weighting is not None and weighting.confidence == "entropy"
+    at_one = entropy and not is_one(temperature)
+    mixed = unit = total = label = None
+    for member, weight in zip(committee.members, committee.weights, strict=True):
+        rows = LogitRows(member.logits(shard.columns), None, labels, temperature)
+        stats = _statistics(rows, shard, with_unit=bool(weighting) or committee.by != "fixed")
+        own = _log_confidence(committee.by, stats, labels) + math.log(weight)
+        before, total = total, own if total is None else torch.logaddexp(total, own)
+        kept, own = None if before is None else before - total, own - total
+        mixed = _added(mixed, kept, rows, stats.maximum, own - stats.lse)
+        if at_one:
+            rows = replace(rows, temperature=1.0)
+            unit = _added(unit, kept, rows, stats.maximum, own - stats.unit_lse)
+        own = own + stats.label
+        label = own if before is None else torch.logaddexp(label + kept, own)
+        del rows
+    found = None
+    if entropy:
+        found = _entropy(unit if at_one else mixed, shard)
+    if not is_one(temperature):
+        mixed.mul_(temperature[:, None] if isinstance(temperature, Tensor) else temperature)
+    return Mixture(mixed, label.neg() if weighting else None, found)
+
+
+def _statistics(rows: LogitRows, shard: VocabShard, with_unit: bool) -> _Rows:
+    parts = []
+    for block in rows.blocks():
+        own = rows.rows(block)
+        local = {"maximum": local_maximum(own.x)}
+        local["sum"] = shifted(own.x, local["maximum"], own.temperature).exp_().sum(-1)
+        if with_unit and not is_one(own.temperature):
+            local["unit_sum"] = shifted(own.x, local["maximum"], 1.0).exp_().sum(-1)
+        if with_unit:
+            local["label"] = label_logit(own.x, own.labels, shard)
+        parts.append(local)
+    ranks = exchange({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, shard)
+    maximum = ranks["maximum"].amax(0)
+    below = ranks["maximum"] - maximum
+    lse = unit_lse = ((below / rows.temperature).exp() * ranks["sum"]).sum(0).log()
+    if "unit_sum" in ranks:
+        unit_lse = (below.exp() * ranks["unit_sum"]).sum(0).log()
+    label = torch.zeros_like(lse)
+    if with_unit:
+        label = ranks["label"].amax(0) - maximum - unit_lse
+    return _Rows(maximum, lse, unit_lse, label)
+
+
+def _log_confidence(by: str, stats: _Rows, labels: Tensor) -> Tensor:
+    if by == "label":
+        return torch.where(labels >= 0, stats.label.clamp(min=_LEAST_CONFIDENCE), 0.0)
+    if by == "top":
+        return stats.unit_lse.neg()
+    return torch.zeros_like(stats.lse)
+
+
+def _added(
+    mixed: Tensor | None, kept: Tensor | None, rows: LogitRows, maximum: Tensor, offset: Tensor
+) -> Tensor:
+    """log(exp(mixed + kept) + exp((z - maximum) / T + offset)), [t, c], in ``mixed`` if given."""
+    first = mixed is None
+    if first:
+        mixed = torch.empty_like(rows.x, dtype=maths_dtype(rows.x.dtype))
+    for block in rows.blocks():
+        own = rows.rows(block)
+        term = shifted(own.x, maximum[block], own.temperature).add_(offset[block, None])
+        if first:
+            mixed[block] = term
+        else:
+            so_far = mixed[block].add_(kept[block, None])
+            torch.logaddexp(so_far, term, out=so_far)
+    return mixed
+
+
+def _entropy(log_probs: Tensor, shard: VocabShard) -> Tensor:
+    blocks = LogitRows(log_probs, None, None, 1.0).blocks()
+    found = torch.cat([torch.special.entr(log_probs[rows].exp()).sum(-1) for rows in blocks])
+    if shard.group is not None:
+        dist.all_reduce(found, group=shard.group)
+    return found
