@@ -29,6 +29,7 @@ from megatron_moe_inject.metrics.evaluation import (
     build_class,
 )
 from megatron_moe_inject.metrics.evaluation_file import (
+    LIST,
     append_line,
     read_list,
     write_evaluation,
@@ -48,7 +49,6 @@ from megatron_moe_inject.student import (
 )
 from megatron_moe_inject.teachers.setup import by_domain, checked_teachers, teacher_pass
 
-FILE = "inject_evaluation.jsonl"
 _NO_DATA = (
     "{}: there is no validation data to measure on; set --eval-iters above 0, and a --split or "
     "--valid-data-path that has some"
@@ -209,7 +209,7 @@ class TrainingEvaluator(Evaluator):
             raise RecipeError(
                 "evaluation.file: missing, and there is no --save folder to write to; name a file"
             )
-        self.path = Path(named) if named is not None else Path(args.save) / FILE
+        self.path = Path(named) if named is not None else Path(args.save) / LIST
         if named is not None and not self.path.absolute().parent.is_dir():
             folder = self.path.absolute().parent
             raise RecipeError(f"evaluation.file: {folder} is no folder; create it first")

@@ -13,13 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_moe_inject.evaluation_run import FILE as EVALUATIONS
 from megatron_moe_inject.experts.profile_file import read_profile
 from megatron_moe_inject.experts.routing_profile import GENERAL_CLASS, RoutingProfile
 from megatron_moe_inject.files import replace_file
 from megatron_moe_inject.metrics.comparison import comparison
 from megatron_moe_inject.metrics.evaluation import Evaluation
-from megatron_moe_inject.metrics.evaluation_file import read_list
+from megatron_moe_inject.metrics.evaluation_file import LIST, read_list
 from megatron_moe_inject.metrics.line_charts import Chart, line_charts
 from megatron_moe_inject.metrics.report_charts import (
     gain_charts,
@@ -87,11 +86,11 @@ def read_folder(folder: str | Path) -> RunData:
     folder = Path(folder)
     lines = read_run(folder / FILE)
     starts = [line for line in lines if isinstance(line, Start)]
-    places = [folder / EVALUATIONS] + [Path(start.evaluations) for start in starts[-1:]]
+    places = [folder / LIST] + [Path(start.evaluations) for start in starts[-1:]]
     found = next((place for place in places if place.exists()), places[0])
     if not lines and not found.exists():
         raise RecipeError(
-            f"{show(str(folder))} has no {FILE} and no {EVALUATIONS}; give the --save folder of a "
+            f"{show(str(folder))} has no {FILE} and no {LIST}; give the --save folder of a "
             "run whose recipe has evaluation: {}"
         )
     recipe = None
@@ -325,7 +324,7 @@ def _report(options: argparse.Namespace) -> str:
 
 
 def _refuse_overwriting(output: Path, folder: Path, data: RunData, profiles: Sequence[str]) -> None:
-    read = [folder / FILE, folder / EVALUATIONS, *profiles]
+    read = [folder / FILE, folder / LIST, *profiles]
     read += [start.evaluations for start in data.starts]
     if os.path.realpath(output) in map(os.path.realpath, read):
         raise RecipeError(f"--output: {show(str(output))} is what the report is made from")

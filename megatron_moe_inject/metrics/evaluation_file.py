@@ -34,6 +34,8 @@ from megatron_moe_inject.typed import RecipeError, show
 
 FORMAT = "megatron_moe_inject.evaluation"
 VERSION = 1
+LIST = "inject_evaluation.jsonl"
+"""Name of a run's list of evaluations in ``<save>``."""
 _AGAIN = "measure again, or restore the file from a copy"
 _KEYS = ("format", "version", "sha256", "provenance", "text", "classes")
 _CLASS_KEYS = ("data", "teacher", "summary", "calibration", "sequences", "sums")

@@ -1,0 +1,73 @@
+"""The part of a recipe that chooses a domain's experts, and its compact form."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from megatron_moe_inject.typed import fail, show
+
+
+@dataclass
+class ExpertChoice:
+    """Chosen experts: named by ``layers``, or chosen from a routing profile.
+
+    With ``profile`` the experts are chosen when the recipe meets its student
+    (``experts.choice.resolve_experts``), which leaves ``layers`` and ``origin``.
+
+    Attributes:
+        layers: 0-based global decoder layer -> global expert ids. YAML also takes the flag's
+            compact form, quoted: ``layers: "12:3,40;13:1"``.
+        origin: how ``layers`` were chosen, for plans and reports.
+        profile: a routing profile; a relative path starts at the working directory, as the
+            teachers' and the data's do.
+        domain: class of the profile; None = the domain's name.
+        method: ``token``, ``gate`` or ``contrast`` (that score until ``threshold``), ``top_n``
+            (``n`` experts of every layer) or ``budget`` (over all layers, by ``score``).
+        threshold: share of a layer's score that the chosen experts reach.
+        n: experts per layer.
+        budget: share of the parameters that the chosen experts may have.
+        budget_of: ``routed`` (all routed experts, the default) or ``all`` (the whole model).
+        score: what ``top_n`` and ``budget`` rank by: ``token`` (the default), ``gate``,
+            ``contrast``.
+        at_least, at_most: experts per layer.
+        only_layers: decoder layers to choose in; empty = all MoE layers.
+        ep: expert-parallel ranks to spread each layer's experts over. Named here rather than
+            read from the run, so that the choice does not depend on the layout.
+    """
+
+    layers: dict[int, list[int]] = field(default_factory=dict)
+    origin: str | None = None
+    profile: str | None = None
+    domain: str | None = None
+    method: str | None = None
+    threshold: float | None = None
+    n: int | None = None
+    budget: float | None = None
+    budget_of: str | None = None
+    score: str | None = None
+    at_least: int | None = None
+    at_most: int | None = None
+    only_layers: list[int] = field(default_factory=list)
+    ep: int | None = None
+
+
+def parse_experts(text: str, key: str = "experts") -> dict[int, list[int]]:
+    """Expert ids by layer from the compact form ``"12:3,40;13:1"`` (layer:ids;layer:ids).
+
+    Raises:
+        RecipeError: a part that is not ``layer:id,id``, or a layer that appears twice.
+    """
+    layers: dict[int, list[int]] = {}
+    for part in text.split(";"):
+        match = re.fullmatch(r"\s*([0-9]{1,9})\s*:\s*([0-9,\s]+)", part)
+        ids = match[2].split(",") if match else []
+        if not match or not all(re.fullmatch(r"\s*[0-9]{1,9}\s*", i) for i in ids):
+            raise fail(
+                key, text, f"has the part {show(part)}", "write layer:id,id;layer:id as in 12:3,40"
+            )
+        layer = int(match[1])
+        if layer in layers:
+            raise fail(key, text, f"names layer {layer} twice", "join its ids with commas")
+        layers[layer] = [int(i) for i in ids]
+    return layers
