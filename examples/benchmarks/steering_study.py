@@ -31,6 +31,7 @@ RETAINED = (*GENTLE, "steering.retention=1.0")
 ARMS = {
     "no steering, router frozen": (),
     "no steering, router trains": ("train.router=true",),
+    "no steering, router held": ("train.router=true", "steering.retention=1.0"),
     "0.01, router frozen": GENTLE,
     "0.01, target rows": ("train.router_rows=true", *RETAINED),
     "0.01, router": ("train.router=true", *RETAINED),
