@@ -92,7 +92,8 @@ def test_the_teachers_confidence_is_known_to_every_stage(material, single, kind)
     one = inject(material, sure)
     assert one.losses("steering loss")[0] != single.losses("steering loss")[0]
     assert one.losses("target mass/code")[0] == single.losses("target mass/code")[0]
-    for layout in ("tp2-sp", "pp2", "cp2", "per-token loss"):
+    layouts = ("tp2-sp", "pp2") if kind == "label" else ("ep2", "cp2", "per-token loss")
+    for layout in layouts:
         run = inject(material, sure, **copy.deepcopy(LAYOUTS[layout]))
         for term in TERMS:
             expected = pytest.approx(one.losses(term), rel=2e-5, abs=1e-6)
@@ -225,7 +226,11 @@ def test_a_delta_holds_the_rows_and_applies(material, tmp_path):
 SIGMOID = (*lane.DEEPSEEK_ROUTER, "--moe-router-topk", "1")
 
 
-@pytest.mark.parametrize("layout", [{}, dict(nproc=2, tp=2)], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param({}, marks=pytest.mark.slow), dict(nproc=2, tp=2)],
+    ids=["single", "tp2-sp"],
+)
 def test_expert_bias_counts_general_tokens_only(material, tmp_path, layout):
     """Where all data is of the domain, no bias moves; stock counts move it."""
     alone = ("--data-path", material.domain, "--split", "90,5,5", "--train-iters", "4", *SIGMOID)
@@ -275,7 +280,9 @@ def test_ranks_without_a_domain_token(material):
         assert two.losses(term) == pytest.approx(one.losses(term), rel=2e-5, abs=1e-6), term
 
 
-@pytest.mark.parametrize("kind", ["seq_aux_loss", "global_aux_loss"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("seq_aux_loss", marks=pytest.mark.slow), "global_aux_loss"]
+)
 def test_other_balance_losses_leave_domain_tokens_out(material, kind):
     balance = ("--moe-router-load-balancing-type", kind, "--moe-aux-loss-coeff", "0.5")
     one = inject(material, STEERED, extra=balance)
