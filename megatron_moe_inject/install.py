@@ -15,9 +15,10 @@
 | ``training.training_log`` | with ``evaluation``: the run's list, for ``moe-inject report`` |
 | ``training.get_megatron_optimizer`` | the optimizer can be saved where little trains |
 
-Not patched: the optimizer's maths, DDP, schedules, routers, the checkpoint format, and any model
-code; the loss goes through ``GPTModel.forward``'s own ``output_processor``. Each wrapper keeps
-the stock function in ``__wrapped__`` and calls it untouched when no recipe is given.
+Not patched: the optimizer's maths, DDP, schedules, the checkpoint format, and any class of the
+model; the loss goes through ``GPTModel.forward``'s own ``output_processor``, and where a recipe
+watches or steers routing, methods of that student's own routers are wrapped (``routing/``). Each
+wrapper keeps the stock function in ``__wrapped__`` and calls it untouched when no recipe is given.
 """
 
 from __future__ import annotations

@@ -26,13 +26,16 @@ def blend_weights(
 
     Args:
         labels: class of each entry.
-        given: weights so far; ``None`` = alike.
+        given: weights so far; ``None`` = alike, as in a class whose weights are all 0.
         shares: by class, at most 1 in sum; the other classes get the rest.
     """
     weights = [1.0] * len(labels) if given is None else list(given)
     sums = dict.fromkeys(labels, 0.0)
     for label, weight in zip(labels, weights, strict=True):
         sums[label] += weight
+    if 0 in sums.values():  # a class that was left out is mixed in alike
+        weights = [w if sums[at] else 1.0 for at, w in zip(labels, weights, strict=True)]
+        sums = {at: total or float(labels.count(at)) for at, total in sums.items()}
     rest = 1.0 - sum(shares.values())
     others = sum(total for label, total in sums.items() if label not in shares)
 

@@ -135,7 +135,7 @@ class SteeringSetup:
             device=next(chunks[0].parameters()).device,
             drops=chunks[0].config.moe_expert_capacity_factor is not None,
             detail_every=spec.detail_every,
-            write=_write,
+            write=write_details,
         )
         return RoutingStep(hook, shares, confidence)
 
@@ -180,7 +180,7 @@ def _acting(chunk: torch.nn.Module, boundary: int) -> set[int]:
     return found
 
 
-def _write(scalars: Mapping[str, float], iteration: int) -> None:
+def write_details(scalars: Mapping[str, float], iteration: int) -> None:
     """To TensorBoard and W&B, on the rank that has them."""
     from megatron.training import get_tensorboard_writer, get_wandb_writer
 

@@ -268,12 +268,14 @@ def test_it_works_with_dropped_tokens_and_reports_them(material):
 RARE = ("--data-path", "0.95", "{general}", "0.05", "{domain}", "--split", "90,5,5")
 
 
-def test_ranks_without_a_domain_token(material):
+@pytest.mark.parametrize("confidence", ["none", "label"])
+def test_ranks_without_a_domain_token(material, confidence):
     """One sample in twenty is of the domain: most ranks and micro-batches have none."""
+    recipe = STEERED.replace("balance: 0.1", f"balance: 0.1, confidence: {confidence}")
     rare = [part.format(general=material.general, domain=material.domain) for part in RARE]
     more = (*rare, "--train-iters", "6")
-    one = inject(material, STEERED, extra=more)
-    two = inject(material, STEERED, nproc=2, ep=2, extra=more)
+    one = inject(material, recipe, extra=more)
+    two = inject(material, recipe, nproc=2, ep=2, extra=more)
     assert 0 in one.losses("steering loss")
     assert max(one.losses("steering loss")) > 0
     for term in TERMS:

@@ -72,6 +72,12 @@ def test_weights_that_agree_stay_as_they_are():
             "mixing: general has 40.0% of the training blend, but 10.0% is asked for; leave out "
             "the weights, or write 0.1 text 0.45 code 0 web 0.45 law",
         ),
+        (
+            "{general: 0.1}",
+            ("0", "text", "5", "code", "0", "web", "5", "law"),
+            "mixing: general has 0.0% of the training blend, but 10.0% is asked for; leave out "
+            "the weights, or write 0.05 text 0.45 code 0.05 web 0.45 law",
+        ),
         ("{general: 0.5, code: 0.6}", BLEND["train"], "is more than 1 in sum"),
         ("{general: 0.5, code: 0.2, law: 0.2}", BLEND["train"], "names all of the blend, but"),
         ("{prose: 0.5}", BLEND["train"], "mixing.prose: 0.5 is the share of no domain"),

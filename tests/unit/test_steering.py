@@ -1,5 +1,7 @@
 """Steering on Megatron's own router: maths, gradients over a step, and the stock losses' peace."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
@@ -14,6 +16,7 @@ from megatron_moe_inject.routing.losses import (
     steering_losses,
     target_balance_losses,
 )
+from megatron_moe_inject.routing.setup import write_details
 from megatron_moe_inject.routing.steering import SteeringHook, SteeringWeights
 from tests.unit.routers import EXPERTS, GROUPS, LENGTH, Chunk, inputs
 
@@ -296,3 +299,14 @@ def test_expert_bias_counts_weigh_domain_tokens(weight):
     with torch.no_grad():
         router(hidden)
     assert router.local_tokens_per_expert.sum() == 0
+
+
+def test_details_go_to_tensorboard_and_wandb(monkeypatch):
+    written, logged = [], []
+    writer = SimpleNamespace(add_scalar=lambda *scalar: written.append(scalar))
+    wandb = SimpleNamespace(log=lambda *entry: logged.append(entry))
+    monkeypatch.setattr("megatron.training.get_tensorboard_writer", lambda: writer)
+    monkeypatch.setattr("megatron.training.get_wandb_writer", lambda: wandb)
+    write_details({"a": 0.5, "b": 2.0}, 7)
+    assert written == [("a", 0.5, 7), ("b", 2.0, 7)]
+    assert logged == [({"a": 0.5, "b": 2.0}, 7)]
