@@ -9,6 +9,7 @@ Speed, memory figures, kernels, FP8 and Transformer Engine are not what this lan
 """
 
 import os
+import sys
 
 import torch
 
@@ -16,6 +17,8 @@ from megatron_moe_inject import compat
 from megatron_moe_inject.cpu_lane import flags, megatron_parts, torch_device
 
 _MARK = "_moe_inject_cpu_lane"
+_FOR_GPUS = ("transformer_engine", "apex")
+"""Packages that Megatron uses wherever they can be imported; they run on a GPU only."""
 
 
 class GpuPresentError(RuntimeError):
@@ -48,6 +51,8 @@ def enable(force: bool = False) -> None:
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     # Megatron asserts this setting under tensor parallelism; it orders CUDA queues only.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    for name in _FOR_GPUS:
+        sys.modules.setdefault(name, None)  # as if it were not installed
     torch_device.install()
     setattr(torch.cuda, _MARK, True)
     compat.use_prebuilt_dataset_helpers()

@@ -157,7 +157,8 @@ def run(
 
 
 def _environment(pythonpath: Sequence[str] = ()) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([*pythonpath, str(ROOT)])}
+    folders = [*pythonpath, str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
 
 
 def _run_fresh(

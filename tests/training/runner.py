@@ -57,11 +57,12 @@ def _report_evaluations(training) -> None:
 
 
 def _run_stock() -> None:
-    """The script on the CPU lane with the plugin never installed, to compare with."""
+    """The script with the plugin never installed, to compare with."""
     from megatron_moe_inject import compat, cpu_lane
 
-    sys.argv.remove("--cpu")
-    cpu_lane.enable()
+    if "--cpu" in sys.argv:
+        sys.argv.remove("--cpu")
+        cpu_lane.enable()
     compat.use_prebuilt_dataset_helpers()
     from megatron.training import training
 
@@ -69,7 +70,48 @@ def _run_stock() -> None:
     _report_evaluations(training)
     assert not hasattr(training.pretrain, "_megatron_moe_inject")
     del sys.argv[0]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    if sys.argv[0] == "-m":
+        del sys.argv[0]
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def _report_host_syncs(training) -> None:
+    """From the third step on, say where the package's code makes the host wait for the device."""
+    import traceback
+    import warnings
+
+    import torch
+
+    stock, seen = training.train_step, set()
+
+    def show(message, *_, **__):
+        if "synchroniz" not in str(message):
+            return
+        frames = traceback.extract_stack()
+        ours = [f"{f.filename}:{f.lineno}" for f in frames if "megatron_moe_inject" in f.filename]
+        if ours and ours[-1] not in seen:
+            seen.add(ours[-1])
+            inner = [f"{os.path.basename(f.filename)}:{f.lineno}" for f in frames[-6:-1]]
+            print(f"host sync: {ours[-1]} ({' '.join(inner)})", flush=True)
+
+    steps = []
+
+    @functools.wraps(stock)
+    def train_step(*args, **kwargs):
+        steps.append(1)
+        if len(steps) < 3:
+            return stock(*args, **kwargs)
+        warnings.simplefilter("always")
+        warnings.showwarning = show
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            return stock(*args, **kwargs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    training.train_step = train_step
 
 
 def main() -> None:
@@ -84,6 +126,8 @@ def main() -> None:
 
     _report_steps(training)
     _report_evaluations(training)
+    if os.environ.get("TESTS_REPORT_SYNCS"):
+        _report_host_syncs(training)
     launch.main()
 
 

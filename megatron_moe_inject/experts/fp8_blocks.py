@@ -1,0 +1,63 @@
+"""Weights as FP8 (E4M3) codes with one scale for each block of 128 x 128, and back.
+
+The layout of DeepSeek-V3's published weights (arXiv 2412.19437, section 3.3) and of Transformer
+Engine's ``Float8BlockScaling``. With scales that are powers of two, decoding to bfloat16 is exact,
+and encoding what was decoded gives the same values: such weights survive a bfloat16 checkpoint
+bitwise. Other scales, as DeepSeek-V3's own, are decoded with one rounding to bfloat16.
+
+Pure torch on any device. Shapes: m rows, k columns, M = ceil(m / 128), K = ceil(k / 128) blocks.
+"""
+
+from __future__ import annotations
+
+import torch
+
+BLOCK = 128
+CODES = torch.float8_e4m3fn
+LARGEST = torch.finfo(CODES).max
+"""448, the largest finite code."""
+
+
+def encode_blocks(
+    weight: torch.Tensor, *, power_of_two: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes ``[m, k]`` (``float8_e4m3fn``) and decoding scales ``[M, K]`` (fp32) of ``[m, k]``.
+
+    The largest magnitude of a block becomes the largest code, or with ``power_of_two`` one of the
+    codes from half of it on. A block of zeros has scale 1. The same numbers as Transformer Engine's
+    ``Float8BlockQuantizer`` gives.
+    """
+    tiles = _tiles(weight.float())
+    amax = tiles.abs().amax(dim=(1, 3))
+    scale = torch.where(amax > 0, LARGEST / amax, torch.ones_like(amax))
+    scale = scale.clamp(max=torch.finfo(torch.float32).max)
+    if power_of_two:
+        _, exponent = torch.frexp(scale)
+        scale = torch.ldexp(torch.ones_like(scale), exponent - 1)
+    codes = (tiles * scale[:, None, :, None]).clamp(-LARGEST, LARGEST).to(CODES)
+    return _untiled(codes, weight.shape), scale.reciprocal()
+
+
+def decode_blocks(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``[m, k]`` of ``dtype`` from codes ``[m, k]`` and decoding scales ``[M, K]``."""
+    tiles = _tiles(codes.float()) * scales[:, None, :, None]
+    return _untiled(tiles.to(dtype), codes.shape)
+
+
+def block_shape(m: int, k: int) -> tuple[int, int]:
+    """``(M, K)``."""
+    return -(-m // BLOCK), -(-k // BLOCK)
+
+
+def _tiles(matrix: torch.Tensor) -> torch.Tensor:
+    """``[M, 128, K, 128]``, padded with zeros."""
+    m, k = matrix.shape
+    rows, columns = block_shape(m, k)
+    padded = torch.nn.functional.pad(matrix, (0, columns * BLOCK - k, 0, rows * BLOCK - m))
+    return padded.view(rows, BLOCK, columns, BLOCK)
+
+
+def _untiled(tiles: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    m, k = shape
+    whole = tiles.reshape(tiles.shape[0] * BLOCK, tiles.shape[2] * BLOCK)
+    return whole[:m, :k].contiguous()

@@ -1,0 +1,103 @@
+"""Training runs on one GPU, many at once, each a process of its own through real ``pretrain()``.
+
+runs = Runs(folder)
+runs.start("bf16", ...)            # returns at once
+runs["bf16"].losses("lm loss")     # waits; raises with the end of the output where the run failed
+
+The student has sizes that FP8 can multiply: 128 and multiples of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import shlex
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from tests.training import lane
+from tests.training.corpus import write_corpora
+
+AT_ONCE = 8
+SIZES = shlex.split(
+    "--num-layers 4 --hidden-size 128 --num-attention-heads 4 --ffn-hidden-size 256 "
+    "--seq-length 128 --max-position-embeddings 128 --tokenizer-type NullTokenizer "
+    "--vocab-size 61 --make-vocab-size-divisible-by 64 --lr 2e-3 --weight-decay 0.1 "
+    "--global-batch-size 8 --train-iters 6 --no-gradient-accumulation-fusion "
+    "--distributed-timeout-minutes 3"
+)
+TE = ("--transformer-impl", "transformer_engine", "--moe-grouped-gemm", "--attention-backend")
+BF16 = ("--bf16", *TE, "unfused")
+FP8 = {
+    "tensorwise": ("--fp8-format", "hybrid", "--fp8-recipe", "tensorwise"),
+    "blockwise": ("--fp8-format", "e4m3", "--fp8-recipe", "blockwise"),
+    "delayed": (
+        *("--fp8-format", "hybrid", "--fp8-recipe", "delayed"),
+        *("--fp8-amax-history-len", "16", "--fp8-amax-compute-algo", "max"),
+    ),
+}
+ON_CPU = {"CUDA_VISIBLE_DEVICES": ""}
+EXACT = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
+    "NCCL_ALGO": "Ring",
+}
+"""What ``--deterministic-mode`` wants in the environment."""
+
+
+class Runs:
+    """Runs by name, at most ``AT_ONCE`` at a time on the device."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._pool = ThreadPoolExecutor(AT_ONCE)
+        self._runs: dict[str, Future[lane.Run]] = {}
+        self.general, self.domain = write_corpora(folder)
+        self.student, self.teacher = str(folder / "student"), str(folder / "teacher")
+
+    def __getitem__(self, name: str) -> lane.Run:
+        return self._runs[name].result()
+
+    def outcome(self, name: str) -> tuple[lane.Run | None, str]:
+        """The run, or None and why it failed."""
+        try:
+            return self[name], ""
+        except AssertionError as error:
+            return None, str(error)
+
+    def names(self) -> list[str]:
+        return list(self._runs)
+
+    def start(self, name: str, flags: Sequence[str], *, cpu=False, **options) -> None:
+        """Start a run on the GPU, or with ``cpu`` on the CPU lane; ``options`` of ``lane.run``."""
+        where = {"options": ("--cpu",), "fresh": True} if cpu else {"options": ()}
+        env = {**(ON_CPU if cpu else {}), **options.pop("env", {})}
+        call = functools.partial(lane.run, list(flags), env=env, **where, **options)
+        self._runs[name] = self._pool.submit(call)
+
+    def make_models(self) -> None:
+        """Train the student (MoE) and the teacher (dense) for a moment, on the CPU lane."""
+        small = [f for f in lane.moe() if f != "--mock-data"]
+        save = ("--save-interval", "100", "--split", "90,5,5")
+        student = [*small, *SIZES, "--data-path", self.general, "--save", self.student, *save]
+        dense = [f for f in lane.dense() if f != "--mock-data"]
+        teacher = [*dense, *SIZES, "--num-layers", "2", "--train-iters", "40"]
+        teacher += ["--data-path", self.domain, "--save", self.teacher, *save]
+        self.start("student", student, cpu=True)
+        self.start("teacher", teacher, cpu=True)
+        for name in ("student", "teacher"):
+            self[name]
+
+    def flags(self, *extra: str, student: bool = True) -> list[str]:
+        """Flags that train the student, or without ``student`` a new one, on both corpora."""
+        small = [f for f in lane.moe() if f != "--mock-data"]
+        blend = ("--data-path", "0.4", self.general, "0.6", self.domain, "--split", "90,5,5")
+        start = ("--load", self.student, "--finetune", "--no-load-optim", "--no-load-rng")
+        return [*small, *SIZES, *blend, *(start if student else ()), *extra]
+
+    def inject(self, name: str, *extra: str, recipe: str, student=True, **options) -> None:
+        """Start an injection with ``recipe``, in which ``{teacher}`` stands for the teacher."""
+        path = self.folder / f"{name.replace(' ', '-')}.yaml"
+        path.write_text(recipe.replace("{teacher}", self.teacher))
+        ours = ("--inject-recipe", str(path), "--inject-verify-frozen")
+        self.start(name, self.flags(*ours, *extra, student=student), **options)

@@ -1,0 +1,136 @@
+"""The plugin under Transformer Engine on a GPU, through the real ``pretrain()``.
+
+All runs start at once when the first is asked for (``runs.py``). References: stock Megatron in the
+same precision, the CPU lane in fp32 with the local specification, and bf16 for FP8.
+"""
+
+import pytest
+import torch
+
+from tests.gpu.runs import BF16, EXACT, FP8, Runs
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+RECIPE = """
+domains:
+  - name: code
+    data: [1]
+    teacher: coder
+    experts: {layers: {2: [0, 3], 3: [3]}}
+teachers:
+  coder: {source: "megatron:{teacher}"}
+objective: {alpha: 0.7, beta: 0.3, temperature: 2.0}
+"""
+LOCAL = ("--transformer-impl", "local")
+EXACTLY = ("--deterministic-mode", "--attention-backend", "unfused", "--no-bias-swiglu-fusion")
+MLA = (
+    *("--multi-latent-attention", "--kv-channels", "32", "--kv-lora-rank", "64"),
+    *("--q-lora-rank", "64", "--qk-head-dim", "32", "--qk-pos-emb-head-dim", "16"),
+    *("--v-head-dim", "32", "--rotary-scaling-factor", "1.0"),
+)
+FEATURES = {
+    "gamma": ("objective.gamma=5.0",),
+    "steering": (
+        *("train.router=true", "steering.coeff=0.1", "steering.retention=1.0"),
+        "steering.confidence=label",
+    ),
+    "imitation": ("objective.features.hidden=0.5", "objective.features.experts=0.5"),
+    "everything": (
+        *("objective.gamma=5.0", "train.router_rows=true", "steering.coeff=0.1"),
+        *("objective.features.hidden=0.5", "evaluation={}"),
+    ),
+}
+DISTRIBUTED = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
+RECOMPUTE = ("--recompute-granularity", "selective", "--recompute-modules", "moe")
+RECOMPUTE_ALL = (
+    *("--recompute-granularity", "full", "--recompute-method", "uniform"),
+    *("--recompute-num-layers", "1"),
+)
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory) -> Runs:
+    runs = Runs(tmp_path_factory.mktemp("gpu"))
+    runs.make_models()
+    exact = (*BF16[:-1], "unfused", *EXACTLY)
+    runs.start("plugin off", runs.flags(*exact), env=EXACT)
+    runs.start("stock", runs.flags(*exact), env={**EXACT, "STOCK_MEGATRON": "1"})
+    runs.inject("cpu", *LOCAL, recipe=RECIPE, cpu=True)
+    runs.inject("fp32 local", *LOCAL, recipe=RECIPE)
+    runs.inject("bf16", *BF16, recipe=RECIPE)
+    for name, flags in FP8.items():
+        if name != "delayed":
+            runs.inject(f"fp8 {name}", *BF16, *flags, recipe=RECIPE)
+    whole = ("--inject-set", "train.experts=all")
+    runs.inject("fp8 delayed, all experts", *BF16, *FP8["delayed"], *whole, recipe=RECIPE)
+    runs.inject("bf16, all experts", *BF16, *whole, recipe=RECIPE)
+    for name, fields in FEATURES.items():
+        ours = ("--inject-set", *fields)
+        runs.inject(name, *BF16, *ours, recipe=RECIPE)
+        runs.inject(f"fp8 {name}", *BF16, *FP8["blockwise"], *ours, recipe=RECIPE)
+    gather = (*FP8["blockwise"], *DISTRIBUTED, "--fp8-param-gather")
+    runs.inject("fp8 parameters", *BF16, *gather, recipe=RECIPE)
+    runs.inject("distributed optimizer", *BF16, *DISTRIBUTED, recipe=RECIPE)
+    runs.inject("recompute", *BF16, *RECOMPUTE, recipe=RECIPE)
+    runs.inject("full recompute", *BF16, *RECOMPUTE_ALL, recipe=RECIPE)
+    one_by_one = tuple(f for f in BF16 if f != "--moe-grouped-gemm")
+    runs.inject("one by one", *one_by_one, recipe=RECIPE)
+    runs.inject("mla", *BF16, *MLA, recipe=RECIPE, student=False)
+    syncs = {"TESTS_REPORT_SYNCS": "1"}
+    everything = ("--inject-set", *FEATURES["everything"])
+    runs.inject("syncs", *BF16, *everything, recipe=RECIPE, env=syncs)
+    runs.inject("syncs fp8", *BF16, *FP8["blockwise"], *everything, recipe=RECIPE, env=syncs)
+    return runs
+
+
+def losses(runs: Runs, name: str, term: str = "total loss") -> list[float]:
+    return runs[name].losses(term)
+
+
+def test_every_run(runs):
+    """First of all: which runs failed, and why."""
+    failed = {}
+    for name in runs.names():
+        run, why = runs.outcome(name)
+        seconds = "" if run is None else f"{run.seconds:5.1f} s"
+        print(f"{name:28} {'FAILED' if run is None else 'ran   '} {seconds}")
+        if run is None:
+            failed[name] = why
+        else:
+            print("   ", [round(x, 4) for x in run.losses("lm loss")])
+            for line in run.output.splitlines():
+                if line.startswith("host sync"):
+                    print("   ", line)
+    for name, why in failed.items():
+        print(f"\n===== {name}\n{why[-3500:]}")
+    assert not failed, list(failed)
+
+
+def test_flags_absent_is_bitwise_stock(runs):
+    for term in ("lm loss", "grad norm"):
+        assert losses(runs, "plugin off", term) == losses(runs, "stock", term)
+
+
+@pytest.mark.parametrize("term", ["lm loss", "kd loss", "total loss"])
+def test_fp32_is_the_cpu_lane(runs, term):
+    assert losses(runs, "fp32 local", term) == pytest.approx(losses(runs, "cpu", term), rel=2e-4)
+
+
+@pytest.mark.parametrize("term", ["lm loss", "kd loss", "total loss"])
+def test_bf16_under_te_is_near_fp32(runs, term):
+    assert losses(runs, "bf16", term) == pytest.approx(losses(runs, "cpu", term), rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    "name", ["one by one", "distributed optimizer", "recompute", "full recompute"]
+)
+def test_one_curve(runs, name):
+    assert losses(runs, name) == pytest.approx(losses(runs, "bf16"), rel=3e-3)
+
+
+@pytest.mark.parametrize("name", ["tensorwise", "blockwise"])
+def test_fp8_is_near_bf16(runs, name):
+    assert losses(runs, f"fp8 {name}") == pytest.approx(losses(runs, "bf16"), rel=3e-2)
