@@ -409,6 +409,13 @@ def gpt_model_config(args: Any) -> Any:
     return None if from_args is None else from_args(args)
 
 
+def runs_in_high_precision(config: Any, layer: int) -> bool:
+    """Whether a model that trains in FP8 runs a 0-based decoder layer without it."""
+    from megatron.core.fp8_utils import is_first_last_bf16_layer
+
+    return is_first_last_bf16_layer(config, layer)
+
+
 def logit_scale(config: Any) -> float:
     """What a GPT model with this ``TransformerConfig`` multiplies its logits by (MuP)."""
     return float(config.mup_output_mult) if getattr(config, "use_mup", False) else 1.0

@@ -8,6 +8,7 @@ loss is the measured cross-entropy.
 
 from __future__ import annotations
 
+import contextlib
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -309,6 +310,9 @@ class EvaluationRun(Evaluator):
     def evaluator(self) -> EvaluationRun:
         """Itself."""
         return self
+
+    building = staticmethod(contextlib.nullcontext)
+    """What surrounds the building of the student: nothing."""
 
     def freeze(self, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
         """Nothing is frozen."""

@@ -7,6 +7,7 @@ and the step hook.
 
 from __future__ import annotations
 
+import contextlib
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,9 @@ from megatron_moe_inject.experts.boundary import GradientBoundary, agree_boundar
 from megatron_moe_inject.experts.census import parameter_rows
 from megatron_moe_inject.experts.choice import resolve_experts
 from megatron_moe_inject.experts.freeze import FreezePolicy, places
+from megatron_moe_inject.experts.frozen_fp8 import FrozenFp8, drop_transposes
 from megatron_moe_inject.experts.grouped import split_grouped_experts
+from megatron_moe_inject.experts.native_fp8 import NativeFp8
 from megatron_moe_inject.experts.original import FOLDER, OriginalParameters
 from megatron_moe_inject.experts.pipeline import (
     agree_forward_stages,
@@ -38,6 +41,7 @@ from megatron_moe_inject.imitation.setup import ImitationSetup
 from megatron_moe_inject.loss_hook import LossHook
 from megatron_moe_inject.losses.objective import TermWeights
 from megatron_moe_inject.losses.spec import Divergence, TokenWeighting
+from megatron_moe_inject.metrics.finite import FiniteWatch
 from megatron_moe_inject.metrics.losses import LossReport
 from megatron_moe_inject.metrics.measurement import Measurement
 from megatron_moe_inject.original_pass import OriginalPass
@@ -73,6 +77,28 @@ def freeze_policy(recipe: Recipe) -> FreezePolicy:
     return FreezePolicy(
         experts, frozenset(train.components()), frozenset(train.layers), tuple(train.patterns)
     )
+
+
+def frozen_fp8(recipe: Recipe, policy: FreezePolicy, facts: StudentFacts) -> FrozenFp8 | None:
+    """What keeps the frozen experts in FP8, where ``train.frozen_experts`` asks for it.
+
+    Raises:
+        RecipeError: ``train.fp8_source`` does not hold the student's frozen experts.
+    """
+    train = recipe.train
+    if train.frozen_experts != "fp8":
+        return None
+    source = None
+    if train.fp8_source is not None:
+        source = NativeFp8(train.fp8_source)
+        chosen = policy.experts or {}
+        source.check(
+            (layer, expert)
+            for layer in facts.moe_layers
+            for expert in range(facts.num_moe_experts)
+            if layer not in policy.layers and expert not in chosen.get(layer, ())
+        )
+    return FrozenFp8(policy, facts.precision.fp8_recipe, source)
 
 
 def term_weights(recipe: Recipe, iteration: int) -> dict[int, TermWeights]:
@@ -116,6 +142,7 @@ class Injection:
         check_recipe(recipe, self.facts)
         mix(recipe, args, self.facts)
         self.policy = freeze_policy(recipe)
+        self._fp8 = frozen_fp8(recipe, self.policy, self.facts)
         balancing = getattr(args, "moe_router_load_balancing_type", None) or ()
         if "router" not in self.policy.components and "quantile_balancing" in balancing:
             raise RecipeError(
@@ -146,14 +173,20 @@ class Injection:
         remark = begin_or_resume(self.policy, args, self.imitation.projections)
         self._warnings = [] if remark is None else [remark]
         self.plan: Plan | None = None
+        self._watch = FiniteWatch()
         self.step_hook: StepHook | None = None
         self._frozen: FrozenCheck | None = None
+
+    def building(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, Megatron builds the student."""
+        return contextlib.nullcontext() if self._fp8 is None else self._fp8.while_building()
 
     def freeze(self, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
         """``pre_wrap_hooks`` entry: apply the policy to bare chunks, split grouped experts that
         are frozen in part, and add projections and router rows that train. No collective."""
         self.policy.apply(chunks)
         split_grouped_experts(chunks)
+        drop_transposes(chunks)
         self.imitation.add_projections(chunks)
         self._rows.add(chunks)
         return chunks
@@ -174,6 +207,8 @@ class Injection:
         """
         self.chunks = list(chunks)
         self._rows.loaded()
+        if self._fp8 is not None:
+            agree(self._fp8.check)
         device = next(self.chunks[0].parameters()).device
         self._check_patterns()
         boundary = agree_boundary(self.chunks, self.facts.num_layers, device)
@@ -193,6 +228,8 @@ class Injection:
             self.evaluator.prepare(self.chunks[0])
         last = next((c for c in self.chunks if c.post_process), None)
         loss_hook = agree(lambda: None if last is None else self._loss_hook(last, groups))
+        if self.facts.precision.fp8 is not None:
+            self._watch.see_layers(self.chunks)
         self.step_hook = StepHook(
             self.splits,
             host_group,
@@ -204,6 +241,7 @@ class Injection:
             routing=routing,
             communicator=boundary_communicator(self.chunks, forward_stages, groups.pp),
             measurement=self._measurement,
+            watch=self._watch,
         )
         self.plan = Plan(
             self.recipe,
@@ -313,6 +351,7 @@ class Injection:
             originals=originals,
             masked_sum=objective.masked_sum,
             measurement=self._measurement,
+            watch=self._watch,
         )
 
     @property

@@ -142,7 +142,8 @@ class _Run:
         injection = self._injection
         if injection is None:
             return stock(*args, **kwargs)
-        built = compat.call_with_pre_wrap_hook(stock, args, kwargs, injection.freeze)
+        with injection.building():
+            built = compat.call_with_pre_wrap_hook(stock, args, kwargs, injection.freeze)
         injection.attach(compat.bare_chunks(built[0]))
         _print_rank_0(None if injection.plan is None else render_plan(injection.plan))
         if injection.dry_run:

@@ -29,6 +29,7 @@ from megatron_moe_inject.experts.original import OriginalParameters
 from megatron_moe_inject.losses.objective import SampleGroup, TermWeights, injection_loss
 from megatron_moe_inject.losses.spec import LogitTransform
 from megatron_moe_inject.losses.upstream import common_factor
+from megatron_moe_inject.metrics.finite import FiniteWatch
 from megatron_moe_inject.metrics.losses import LossReport, merge
 from megatron_moe_inject.metrics.measurement import Measurement
 from megatron_moe_inject.recipe import GENERAL
@@ -51,6 +52,7 @@ class LossHook:
             number.
         measurement: gets the micro-batches of evaluations that it is to measure.
         only_measures: the run trains nothing: the output is the measured cross-entropy.
+        watch: is shown the states that the loss is computed from, and the loss.
     """
 
     def __init__(
@@ -66,7 +68,9 @@ class LossHook:
         masked_sum: bool = True,
         measurement: Measurement | None = None,
         only_measures: bool = False,
+        watch: FiniteWatch | None = None,
     ) -> None:
+        self._watch = watch
         self._measurement = measurement
         self._only_measures = only_measures
         self._chunk = chunk
@@ -198,6 +202,7 @@ class LossHook:
             hidden_states = gather_from_sequence_parallel_region(
                 hidden_states, tensor_parallel_output_grad=True, group=self._tp_group
             )
+        self._see("states before the output layer", hidden_states)
         groups = self._groups(index, domains, head, config.sequence_parallel)
         transform = LogitTransform(scale=compat.logit_scale(config))
         values: dict[str, torch.Tensor] = {}
@@ -223,9 +228,17 @@ class LossHook:
             student_transform=transform,
             upstream_mask=upstream_mask,
         )
+        self._see("loss", terms.total)
+        if self._watch is not None:
+            name = "gradient of the states before the output layer"
+            self._watch.see_gradient(name, hidden_states)
         values |= self._report.values(terms, loss_mask, domains)
         self._pending.append((values, upstream_mask))
         return terms.total
+
+    def _see(self, name: str, tensor: torch.Tensor) -> None:
+        if self._watch is not None:
+            self._watch.see(name, tensor)
 
     def _groups(
         self, index: int, domains: Sequence[int], head: torch.Tensor, sequence_parallel: bool
@@ -239,11 +252,14 @@ class LossHook:
             kind = (domain == GENERAL, self._weights[domain], self._teachers.get(domain))
             members.setdefault(kind, []).append(position)
         states = {t: self._states_by_sample(t, index, domains) for t in self.teachers}
+        for own, (_, hidden) in states.items():
+            self._see(f"states of teacher {own.teacher.name}", hidden)
         groups = []
         for (general, weights, teacher), samples in members.items():
             if teacher is None:
                 if general and self._originals is not None:
                     hidden = self._original_hidden(index, samples, sequence_parallel)
+                    self._see("states of the original model", hidden)
                     origin = LogitTransform(scale=compat.logit_scale(self._chunk.config))
                     original_head = self._originals.of(head)
                     groups.append(SampleGroup(samples, weights, hidden, original_head, origin))

@@ -7,6 +7,7 @@ profile that such a run is to write.
 
 from __future__ import annotations
 
+import contextlib
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -168,6 +169,9 @@ class ProfileRun:
         self.step_hook: StepHook | None = None
         self._recorder: RoutingRecorder | None = None
         self._progress: StepProgress | None = None
+
+    building = staticmethod(contextlib.nullcontext)
+    """What surrounds the building of the student: nothing."""
 
     def freeze(self, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
         """Nothing is frozen."""

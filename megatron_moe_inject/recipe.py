@@ -102,6 +102,8 @@ class TeacherSpec:
         source: ``megatron:/dir`` (a ``torch_dist`` checkpoint) or ``hf:/dir`` (a local folder).
         temperature: overrides ``objective.temperature`` for this teacher.
         dtype: ``params`` (the student's parameter type), ``fp32`` or ``bf16``.
+        fp8: ``none``, or how a ``megatron`` teacher's layers run in FP8, ``tensorwise`` or
+            ``blockwise``, with scales from the values at hand, apart from the student's.
         window: micro-batches whose teacher states are kept at once; 0 = the whole step.
         layers: student layer -> teacher layer that it imitates, for ``objective.features``, both
             0-based decoder layers; empty = the layers with experts that its domains chose (all
@@ -111,6 +113,7 @@ class TeacherSpec:
     source: str = field(metadata={"remedy": "write source: megatron:/dir or source: hf:/dir"})
     temperature: float | None = None
     dtype: str = "params"
+    fp8: str = "none"
     window: int = 0
     layers: dict[int, int] = field(default_factory=dict)
 
@@ -207,6 +210,10 @@ class Train:
             ``decoder.layers.3.self_attention.*`` or ``*.experts.17.*``. Layers and experts have
             their global numbers; a name is that of ``named_parameters()`` with ``experts.17`` for
             ``experts.local_experts.1`` of the rank that holds expert 17.
+        frozen_experts: how experts that do not train are kept: as ``params``, or in ``fp8`` alone,
+            one byte a parameter.
+        fp8_source: with ``fp8``, where the student was published in FP8 by blocks of 128 x 128,
+            ``hf:/dir``; its codes are then taken as they are. None = encoded from what is loaded.
     """
 
     experts: str = "selected"
@@ -220,6 +227,8 @@ class Train:
     output_layer: bool = False
     layers: list[int] = field(default_factory=list)
     patterns: list[str] = field(default_factory=list)
+    frozen_experts: str = "params"
+    fp8_source: str | None = None
 
     def components(self) -> list[str]:
         """Names of the components besides the experts that train."""

@@ -32,6 +32,8 @@ METHODS = (*SCORES, "top_n", "budget")
 BUDGETS = ("routed", "all")
 TEACHER_KINDS = ("megatron", "hf")
 TEACHER_DTYPES = ("params", "fp32", "bf16")
+TEACHER_FP8 = ("none", "tensorwise", "blockwise")
+FROZEN_EXPERTS = ("params", "fp8")
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -203,6 +205,12 @@ def _check_teachers(recipe: Recipe) -> None:
             raise fail(f"{path}.source", spec.source, "is no source", "megatron:/dir or hf:/dir")
         _check_temperature(f"{path}.temperature", spec.temperature)
         _check_choice(f"{path}.dtype", spec.dtype, TEACHER_DTYPES)
+        _check_choice(f"{path}.fp8", spec.fp8, TEACHER_FP8)
+        if spec.fp8 != "none" and (spec.kind != "megatron" or spec.dtype == "fp32"):
+            raise fail(
+                f"{path}.fp8", spec.fp8, f"is not for a teacher of {spec.kind}, {spec.dtype}",
+                "FP8 is for megatron: teachers with dtype params or bf16; write none",
+            )  # fmt: skip
         if spec.window < 0:
             raise fail(f"{path}.window", spec.window, "is negative", "0 keeps the whole step")
         for student, teacher in spec.layers.items():
@@ -365,6 +373,17 @@ def _check_router_rows(recipe: Recipe) -> None:
 def _check_train(recipe: Recipe) -> None:
     train = recipe.train
     _check_choice("train.experts", train.experts, EXPERT_MODES)
+    _check_choice("train.frozen_experts", train.frozen_experts, FROZEN_EXPERTS)
+    if train.frozen_experts == "fp8" and train.experts == "all":
+        raise fail(
+            "train.frozen_experts", "fp8", "keeps no expert, since all of them train",
+            "write params, or train.experts: selected",
+        )  # fmt: skip
+    if train.fp8_source is not None and train.frozen_experts != "fp8":
+        raise fail(
+            "train.fp8_source", train.fp8_source, "is used only by experts kept in FP8",
+            "write train.frozen_experts: fp8, or remove it",
+        )  # fmt: skip
     for name in ("layers", "patterns"):
         found = getattr(train, name)
         for i, entry in enumerate(found):

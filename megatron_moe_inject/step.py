@@ -22,6 +22,7 @@ from megatron_moe_inject.experts.pipeline import BoundaryCommunicator
 from megatron_moe_inject.experts.recorder import RoutingRecorder
 from megatron_moe_inject.imitation.hook import ImitationHook
 from megatron_moe_inject.loss_hook import LossHook
+from megatron_moe_inject.metrics.finite import FiniteWatch
 from megatron_moe_inject.metrics.measurement import Measurement
 from megatron_moe_inject.original_pass import OriginalPass
 from megatron_moe_inject.routing.setup import RoutingStep
@@ -67,6 +68,7 @@ class StepHook:
         routing: steers tokens and reports where they go.
         communicator: what pipeline stages talk through in training steps, ``None`` for Megatron's.
         measurement: measures evaluations, ``None`` without.
+        watch: says in an error of the step what was not finite.
 
     Attributes:
         after_step: called when a step has ended.
@@ -85,7 +87,9 @@ class StepHook:
         routing: RoutingStep | None = None,
         communicator: BoundaryCommunicator | None = None,
         measurement: Measurement | None = None,
+        watch: FiniteWatch | None = None,
     ) -> None:
+        self._watch = watch
         self._splits = splits
         self._host_group = host_group
         self._loss_hook = loss_hook
@@ -142,6 +146,8 @@ class StepHook:
                 if self._routing.confidence != "none" and self._loss_hook is not None:
                     sure = self._loss_hook.confidences(self._routing.confidence, labels)
                 self._routing.begin(labels, self._iteration(), seq_length, sure)
+            if self._watch is not None:
+                self._watch.begin(self._iteration())
             replay = [None if chunk is None else iter(chunk) for chunk in clean]
             communicator = None if evaluation else self._communicator
             if communicator is not None:
@@ -155,6 +161,9 @@ class StepHook:
                     seq_length=seq_length,
                     **kwargs,
                 )
+            except Exception as error:
+                self._explain(error)
+                raise
             finally:
                 if self._loss_hook is not None:
                     self._loss_hook.end()
@@ -170,6 +179,15 @@ class StepHook:
             return reports
 
         return step
+
+    def _explain(self, error: Exception) -> None:
+        """Add to an error that ends a step what was not finite in it."""
+        try:
+            found = None if self._watch is None else self._watch.found()
+        except RuntimeError:  # the device itself is gone
+            return
+        if found is not None:
+            error.add_note(found)
 
     def _labels(
         self,

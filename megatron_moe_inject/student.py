@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_moe_inject.experts.fp8_weights import SCALINGS
 from megatron_moe_inject.recipe import GENERAL, Recipe, RecipeError
 from megatron_moe_inject.recipe_rules import validate
 from megatron_moe_inject.schedule import ever_positive
@@ -131,6 +132,16 @@ class ParallelFacts:
 
 
 @dataclass(frozen=True)
+class PrecisionFacts:
+    """How the student multiplies; ``fp8`` is Megatron's ``--fp8-format``, None without FP8."""
+
+    fp8: str | None = None
+    fp8_recipe: str | None = None
+    transformer_engine: bool = False
+    grouped_gemm: bool = False
+
+
+@dataclass(frozen=True)
 class StudentFacts:
     """The student as the recipe sees it.
 
@@ -160,6 +171,7 @@ class StudentFacts:
     padded_vocab_size: int | None = None
     tokenizer: TokenizerFacts = TokenizerFacts()
     parallel: ParallelFacts = ParallelFacts()
+    precision: PrecisionFacts = PrecisionFacts()
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -200,6 +212,12 @@ def student_facts_from_args(args: Namespace) -> StudentFacts:
             etp=getattr(args, "expert_tensor_parallel_size", None)
             or getattr(args, "tensor_model_parallel_size", 1),
             sequence_parallel=bool(getattr(args, "sequence_parallel", False)),
+        ),
+        precision=PrecisionFacts(
+            fp8=getattr(args, "fp8", None) or None,
+            fp8_recipe=getattr(args, "fp8_recipe", None),
+            transformer_engine=getattr(args, "transformer_impl", None) == "transformer_engine",
+            grouped_gemm=bool(getattr(args, "moe_grouped_gemm", False)),
         ),
         options={
             option.name: getattr(args, option.name)
@@ -282,18 +300,50 @@ def check_recipe(recipe: Recipe, facts: StudentFacts) -> None:
                     "some of them; remove it, or train all experts",
                     option.flag,
                 )
+    if recipe.train.frozen_experts == "fp8":
+        _check_frozen_fp8(recipe, facts)
     _check_steering(recipe, facts)
     for term in recipe.objective.features.in_use():
         extra = _NO_SECOND_COMBINE if term == "experts" else ()
         _refuse((_GRAPHS_OF_LAYERS, *extra), facts, f"objective.features.{term}")
 
 
-def _refuse(options: Iterable[_Refusal], facts: StudentFacts, weight: str) -> None:
-    """Options that one term of the objective does not work with."""
+def _check_frozen_fp8(recipe: Recipe, facts: StudentFacts) -> None:
+    """Experts can be kept in FP8 where TE's grouped linear layers multiply in FP8."""
+    has = facts.precision
+    remedy = "add the flags, or write train.frozen_experts: params"
+    for there, wanted in (
+        (facts.num_moe_experts is not None, "a student with experts (--num-experts)"),
+        (has.transformer_engine, "--transformer-impl transformer_engine"),
+        (has.grouped_gemm, "--moe-grouped-gemm"),
+        (has.fp8 is not None, "a student that trains in FP8 (--fp8-format)"),
+        (has.fp8_recipe in SCALINGS, f"--fp8-recipe {' or '.join(SCALINGS)}"),
+    ):
+        if not there:
+            raise fail("train.frozen_experts", "fp8", f"needs {wanted}", remedy)
+    _refuse(_NO_PARTS, facts, "train.frozen_experts", "params")
+    if recipe.train.fp8_source is not None:
+        if has.fp8_recipe != "blockwise":
+            raise fail(
+                "train.fp8_source", recipe.train.fp8_source, "has scales for blocks, which "
+                f"--fp8-recipe {has.fp8_recipe} cannot multiply by", "use --fp8-recipe blockwise",
+            )  # fmt: skip
+        if facts.parallel.etp > 1:
+            raise fail(
+                "train.fp8_source", recipe.train.fp8_source, "holds whole experts, but "
+                f"--expert-tensor-parallel-size is {facts.parallel.etp}", "set it to 1",
+            )  # fmt: skip
+
+
+def _refuse(
+    options: Iterable[_Refusal], facts: StudentFacts, weight: str, without: str = "0"
+) -> None:
+    """Options that one part of the recipe does not work with, and its value without it."""
     for option in options:
         if option.matches(facts.options):
             raise RecipeError(
-                f"{option.flag}: {option.reason}; remove it, or set {weight} to 0", option.flag
+                f"{option.flag}: {option.reason}; remove it, or set {weight} to {without}",
+                option.flag,
             )
 
 

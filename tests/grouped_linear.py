@@ -15,6 +15,8 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupedMLP
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
+from megatron_moe_inject.experts.fp8_weights import is_fp8
+
 
 class _GroupedProduct(torch.autograd.Function):
     @staticmethod
@@ -22,12 +24,15 @@ class _GroupedProduct(torch.autograd.Function):
         ctx.save_for_backward(rows, *weights)
         ctx.splits = splits
         ctx.wanted = weights[0].requires_grad
+        assert len({is_fp8(weight) for weight in weights}) == 1, "TE asks the first weight alone"
         parts = zip(rows.split(splits), weights, strict=True)
         return torch.cat([part @ weight.t() for part, weight in parts])
 
     @staticmethod
     def backward(ctx, grad):
         rows, *weights = ctx.saved_tensors
+        for weight in filter(is_fp8, weights):
+            weight.update_usage(columnwise_usage=True)
         parts = list(zip(grad.split(ctx.splits), rows.split(ctx.splits), weights, strict=True))
         to_rows = torch.cat([g @ w for g, _, w in parts])
         to_weights = [g.t() @ r if ctx.wanted else None for g, r, _ in parts]
@@ -62,6 +67,7 @@ class GroupedLinear(torch.nn.Module):
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         ep, state = self._groups.ep, {}
+        own = self.state_dict(prefix="", keep_vars=True)
         for i in range(self.num_gemms):
             place = (
                 len(sharded_offsets),
@@ -69,7 +75,7 @@ class GroupedLinear(torch.nn.Module):
                 ep.size() * self.num_gemms,
             )
             one = make_sharded_tensors_for_checkpoint(
-                {f"{i}.weight": getattr(self, f"weight{i}"), f"{i}._extra_state": None},
+                {f"{i}.weight": own[f"weight{i}"], f"{i}._extra_state": None},
                 "",
                 {f"{i}.weight": self._axis},
                 (*sharded_offsets, place),

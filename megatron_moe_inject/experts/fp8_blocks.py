@@ -18,16 +18,16 @@ LARGEST = torch.finfo(CODES).max
 """448, the largest finite code."""
 
 
-def encode_blocks(
-    weight: torch.Tensor, *, power_of_two: bool = True
+def encode(
+    weight: torch.Tensor, *, whole: bool = False, power_of_two: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes ``[m, k]`` (``float8_e4m3fn``) and decoding scales ``[M, K]`` (fp32) of ``[m, k]``.
 
     The largest magnitude of a block becomes the largest code, or with ``power_of_two`` one of the
     codes from half of it on. A block of zeros has scale 1. The same numbers as Transformer Engine's
-    ``Float8BlockQuantizer`` gives.
+    ``Float8BlockQuantizer`` gives. With ``whole`` the weight is one block, scales are ``[1, 1]``.
     """
-    tiles = _tiles(weight.float())
+    tiles = weight.float()[None, :, None, :] if whole else _tiles(weight.float())
     amax = tiles.abs().amax(dim=(1, 3))
     scale = torch.where(amax > 0, LARGEST / amax, torch.ones_like(amax))
     scale = scale.clamp(max=torch.finfo(torch.float32).max)
@@ -38,8 +38,10 @@ def encode_blocks(
     return _untiled(codes, weight.shape), scale.reciprocal()
 
 
-def decode_blocks(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``[m, k]`` of ``dtype`` from codes ``[m, k]`` and decoding scales ``[M, K]``."""
+def decode(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``[m, k]`` of ``dtype`` from codes ``[m, k]`` and scales ``[M, K]`` or ``[1, 1]``."""
+    if scales.numel() == 1:
+        return (codes.float() * scales).to(dtype)
     tiles = _tiles(codes.float()) * scales[:, None, :, None]
     return _untiled(tiles.to(dtype), codes.shape)
 
@@ -59,5 +61,5 @@ def _tiles(matrix: torch.Tensor) -> torch.Tensor:
 
 def _untiled(tiles: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     m, k = shape
-    whole = tiles.reshape(tiles.shape[0] * BLOCK, tiles.shape[2] * BLOCK)
+    whole = tiles.reshape(tiles.shape[0] * tiles.shape[1], tiles.shape[2] * tiles.shape[3])
     return whole[:m, :k].contiguous()

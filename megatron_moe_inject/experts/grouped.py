@@ -79,8 +79,8 @@ class SplitExperts:
         states = permuted_local_hidden_states.split(counts)
         probs = permuted_probs.split(counts)
         outputs: list[torch.Tensor] = []
-        for ids, group in zip(self._ids, self._groups, strict=True):
-            self._prepare(group)
+        for trains, ids, group in zip((False, True), self._ids, self._groups, strict=True):
+            self._prepare(group, trains)
             chosen = [counts[i] for i in ids]
             output, bias = group(
                 torch.cat([states[i] for i in ids]),
@@ -94,14 +94,17 @@ class SplitExperts:
                 linear.is_first_microbatch = False
         return torch.cat([outputs[place] for place in self._place]), None
 
-    def _prepare(self, group: torch.nn.Module) -> None:
-        """What Megatron tells the stock module, which nobody tells the group."""
+    def _prepare(self, group: torch.nn.Module, trains: bool) -> None:
+        """What Megatron tells the stock module, which nobody tells the group.
+
+        Weights that do not train are quantised for FP8 products once, not in every step.
+        """
         group.train(self._stock.training)
         pairs = zip(grouped_linears(self._stock), grouped_linears(group), strict=True)
         for stock, own in pairs:
             compat.run_forward_pre_hooks(stock)
             if hasattr(stock, "is_first_microbatch"):
-                own.is_first_microbatch = stock.is_first_microbatch
+                own.is_first_microbatch = stock.is_first_microbatch and trains
 
 
 def _group(layer: torch.nn.Module, ids: Sequence[int], groups: Any) -> torch.nn.Module:

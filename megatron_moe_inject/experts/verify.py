@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 import torch
 import torch.distributed as dist
 
+from megatron_moe_inject.experts import fp8_weights
+
 _BLOCK = 1 << 22
 _ODD = (0x9E3779B97F4A7C15 - (1 << 64), 0x2545F4914F6CDD1D)
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -32,6 +34,10 @@ def frozen_tensors(chunks: Iterable[torch.nn.Module]) -> Iterator[tuple[str, tor
                 kept = torch.ones(len(parameter), dtype=torch.bool, device=parameter.device)
                 kept[routers[id(parameter)].trained_row_ids] = False
                 yield f"chunk{index}.{name}", parameter.detach()[kept]
+            elif fp8_weights.is_fp8(parameter):
+                kept = fp8_weights.stored(parameter)
+                yield f"chunk{index}.{name}", kept.codes
+                yield f"chunk{index}.{name} scales", kept.scales
             elif not parameter.requires_grad:
                 yield f"chunk{index}.{name}", parameter.detach()
         for name, module in chunk.named_modules():

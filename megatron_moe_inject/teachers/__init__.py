@@ -69,6 +69,7 @@ def load_teacher(
     params_dtype: torch.dtype,
     device: torch.device | str,
     resets_documents: bool = False,
+    fp8: str = "none",
 ) -> Teacher:
     """Load a whole teacher on this rank, outside every module of the student.
 
@@ -79,6 +80,7 @@ def load_teacher(
         device: where it lives.
         resets_documents: whether it will be given positions and masks that start anew at each
             document; not every Hugging Face architecture takes them.
+        fp8: ``TeacherSpec.fp8``, for ``megatron:`` teachers.
 
     Raises:
         RecipeError: it cannot be read, does not hold every weight, cannot take what
@@ -88,9 +90,11 @@ def load_teacher(
     Megatron's tracker) are as before.
     """
     parsed = Source.parse(name, source)
+    own = {} if fp8 == "none" else {"fp8": fp8}
     return _kind(parsed).load(
         parsed,
         params_dtype=params_dtype,
         device=torch.device(device),
         resets_documents=resets_documents,
+        **own,
     )

@@ -21,7 +21,8 @@ import dataclasses
 import functools
 import os
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from megatron_moe_inject.losses.spec import LogitTransform
 from megatron_moe_inject.rng import untouched_rng
 from megatron_moe_inject.teachers import megatron_args, vocabulary
 from megatron_moe_inject.teachers.base import Source, Teacher, TeacherInfo, padded_rows
+from megatron_moe_inject.teachers.fp8 import fp8_context
 from megatron_moe_inject.torch_dist import Piece, TorchDistCheckpoint
 from megatron_moe_inject.typed import listing
 
@@ -41,10 +43,24 @@ _KEY_LAYOUTS = ({}, {"non_homogeneous_layers": True}, {"singleton_local_shards":
 
 
 class MegatronTeacher(Teacher):
-    """See ``base.Teacher``. Args: name, the loaded model, and the number of ids in use."""
+    """See ``base.Teacher``.
 
-    def __init__(self, name: str, model: torch.nn.Module, vocab_size: int) -> None:
+    Args:
+        name: its key in the recipe.
+        model: the loaded model.
+        vocab_size: number of ids in use.
+        precision: makes the context that its layers run in.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: torch.nn.Module,
+        vocab_size: int,
+        precision: Callable[[], AbstractContextManager] = contextlib.nullcontext,
+    ) -> None:
         self.name = name
+        self._precision = precision
         self.hidden_size = model.config.hidden_size
         self.num_layers = len(model.decoder.layers)
         self.vocab_size = vocab_size
@@ -66,7 +82,7 @@ class MegatronTeacher(Teacher):
         does for the student."""
         if position_ids is None:
             position_ids = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        with untouched_rng(self._head.device), self._after(layers) as kept:
+        with untouched_rng(self._head.device), self._after(layers) as kept, self._precision():
             states = self._model(
                 tokens, position_ids, attention_mask, output_processor=_keep_hidden_states
             )
@@ -129,7 +145,12 @@ def check(source: Source, student: vocabulary.Vocabulary) -> TeacherInfo:
 
 
 def load(
-    source: Source, *, params_dtype: torch.dtype, device: torch.device, resets_documents: bool
+    source: Source,
+    *,
+    params_dtype: torch.dtype,
+    device: torch.device,
+    resets_documents: bool,
+    fp8: str = "none",
 ) -> MegatronTeacher:
     """Build the checkpoint's model on ``device`` and fill it; see ``teachers.load_teacher``.
 
@@ -137,6 +158,7 @@ def load(
     """
     del resets_documents
     checkpoint = TorchDistCheckpoint.open(source)
+    precision = fp8_context(source, checkpoint.args, fp8, device)
     megatron_args.refuse_unsupported(source, checkpoint.args)
     rows = _rows(checkpoint)
     on_gpu = device.type == "cuda"
@@ -145,7 +167,8 @@ def load(
         model = _build(source, checkpoint.args, rows, params_dtype, on_gpu)
         model.to(device=device, dtype=params_dtype).eval().requires_grad_(False)
         _fill(checkpoint, model)
-    return MegatronTeacher(source.name, model, _vocabulary(checkpoint, rows).size or rows)
+    size = _vocabulary(checkpoint, rows).size or rows
+    return MegatronTeacher(source.name, model, size, precision)
 
 
 def _is_own(key: str) -> bool:

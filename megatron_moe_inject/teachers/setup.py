@@ -67,6 +67,7 @@ def teacher_pass(
         params_dtype=states_dtype(spec.dtype, head_weight.dtype),
         device=head_weight.device,
         resets_documents=resets,
+        fp8=spec.fp8,
     )
     if teacher.vocab_size < valid_vocab_size:
         raise RecipeError(

@@ -1,14 +1,30 @@
-"""Our GPT entry with a stand-in for Transformer Engine's grouped linear layers."""
+"""Our GPT entry with stand-ins for Transformer Engine's grouped linear layers and FP8 tensors."""
 
+import dataclasses
 import os
 
-from megatron_moe_inject import gpt_entry, injection
+from megatron_moe_inject import gpt_entry, injection, student
 from megatron_moe_inject.cpu_lane import flags
-from tests import grouped_linear
+from tests import fp8_tensor, grouped_linear
+
+
+def take_for_an_fp8_student() -> None:
+    """The lane has no FP8; that only the frozen experts are in FP8 is all that differs."""
+    stock = injection.frozen_fp8
+    precision = student.PrecisionFacts("e4m3", "blockwise", True, True)
+
+    def frozen_fp8(recipe, policy, facts):
+        return stock(recipe, policy, dataclasses.replace(facts, precision=precision))
+
+    injection.frozen_fp8 = frozen_fp8
+    student._check_frozen_fp8 = lambda recipe, facts: None
+    fp8_tensor.use_for_frozen_experts()
+
 
 if __name__ == "__main__":
     if os.environ.get("TESTS_DO_NOT_SPLIT"):
         injection.split_grouped_experts = lambda chunks: 0
+    take_for_an_fp8_student()
     flags._REFUSED.pop("moe_grouped_gemm")
     grouped_linear.use_for_grouped_gemm()
     gpt_entry.main()

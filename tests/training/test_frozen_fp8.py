@@ -1,0 +1,69 @@
+"""Frozen experts in FP8 alone, through the real ``pretrain()``.
+
+Products in FP8 need a GPU (``tests/gpu``). Here stand-ins for TE's grouped linear layers and FP8
+tensors multiply by the decoded weights, so that what the plugin does around them shows: which
+weights are encoded and when, splitting, checkpoints, resume, the proof.
+"""
+
+import re
+
+import pytest
+
+from tests.training import lane
+from tests.training.conftest import student_flags
+from tests.training.test_grouped import GROUPED, SCRIPT, TWO_OF_FOUR, grouped
+from tests.training.test_injection import PROVEN, TERMS, recipe_file
+
+FP8 = ("--inject-set", "train.frozen_experts=fp8")
+
+
+@pytest.fixture(scope="module")
+def single(material):
+    return grouped(material, *FP8, recipe=TWO_OF_FOUR)
+
+
+def test_weights_are_rounded(material, single):
+    exact = grouped(material)
+    for term in TERMS:
+        assert single.losses(term) != exact.losses(term), term
+        assert single.losses(term) == pytest.approx(exact.losses(term), rel=2e-2), term
+    tensors = [int(re.search(r"(\d+) frozen tensors", run.output)[1]) for run in (single, exact)]
+    frozen_experts = 4 * 4 - 3
+    assert tensors[0] == tensors[1] + 2 * frozen_experts, "scales are proved as well"
+
+
+@pytest.mark.parametrize(
+    ("nproc", "layout", "extra"),
+    [
+        pytest.param(2, {"ep": 2}, (), id="ep2"),
+        pytest.param(2, {"pp": 2}, (), id="pp2"),
+        pytest.param(2, {"ep": 2}, tuple(lane.DISTRIBUTED_OPTIMIZER), id="distributed optimizer"),
+        pytest.param(
+            1,
+            {},
+            ("--recompute-granularity", "selective", "--recompute-modules", "moe"),
+            id="recompute",
+        ),
+    ],
+)
+def test_one_curve(material, single, nproc, layout, extra):
+    run = grouped(material, *FP8, *extra, nproc=nproc, **layout)
+    for term in TERMS:
+        assert run.losses(term) == pytest.approx(single.losses(term), rel=2e-5), term
+    assert PROVEN.search(run.output)
+
+
+def test_a_checkpoint_holds_what_was_computed_with(material, tmp_path):
+    """Resumed in FP8 and, from the same files, with plain parameters: both go on bitwise."""
+    recipe = ("--inject-recipe", recipe_file(material, TWO_OF_FOUR), *GROUPED)
+    longer = ("--train-iters", "6")
+    whole = grouped(material, *FP8, *longer, nproc=2, ep=2)
+    save = ("--save", str(tmp_path / "half"), "--save-interval", "3")
+    flags = material.flags(*recipe, *FP8, *longer, *save, "--exit-interval", "3", ep=2)
+    lane.run(flags, nproc=2, script=SCRIPT)
+    load = ("--load", str(tmp_path / "half"))
+    for own in (FP8, ()):
+        on = student_flags(*material.blend, *recipe, *own, *longer, *load, ep=2)
+        resumed = lane.run(on, nproc=2, script=SCRIPT)
+        for term in TERMS:
+            assert resumed.losses(term) == whole.losses(term)[3:], (term, own)
