@@ -409,6 +409,16 @@ def gpt_model_config(args: Any) -> Any:
     return None if from_args is None else from_args(args)
 
 
+def step_was_rejected() -> bool:
+    """Whether a check of Megatron's rerun state machine failed in the step that just ran.
+
+    It then repeats the step to tell a faulty device from a faulty run, and ends the run.
+    """
+    from megatron.core.rerun_state_machine import get_rerun_state_machine
+
+    return bool(getattr(get_rerun_state_machine(), "rerun_requested", False))
+
+
 def runs_in_high_precision(config: Any, layer: int) -> bool:
     """Whether a model that trains in FP8 runs a 0-based decoder layer without it."""
     from megatron.core.fp8_utils import is_first_last_bf16_layer

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from megatron_moe_inject import compat
 from megatron_moe_inject.data import labels as domain_labels
 from megatron_moe_inject.data.labels import HostGroup, MicroBatch
 from megatron_moe_inject.experts.pipeline import BoundaryCommunicator
@@ -167,6 +168,8 @@ class StepHook:
             finally:
                 if self._loss_hook is not None:
                     self._loss_hook.end()
+            if self._watch is not None and compat.step_was_rejected():
+                self._watch.say()
             if communicator is not None:
                 communicator.end()
             if self._imitation is not None:

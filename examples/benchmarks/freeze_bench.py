@@ -20,19 +20,15 @@ import os
 import platform
 import re
 import shlex
-import socket
-import subprocess
 import sys
 import tempfile
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from arms import Running, launch, take_turns
 from freeze_report import render
-from freeze_worker import SPECIFICATION
 
-HERE = Path(__file__).parent
 LAYOUTS = {
     "single": (1, ""),
     "ep2": (2, "--expert-model-parallel-size 2 --expert-tensor-parallel-size 1"),
@@ -108,91 +104,6 @@ def model_flags(options: argparse.Namespace) -> list[str]:
     return text.split() + shlex.split(options.flags)
 
 
-class Line:
-    """The open line to one rank."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
-        self._file = connection.makefile("rw")
-
-    def go(self) -> None:
-        """Say that it is the rank's turn."""
-        self._file.write("\n")
-        self._file.flush()
-
-    def hear(self, timeout: float) -> dict[str, Any]:
-        """The rank's next answer; raises ``TimeoutError``, or ``ConnectionError`` at its end."""
-        self._connection.settimeout(timeout)
-        answer = self._file.readline()
-        if not answer:
-            raise ConnectionError
-        return json.loads(answer)
-
-
-@dataclass
-class Running:
-    """An arm at work.
-
-    Attributes:
-        lines: the open line to each rank.
-        steps: the answers of all ranks, by step.
-        ended: how it ended before its time, ``None`` while all is well.
-    """
-
-    processes: list[subprocess.Popen]
-    logs: list[Path]
-    lines: dict[int, Line] = field(default_factory=dict)
-    steps: list[list[dict[str, Any]]] = field(default_factory=list)
-    ended: str | None = None
-
-    def begin(self, timeout: float) -> None:
-        """Wait until every rank stands before its first step."""
-        self._hear("at its start", timeout)
-
-    def turn(self, timeout: float) -> None:
-        """Let it take one step."""
-        try:
-            for line in self.lines.values():
-                line.go()
-        except OSError:
-            self.stop(f"crashes after step {len(self.steps)}: {self.error()}")
-            return
-        answers = self._hear(f"in step {len(self.steps) + 1}", timeout)
-        if answers:
-            self.steps.append(answers)
-
-    def _hear(self, when: str, timeout: float) -> list[dict[str, Any]]:
-        """The answers of all ranks; sets ``ended`` where one is missing."""
-        try:
-            return [line.hear(timeout) for line in self.lines.values()]
-        except TimeoutError:
-            if all(process.poll() is None for process in self.processes):
-                self.stop(f"hangs {when} (no answer for {timeout:g} s)")
-                return []
-        except OSError:
-            pass  # a rank is gone
-        self.stop(f"crashes {when}: {self.error()}")
-        return []
-
-    def error(self) -> str:
-        """The last error in the logs."""
-        for process in self.processes:
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-        text = "\n".join(log.read_text(errors="replace") for log in self.logs)
-        found = re.findall(r"^(?:\[rank\d+\]:\s*)?(\w[\w.]*(?:Error|Exception).*)$", text, re.M)
-        return found[-1] if found else (text.strip().splitlines() or ["no output"])[-1]
-
-    def stop(self, ended: str | None = None) -> None:
-        """End its processes."""
-        self.ended = self.ended or ended
-        for process in self.processes:
-            process.kill()
-            process.wait()
-
-
 def start(name: str, layout: str, port: int, options: argparse.Namespace, folder: Path) -> Running:
     """Start the processes of an arm; each tells ``port`` who it is."""
     arm = ARMS[name]
@@ -214,59 +125,21 @@ def start(name: str, layout: str, port: int, options: argparse.Namespace, folder
         "warm_up": options.warm_up,
         "steps": options.warm_up + options.steps,
     }
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        master = free.getsockname()[1]
-    processes, logs = [], []
-    for rank in range(nproc):
-        environment = os.environ | {
-            SPECIFICATION: json.dumps(spec),
-            "OMP_NUM_THREADS": str(options.threads),
-            "PYTHONWARNINGS": "ignore",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(master),
-            "WORLD_SIZE": str(nproc),
-            "LOCAL_WORLD_SIZE": str(nproc),
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-        }
-        logs.append(folder / f"{name}-{rank}.log")
-        command = [sys.executable, str(HERE / "freeze_worker.py"), *flags]
-        with logs[-1].open("wb") as out:
-            processes.append(subprocess.Popen(command, env=environment, stdout=out, stderr=out))
-    return Running(processes, logs)
-
-
-def greet(listener: socket.socket, arms: dict[str, Running], timeout: float) -> None:
-    """Connect every rank of every arm."""
-    deadline = time.monotonic() + timeout
-    for _ in range(sum(len(arm.processes) for arm in arms.values())):
-        listener.settimeout(max(1.0, deadline - time.monotonic()))
-        line = Line(listener.accept()[0])
-        hello = line.hear(timeout)
-        arms[hello["arm"]].lines[hello["rank"]] = line
+    return launch(spec, flags, nproc, options.threads, folder)
 
 
 def measure(layout: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of one layout, one per arm."""
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        socket.create_server(("127.0.0.1", 0), backlog=64) as listener,
-    ):
-        port = listener.getsockname()[1]
-        arms = {name: start(name, layout, port, options, Path(folder)) for name in options.arms}
-        try:
-            greet(listener, arms, options.start_timeout)
-            for arm in arms.values():
-                arm.begin(options.start_timeout)
-            for number in range(options.warm_up + options.steps):
-                for arm in arms.values():
-                    if arm.ended is None:
-                        arm.turn(options.timeout)
-                print(f"{layout}: step {number + 1} of every arm done", file=sys.stderr)
-        finally:
-            for arm in arms.values():
-                arm.stop()
+    with tempfile.TemporaryDirectory() as folder:
+        arms = take_turns(
+            lambda port: {
+                name: start(name, layout, port, options, Path(folder)) for name in options.arms
+            },
+            options.warm_up + options.steps,
+            timeout=options.timeout,
+            start_timeout=options.start_timeout,
+            label=layout,
+        )
     return [row(layout, name, arm, options) for name, arm in arms.items()]
 
 

@@ -43,14 +43,17 @@ class Memory:
 
     On a GPU what torch allocated; on a CPU the resident set, which Linux counts in whole pages
     and which also holds what the allocator has not given back.
+
+    Attributes:
+        built: what was held then, in bytes.
     """
 
     def __init__(self, cpu: bool) -> None:
         self._cpu = cpu
-        self._built = 0
+        self.built = 0
 
     def begin(self) -> None:
-        self._built = self._status("VmRSS") if self._cpu else _cuda().memory_allocated()
+        self.built = self._status("VmRSS") if self._cpu else _cuda().memory_allocated()
 
     def reset(self) -> None:
         """Forget the peak so far."""
@@ -63,7 +66,7 @@ class Memory:
     def peak(self) -> int:
         """Bytes, since ``reset``."""
         now = self._status("VmHWM") if self._cpu else _cuda().max_memory_allocated()
-        return now - self._built
+        return now - self.built
 
     @staticmethod
     def _status(field: str) -> int:
@@ -152,7 +155,8 @@ def main() -> None:
         answer["grad_norm"] = float(result[GRAD_NORM] or 0)
         steps += 1
         if steps == spec["steps"]:
-            answer |= {"peak_bytes": memory.peak(), **held(*given(args, kwargs))}
+            answer |= {"peak_bytes": memory.peak(), "built_bytes": memory.built}
+            answer |= held(*given(args, kwargs))
         turns.tell(answer)
         return result
 

@@ -1,7 +1,7 @@
-"""Says where a step stopped being finite, when Megatron ends a run for a NaN or an infinity.
+"""Says where a step stopped being finite, when Megatron rejects it for a NaN or an infinity.
 
-Megatron's checks (``--check-for-nan-in-loss-and-grad``) see the loss and the gradient norm and say
-no more than that one of them is bad. ``FiniteWatch`` keeps one flag on the device for each thing
+Megatron's checks (``--check-for-nan-in-loss-and-grad``) see the loss and the gradients and say no
+more than that one of them is bad. ``FiniteWatch`` keeps one flag on the device for each thing
 that it is shown, in the order in which it is computed, and reads them only when a step has failed:
 no synchronisation, one sum over each tensor. In students that train in FP8 it is shown what each
 decoder layer puts out as well.
@@ -10,6 +10,7 @@ decoder layer puts out as well.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,6 +24,7 @@ class FiniteWatch:
 
     def __init__(self) -> None:
         self._iteration = 0
+        self._said: int | None = None
         self._flags: dict[str, list[torch.Tensor]] = {}
 
     def begin(self, iteration: int) -> None:
@@ -50,6 +52,15 @@ class FiniteWatch:
 
     def _layer_done(self, name: str, module: torch.nn.Module, inputs: Any, output: Any) -> None:
         self.see(name, output[0] if isinstance(output, tuple) else output)
+
+    def say(self) -> None:
+        """Print what was found on standard error, once for a step that is repeated."""
+        if self._said == self._iteration:
+            return
+        self._said = self._iteration
+        found = self.found()
+        if found is not None:
+            print(found, file=sys.stderr, flush=True)
 
     def found(self) -> str | None:
         """What was not finite in this step, None if all was; waits for the device."""

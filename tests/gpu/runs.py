@@ -18,13 +18,14 @@ from pathlib import Path
 from tests.training import lane
 from tests.training.corpus import write_corpora
 
-AT_ONCE = 8
+AT_ONCE = 12
 SIZES = shlex.split(
-    "--num-layers 4 --hidden-size 128 --num-attention-heads 4 --ffn-hidden-size 256 "
+    "--no-persist-layer-norm --num-layers 4 --hidden-size 128 --num-attention-heads 4 "
+    "--ffn-hidden-size 256 "
     "--seq-length 128 --max-position-embeddings 128 --tokenizer-type NullTokenizer "
     "--vocab-size 61 --make-vocab-size-divisible-by 64 --lr 2e-3 --weight-decay 0.1 "
     "--global-batch-size 8 --train-iters 6 --no-gradient-accumulation-fusion "
-    "--distributed-timeout-minutes 3"
+    "--distributed-timeout-minutes 3 --dist-ckpt-strictness log_unexpected"
 )
 TE = ("--transformer-impl", "transformer_engine", "--moe-grouped-gemm", "--attention-backend")
 BF16 = ("--bf16", *TE, "unfused")
@@ -68,12 +69,20 @@ class Runs:
     def names(self) -> list[str]:
         return list(self._runs)
 
-    def start(self, name: str, flags: Sequence[str], *, cpu=False, **options) -> None:
-        """Start a run on the GPU, or with ``cpu`` on the CPU lane; ``options`` of ``lane.run``."""
+    def start(
+        self, name: str, flags: Sequence[str], *, cpu=False, after: str | None = None, **options
+    ) -> None:
+        """Start a run on the GPU, or with ``cpu`` on the CPU lane; ``options`` of ``lane.run``.
+
+        ``after`` names a run that must have ended before.
+        """
         where = {"options": ("--cpu",), "fresh": True} if cpu else {"options": ()}
         env = {**(ON_CPU if cpu else {}), **options.pop("env", {})}
+        if not cpu:  # on a CPU it is the only way; under TE parameters would stay there
+            flags = [flag for flag in flags if flag != "--use-cpu-initialization"]
         call = functools.partial(lane.run, list(flags), env=env, **where, **options)
-        self._runs[name] = self._pool.submit(call)
+        earlier = None if after is None else self._runs[after]
+        self._runs[name] = self._pool.submit(lambda: (earlier and earlier.result(), call())[1])
 
     def make_models(self) -> None:
         """Train the student (MoE) and the teacher (dense) for a moment, on the CPU lane."""
@@ -96,7 +105,10 @@ class Runs:
         return [*small, *SIZES, *blend, *(start if student else ()), *extra]
 
     def inject(self, name: str, *extra: str, recipe: str, student=True, **options) -> None:
-        """Start an injection with ``recipe``, in which ``{teacher}`` stands for the teacher."""
+        """Start an injection with ``recipe``, in which ``{teacher}`` stands for the teacher.
+
+        Later ``extra`` flags win. Without ``student`` nothing is loaded.
+        """
         path = self.folder / f"{name.replace(' ', '-')}.yaml"
         path.write_text(recipe.replace("{teacher}", self.teacher))
         ours = ("--inject-recipe", str(path), "--inject-verify-frozen")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.gpu.runs import BF16, EXACT, FP8, Runs
+from tests.training.test_injection import PROVEN
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,7 +41,7 @@ FEATURES = {
     "imitation": ("objective.features.hidden=0.5", "objective.features.experts=0.5"),
     "everything": (
         *("objective.gamma=5.0", "train.router_rows=true", "steering.coeff=0.1"),
-        *("objective.features.hidden=0.5", "evaluation={}"),
+        "objective.features.hidden=0.5",
     ),
 }
 DISTRIBUTED = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
@@ -78,6 +79,24 @@ def runs(tmp_path_factory) -> Runs:
     runs.inject("full recompute", *BF16, *RECOMPUTE_ALL, recipe=RECIPE)
     one_by_one = tuple(f for f in BF16 if f != "--moe-grouped-gemm")
     runs.inject("one by one", *one_by_one, recipe=RECIPE)
+    frozen = ("--inject-set", "train.frozen_experts=fp8")
+    for name in ("tensorwise", "blockwise"):
+        runs.inject(f"frozen {name}", *BF16, *FP8[name], *frozen, recipe=RECIPE)
+    fp8 = (*BF16, *FP8["blockwise"], *frozen)
+    runs.inject("frozen gathered", *fp8, *gather, recipe=RECIPE)
+    runs.inject("frozen recompute", *fp8, *RECOMPUTE, recipe=RECIPE)
+    save = ("--save", str(runs.folder / "half"), "--save-interval", "3")
+    runs.inject("frozen half", *fp8, *save, "--exit-interval", "3", recipe=RECIPE)
+    load = ("--load", str(runs.folder / "half"))
+    for name, own in (("frozen resumed", fp8), ("resumed with params", (*BF16, *FP8["blockwise"]))):
+        runs.inject(name, *own, *load, recipe=RECIPE, student=False, after="frozen half")
+    for name in ("tensorwise", "blockwise"):
+        taught = ("--inject-set", f"teachers.coder.fp8={name}")
+        runs.inject(f"teacher {name}", *BF16, *taught, recipe=RECIPE)
+    runs.inject(
+        "poisoned", *BF16, *FP8["blockwise"], recipe=RECIPE, check=False,
+        env={"TESTS_POISON_LAYER": "2"},
+    )  # fmt: skip
     runs.inject("mla", *BF16, *MLA, recipe=RECIPE, student=False)
     syncs = {"TESTS_REPORT_SYNCS": "1"}
     everything = ("--inject-set", *FEATURES["everything"])
@@ -129,6 +148,54 @@ def test_bf16_under_te_is_near_fp32(runs, term):
 )
 def test_one_curve(runs, name):
     assert losses(runs, name) == pytest.approx(losses(runs, "bf16"), rel=3e-3)
+
+
+@pytest.mark.parametrize("name", [*FEATURES])
+def test_features_in_fp8_are_near_bf16(runs, name):
+    for term in ("total loss", "kd loss"):
+        near = pytest.approx(losses(runs, name, term), rel=5e-2)
+        assert losses(runs, f"fp8 {name}", term) == near, term
+
+
+@pytest.mark.parametrize("name", ["tensorwise", "blockwise"])
+def test_frozen_experts_in_fp8_alone(runs, name):
+    """The products are those of FP8 training; only scales may be rounded otherwise."""
+    assert losses(runs, f"frozen {name}") == pytest.approx(losses(runs, f"fp8 {name}"), rel=1e-2)
+    assert PROVEN.search(runs[f"frozen {name}"].output)
+
+
+def test_frozen_experts_in_fp8_under_other_options(runs):
+    for name in ("frozen gathered", "frozen recompute"):
+        assert losses(runs, name) == pytest.approx(losses(runs, "frozen blockwise"), rel=5e-3), name
+        assert PROVEN.search(runs[name].output)
+
+
+def test_frozen_experts_in_fp8_are_saved_and_resumed(runs):
+    whole = losses(runs, "frozen blockwise")[3:]
+    assert losses(runs, "frozen resumed") == pytest.approx(whole, rel=1e-4)
+    assert losses(runs, "resumed with params") == pytest.approx(whole, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["tensorwise", "blockwise"])
+def test_teachers_in_fp8(runs, name):
+    kd = losses(runs, f"teacher {name}", "kd loss")
+    assert kd == pytest.approx(losses(runs, "bf16", "kd loss"), rel=3e-2)
+    assert kd != losses(runs, "bf16", "kd loss")
+
+
+def test_a_step_that_is_not_finite_says_where(runs):
+    run = runs["poisoned"]
+    assert run.returncode
+    assert "not finite in step 3 on this rank, first things first: output of decoder layer 2" in (
+        run.output
+    )
+    assert "output of decoder layer 1 (" not in run.output
+
+
+@pytest.mark.parametrize("name", ["syncs", "syncs fp8"])
+def test_the_host_never_waits_for_the_device(runs, name):
+    found = [line for line in runs[name].output.splitlines() if line.startswith("host sync")]
+    assert not found, "\n".join(found)
 
 
 @pytest.mark.parametrize("name", ["tensorwise", "blockwise"])

@@ -77,6 +77,24 @@ def _run_stock() -> None:
         runpy.run_path(sys.argv[0], run_name="__main__")
 
 
+def _poison(training, layer: int) -> None:
+    """An infinity in a norm of that decoder layer, from the third step on."""
+    from megatron_moe_inject import compat
+
+    stock, steps = training.train_step, []
+
+    @functools.wraps(stock)
+    def train_step(*args, **kwargs):
+        steps.append(1)
+        if len(steps) == 3:
+            model = inspect.signature(stock).bind(*args, **kwargs).arguments["model"]
+            for chunk in compat.bare_chunks(model):
+                chunk.decoder.layers[layer].pre_mlp_layernorm.weight.data.fill_(float("inf"))
+        return stock(*args, **kwargs)
+
+    training.train_step = train_step
+
+
 def _report_host_syncs(training) -> None:
     """From the third step on, say where the package's code makes the host wait for the device."""
     import traceback
@@ -126,6 +144,8 @@ def main() -> None:
 
     _report_steps(training)
     _report_evaluations(training)
+    if os.environ.get("TESTS_POISON_LAYER"):
+        _poison(training, int(os.environ["TESTS_POISON_LAYER"]))
     if os.environ.get("TESTS_REPORT_SYNCS"):
         _report_host_syncs(training)
     launch.main()

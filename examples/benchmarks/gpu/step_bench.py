@@ -1,0 +1,274 @@
+"""A training step on one GPU: stock Megatron, the plugin switched off, and what each feature adds.
+
+    python examples/benchmarks/gpu/step_bench.py [--precisions bf16 fp8] [--steps 8] [--json FILE]
+
+Real ``pretrain()`` runs under Transformer Engine with grouped GEMM, on two data sets of random ids,
+a student of random weights and a dense teacher that was saved after one step. All arms of a
+precision are alive at once and take their steps in turns. Times are medians of a step between
+device synchronisations. Memory is torch's: of the bare model, and the peak of the timed steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from arms import Running, launch, take_turns
+from freeze_bench import machine
+
+SIZES = {"layers": 4, "hidden": 2048, "ffn": 1408, "experts": 16, "topk": 4, "chosen": 2}
+SIZES |= {"heads": 16, "seq": 4096, "vocab": 32768, "micro-batch": 1, "global-batch": 4}
+SIZES |= {"teacher-layers": 4, "teacher-hidden": 1024, "teacher-ffn": 2816}
+GIB = 2**30
+PRECISIONS = {
+    "bf16": ("--bf16",),
+    "fp8": ("--bf16", "--fp8-format", "e4m3", "--fp8-recipe", "blockwise"),
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train.
+
+    Attributes:
+        fields: of the recipe (``--inject-set``); None = no recipe.
+        plugin: whether the plugin is installed.
+        beside: the arm that its time is a multiple of.
+        only: the precision that it belongs to, None = all.
+    """
+
+    title: str
+    fields: tuple[str, ...] | None
+    plugin: bool = True
+    beside: str = "stock"
+    only: str | None = None
+
+
+TAUGHT = ("objective.alpha=1.0", "objective.beta=0.0")
+ARMS = {
+    "stock": Arm("stock Megatron, everything trains", None, plugin=False),
+    "off": Arm("plugin installed, no recipe", None),
+    "freeze": Arm(
+        "chosen experts train, cross-entropy", ("objective.alpha=0.0", "objective.beta=1.0")
+    ),
+    "kd": Arm("+ teacher, distillation alone", TAUGHT),
+    "gamma": Arm("+ retention on general data", (*TAUGHT, "objective.gamma=1.0"), beside="kd"),
+    "steering": Arm(
+        "+ steering of target rows, by confidence",
+        (*TAUGHT, "train.router_rows=true", "steering.coeff=0.01", "steering.confidence=label"),
+        beside="kd",
+    ),
+    "features": Arm(
+        "+ imitation of hidden states", (*TAUGHT, "objective.features.hidden=0.5"), beside="kd"
+    ),
+    "frozen": Arm(
+        "+ frozen experts in FP8 alone",
+        (*TAUGHT, "train.frozen_experts=fp8"),
+        beside="kd",
+        only="fp8",
+    ),
+    "teacher": Arm(
+        "+ teacher in FP8", (*TAUGHT, "teachers.coder.fp8=blockwise"), beside="kd", only="fp8"
+    ),
+}
+RECIPE = """
+domains:
+  - {{name: code, data: [1], teacher: coder, experts: {{layers: {experts}}}}}
+teachers:
+  coder: {{source: "megatron:{teacher}"}}
+"""
+
+
+def common_flags(o: argparse.Namespace, data: list[str]) -> list[str]:
+    text = (
+        f"--seq-length {o.seq} --max-position-embeddings {o.seq} --position-embedding-type rope "
+        "--normalization RMSNorm --swiglu --disable-bias-linear --attention-dropout 0 "
+        "--hidden-dropout 0 --untie-embeddings-and-output-weights --tokenizer-type NullTokenizer "
+        f"--vocab-size {o.vocab - 1} --num-workers 1 --micro-batch-size {o.micro_batch} "
+        f"--global-batch-size {o.global_batch} --lr 1e-4 --eval-interval 100000 --eval-iters 0 "
+        "--log-interval 1000 --transformer-impl transformer_engine --split 100,0,0 "
+        "--no-gradient-accumulation-fusion"
+    )
+    return [*text.split(), "--data-path", *data]
+
+
+def student_flags(o: argparse.Namespace, data: list[str], precision: str) -> list[str]:
+    text = (
+        f"--num-layers {o.layers} --hidden-size {o.hidden} --num-attention-heads {o.heads} "
+        f"--num-experts {o.experts} --moe-router-topk {o.topk} --ffn-hidden-size {o.ffn} "
+        f"--moe-ffn-hidden-size {o.ffn} --moe-grouped-gemm --moe-token-dispatcher-type alltoall "
+        "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.01 "
+        f"--train-iters {o.warm_up + o.steps}"
+    )
+    more = [*PRECISIONS[precision], *shlex.split(o.flags)]
+    return [*common_flags(o, data), *text.split(), *more]
+
+
+def write_data(folder: Path, o: argparse.Namespace) -> list[str]:
+    """Two data sets of random ids, enough for a run; their prefixes."""
+    import numpy as np
+    import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    rng = np.random.default_rng(0)
+    prefixes = []
+    for name in ("general", "domain"):
+        prefix = str(folder / name)
+        builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+        for _ in range((o.warm_up + o.steps + 2) * o.global_batch):
+            ids = torch.from_numpy(rng.integers(o.vocab - 2, size=o.seq + 1))
+            builder.add_document(ids, [len(ids)])
+        builder.finalize(f"{prefix}.idx")
+        prefixes.append(prefix)
+    return prefixes
+
+
+def make_teacher(folder: Path, o: argparse.Namespace, domain: str) -> Path:
+    """A dense teacher, saved after one step."""
+    sizes = (
+        f"--num-layers {o.teacher_layers} --hidden-size {o.teacher_hidden} "
+        f"--num-attention-heads {o.heads} --ffn-hidden-size {o.teacher_ffn} --train-iters 1 --bf16 "
+        f"--save {folder / 'teacher'} "
+        "--save-interval 100 --no-save-optim"
+    )
+    flags = [*common_flags(o, [domain]), *sizes.split()]
+    command = [sys.executable, "-m", "megatron_moe_inject.pretrain", *flags]
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    done = subprocess.run(
+        command,
+        env=os.environ | alone | {"MASTER_PORT": "29871"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    if done.returncode:
+        raise SystemExit(f"the teacher could not be made:\n{done.stdout[-2000:]}{done.stderr}")
+    return folder / "teacher"
+
+
+def start(
+    port: int, names: list[str], precision: str, o: argparse.Namespace, folder: Path
+) -> dict[str, Running]:
+    data = [str(folder / "general"), str(folder / "domain")]
+    experts = {i: sorted((i + 3 * j) % o.experts for j in range(o.chosen)) for i in range(o.layers)}
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(RECIPE.format(experts=experts, teacher=folder / "teacher"))
+    found = {}
+    for name in names:
+        arm = ARMS[name]
+        flags = student_flags(o, ["0.1", data[0], "0.9", data[1]], precision)
+        if arm.fields is not None:
+            flags += ["--inject-recipe", str(recipe), "--inject-set", *arm.fields]
+        spec = {"port": port, "arm": name, "cpu": False, "plugin": arm.plugin, "flags": None}
+        spec |= {"warm_up": o.warm_up, "steps": o.warm_up + o.steps}
+        found[name] = launch(spec, flags, 1, 2, folder)
+    return found
+
+
+def measure(precision: str, o: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """Rows of one precision, one for an arm."""
+    names = [name for name in o.arms if ARMS[name].only in (None, precision)]
+    arms = take_turns(
+        lambda port: start(port, names, precision, o, folder),
+        o.warm_up + o.steps,
+        timeout=o.timeout,
+        start_timeout=o.start_timeout,
+        label=precision,
+    )
+    rows = []
+    for name, running in arms.items():
+        row = {"precision": precision, "arm": name, "title": ARMS[name].title}
+        if running.ended:
+            row["ended"] = running.ended
+            if o.logs:
+                o.logs.mkdir(parents=True, exist_ok=True)
+                text = "".join(log.read_text(errors="replace") for log in running.logs)
+                (o.logs / f"{precision}-{name}.log").write_text(text[-20000:])
+        else:
+            (answers,) = zip(*running.steps[o.warm_up :], strict=True)
+            row["seconds"] = [answer["seconds"] for answer in answers]
+            last = answers[-1]
+            row |= {key: last[key] for key in ("built_bytes", "trained", "optimizer_bytes")}
+            row["peak_bytes"] = last["peak_bytes"] + last["built_bytes"]
+        rows.append(row)
+    return rows
+
+
+def render(result: dict[str, Any]) -> list[str]:
+    """The table."""
+    sizes, rows = result["sizes"], result["rows"]
+    by = {(row["precision"], row["arm"]): row for row in rows}
+    tokens = sizes["global-batch"] * sizes["seq"]
+    lines = [
+        result["machine"],
+        ", ".join(f"{name} {value}" for name, value in sizes.items()),
+        "",
+        "| precision | arm | ms a step | of stock | of the arm it adds to | tokens/s | model GiB | "
+        "peak GiB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [row["precision"], row["title"]]
+        if "ended" in row:
+            lines.append(f"| {' | '.join(cells)} | {row['ended']} | | | | | |")
+            continue
+        median = statistics.median(row["seconds"])
+
+        def share(other: str, row: dict = row, median: float = median) -> str:
+            base = by.get((row["precision"], other), {}).get("seconds")
+            return f"{median / statistics.median(base):.3f}" if base else ""
+
+        beside = ARMS[row["arm"]].beside
+        cells += [f"{median * 1e3:.1f}", share("stock")]
+        cells += [share(beside) if beside != "stock" else "", f"{tokens / median:,.0f}"]
+        cells += [f"{row[key] / GIB:.2f}" for key in ("built_bytes", "peak_bytes")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--warm-up", type=int, default=3)
+    for name, size in SIZES.items():
+        parser.add_argument(f"--{name}", type=int, default=size)
+    parser.add_argument("--flags", default="", help="more Megatron flags for every arm, quoted")
+    parser.add_argument("--timeout", type=float, default=60.0, help="of one step, in seconds")
+    parser.add_argument("--start-timeout", type=float, default=200.0, help="in seconds")
+    parser.add_argument("--json", type=Path, help="write what was measured there")
+    parser.add_argument("--logs", type=Path, help="keep the logs of arms that fail there")
+    options = parser.parse_args()
+    options.cpu, options.threads = False, 2
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        data = write_data(folder, options)
+        make_teacher(folder, options, data[1])
+        parts = [measure(precision, options, folder) for precision in options.precisions]
+    result = {
+        "date": datetime.date.today().isoformat(),
+        "command": "python examples/benchmarks/gpu/step_bench.py " + shlex.join(sys.argv[1:]),
+        "machine": machine(options),
+        "sizes": {name: getattr(options, name.replace("-", "_")) for name in SIZES},
+        "rows": [row for part in parts for row in part],
+    }
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    print("\n".join(render(result)))
+
+
+if __name__ == "__main__":
+    main()
