@@ -34,11 +34,13 @@ def frozen_tensors(chunks: Iterable[torch.nn.Module]) -> Iterator[tuple[str, tor
                 kept = torch.ones(len(parameter), dtype=torch.bool, device=parameter.device)
                 kept[routers[id(parameter)].trained_row_ids] = False
                 yield f"chunk{index}.{name}", parameter.detach()[kept]
+            elif parameter.requires_grad:
+                continue
             elif fp8_weights.is_fp8(parameter):
-                kept = fp8_weights.stored(parameter)
-                yield f"chunk{index}.{name}", kept.codes
-                yield f"chunk{index}.{name} scales", kept.scales
-            elif not parameter.requires_grad:
+                stored = fp8_weights.stored(parameter)
+                yield f"chunk{index}.{name}", stored.codes
+                yield f"chunk{index}.{name} scales", stored.scales
+            else:
                 yield f"chunk{index}.{name}", parameter.detach()
         for name, module in chunk.named_modules():
             bias = getattr(module, "expert_bias", None)

@@ -29,6 +29,8 @@ from megatron_moe_inject.routing.watch import routers
 from megatron_moe_inject.torch_dist import stored_shapes
 from megatron_moe_inject.typed import listing
 
+_ROW_IDS = f"{ROWS}_ids"
+
 
 class TrainedRows:
     """The rows of one router that train.
@@ -49,11 +51,13 @@ class TrainedRows:
         self._layer = layer
         self.stored = stored
         weight = router.weight
-        self._ids = torch.tensor(sorted(experts), device=weight.device)
-        rows = torch.nn.Parameter(weight.detach()[self._ids].clone())
+        ids = torch.tensor(sorted(experts), device=weight.device)
+        rows = torch.nn.Parameter(weight.detach()[ids].clone())
         rows.sequence_parallel = weight.sequence_parallel
         router.register_parameter(ROWS, rows)
-        router.trained_row_ids = self._ids.tolist()
+        # A buffer, since Megatron moves the model to its device after this.
+        router.register_buffer(_ROW_IDS, ids, persistent=False)
+        router.trained_row_ids = ids.tolist()
         self._stock_gating = router.gating
         router.gating = self._gating
         self._stock_sharded = router.sharded_state_dict
@@ -64,6 +68,10 @@ class TrainedRows:
     @property
     def _rows(self) -> torch.nn.Parameter:
         return self._router._parameters[ROWS]
+
+    @property
+    def _ids(self) -> torch.Tensor:
+        return self._router._buffers[_ROW_IDS]
 
     def _gating(self, states: torch.Tensor) -> torch.Tensor:
         """``Router.gating``: states ``[l, b, h]`` to logits ``[l, b, E]``."""
@@ -169,6 +177,5 @@ def original_weight(
     """
     weight = original(router.weight)
     if (rows := router._parameters.get(ROWS)) is not None:
-        ids = torch.tensor(router.trained_row_ids, device=weight.device)
-        return weight.index_copy(0, ids, original(rows))
+        return weight.index_copy(0, router._buffers[_ROW_IDS], original(rows))
     return weight

@@ -3,15 +3,17 @@
     python examples/benchmarks/gpu/step_bench.py [--precisions bf16 fp8] [--steps 8] [--json FILE]
 
 Real ``pretrain()`` runs under Transformer Engine with grouped GEMM, on two data sets of random ids,
-a student of random weights and a dense teacher that was saved after one step. All arms of a
-precision are alive at once and take their steps in turns. Times are medians of a step between
-device synchronisations. Memory is torch's: of the bare model, and the peak of the timed steps.
+a student of random weights and a dense teacher that was saved after one step. All arms are alive
+at once and take their steps in turns; where the GPU is too small for that, ask for one precision
+at a time. Times are medians of a step between device synchronisations. Memory is torch's: of the
+bare model, and the peak of the timed steps. Without a GPU it runs on the CPU lane, to be tried.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import shlex
@@ -98,21 +100,22 @@ def common_flags(o: argparse.Namespace, data: list[str]) -> list[str]:
         "--hidden-dropout 0 --untie-embeddings-and-output-weights --tokenizer-type NullTokenizer "
         f"--vocab-size {o.vocab - 1} --num-workers 1 --micro-batch-size {o.micro_batch} "
         f"--global-batch-size {o.global_batch} --lr 1e-4 --eval-interval 100000 --eval-iters 0 "
-        "--log-interval 1000 --transformer-impl transformer_engine --split 100,0,0 "
-        "--no-gradient-accumulation-fusion"
+        "--log-interval 1000 --split 100,0,0 --no-gradient-accumulation-fusion"
     )
-    return [*text.split(), "--data-path", *data]
+    kind = [] if o.cpu else ["--transformer-impl", "transformer_engine"]
+    return [*text.split(), *kind, "--data-path", *data]
 
 
 def student_flags(o: argparse.Namespace, data: list[str], precision: str) -> list[str]:
     text = (
         f"--num-layers {o.layers} --hidden-size {o.hidden} --num-attention-heads {o.heads} "
         f"--num-experts {o.experts} --moe-router-topk {o.topk} --ffn-hidden-size {o.ffn} "
-        f"--moe-ffn-hidden-size {o.ffn} --moe-grouped-gemm --moe-token-dispatcher-type alltoall "
+        f"--moe-ffn-hidden-size {o.ffn} --moe-token-dispatcher-type alltoall "
         "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.01 "
         f"--train-iters {o.warm_up + o.steps}"
     )
     more = [*PRECISIONS[precision], *shlex.split(o.flags)]
+    more += [] if o.cpu else ["--moe-grouped-gemm"]
     return [*common_flags(o, data), *text.split(), *more]
 
 
@@ -144,7 +147,8 @@ def make_teacher(folder: Path, o: argparse.Namespace, domain: str) -> Path:
         "--save-interval 100 --no-save-optim"
     )
     flags = [*common_flags(o, [domain]), *sizes.split()]
-    command = [sys.executable, "-m", "megatron_moe_inject.pretrain", *flags]
+    lane = ["--cpu"] if o.cpu else []
+    command = [sys.executable, "-m", "megatron_moe_inject.pretrain", *lane, *flags]
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     done = subprocess.run(
         command,
@@ -158,44 +162,48 @@ def make_teacher(folder: Path, o: argparse.Namespace, domain: str) -> Path:
     return folder / "teacher"
 
 
-def start(
-    port: int, names: list[str], precision: str, o: argparse.Namespace, folder: Path
-) -> dict[str, Running]:
+def start(port: int, o: argparse.Namespace, folder: Path) -> dict[str, Running]:
+    """Every arm of every precision, by both names."""
     data = [str(folder / "general"), str(folder / "domain")]
     experts = {i: sorted((i + 3 * j) % o.experts for j in range(o.chosen)) for i in range(o.layers)}
     recipe = folder / "recipe.yaml"
     recipe.write_text(RECIPE.format(experts=experts, teacher=folder / "teacher"))
     found = {}
-    for name in names:
+    for precision, name in itertools.product(o.precisions, o.arms):
         arm = ARMS[name]
+        if arm.only not in (None, precision):
+            continue
         flags = student_flags(o, ["0.1", data[0], "0.9", data[1]], precision)
         if arm.fields is not None:
             flags += ["--inject-recipe", str(recipe), "--inject-set", *arm.fields]
-        spec = {"port": port, "arm": name, "cpu": False, "plugin": arm.plugin, "flags": None}
+        if o.cpu and arm.plugin:
+            flags = ["--cpu", *flags]
+        title = f"{precision}-{name}"
+        spec = {"port": port, "arm": title, "cpu": o.cpu, "plugin": arm.plugin, "flags": None}
         spec |= {"warm_up": o.warm_up, "steps": o.warm_up + o.steps}
-        found[name] = launch(spec, flags, 1, 2, folder)
+        found[title] = launch(spec, flags, 1, o.threads, folder)
     return found
 
 
-def measure(precision: str, o: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """Rows of one precision, one for an arm."""
-    names = [name for name in o.arms if ARMS[name].only in (None, precision)]
+def measure(o: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """Rows, one for an arm of a precision."""
     arms = take_turns(
-        lambda port: start(port, names, precision, o, folder),
+        lambda port: start(port, o, folder),
         o.warm_up + o.steps,
         timeout=o.timeout,
         start_timeout=o.start_timeout,
-        label=precision,
+        label="step_bench",
     )
     rows = []
-    for name, running in arms.items():
+    for title, running in arms.items():
+        precision, _, name = title.partition("-")
         row = {"precision": precision, "arm": name, "title": ARMS[name].title}
         if running.ended:
             row["ended"] = running.ended
             if o.logs:
                 o.logs.mkdir(parents=True, exist_ok=True)
                 text = "".join(log.read_text(errors="replace") for log in running.logs)
-                (o.logs / f"{precision}-{name}.log").write_text(text[-20000:])
+                (o.logs / f"{title}.log").write_text(text[-20000:])
         else:
             (answers,) = zip(*running.steps[o.warm_up :], strict=True)
             row["seconds"] = [answer["seconds"] for answer in answers]
@@ -252,18 +260,20 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write what was measured there")
     parser.add_argument("--logs", type=Path, help="keep the logs of arms that fail there")
     options = parser.parse_args()
-    options.cpu, options.threads = False, 2
+    import torch
+
+    options.cpu, options.threads = not torch.cuda.is_available(), 1
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data = write_data(folder, options)
         make_teacher(folder, options, data[1])
-        parts = [measure(precision, options, folder) for precision in options.precisions]
+        rows = measure(options, folder)
     result = {
         "date": datetime.date.today().isoformat(),
         "command": "python examples/benchmarks/gpu/step_bench.py " + shlex.join(sys.argv[1:]),
         "machine": machine(options),
         "sizes": {name: getattr(options, name.replace("-", "_")) for name in SIZES},
-        "rows": [row for part in parts for row in part],
+        "rows": rows,
     }
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
