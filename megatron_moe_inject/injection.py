@@ -235,7 +235,7 @@ class Injection:
             host_group,
             loss_hook,
             lambda: compat.optimizer_steps(self._args),
-            self._original_pass(loss_hook, groups, device),
+            self._original_pass(loss_hook, groups),
             self.imitation.hook(self.chunks, groups, by_domain=self._several_classes),
             self._recorder,
             routing=routing,
@@ -311,14 +311,14 @@ class Injection:
             originals.save(Path(args.save) / FOLDER, metadata)
         return originals
 
-    def _original_pass(
-        self, loss_hook: LossHook | None, groups: Any, device: torch.device
-    ) -> OriginalPass | None:
+    def _original_pass(self, loss_hook: LossHook | None, groups: Any) -> OriginalPass | None:
+        """Collectives: one ``new_group`` over the whole world where there is retention."""
         if self.originals is None or not ever_positive(self.recipe.objective.gamma):
             return None
         interleaved = len(self.chunks) > 1
         multiple = groups.pp.size() if interleaved else 1
-        return OriginalPass(self.originals, loss_hook, multiple=multiple, device=device)
+        everyone = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+        return OriginalPass(self.originals, loss_hook, multiple=multiple, host_group=everyone)
 
     def _teacher_row(self, name: str) -> TeacherRow:
         info = self.teacher_infos[name]

@@ -26,6 +26,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
 from megatron_moe_inject import compat
 from megatron_moe_inject.experts.original import OriginalParameters
+from megatron_moe_inject.indices import index as positions
 from megatron_moe_inject.losses.objective import SampleGroup, TermWeights, injection_loss
 from megatron_moe_inject.losses.spec import LogitTransform
 from megatron_moe_inject.losses.upstream import common_factor
@@ -116,7 +117,8 @@ class LossHook:
             sure = confidences(own, kind, wanted, self._valid_vocab_size)
             if whole is None:
                 whole = sure.new_zeros(labels.numel(), sure.shape[1])
-            whole[wanted.flatten().nonzero().flatten().to(whole.device)] = sure
+            where = wanted.flatten().nonzero().flatten().tolist()
+            whole.index_copy_(0, positions(where, whole.device), sure)
         return whole.view(*labels.shape, -1)
 
     def begin(self, labels: torch.Tensor, iteration: int) -> None:
@@ -298,4 +300,6 @@ def _of_samples(states: tuple[Sequence[int], torch.Tensor], samples: Sequence[in
     """Of a teacher's states and the positions they belong to, those of some positions."""
     taught, hidden = states
     rows = [taught.index(position) for position in samples]
-    return hidden if rows == list(range(len(taught))) else hidden[rows]
+    if rows == list(range(len(taught))):
+        return hidden
+    return hidden.index_select(0, positions(rows, hidden.device))

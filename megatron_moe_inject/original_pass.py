@@ -32,7 +32,7 @@ class OriginalPass:
         loss_hook: keeps the hidden states on the last stage, ``None`` on other stages.
         multiple: number of micro-batches that the schedule wants a multiple of: the pipeline size
             under interleaving, else 1.
-        device: where to agree on the number of micro-batches.
+        host_group: all ranks, over gloo, to agree on the number of micro-batches; None = one rank.
     """
 
     def __init__(
@@ -41,12 +41,12 @@ class OriginalPass:
         loss_hook: LossHook | None,
         *,
         multiple: int,
-        device: torch.device,
+        host_group: dist.ProcessGroup | None,
     ) -> None:
         self.originals = originals
         self._loss_hook = loss_hook
         self._multiple = multiple
-        self._device = device
+        self._host_group = host_group
 
     def run(
         self,
@@ -93,8 +93,10 @@ class OriginalPass:
             )
 
     def _agree(self, count: int) -> int:
-        largest = torch.tensor([count], device=self._device)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        if self._host_group is None:
+            return count
+        largest = torch.tensor([count])
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._host_group)
         return int(largest)
 
 

@@ -102,20 +102,20 @@ class TeacherSpec:
         source: ``megatron:/dir`` (a ``torch_dist`` checkpoint) or ``hf:/dir`` (a local folder).
         temperature: overrides ``objective.temperature`` for this teacher.
         dtype: ``params`` (the student's parameter type), ``fp32`` or ``bf16``.
-        fp8: ``none``, or how a ``megatron`` teacher's layers run in FP8, ``tensorwise`` or
-            ``blockwise``, with scales from the values at hand, apart from the student's.
         window: micro-batches whose teacher states are kept at once; 0 = the whole step.
         layers: student layer -> teacher layer that it imitates, for ``objective.features``, both
             0-based decoder layers; empty = the layers with experts that its domains chose (all
             layers where none are chosen), each with the teacher's layer at the same relative depth.
+        fp8: ``none``, or how a ``megatron`` teacher's layers run in FP8, ``tensorwise`` or
+            ``blockwise``, with scales from the values at hand, apart from the student's.
     """
 
     source: str = field(metadata={"remedy": "write source: megatron:/dir or source: hf:/dir"})
     temperature: float | None = None
     dtype: str = "params"
-    fp8: str = "none"
     window: int = 0
     layers: dict[int, int] = field(default_factory=dict)
+    fp8: str = "none"
 
     @property
     def kind(self) -> str:

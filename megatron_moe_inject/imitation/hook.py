@@ -25,6 +25,7 @@ from megatron_moe_inject.experts.freeze import decoder_layers
 from megatron_moe_inject.imitation.exchange import FeatureExchange, LayerStates, StepTargets
 from megatron_moe_inject.imitation.projections import Projections
 from megatron_moe_inject.imitation.terms import ImitationTerm
+from megatron_moe_inject.indices import index as positions
 from megatron_moe_inject.losses.features import attach_loss, feature_loss
 from megatron_moe_inject.metrics.losses import add_reports, sum_and_count
 
@@ -239,18 +240,20 @@ class ImitationHook:
         domains = self._labels[micro_batch]
         samples = [i for i, domain in enumerate(domains) if domain in term.shares]
         if len(samples) < len(domains):
-            states = states[:, samples]
-            reached = None if reached is None else reached[:, samples]
+            own = positions(samples, states.device)
+            states = states.index_select(1, own)
+            reached = None if reached is None else reached.index_select(1, own)
         target = self._target(term, micro_batch, samples)
         student = place.projections.project(term, states)
         losses = feature_loss(student, target, self._loss)
-        weight = self._targets.mask[micro_batch, samples].t()
+        mask = self._targets.mask[micro_batch]
+        weight = mask.index_select(0, positions(samples, mask.device)).t()
         if reached is not None:
             weight = weight * reached
         by_sample = (losses * weight).sum(0)
         here = [domains[i] for i in samples]
         if first and self._counts_here:
-            index = torch.tensor(here, dtype=torch.long).to(self._device, non_blocking=True)
+            index = positions(here, self._device)
             both = torch.stack([by_sample.detach(), weight.sum(0)], dim=1)
             self._sums[self._kinds.index(term.kind)].index_add_(0, index, both)
         shares = torch.tensor([term.shares[domain] for domain in here], dtype=torch.float32)

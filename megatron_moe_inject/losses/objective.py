@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_moe_inject.indices import index
 from megatron_moe_inject.losses.committee import Committee
 from megatron_moe_inject.losses.fused import fused_linear_distillation
 from megatron_moe_inject.losses.spec import Divergence, LogitTransform, TokenWeighting
@@ -111,11 +112,13 @@ def injection_loss(
     assert sorted(order) == list(range(labels.shape[0])), "groups must partition the batch"
     parts = []
     for group in groups:
-        rows = hidden if len(groups) == 1 else hidden[:, list(group.samples)]
-        targets = labels if len(groups) == 1 else labels[list(group.samples)]
-        mask = upstream_mask
+        rows, targets, mask = hidden, labels, upstream_mask
+        if len(groups) > 1:
+            own = index(group.samples, hidden.device)
+            rows, targets = hidden.index_select(1, own), labels.index_select(0, own)
+            mask = None if mask is None else mask.index_select(0, own)
         if mask is not None:
-            mask = (mask if len(groups) == 1 else mask[list(group.samples)]).t().flatten()
+            mask = mask.t().flatten()
         teacher_rows, committee = None, group.committee
         if group.teacher_hidden is not None:
             teacher_rows = _by_position(group.teacher_hidden)
@@ -151,10 +154,11 @@ def injection_loss(
     if len(parts) == 1:
         total, *others = parts[0]
         return LossTerms(total.contiguous(), *others)
-    position = torch.empty(len(order), dtype=torch.long)
-    position[torch.tensor(order)] = torch.arange(len(order))
-    position = position.to(hidden.device, non_blocking=True)
-    return LossTerms(*(torch.cat(terms)[position] for terms in zip(*parts, strict=True)))
+    place = {sample: at for at, sample in enumerate(order)}
+    position = index((place[sample] for sample in range(len(order))), hidden.device)
+    return LossTerms(
+        *(torch.cat(terms).index_select(0, position) for terms in zip(*parts, strict=True))
+    )
 
 
 def _by_position(states: torch.Tensor) -> torch.Tensor:

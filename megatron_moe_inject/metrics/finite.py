@@ -3,7 +3,7 @@
 Megatron's checks (``--check-for-nan-in-loss-and-grad``) see the loss and the gradients and say no
 more than that one of them is bad. ``FiniteWatch`` keeps one flag on the device for each thing
 that it is shown, in the order in which it is computed, and reads them only when a step has failed:
-no synchronisation, one sum over each tensor. In students that train in FP8 it is shown what each
+no synchronisation, one pass over each tensor. In students that train in FP8 it is shown what each
 decoder layer puts out as well.
 """
 
@@ -35,8 +35,10 @@ class FiniteWatch:
     @torch.no_grad()
     def see(self, name: str, tensor: torch.Tensor) -> None:
         """Remember whether a tensor of any shape is finite. No synchronisation, no collective."""
-        finite = tensor.detach().sum(dtype=torch.float32).isfinite()
-        self._flags.setdefault(name, []).append(finite)
+        if tensor.numel() == 0:
+            tensor = tensor.new_zeros(1)
+        largest = torch.linalg.vector_norm(tensor.detach(), float("inf"))
+        self._flags.setdefault(name, []).append(largest.isfinite())
 
     def see_gradient(self, name: str, tensor: torch.Tensor) -> None:
         """The same of the gradient that ``tensor`` gets."""

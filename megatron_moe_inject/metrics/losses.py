@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from megatron_moe_inject.indices import index
 from megatron_moe_inject.losses.objective import LossTerms
 from megatron_moe_inject.recipe import GENERAL
 
@@ -56,7 +57,7 @@ class LossReport:
         self._weighted = weighted
         self._classes = [GENERAL, *range(len(domains))]
         self._names = ["general", *domains]
-        self._distilled = [index + 1 for index in distilled]
+        self._distilled = [i + 1 for i in distilled]
         self._by_class = by_class
 
     def values(
@@ -78,21 +79,23 @@ class LossReport:
         ce, kd, factor, count = rows @ member.to(rows.device, non_blocking=True)
         report = {LM_LOSS: sum_and_count(ce.sum(), count.sum())}
         if self._distilled:
-            report[KD_LOSS] = sum_and_count(kd[self._distilled].sum(), count[self._distilled].sum())
+            taught = index(self._distilled, kd.device)
+            taught_count = count.index_select(0, taught).sum()
+            report[KD_LOSS] = sum_and_count(kd.index_select(0, taught).sum(), taught_count)
             if self._weighted:
-                given = factor[self._distilled].sum()
-                report[KD_FACTOR] = sum_and_count(given, count[self._distilled].sum())
+                given = factor.index_select(0, taught).sum()
+                report[KD_FACTOR] = sum_and_count(given, taught_count)
         if self._retained:
             report[RETENTION] = sum_and_count(kd[0], count[0])
         if self._by_class:
-            for index, name in enumerate(self._names):
-                report[f"{LM_LOSS}/{name}"] = sum_and_count(ce[index], count[index])
+            for i, name in enumerate(self._names):
+                report[f"{LM_LOSS}/{name}"] = sum_and_count(ce[i], count[i])
                 if self._shares:
-                    report[f"{SHARE}/{name}"] = sum_and_count(count[index], count.sum())
-                if index in self._distilled:
-                    report[f"{KD_LOSS}/{name}"] = sum_and_count(kd[index], count[index])
+                    report[f"{SHARE}/{name}"] = sum_and_count(count[i], count.sum())
+                if i in self._distilled:
+                    report[f"{KD_LOSS}/{name}"] = sum_and_count(kd[i], count[i])
                     if self._weighted:
-                        report[f"{KD_FACTOR}/{name}"] = sum_and_count(factor[index], count[index])
+                        report[f"{KD_FACTOR}/{name}"] = sum_and_count(factor[i], count[i])
         return report
 
 

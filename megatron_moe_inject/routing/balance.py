@@ -19,6 +19,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from megatron_moe_inject.indices import index
+
 SEQUENCE_LOCAL = ("_apply_aux_loss", "_apply_seq_aux_loss")
 
 
@@ -129,4 +131,5 @@ class GeneralBalance:
 def _samples(rows: torch.Tensor, kept: Sequence[int], samples: int) -> torch.Tensor:
     """Rows ``[l b, E]`` of some samples, ``[l g, E]``."""
     experts = rows.shape[-1]
-    return rows.view(-1, samples, experts)[:, list(kept)].reshape(-1, experts)
+    own = index(kept, rows.device)
+    return rows.view(-1, samples, experts).index_select(1, own).reshape(-1, experts)

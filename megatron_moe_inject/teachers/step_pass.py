@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megatron_moe_inject.indices import index
 from megatron_moe_inject.losses.committee import Committee, Member
 from megatron_moe_inject.losses.measure import measure_tokens
 from megatron_moe_inject.teachers.base import Teacher
@@ -137,8 +138,8 @@ class TeacherPass:
         )
         states, *others = (context_parallel_slice(found, *self._cp) for found in kept)
         self._layer_states = dict(zip(self.layers, others, strict=True))
-        for index, rows in enumerate(states.split(self._rows[first:stop]), start=first):
-            self._states[index] = rows
+        for i, rows in enumerate(states.split(self._rows[first:stop]), start=first):
+            self._states[i] = rows
 
     def states(self, micro_batch: int) -> torch.Tensor:
         """States of a micro-batch's selected samples, ``[k, s/c, h_t]``, once each, in order."""
@@ -164,8 +165,9 @@ class TeacherPass:
         Needs the whole step at once (``window`` 0).
         """
         assert not self._window, "the teacher runs ahead by a window of micro-batches"
-        states = torch.cat([self._states[index] for index in range(len(self._rows))])
-        kept = wanted[self._selected].nonzero().flatten().to(states.device)
+        states = torch.cat([self._states[i] for i in range(len(self._rows))])
+        kept = wanted[self._selected].nonzero().flatten().tolist()
+        kept = index(kept, states.device)
         return self._inputs["tokens"][kept], states[kept]
 
     def next_tokens(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -96,7 +96,10 @@ def _poison(training, layer: int) -> None:
 
 
 def _report_host_syncs(training) -> None:
-    """From the third step on, say where the package's code makes the host wait for the device."""
+    """From the third step on, say where the package's code makes the host wait for the device.
+
+    Megatron's own waits are left out.
+    """
     import traceback
     import warnings
 
@@ -107,12 +110,13 @@ def _report_host_syncs(training) -> None:
     def show(message, *_, **__):
         if "synchroniz" not in str(message):
             return
-        frames = traceback.extract_stack()
-        ours = [f"{f.filename}:{f.lineno}" for f in frames if "megatron_moe_inject" in f.filename]
-        if ours and ours[-1] not in seen:
-            seen.add(ours[-1])
-            inner = [f"{os.path.basename(f.filename)}:{f.lineno}" for f in frames[-6:-1]]
-            print(f"host sync: {ours[-1]} ({' '.join(inner)})", flush=True)
+        frames = [f for f in traceback.extract_stack()[:-1] if "warnings.py" not in f.filename]
+        inner = next(f for f in reversed(frames) if f"{os.sep}torch{os.sep}" not in f.filename)
+        where = f"{inner.filename}:{inner.lineno}"
+        mirrored = inner.filename.endswith("gpt_entry.py")  # NVIDIA's script waits there as well
+        if "megatron_moe_inject" in inner.filename and not mirrored and where not in seen:
+            seen.add(where)
+            print(f"host sync: {where} ({inner.line})", flush=True)
 
     steps = []
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import os
 import re
 import shlex
@@ -74,11 +75,12 @@ def start(arm: str, folder: Path, work: Path, steps: int) -> subprocess.Popen:
 def result(work: Path) -> dict[str, Any]:
     """Curves by term, and held-out numbers before and after, of a run that ended well."""
     text = (work / "log").read_text(errors="replace")
-    curves: dict[str, list[float]] = {term: [] for term in TERMS}
-    for line in re.findall(r"iteration\s+\d+/\s*\d+ \|(.*)", text):
+    curves: dict[str, list[float]] = {name: [] for name in ("iteration", *TERMS)}
+    for iteration, line in re.findall(r"iteration\s+(\d+)/\s*\d+ (\|.*)", text):
+        curves["iteration"].append(int(iteration))
         for term in TERMS:
-            if found := re.search(rf"\| {term}: ([-+.\dE]+|nan|inf) ", line):
-                curves[term].append(float(found[1]))
+            found = re.search(rf"\| {term}: ([-+.\dE]+|nan|inf) ", line)
+            curves[term].append(float(found[1]) if found else math.nan)
     first, *_, last = read_list(work / "evaluation.jsonl")
     held_out = {
         name: {
@@ -108,7 +110,7 @@ def render(results: dict[str, Any]) -> list[str]:
     return lines
 
 
-def draw(results: dict[str, Any], path: Path, steps: int) -> None:
+def draw(results: dict[str, Any], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -120,7 +122,7 @@ def draw(results: dict[str, Any], path: Path, steps: int) -> None:
         if "ended" in found:
             continue
         curve = found["curves"]["kd loss"]
-        at = [steps * (i + 1) / len(curve) for i in range(len(curve))]
+        at = found["curves"]["iteration"]
         axes[0].plot(at, curve, label=arm, linewidth=1.2)
         if base is not None:
             apart = [a - b for a, b in zip(curve, base["kd loss"], strict=True)]
@@ -172,7 +174,7 @@ def main() -> None:
         }
         options.json.write_text(json.dumps(whole, indent=1) + "\n")
     if options.plot:
-        draw(results, options.plot, options.steps)
+        draw(results, options.plot)
 
 
 if __name__ == "__main__":

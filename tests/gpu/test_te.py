@@ -1,0 +1,102 @@
+"""What this package relies on of Transformer Engine, on the device itself."""
+
+import pytest
+import torch
+
+from megatron_moe_inject.experts import fp8_blocks, fp8_weights
+from tests.unit.losses_cases import relative_error
+
+te = pytest.importorskip("transformer_engine.pytorch", reason="needs Transformer Engine")
+recipes = pytest.importorskip("transformer_engine.common.recipe")
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+EXPERTS, H, F, T = 4, 512, 768, 1024
+RECIPES = {
+    "bf16": None,
+    "delayed": recipes.DelayedScaling,
+    "tensorwise": recipes.Float8CurrentScaling,
+    "blockwise": recipes.Float8BlockScaling,
+}
+NEAR = {"bf16": 5e-3, "delayed": 8e-2, "tensorwise": 8e-2, "blockwise": 6e-2}
+"""Relative error of a product of normal numbers and of its gradient; E5M2 gradients err most."""
+
+
+def _weights() -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(F, H, device="cuda", dtype=torch.bfloat16) / 32 for _ in range(EXPERTS)]
+
+
+def _grouped(weights, requires_grad=False):
+    linear = te.GroupedLinear(EXPERTS, H, F, bias=False, params_dtype=torch.bfloat16)
+    for i, weight in enumerate(weights):
+        if not isinstance(weight, torch.nn.Parameter):
+            weight = torch.nn.Parameter(weight.clone(), requires_grad=requires_grad)
+        setattr(linear, f"weight{i}", weight)
+    return linear
+
+
+def _run(linear, recipe):
+    """Output and gradient of the input, and both by plain products in fp32."""
+    torch.manual_seed(1)
+    rows = torch.randn(T, H, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    upstream = torch.randn(T, F, device="cuda", dtype=torch.bfloat16)
+    with te.fp8_autocast(enabled=recipe is not None, fp8_recipe=recipe and recipe()):
+        output = linear(rows, [T // EXPERTS] * EXPERTS)
+    output.backward(upstream)
+    parts = zip(rows.detach().float().chunk(EXPERTS), _weights(), strict=True)
+    expected = torch.cat([part @ weight.float().t() for part, weight in parts])
+    parts = zip(upstream.float().chunk(EXPERTS), _weights(), strict=True)
+    gradient = torch.cat([part @ weight.float() for part, weight in parts])
+    return output.detach(), rows.grad, expected, gradient
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_grouped_products(name):
+    output, gradient, expected, expected_gradient = _run(_grouped(_weights()), RECIPES[name])
+    assert relative_error(output, expected) < NEAR[name]
+    assert relative_error(gradient, expected_gradient) < NEAR[name]
+
+
+def test_codes_are_those_of_te():
+    from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockQuantizer
+    from transformer_engine_torch import DType
+
+    weight = _weights()[0]
+    quantizer = Float8BlockQuantizer(DType.kFloat8E4M3, rowwise=True, columnwise=False)
+    theirs, (codes, scales) = quantizer(weight), fp8_blocks.encode(weight)
+    assert torch.equal(theirs._rowwise_data, codes.view(torch.uint8))
+    assert torch.equal(theirs._rowwise_scale_inv[:, : scales.shape[1]], scales)
+
+
+@pytest.mark.parametrize("scaling", fp8_weights.SCALINGS)
+def test_weights_in_fp8_alone(scaling):
+    encoded = [fp8_weights.encode(weight, scaling) for weight in _weights()]
+    kept = [fp8_weights.parameter(weight, torch.bfloat16, scaling) for weight in encoded]
+    linear = _grouped(kept)
+    output, gradient, expected, expected_gradient = _run(linear, RECIPES[scaling])
+    assert relative_error(output, expected) < NEAR[scaling]
+    assert relative_error(gradient, expected_gradient) < NEAR[scaling]
+    for parameter, weight in zip(linear.parameters(), encoded, strict=True):
+        assert parameter.get_usages()["columnwise"], "made for the gradient"
+        fp8_weights.drop_transpose(parameter)
+        assert not parameter.get_usages()["columnwise"]
+        stored = fp8_weights.stored(parameter)
+        assert torch.equal(stored.codes.view(torch.uint8), weight.codes.view(torch.uint8))
+        assert torch.equal(stored.scales, weight.scales)
+
+
+@pytest.mark.parametrize("scaling", fp8_weights.SCALINGS)
+def test_fp8_parameters_move_and_are_overwritten_in_place(scaling):
+    first, second = (fp8_weights.encode(weight, scaling) for weight in _weights()[:2])
+    holder = torch.nn.Module()
+    holder.weight = parameter = fp8_weights.parameter(first, torch.bfloat16, scaling)
+    holder.bfloat16().cuda()
+    assert holder.weight is parameter
+    address = fp8_weights.stored(parameter).codes.data_ptr()
+    fp8_weights.overwrite(parameter, second)
+    assert fp8_weights.stored(parameter).codes.data_ptr() == address
+    assert torch.equal(parameter.dequantize(), second.decoded(torch.bfloat16))
