@@ -256,7 +256,7 @@ def build_liger_jsd(s: Settings) -> Loss:
     from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
 
     module = LigerFusedLinearJSD(jsd_beta=liger_beta(s), temperature=s.temperature)
-    return lambda i: with_value(s, module(*i[:4]))
+    return lambda i: with_value(s, module(*i[:4], None))  # no labels to ignore
 
 
 def build_liger_kl(s: Settings) -> Loss:
