@@ -24,6 +24,7 @@ from megatron_moe_inject.imitation.hook import ImitationHook
 from megatron_moe_inject.loss_hook import LossHook
 from megatron_moe_inject.metrics.measurement import Measurement
 from megatron_moe_inject.original_pass import OriginalPass
+from megatron_moe_inject.retention.setup import RetentionStep
 from megatron_moe_inject.routing.setup import RoutingStep
 
 
@@ -65,6 +66,7 @@ class StepHook:
         recorder: counts routing in the steps of training, ``None`` without a profile.
         records_evaluation: count in evaluation instead.
         routing: steers tokens and reports where they go.
+        retention: holds experts and parameters to their start, ``None`` without.
         communicator: what pipeline stages talk through in training steps, ``None`` for Megatron's.
         measurement: measures evaluations, ``None`` without.
 
@@ -85,6 +87,7 @@ class StepHook:
         routing: RoutingStep | None = None,
         communicator: BoundaryCommunicator | None = None,
         measurement: Measurement | None = None,
+        retention: RetentionStep | None = None,
     ) -> None:
         self._splits = splits
         self._host_group = host_group
@@ -98,6 +101,7 @@ class StepHook:
         self._communicator = communicator
         self.after_step: Callable[[], None] = lambda: None
         self._measurement = measurement
+        self._retention = retention
 
     def wrap(self, forward_backward: Callable) -> Callable:
         """What ``train_step`` and ``evaluate`` call in the place of ``forward_backward``."""
@@ -142,6 +146,8 @@ class StepHook:
                 if self._routing.confidence != "none" and self._loss_hook is not None:
                     sure = self._loss_hook.confidences(self._routing.confidence, labels)
                 self._routing.begin(labels, self._iteration(), seq_length, sure)
+            if self._retention is not None:
+                self._retention.begin(labels, self._iteration(), seq_length)
             replay = [None if chunk is None else iter(chunk) for chunk in clean]
             communicator = None if evaluation else self._communicator
             if communicator is not None:
@@ -164,6 +170,8 @@ class StepHook:
                 self._imitation.end(reports)
             if self._routing is not None:
                 self._routing.end(reports, trained=not evaluation)
+            if self._retention is not None:
+                self._retention.end(reports, trained=not evaluation)
             if recorder is not None:
                 recorder.end()
             self.after_step()
