@@ -70,14 +70,11 @@ _NO_SECOND_COMBINE = (
     _Refusal("moe_shared_expert_overlap", _COMBINE),
     _Refusal("moe_latent_size", "gives experts outputs of another width than the layer's"),
 )
-_SECOND_RUN = "does not let experts run a second time with their original weights"
+_SECOND_RUN = "does not let experts run again as they were"
 _NO_SECOND_RUN = (
     _Refusal("moe_token_dispatcher_type", "does not send the sign of gates along", value="flex"),
-    _Refusal("fp8", _SECOND_RUN),
-    _Refusal("fp4", _SECOND_RUN),
-    _Refusal("delay_wgrad_compute", _SECOND_RUN),
-    _Refusal("overlap_dispatch_backward_with_experts_wgrad", _SECOND_RUN),
-    _Refusal("moe_paged_stash", _SECOND_RUN),
+    *(_Refusal(name, _SECOND_RUN) for name in ("fp8", "fp4", "moe_paged_stash")),
+    *(_Refusal(option.name, _SECOND_RUN) for option in _NO_PARTS if "wgrad" in option.name),
     _Refusal("fine_grained_activation_offloading", _SECOND_RUN),
     _GRAPHS_OF_LAYERS,
 )
@@ -308,21 +305,19 @@ def _refuse(options: Iterable[_Refusal], facts: StudentFacts, weight: str) -> No
 
 
 def _check_retention(recipe: Recipe, facts: StudentFacts) -> None:
-    objective = recipe.objective
     packed = (option for option in _REFUSED if option.with_teacher)
     for key, weight, options in (
-        ("objective.gamma", objective.gamma, (*packed, _GRAPHS)),
-        ("objective.retention.experts", objective.retention.experts, _NO_SECOND_RUN),
+        ("objective.gamma", recipe.objective.gamma, (*packed, _GRAPHS)),
+        ("objective.retention.experts", recipe.objective.retention.experts, _NO_SECOND_RUN),
     ):
-        if not ever_positive(weight):
-            continue
-        if GENERAL not in split_labels(recipe, facts, "train"):
-            raise fail(
-                key, weight,
-                "weighs retention on general data, but every dataset belongs to a domain",
-                "add general data to --data-path (5 to 10 %) or set it to 0",
-            )  # fmt: skip
-        _refuse(options, facts, key)
+        if ever_positive(weight):
+            _refuse(options, facts, key)
+            if GENERAL not in split_labels(recipe, facts, "train"):
+                raise fail(
+                    key, weight,
+                    "weighs retention on general data, but every dataset belongs to a domain",
+                    "add general data to --data-path (5 to 10 %) or set it to 0",
+                )  # fmt: skip
 
 
 def _check_steering(recipe: Recipe, facts: StudentFacts) -> None:

@@ -70,7 +70,6 @@ class PullToStart:
                 original = originals.of(parameter).view(-1)[part]
                 self._held.append(_Held(parameter, original, part, share))
 
-    @torch.no_grad()
     def end(self, iteration: int, reports: Any) -> None:
         """After the schedule of a step that trains, before the optimizer's.
 
@@ -82,9 +81,10 @@ class PullToStart:
         """
         factor = self._weight_at(iteration) * loss_scale(self._config, self._device)
         total = torch.zeros((), device=self._device)
-        for parameter, original, part, share in self._held:
-            change = compat.optimized_values(parameter, part).float() - original
-            total += 0.5 * share * change.square().sum()
-            parameter.main_grad.view(-1)[part] += change * factor
+        with torch.no_grad():
+            for parameter, original, part, share in self._held:
+                change = compat.optimized_values(parameter, part).float() - original
+                total += 0.5 * share * change.square().sum()
+                parameter.main_grad.view(-1)[part] += change * factor
         dist.all_reduce(total)
         add_reports(reports, {REPORTED: sum_and_count(total, torch.ones_like(total))})
