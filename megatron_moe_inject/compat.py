@@ -461,6 +461,34 @@ def optimizer_steps(args: Any) -> int:
     return int(getattr(args, "curr_iteration", None) or args.iteration or 0)
 
 
+def optimized_part(optimizer: Any, parameter: torch.nn.Parameter) -> tuple[slice, int | None]:
+    """Which part of a flat parameter this rank's optimizer updates, and how many ranks do.
+
+    Returns:
+        The part; and of a distributed optimizer the number of its instances, which update the same,
+        ``None`` of one that updates whole parameters.
+    """
+    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
+        parts = getattr(inner, "model_param_gbuf_map", {})
+        if not any(parameter in buffer.param_index_map for buffer in getattr(inner, "buffers", ())):
+            continue
+        part = slice(0, 0)
+        if parameter in parts:
+            own = inner._get_model_param_range_map(parameter)["param"]
+            part = slice(own.start, own.end)
+        return part, inner.ddp_config.num_distributed_optimizer_instances
+    return slice(0, parameter.numel()), None
+
+
+def optimized_values(parameter: torch.nn.Parameter, part: slice) -> torch.Tensor:
+    """What an optimizer updates of a parameter, flat: its float32 values where it keeps some."""
+    main = getattr(parameter, "main_param", None)
+    if main is None:
+        return parameter.detach().view(-1)[part]
+    values = main.detach().view(-1)
+    return values if getattr(parameter, "main_param_sharded", False) else values[part]
+
+
 def seconds_in_steps() -> float:
     """Seconds that this process spent in training steps so far, evaluations and saving excluded;
     exact right after Megatron logged."""

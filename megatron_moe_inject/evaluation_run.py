@@ -318,7 +318,7 @@ class EvaluationRun(Evaluator):
         """Nothing is frozen."""
         return chunks
 
-    def attach(self, chunks: Sequence[torch.nn.Module]) -> None:
+    def attach(self, chunks: Sequence[torch.nn.Module], optimizer: Any = None) -> None:
         """Attach to a student that is built and loaded.
 
         Collectives: group creation for the labels, and those of ``agree``.

@@ -48,6 +48,7 @@ from megatron_moe_inject.original_pass import OriginalPass
 from megatron_moe_inject.plan import Plan, TeacherRow
 from megatron_moe_inject.profile_run import ProfileSetup
 from megatron_moe_inject.recipe import GENERAL, Recipe, RecipeError
+from megatron_moe_inject.retention.setup import kept_components, retention_step
 from megatron_moe_inject.routing.rows import RouterRows
 from megatron_moe_inject.routing.setup import SteeringSetup
 from megatron_moe_inject.run_log import RunLog
@@ -191,11 +192,12 @@ class Injection:
         self._rows.add(chunks)
         return chunks
 
-    def attach(self, chunks: Sequence[torch.nn.Module]) -> None:
+    def attach(self, chunks: Sequence[torch.nn.Module], optimizer: Any = None) -> None:
         """Attach to the student once it is built and loaded.
 
         Args:
             chunks: this rank's bare model chunks.
+            optimizer: Megatron's, ``None`` in a run that only evaluates.
 
         Collectives, over the whole world: one all-reduce for the boundary, group creation for
         the labels, one all-gather each for agreement on the teachers and for the plan; over the
@@ -242,6 +244,7 @@ class Injection:
             communicator=boundary_communicator(self.chunks, forward_stages, groups.pp),
             measurement=self._measurement,
             watch=self._watch,
+            retention=retention_step(self.recipe, self.chunks, groups, self.originals, optimizer),
         )
         self.plan = Plan(
             self.recipe,
@@ -286,16 +289,12 @@ class Injection:
                 )  # fmt: skip
 
     def _keep_originals(self) -> OriginalParameters | None:
-        """The original parameters where retention needs them: as loaded, or as the run began.
-
-        Without gamma those of routers alone.
-        """
-        gamma = ever_positive(self.recipe.objective.gamma)
-        if not gamma and not self.recipe.steering.retains:
+        """The original parameters where retention needs them: as loaded, or as the run began."""
+        components = kept_components(self.recipe)
+        if components == []:
             return None
         args = self._args
         trains = self.policy.described()
-        components = None if gamma else ("router",)
         originals = OriginalParameters(self.chunks, trains, components)
         metadata = compat.sharded_state_metadata(args)
         if not args.finetune and args.iteration and args.load:

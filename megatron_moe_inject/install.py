@@ -144,7 +144,7 @@ class _Run:
             return stock(*args, **kwargs)
         with injection.building():
             built = compat.call_with_pre_wrap_hook(stock, args, kwargs, injection.freeze)
-        injection.attach(compat.bare_chunks(built[0]))
+        injection.attach(compat.bare_chunks(built[0]), built[1])
         _print_rank_0(None if injection.plan is None else render_plan(injection.plan))
         if injection.dry_run:
             _leave(0)

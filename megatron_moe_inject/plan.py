@@ -119,7 +119,9 @@ def recipe_warnings(recipe: Recipe) -> list[str]:
         warnings.append("alpha is 0: teachers run for the reported losses only")
     if owners and recipe.train.experts == "none":
         warnings.append("train.experts is none: the experts chosen by the domains stay frozen")
-    if not ever_positive(recipe.general_beta()) and not ever_positive(recipe.objective.gamma):
+    objective = recipe.objective
+    held = (recipe.general_beta(), objective.gamma, objective.retention.experts)
+    if not any(map(ever_positive, held)):
         warnings.append("general tokens have no loss: nothing holds general ability")
     return warnings
 
@@ -218,9 +220,13 @@ def _loss_lines(recipe: Recipe) -> list[str]:
     general = (
         (objective.gamma, "KL(original || student)"),
         (recipe.general_beta(), "CE"),
+        (objective.retention.experts, "change of trained experts' outputs"),
     )
     terms = [f"{show_weight(weight)} * {name}" for weight, name in general if ever_positive(weight)]
     lines.append(("(general)", " + ".join(terms) or "0"))
+    if "l2" in objective.retention.in_use():
+        weight = show_weight(objective.retention.l2)
+        lines.append(("(all)", f"{weight} / 2 * |parameters - start|^2"))
     shown = table([(name, "=", formula) for name, formula in lines])
     if objective.skip_worse:
         shown.append("no distillation where the teacher predicts the label worse than the student")

@@ -177,7 +177,7 @@ class ProfileRun:
         """Nothing is frozen."""
         return chunks
 
-    def attach(self, chunks: Sequence[torch.nn.Module]) -> None:
+    def attach(self, chunks: Sequence[torch.nn.Module], optimizer: Any = None) -> None:
         """Watch the routers of a student that is built and loaded.
 
         Collectives: group creation for the labels, and those of ``ProfileSetup.recorder``.

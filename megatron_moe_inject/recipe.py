@@ -23,6 +23,7 @@ from omegaconf import OmegaConf
 from megatron_moe_inject import typed
 from megatron_moe_inject.recipe_committee import in_words, weights_of
 from megatron_moe_inject.recipe_experts import ExpertChoice, parse_experts
+from megatron_moe_inject.recipe_retention import Retention
 from megatron_moe_inject.recipe_rules import CONFIDENCES, DIVERGENCES, EXPERT_MODES, validate
 from megatron_moe_inject.recipe_steering import Steering
 from megatron_moe_inject.schedule import Schedule, Weight, ever_positive
@@ -40,6 +41,7 @@ __all__ = [
     "Objective",
     "Recipe",
     "RecipeError",
+    "Retention",
     "Schedule",
     "Steering",
     "TeacherSpec",
@@ -171,6 +173,7 @@ class Objective:
             student does.
         jsd_beta, skew: the teacher's weight in the mixture of ``jsd`` and of ``skew_kl``.
         features: imitation of the teacher's layers, see ``Features``.
+        retention: cheaper ways to hold what trains to its start, see ``Retention``.
         masked_sum: the script's loss is the sum of the token losses times the loss mask, times one
             number, as Megatron's. A trained output layer then costs no second pass over its logits,
             but a float32 buffer of its size from a micro-batch's forward to its backward pass.
@@ -188,6 +191,7 @@ class Objective:
     jsd_beta: float = 0.5
     skew: float = 0.1
     features: Features = field(default_factory=Features)
+    retention: Retention = field(default_factory=Retention)
     masked_sum: bool = True
 
     def weights(self) -> tuple[Weight, Weight]:

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from megatron_moe_inject.recipe_committee import check_committee
+from megatron_moe_inject.recipe_retention import check_retention
 from megatron_moe_inject.recipe_steering import (
     STEERING_CONFIDENCES,
     STOCK_BALANCES,
@@ -245,6 +246,9 @@ def _check_objective(recipe: Recipe) -> None:
             raise fail(f"objective.{name}", share, "is not between 0 and 1", remedy)
     for name in ("alpha", "beta", "general_beta", "gamma"):
         _check_weight(f"objective.{name}", getattr(objective, name))
+    for name in ("experts", "l2"):
+        _check_weight(f"objective.retention.{name}", getattr(objective.retention, name))
+    check_retention(recipe)
     if objective.ce_share is not None:
         _check_ce_share(objective)
     _check_features(recipe)

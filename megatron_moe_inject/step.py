@@ -26,6 +26,7 @@ from megatron_moe_inject.loss_hook import LossHook
 from megatron_moe_inject.metrics.finite import FiniteWatch
 from megatron_moe_inject.metrics.measurement import Measurement
 from megatron_moe_inject.original_pass import OriginalPass
+from megatron_moe_inject.retention.setup import RetentionStep
 from megatron_moe_inject.routing.setup import RoutingStep
 
 
@@ -67,6 +68,7 @@ class StepHook:
         recorder: counts routing in the steps of training, ``None`` without a profile.
         records_evaluation: count in evaluation instead.
         routing: steers tokens and reports where they go.
+        retention: holds experts and parameters to their start, ``None`` without.
         communicator: what pipeline stages talk through in training steps, ``None`` for Megatron's.
         measurement: measures evaluations, ``None`` without.
         watch: says in an error of the step what was not finite.
@@ -89,6 +91,7 @@ class StepHook:
         communicator: BoundaryCommunicator | None = None,
         measurement: Measurement | None = None,
         watch: FiniteWatch | None = None,
+        retention: RetentionStep | None = None,
     ) -> None:
         self._watch = watch
         self._splits = splits
@@ -103,6 +106,7 @@ class StepHook:
         self._communicator = communicator
         self.after_step: Callable[[], None] = lambda: None
         self._measurement = measurement
+        self._retention = retention
 
     def wrap(self, forward_backward: Callable) -> Callable:
         """What ``train_step`` and ``evaluate`` call in the place of ``forward_backward``."""
@@ -149,6 +153,8 @@ class StepHook:
                 self._routing.begin(labels, self._iteration(), seq_length, sure)
             if self._watch is not None:
                 self._watch.begin(self._iteration())
+            if self._retention is not None:
+                self._retention.begin(labels, self._iteration(), seq_length)
             replay = [None if chunk is None else iter(chunk) for chunk in clean]
             communicator = None if evaluation else self._communicator
             if communicator is not None:
@@ -176,6 +182,8 @@ class StepHook:
                 self._imitation.end(reports)
             if self._routing is not None:
                 self._routing.end(reports, trained=not evaluation)
+            if self._retention is not None:
+                self._retention.end(reports, trained=not evaluation)
             if recorder is not None:
                 recorder.end()
             self.after_step()

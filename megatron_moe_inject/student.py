@@ -71,6 +71,14 @@ _NO_SECOND_COMBINE = (
     _Refusal("moe_shared_expert_overlap", _COMBINE),
     _Refusal("moe_latent_size", "gives experts outputs of another width than the layer's"),
 )
+_SECOND_RUN = "does not let experts run again as they were"
+_NO_SECOND_RUN = (
+    _Refusal("moe_token_dispatcher_type", "does not send the sign of gates along", value="flex"),
+    *(_Refusal(name, _SECOND_RUN) for name in ("fp8", "fp4", "moe_paged_stash")),
+    *(_Refusal(option.name, _SECOND_RUN) for option in _NO_PARTS if "wgrad" in option.name),
+    _Refusal("fine_grained_activation_offloading", _SECOND_RUN),
+    _GRAPHS_OF_LAYERS,
+)
 _OWN_ASSIGNMENT = "assigns tokens by a rule of its own, against which steering cannot work"
 _NO_STEERING = (
     _Refusal("moe_router_load_balancing_type", _OWN_ASSIGNMENT, value="sinkhorn"),
@@ -290,8 +298,7 @@ def check_recipe(recipe: Recipe, facts: StudentFacts) -> None:
     _check_components(recipe, facts)
     for split in ("train", *(s for s in SPLITS[1:] if s in facts.data_paths)):
         split_labels(recipe, facts, split)
-    if ever_positive(recipe.objective.gamma):
-        _check_retention(recipe, facts)
+    _check_retention(recipe, facts)
     if recipe.train.experts == "selected":
         for option in (*_NO_PARTS, _DELAYED):
             if option.matches(facts.options):
@@ -348,16 +355,19 @@ def _refuse(
 
 
 def _check_retention(recipe: Recipe, facts: StudentFacts) -> None:
-    gamma = recipe.objective.gamma
-    if GENERAL not in split_labels(recipe, facts, "train"):
-        raise fail(
-            "objective.gamma",
-            gamma,
-            "weighs retention on general data, but every dataset belongs to a domain",
-            "add general data to --data-path (5 to 10 %) or set gamma to 0",
-        )
     packed = (option for option in _REFUSED if option.with_teacher)
-    _refuse((*packed, _GRAPHS), facts, "objective.gamma")
+    for key, weight, options in (
+        ("objective.gamma", recipe.objective.gamma, (*packed, _GRAPHS)),
+        ("objective.retention.experts", recipe.objective.retention.experts, _NO_SECOND_RUN),
+    ):
+        if ever_positive(weight):
+            _refuse(options, facts, key)
+            if GENERAL not in split_labels(recipe, facts, "train"):
+                raise fail(
+                    key, weight,
+                    "weighs retention on general data, but every dataset belongs to a domain",
+                    "add general data to --data-path (5 to 10 %) or set it to 0",
+                )  # fmt: skip
 
 
 def _check_steering(recipe: Recipe, facts: StudentFacts) -> None:

@@ -1,4 +1,4 @@
-"""What one feature adds to a step: gamma, imitation, steering, the profile, the evaluation.
+"""What one feature adds to a step: retentions, imitation, steering, the profile, the evaluation.
 
     python examples/benchmarks/term_cost.py gamma [--steps 20] [--general 0.1] [--layers 4]
 
@@ -26,6 +26,8 @@ from step_overhead import WARM_UP, model_flags, train
 
 FEATURES = {
     "gamma": "gamma: 10.0",
+    "expert-retention": "retention: {experts: 1.0}",
+    "l2": "retention: {l2: 0.01}",
     "hidden": "features: {hidden: 0.1}",
     "experts": "features: {experts: 0.1}",
     "profile": "beta: 0.0",
@@ -153,7 +155,7 @@ def child() -> None:
     @contextlib.contextmanager
     def switched_off(self: StepHook):
         """The same step hook without the feature."""
-        parts = ("_imitation", "_recorder", "_original_pass", "_routing")
+        parts = ("_imitation", "_recorder", "_original_pass", "_routing", "_retention")
         owners = [(self, name) for name in parts]
         if self._loss_hook is not None:
             owners += [(self._loss_hook, "_originals"), (self._loss_hook, "_weights_at")]

@@ -13,17 +13,23 @@ from megatron_moe_inject.experts.freeze import COMPONENTS, ParameterPlace, place
 from megatron_moe_inject.plan import ParameterRow
 
 
-def _own_copy(parameter: torch.nn.Parameter, groups: Any) -> bool:
+def counts_here(parameter: torch.nn.Parameter, groups: Any, *, replicated: bool = True) -> bool:
     """Whether this rank's copy is the one that counts.
 
     Data-parallel replicas and tensor-parallel duplicates count on the first rank of their group;
     the embedding's copy on the last pipeline stage (Megatron marks it ``shared``) does not.
+
+    Args:
+        parameter: of a model chunk.
+        groups: the student's ``ProcessGroupCollection``.
+        replicated: over data-parallel ranks; else each of them counts a part of its own.
     """
     expert = not getattr(parameter, "allreduce", True)
     replicas = groups.expt_dp if expert else groups.dp_cp
     sharding = groups.expt_tp if expert else groups.tp
     sharded = getattr(parameter, "tensor_model_parallel", False)
-    first = replicas.rank() == 0 and (sharded or sharding.rank() == 0)
+    first = not replicated or replicas.rank() == 0
+    first = first and (sharded or sharding.rank() == 0)
     return first and not getattr(parameter, "shared", False)
 
 
@@ -47,7 +53,7 @@ def parameter_rows(chunks: Iterable[torch.nn.Module], groups: Any) -> list[Param
     for place, parameter in _all_places(chunks):
         if parameter.requires_grad:
             here[place.component] += parameter.numel()
-        if _own_copy(parameter, groups):
+        if counts_here(parameter, groups):
             counter = trained if parameter.requires_grad else frozen
             counter[place.component] += parameter.numel()
     ranks: list[Any] = [None] * dist.get_world_size()

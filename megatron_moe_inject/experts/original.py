@@ -66,13 +66,24 @@ class OriginalParameters:
         """The original value of a parameter, a constant; its own value where it is frozen."""
         return self._copies.get(parameter, parameter).detach()
 
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """Those that have an original, in the model's order."""
+        return list(self._copies)
+
     @contextlib.contextmanager
-    def swapped(self) -> Iterator[None]:
-        """Let the model be the original inside the block. No collective, no copy."""
-        current = {parameter: parameter.data for parameter in self._copies}
+    def swapped(self, only: Iterable[torch.nn.Parameter] | None = None) -> Iterator[None]:
+        """Let the model be the original inside the block. No collective, no copy.
+
+        Args:
+            only: parameters with an original; ``None`` = all. A graph that was built outside the
+                block, and is not run backward inside it, may hold them.
+        """
+        wanted = self._copies if only is None else only
+        current = {parameter: parameter.data for parameter in wanted}
         try:
-            for parameter, copy in self._copies.items():
-                parameter.data = copy
+            for parameter in current:
+                parameter.data = self._copies[parameter]
             yield
         finally:
             for parameter, data in current.items():

@@ -114,6 +114,8 @@ def weights(recipe: Recipe) -> dict[str, Weight]:
     found["gamma"] = objective.gamma
     for name in ("hidden", "experts"):
         found[f"features.{name}"] = getattr(objective.features, name)
+    for name in ("experts", "l2"):
+        found[f"retention.{name}"] = getattr(objective.retention, name)
     found["steering.coeff"] = steering.coeff
     if ever_positive(steering.coeff):
         found["steering.balance"] = steering.balance

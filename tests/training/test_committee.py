@@ -53,6 +53,39 @@ def test_two_teachers_give_one_curve_at_every_layout(material, prose):
             assert run.losses(term) == pytest.approx(one.losses(term), rel=2e-5), (term, layout)
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(dict(cp=2), id="cp2"),
+        pytest.param(
+            dict(pp=2, extra=("--num-layers-per-virtual-pipeline-stage", "1")),
+            id="pp2-vpp2",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_more_layouts_of_two_teachers_with_steering(material, prose, layout):
+    """Their confidence is sliced with the sequence, and reaches the chunks of every stage."""
+    recipe = _two(prose, "label") + (
+        "steering: {{coeff: 0.5, confidence: top}}\ntrain: {{router: true}}\n"
+    )
+    one, run = inject(material, recipe), inject(material, recipe, nproc=2, **layout)
+    for term in (*TERMS, "steering loss"):
+        assert run.losses(term) == pytest.approx(one.losses(term), rel=2e-5, abs=1e-6), term
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [dict(tp=2), dict(cp=2), dict(pp=2)], ids=str)
+def test_a_megatron_and_a_hugging_face_teacher_together(material, llama, layout):
+    recipe = _two("unused", "label").replace("megatron:unused", f"hf:{llama}")
+    one, run = inject(material, recipe), inject(material, recipe, nproc=2, **layout)
+    assert one.losses("kd loss")[0] != pytest.approx(
+        inject(material).losses("kd loss")[0], rel=1e-2
+    )
+    for term in TERMS:
+        assert run.losses(term) == pytest.approx(one.losses(term), rel=2e-5), term
+
+
 def test_steering_and_imitation_take_both_teachers(material, prose):
     """The mixture's confidence steers; the layers of each teacher are imitated."""
     more = (

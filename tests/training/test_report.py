@@ -58,6 +58,31 @@ def test_a_run_that_was_stopped_and_resumed(material, tmp_path):
     assert "lm loss 77" not in page
 
 
+@pytest.mark.parametrize("layout", [dict(pp=2), dict(ep=2)], ids=str)
+def test_two_processes_write_one_list(material, tmp_path, layout):
+    """The last rank's, of the terms of the last stage, alike at every layout, resumed too."""
+    keep = ("--save-interval", "2", "--train-iters", "4", *EVALUATIONS)
+    alone, both = tmp_path / "one", tmp_path / "two"
+    one = inject(material, STEERED, extra=(*keep, "--save", str(alone)))
+    stop = ("--save", str(both), "--exit-interval", "2")
+    inject(material, STEERED, nproc=2, extra=(*keep, *stop), **layout)
+    ours = ("--inject-recipe", recipe_file(material, STEERED), "--load", str(both))
+    on = student_flags(*material.blend, *keep, *ours, "--save", str(both), **layout)
+    two = lane.run(on, nproc=2)
+    assert [step["iteration"] for step in two.iterations] == [3, 4]
+    lines = [read_run(folder / "inject_run.jsonl") for folder in (alone, both)]
+    assert [line.iteration for line in lines[1]] == [0, 1, 2, 2, 3, 4]
+    steps = [[line for line in own if isinstance(line, Step)] for own in lines]
+    for left, right in zip(*steps, strict=True):
+        assert left.terms.keys() == right.terms.keys()
+        for name in ("lm loss", "kd loss/code", "retention loss", "target share/code"):
+            expected = pytest.approx(left.terms[name], rel=2e-5, abs=1e-6)
+            assert right.terms[name] == expected, name
+    assert one.losses("lm loss")[2:] == pytest.approx(two.losses("lm loss"), rel=2e-5)
+    starts = [[line for line in own if isinstance(line, Start)] for own in lines]
+    assert starts[0][0].parameters == starts[1][0].parameters
+
+
 def test_without_the_section_nothing_is_written(material, tmp_path):
     inject(material, extra=("--save", str(tmp_path), "--save-interval", "100"))
     assert not (tmp_path / "inject_run.jsonl").exists()

@@ -6,26 +6,6 @@ from tests.training.test_injection import PROVEN, TERMS, inject
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    """A random Llama of the student's 61 token ids, 8 of them padding, wider than the student."""
-    transformers = pytest.importorskip("transformers")
-    torch = pytest.importorskip("torch")
-    folder = tmp_path_factory.mktemp("llama")
-    torch.manual_seed(3)
-    config = transformers.LlamaConfig(
-        vocab_size=69,
-        hidden_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=48,
-        max_position_embeddings=64,
-    )
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(str(folder))
-    return folder
-
-
-@pytest.fixture(scope="module")
 def single(material, llama):
     return inject(material, extra=hugging_face(llama))
 

@@ -1,0 +1,246 @@
+"""Expert-output retention: an expert that trains stays near its original on general tokens.
+
+The rows that an expert gets for general tokens run through it twice more, as it is and, without a
+graph, as it was, both on the same rows, so that the difference is exactly 0 where nothing has been
+trained. States and gates are constants there: only the layer's own experts learn from it. The loss
+is attached to what the experts put out, so it needs no pass of the model and no place of its own
+in the schedule.
+
+Which rows are of general tokens is known where tokens are routed, by their sample, and is needed
+where experts are. It travels in the sign of the gates, which every dispatcher sends along: general
+tokens' are negated before and all made positive again after, which is exact, so that what the
+experts compute is bitwise what it would be. No collective is added, except that experts split over
+tensor-parallel ranks have to add up the differences of their parts.
+
+Per layer: sum over general tokens t and experts e of g_te |f_e(x_t) - f0_e(x_t)|^2 / |f0_e(x_t)|^2,
+divided by the number of general tokens in the whole step; then the mean over layers.
+
+Shapes: n micro-batches, b samples, l this rank's part of the sequence, h hidden, E experts, E_l
+local experts, m rows of this rank's experts, r those of general tokens and experts that train.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
+
+from megatron_moe_inject.clock import ChunkClock, Passages
+from megatron_moe_inject.experts.freeze import EXPERTS, decoder_layers, places
+from megatron_moe_inject.experts.original import OriginalParameters
+from megatron_moe_inject.losses.features import attach_loss
+from megatron_moe_inject.metrics.losses import add_reports, sum_and_count
+from megatron_moe_inject.recipe import GENERAL, RecipeError
+from megatron_moe_inject.retention.scale import step_scale
+
+REPORTED = "expert retention"
+_TINY = 1e-12
+
+
+class _HeldLayer(Passages):
+    """One MoE layer with local experts that train.
+
+    Args:
+        clock: that of its chunk.
+        layer: Megatron's ``MoELayer``.
+        trains: parameters that train, by index of the local expert.
+    """
+
+    def __init__(
+        self,
+        clock: ChunkClock,
+        layer: torch.nn.Module,
+        trains: Mapping[int, Sequence[torch.nn.Parameter]],
+    ) -> None:
+        super().__init__(clock)
+        self.experts = layer.experts
+        self.stock_forward = layer.experts.forward
+        self.parameters = [p for own in trains.values() for p in own]
+        self.trains = torch.tensor([i in trains for i in range(layer.num_local_experts)])
+        self.first = False
+
+
+class ExpertRetention:
+    """Computes and attaches the losses of one rank.
+
+    Args:
+        chunks: this rank's bare model chunks.
+        groups: the student's ``ProcessGroupCollection``.
+        originals: those of the experts that train, at least.
+        weight_at: the weight after that many optimizer steps.
+
+    Collectives: one all-gather of layer numbers over the whole world.
+
+    Raises:
+        RecipeError: on every rank, where no expert of any rank trains.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        groups: Any,
+        originals: OriginalParameters,
+        weight_at: Callable[[int], float],
+    ) -> None:
+        self._config = chunks[0].config
+        self._device = next(chunks[0].parameters()).device
+        self._groups = groups
+        self._originals = originals
+        self._weight_at = weight_at
+        self._active = False
+        self._clocks: list[ChunkClock] = []
+        self._layers: list[_HeldLayer] = []
+        trained = [_trained_experts(chunk) for chunk in chunks]
+        self._num_layers = _count_layers({layer for own in trained for layer in own})
+        for chunk, own in zip(chunks, trained, strict=True):
+            clock = ChunkClock(chunk)
+            self._clocks.append(clock)
+            for layer in decoder_layers(chunk):
+                self._watch(clock, layer, own.get(layer.layer_number - 1, {}))
+
+    def _watch(
+        self,
+        clock: ChunkClock,
+        layer: torch.nn.Module,
+        trains: Mapping[int, Sequence[torch.nn.Parameter]],
+    ) -> None:
+        """Every rank marks the tokens of every MoE layer: others' experts may train there."""
+        moe = layer.mlp
+        if getattr(moe, "token_dispatcher", None) is None:
+            return
+        first = moe.local_expert_indices[0]
+        held = _HeldLayer(clock, moe, {i - first: own for i, own in trains.items()})
+        self._layers.append(held)
+        stock_dispatch = moe.token_dispatcher.dispatch_preprocess
+
+        def dispatch(hidden: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor):
+            if self._active:
+                probs = self._mark(held, probs)
+            return stock_dispatch(hidden, routing_map, probs)
+
+        def forward(hidden: torch.Tensor, tokens_per_expert: Any, probs: torch.Tensor):
+            if not self._active:
+                return held.stock_forward(hidden, tokens_per_expert, probs)
+            general = probs.signbit()
+            probs = torch.where(general, -probs, probs)
+            output, bias = held.stock_forward(hidden, tokens_per_expert, probs)
+            return self._hold(held, output, hidden, tokens_per_expert, probs, general), bias
+
+        moe.token_dispatcher.dispatch_preprocess = dispatch
+        moe.experts.forward = forward
+
+    def begin(self, labels: torch.Tensor, iteration: int, sequence_length: int) -> None:
+        """Start a step.
+
+        Args:
+            labels: ``[n, b]`` domain indices, on the host.
+            iteration: optimizer steps taken so far.
+            sequence_length: of whole sequences.
+
+        Collectives: one all-reduce of one number over the data- and context-parallel ranks.
+        """
+        self._general = labels == GENERAL
+        length = sequence_length // self._groups.cp.size()
+        count = torch.tensor([float(self._general.sum() * length)]).to(self._device)
+        if self._groups.dp_cp.size() > 1:
+            dist.all_reduce(count, group=self._groups.dp_cp)
+        self._count = count[0]
+        weight = self._weight_at(iteration)
+        tokens = labels.numel() * sequence_length * self._groups.dp.size()
+        scale = step_scale(self._config, self._groups, tokens, self._device)
+        self._factor = weight * scale / (self._count.clamp(min=1) * self._num_layers)
+        self._sum = torch.zeros((), dtype=torch.float32, device=self._device)
+        self._attaches = weight > 0
+        for part in (*self._clocks, *self._layers):
+            part.reset()
+        self._active = True
+
+    def end(self, reports: Any) -> None:
+        """Finish the step and add what was measured to what the schedule returned.
+
+        Args:
+            reports: on the last stage, one dictionary per micro-batch of this step.
+
+        Collectives: one all-reduce of one number over the whole world.
+        """
+        self._active = False
+        if self._groups.expt_tp.rank() > 0:  # it has the same rows as the first
+            self._sum.zero_()
+        dist.all_reduce(self._sum)
+        add_reports(reports, {REPORTED: sum_and_count(self._sum / self._num_layers, self._count)})
+
+    def _mark(self, held: _HeldLayer, probs: torch.Tensor) -> torch.Tensor:
+        """Gates ``[l b, E]`` of a micro-batch, those of general samples negated."""
+        micro_batch, held.first = held.passing()
+        general = self._general[micro_batch].to(probs.device, non_blocking=True)
+        rows = general.repeat(len(probs) // len(general)).unsqueeze(1)
+        return torch.where(rows, -probs, probs)
+
+    def _hold(
+        self,
+        held: _HeldLayer,
+        output: torch.Tensor,
+        hidden: torch.Tensor,
+        tokens_per_expert: Any,
+        probs: torch.Tensor,
+        general: torch.Tensor,
+    ) -> torch.Tensor:
+        """The experts' ``output`` ``[m, h]`` with the loss of their general rows attached.
+
+        Args:
+            hidden: ``[m, h]``, in the order of local experts.
+            tokens_per_expert: ``[E_l]``.
+            probs: ``[m]``, or wider with equal columns' meaning, gates.
+            general: bool, shaped as ``probs``.
+        """
+        trains = torch.is_grad_enabled() and output.requires_grad and self._attaches
+        if not held.parameters or not (trains or held.first):
+            return output
+        counts = torch.as_tensor(tokens_per_expert)
+        expert = torch.arange(len(counts)).repeat_interleave(counts.cpu()).to(general.device)
+        wanted = general.view(len(expert), -1)[:, 0] & held.trains.to(general.device)[expert]
+        rows = wanted.nonzero().flatten()
+        if not len(rows):
+            return output
+        own = torch.bincount(expert[rows], minlength=len(counts)).to(counts)
+        states, gates = hidden.detach()[rows], probs.detach()[rows]
+        with torch.no_grad(), self._originals.swapped(held.parameters):
+            before = held.stock_forward(states, own, gates)[0]
+        with torch.set_grad_enabled(trains):
+            now = held.stock_forward(states, own, gates)[0]
+            before = before.float()
+            change = now.float() - before
+            if self._groups.expt_tp.size() > 1:
+                change = reduce_from_tensor_model_parallel_region(change, self._groups.expt_tp)
+                before = reduce_from_tensor_model_parallel_region(before, self._groups.expt_tp)
+            errors = change.square().sum(-1) / before.square().sum(-1).clamp(min=_TINY)
+            loss = (errors * gates.view(len(rows), -1)[:, 0].float()).sum()
+        if held.first:
+            self._sum += loss.detach()
+        return attach_loss(output, loss, self._factor) if trains else output
+
+
+def _trained_experts(
+    chunk: torch.nn.Module,
+) -> dict[int, dict[int, list[torch.nn.Parameter]]]:
+    """Parameters that train, by 0-based layer and global id of the expert."""
+    found: dict[int, dict[int, list[torch.nn.Parameter]]] = {}
+    for place, parameter in places(chunk):
+        if place.component == EXPERTS and parameter.requires_grad:
+            found.setdefault(place.layer, {}).setdefault(place.expert, []).append(parameter)
+    return found
+
+
+def _count_layers(own: set[int]) -> int:
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, own)
+    if not any(ranks):
+        raise RecipeError(
+            "objective.retention.experts: holds experts, but none train; set train.experts to "
+            "selected or all, or remove it",
+            "objective.retention.experts",
+        )
+    return len(set().union(*ranks))

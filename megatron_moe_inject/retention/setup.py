@@ -1,0 +1,98 @@
+"""From a recipe to the retentions of a step, and to what must be kept twice for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from megatron_moe_inject.experts.original import OriginalParameters
+from megatron_moe_inject.recipe import Recipe
+from megatron_moe_inject.retention.experts import ExpertRetention
+from megatron_moe_inject.retention.start import PullToStart
+from megatron_moe_inject.schedule import ever_positive, value_at
+
+
+def kept_components(recipe: Recipe) -> list[str] | None:
+    """Components (``freeze.COMPONENTS``) whose originals some retention needs, where they train.
+
+    One copy serves all retentions. ``None`` = all components, ``[]`` = no retention.
+    """
+    used = recipe.objective.retention.in_use()
+    if ever_positive(recipe.objective.gamma) or "l2" in used:
+        return None
+    kept = ["experts"] if "experts" in used else []
+    return [*kept, "router"] if recipe.steering.retains else kept
+
+
+class RetentionStep:
+    """What a step does about retention beside gamma and the routers'.
+
+    Args:
+        experts: holds experts' outputs; ``None`` without.
+        start: pulls parameters to their start; ``None`` without.
+    """
+
+    def __init__(self, experts: ExpertRetention | None, start: PullToStart | None) -> None:
+        self._experts = experts
+        self._start = start
+        self._iteration = 0
+
+    def begin(self, labels: torch.Tensor, iteration: int, sequence_length: int) -> None:
+        """Start a step, ``labels`` ``[n, b]`` on the host.
+
+        Collectives: those of ``ExpertRetention.begin``.
+        """
+        self._iteration = iteration
+        if self._experts is not None:
+            self._experts.begin(labels, iteration, sequence_length)
+
+    def end(self, reports: Any, *, trained: bool) -> None:
+        """After the schedule; ``trained`` tells a step that trains from one of evaluation.
+
+        Collectives: those of ``ExpertRetention.end``, and of ``PullToStart.end`` in training.
+        """
+        if self._experts is not None:
+            self._experts.end(reports)
+        if self._start is not None and trained:
+            self._start.end(self._iteration, reports)
+
+
+def retention_step(
+    recipe: Recipe,
+    chunks: Sequence[torch.nn.Module],
+    groups: Any,
+    originals: OriginalParameters | None,
+    optimizer: Any,
+) -> RetentionStep | None:
+    """The retentions of this rank, once the student is loaded; ``None`` where none is asked for.
+
+    Args:
+        recipe: checked.
+        chunks: this rank's bare model chunks.
+        groups: the student's ``ProcessGroupCollection``.
+        originals: of what ``kept_components`` names.
+        optimizer: Megatron's; ``None`` in a run that trains nothing.
+
+    Collectives: those of ``ExpertRetention``.
+
+    Raises:
+        RecipeError: experts are to be held, but none train.
+    """
+    retention = recipe.objective.retention
+    used = retention.in_use()
+    experts = start = None
+    if "experts" in used:
+        experts = ExpertRetention(
+            chunks, groups, originals, lambda iteration: value_at(retention.experts, iteration)
+        )
+    if "l2" in used and optimizer is not None:
+        start = PullToStart(
+            chunks,
+            groups,
+            originals,
+            optimizer,
+            lambda iteration: value_at(retention.l2, iteration),
+        )
+    return RetentionStep(experts, start) if experts or start else None

@@ -1,0 +1,115 @@
+"""Expert-output retention and L2 to the start through the real ``pretrain()``.
+
+Experts of both of two expert-parallel ranks and both of two pipeline stages train, several in one
+layer, so that the means over layers, ranks and experts are seen.
+"""
+
+import copy
+
+import pytest
+
+from tests.training import lane
+from tests.training.conftest import student_flags
+from tests.training.test_grouped import grouped
+from tests.training.test_injection import LAYOUTS, PROVEN, RECIPE, SLOW_LAYOUTS, inject, recipe_file
+
+PLAIN = RECIPE.replace("{{2: [3], 3: [3]}}", "{{1: [1], 3: [0, 3]}}")
+HELD = PLAIN.replace("beta: 0.3", "beta: 0.3, retention: {{experts: 2.0, l2: 0.05}}")
+OWN = ("expert retention", "l2 to start")
+TERMS = ("lm loss", "kd loss", "total loss", "grad norm", *OWN)
+ESSENTIAL = ("tp2-sp", "cp2", "pp2-vpp2", "full recompute", "distributed optimizer, ep2")
+BF16 = ("--bf16", "--train-iters", "6")
+
+
+@pytest.fixture(scope="module")
+def single(material):
+    return inject(material, HELD)
+
+
+def same(run, other, rel=2e-5):
+    for term in TERMS:
+        assert run.losses(term) == pytest.approx(other.losses(term), rel=rel, abs=1e-7), term
+
+
+def test_both_are_exactly_zero_at_the_first_step_and_leave_it_as_it_is(material, single):
+    plain = inject(material, PLAIN)
+    for term in ("lm loss", "kd loss", "total loss", "grad norm"):
+        assert single.losses(term)[0] == plain.losses(term)[0], term
+        assert single.losses(term)[2:] != plain.losses(term)[2:], term
+    for term in OWN:
+        assert single.losses(term)[0] == 0
+        assert min(single.losses(term)[1:]) > 0
+    assert single.evaluations[-1]["expert retention"] > 0
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(layout, id=name, marks=[] if name in ESSENTIAL else pytest.mark.slow)
+        for name, layout in (LAYOUTS | SLOW_LAYOUTS).items()
+        if "window" not in name
+    ],
+)
+def test_the_curve_does_not_depend_on_the_layout(material, single, layout):
+    run = inject(material, HELD, **copy.deepcopy(layout))
+    assert len(run.iterations) == 4
+    same(run, single)
+    assert PROVEN.search(run.output)
+
+
+def test_grouped_experts_give_the_same_curve(material, single):
+    same(grouped(material, nproc=2, recipe=HELD, ep=2), single)
+
+
+def test_each_holds_what_it_is_there_to_hold(material):
+    """The same run with a weight that acts, and with one that only watches."""
+    more = ("--train-iters", "12")
+    runs = [
+        inject(material, HELD.replace("experts: 2.0, l2: 0.05", weights), extra=more)
+        for weights in (
+            "experts: 1.0e-9, l2: 1.0e-9",
+            "experts: 50.0, l2: 1.0e-9",
+            "experts: 1.0e-9, l2: 5.0",
+        )
+    ]
+    watched, experts, start = ([run.losses(term)[-1] for term in OWN] for run in runs)
+    assert experts[0] < 0.7 * watched[0]
+    assert start[1] < 0.7 * watched[1]
+
+
+def test_sharded_and_whole_float32_values_of_16_bit_parameters_agree(material):
+    """Also after a resume, which reads the originals from beside the checkpoint."""
+    held = ("--inject-set", "objective.gamma=1.0")
+    whole = inject(material, HELD, nproc=2, extra=(*BF16, *held))
+    sharded = (*BF16, *lane.DISTRIBUTED_OPTIMIZER, *held)
+    save = str(material.folder / "cheap")
+    keep = (*sharded, "--save", save, "--save-interval", "3")
+    split = inject(material, HELD, nproc=2, extra=sharded)
+    same(split, whole, rel=1e-3)
+    inject(material, HELD, nproc=2, extra=(*keep, "--exit-interval", "3"))
+    ours = ("--inject-recipe", recipe_file(material, HELD), "--load", save)
+    resumed = lane.run(student_flags(*material.blend, *keep, *ours), nproc=2)
+    for term in (*TERMS, "retention loss"):
+        assert resumed.losses(term) == split.losses(term)[3:], term
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (
+            ("--data-path", "{domain}", "--inject-set", "domains[0].data=[0]"),
+            "objective.retention.experts: 2.0 weighs retention on general data",
+        ),
+        (
+            ("--inject-set", "train={{experts: none, patterns: ['*.router.weight']}}"),
+            "objective.retention.experts: holds experts, but none train",
+        ),
+    ],
+    ids=["no general data", "no experts"],
+)
+def test_what_cannot_be_is_one_error(material, extra, message):
+    extra = tuple(part.format(domain=material.domain) for part in extra)
+    run = inject(material, HELD, extra=extra, check=False)
+    assert run.returncode == 2, run.tail()
+    assert message in run.output
+    assert "Traceback" not in run.output
