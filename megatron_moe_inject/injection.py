@@ -145,6 +145,7 @@ class Injection:
         self.originals: OriginalParameters | None = None
         remark = begin_or_resume(self.policy, args, self.imitation.projections)
         self._warnings = [] if remark is None else [remark]
+        self._steering.begin_or_resume(args)
         self.plan: Plan | None = None
         self.step_hook: StepHook | None = None
         self._frozen: FrozenCheck | None = None
@@ -313,6 +314,7 @@ class Injection:
             originals=originals,
             masked_sum=objective.masked_sum,
             measurement=self._measurement,
+            running_confidence=self._steering.running,
         )
 
     @property

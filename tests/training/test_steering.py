@@ -318,13 +318,9 @@ def test_layers_are_detailed_in_tensorboard(material, tmp_path):
         (("layers: {{1: [2], 2", "layers: {{2"), ("--inject-set", "steering.layers=[1]"), "has no"),
         (("router: true", "norms: true"), (), "steering.retention: 1.0 holds routers that do not"),
         (("0.8", "1.8"), (), "steering.target_mass: 1.8 is not in (0, 1]"),
-        (
-            ("coeff:", "confidence: label, coeff:"),
-            ("--inject-set", "teachers.coder.window=1"),
-            "steering.confidence: 'label' needs coder's states of the whole step",
-        ),
+        ((), ("--moe-router-fusion",), "--moe-router-fusion: fuses balance losses that"),
     ],
-    ids=["sinkhorn", "forced", "layer", "retention", "mass", "window"],
+    ids=["sinkhorn", "forced", "layer", "retention", "mass", "fused router"],
 )
 def test_mistakes(material, change, flags, message):
     recipe = STEERED.replace(*change) if change else STEERED
