@@ -173,6 +173,7 @@ class Injection:
         self.originals: OriginalParameters | None = None
         remark = begin_or_resume(self.policy, args, self.imitation.projections)
         self._warnings = [] if remark is None else [remark]
+        self._steering.begin_or_resume(args)
         self.plan: Plan | None = None
         self._watch = FiniteWatch()
         self.step_hook: StepHook | None = None
@@ -351,6 +352,7 @@ class Injection:
             masked_sum=objective.masked_sum,
             measurement=self._measurement,
             watch=self._watch,
+            running_confidence=self._steering.running,
         )
 
     @property

@@ -34,7 +34,8 @@ from megatron_moe_inject.metrics.finite import FiniteWatch
 from megatron_moe_inject.metrics.losses import LossReport, merge
 from megatron_moe_inject.metrics.measurement import Measurement
 from megatron_moe_inject.recipe import GENERAL
-from megatron_moe_inject.teachers.step_pass import CommitteePass, TeacherPass, confidences
+from megatron_moe_inject.teachers.confidence import RunningConfidence, confidences
+from megatron_moe_inject.teachers.step_pass import CommitteePass, TeacherPass
 
 
 class LossHook:
@@ -54,6 +55,7 @@ class LossHook:
         measurement: gets the micro-batches of evaluations that it is to measure.
         only_measures: the run trains nothing: the output is the measured cross-entropy.
         watch: is shown the states that the loss is computed from, and the loss.
+        running_confidence: gets the micro-batches of training steps.
     """
 
     def __init__(
@@ -70,8 +72,10 @@ class LossHook:
         measurement: Measurement | None = None,
         only_measures: bool = False,
         watch: FiniteWatch | None = None,
+        running_confidence: RunningConfidence | None = None,
     ) -> None:
         self._watch = watch
+        self._running_confidence = running_confidence
         self._measurement = measurement
         self._only_measures = only_measures
         self._chunk = chunk
@@ -102,16 +106,19 @@ class LossHook:
         return [index for index, own in self._teachers.items() if teacher in own.passes]
 
     def confidences(self, kind: str, labels: torch.Tensor) -> torch.Tensor:
-        """Of the teacher or teachers of each sample, fp32 ``[n, b, s/c]``; 0 where it has none.
+        """Of the teacher or teachers of each sample, fp32 ``[n, b, s/c]``; 0 where it has none, or
+        one whose states come by windows. At least one must run the whole step ahead.
 
         Args:
-            kind: see ``step_pass.confidences``.
+            kind: see ``confidence.confidences``.
             labels: ``[n, b]`` on the host.
 
-        Collectives: those of ``step_pass.confidences``, for each teacher or committee.
+        Collectives: those of ``confidence.confidences``, for each such teacher or committee.
         """
         whole = None
         for own in dict.fromkeys(self._teachers.values()):
+            if own.windowed:
+                continue
             domains = [index for index, other in self._teachers.items() if other == own]
             wanted = torch.isin(labels, torch.tensor(domains))
             sure = confidences(own, kind, wanted, self._valid_vocab_size)
@@ -206,6 +213,9 @@ class LossHook:
             )
         self._see("states before the output layer", hidden_states)
         groups = self._groups(index, domains, head, config.sequence_parallel)
+        running = self._running_confidence
+        if running is not None and torch.is_grad_enabled():
+            running.add(groups, labels, domains, self._tp_group, self._valid_vocab_size)
         transform = LogitTransform(scale=compat.logit_scale(config))
         values: dict[str, torch.Tensor] = {}
         if self._measurement is not None and self._measurement.active:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from megatron_moe_inject.recipe import GENERAL, Recipe
+from megatron_moe_inject.recipe_steering import weighed_by_mean, weighed_by_token
 from megatron_moe_inject.schedule import ever_positive, show_weight
 from megatron_moe_inject.student import StudentFacts, ranges, split_labels
 from megatron_moe_inject.typed import listing
@@ -119,6 +120,11 @@ def recipe_warnings(recipe: Recipe) -> list[str]:
         warnings.append("alpha is 0: teachers run for the reported losses only")
     if owners and recipe.train.experts == "none":
         warnings.append("train.experts is none: the experts chosen by the domains stay frozen")
+    if len(weighed_by_mean(recipe)) == 1 and not weighed_by_token(recipe):
+        warnings.append(
+            "steering.confidence: one domain is steered, and its teacher's window leaves all its "
+            "tokens one weight, which changes nothing"
+        )
     objective = recipe.objective
     held = (recipe.general_beta(), objective.gamma, objective.retention.experts)
     if not any(map(ever_positive, held)):
@@ -242,6 +248,13 @@ def _steering_lines(recipe: Recipe) -> list[str]:
         lines.append(
             f"{coeff} * relu(log {mass} - log mass) on a domain's experts, layers {ranges(layers)}"
         )
+        for names, how in (
+            (weighed_by_token(recipe), "of each token"),
+            (weighed_by_mean(recipe), "its mean over earlier steps, as the teacher has a window"),
+        ):
+            if names:
+                weight = f"weighted by the teacher's confidence[{steering.confidence}]"
+                lines.append(f"{' and '.join(names)}: {weight}, {how}")
         if ever_positive(steering.balance):
             lines.append(f"{show_weight(steering.balance)} * balance within each domain's experts")
         if steering.stock_balance == "general":

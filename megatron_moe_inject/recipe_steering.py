@@ -29,7 +29,9 @@ class Steering:
         layers: decoder layers to steer in; empty = all in which a domain chose experts.
         confidence: weighs each domain token by its teacher's confidence there, one of
             ``STEERING_CONFIDENCES``: by its probability of the label, or of its most likely token.
-            The teacher runs ahead of the step, so every stage knows it.
+            A teacher that runs the whole step ahead (``window: 0``) weighs each token, on every
+            stage; another weighs all tokens of a domain alike, by its mean confidence in those of
+            earlier steps (``teachers.confidence.RunningConfidence``).
         balance: weight of the balance of domain tokens within their targets, while coeff is used.
         stock_balance: ``general``: Megatron's balance losses see general tokens only while tokens
             are steered; ``all``: they see all, as ever.
@@ -136,10 +138,25 @@ def _check_confidence(recipe: Recipe) -> None:
                 "steering.confidence", kind, f"asks for a teacher that {domain.name!r} lacks",
                 f"write domains[{i}].teacher, or confidence: none",
             )  # fmt: skip
-        for name in domain.teacher_weights:
-            if recipe.teachers[name].window:
-                raise fail(
-                    "steering.confidence", kind,
-                    f"needs {name}'s states of the whole step before it starts",
-                    f"write teachers.{name}.window: 0, or confidence: none",
-                )  # fmt: skip
+
+
+def weighed_by_token(recipe: Recipe) -> list[str]:
+    """Names of the steered domains whose tokens have a confidence each."""
+    return _weighed(recipe, windowed=False)
+
+
+def weighed_by_mean(recipe: Recipe) -> list[str]:
+    """Names of the steered domains whose tokens all have the mean confidence of earlier steps."""
+    return _weighed(recipe, windowed=True)
+
+
+def _weighed(recipe: Recipe, *, windowed: bool) -> list[str]:
+    steering = recipe.steering
+    if not steering.steers or steering.confidence == "none":
+        return []
+    return [
+        domain.name
+        for domain in recipe.domains
+        if any(layer in steering.layers or not steering.layers for layer in domain.experts.layers)
+        and any(recipe.teachers[name].window for name in domain.teacher_weights) == windowed
+    ]

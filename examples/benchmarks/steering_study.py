@@ -2,19 +2,25 @@
 
     bash examples/quickstart.sh                       first: student, teacher, data and profile
     python examples/benchmarks/steering_study.py runs/quickstart [--seeds 1234 1 2] [--steps 200]
-    python examples/benchmarks/steering_study.py runs/quickstart --report results/steering
+    python examples/benchmarks/steering_study.py runs/quickstart --report results/steering \\
+        [--earlier results/2026-11-22-steering.json]
 
 Each arm is the quickstart's injection on one process with other settings of ``train`` and
 ``steering``; held-out text is evaluated whole, before and after. A run that is done is not
 repeated, so an interrupted study goes on. ``--report`` writes the table and the picture of what
-there is.
+there is, each run with its date and machine, beside the runs of an earlier report of as many steps.
+A run of both reports counts once, as the newer, and how far they are apart is printed.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
+import importlib.metadata
 import json
 import os
+import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -42,6 +48,7 @@ ARMS = {
     ),
 }
 SETS = ("code", "english")
+NUMBERS = ("gain", "forgotten", "share", "general", "within", "dead")
 
 
 def flags(*names: str) -> list[str]:
@@ -126,27 +133,75 @@ def run_arm(folder: Path, work: Path, arm: str, seed: int, steps: int) -> dict:
         "arm": arm,
         "seed": seed,
         "steps": steps,
+        "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
+        "machine": machine(),
         "held_out": held_out(folder, saved, work / "after.log", work / "cache-after"),
         "validation": {name: series[-1][1] for name, series in run.validation.items()},
         "details": last_details(work / "tensorboard"),
     }
 
 
-def summary(results: list[dict], before: dict[str, float]) -> list[dict]:
-    """One row per arm: means and spreads over seeds."""
+def machine() -> str:
+    """Processor and versions, in words."""
+    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    processor = found[1] if found else platform.machine()
+    versions = (f"{name} {importlib.metadata.version(name)}" for name in ("torch", "megatron-core"))
+    return ", ".join((f"{processor} ({os.cpu_count()} cores)", *versions))
+
+
+def run_numbers(result: dict, before: dict[str, float]) -> dict:
+    """What a report keeps of a run, see ``NUMBERS``."""
+    details, validation = result["details"], result["validation"]
+    return {name: result[name] for name in ("arm", "seed", "steps", "date", "machine")} | {
+        "gain": before["code"] - result["held_out"]["code"],
+        "forgotten": result["held_out"]["english"] - before["english"],
+        "share": validation["target share/code"],
+        "general": validation["general on targets/code"],
+        "within": details["balance within"],
+        "dead": details["dead within"] + details["dead outside"],
+    }
+
+
+def earlier_runs(path: Path, steps: int) -> list[dict]:
+    """The runs of an earlier report, of as many steps.
+
+    The first report has one list by arm and number, and neither steps (200), machine nor seeds,
+    which were run in the order 1234, 1, 2.
+    """
+    stored = json.loads(path.read_text())
+    if isinstance(stored, dict):
+        return [run for run in stored["runs"] if run["steps"] == steps]
+    date = re.match(r"\d{4}-\d\d-\d\d", path.name)
+    known = {"steps": 200, "date": date[0] if date else None, "machine": None}
+    runs = [
+        {"arm": row["arm"], "seed": seed, **known, **{n: row[n][i] for n in NUMBERS}}
+        for row in stored
+        for i, seed in enumerate([1234, 1, 2][: row["seeds"]])
+    ]
+    return [run for run in runs if run["steps"] == steps]
+
+
+def combined(runs: list[dict], earlier: list[dict]) -> tuple[list[dict], list[str]]:
+    """All runs, those of both once, as the newer; and how far the two are apart, in words."""
+    again = {(run["arm"], run["seed"]): run for run in runs}
+    said = []
+    for old in earlier:
+        new = again.get((old["arm"], old["seed"]))
+        if new is not None:
+            apart = ", ".join(f"{n} {old[n]:.4f} and {new[n]:.4f}" for n in NUMBERS[:3])
+            said.append(f"{old['arm']}, seed {old['seed']}, {old['date']} and again: {apart}")
+    kept = [old for old in earlier if (old["arm"], old["seed"]) not in again]
+    return [*kept, *runs], said
+
+
+def summary(runs: list[dict]) -> list[dict]:
+    """One row per arm: its numbers by seed."""
     rows = []
     for arm in ARMS:
-        found = [r for r in results if r["arm"] == arm]
-        if not found:
-            continue
-        gains = [before["code"] - r["held_out"]["code"] for r in found]
-        lost = [r["held_out"]["english"] - before["english"] for r in found]
-        row = {"arm": arm, "seeds": len(found), "gain": gains, "forgotten": lost}
-        for name, key in (("share", "target share/code"), ("general", "general on targets/code")):
-            row[name] = [r["validation"][key] for r in found]
-        row["within"] = [r["details"]["balance within"] for r in found]
-        row["dead"] = [r["details"]["dead within"] + r["details"]["dead outside"] for r in found]
-        rows.append(row)
+        found = [run for run in runs if run["arm"] == arm]
+        if found:
+            numbers = {name: [run[name] for run in found] for name in NUMBERS}
+            rows.append({"arm": arm, "seeds": len(found), **numbers})
     return rows
 
 
@@ -198,6 +253,16 @@ def draw(rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def write_report(runs: list[dict], earlier: list[dict], path: Path) -> None:
+    """The runs as PATH.json, their table as PATH.md and their picture as PATH.png."""
+    runs, said = combined(runs, earlier)
+    rows = summary(runs)
+    path.with_suffix(".json").write_text(json.dumps({"runs": runs}, indent=1) + "\n")
+    path.with_suffix(".md").write_text(table(rows) + "\n")
+    draw(rows, path.with_suffix(".png"))
+    print(table(rows), *said, sep="\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="a finished run of quickstart.sh")
@@ -205,7 +270,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--report", type=Path, help="write REPORT.json, .md and .png, run nothing")
+    parser.add_argument("--earlier", type=Path, help="JSON of an earlier report, to go beside")
     options = parser.parse_args()
+    if options.earlier is not None and options.report is None:
+        parser.error("--earlier goes with --report")
     results_path = options.folder / "steering" / "results.jsonl"
     results_path.parent.mkdir(exist_ok=True)
     results = []
@@ -213,11 +281,9 @@ def main() -> None:
         results = [json.loads(line) for line in results_path.read_text().splitlines()]
     before = json.loads((options.folder / "result.json").read_text())["bits_per_byte"]["before"]
     if options.report is not None:
-        rows = summary([r for r in results if r["steps"] == options.steps], before)
-        options.report.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
-        options.report.with_suffix(".md").write_text(table(rows) + "\n")
-        draw(rows, options.report.with_suffix(".png"))
-        print(table(rows))
+        runs = [run_numbers(r, before) for r in results if r["steps"] == options.steps]
+        earlier = earlier_runs(options.earlier, options.steps) if options.earlier else []
+        write_report(runs, earlier, options.report)
         return
     done = {(r["arm"], r["seed"], r["steps"]) for r in results}
     for seed in options.seeds:

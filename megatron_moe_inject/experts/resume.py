@@ -11,6 +11,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_moe_inject import compat
 from megatron_moe_inject.experts.freeze import FreezePolicy
@@ -48,13 +49,11 @@ def begin_or_resume(
     args.inject_policy = policy.described()
     if projections:
         args.inject_policy["projections"] = list(projections)
-    folder = compat.checkpoint_to_resume(args)
-    if folder is None or args.no_load_optim or args.ckpt_format != "torch_dist":
+    if args.no_load_optim or args.ckpt_format != "torch_dist":
         return None
-    try:
-        stored = vars(TorchDistCheckpoint.open(_Loaded(folder)).args).get("inject_policy")
-    except RecipeError:
-        return None  # Megatron's own loading says what is wrong with it.
+    folder, stored = stored_argument(args, "inject_policy")
+    if folder is None:
+        return None
     if stored is None:
         args.no_load_optim = True
         return (
@@ -67,6 +66,23 @@ def begin_or_resume(
             "anew, or train what was trained"
         )
     return None
+
+
+def stored_argument(args: Namespace, name: str) -> tuple[Path | None, Any]:
+    """An argument of the run whose training goes on, as its checkpoint stores it.
+
+    Returns:
+        The checkpoint's folder, ``None`` where a run starts anew or the checkpoint is damaged
+        (Megatron's own loading says what is wrong with it); and the value, ``None`` where the run
+        had none, or the checkpoint has another format than ``torch_dist``.
+    """
+    folder = compat.checkpoint_to_resume(args)
+    if folder is None or args.ckpt_format != "torch_dist":
+        return folder, None
+    try:
+        return folder, vars(TorchDistCheckpoint.open(_Loaded(folder)).args).get(name)
+    except RecipeError:
+        return None, None
 
 
 def _shown(policy: dict) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,12 +10,18 @@ import torch
 import torch.distributed as dist
 
 from megatron_moe_inject.experts.freeze import decoder_layers
+from megatron_moe_inject.experts.resume import stored_argument
 from megatron_moe_inject.recipe import Recipe, RecipeError
+from megatron_moe_inject.recipe_steering import weighed_by_mean, weighed_by_token
 from megatron_moe_inject.routing.shares import RoutingShares
 from megatron_moe_inject.routing.steering import SteeringHook, SteeringWeights
 from megatron_moe_inject.routing.watch import RoutingWatch, routers
 from megatron_moe_inject.schedule import value_at
 from megatron_moe_inject.student import StudentFacts
+from megatron_moe_inject.teachers.confidence import RunningConfidence
+
+KEPT = "inject_confidence"
+"""Where Megatron's arguments, and so its checkpoints, keep the running means."""
 
 
 class RoutingStep:
@@ -23,13 +30,19 @@ class RoutingStep:
     Args:
         hook: attaches losses; ``None`` where the log alone is wanted.
         shares: reports where tokens go; ``None`` where no domain has targets.
-        confidence: what weighs domain tokens, ``none`` or see ``TeacherPass.confidences``.
+        confidence: what weighs single tokens, ``none`` or see ``teachers.confidence.confidences``.
+        running: what weighs the tokens of the domains whose teachers run by windows.
     """
 
     def __init__(
-        self, hook: SteeringHook | None, shares: RoutingShares | None, confidence: str = "none"
+        self,
+        hook: SteeringHook | None,
+        shares: RoutingShares | None,
+        confidence: str = "none",
+        running: RunningConfidence | None = None,
     ) -> None:
         self.confidence = confidence
+        self._running = running
         self._hook = hook
         self._shares = shares
         self._iteration = 0
@@ -46,16 +59,23 @@ class RoutingStep:
         Collectives: those of ``SteeringHook.begin``.
         """
         self._iteration = iteration
+        means = None
+        if self._running is not None:
+            self._running.begin(iteration)
+            means = self._running.means
         if self._hook is not None:
-            self._hook.begin(labels, iteration, sequence_length, confidences)
+            self._hook.begin(labels, iteration, sequence_length, confidences, means)
         if self._shares is not None:
             self._shares.begin(labels)
 
     def end(self, reports: Any, *, trained: bool) -> None:
         """Finish the step; ``trained`` tells it from one of evaluation.
 
-        Collectives: those of ``SteeringHook.end`` and ``RoutingShares.end``.
+        Collectives: those of ``SteeringHook.end`` and ``RoutingShares.end``, and after a step of
+        training those of ``RunningConfidence.end``.
         """
+        if self._running is not None and trained:
+            self._running.end(self._hook.device)
         if self._hook is not None:
             self._hook.end(reports)
         if self._shares is not None:
@@ -68,12 +88,18 @@ class SteeringSetup:
     Args:
         recipe: with its experts resolved.
         facts: the student.
+
+    Attributes:
+        warnings: remarks for the plan.
+        running: the confidence of teachers that run by windows, after ``begin_or_resume``; ``None``
+            where it weighs nothing.
     """
 
     def __init__(self, recipe: Recipe, facts: StudentFacts) -> None:
         self._recipe = recipe
         self._spec = recipe.steering
         self.warnings: list[str] = []
+        self.running: RunningConfidence | None = None
         self._targets: dict[int, torch.Tensor] = {}
         if not self._spec.watches:
             return
@@ -86,6 +112,40 @@ class SteeringSetup:
         if self._spec.retains:
             for layer in facts.moe_layers:
                 self._targets.setdefault(layer, torch.zeros(shape, dtype=torch.bool))
+
+    def begin_or_resume(self, args: Namespace) -> None:
+        """Let running means of confidence begin, or go on from the checkpoint that is loaded; they
+        are kept in ``args``, which Megatron stores. No collective.
+
+        Raises:
+            RecipeError: what is stored is damaged.
+        """
+        weighed = weighed_by_mean(self._recipe)
+        if not weighed:
+            return
+        names = {i: d.name for i, d in enumerate(self._recipe.domains) if d.name in weighed}
+        kind = self._spec.confidence
+        folder, stored = stored_argument(args, KEPT)
+        stored = stored or {}
+        state = stored.get("means", {}) if stored.get("kind") == kind else {}
+
+        def keep(means: dict[str, list[float]]) -> None:
+            setattr(args, KEPT, {"kind": kind, "means": means})
+
+        try:
+            self.running = RunningConfidence(kind, names, state, keep)
+        except (TypeError, ValueError, LookupError) as error:
+            raise RecipeError(
+                f"steering.confidence: {folder} holds damaged means of it ({error}); load another "
+                "checkpoint, or set steering.confidence: none"
+            ) from error
+        keep(self.running.state)
+        new = [name for name in weighed if name not in state]
+        if folder is not None and new:
+            self.warnings.append(
+                f"steering.confidence: {folder} holds no mean {kind} confidence in "
+                f"{' and '.join(new)}, which begins anew at 1"
+            )
 
     def step(
         self,
@@ -112,7 +172,9 @@ class SteeringSetup:
         spec = self._spec
         if spec.steers:
             self._check_acts(chunks, boundary)
-        hook, confidence = None, spec.confidence if spec.steers else "none"
+        by_token = bool(weighed_by_token(self._recipe))
+        weighed = [*weighed_by_token(self._recipe), *weighed_by_mean(self._recipe)]
+        hook, confidence = None, spec.confidence if by_token else "none"
         if spec.steers or spec.retains:
             hook = SteeringHook(
                 chunks,
@@ -123,10 +185,15 @@ class SteeringSetup:
                 original=original if spec.retains else None,
                 stock_balance=spec.stock_balance == "all",
                 bias_counts=spec.bias_counts,
-                weighs=spec.confidence != "none",
+                weighs={
+                    i: domain.name
+                    for i, domain in enumerate(self._recipe.domains)
+                    if domain.name in weighed
+                },
+                by_token=by_token,
             )
         if not any(table.any() for table in self._targets.values()):
-            return RoutingStep(hook, None, confidence)
+            return RoutingStep(hook, None)
         shares = RoutingShares(
             RoutingWatch(chunks, groups),
             [domain.name for domain in self._recipe.domains],
@@ -137,7 +204,7 @@ class SteeringSetup:
             detail_every=spec.detail_every,
             write=write_details,
         )
-        return RoutingStep(hook, shares, confidence)
+        return RoutingStep(hook, shares, confidence, self.running)
 
     def _weights_at(self, iteration: int) -> SteeringWeights:
         spec = self._spec

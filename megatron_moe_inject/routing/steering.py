@@ -95,7 +95,12 @@ class SteeringHook:
         original: gives the original value of a parameter; ``None`` without retention.
         stock_balance: leave Megatron's balance losses and bias counts as they are.
         bias_counts: weight of a domain token in the counts for the expert bias.
-        weighs: weigh domain tokens by ``confidences`` of ``begin``.
+        weighs: names of the domains whose tokens are weighed by their teachers' confidence, by
+            index; all others weigh nothing where there are any.
+        by_token: weigh some of them by ``confidences`` of ``begin``.
+
+    Attributes:
+        device: where the student is.
     """
 
     def __init__(
@@ -109,11 +114,13 @@ class SteeringHook:
         original: Callable[[torch.Tensor], torch.Tensor] | None,
         stock_balance: bool,
         bias_counts: float,
-        weighs: bool = False,
+        weighs: Mapping[int, str] | None = None,
+        by_token: bool = False,
     ) -> None:
-        self._weighs = weighs
+        self._weighs = weighs or {}
+        self._by_token = by_token
         self._config = chunks[0].config
-        self._device = next(chunks[0].parameters()).device
+        self.device = next(chunks[0].parameters()).device
         self._groups = groups
         self._sequence_group = groups.tp_cp if self._config.sequence_parallel else groups.cp
         self._weights_at = weights_at
@@ -122,6 +129,7 @@ class SteeringHook:
         self._steers = any(mask.any() for mask in targets.values())
         self._original = original
         self._active = False
+        self._confidence: dict[str, torch.Tensor] = {}
         self._clocks: list[ChunkClock] = []
         self._routers: list[_SteeredRouter] = []
         for chunk in chunks:
@@ -142,7 +150,7 @@ class SteeringHook:
         steered = _SteeredRouter(
             clock,
             router,
-            targets.to(self._device),
+            targets.to(self.device),
             GeneralBalance(router, bias_counts) if exclude and targets.any() else None,
         )
         if self._original is not None:
@@ -156,6 +164,7 @@ class SteeringHook:
         iteration: int,
         sequence_length: int,
         confidences: torch.Tensor | None = None,
+        means: Mapping[int, float] | None = None,
     ) -> None:
         """Start a step.
 
@@ -163,27 +172,32 @@ class SteeringHook:
             labels: ``[n, b]`` domain indices, on the host.
             iteration: optimizer steps taken so far.
             sequence_length: s.
-            confidences: where tokens are weighed, on the last pipeline stage: fp32 ``[n, b, s/c]``,
-                this context-parallel rank's part of every sequence.
+            confidences: with ``by_token``, on the last pipeline stage: fp32 ``[n, b, s/c]``, this
+                context-parallel rank's part of every sequence, 0 where ``means`` has the domain.
+            means: one weight for all tokens of a domain, by index.
 
         Collectives: one all-reduce of 2 D + 2 numbers over the data- and context-parallel ranks;
-        where tokens are weighed, one broadcast of n b s/c numbers over the pipeline group.
+        with ``by_token``, one broadcast of n b s/c numbers over the pipeline group.
         """
         self._labels = labels
         index = labels.flatten() + 1
-        self._index = (labels + 1).to(self._device, non_blocking=True)
+        self._index = (labels + 1).to(self.device, non_blocking=True)
         length = sequence_length // self._groups.cp.size()
         tokens = torch.bincount(index, minlength=self._classes).float() * length
-        sums = torch.stack([tokens, tokens]).to(self._device, non_blocking=True)
+        sums = torch.stack([tokens, tokens]).to(self.device, non_blocking=True)
         self._token_weights = None
         if self._weighs:
-            whole = self._shared(confidences, (*labels.shape, length))
+            whole = self._weighed(confidences, means or {}, length)
             weights = sums.new_zeros(self._classes)
             weights.index_add_(0, self._index.flatten(), whole.flatten(0, 1).sum(1))
             sums[1] = weights
             self._token_weights = self._own_part(whole)
         if self._groups.dp_cp.size() > 1:
             dist.all_reduce(sums, group=self._groups.dp_cp)
+        self._confidence = {
+            f"teacher confidence/{name}": sum_and_count(*sums.flip(0)[:, index + 1])
+            for index, name in self._weighs.items()
+        }
         self._weights = self._weights_at(iteration)
         scale = self._scale(labels.numel() * sequence_length * self._groups.dp.size())
         for part in (*self._clocks, *self._routers):
@@ -195,14 +209,28 @@ class SteeringHook:
                 WITHIN: self._weights.balance * scale / tokens.clamp(min=1),
                 RETENTION: self._weights.retention * scale / sums[0, 0].clamp(min=1),
             }
-        self._sums = torch.zeros(3, 2, dtype=torch.float32, device=self._device)
+        self._sums = torch.zeros(3, 2, dtype=torch.float32, device=self.device)
         self._active = True
+
+    def _weighed(
+        self, confidences: torch.Tensor | None, means: Mapping[int, float], length: int
+    ) -> torch.Tensor:
+        """Weights of all tokens, fp32 ``[n, b, s/c]``; see ``begin``."""
+        shape = (*self._index.shape, length)
+        if self._by_token:
+            whole = self._shared(confidences, shape)
+        else:
+            whole = torch.zeros(shape, dtype=torch.float32, device=self.device)
+        if not means:
+            return whole
+        by_class = [means.get(index, 0.0) for index in range(-1, self._classes - 1)]
+        return whole + torch.tensor(by_class, device=self.device)[self._index].unsqueeze(-1)
 
     def _shared(self, own: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor:
         """The last stage's tensor on every stage."""
         group = self._groups.pp
         if own is None:
-            own = torch.empty(shape, dtype=torch.float32, device=self._device)
+            own = torch.empty(shape, dtype=torch.float32, device=self.device)
         if group.size() > 1:
             dist.broadcast(own, src=dist.get_process_group_ranks(group)[-1], group=group)
         return own
@@ -221,7 +249,7 @@ class SteeringHook:
         ``calculate_per_token_loss`` it sums them and divides by all tokens, of which, like its own
         balance losses, this takes none to be masked.
         """
-        scale = torch.ones((), device=self._device)
+        scale = torch.ones((), device=self.device)
         if self._config.grad_scale_func is not None and torch.is_grad_enabled():
             scale = self._config.grad_scale_func(scale).detach()
         if self._config.calculate_per_token_loss:
@@ -252,7 +280,8 @@ class SteeringHook:
                     strict=True,
                 )
                 if wanted
-            },
+            }
+            | self._confidence,
         )
 
     def _gating(
@@ -355,7 +384,7 @@ class SteeringHook:
 
         Collectives: one all-reduce of D E numbers over the ranks that share sequences.
         """
-        counts = torch.zeros(table.shape, device=self._device)
+        counts = torch.zeros(table.shape, device=self.device)
         counts.index_add_(0, index, (chosen & targets).sum(0).float())
         if self._sequence_group.size() > 1:
             dist.all_reduce(counts, group=self._sequence_group)

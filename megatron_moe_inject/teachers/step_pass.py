@@ -17,7 +17,6 @@ import torch.distributed as dist
 
 from megatron_moe_inject.indices import index
 from megatron_moe_inject.losses.committee import Committee, Member
-from megatron_moe_inject.losses.measure import measure_tokens
 from megatron_moe_inject.teachers.base import Teacher
 from megatron_moe_inject.teachers.forward import shared_forward
 
@@ -152,6 +151,11 @@ class TeacherPass:
         """Itself: a domain's teachers, as of a ``CommitteePass``."""
         return (self,)
 
+    @property
+    def windowed(self) -> bool:
+        """Whether its states come by windows of micro-batches."""
+        return bool(self._window)
+
     def member(self, hidden: torch.Tensor) -> Member:
         """The teacher as a committee has it, with these of its states."""
         return Member(hidden, self.head, self.teacher.logit_transform)
@@ -199,47 +203,12 @@ class CommitteePass:
     weights: tuple[float, ...]
     by: str
 
+    @property
+    def windowed(self) -> bool:
+        """Whether the states of any come by windows of micro-batches."""
+        return any(own.windowed for own in self.passes)
+
     def committee(self, hidden: Sequence[torch.Tensor]) -> Committee:
         """The teachers with these of their states."""
         members = (own.member(part) for own, part in zip(self.passes, hidden, strict=True))
         return Committee(tuple(members), self.weights, self.by)
-
-
-def confidences(
-    own: TeacherPass | CommitteePass, kind: str, wanted: torch.Tensor, valid_vocab_size: int
-) -> torch.Tensor:
-    """How sure a domain's teacher, or the mixture of several, is at each position, ``[k, s/c]``.
-
-    Args:
-        own: the teacher or teachers.
-        kind: ``label``, the probability of the next token, 0 at the last position, where the
-            teacher's input does not hold that; or ``top``, that of the most likely token.
-        wanted: ``[n, b]`` bool on the host, samples of the step; all that they teach or fewer.
-        valid_vocab_size: number of ids that are not padding.
-
-    Returns:
-        fp32, for the k samples in order.
-
-    Needs the whole step at once (``window`` 0). Collectives: those of ``measure_tokens``.
-    """
-    first = own.passes[0]
-    found = [teacher.of_step(wanted) for teacher in own.passes]
-    tokens, shape = found[0][0], found[0][1].shape[:2]
-    labels = first.next_tokens(tokens)
-    hidden = [states.flatten(0, 1) for _, states in found]
-    measured = measure_tokens(
-        hidden[0],
-        first.head,
-        None,
-        None,
-        labels,
-        tp_group=first.tp_group,
-        valid_vocab_size=valid_vocab_size,
-        student_transform=first.teacher.logit_transform,
-        committee=own.committee(hidden) if isinstance(own, CommitteePass) else None,
-    )
-    loss, top = measured.loss, measured.confidence
-    if isinstance(own, CommitteePass):
-        loss, top = measured.teacher_loss, measured.teacher_confidence
-    sure = top if kind == "top" else loss.neg().exp() * (labels >= 0)
-    return sure.float().view(shape)

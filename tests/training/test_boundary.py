@@ -3,9 +3,11 @@
 Students of eight layers, so that a boundary lies inside a stage and inside a virtual stage.
 """
 
+import functools
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -117,15 +119,15 @@ def check_counts(run: lane.Run, first: int, recomputed: set[int], replicas: int 
 
 
 @pytest.fixture(scope="session")
-def plain(material, student) -> dict[int, lane.Run]:
-    """The curves of one process without recompute, by the first layer that trains."""
-    return {first: train(material, student, first) for first in (1, 5)}
+def plain(material, student) -> Callable[..., lane.Run]:
+    """The curve of one process without recompute, by the first layer that trains; each once."""
+    return functools.cache(lambda first, *extra: train(material, student, first, *extra))
 
 
 @pytest.mark.parametrize("first", [1, 5])
 def test_without_recompute_nothing_is_kept_below(plain, first):
-    check_counts(plain[first], first, recomputed=set())
-    layers = layers_of(plain[first])
+    check_counts(plain(first), first, recomputed=set())
+    layers = layers_of(plain(first))
     assert layers[first]["saved"] < layers[7]["saved"] / 2, "the graph starts at the experts"
 
 
@@ -149,10 +151,18 @@ CASES = {
     ),
     "attention": (5, ("--recompute-granularity", "selective"), {}, set()),
 }
+SLOW_CASES = (  # each between two that stay: the same method, layout or position
+    *("uniform 1", "block 2", "second stage", "virtual stage", "no recompute, virtual"),
+    "attention",
+)
 
 
 @pytest.mark.parametrize(
-    ("first", "extra", "layout", "recomputed"), [pytest.param(*c, id=k) for k, c in CASES.items()]
+    ("first", "extra", "layout", "recomputed"),
+    [
+        pytest.param(*c, id=k, marks=[pytest.mark.slow] if k in SLOW_CASES else [])
+        for k, c in CASES.items()
+    ],
 )
 def test_recompute_trains_as_without_and_only_above(
     material, student, plain, first, extra, layout, recomputed
@@ -160,7 +170,7 @@ def test_recompute_trains_as_without_and_only_above(
     """The balance loss is logged from all layers, so those below count theirs exactly once."""
     run = train(material, student, first, *extra, **layout)
     for term in TERMS:
-        assert run.losses(term) == pytest.approx(plain[first].losses(term), rel=2e-5), term
+        assert run.losses(term) == pytest.approx(plain(first).losses(term), rel=2e-5), term
     assert "bitwise unchanged" in run.output
     check_counts(run, first, recomputed, replicas=layout.get("ep", 1))
     if layout.get("pp", 1) > 1:
@@ -209,18 +219,23 @@ PIPELINES = {
 @pytest.mark.parametrize(
     ("first", "extra", "layout", "forward_stages"),
     [
-        pytest.param(*c, id=k, marks=[pytest.mark.slow] if c[2]["nproc"] > 2 else [])
+        pytest.param(
+            *c, id=k, marks=[pytest.mark.slow] if c[2]["nproc"] > 2 or k == "last layer" else []
+        )
         for k, c in PIPELINES.items()
     ],
 )
-def test_stages_below_run_forward_only(material, student, first, extra, layout, forward_stages):
+def test_stages_below_run_forward_only(
+    material, student, plain, first, extra, layout, forward_stages
+):
     """The curve is one process's; nothing moves or is kept for a backward below."""
     precision = tuple(flag for flag in extra if flag == "--bf16")
-    plain = train(material, student, first, *precision)
     run = train(material, student, first, *extra, **layout)
     for term in TERMS:
         rel = 5e-3 if precision else 2e-5
-        assert run.losses(term) == pytest.approx(plain.losses(term), rel=rel), term
+        assert run.losses(term) == pytest.approx(plain(first, *precision).losses(term), rel=rel), (
+            term
+        )
     assert "bitwise unchanged" in run.output
     replicas = layout.get("ep", 1)
     check_counts(run, first, recomputed=set(), replicas=replicas)
@@ -237,13 +252,18 @@ def test_stages_below_run_forward_only(material, student, first, extra, layout, 
 
 @pytest.mark.parametrize(
     ("batches", "extra"),
-    [(1, ()), (2, ()), (16, ()), (2, VIRTUAL), (6, VIRTUAL)],
-    ids=["1", "2", "16", "2, virtual", "6, virtual"],
+    [
+        pytest.param(1, (), id="1"),
+        pytest.param(2, (), id="2", marks=pytest.mark.slow),
+        pytest.param(16, (), id="16", marks=pytest.mark.slow),
+        pytest.param(2, VIRTUAL, id="2, virtual"),
+        pytest.param(6, VIRTUAL, id="6, virtual", marks=pytest.mark.slow),
+    ],
 )
-def test_any_number_of_micro_batches_passes(material, student, batches, extra):
+def test_any_number_of_micro_batches_passes(material, student, plain, batches, extra):
     """Fewer than stages, as many, and more."""
     size = ("--global-batch-size", str(2 * batches))
-    one = train(material, student, 5, *size)
+    one = plain(5, *size)
     two = train(material, student, 5, *size, *extra, nproc=2, pp=2)
     for term in TERMS:
         assert two.losses(term) == pytest.approx(one.losses(term), rel=2e-5), term
@@ -288,20 +308,20 @@ ENDS_ALONE = ("--pipeline-model-parallel-layout", "E|tttt|tttt|L")
     ("component", "extra", "forward_stages"),
     [
         ("embedding", (), 0),
-        ("output_layer", (), 1),
+        pytest.param("output_layer", (), 1, marks=pytest.mark.slow),
         ("output_layer", ENDS_ALONE, 3),
-        ("embedding", ENDS_ALONE, 0),
+        pytest.param("embedding", ENDS_ALONE, 0, marks=pytest.mark.slow),
     ],
 )
 def test_the_boundary_may_be_an_end_of_the_model(
-    material, student, component, extra, forward_stages
+    material, student, plain, component, extra, forward_stages
 ):
     """With the embedding training all gradients go down; with the head alone, none.
 
     Also where embedding and head are virtual stages without layers.
     """
     alone = ("--inject-set", "train.experts=none", f"train.{component}=true")
-    one = train(material, student, 5, *alone)
+    one = plain(5, *alone)
     two = train(material, student, 5, *extra, *alone, nproc=2, pp=2)
     for term in TERMS:
         assert two.losses(term) == pytest.approx(one.losses(term), rel=2e-5), term
@@ -329,4 +349,4 @@ def test_the_other_supported_megatron_splits_the_block_too(tmp_path, plain):
         check_counts(run, 5, recomputed)
         check_messages(run, stages // 2, 2, stages // 2)
         for term in TERMS:
-            assert run.losses(term) == pytest.approx(plain[5].losses(term), rel=2e-5), term
+            assert run.losses(term) == pytest.approx(plain(5).losses(term), rel=2e-5), term

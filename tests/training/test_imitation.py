@@ -68,7 +68,7 @@ def test_the_student_itself_moves_towards_the_teacher(material, single):
     assert plain.losses("lm loss")[1:] != single.losses("lm loss")[1:]
 
 
-@every_layout(without="window")
+@every_layout(without="window", slow=("distributed optimizer, ep2", "selective recompute"))
 def test_the_curve_does_not_depend_on_the_layout(material, single, layout):
     run = inject(material, FEATURES, **copy.deepcopy(layout))
     assert len(run.iterations) == 4

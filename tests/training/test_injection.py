@@ -7,6 +7,7 @@ pipeline parallelism one stage, has nothing to train; stock Megatron hangs there
 import os
 import re
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -109,13 +110,13 @@ SLOW_LAYOUTS = {
 }
 
 
-def every_layout(without: str = "nothing"):
-    """Parametrize ``layout`` by all layouts, those of four processes slow."""
+def every_layout(without: str = "nothing", slow: Sequence[str] = ()):
+    """Parametrize ``layout`` by all layouts, those of four processes and ``slow`` ones slow."""
     quick = {k: v for k, v in LAYOUTS.items() if without not in k}
-    slow = [pytest.param(v, id=k, marks=pytest.mark.slow) for k, v in SLOW_LAYOUTS.items()]
-    return pytest.mark.parametrize(
-        "layout", [*(pytest.param(v, id=k) for k, v in quick.items()), *slow]
-    )
+    marked = {**{k: quick.pop(k) for k in slow}, **SLOW_LAYOUTS}
+    params = [pytest.param(v, id=k) for k, v in quick.items()]
+    params += [pytest.param(v, id=k, marks=pytest.mark.slow) for k, v in marked.items()]
+    return pytest.mark.parametrize("layout", params)
 
 
 @every_layout()
@@ -130,7 +131,13 @@ def test_the_curve_does_not_depend_on_the_layout(material, single, layout):
 COMPONENTS = ("router", "attention", "norms", "embedding", "output_layer")
 
 
-@pytest.mark.parametrize("component", COMPONENTS)
+@pytest.mark.parametrize(
+    "component",
+    [
+        pytest.param(c, marks=[pytest.mark.slow] if c in ("attention", "norms") else [])
+        for c in COMPONENTS
+    ],
+)
 def test_a_single_component_trains_and_nothing_else(material, component):
     """No experts; of two stages one trains nothing where it lacks the component."""
     only = ("--inject-set", "train.experts=none", f"train.{component}=true")

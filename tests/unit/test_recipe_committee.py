@@ -78,11 +78,6 @@ MISTAKES = [
     ({"domains.0.committee": "loud"}, ("domains[0].committee: 'loud'", "fixed, label, top")),
     ({"domains.1.committee": "top"}, ("domains[1].committee: 'top' weighs teachers against",)),
     ({"teachers.prose.temperature": 2}, ("domains[0].temperature: missing", "coder and prose")),
-    (
-        {"steering.coeff": 1, "steering.confidence": "top", "domains.1.teacher": "coder"}
-        | {"teachers.prose.window": 2},
-        ("steering.confidence: 'top' needs prose's states", "teachers.prose.window: 0"),
-    ),
 ]
 
 

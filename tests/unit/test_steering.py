@@ -136,7 +136,9 @@ def test_divergence_of_routers(score_function):
 WEIGHTS = SteeringWeights(coeff=0.3, balance=0.2, retention=0.7)
 
 
-def stepped(chunk, weights=WEIGHTS, labels=LABELS, target_mass=0.6, confidences=None, **options):
+def stepped(
+    chunk, weights=WEIGHTS, labels=LABELS, target_mass=0.6, confidences=None, means=None, **options
+):
     """A step in 1F1B order with no other loss; the values that were reported."""
     originals = {r.weight: r.weight.detach() * 0.9 for r in chunk.routers}
     hook = SteeringHook(
@@ -148,9 +150,10 @@ def stepped(chunk, weights=WEIGHTS, labels=LABELS, target_mass=0.6, confidences=
         original=originals.__getitem__,
         stock_balance=options.pop("stock_balance", True),
         bias_counts=options.pop("bias_counts", 0.0),
-        weighs=confidences is not None,
+        weighs=None if confidences is None else {0: "code", 1: "prose"},
+        by_token=confidences is not None and confidences.any().item(),
     )
-    hook.begin(labels, 0, LENGTH, confidences)
+    hook.begin(labels, 0, LENGTH, confidences, means)
     waiting = []
     for hidden in inputs(len(labels)):
         waiting.append(chunk(hidden.clone().requires_grad_()))
@@ -242,6 +245,25 @@ def test_confidence_weighs_the_mean_over_the_step():
     stepped(chunk, SteeringWeights(0.3, 0.0, 0.0), confidences=sure)
     for router, gradient in zip(chunk.routers, gradients, strict=True):
         torch.testing.assert_close(router.weight.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+def test_a_mean_weighs_all_tokens_of_its_domain(by_token):
+    """As if each token had it, beside domains whose tokens have weights of their own or none."""
+    generator = torch.Generator().manual_seed(5)
+    own = torch.rand(*LABELS.shape, LENGTH, generator=generator) * by_token
+    own[LABELS == 0] = 0
+    whole = own + 0.3 * (LABELS == 0).unsqueeze(-1)
+    reports, gradients = [], []
+    for confidences, means in ((own, {0: 0.3}), (whole, None)):
+        chunk = Chunk()
+        reports.append(stepped(chunk, confidences=confidences, means=means))
+        gradients.append([router.weight.grad for router in chunk.routers])
+    torch.testing.assert_close(*gradients)
+    for name in reports[0]:
+        assert reports[0][name] == pytest.approx(reports[1][name]), name
+    total, count = reports[0]["teacher confidence/code"]
+    assert total / count == pytest.approx(0.3)
 
 
 def balanced(kind, per_token, labels):

@@ -1,0 +1,219 @@
+"""How sure a domain's teacher is: of every token ahead of the step, or by a running mean.
+
+A teacher that runs the whole step ahead knows its confidence in every token before the schedule
+starts. One whose states come by windows does not, so its domains have one number instead: the mean
+confidence in their tokens of earlier steps. It is measured on the last pipeline stage while the
+schedule runs and agreed at the step's end, so every rank uses the same bits in the next one.
+
+Shapes: n micro-batches, b samples each, s sequence, c context-parallel size, h_t teacher hidden.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_moe_inject.losses.committee import Committee
+from megatron_moe_inject.losses.measure import measure_tokens
+from megatron_moe_inject.losses.objective import SampleGroup
+from megatron_moe_inject.losses.spec import LogitTransform
+from megatron_moe_inject.teachers.step_pass import CommitteePass, TeacherPass
+
+LATEST = 0.01
+"""Least weight of the latest step in a running mean: all steps weigh alike up to the hundredth."""
+
+
+def confidences(
+    own: TeacherPass | CommitteePass, kind: str, wanted: torch.Tensor, valid_vocab_size: int
+) -> torch.Tensor:
+    """How sure a domain's teacher, or the mixture of several, is at each position, ``[k, s/c]``.
+
+    Args:
+        own: the teacher or teachers.
+        kind: ``label``, the probability of the next token, 0 at the last position, where the
+            teacher's input does not hold that; or ``top``, that of the most likely token.
+        wanted: ``[n, b]`` bool on the host, samples of the step; all that they teach or fewer.
+        valid_vocab_size: number of ids that are not padding.
+
+    Returns:
+        fp32, for the k samples in order.
+
+    Needs the whole step at once (``window`` 0). Collectives: those of ``measure_tokens``.
+    """
+    first = own.passes[0]
+    found = [teacher.of_step(wanted) for teacher in own.passes]
+    hidden = [states for _, states in found]
+    return _sure(
+        kind,
+        hidden[0],
+        first.head,
+        first.next_tokens(found[0][0]).view(hidden[0].shape[:2]),
+        first.tp_group,
+        valid_vocab_size,
+        first.teacher.logit_transform,
+        own.committee(hidden) if isinstance(own, CommitteePass) else None,
+    )
+
+
+def _sure(
+    kind: str,
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    labels: torch.Tensor,
+    tp_group: dist.ProcessGroup | None,
+    valid_vocab_size: int,
+    transform: LogitTransform | None,
+    committee: Committee | None,
+) -> torch.Tensor:
+    """Confidence of one teacher, or of a committee whose first member has ``hidden`` and ``head``.
+
+    ``[k, s/c, h_t]``, ``[v/p, h_t]`` and ``[k, s/c]`` to fp32 ``[k, s/c]``; 0 for negative labels
+    by ``label``. Collectives: those of ``measure_tokens``.
+    """
+    measured = measure_tokens(
+        hidden.flatten(0, 1),
+        head,
+        None,
+        None,
+        labels.flatten(),
+        tp_group=tp_group,
+        valid_vocab_size=valid_vocab_size,
+        student_transform=transform,
+        committee=None if committee is None else committee.changed(lambda x: x.flatten(0, 1)),
+    )
+    loss, top = measured.loss, measured.confidence
+    if committee is not None:
+        loss, top = measured.teacher_loss, measured.teacher_confidence
+    sure = top if kind == "top" else loss.neg().exp() * (labels.flatten() >= 0)
+    return sure.float().view(labels.shape)
+
+
+class RunningConfidence:
+    """Mean confidence of the teachers of some domains over earlier steps, the same on all ranks.
+
+    A domain has 1 until its first tokens were seen. The mean of the n-th step that had tokens of
+    it then counts ``max(1 / n, LATEST)``, the mean so far the rest. A step that runs again at the
+    same iteration, as Megatron's rerun machinery lets it, uses the same means again.
+
+    Args:
+        kind: ``label``, with the batch's labels, or ``top``, as of ``confidences``.
+        domains: names by domain index.
+        state: of ``state`` when a run goes on: by name the mean and the number of steps.
+        keep: gets the state after each step, in plain JSON values.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        domains: Mapping[int, str],
+        state: Mapping[str, Sequence[float]] | None = None,
+        keep: Callable[[dict[str, list[float]]], None] = lambda state: None,
+    ) -> None:
+        self._kind = kind
+        self._domains = dict(domains)
+        self._keep = keep
+        stored = state or {}
+        self._next = {i: _checked(stored.get(name, (1.0, 0))) for i, name in self._domains.items()}
+        self._now = self._next
+        self._iteration: int | None = None
+        self._sums: torch.Tensor | None = None
+
+    @property
+    def means(self) -> dict[int, float]:
+        """The means of this step, by domain index."""
+        return {index: mean for index, (mean, _) in self._now.items()}
+
+    @property
+    def state(self) -> dict[str, list[float]]:
+        """What the next step begins with, by name the mean and the number of steps."""
+        return {self._domains[index]: list(pair) for index, pair in self._next.items()}
+
+    def begin(self, iteration: int) -> None:
+        """Start a step after that many optimizer steps, or an evaluation."""
+        if iteration != self._iteration:
+            self._iteration, self._now = iteration, self._next
+        self._sums = None
+
+    def add(
+        self,
+        groups: Sequence[SampleGroup],
+        labels: torch.Tensor,
+        domains: Sequence[int],
+        tp_group: dist.ProcessGroup | None,
+        valid_vocab_size: int,
+    ) -> None:
+        """Measure a micro-batch of a training step, on the last pipeline stage.
+
+        Args:
+            groups: its samples with their teachers' states.
+            labels: ``[b, s/c]``.
+            domains: index or ``GENERAL`` of the b samples.
+            tp_group: shards the vocabulary; ``None`` if it is not.
+            valid_vocab_size: number of ids that are not padding.
+
+        Collectives: those of ``measure_tokens``, for each group with such a domain. The ranks that
+        share a sequence have the same groups.
+        """
+        for group in groups:
+            if group.taught and any(domains[sample] in self._domains for sample in group.samples):
+                self._add(group, labels, domains, tp_group, valid_vocab_size)
+
+    def _add(self, group, labels, domains, tp_group, valid_vocab_size) -> None:
+        own = group.committee
+        hidden, head = group.teacher_hidden, group.teacher_head
+        if own is not None:
+            hidden, head = own.members[0].hidden, own.members[0].head
+        samples = list(group.samples)
+        sure = _sure(
+            self._kind,
+            hidden,
+            head,
+            labels[samples],
+            tp_group,
+            valid_vocab_size,
+            group.teacher_transform,
+            own,
+        )
+        if self._sums is None:
+            self._sums = sure.new_zeros(len(self._domains), 2, dtype=torch.float64)
+        rows = {domain: row for row, domain in enumerate(self._domains)}
+        for sample, value in zip(samples, sure.double().sum(1), strict=True):
+            if domains[sample] in rows:
+                row = self._sums[rows[domains[sample]]]
+                row[0] += value
+                row[1] += sure.shape[1]
+
+    def end(self, device: torch.device) -> None:
+        """Finish a training step: agree on what was measured, for the next one.
+
+        Collectives: one all-reduce of 2 fp64 numbers per domain over the whole world.
+        """
+        sums = self._sums
+        if sums is None:
+            sums = torch.zeros(len(self._domains), 2, dtype=torch.float64, device=device)
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        self._next = {
+            index: _updated(pair, total / tokens) if tokens else pair
+            for (index, pair), (total, tokens) in zip(self._now.items(), sums.tolist(), strict=True)
+        }
+        self._sums = None
+        self._keep(self.state)
+
+
+def _updated(pair: tuple[float, int], latest: float) -> tuple[float, int]:
+    mean, steps = pair[0], pair[1] + 1
+    weight = max(1 / steps, LATEST)
+    return (1 - weight) * mean + weight * latest, steps
+
+
+def _checked(pair: Any) -> tuple[float, int]:
+    """A stored mean; ValueError if it is none."""
+    mean, steps = float(pair[0]), int(pair[1])
+    if not (math.isfinite(mean) and mean >= 0 and steps >= 0):
+        raise ValueError(f"{pair} is no mean of probabilities and number of steps")
+    return mean, steps
