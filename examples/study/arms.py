@@ -23,7 +23,7 @@ EVERYTHING = {
     **dict.fromkeys(("router", "attention", "norms", "embedding", "output_layer"), True),
 }
 GENERAL_SHARE = 0.1
-EVALUATIONS = 10
+EVALUATIONS = 6
 """Evaluations of an arm that stops early, besides the one before its first step."""
 
 

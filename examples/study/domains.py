@@ -119,5 +119,5 @@ def pretrain(domain: Domain, folder: Path) -> None:
     )
     command = [str(QUICKSTART / "models.py"), "pack", domain.teacher, str(saved), str(log)]
     command += ["--models", str(domain.models)]
-    command += ["--made-by", f"examples/study/study.py --from-scratch --domains {domain.name}"]
+    command += ["--made-by", f"examples/study.sh --from-scratch --domains {domain.name}"]
     runner.logged(work / "pack.log", *command, "--", *runner.flags("TEACHER", "BOTH"))

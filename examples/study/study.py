@@ -1,8 +1,8 @@
 """Which part of an injection gives what: every arm on several domains and seeds, as one command.
 
-    python examples/study/study.py               all that is not done yet, then the table
-    python examples/study/study.py --report      table, JSON and picture of what there is
-    python examples/study/study.py --domains html --seeds 1234 --arms "full, CE"
+    bash examples/study.sh               all that is not done yet, then the table
+    bash examples/study.sh --report      table, JSON and picture of what there is
+    bash examples/study.sh --domains html --seeds 1234 --arms "full, CE"
 
 A finished run is a line of results/runs.jsonl and is never repeated; an interrupted study goes on
 with the run that it was in. Domains and seeds go in rounds, the first seed of everything first, so
@@ -28,8 +28,8 @@ from megatron_moe_inject.metrics.run_file import Start, Step, read_run
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SEEDS = (1234, 1, 2)
-STEPS, SEQUENCES = 200, 8
-HELD_OUT_BATCHES = 24
+STEPS, SEQUENCES = SIZE = (150, 8)
+HELD_OUT_BATCHES = 20
 
 
 def key(run: dict) -> tuple:
