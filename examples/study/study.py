@@ -109,7 +109,9 @@ def numbers(saved: Path, domain: str) -> dict:
         "step_seconds": round(
             sum(s.seconds * s.steps for s in steps) / sum(s.steps for s in steps), 4
         ),
-        "versions": {name: start.versions[name] for name in sorted(start.versions)},
+        "versions": {
+            name: start.versions[name].partition("+")[0] for name in sorted(start.versions)
+        },
     }
 
 
