@@ -22,7 +22,6 @@ import os
 import platform
 import re
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
@@ -31,6 +30,7 @@ QUICKSTART = HERE.parent / "quickstart"
 sys.path.insert(0, str(QUICKSTART))
 
 import figures  # noqa: E402
+from runner import flags, megatron  # noqa: E402
 
 GENTLE = ("steering.coeff=0.01",)
 RETAINED = (*GENTLE, "steering.retention=1.0")
@@ -49,28 +49,6 @@ ARMS = {
 }
 SETS = ("code", "english")
 NUMBERS = ("gain", "forgotten", "share", "general", "within", "dead")
-
-
-def flags(*names: str) -> list[str]:
-    """Arrays of the quickstart's flags.sh, one after the other."""
-    script = 'source "$0"; for n in "$@"; do r="$n[@]"; printf "%s\\n" "${!r}"; done'
-    command = ["bash", "-c", script, str(QUICKSTART / "flags.sh"), *names]
-    found = subprocess.run(command, check=True, capture_output=True, text=True)
-    return found.stdout.splitlines()
-
-
-def megatron(log: Path, *arguments: str) -> None:
-    """One run on one process; raises with the end of its log where it fails."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    command += ["1", "-m", "megatron_moe_inject.pretrain", "--cpu", *arguments]
-    quiet = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"}
-    with log.open("w") as output:
-        done = subprocess.run(
-            command, stdout=output, stderr=output, env=os.environ | quiet | {"HF_HUB_OFFLINE": "1"}
-        )
-    if done.returncode:
-        tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
-        raise SystemExit(f"{tail}\nfailed; the whole log is {log}")
 
 
 def held_out(folder: Path, checkpoint: Path, log: Path, cache: Path) -> dict[str, float]:

@@ -178,6 +178,29 @@ def write_dataset(documents: list[Document], prefix: Path) -> dict[str, int]:
     return {"documents": len(documents), "bytes": size, "tokens": tokens}
 
 
+def write_sets(sets: dict[str, list[Document]], folder: Path) -> None:
+    """Writes datasets by name and, last, their sizes as manifest.json; prints the sizes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest = {name: write_dataset(documents, folder / name) for name, documents in sets.items()}
+    manifest["python"] = ".".join(map(str, sys.version_info[:3]))
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    for name in sets:
+        print(
+            "{:17s} {documents:6,d} documents {bytes:10,d} bytes {tokens:10,d} tokens".format(
+                name, **manifest[name]
+            )
+        )
+
+
+def slices(name: str, documents: list[Document]) -> dict[str, list[Document]]:
+    """The small sets of one kind of text: what is trained on, and what is held out."""
+    training, held_out = split(documents)
+    return {
+        f"{name}_slice": take_bytes(training, SLICE_BYTES),
+        f"{name}_held_out": take_bytes(held_out, HELD_OUT_BYTES),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="where the datasets and manifest.json go")
@@ -185,31 +208,14 @@ def main() -> None:
         "--pretraining", action="store_true", help="also write the large sets the models came from"
     )
     arguments = parser.parse_args()
-    arguments.folder.mkdir(parents=True, exist_ok=True)
     english, code, more = read_documents(with_tests=arguments.pretraining)
-    english_train, english_held_out = split(english)
-    code_train, code_held_out = split(code)
-    sets = {
-        "code_slice": take_bytes(code_train, SLICE_BYTES),
-        "english_slice": take_bytes(english_train, SLICE_BYTES),
-        "code_held_out": take_bytes(code_held_out, HELD_OUT_BYTES),
-        "english_held_out": take_bytes(english_held_out, HELD_OUT_BYTES),
-    }
+    sets = slices("code", code) | slices("english", english)
     if arguments.pretraining:
+        english_train, english_held_out = split(english)
         held_out = {document.text for document in english_held_out}
         more = [document for document in more if document.text not in held_out]
-        sets |= {"code_train": code_train, "english_train": english_train + more}
-    manifest = {
-        name: write_dataset(documents, arguments.folder / name) for name, documents in sets.items()
-    }
-    manifest["python"] = ".".join(map(str, sys.version_info[:3]))
-    (arguments.folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-    for name in sets:
-        print(
-            "{:17s} {documents:6,d} documents {bytes:10,d} bytes {tokens:10,d} tokens".format(
-                name, **manifest[name]
-            )
-        )
+        sets |= {"code_train": split(code)[0], "english_train": english_train + more}
+    write_sets(sets, arguments.folder)
 
 
 if __name__ == "__main__":

@@ -69,11 +69,11 @@ def checksum(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def load_shipped(name: str, model) -> dict:
+def load_shipped(name: str, model, models: Path | None = None) -> dict:
     """Fills a model with shipped weights and returns their description. ValueError if damaged."""
     from safetensors.torch import load_file
 
-    path = MODELS / f"{name}.safetensors"
+    path = (models or MODELS) / f"{name}.safetensors"
     description = json.loads(path.with_suffix(".json").read_text())
     if checksum(path) != description["sha256"]:
         raise ValueError(f"{path} does not match the checksum in {name}.json: fetch it again")
@@ -88,7 +88,7 @@ def load_shipped(name: str, model) -> dict:
     return description
 
 
-def unpack(name: str, folder: Path, flags: list[str]) -> None:
+def unpack(name: str, folder: Path, models: Path, flags: list[str]) -> None:
     """Writes the shipped model as a Megatron checkpoint; the folder is used only when complete."""
     from megatron.training.checkpointing import save_checkpoint
 
@@ -96,12 +96,12 @@ def unpack(name: str, folder: Path, flags: list[str]) -> None:
         [*flags, "--ckpt-format", "torch_dist", "--save", str(folder), "--save-interval", "1"]
     )
     model = build_model(args)
-    description = load_shipped(name, model)
+    description = load_shipped(name, model, models)
     save_checkpoint(description["training"]["iterations"], [model], None, None, 0)
 
 
-def pack(name: str, folder: Path, log: Path, flags: list[str]) -> None:
-    """Writes models/NAME.safetensors and NAME.json from a Megatron checkpoint and its log."""
+def pack(name: str, folder: Path, log: Path, models: Path, made_by: str, flags: list[str]) -> None:
+    """Writes NAME.safetensors and NAME.json into `models` from a checkpoint and its log."""
     import torch
     from megatron.core import dist_checkpointing
     from safetensors.torch import save_file
@@ -115,8 +115,8 @@ def pack(name: str, folder: Path, log: Path, flags: list[str]) -> None:
     weights = {k: v.detach().to(torch.float16).contiguous() for k, v in weights_of(model).items()}
     if not all(torch.isfinite(v).all() for v in weights.values()):
         raise ValueError(f"{folder} has weights that fp16 cannot hold")
-    MODELS.mkdir(exist_ok=True)
-    path = MODELS / f"{name}.safetensors"
+    models.mkdir(exist_ok=True)
+    path = models / f"{name}.safetensors"
     save_file(weights, path)
     run = figures.read_log(log)
     description = {
@@ -133,7 +133,7 @@ def pack(name: str, folder: Path, log: Path, flags: list[str]) -> None:
                 name.removeprefix("lm loss/"): round(series[-1][1], 4)
                 for name, series in run.validation.items()
             },
-            "made_by": "examples/quickstart/pretrain_models.sh",
+            "made_by": made_by,
         },
     }
     path.with_suffix(".json").write_text(json.dumps(description, indent=1) + "\n")
@@ -151,15 +151,18 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     for command in ("unpack", "pack"):
         sub = commands.add_parser(command)
-        sub.add_argument("name", choices=("student", "teacher"))
+        sub.add_argument("name", help="such as student or teacher")
         sub.add_argument("folder", type=Path, help="folder of the Megatron checkpoint")
+        sub.add_argument("--models", type=Path, default=MODELS, help="folder of shipped models")
         if command == "pack":
+            sub.add_argument("--made-by", default="examples/quickstart/pretrain_models.sh")
             sub.add_argument("log", type=Path, help="what the training printed")
     given = parser.parse_args(arguments)
     if given.command == "unpack":
-        unpack(given.name, given.folder.resolve(), flags)
+        unpack(given.name, given.folder.resolve(), given.models, flags)
     else:
-        pack(given.name, given.folder.resolve(), given.log, flags)
+        folder = given.folder.resolve()
+        pack(given.name, folder, given.log, given.models, given.made_by, flags)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parents[1] / "quickstart")]
 
-from steering_study import flags  # noqa: E402
+from runner import flags  # noqa: E402
 
 from megatron_moe_inject.metrics.evaluation_file import read_list  # noqa: E402
 

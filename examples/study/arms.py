@@ -1,0 +1,137 @@
+"""What the study compares: each arm as a recipe, and how long it trains.
+
+An arm says what trains (everything, the experts that the domain's profile chooses, or as many
+random ones), on what (the domain's slice alone, or with English mixed in) and towards what (the
+text, or the teacher's distribution). Everything else is the same for all arms: student, slice,
+steps, batch, seed. Cross-entropy memorises a small slice, so its arms are measured often and count
+at their best held-out domain loss; that choice looks at the text it is judged by, which favours
+them.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+LAYERS, EXPERTS, CHOSEN = 4, 8, 2
+"""MoE layers of the quickstart's student, experts of a layer, and how many of them train."""
+QUARTER = {"method": "budget", "budget": 10 / 32, "budget_of": "routed", "score": "contrast"}
+"""As many experts as a quarter of the student's parameters can hold, wherever they are."""
+EVERYTHING = {
+    "experts": "all",
+    **dict.fromkeys(("router", "attention", "norms", "embedding", "output_layer"), True),
+}
+GENERAL_SHARE = 0.1
+EVALUATIONS = 6
+"""Evaluations of an arm that stops early, besides the one before its first step."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to teach the domain.
+
+    Attributes:
+        name: as in the table.
+        experts: ``all`` trains the whole student; ``chosen``, ``random``, ``quarter`` some experts.
+        taught: by the teacher's distribution; otherwise by cross-entropy.
+        mixed: English is a tenth of the batch.
+        gamma: weight of the KL to the original on it; otherwise English counts by cross-entropy.
+        router: the routers train.
+        steering: the recipe's ``steering``.
+        rate: peak learning rate.
+        early: counts at the best evaluation of the domain, not at the last.
+    """
+
+    name: str
+    experts: str
+    taught: bool = True
+    mixed: bool = False
+    gamma: float = 0.0
+    router: bool = False
+    steering: tuple[tuple[str, float], ...] = ()
+    rate: float = 1e-3
+
+    @property
+    def early(self) -> bool:
+        return not self.taught
+
+
+HELD = {"mixed": True, "gamma": 10.0}
+STEERED = (("coeff", 0.01), ("retention", 1.0))
+ARMS = (
+    Arm("full, CE", "all", taught=False),
+    Arm("full, KD", "all"),
+    Arm("full, KD + mixing + gamma", "all", **HELD),
+    Arm("chosen experts, CE", "chosen", taught=False),
+    Arm("chosen experts, KD", "chosen"),
+    Arm("chosen experts, KD + mixing", "chosen", mixed=True),
+    Arm("chosen experts, KD + mixing + gamma", "chosen", **HELD),
+    Arm("... + router", "chosen", router=True, **HELD),
+    Arm("... + router + steering", "chosen", router=True, steering=STEERED, **HELD),
+    Arm("random experts, KD + mixing + gamma", "random", **HELD),
+    Arm("10 of 32 experts, KD + mixing + gamma", "quarter", **HELD),
+    Arm("... + three times the learning rate", "quarter", rate=3e-3, **HELD),
+)
+BY_NAME = {arm.name: arm for arm in ARMS}
+UNTOUCHED = "untouched"
+FULL_REFERENCE = "full, KD + mixing + gamma"
+
+
+def random_experts(seed: int) -> dict[int, list[int]]:
+    """As many experts of every layer as are chosen, by the seed alone."""
+    draw = random.Random(seed)
+    return {layer: sorted(draw.sample(range(EXPERTS), CHOSEN)) for layer in range(LAYERS)}
+
+
+def experts(arm: Arm, profile: Path, seed: int) -> dict:
+    """The domain's ``experts`` in the recipe."""
+    if arm.experts == "all":
+        return {}
+    if arm.experts == "random":
+        return {"layers": random_experts(seed)}
+    choice = {"method": "top_n", "n": CHOSEN, "score": "contrast"}
+    return {"profile": str(profile), **(QUARTER if arm.experts == "quarter" else choice)}
+
+
+def recipe(arm: Arm, domain: str, folder: Path, seed: int) -> dict:
+    """The arm's recipe for a domain prepared in ``folder``."""
+    data = folder / "data"
+    taught = {"teacher": "expert"} if arm.taught else {}
+    made: dict = {
+        "domains": [
+            {
+                "name": domain,
+                "data": [f"{data}/{domain}_slice", f"{data}/{domain}_held_out"],
+                "experts": experts(arm, folder / "profile.json", seed),
+                **taught,
+            }
+        ],
+        "general_data": [f"{data}/english_held_out"],
+        "objective": {
+            "alpha": 1.0 if arm.taught else 0.0,
+            "beta": 0.0 if arm.taught else 1.0,
+            "general_beta": 1.0 if arm.mixed and not arm.gamma else 0.0,
+            "gamma": arm.gamma,
+        },
+        "train": dict(EVERYTHING) if arm.experts == "all" else {"router": arm.router},
+        "evaluation": {},
+    }
+    if arm.taught:
+        made["teachers"] = {"expert": {"source": f"megatron:{folder}/teacher"}}
+    if arm.mixed:
+        made["general_data"].insert(0, f"{data}/english_slice")
+        made["mixing"] = {"general": GENERAL_SHARE}
+    if arm.steering:
+        made["steering"] = dict(arm.steering)
+    return made
+
+
+def evaluation_interval(arm: Arm, steps: int) -> int:
+    """Steps between evaluations; an arm that counts at its end is measured only there."""
+    return max(1, steps // EVALUATIONS) if arm.early else steps
+
+
+def counted(arm: Arm, losses: list[float]) -> int:
+    """Which of a run's evaluations counts: the last, or the best of the domain (the earliest)."""
+    return losses.index(min(losses)) if arm.early else len(losses) - 1

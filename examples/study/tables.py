@@ -1,0 +1,221 @@
+"""From finished runs to the study's table, its aims, and its picture.
+
+Gain is how many bits per byte of the domain's held-out text an arm saves, forgetting how many of
+English's it costs, both against the untouched student on the same text. Every seed counts alike.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+
+import arms
+from domains import DOMAINS
+
+MOST_TRAINED = 0.25
+"""Share of the parameters that the chosen experts of the first aim may train."""
+OF_FULL_GAIN, TIMES_CE_GAIN, OF_CE_FORGETTING = 0.9, 3.0, 0.1
+COLOURS = {"all": "#0072b2", "chosen": "#cc79a7", "random": "#8c8c8c", "quarter": "#e69f00"}
+MARKS = "os^DvPX*<>hpd"
+
+
+def outcome(run: Mapping) -> tuple[float, float, int]:
+    """(gain, forgetting, step) of a run, at the evaluation that counts for its arm."""
+    at = arms.counted(arms.BY_NAME[run["arm"]], run["domain_bits"])
+    gain = run["domain_bits"][0] - run["domain_bits"][at]
+    return gain, run["general_bits"][at] - run["general_bits"][0], run["iterations"][at]
+
+
+def summary(runs: list[dict]) -> list[dict]:
+    """A row for each domain and arm that has runs, the untouched student and the teacher first.
+
+    Raises:
+        ValueError: runs of a domain that were measured on different text cannot be compared.
+    """
+    rows: list[dict] = []
+    for domain in dict.fromkeys(run["domain"] for run in runs):
+        own = [run for run in runs if run["domain"] == domain]
+        if len({run["text"] for run in own}) > 1:
+            raise ValueError(
+                f"{domain}: the runs were measured on different held-out text (another Python "
+                "version cuts other text); give --results another folder"
+            )
+        taught = [run["teacher_bits"] for run in own if run["teacher_bits"] is not None]
+        rows.append(
+            {
+                **{"domain": domain, "arm": arms.UNTOUCHED, "parameters": own[0]["parameters"]},
+                **{"domain_bits": own[0]["domain_bits"][0]},
+                **{"general_bits": own[0]["general_bits"][0]},
+                "teacher_bits": taught[0] if taught else None,
+            }
+        )
+        for arm in arms.ARMS:
+            found = [run for run in own if run["arm"] == arm.name]
+            if found:
+                rows.append({"domain": domain, "arm": arm.name, **_row(found)})
+    return rows
+
+
+def _row(found: list[dict]) -> dict:
+    gains, forgotten, at = zip(*map(outcome, found), strict=True)
+    return {
+        "seeds": [run["seed"] for run in found],
+        "gain": list(gains),
+        "forgotten": list(forgotten),
+        "counted_at": list(at),
+        "last_gain": [r["domain_bits"][0] - r["domain_bits"][-1] for r in found],
+        "last_forgotten": [r["general_bits"][-1] - r["general_bits"][0] for r in found],
+        "trained": found[0]["trained"],
+        "parameters": found[0]["parameters"],
+        "seconds": [r["step_seconds"] * r["steps"] for r in found],
+    }
+
+
+def aims(rows: list[dict]) -> list[dict]:
+    """The aims of each domain that has the arms to judge them by: what was asked, reached, met."""
+    judged = []
+    for domain in dict.fromkeys(row["domain"] for row in rows):
+        means = {
+            row["arm"]: {**row, **{k: statistics.mean(row[k]) for k in ("gain", "forgotten")}}
+            for row in rows
+            if row["domain"] == domain and row["arm"] in arms.BY_NAME
+        }
+        few = [m for name, m in means.items() if _is_candidate(arms.BY_NAME[name], m)]
+        plain = [m for name, m in means.items() if arms.BY_NAME[name].early]
+        if not few or not plain or arms.FULL_REFERENCE not in means:
+            continue
+        ours = max(few, key=lambda m: m["gain"])
+        full = means[arms.FULL_REFERENCE]
+        best = max(plain, key=lambda m: m["gain"])
+        for what, reached, limit, met in (
+            _at_least("gain of full KD + mixing + gamma", ours["gain"], full["gain"], OF_FULL_GAIN),
+            _at_most("its forgetting", ours["forgotten"], full["forgotten"], 1.0),
+            _at_least("gain of the best CE arm", ours["gain"], best["gain"], TIMES_CE_GAIN),
+            _at_most("its forgetting", ours["forgotten"], best["forgotten"], OF_CE_FORGETTING),
+        ):
+            judged.append(
+                {
+                    "domain": domain,
+                    "arm": ours["arm"],
+                    "beside": best["arm"] if "CE" in what else "",
+                }
+                | {"what": what, "reached": reached, "limit": limit, "met": met}
+            )
+    return judged
+
+
+def _is_candidate(arm: arms.Arm, row: Mapping) -> bool:
+    few = row["trained"] <= MOST_TRAINED * row["parameters"]
+    return few and arm.experts in ("chosen", "quarter") and arm.gamma > 0
+
+
+def _at_least(what: str, ours: float, other: float, factor: float) -> tuple:
+    return what, _ratio(ours, other), f"at least {factor:g}", ours >= factor * other
+
+
+def _at_most(what: str, ours: float, other: float, factor: float) -> tuple:
+    return what, _ratio(ours, other), f"at most {factor:g}", ours <= factor * other
+
+
+def _ratio(ours: float, other: float) -> float | None:
+    return ours / other if other > 0 else None
+
+
+def _spread(values: list[float], digits: int = 3) -> str:
+    mean = f"{statistics.mean(values):.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+
+
+def markdown(rows: list[dict], judged: list[dict]) -> str:
+    """Rows and aims as Markdown."""
+    lines = [
+        "| domain | arm | seeds | gain, bits per byte | English forgotten | trained | counted at "
+        "step | s a run |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        title = DOMAINS[row["domain"]].title
+        if row["arm"] == arms.UNTOUCHED:
+            teacher = row["teacher_bits"]
+            lead = "" if teacher is None else f"; the teacher leads by {_lead(row):.3f}"
+            cells = [title, f"untouched ({row['domain_bits']:.3f}{lead})"]
+            cells += ["", "0", f"0 ({row['general_bits']:.3f})", "0", "", ""]
+        else:
+            steps = sorted(set(row["counted_at"]))
+            cells = [title, row["arm"], str(len(row["seeds"]))]
+            cells += [_spread(row["gain"]), _spread(row["forgotten"])]
+            cells += [f"{100 * row['trained'] / row['parameters']:.1f} %"]
+            cells += [", ".join(map(str, steps)), f"{statistics.mean(row['seconds']):.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    if judged:
+        lines += ["", "| aim | domain | reached by | value | aim | |", "|---|---|---|---|---|---|"]
+    for aim in judged:
+        value = "no forgetting there" if aim["reached"] is None else f"{aim['reached']:.2f}"
+        what = aim["what"] + (f" ({aim['beside']})" if aim["beside"] else "")
+        cells = [f"share of {what}", DOMAINS[aim["domain"]].title, aim["arm"], value, aim["limit"]]
+        lines.append("| " + " | ".join([*cells, "met" if aim["met"] else "missed"]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _lead(row: Mapping) -> float:
+    return row["domain_bits"] - row["teacher_bits"]
+
+
+def one_line(run: Mapping) -> str:
+    """A finished run, for whoever watches."""
+    gain, forgotten, at = outcome(run)
+    name = f"{run['domain']}, {run['arm']}, seed {run['seed']}"
+    return f"{name}: gain {gain:.3f}, forgotten {forgotten:+.3f} at step {at}"
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Gain against forgetting, a panel for each domain, with the range of the seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = list(dict.fromkeys(row["domain"] for row in rows))
+    figure, panels = pyplot.subplots(
+        1, len(names), figsize=(6.2 * len(names) + 2.4, 5), layout="constrained", squeeze=False
+    )
+    for name, panel in zip(names, panels[0], strict=True):
+        for row in rows:
+            if row["domain"] == name and row["arm"] in arms.BY_NAME:
+                _point(panel, row)
+            elif row["domain"] == name and row["teacher_bits"] is not None:
+                label = f"the teacher's lead, {_lead(row):.2f}"
+                panel.axhline(_lead(row), color="#009e73", linestyle="--", linewidth=1)
+                panel.annotate(label, (0.02, _lead(row)), xycoords=("axes fraction", "data"))
+        panel.set_xscale("symlog", linthresh=0.02, linscale=0.6)
+        panel.axvline(0, color="#d0d0d0", linewidth=0.8, zorder=0)
+        panel.set(title=DOMAINS[name].title, xlabel="English forgotten, bits per byte (symlog)")
+        panel.set_ylabel("gain on held-out text, bits per byte")
+        panel.spines[["top", "right"]].set_visible(False)
+    handles = {}
+    for panel in panels[0]:
+        found, labels = panel.get_legend_handles_labels()
+        handles |= dict(zip(labels, found, strict=True))
+    ordered = [arm.name for arm in arms.ARMS if arm.name in handles]
+    figure.legend([handles[n] for n in ordered], ordered, loc="outside right upper", fontsize=8)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def _point(panel, row: Mapping) -> None:
+    arm = arms.BY_NAME[row["arm"]]
+    x, y = (statistics.mean(row[key]) for key in ("forgotten", "gain"))
+    reach = [
+        [[value - min(row[key])], [max(row[key]) - value]]
+        for key, value in (("forgotten", x), ("gain", y))
+    ]
+    panel.errorbar(
+        *(x, y, reach[1], reach[0]),
+        fmt=MARKS[arms.ARMS.index(arm)],
+        color=COLOURS[arm.experts],
+        markerfacecolor=COLOURS[arm.experts] if arm.gamma else "white",
+        label=arm.name,
+    )
