@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
-# What needs a GPU, on one Hopper GPU: correctness first, then speed; the tables come last.
+# What needs a GPU, on one Hopper GPU: correctness first, then speed; the tables come last. About 12
+# minutes from nothing.
 #
 #   bash tests/gpu/run.sh                     with the packages that are installed
 #   WHEELS=DIR bash tests/gpu/run.sh          a bare machine: unpacks the wheels in DIR first
 #   bash tests/gpu/run.sh --tp 1 --repeats 3  arguments go to loss_bench.py
 #
 # Further variables: PYTHON (python3), SITE, the folder that the wheels are unpacked into (a new one),
-# and RESULTS, a folder for the figures as JSON (none). Nothing is timed unless the tests pass.
+# RESULTS, a folder for the figures as JSON (none), GPU_RUNS, a regular expression over the names of
+# training runs (all), and QUICKSTART, the folder of a finished quickstart, to compare precisions on its
+# data (not done without). Nothing is timed unless the tests pass.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 PYTHON=${PYTHON:-python3}
@@ -27,7 +30,7 @@ import importlib.util
 import torch
 
 assert torch.cuda.is_available(), "run.sh needs a CUDA device; torch sees none"
-for name in ("triton", "liger_kernel", "megatron.core", "omegaconf"):
+for name in ("triton", "liger_kernel", "megatron.core", "omegaconf", "transformer_engine"):
     try:
         found = importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:
@@ -37,5 +40,10 @@ print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}")
 CHECK
 
 "$PYTHON" -m pytest -q -m gpu tests/gpu
+if [ -n "${QUICKSTART:-}" ]; then
+  "$PYTHON" examples/benchmarks/gpu/precision_curves.py "$QUICKSTART" --work "$(mktemp -d)" \
+    ${RESULTS:+--json "$RESULTS/precision.json" --plot "$RESULTS/precision.png"}
+fi
 "$PYTHON" examples/benchmarks/row_bench.py ${RESULTS:+--json "$RESULTS/rows.json"}
 "$PYTHON" examples/benchmarks/loss_bench.py --device cuda ${RESULTS:+--json "$RESULTS/loss.json"} "$@"
+"$PYTHON" examples/benchmarks/gpu/step_bench.py ${RESULTS:+--json "$RESULTS/step.json"}

@@ -168,8 +168,9 @@ def test_frozen_experts_in_fp8_alone(runs, name):
 
 
 def test_frozen_experts_in_fp8_under_other_options(runs):
-    for name in ("frozen gathered", "frozen recompute"):
-        assert losses(runs, name) == pytest.approx(losses(runs, "frozen blockwise"), rel=5e-3), name
+    beside = {"frozen gathered": "fp8 parameters", "frozen recompute": "frozen blockwise"}
+    for name, other in beside.items():
+        assert losses(runs, name) == pytest.approx(losses(runs, other), rel=1e-3), name
         assert PROVEN.search(runs[name].output)
 
 
