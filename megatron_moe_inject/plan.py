@@ -304,6 +304,9 @@ def _train_lines(plan: Plan) -> list[str]:
         )
         rows.append(_parameter_cells(total))
         lines += table(rows, right=(1, 2))
+    if train.frozen_experts == "fp8":
+        origin = "encoded as loaded" if train.fp8_source is None else f"from {train.fp8_source}"
+        lines.append(f"frozen experts are kept in FP8 alone, {origin}")
     if plan.boundary is not None:
         lines.append(f"backward stops at layer {plan.boundary}; below it only the forward runs")
     return lines

@@ -6,6 +6,7 @@ from argparse import ArgumentParser
 
 import pytest
 
+from megatron_moe_inject.plan import Plan, render_plan
 from megatron_moe_inject.recipe import GENERAL, RecipeError, recipe_from_flags, recipe_from_yaml
 from megatron_moe_inject.student import (
     ParallelFacts,
@@ -467,3 +468,12 @@ def test_rules_of_teachers_in_fp8(source, own, problem):
     made.teachers[name] = dataclasses.replace(made.teachers[name], **own)
     with pytest.raises(RecipeError, match=problem):
         check_recipe(made, facts())
+
+
+def test_the_plan_says_how_frozen_experts_are_kept():
+    for train, line in (
+        ({}, "frozen experts are kept in FP8 alone, encoded as loaded"),
+        ({"fp8_source": "hf:/v3"}, "frozen experts are kept in FP8 alone, from hf:/v3"),
+    ):
+        assert line in render_plan(Plan(frozen_in_fp8(**train)))
+    assert "FP8" not in render_plan(Plan(recipe()))
