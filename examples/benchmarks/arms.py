@@ -6,14 +6,19 @@ with an open line on which it is told when it is its turn and answers what its s
 
 from __future__ import annotations
 
+import argparse
+import datetime
+import importlib.metadata
 import json
 import os
+import platform
 import re
+import shlex
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -176,3 +181,45 @@ def take_turns(
             for arm in arms.values():
                 arm.stop()
     return arms
+
+
+def machine(options: argparse.Namespace) -> str:
+    """Where it ran, in words."""
+    import torch
+
+    name = platform.machine()
+    if options.cpu:
+        models = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        name = f"{os.cpu_count()} cores, {models[0] if models else name}"
+    else:
+        name = torch.cuda.get_device_name()
+    return (
+        f"{name}; {options.threads} thread(s) a process; Python {platform.python_version()}, "
+        f"torch {torch.__version__}, Megatron-Core {importlib.metadata.version('megatron-core')}"
+    )
+
+
+def tell(
+    script: str,
+    options: argparse.Namespace,
+    sizes: Iterable[str],
+    rows: list[dict[str, Any]],
+    render: Callable[[dict[str, Any]], list[str]],
+) -> None:
+    """Write what was measured to ``options.json``, where that is asked for, and print its table.
+
+    Args:
+        script: the benchmark, below this folder.
+        sizes: names of the options that say how large everything is.
+        render: makes lines of it.
+    """
+    result = {
+        "date": datetime.date.today().isoformat(),
+        "command": shlex.join(["python", f"examples/benchmarks/{script}", *sys.argv[1:]]),
+        "machine": machine(options),
+        "sizes": {name: getattr(options, name.replace("-", "_")) for name in sizes},
+        "rows": rows,
+    }
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    print("\n".join(render(result)))

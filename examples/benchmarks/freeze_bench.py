@@ -13,20 +13,13 @@ the CPU lane. Beside each ratio stands what arithmetic allows.
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
-import json
-import os
-import platform
-import re
 import shlex
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arms import Running, launch, take_turns
+from arms import Running, launch, take_turns, tell
 from freeze_report import render
 
 LAYOUTS = {
@@ -164,22 +157,6 @@ def row(layout: str, name: str, running: Running, options: argparse.Namespace) -
     }
 
 
-def machine(options: argparse.Namespace) -> str:
-    """Where it ran, in words."""
-    import torch
-
-    name = platform.machine()
-    if options.cpu:
-        models = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        name = f"{os.cpu_count()} cores, {models[0] if models else name}"
-    else:
-        name = torch.cuda.get_device_name()
-    return (
-        f"{name}; {options.threads} thread(s) a process; Python {platform.python_version()}, "
-        f"torch {torch.__version__}, Megatron-Core {importlib.metadata.version('megatron-core')}"
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=["single", "ep2", "pp2"])
@@ -198,16 +175,7 @@ def main() -> None:
 
     options.cpu = not torch.cuda.is_available()
     rows = [row for layout in options.layouts for row in measure(layout, options)]
-    result = {
-        "date": datetime.date.today().isoformat(),
-        "command": "python examples/benchmarks/freeze_bench.py " + shlex.join(sys.argv[1:]),
-        "machine": machine(options),
-        "sizes": {name: getattr(options, name.replace("-", "_")) for name in SIZES},
-        "rows": rows,
-    }
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
-    print("\n".join(render(result)))
+    tell("freeze_bench.py", options, SIZES, rows, render)
 
 
 if __name__ == "__main__":

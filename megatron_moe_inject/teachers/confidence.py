@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_moe_inject.indices import index
 from megatron_moe_inject.losses.committee import Committee
 from megatron_moe_inject.losses.measure import measure_tokens
 from megatron_moe_inject.losses.objective import SampleGroup
@@ -172,7 +173,7 @@ class RunningConfidence:
             self._kind,
             hidden,
             head,
-            labels[samples],
+            labels.index_select(0, index(samples, labels.device)),
             tp_group,
             valid_vocab_size,
             group.teacher_transform,

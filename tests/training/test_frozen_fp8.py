@@ -11,7 +11,7 @@ import pytest
 
 from tests.training import lane
 from tests.training.conftest import student_flags
-from tests.training.test_grouped import GROUPED, SCRIPT, TWO_OF_FOUR, grouped
+from tests.training.test_grouped import GROUPED, SCRIPT, TWO_OF_FOUR, grouped, layouts
 from tests.training.test_injection import PROVEN, TERMS, recipe_file
 
 FP8 = ("--inject-set", "train.frozen_experts=fp8")
@@ -32,20 +32,7 @@ def test_weights_are_rounded(material, single):
     assert tensors[0] == tensors[1] + 2 * frozen_experts, "scales are proved as well"
 
 
-@pytest.mark.parametrize(
-    ("nproc", "layout", "extra"),
-    [
-        pytest.param(2, {"ep": 2}, (), id="ep2"),
-        pytest.param(2, {"pp": 2}, (), id="pp2"),
-        pytest.param(2, {"ep": 2}, tuple(lane.DISTRIBUTED_OPTIMIZER), id="distributed optimizer"),
-        pytest.param(
-            1,
-            {},
-            ("--recompute-granularity", "selective", "--recompute-modules", "moe"),
-            id="recompute",
-        ),
-    ],
-)
+@layouts
 def test_one_curve(material, single, nproc, layout, extra):
     run = grouped(material, *FP8, *extra, nproc=nproc, **layout)
     for term in TERMS:

@@ -18,17 +18,7 @@ TWO_OF_FOUR = RECIPE.replace("{{2: [3], 3: [3]}}", "{{2: [0, 3], 3: [1]}}")
 GROUPED = ("--moe-grouped-gemm",)
 
 
-def grouped(material, *extra, nproc=1, recipe=TWO_OF_FOUR, **layout):
-    ours = ("--inject-recipe", recipe_file(material, recipe), "--inject-verify-frozen")
-    return lane.run(material.flags(*ours, *GROUPED, *extra, **layout), nproc=nproc, script=SCRIPT)
-
-
-@pytest.fixture(scope="module")
-def sequential(material):
-    return inject(material, TWO_OF_FOUR)
-
-
-@pytest.mark.parametrize(
+layouts = pytest.mark.parametrize(
     ("nproc", "layout", "extra"),
     [
         pytest.param(1, {}, (), id="one"),
@@ -43,6 +33,19 @@ def sequential(material):
         ),
     ],
 )
+
+
+def grouped(material, *extra, nproc=1, recipe=TWO_OF_FOUR, **layout):
+    ours = ("--inject-recipe", recipe_file(material, recipe), "--inject-verify-frozen")
+    return lane.run(material.flags(*ours, *GROUPED, *extra, **layout), nproc=nproc, script=SCRIPT)
+
+
+@pytest.fixture(scope="module")
+def sequential(material):
+    return inject(material, TWO_OF_FOUR)
+
+
+@layouts
 def test_the_curve_is_that_of_one_module_per_expert(material, sequential, nproc, layout, extra):
     run = grouped(material, *extra, nproc=nproc, **layout)
     for term in TERMS:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import math
 import os
 import re
 import shlex
@@ -72,15 +71,20 @@ def start(arm: str, folder: Path, work: Path, steps: int) -> subprocess.Popen:
         return subprocess.Popen(command, env=environment, stdout=out, stderr=out)
 
 
-def result(work: Path) -> dict[str, Any]:
-    """Curves by term, and held-out numbers before and after, of a run that ended well."""
-    text = (work / "log").read_text(errors="replace")
-    curves: dict[str, list[float]] = {name: [] for name in ("iteration", *TERMS)}
+def read_log(log: Path) -> dict[str, Any]:
+    """Curves by term, None where a line has none, and whether what is frozen was proved."""
+    text = log.read_text(errors="replace")
+    curves: dict[str, list[float | None]] = {name: [] for name in ("iteration", *TERMS)}
     for iteration, line in re.findall(r"iteration\s+(\d+)/\s*\d+ (\|.*)", text):
         curves["iteration"].append(int(iteration))
         for term in TERMS:
             found = re.search(rf"\| {term}: ([-+.\dE]+|nan|inf) ", line)
-            curves[term].append(float(found[1]) if found else math.nan)
+            curves[term].append(float(found[1]) if found else None)
+    return {"curves": curves, "proved": "bitwise unchanged" in text}
+
+
+def result(work: Path) -> dict[str, Any]:
+    """What its log tells, and held-out numbers before and after, of a run that ended well."""
     first, *_, last = read_list(work / "evaluation.jsonl")
     held_out = {
         name: {
@@ -89,7 +93,7 @@ def result(work: Path) -> dict[str, Any]:
         }
         for name in first.classes
     }
-    return {"curves": curves, "held_out": held_out, "proved": "bitwise unchanged" in text}
+    return read_log(work / "log") | {"held_out": held_out}
 
 
 def render(results: dict[str, Any]) -> list[str]:

@@ -12,9 +12,7 @@ bare model, and the peak of the timed steps. Without a GPU it runs on the CPU la
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
-import json
 import os
 import shlex
 import statistics
@@ -27,8 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from arms import Running, launch, take_turns
-from freeze_bench import machine
+from arms import Running, launch, take_turns, tell
 
 SIZES = {"layers": 4, "hidden": 2048, "ffn": 1408, "experts": 16, "topk": 4, "chosen": 2}
 SIZES |= {"heads": 16, "seq": 4096, "vocab": 32768, "micro-batch": 1, "global-batch": 4}
@@ -269,16 +266,7 @@ def main() -> None:
         data = write_data(folder, options)
         make_teacher(folder, options, data[1])
         rows = measure(options, folder)
-    result = {
-        "date": datetime.date.today().isoformat(),
-        "command": "python examples/benchmarks/gpu/step_bench.py " + shlex.join(sys.argv[1:]),
-        "machine": machine(options),
-        "sizes": {name: getattr(options, name.replace("-", "_")) for name in SIZES},
-        "rows": rows,
-    }
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
-    print("\n".join(render(result)))
+    tell("gpu/step_bench.py", options, SIZES, rows, render)
 
 
 if __name__ == "__main__":

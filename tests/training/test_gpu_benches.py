@@ -1,0 +1,82 @@
+"""The benchmarks for one GPU, as far as a machine without one shows."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "examples" / "benchmarks" / "gpu"
+
+
+@pytest.fixture
+def module(monkeypatch):
+    """Imports a benchmark by its name."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module
+
+
+@pytest.mark.slow
+def test_every_arm_steps(tmp_path):
+    """A tiny run of the command on the CPU lane."""
+    small = "--layers 2 --hidden 64 --ffn 64 --experts 4 --topk 2 --chosen 1 --heads 4 --seq 64"
+    more = "--vocab 512 --teacher-layers 1 --teacher-hidden 64 --teacher-ffn 64 --precisions bf16"
+    few = "--steps 2 --warm-up 1 --start-timeout 400"
+    out = tmp_path / "out.json"
+    command = [sys.executable, str(FOLDER / "step_bench.py"), *small.split(), *more.split()]
+    done = subprocess.run(
+        [*command, *few.split(), "--json", str(out), "--logs", str(tmp_path / "logs")],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {row["arm"]: row for row in json.loads(out.read_text())["rows"]}
+    assert set(rows) == {"stock", "off", "freeze", "kd", "gamma", "steering", "features"}
+    assert all(len(row["seconds"]) == 2 for row in rows.values()), rows
+    chosen = 2 * 3 * 64 * 64
+    assert rows["kd"]["trained"] == chosen
+    assert rows["steering"]["trained"] == chosen + 2 * 64
+    assert rows["stock"]["trained"] == rows["off"]["trained"] > 10 * chosen
+    assert "| bf16 | + teacher, distillation alone |" in done.stdout
+
+
+def test_shares_are_of_the_arm_that_is_added_to(module):
+    bench = module("step_bench")
+    seconds = {"stock": [2.0, 4.0, 3.0], "kd": [1.5, 1.5, 9.0], "gamma": [1.8, 1.8, 1.8]}
+    rows = [
+        {
+            "precision": "bf16",
+            "arm": arm,
+            "title": bench.ARMS[arm].title,
+            "seconds": times,
+            "built_bytes": 2**30,
+            "peak_bytes": 3 * 2**29,
+        }
+        for arm, times in seconds.items()
+    ]
+    rows.append({"precision": "fp8", "arm": "kd", "title": "kd", "ended": "crashes"})
+    sizes = {"global-batch": 4, "seq": 300}
+    lines = bench.render({"machine": "m", "sizes": sizes, "rows": rows})
+    table = [[cell.strip() for cell in line.split("|")[3:-1]] for line in lines if "|" in line][2:]
+    assert table[0] == ["3000.0", "1.000", "", "400", "1.00", "1.50"]
+    assert table[1] == ["1500.0", "0.500", "", "800", "1.00", "1.50"]
+    assert table[2] == ["1800.0", "0.600", "1.200", "667", "1.00", "1.50"]
+    assert table[3][0] == "crashes"
+
+
+def test_curves_are_read_from_a_log(module, tmp_path):
+    curves = module("precision_curves")
+    line = " iteration {0:8d}/      20 | lm loss: {1:E} | kd loss: {2:E} | grad norm: 0.5 |\n"
+    log = line.format(1, 4.5, 2.5) + "noise\n" + line.format(10, 3.5, 1.5)
+    (tmp_path / "log").write_text(log + "frozen check: 9 frozen tensors bitwise unchanged\n")
+    found = curves.read_log(tmp_path / "log")
+    assert found["proved"]
+    assert found["curves"]["iteration"] == [1, 10]
+    assert found["curves"]["kd loss"] == [2.5, 1.5]
+    assert found["curves"]["retention loss"] == [None, None]
