@@ -18,6 +18,11 @@ HELD = PLAIN.replace("beta: 0.3", "beta: 0.3, retention: {{experts: 2.0, l2: 0.0
 OWN = ("expert retention", "l2 to start")
 TERMS = ("lm loss", "kd loss", "total loss", "grad norm", *OWN)
 ESSENTIAL = ("tp2-sp", "cp2", "pp2-vpp2", "full recompute", "distributed optimizer, ep2")
+MORE_LAYOUTS = {
+    "dp2": dict(nproc=2),
+    "tp2, experts whole": dict(nproc=2, tp=2, extra=("--expert-tensor-parallel-size", "1")),
+    "ep2, allgather": dict(nproc=2, ep=2, extra=("--moe-token-dispatcher-type", "allgather")),
+}
 BF16 = ("--bf16", "--train-iters", "6")
 
 
@@ -46,7 +51,7 @@ def test_both_are_exactly_zero_at_the_first_step_and_leave_it_as_it_is(material,
     "layout",
     [
         pytest.param(layout, id=name, marks=[] if name in ESSENTIAL else pytest.mark.slow)
-        for name, layout in (LAYOUTS | SLOW_LAYOUTS).items()
+        for name, layout in (LAYOUTS | MORE_LAYOUTS | SLOW_LAYOUTS).items()
         if "window" not in name
     ],
 )
