@@ -90,8 +90,8 @@ class ExpertRetention:
         self._config = chunks[0].config
         if getattr(self._config, _LATER, False):
             raise RecipeError(
-                f"--{_LATER.replace('_', '-')}: forms the weight gradients of experts that run once "
-                "in a forward pass; remove it, or set objective.retention.experts to 0"
+                f"--{_LATER.replace('_', '-')}: forms weight gradients of experts that run once in "
+                "a forward pass; remove it, or set objective.retention.experts to 0"
             )
         self._device = next(chunks[0].parameters()).device
         self._groups = groups
