@@ -37,7 +37,8 @@ class _Refusal:
 
     @property
     def flag(self) -> str:
-        flag = "--" + self.name.replace("_", "-")
+        flag = "--" + {"fp8": "fp8-format", "fp4": "fp4-format"}.get(self.name, self.name)
+        flag = flag.replace("_", "-")
         return flag if self.value is None else f"{flag} {self.value}"
 
     def matches(self, options: Mapping[str, Any]) -> bool:
@@ -71,12 +72,13 @@ _NO_SECOND_COMBINE = (
     _Refusal("moe_shared_expert_overlap", _COMBINE),
     _Refusal("moe_latent_size", "gives experts outputs of another width than the layer's"),
 )
-_SECOND_RUN = "does not let experts run again as they were"
 _NO_SECOND_RUN = (
     _Refusal("moe_token_dispatcher_type", "does not send the sign of gates along", value="flex"),
-    *(_Refusal(name, _SECOND_RUN) for name in ("fp8", "fp4", "moe_paged_stash")),
-    *(_Refusal(option.name, _SECOND_RUN) for option in _NO_PARTS if "wgrad" in option.name),
-    _Refusal("fine_grained_activation_offloading", _SECOND_RUN),
+    *(
+        _Refusal(name, "does not let experts run again as they were")
+        for name in ("fp8", "fp4", "fine_grained_activation_offloading")
+    ),
+    *_NO_PARTS,
     _GRAPHS_OF_LAYERS,
 )
 _OWN_ASSIGNMENT = "assigns tokens by a rule of its own, against which steering cannot work"
@@ -233,6 +235,7 @@ def student_facts_from_args(args: Namespace) -> StudentFacts:
                 *_REFUSED,
                 _GRAPHS,
                 *_NO_SECOND_COMBINE,
+                *(option for option in _NO_SECOND_RUN if option not in _NO_PARTS),
                 *_NO_STEERING,
                 *_of_grouped_gemm(args),
             )

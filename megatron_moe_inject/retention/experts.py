@@ -37,6 +37,7 @@ from megatron_moe_inject.recipe import GENERAL, RecipeError
 from megatron_moe_inject.retention.scale import step_scale
 
 REPORTED = "expert retention"
+_LATER = "overlap_dispatch_backward_with_experts_wgrad"
 _TINY = 1e-12
 
 
@@ -75,7 +76,8 @@ class ExpertRetention:
     Collectives: one all-gather of layer numbers over the whole world.
 
     Raises:
-        RecipeError: on every rank, where no expert of any rank trains.
+        RecipeError: on every rank, where no expert of any rank trains, or weight gradients of
+            experts are delayed.
     """
 
     def __init__(
@@ -86,6 +88,11 @@ class ExpertRetention:
         weight_at: Callable[[int], float],
     ) -> None:
         self._config = chunks[0].config
+        if getattr(self._config, _LATER, False):
+            raise RecipeError(
+                f"--{_LATER.replace('_', '-')}: forms weight gradients of experts that run once in "
+                "a forward pass; remove it, or set objective.retention.experts to 0"
+            )
         self._device = next(chunks[0].parameters()).device
         self._groups = groups
         self._originals = originals
@@ -193,15 +200,15 @@ class ExpertRetention:
         Args:
             hidden: ``[m, h]``, in the order of local experts.
             tokens_per_expert: ``[E_l]``.
-            probs: ``[m]``, or wider with equal columns' meaning, gates.
-            general: bool, shaped as ``probs``.
+            probs: gates, ``[m]``.
+            general: bool ``[m]``.
         """
         trains = torch.is_grad_enabled() and output.requires_grad and self._attaches
         if not held.parameters or not (trains or held.first):
             return output
         counts = torch.as_tensor(tokens_per_expert)
         expert = torch.arange(len(counts)).repeat_interleave(counts.cpu()).to(general.device)
-        wanted = general.view(len(expert), -1)[:, 0] & held.trains.to(general.device)[expert]
+        wanted = general & held.trains.to(general.device)[expert]
         rows = wanted.nonzero().flatten()
         if not len(rows):
             return output
@@ -217,7 +224,7 @@ class ExpertRetention:
                 change = reduce_from_tensor_model_parallel_region(change, self._groups.expt_tp)
                 before = reduce_from_tensor_model_parallel_region(before, self._groups.expt_tp)
             errors = change.square().sum(-1) / before.square().sum(-1).clamp(min=_TINY)
-            loss = (errors * gates.view(len(rows), -1)[:, 0].float()).sum()
+            loss = (errors * gates.float()).sum()
         if held.first:
             self._sum += loss.detach()
         return attach_loss(output, loss, self._factor) if trains else output

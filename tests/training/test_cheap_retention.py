@@ -5,6 +5,7 @@ layer, so that the means over layers, ranks and experts are seen.
 """
 
 import copy
+import math
 
 import pytest
 
@@ -12,12 +13,18 @@ from tests.training import lane
 from tests.training.conftest import student_flags
 from tests.training.test_grouped import grouped
 from tests.training.test_injection import LAYOUTS, PROVEN, RECIPE, SLOW_LAYOUTS, inject, recipe_file
+from tests.training.test_retention import EVERYTHING
 
 PLAIN = RECIPE.replace("{{2: [3], 3: [3]}}", "{{1: [1], 3: [0, 3]}}")
 HELD = PLAIN.replace("beta: 0.3", "beta: 0.3, retention: {{experts: 2.0, l2: 0.05}}")
 OWN = ("expert retention", "l2 to start")
 TERMS = ("lm loss", "kd loss", "total loss", "grad norm", *OWN)
 ESSENTIAL = ("tp2-sp", "cp2", "pp2-vpp2", "full recompute", "distributed optimizer, ep2")
+MORE_LAYOUTS = {
+    "dp2": dict(nproc=2),
+    "tp2, experts whole": dict(nproc=2, tp=2, extra=("--expert-tensor-parallel-size", "1")),
+    "ep2, allgather": dict(nproc=2, ep=2, extra=("--moe-token-dispatcher-type", "allgather")),
+}
 BF16 = ("--bf16", "--train-iters", "6")
 
 
@@ -46,7 +53,7 @@ def test_both_are_exactly_zero_at_the_first_step_and_leave_it_as_it_is(material,
     "layout",
     [
         pytest.param(layout, id=name, marks=[] if name in ESSENTIAL else pytest.mark.slow)
-        for name, layout in (LAYOUTS | SLOW_LAYOUTS).items()
+        for name, layout in (LAYOUTS | MORE_LAYOUTS | SLOW_LAYOUTS).items()
         if "window" not in name
     ],
 )
@@ -75,6 +82,27 @@ def test_each_holds_what_it_is_there_to_hold(material):
     watched, experts, start = ([run.losses(term)[-1] for term in OWN] for run in runs)
     assert experts[0] < 0.7 * watched[0]
     assert start[1] < 0.7 * watched[1]
+
+
+@pytest.mark.parametrize(
+    ("layout", "extra"),
+    [
+        pytest.param(dict(tp=2), (), id="tp2"),
+        pytest.param(dict(pp=2), ("--bf16",), id="pp2, bf16"),
+        pytest.param({}, ("--bf16", *lane.DISTRIBUTED_OPTIMIZER), id="dp2, distributed, bf16"),
+        pytest.param(dict(ep=2), lane.DISTRIBUTED_OPTIMIZER, id="ep2", marks=pytest.mark.slow),
+        pytest.param(dict(cp=2), (), id="cp2", marks=pytest.mark.slow),
+    ],
+)
+def test_where_l2_rules_the_gradient_is_its_weight_times_the_way_from_the_start(
+    material, layout, extra
+):
+    """Everything trains, a shared matrix too. Megatron's own norm counts each parameter once."""
+    recipe = EVERYTHING.replace("gamma: 2.0", "retention: {{l2: 1.0e4}}")
+    run = inject(material, recipe, nproc=2, extra=extra, **layout)
+    for step in run.iterations[1:]:
+        way = math.sqrt(2 * step["l2 to start"])
+        assert step["grad norm"] == pytest.approx(1e4 * way, rel=2e-3)
 
 
 def test_sharded_and_whole_float32_values_of_16_bit_parameters_agree(material):

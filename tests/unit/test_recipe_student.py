@@ -313,6 +313,31 @@ def test_imitation_refuses_what_hides_its_states(features, options, message):
         check_recipe(recipe(1, features={"hidden": 1}), facts(options=options))
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--cuda-graph-impl local", "--cuda-graph-impl"),
+        ("--moe-token-dispatcher-type flex", "--moe-token-dispatcher-type flex"),
+        ("--fp8-format e4m3", "--fp8-format"),
+        ("--fine-grained-activation-offloading", "--fine-grained-activation-offloading"),
+        ("--moe-grouped-gemm --moe-paged-stash", "--moe-paged-stash"),
+    ],
+)
+def test_expert_retention_refuses_what_keeps_experts_from_running_twice(parse, flags, message):
+    line = f"--num-layers 8 --num-experts 16 --data-path 1 /d/en 1 /d/code {flags}"
+    found = student_facts_from_args(parse(line))
+    if "grouped" not in flags:
+        check_recipe(recipe(1), found)
+    with pytest.raises(RecipeError, match=f"{message}.*objective.retention.experts"):
+        check_recipe(recipe(1, retention={"experts": 1}), found)
+
+
+def test_expert_retention_needs_general_data():
+    held = recipe(0, 1, retention={"experts": 0.5})
+    with pytest.raises(RecipeError, match=r"objective.retention.experts: 0.5 weighs retention"):
+        check_recipe(held, facts())
+
+
 # labels
 
 
