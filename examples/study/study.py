@@ -115,8 +115,8 @@ def numbers(saved: Path, domain: str) -> dict:
     }
 
 
-def report(finished: list[dict], options: argparse.Namespace, results: Path) -> None:
-    """Writes and prints the table of the runs of one size."""
+def report(finished: list[dict], options: argparse.Namespace, results: Path) -> str:
+    """Writes table, JSON and picture of the runs of one size; returns the table."""
     size = (options.steps, options.sequences)
     runs = [run for run in finished if (run["steps"], run["sequences"]) == size]
     if not runs:
@@ -129,7 +129,7 @@ def report(finished: list[dict], options: argparse.Namespace, results: Path) -> 
         results / "study.json", (json.dumps({"rows": rows, "aims": aims}, indent=1) + "\n").encode()
     )
     tables.draw(rows, results / "study.png")
-    print(text)
+    return text
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -171,7 +171,8 @@ def main() -> None:
             run = train(domain, arms.BY_NAME[arm], seed, folder / domain, options)
             files.append_line(path, (json.dumps(run) + "\n").encode())
             print(tables.one_line(run), flush=True)
-    report(read_runs(path), options, options.results)
+            report(read_runs(path), options, options.results)
+    print(report(read_runs(path), options, options.results))
 
 
 if __name__ == "__main__":
