@@ -15,107 +15,21 @@ from typing import Any
 from megatron_moe_inject.experts.fp8_weights import SCALINGS
 from megatron_moe_inject.recipe import GENERAL, Recipe, RecipeError
 from megatron_moe_inject.recipe_rules import validate
+from megatron_moe_inject.refused_options import (
+    DELAYED,
+    GRAPHS,
+    GRAPHS_OF_LAYERS,
+    NO_PARTS,
+    NO_SECOND_COMBINE,
+    NO_SECOND_RUN,
+    NO_STEERING,
+    REFUSED,
+    Refusal,
+)
 from megatron_moe_inject.schedule import ever_positive
 from megatron_moe_inject.typed import fail, listing, show
 
 SPLITS = ("train", "valid", "test")
-
-
-@dataclass(frozen=True)
-class _Refusal:
-    """A Megatron option that the plugin does not work with.
-
-    Attributes:
-        value: the option's refused value; None refuses every value that is set.
-        with_teacher: refused only where some domain has a teacher.
-    """
-
-    name: str
-    reason: str
-    value: str | None = None
-    with_teacher: bool = False
-
-    @property
-    def flag(self) -> str:
-        flag = "--" + {"fp8": "fp8-format", "fp4": "fp4-format"}.get(self.name, self.name)
-        flag = flag.replace("_", "-")
-        return flag if self.value is None else f"{flag} {self.value}"
-
-    def matches(self, options: Mapping[str, Any]) -> bool:
-        found = options.get(self.name)
-        if self.value is not None:
-            return found == self.value or (isinstance(found, list) and self.value in found)
-        return bool(found) and found != "none"
-
-
-_SHARDS = "shards the parameters before they can be frozen"
-_PACKED = "packs documents into one sequence, which a teacher's forward does not follow yet"
-_HYBRID = "builds a hybrid model, whose forward has no output_processor for the loss"
-_GRAPHS = _Refusal("cuda_graph_impl", "replays the trained weights where the original should run")
-_GRAPHS_OF_LAYERS = _Refusal("cuda_graph_impl", "replays layers without the losses on their states")
-_ONE_PARAMETER = "keeps all experts of a layer in one parameter"
-_NOT_SPLIT = "runs a layer's grouped experts in one piece"
-_NO_PARTS = (
-    _Refusal("moe_single_grouped_weight", _ONE_PARAMETER),
-    _Refusal("use_transformer_engine_op_fuser", _NOT_SPLIT),
-    _Refusal("delay_wgrad_compute", _NOT_SPLIT),
-    _Refusal("overlap_dispatch_backward_with_experts_wgrad", _NOT_SPLIT),
-    _Refusal("moe_paged_stash", _NOT_SPLIT),
-    _Refusal("te_precision_config_file", "names modules that a split layer does not run"),
-)
-_DELAYED = _Refusal(
-    "fp8_recipe", "keeps amax histories, which a split layer would not store", value="delayed"
-)
-_COMBINE = "cannot combine the outputs of some experts a second time"
-_NO_SECOND_COMBINE = (
-    _Refusal("moe_token_dispatcher_type", _COMBINE, value="flex"),
-    _Refusal("moe_shared_expert_overlap", _COMBINE),
-    _Refusal("moe_latent_size", "gives experts outputs of another width than the layer's"),
-)
-_NO_SECOND_RUN = (
-    _Refusal("moe_token_dispatcher_type", "does not send the sign of gates along", value="flex"),
-    *(
-        _Refusal(name, "does not let experts run again as they were")
-        for name in ("fp8", "fp4", "fine_grained_activation_offloading")
-    ),
-    *_NO_PARTS,
-    _GRAPHS_OF_LAYERS,
-)
-_OWN_ASSIGNMENT = "assigns tokens by a rule of its own, against which steering cannot work"
-_NO_STEERING = (
-    _Refusal("moe_router_load_balancing_type", _OWN_ASSIGNMENT, value="sinkhorn"),
-    _Refusal("moe_router_load_balancing_type", _OWN_ASSIGNMENT, value="quantile_balancing"),
-    _Refusal("moe_router_force_load_balancing", _OWN_ASSIGNMENT),
-    _Refusal("moe_router_force_biased", _OWN_ASSIGNMENT),
-    _Refusal("moe_enable_routing_replay", _OWN_ASSIGNMENT),
-    _Refusal("moe_router_fusion", "fuses balance losses that steering has to tell apart"),
-    _Refusal("cuda_graph_impl", "replays routers without the losses on them"),
-)
-_REFUSED = (
-    _Refusal("yaml_cfg", "replaces the command line and loses the plugin's flags"),
-    _Refusal("use_megatron_fsdp", _SHARDS),
-    _Refusal("use_torch_fsdp2", _SHARDS),
-    _Refusal("sft", _PACKED, with_teacher=True),
-    _Refusal("dataloader_inter_document_masking", _PACKED, with_teacher=True),
-    _Refusal("hybrid_context_parallel", "regroups the micro-batches of a step"),
-    _Refusal(
-        "overlap_moe_expert_parallel_comm",
-        "runs the loss inside a schedule plan, which this version is not verified with",
-    ),
-    _Refusal("moe_use_upcycling", "makes all experts of a layer copies of one dense MLP"),
-    _Refusal("init_model_with_meta_device", "leaves no weights to check while freezing"),
-    _Refusal("perform_rl_step", "replaces the training step"),
-    _Refusal("modelopt_enabled", "replaces the model and its loss"),
-    _Refusal("logits_load_dir", "distils stored logits with a loss of its own"),
-    _Refusal("hybrid_layer_pattern", _HYBRID),
-    _Refusal("hybrid_override_pattern", _HYBRID),
-    _Refusal(
-        "multiple_validation_sets", "yields samples that do not say which dataset they are from"
-    ),
-    _Refusal(
-        "cuda_graph_impl", "captures the whole step, teacher included", value="full_iteration"
-    ),
-)
 
 
 @dataclass(frozen=True)
@@ -232,11 +146,11 @@ def student_facts_from_args(args: Namespace) -> StudentFacts:
         options={
             option.name: getattr(args, option.name)
             for option in (
-                *_REFUSED,
-                _GRAPHS,
-                *_NO_SECOND_COMBINE,
-                *(option for option in _NO_SECOND_RUN if option not in _NO_PARTS),
-                *_NO_STEERING,
+                *REFUSED,
+                GRAPHS,
+                *NO_SECOND_COMBINE,
+                *(option for option in NO_SECOND_RUN if option not in NO_PARTS),
+                *NO_STEERING,
                 *_of_grouped_gemm(args),
             )
             if option.matches(vars(args))
@@ -244,11 +158,11 @@ def student_facts_from_args(args: Namespace) -> StudentFacts:
     )
 
 
-def _of_grouped_gemm(args: Namespace) -> tuple[_Refusal, ...]:
+def _of_grouped_gemm(args: Namespace) -> tuple[Refusal, ...]:
     """Options that matter only where experts run in grouped GEMMs."""
     if not getattr(args, "moe_grouped_gemm", False):
         return ()
-    return (*_NO_PARTS, _DELAYED) if getattr(args, "fp8", None) else _NO_PARTS
+    return (*NO_PARTS, DELAYED) if getattr(args, "fp8", None) else NO_PARTS
 
 
 def _moe_layers(args: Namespace) -> tuple[int, ...]:
@@ -303,7 +217,7 @@ def check_recipe(recipe: Recipe, facts: StudentFacts) -> None:
         split_labels(recipe, facts, split)
     _check_retention(recipe, facts)
     if recipe.train.experts == "selected":
-        for option in (*_NO_PARTS, _DELAYED):
+        for option in (*NO_PARTS, DELAYED):
             if option.matches(facts.options):
                 raise RecipeError(
                     f"{option.flag}: {option.reason}, so that train.experts: selected cannot train "
@@ -314,8 +228,8 @@ def check_recipe(recipe: Recipe, facts: StudentFacts) -> None:
         _check_frozen_fp8(recipe, facts)
     _check_steering(recipe, facts)
     for term in recipe.objective.features.in_use():
-        extra = _NO_SECOND_COMBINE if term == "experts" else ()
-        _refuse((_GRAPHS_OF_LAYERS, *extra), facts, f"objective.features.{term}")
+        extra = NO_SECOND_COMBINE if term == "experts" else ()
+        _refuse((GRAPHS_OF_LAYERS, *extra), facts, f"objective.features.{term}")
 
 
 def _check_frozen_fp8(recipe: Recipe, facts: StudentFacts) -> None:
@@ -331,7 +245,7 @@ def _check_frozen_fp8(recipe: Recipe, facts: StudentFacts) -> None:
     ):
         if not there:
             raise fail("train.frozen_experts", "fp8", f"needs {wanted}", remedy)
-    _refuse(_NO_PARTS, facts, "train.frozen_experts", "params")
+    _refuse(NO_PARTS, facts, "train.frozen_experts", "params")
     if recipe.train.fp8_source is not None:
         if has.fp8_recipe != "blockwise":
             raise fail(
@@ -346,7 +260,7 @@ def _check_frozen_fp8(recipe: Recipe, facts: StudentFacts) -> None:
 
 
 def _refuse(
-    options: Iterable[_Refusal], facts: StudentFacts, weight: str, without: str = "0"
+    options: Iterable[Refusal], facts: StudentFacts, weight: str, without: str = "0"
 ) -> None:
     """Options that one part of the recipe does not work with, and its value without it."""
     for option in options:
@@ -358,10 +272,10 @@ def _refuse(
 
 
 def _check_retention(recipe: Recipe, facts: StudentFacts) -> None:
-    packed = (option for option in _REFUSED if option.with_teacher)
+    packed = (option for option in REFUSED if option.with_teacher)
     for key, weight, options in (
-        ("objective.gamma", recipe.objective.gamma, (*packed, _GRAPHS)),
-        ("objective.retention.experts", recipe.objective.retention.experts, _NO_SECOND_RUN),
+        ("objective.gamma", recipe.objective.gamma, (*packed, GRAPHS)),
+        ("objective.retention.experts", recipe.objective.retention.experts, NO_SECOND_RUN),
     ):
         if ever_positive(weight):
             _refuse(options, facts, key)
@@ -385,7 +299,7 @@ def _check_steering(recipe: Recipe, facts: StudentFacts) -> None:
             "set it to 0 or false",
         )  # fmt: skip
     if steering.steers or steering.retains:
-        _refuse(_NO_STEERING, facts, f"steering.{name}")
+        _refuse(NO_STEERING, facts, f"steering.{name}")
     if steering.retains and GENERAL not in split_labels(recipe, facts, "train"):
         raise fail(
             "steering.retention", steering.retention,
@@ -397,7 +311,7 @@ def _check_steering(recipe: Recipe, facts: StudentFacts) -> None:
 def check_options(recipe: Recipe, facts: StudentFacts) -> None:
     """RecipeError for a Megatron option that the plugin does not work with."""
     taught = any(domain.teacher is not None for domain in recipe.domains)
-    for option in _REFUSED:
+    for option in REFUSED:
         if option.matches(facts.options) and (taught or not option.with_teacher):
             remedy = "remove it"
             if option.with_teacher:

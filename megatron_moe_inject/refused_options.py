@@ -1,0 +1,102 @@
+"""Megatron options that the plugin, or one part of a recipe, does not work with, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A Megatron option that the plugin does not work with.
+
+    Attributes:
+        value: the option's refused value; None refuses every value that is set.
+        with_teacher: refused only where some domain has a teacher.
+    """
+
+    name: str
+    reason: str
+    value: str | None = None
+    with_teacher: bool = False
+
+    @property
+    def flag(self) -> str:
+        flag = "--" + {"fp8": "fp8-format", "fp4": "fp4-format"}.get(self.name, self.name)
+        flag = flag.replace("_", "-")
+        return flag if self.value is None else f"{flag} {self.value}"
+
+    def matches(self, options: Mapping[str, Any]) -> bool:
+        found = options.get(self.name)
+        if self.value is not None:
+            return found == self.value or (isinstance(found, list) and self.value in found)
+        return bool(found) and found != "none"
+
+
+_SHARDS = "shards the parameters before they can be frozen"
+_PACKED = "packs documents into one sequence, which a teacher's forward does not follow yet"
+_HYBRID = "builds a hybrid model, whose forward has no output_processor for the loss"
+GRAPHS = Refusal("cuda_graph_impl", "replays the trained weights where the original should run")
+GRAPHS_OF_LAYERS = Refusal("cuda_graph_impl", "replays layers without the losses on their states")
+_ONE_PARAMETER = "keeps all experts of a layer in one parameter"
+_NOT_SPLIT = "runs a layer's grouped experts in one piece"
+NO_PARTS = (
+    Refusal("moe_single_grouped_weight", _ONE_PARAMETER),
+    Refusal("use_transformer_engine_op_fuser", _NOT_SPLIT),
+    Refusal("delay_wgrad_compute", _NOT_SPLIT),
+    Refusal("overlap_dispatch_backward_with_experts_wgrad", _NOT_SPLIT),
+    Refusal("moe_paged_stash", _NOT_SPLIT),
+    Refusal("te_precision_config_file", "names modules that a split layer does not run"),
+)
+DELAYED = Refusal(
+    "fp8_recipe", "keeps amax histories, which a split layer would not store", value="delayed"
+)
+_COMBINE = "cannot combine the outputs of some experts a second time"
+NO_SECOND_COMBINE = (
+    Refusal("moe_token_dispatcher_type", _COMBINE, value="flex"),
+    Refusal("moe_shared_expert_overlap", _COMBINE),
+    Refusal("moe_latent_size", "gives experts outputs of another width than the layer's"),
+)
+NO_SECOND_RUN = (
+    Refusal("moe_token_dispatcher_type", "does not send the sign of gates along", value="flex"),
+    *(
+        Refusal(name, "does not let experts run again as they were")
+        for name in ("fp8", "fp4", "fine_grained_activation_offloading")
+    ),
+    *NO_PARTS,
+    GRAPHS_OF_LAYERS,
+)
+_OWN_ASSIGNMENT = "assigns tokens by a rule of its own, against which steering cannot work"
+NO_STEERING = (
+    Refusal("moe_router_load_balancing_type", _OWN_ASSIGNMENT, value="sinkhorn"),
+    Refusal("moe_router_load_balancing_type", _OWN_ASSIGNMENT, value="quantile_balancing"),
+    Refusal("moe_router_force_load_balancing", _OWN_ASSIGNMENT),
+    Refusal("moe_router_force_biased", _OWN_ASSIGNMENT),
+    Refusal("moe_enable_routing_replay", _OWN_ASSIGNMENT),
+    Refusal("moe_router_fusion", "fuses balance losses that steering has to tell apart"),
+    Refusal("cuda_graph_impl", "replays routers without the losses on them"),
+)
+REFUSED = (
+    Refusal("yaml_cfg", "replaces the command line and loses the plugin's flags"),
+    Refusal("use_megatron_fsdp", _SHARDS),
+    Refusal("use_torch_fsdp2", _SHARDS),
+    Refusal("sft", _PACKED, with_teacher=True),
+    Refusal("dataloader_inter_document_masking", _PACKED, with_teacher=True),
+    Refusal("hybrid_context_parallel", "regroups the micro-batches of a step"),
+    Refusal(
+        "overlap_moe_expert_parallel_comm",
+        "runs the loss inside a schedule plan, which this version is not verified with",
+    ),
+    Refusal("moe_use_upcycling", "makes all experts of a layer copies of one dense MLP"),
+    Refusal("init_model_with_meta_device", "leaves no weights to check while freezing"),
+    Refusal("perform_rl_step", "replaces the training step"),
+    Refusal("modelopt_enabled", "replaces the model and its loss"),
+    Refusal("logits_load_dir", "distils stored logits with a loss of its own"),
+    Refusal("hybrid_layer_pattern", _HYBRID),
+    Refusal("hybrid_override_pattern", _HYBRID),
+    Refusal(
+        "multiple_validation_sets", "yields samples that do not say which dataset they are from"
+    ),
+    Refusal("cuda_graph_impl", "captures the whole step, teacher included", value="full_iteration"),
+)
