@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import itertools
 import json
 import os
@@ -20,6 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from step_overhead import WARM_UP, model_flags, train
@@ -40,6 +42,12 @@ MORE = {
     "report": "train: {router: true}\nsteering: {report: true, detail_every: 0}",
 }
 """Beside the objective; ``report`` is steering's part of the log alone."""
+INSIDE = {
+    "expert-retention": ("experts", "ExpertRetention", ("begin", "_mark", "_hold", "end")),
+    "l2": ("start", "PullToStart", ("end",)),
+}
+"""Methods of ``retention`` whose own time is told too, since it is small beside a step's noise; of
+experts' outputs that is all but the backward pass."""
 READS_ONLY = {"profile": "--inject-profile", "evaluation": "--inject-evaluate"}
 RECIPE = """
 domains:
@@ -125,6 +133,9 @@ def print_table(times: dict[str, list[float]], options: argparse.Namespace) -> N
     )
     print(f"without{without:>14.1f} ms\nwith{with_it:>17.1f} ms")
     print(f"added{100 * (with_it / without - 1):>+15.1f} %")
+    if times.get("inside"):
+        inside = 1e3 * statistics.median(times["inside"])
+        print(f"inside{inside:>15.1f} ms, {100 * inside / without:.1f} % of a step")
     if options.feature == "gamma":
         forward = 1e3 * statistics.median(times["forward"])
         added = (with_it - without) / (options.general * forward)
@@ -151,6 +162,9 @@ def child() -> None:
     times: dict[str, list[float]] = {"without": [], "with": []}
     feature, number = os.environ["TERM_COST_FEATURE"], itertools.count()
     hook = StepHook.wrap
+    spent: list[float] = []
+    if feature in INSIDE:
+        time_methods(*INSIDE[feature], spent)
 
     @contextlib.contextmanager
     def switched_off(self: StepHook):
@@ -190,6 +204,9 @@ def child() -> None:
                 started = time.process_time()
                 result = injected(**kwargs)
                 times["with" if on else "without"].append(time.process_time() - started)
+            if on and feature in INSIDE:
+                times.setdefault("inside", []).append(sum(spent))
+            spent.clear()
             return result
 
         def evaluation_step(self: StepHook, kwargs):
@@ -225,6 +242,24 @@ def child() -> None:
     runpy.run_module("megatron_moe_inject.pretrain", run_name="__main__", alter_sys=True)
     kept = {name: values[WARM_UP // 2 :] for name, values in times.items()}
     Path(os.environ["TERM_COST_TIMES"]).write_text(json.dumps(kept))
+
+
+def time_methods(module: str, owner: str, names: Sequence[str], spent: list[float]) -> None:
+    """Append the CPU seconds of each call of these methods to ``spent``."""
+    kind = getattr(importlib.import_module(f"megatron_moe_inject.retention.{module}"), owner)
+
+    def timed(method):
+        def wrapper(*args, **kwargs):
+            started = time.process_time()
+            try:
+                return method(*args, **kwargs)
+            finally:
+                spent.append(time.process_time() - started)
+
+        return wrapper
+
+    for name in names:
+        setattr(kind, name, timed(getattr(kind, name)))
 
 
 def forward_alone(forward_backward, arguments):

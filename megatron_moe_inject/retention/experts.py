@@ -206,13 +206,17 @@ class ExpertRetention:
         trains = torch.is_grad_enabled() and output.requires_grad and self._attaches
         if not held.parameters or not (trains or held.first):
             return output
-        counts = torch.as_tensor(tokens_per_expert)
-        expert = torch.arange(len(counts)).repeat_interleave(counts.cpu()).to(general.device)
-        wanted = general & held.trains.to(general.device)[expert]
-        rows = wanted.nonzero().flatten()
+        rows = general.nonzero().flatten()
         if not len(rows):
             return output
-        own = torch.bincount(expert[rows], minlength=len(counts)).to(counts)
+        counts = torch.as_tensor(tokens_per_expert)
+        ends = counts.cumsum(0).to(rows)
+        expert = torch.searchsorted(ends, rows, right=True)
+        wanted = held.trains.to(rows.device)[expert]
+        rows, expert = rows[wanted], expert[wanted]
+        if not len(rows):
+            return output
+        own = torch.bincount(expert, minlength=len(counts)).to(counts)
         states, gates = hidden.detach()[rows], probs.detach()[rows]
         with torch.no_grad(), self._originals.swapped(held.parameters):
             before = held.stock_forward(states, own, gates)[0]
