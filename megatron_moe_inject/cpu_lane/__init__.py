@@ -56,10 +56,14 @@ def enable(force: bool = False) -> None:
     torch_device.install()
     setattr(torch.cuda, _MARK, True)
     compat.use_prebuilt_dataset_helpers()
-    compat.load_distributed_optimizer_without_te()
     megatron_parts.install()
-    from megatron_moe_inject.cpu_lane import context_parallel, packed  # these import Megatron
+    from megatron_moe_inject.cpu_lane import (  # these import Megatron
+        context_parallel,
+        optimizer,
+        packed,
+    )
 
+    optimizer.load_distributed_optimizer_without_te()
     context_parallel.install()
     packed.install()
     flags.install()
