@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arms import Running, launch, take_turns, tell
 from freeze_report import render
+from turns import Running, launch, take_turns, tell
 
 LAYOUTS = {
     "single": (1, ""),

@@ -72,7 +72,7 @@ def test_limits_are_those_of_the_arithmetic(module):
     ],
 )
 def test_arms_that_end_early_say_how(module, tmp_path, body, ended):
-    arms = module("arms")
+    turns = module("turns")
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         connect = f"import socket; line = socket.create_connection(('127.0.0.1', {port}))"
@@ -80,8 +80,8 @@ def test_arms_that_end_early_say_how(module, tmp_path, body, ended):
         log = tmp_path / "log"
         with log.open("wb") as out:
             process = subprocess.Popen([sys.executable, "-c", program], stdout=out, stderr=out)
-        arm = arms.Running([process], [log])
-        arm.lines[0] = arms.Line(listener.accept()[0])
+        arm = turns.Running([process], [log])
+        arm.lines[0] = turns.Line(listener.accept()[0])
         arm.turn(2)
     assert arm.ended.startswith(ended)
     assert process.poll() is not None

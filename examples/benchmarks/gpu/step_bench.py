@@ -25,7 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from arms import Running, launch, take_turns, tell
+from turns import Running, launch, take_turns, tell
 
 SIZES = {"layers": 4, "hidden": 2048, "ffn": 1408, "experts": 16, "topk": 4, "chosen": 2}
 SIZES |= {"heads": 16, "seq": 4096, "vocab": 32768, "micro-batch": 1, "global-batch": 4}
