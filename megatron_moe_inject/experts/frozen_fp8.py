@@ -66,6 +66,7 @@ class FrozenFp8:
         self._scaling = scaling
         self._source = source
         self._mismatch: RecipeError | None = None
+        self._loaded = False
         self.count = 0
 
     @contextlib.contextmanager
@@ -133,6 +134,7 @@ class FrozenFp8:
             loaded = state_dict.get(prefix + name)
             if loaded is None or fp8_weights.is_fp8(loaded):
                 continue
+            self._loaded = True
             parameter = getattr(module, name)
             if self._source is None:
                 encoded = fp8_weights.encode(loaded.to(parameter.device), self._scaling)
@@ -145,7 +147,13 @@ class FrozenFp8:
             state_dict[prefix + name] = parameter.detach()
 
     def check(self) -> None:
-        """RecipeError if the loaded checkpoint is not the model that ``source`` published."""
+        """RecipeError if no checkpoint was loaded, or not that of the model that ``source`` has."""
+        if self._source is not None and self.count and not self._loaded:
+            raise RecipeError(
+                "train.fp8_source: no checkpoint of the student was loaded, to which these weights "
+                "belong; name one with --load",
+                "train.fp8_source",
+            )
         if self._mismatch is not None:
             raise self._mismatch
 

@@ -260,6 +260,13 @@ def test_another_model_than_the_published_one_is_named(stand_in, tmp_path):
         kept.check()
 
 
+def test_published_weights_without_the_rest_of_the_student(stand_in, tmp_path):
+    _publish(tmp_path)
+    kept, _ = _built(NativeFp8(f"hf:{tmp_path}"))
+    with pytest.raises(RecipeError, match="no checkpoint of the student was loaded"):
+        kept.check()
+
+
 def test_folders_that_do_not_fit(tmp_path):
     for text, problem in (("fp8:/x", "no source"), ("hf:/not/there", "no directory")):
         with pytest.raises(RecipeError, match=problem):
