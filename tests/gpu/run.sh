@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# What needs a GPU, on one Hopper GPU: correctness first, then speed; the tables come last. About 12
-# minutes from nothing.
+# What needs a GPU, on one Hopper GPU: correctness first, then speed; the tables come last.
 #
 #   bash tests/gpu/run.sh                     with the packages that are installed
 #   WHEELS=DIR bash tests/gpu/run.sh          a bare machine: unpacks the wheels in DIR first

@@ -1,5 +1,7 @@
 """Run by a test on the CPU lane: what ``torch.cuda`` stands for there must behave like a device."""
 
+import sys
+
 import torch
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 from megatron.core.transformer.dot_product_attention import DotProductAttention
@@ -99,7 +101,13 @@ def check_second_enable_changes_nothing():
     assert (torch.Tensor.type, torch.cuda.current_device, DotProductAttention.forward) == before
 
 
+def check_packages_for_gpus_are_out_of_sight():
+    for name in ("transformer_engine", "apex"):
+        assert sys.modules[name] is None, "Megatron would use its kernels"
+
+
 if __name__ == "__main__":
+    check_packages_for_gpus_are_out_of_sight()
     check_random_states()
     check_devices()
     check_devices_inside_backward()

@@ -105,13 +105,15 @@ def _report_host_syncs(training) -> None:
 
     import torch
 
-    stock, seen = training.train_step, set()
+    stock, seen, waits = training.train_step, set(), []
+    of_torch = os.path.dirname(torch.__file__)
 
     def show(message, *_, **__):
         if "synchroniz" not in str(message):
             return
         frames = [f for f in traceback.extract_stack()[:-1] if "warnings.py" not in f.filename]
-        inner = next(f for f in reversed(frames) if f"{os.sep}torch{os.sep}" not in f.filename)
+        inner = next(f for f in reversed(frames) if not f.filename.startswith(of_torch))
+        waits.append(inner)
         where = f"{inner.filename}:{inner.lineno}"
         mirrored = inner.filename.endswith("gpt_entry.py")  # NVIDIA's script waits there as well
         if "megatron_moe_inject" in inner.filename and not mirrored and where not in seen:
@@ -132,6 +134,7 @@ def _report_host_syncs(training) -> None:
             return stock(*args, **kwargs)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+            print(f"host waits seen, Megatron's included: {len(waits)}", flush=True)
 
     training.train_step = train_step
 
