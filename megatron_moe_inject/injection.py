@@ -296,7 +296,8 @@ class Injection:
             return None
         args = self._args
         trains = self.policy.described()
-        originals = OriginalParameters(self.chunks, trains, components)
+        on_host = self.recipe.objective.retention.originals == "host"
+        originals = OriginalParameters(self.chunks, trains, components, on_host=on_host)
         metadata = compat.sharded_state_metadata(args)
         if not args.finetune and args.iteration and args.load:
             stored = Path(args.load) / FOLDER

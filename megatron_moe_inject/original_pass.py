@@ -82,7 +82,7 @@ class OriginalPass:
         kept = contextlib.nullcontext()
         if self._loss_hook is not None:
             kept = self._loss_hook.keeping_original_states()
-        with torch.no_grad(), _evaluating(chunks), self.originals.swapped(), kept:
+        with torch.no_grad(), _evaluating(chunks), self.originals.running(), kept:
             forward_backward(
                 forward_step_func=_without_loss(forward_step_func),
                 data_iterator=replay if len(replay) > 1 else replay[0],

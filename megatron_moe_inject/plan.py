@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from megatron_moe_inject.recipe import GENERAL, Recipe
+from megatron_moe_inject.recipe_retention import keeps_originals
 from megatron_moe_inject.recipe_steering import weighed_by_mean, weighed_by_token
 from megatron_moe_inject.schedule import ever_positive, show_weight
 from megatron_moe_inject.student import StudentFacts, ranges, split_labels
@@ -307,6 +308,10 @@ def _train_lines(plan: Plan) -> list[str]:
     if train.frozen_experts == "fp8":
         origin = "encoded as loaded" if train.fp8_source is None else f"from {train.fp8_source}"
         lines.append(f"frozen experts are kept in FP8 alone, {origin}")
+    if keeps_originals(plan.recipe):
+        places = {"device": "on the device", "host": "in host memory"}
+        where = places[plan.recipe.objective.retention.originals]
+        lines.append(f"the original values of what trains are kept {where}, for retention")
     if plan.boundary is not None:
         lines.append(f"backward stops at layer {plan.boundary}; below it only the forward runs")
     return lines

@@ -165,7 +165,7 @@ class Objective:
         beta: weight of cross-entropy on all tokens.
         general_beta: weight of cross-entropy on general tokens; None = beta.
         gamma: weight of KL(original || student) on general tokens, with the model as it was when
-            the injection began.
+            the injection began (where it is kept: ``Retention.originals``).
         ce_share: shortcut for the form c * CE + (1 - c) * T^2 * KL in place of alpha and beta.
         confidence: weighs each token's distillation by the teacher's confidence there, one of
             ``CONFIDENCES``: its probability of the label, or 1 - entropy / log(vocabulary).

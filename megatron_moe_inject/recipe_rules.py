@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from megatron_moe_inject.recipe_committee import check_committee
-from megatron_moe_inject.recipe_retention import check_retention
+from megatron_moe_inject.recipe_retention import PLACES, check_retention
 from megatron_moe_inject.recipe_steering import (
     STEERING_CONFIDENCES,
     STOCK_BALANCES,
@@ -248,6 +248,7 @@ def _check_objective(recipe: Recipe) -> None:
         _check_weight(f"objective.{name}", getattr(objective, name))
     for name in ("experts", "l2"):
         _check_weight(f"objective.retention.{name}", getattr(objective.retention, name))
+    _check_choice("objective.retention.originals", objective.retention.originals, PLACES)
     check_retention(recipe)
     if objective.ce_share is not None:
         _check_ce_share(objective)

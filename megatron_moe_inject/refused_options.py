@@ -67,6 +67,9 @@ NO_SECOND_RUN = (
     *NO_PARTS,
     GRAPHS_OF_LAYERS,
 )
+FP8_PARAMETERS = Refusal(
+    "fp8_param_gather", "keeps what trains in FP8, whose copies stay beside it"
+)
 _OWN_ASSIGNMENT = "assigns tokens by a rule of its own, against which steering cannot work"
 NO_STEERING = (
     Refusal("moe_router_load_balancing_type", _OWN_ASSIGNMENT, value="sinkhorn"),

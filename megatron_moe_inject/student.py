@@ -17,6 +17,7 @@ from megatron_moe_inject.recipe import GENERAL, Recipe, RecipeError
 from megatron_moe_inject.recipe_rules import validate
 from megatron_moe_inject.refused_options import (
     DELAYED,
+    FP8_PARAMETERS,
     GRAPHS,
     GRAPHS_OF_LAYERS,
     NO_PARTS,
@@ -151,6 +152,7 @@ def student_facts_from_args(args: Namespace) -> StudentFacts:
                 *NO_SECOND_COMBINE,
                 *(option for option in NO_SECOND_RUN if option not in NO_PARTS),
                 *NO_STEERING,
+                FP8_PARAMETERS,
                 *_of_grouped_gemm(args),
             )
             if option.matches(vars(args))
@@ -272,6 +274,8 @@ def _refuse(
 
 
 def _check_retention(recipe: Recipe, facts: StudentFacts) -> None:
+    if recipe.objective.retention.originals == "host":
+        _refuse((FP8_PARAMETERS,), facts, "objective.retention.originals", "device")
     packed = (option for option in REFUSED if option.with_teacher)
     for key, weight, options in (
         ("objective.gamma", recipe.objective.gamma, (*packed, GRAPHS)),

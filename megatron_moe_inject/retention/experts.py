@@ -218,7 +218,7 @@ class ExpertRetention:
             return output
         own = torch.bincount(expert, minlength=len(counts)).to(counts)
         states, gates = hidden.detach()[rows], probs.detach()[rows]
-        with torch.no_grad(), self._originals.swapped(held.parameters):
+        with torch.no_grad(), self._originals.running(held.parameters):
             before = held.stock_forward(states, own, gates)[0]
         with torch.set_grad_enabled(trains):
             now = held.stock_forward(states, own, gates)[0]

@@ -29,13 +29,11 @@ class _Held(NamedTuple):
     """A parameter that trains.
 
     Attributes:
-        original: where it began, flat; of a sharded optimizer, this rank's part.
-        part: which part of the flat parameter that is.
+        part: of the flat parameter, what this rank's optimizer steps.
         share: what this rank's sum counts in the one over the whole world.
     """
 
     parameter: torch.nn.Parameter
-    original: torch.Tensor
     part: slice
     share: float
 
@@ -61,14 +59,14 @@ class PullToStart:
     ) -> None:
         self._config = chunks[0].config
         self._device = next(chunks[0].parameters()).device
+        self._originals = originals
         self._weight_at = weight_at
         self._held = []
         for parameter in originals.parameters:
             part, copies = compat.optimized_part(optimizer, parameter)
             if part.start < part.stop:
                 share = counts_here(parameter, groups, replicated=copies is None) / (copies or 1)
-                original = originals.of(parameter).view(-1)[part]
-                self._held.append(_Held(parameter, original, part, share))
+                self._held.append(_Held(parameter, part, share))
 
     def end(self, iteration: int, reports: Any) -> None:
         """After the schedule of a step that trains, before the optimizer's.
@@ -82,7 +80,8 @@ class PullToStart:
         factor = self._weight_at(iteration) * loss_scale(self._config, self._device)
         total = torch.zeros((), device=self._device)
         with torch.no_grad():
-            for parameter, original, part, share in self._held:
+            for parameter, part, share in self._held:
+                original = self._originals.of(parameter, part)
                 change = compat.optimized_values(parameter, part).float() - original
                 total += 0.5 * share * change.square().sum()
                 parameter.main_grad.view(-1)[part] += change * factor

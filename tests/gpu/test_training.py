@@ -41,6 +41,7 @@ FEATURES = {
         *("train.router=true", "steering.coeff=0.1", "steering.retention=1.0"),
         "steering.confidence=label",
     ),
+    "gamma from the host": ("objective.gamma=5.0", "objective.retention.originals=host"),
     "imitation": ("objective.features.hidden=0.5", "objective.features.experts=0.5"),
     "everything": (
         *("objective.gamma=5.0", "train.router_rows=true", "steering.coeff=0.1"),
@@ -162,6 +163,15 @@ def test_features_in_fp8_are_near_bf16(runs, name):
     for term in ("total loss", "kd loss"):
         near = pytest.approx(losses(runs, name, term), rel=5e-2)
         assert losses(runs, f"fp8 {name}", term) == near, term
+
+
+@pytest.mark.parametrize("precision", ["", "fp8 "])
+def test_where_the_originals_are_changes_little(runs, precision):
+    """The same values are multiplied; only atomic additions may be ordered otherwise."""
+    for term in ("total loss", "retention loss"):
+        there = losses(runs, f"{precision}gamma from the host", term)
+        here = losses(runs, f"{precision}gamma", term)
+        assert there == pytest.approx(here, rel=1e-3, abs=1e-6), term
 
 
 @pytest.mark.parametrize("name", ["tensorwise", "blockwise"])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megatron_moe_inject.experts.borrowed import units
 from megatron_moe_inject.experts.original import OriginalParameters
 from megatron_moe_inject.original_pass import _packed
 from megatron_moe_inject.recipe import GENERAL
@@ -16,25 +17,27 @@ def model():
     return model
 
 
-def test_inside_the_block_the_model_is_the_original_and_after_it_what_it_was(model):
+@pytest.mark.parametrize("on_host", [False, True])
+def test_inside_the_block_the_model_is_the_original_and_after_it_what_it_was(model, on_host):
     x = torch.randn(5, 3)
     before = model(x).detach()
-    originals = OriginalParameters([model], {})
+    originals = OriginalParameters([model], {}, on_host=on_host)
     with torch.no_grad():
         model[1].weight.add_(1)
     trained, storage = model(x).detach(), model[1].weight.data_ptr()
-    with originals.swapped():
+    with originals.running():
         assert torch.equal(model(x), before)
     assert torch.equal(model(x), trained)
     assert model[1].weight.data_ptr() == storage
-    with pytest.raises(RuntimeError, match="in the middle"), originals.swapped():
+    with pytest.raises(RuntimeError, match="in the middle"), originals.running():
         raise RuntimeError("in the middle")
     assert torch.equal(model(x), trained)
     assert model[1].weight.data_ptr() == storage
 
 
-def test_only_what_trains_is_kept_twice(model):
-    originals = OriginalParameters([model], {})
+@pytest.mark.parametrize("on_host", [False, True])
+def test_only_what_trains_is_kept_twice(model, on_host):
+    originals = OriginalParameters([model], {}, on_host=on_host)
     assert originals.bytes == 4 * (4 * 2 + 2)
     frozen, trained = model[0].weight, model[1].weight
     assert originals.of(frozen).data_ptr() == frozen.data_ptr()
@@ -43,6 +46,87 @@ def test_only_what_trains_is_kept_twice(model):
         trained.zero_()
     assert torch.equal(originals.of(trained), first)
     assert not originals.of(trained).requires_grad
+    assert torch.equal(originals.of(trained, slice(1, 5)), first.view(-1)[1:5])
+
+
+class Gpt(torch.nn.Module):
+    """What matters of Megatron's: where layers are, and that nothing but calls runs them."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(7, 3)
+        self.decoder = torch.nn.Module()
+        self.decoder.layers = torch.nn.ModuleList(
+            torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.LayerNorm(3)) for _ in range(3)
+        )
+        for i, layer in enumerate(self.decoder.layers):
+            layer.layer_number = i + 1
+        self.decoder.norm = torch.nn.LayerNorm(3)
+        self.output_layer = torch.nn.Linear(3, 7, bias=False)
+        self.output_layer.weight = self.embedding.weight
+
+    def forward(self, ids):
+        states = self.embedding(ids)
+        for layer in self.decoder.layers:
+            states = layer(states)
+        return self.output_layer(self.decoder.norm(states))
+
+
+def test_a_part_is_a_layer_or_what_owns_a_parameter_outside_of_layers():
+    model = Gpt()
+    model.decoder.layers[1].requires_grad_(False)
+    found = units([model], {p for p in model.parameters() if p.requires_grad})
+    first, _, last = model.decoder.layers
+    assert list(found) == [first, last, model.embedding, model.decoder.norm]
+    assert [len(own) for own in found.values()] == [4, 4, 1, 2]
+
+
+@pytest.fixture
+def moved():
+    """A model whose original is in host memory and whose values have moved on; their places."""
+    torch.manual_seed(0)
+    model = Gpt()
+    originals = OriginalParameters([model], {}, on_host=True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    return model, originals, {p: p.data_ptr() for p in model.parameters()}
+
+
+def elsewhere(storages):
+    return {parameter for parameter, at in storages.items() if parameter.data_ptr() != at}
+
+
+def test_from_host_memory_only_the_part_that_runs_has_its_original_values(moved):
+    model, originals, storages = moved
+    parts, seen = units([model], set(model.parameters())), []
+    inner = {module: part for part in parts for module in part.modules()}
+    for module, part in inner.items():
+        if list(module.parameters(recurse=False)):
+            module.register_forward_pre_hook(
+                lambda *_, part=part: seen.append((part, elsewhere(storages)))
+            )
+    with torch.no_grad(), originals.running():
+        model(torch.arange(7))
+        assert not elsewhere(storages)
+    # a hook that was there before runs before a part's own, so a lone module sees nothing yet
+    assert len(seen) == 8
+    for part, found in seen:
+        assert found == (set(parts[part]) if part in model.decoder.layers else set())
+
+
+def test_from_host_memory_an_exception_inside_a_layer_leaves_everything_in_place(moved):
+    model, originals, storages = moved
+
+    def broken(*_):
+        assert elsewhere(storages) == set(model.decoder.layers[1].parameters())
+        raise RuntimeError("in the middle of a layer")
+
+    model.decoder.layers[1][0].register_forward_pre_hook(broken)
+    with pytest.raises(RuntimeError, match="in the middle"), originals.running():
+        model(torch.arange(7))
+    assert not elsewhere(storages)
+    assert not any(part._forward_hooks for part in model.modules())
 
 
 def test_general_samples_fill_micro_batches_in_order():

@@ -31,11 +31,38 @@ def test_the_plan_and_the_report_show_them():
     assert {"retention.experts", "retention.l2"} <= set(weights(recipe))
 
 
+def test_where_the_originals_are_is_in_the_plan():
+    shown = [
+        render_plan(Plan(recipe_from_yaml(text_with(change))))
+        for change in (
+            {},
+            {"objective.gamma": 1},
+            {"objective.gamma": 1, "objective.retention": {"originals": "host"}},
+            {
+                "steering": {"retention": 1},
+                "train": {"router": True},
+                "objective.retention": {"originals": "host"},
+            },
+        )
+    ]
+    places = ["kept on the device" in text for text in shown]
+    assert places == [False, True, False, False]
+    assert ["kept in host memory" in text for text in shown] == [False, False, True, True]
+
+
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
         ({"objective.retention": {"l2": -1}}, ("objective.retention.l2: -1", "is negative")),
         ({"objective.retention": {"expert": 1}}, ("objective.retention.expert", "experts")),
+        (
+            {"objective.retention": {"originals": "disk"}},
+            ("objective.retention.originals: 'disk'", "device", "host"),
+        ),
+        (
+            {"objective.retention": {"originals": "host"}},
+            ("objective.retention.originals: 'host'", "no retention is used", "gamma"),
+        ),
         (
             {"objective.retention": {"experts": RAMP | {"shape": "step"}}},
             ("objective.retention.experts.shape: 'step'", "linear"),

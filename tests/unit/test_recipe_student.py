@@ -227,6 +227,16 @@ def test_components_that_the_student_lacks(override, changes, parts):
         assert part in message
 
 
+def test_parameters_in_fp8_have_no_copies_in_host_memory():
+    held = ["objective.gamma=1", "objective.retention.originals=host"]
+    fp8 = facts(options={"fp8_param_gather": True})
+    message = message_of(lambda: check_recipe(recipe(1, overrides=held), fp8))
+    for part in ("--fp8-param-gather: ", "objective.retention.originals to device"):
+        assert part in message
+    check_recipe(recipe(1, overrides=held), facts())
+    check_recipe(recipe(1, overrides=held[:1]), fp8)
+
+
 def test_components_of_a_dense_student():
     dense = facts(num_moe_experts=None, moe_layers=())
     free = ["domains[0].experts={}", "train.experts=none", "train.attention=true"]

@@ -64,6 +64,11 @@ ARMS = {
     ),
     "kd": Arm("+ teacher, distillation alone", TAUGHT),
     "gamma": Arm("+ retention on general data", (*TAUGHT, "objective.gamma=1.0"), beside="kd"),
+    "host": Arm(
+        "+ retention, originals in host memory",
+        (*TAUGHT, "objective.gamma=1.0", "objective.retention.originals=host"),
+        beside="gamma",
+    ),
     "steering": Arm(
         "+ steering of target rows, by confidence",
         (*TAUGHT, "train.router_rows=true", "steering.coeff=0.01", "steering.confidence=label"),
