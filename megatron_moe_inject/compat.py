@@ -65,10 +65,15 @@ REQUIRED_PARAMETERS = {
 
 
 def megatron_version() -> str:
-    """Version of the Megatron-Core that is imported."""
+    """Version of the Megatron-Core that is imported, with the commit of a checkout of its own.
+
+    Megatron asks git about the folder that it lies in, so one that is installed below some other
+    checkout would be given that one's commit.
+    """
     from megatron.core import package_info
 
-    return package_info.__version__
+    own = (Path(package_info.__file__).resolve().parents[2] / ".git").exists()
+    return package_info.__version__ if own else package_info.__version__.partition("+")[0]
 
 
 def _resolve(module: str, qualified_name: str) -> Any:

@@ -43,8 +43,8 @@ def comparison(
         provenance = evaluation.provenance
         title = ("Before", "After")[number]
         notes.append(
-            f"{title}: {name} (iteration {provenance.iteration}, checkpoint "
-            f"{provenance.checkpoint or 'none'})."
+            f"{title}: {name} (iteration {provenance.iteration}, --load "
+            f"{provenance.checkpoint or 'nothing'})."
         )
     counts = ", ".join(
         f"{name} {len(found.sequences)} sequences, {int(found.sums['tokens'].sum()):,} tokens"

@@ -301,7 +301,7 @@ def test_the_list_compares_with_itself_and_with_nothing_else(trained, single, tm
     text = capsys.readouterr().out
     assert text == table.read_text()
     assert "KL to the original" in text
-    assert "(iteration 0, checkpoint" in text
+    assert "(iteration 0, --load" in text
     row = next(line for line in text.splitlines() if line.startswith("| code"))
     assert row.rstrip("| ").endswith("%")
 

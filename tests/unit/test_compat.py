@@ -95,3 +95,16 @@ def test_weights_are_used_only_after_the_modules_pre_hooks():
     )
     compat.run_forward_pre_hooks(layer, torch.ones(1, 2))
     assert log == [("plain", 1), ("kwargs", {})]
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_the_version_names_a_commit_of_megatrons_own_checkout_alone(monkeypatch, tmp_path, own):
+    inside = tmp_path / "megatron" / "core" / "package_info.py"
+    inside.parent.mkdir(parents=True)
+    if own:
+        (tmp_path / ".git").mkdir()
+    from megatron.core import package_info
+
+    monkeypatch.setattr(package_info, "__file__", str(inside))
+    monkeypatch.setattr(package_info, "__version__", "0.19.2+abc1234")
+    assert compat.megatron_version() == ("0.19.2+abc1234" if own else "0.19.2")
