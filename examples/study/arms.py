@@ -36,7 +36,9 @@ class Arm:
         experts: ``all`` trains the whole student; ``chosen``, ``random``, ``quarter`` some experts.
         taught: by the teacher's distribution; otherwise by cross-entropy.
         mixed: English is a tenth of the batch.
-        gamma: weight of the KL to the original on it; otherwise English counts by cross-entropy.
+        gamma: weight of the KL to the original on it.
+        retention: the recipe's ``objective.retention``. Without it and gamma English counts by
+            cross-entropy.
         router: the routers train.
         steering: the recipe's ``steering``.
         rate: peak learning rate.
@@ -48,6 +50,7 @@ class Arm:
     taught: bool = True
     mixed: bool = False
     gamma: float = 0.0
+    retention: tuple[tuple[str, float], ...] = ()
     router: bool = False
     steering: tuple[tuple[str, float], ...] = ()
     rate: float = 1e-3
@@ -111,8 +114,9 @@ def recipe(arm: Arm, domain: str, folder: Path, seed: int) -> dict:
         "objective": {
             "alpha": 1.0 if arm.taught else 0.0,
             "beta": 0.0 if arm.taught else 1.0,
-            "general_beta": 1.0 if arm.mixed and not arm.gamma else 0.0,
+            "general_beta": 1.0 if arm.mixed and not (arm.gamma or arm.retention) else 0.0,
             "gamma": arm.gamma,
+            "retention": dict(arm.retention),
         },
         "train": dict(EVERYTHING) if arm.experts == "all" else {"router": arm.router},
         "evaluation": {},

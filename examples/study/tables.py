@@ -31,16 +31,13 @@ def summary(runs: list[dict]) -> list[dict]:
     """A row for each domain and arm that has runs, the untouched student and the teacher first.
 
     Raises:
-        ValueError: runs of a domain that were measured on different text cannot be compared.
+        ValueError: runs of a domain and seed that were measured on different text, or runs of
+            different Python versions, cannot be compared.
     """
     rows: list[dict] = []
     for domain in dict.fromkeys(run["domain"] for run in runs):
         own = [run for run in runs if run["domain"] == domain]
-        if len({run["text"] for run in own}) > 1:
-            raise ValueError(
-                f"{domain}: the runs were measured on different held-out text (another Python "
-                "version cuts other text); give --results another folder"
-            )
+        _check_text(domain, own)
         taught = [run["teacher_bits"] for run in own if run["teacher_bits"] is not None]
         rows.append(
             {
@@ -55,6 +52,17 @@ def summary(runs: list[dict]) -> list[dict]:
             if found:
                 rows.append({"domain": domain, "arm": arm.name, **_row(found)})
     return rows
+
+
+def _check_text(domain: str, own: list[dict]) -> None:
+    """A seed decides which samples of the held-out text Megatron takes, for all arms alike."""
+    texts = {(run["seed"], run["text"]) for run in own}
+    pythons = {run["versions"]["python"] for run in own}
+    if len(texts) > len({run["seed"] for run in own}) or len(pythons) > 1:
+        raise ValueError(
+            f"{domain}: the runs were measured on different held-out text (another Python version "
+            "cuts other text); give --results another folder"
+        )
 
 
 def _row(found: list[dict]) -> dict:

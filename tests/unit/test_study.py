@@ -73,7 +73,7 @@ def run_of(arm, *bits, domain="code", seed=1, trained=20, text="t", **other):
         "domain_bits": [own for own, _ in bits],
         "general_bits": [general for _, general in bits],
         **{"teacher_bits": 1.0, "text": text, "trained": trained, "parameters": 100},
-        **{"step_seconds": 0.5, **other},
+        **{"step_seconds": 0.5, "versions": {"python": "3.12.1"}, **other},
     }
 
 
@@ -162,9 +162,15 @@ def test_aims_need_the_arms_that_they_speak_of():
     assert tables.aims(tables.summary(RUNS[:2])) == []
 
 
-def test_runs_on_different_text_are_not_compared():
+@pytest.mark.parametrize("other", [{"text": "other"}, {"versions": {"python": "3.13.0"}}])
+def test_runs_on_different_text_are_not_compared(other):
     with pytest.raises(ValueError, match="different held-out text"):
-        tables.summary([*RUNS, run_of("full, KD", START, text="other")])
+        tables.summary([*RUNS, run_of("full, KD", START, **other)])
+
+
+def test_each_seed_has_held_out_samples_of_its_own():
+    row = tables.summary([*RUNS, run_of("full, KD", START, (1.6, 1.8), seed=3, text="other")])
+    assert {"full, KD"} < {own["arm"] for own in row}
 
 
 def test_the_committed_table_is_that_of_the_committed_runs():
