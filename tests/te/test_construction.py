@@ -1,0 +1,107 @@
+"""The plugin around Transformer Engine's own modules, without a GPU: what is built and saved.
+
+Every run goes through the real ``pretrain()`` with TE's layer specification, up to where training
+would begin, and saves. Forward passes, and thus losses, are tests/gpu's.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_moe_inject.experts.delta import CheckpointPlace, export_delta
+from megatron_moe_inject.recipe import RecipeError
+from tests.gpu.runs import BF16, FP8, Runs
+from tests.gpu.test_training import DISTRIBUTED, FEATURES, MLA, RECIPE
+
+pytest.importorskip("transformer_engine.pytorch", reason="needs Transformer Engine")
+
+EP2 = ("--expert-model-parallel-size", "2", "--expert-tensor-parallel-size", "1")
+TP2 = ("--tensor-model-parallel-size", "2", "--sequence-parallel")
+PP2 = ("--pipeline-model-parallel-size", "2")
+FROZEN = ("--inject-set", "train.frozen_experts=fp8")
+ONE_BY_ONE = tuple(flag for flag in BF16 if flag != "--moe-grouped-gemm")
+CASES = {
+    "grouped": (1, BF16),
+    "one by one": (1, ONE_BY_ONE),
+    "ep2": (2, (*BF16, *EP2)),
+    "tp2": (2, (*BF16, *TP2)),
+    "tp2, experts whole": (2, (*BF16, *TP2, "--expert-tensor-parallel-size", "1")),
+    "pp2": (2, (*BF16, *PP2)),
+    "ep2, distributed optimizer": (2, (*BF16, *EP2, *DISTRIBUTED)),
+    "fp8 blockwise": (1, (*BF16, *FP8["blockwise"])),
+    "fp8 tensorwise, ep2": (2, (*BF16, *FP8["tensorwise"], *EP2)),
+    "fp8 delayed": (1, (*BF16, *FP8["delayed"], "--inject-set", "train.experts=all")),
+    "everything": (1, (*BF16, "--inject-set", *FEATURES["everything"])),
+}
+FROZEN_CASES = {
+    "tensorwise": ("tensorwise", 1, ()),
+    "blockwise": ("blockwise", 1, ()),
+    "blockwise, ep2": ("blockwise", 2, EP2),
+    "blockwise, pp2": ("blockwise", 2, PP2),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    runs = Runs(tmp_path_factory.mktemp("te"))
+    runs.make_models()
+    return runs
+
+
+def build(runs, name, nproc, flags, recipe=RECIPE, **options):
+    """The output of a run and the checkpoint that it saved, at most one iteration old."""
+    saved = runs.folder / re.sub(r"\W+", "-", f"saved {name}")
+    save = ("--save", str(saved), "--save-interval", "100")
+    own = {"cpu": True, "nproc": nproc, "env": {"TESTS_TE_ON_CPU": "1"}, **options}
+    if recipe is None:
+        runs.start(name, runs.flags(*flags, *save), **own)
+    else:
+        runs.inject(name, *flags, *save, recipe=recipe, **own)
+    return runs[name].output, saved
+
+
+@pytest.fixture(scope="module")
+def stock(runs):
+    """What Megatron saves of the student where the plugin has no recipe."""
+    return build(runs, "no recipe", 1, BF16, recipe=None)[1]
+
+
+def differences(base: Path, other: Path, folder: Path) -> dict[str, int]:
+    """Slices that are not bitwise the same, by tensor."""
+    places = CheckpointPlace("--base", base), CheckpointPlace("--trained", other)
+    try:
+        return dict(export_delta(*places, folder).changed)
+    except RecipeError as error:
+        if "does not differ" not in str(error):
+            raise
+        return {}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_trains_is_built_and_all_is_saved_as_it_was_loaded(runs, stock, tmp_path, case):
+    output, saved = build(runs, case, *CASES[case])
+    trained = r"1\.57 M +0" if case == "fp8 delayed" else r"295 k +1\.28 M"
+    assert re.search(rf"experts +{trained}", output)
+    assert differences(stock, saved, tmp_path / "delta") == {}
+
+
+@pytest.mark.parametrize("case", FROZEN_CASES)
+def test_frozen_experts_in_fp8_alone_are_rounded_once(runs, stock, tmp_path, case):
+    scaling, nproc, flags = FROZEN_CASES[case]
+    flags = (*BF16, *FP8[scaling], *FROZEN, *flags)
+    _, saved = build(runs, f"frozen {case}", nproc, flags)
+    rounded = differences(stock, saved, tmp_path / "delta")
+    assert {name.rpartition("experts.experts.")[2] for name in rounded} == {
+        "linear_fc1.weight",
+        "linear_fc2.weight",
+    }
+    assert sum(rounded.values()) == 2 * 13, "13 of 16 experts are frozen"
+    load = ("--load", str(saved))
+    _, again = build(runs, f"frozen {case}, again", nproc, (*flags, *load), student=False)
+    assert differences(saved, again, tmp_path / "more") == {}
+
+
+def test_multi_latent_attention(runs):
+    output, _ = build(runs, "mla", 1, (*BF16, *MLA), student=False)
+    assert re.search(r"experts +295 k +1\.28 M", output)
