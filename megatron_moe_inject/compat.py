@@ -39,6 +39,11 @@ REQUIRED_SYMBOLS = {
         "enable_forward_pre_hook",
         "disable_forward_pre_hook",
     ),
+    "megatron.core.num_microbatches_calculator": (
+        "update_num_microbatches",
+        "get_current_running_global_batch_size",
+    ),
+    "megatron.core.datasets.blended_dataset": ("BlendedDataset",),
     "megatron.training.checkpointing": ("_build_sharded_state_dict_metadata",),
     "megatron.training": ("pretrain", "get_args", "print_rank_0"),
     "megatron.core.models.gpt.gpt_model": ("GPTModel",),
@@ -418,6 +423,26 @@ def optimizer_steps(args: Any) -> int:
     only evaluates, it is where the checkpoint left off.
     """
     return int(getattr(args, "curr_iteration", None) or args.iteration or 0)
+
+
+def batch_sizes(args: Any) -> list[int]:
+    """Samples of each iteration of the whole run, from the first, by Megatron's own calculator.
+
+    To be called before training starts: like Megatron, when it counts the iterations of a run, it
+    moves the calculator on and back to the start.
+    """
+    from megatron.core import num_microbatches_calculator as calculator
+
+    iterations, samples = args.train_iters, args.train_samples or 0
+    if not iterations and not args.step_batch_size_schedule:
+        iterations = samples // args.global_batch_size  # a batch that is not full is not trained on
+    sizes, consumed = [], 0
+    while len(sizes) < iterations if iterations else consumed < samples:
+        calculator.update_num_microbatches(consumed, consistency_check=False)
+        sizes.append(calculator.get_current_running_global_batch_size())
+        consumed += sizes[-1]
+    calculator.update_num_microbatches(0, consistency_check=False)
+    return sizes
 
 
 def optimized_part(optimizer: Any, parameter: torch.nn.Parameter) -> tuple[slice, int | None]:

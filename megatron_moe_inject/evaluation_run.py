@@ -287,6 +287,7 @@ class EvaluationRun(Evaluator):
 
     plan = None
     run_log = None
+    blend = None
 
     def __init__(self, recipe: Recipe, args: Namespace, valid_vocab_size: int) -> None:
         flag = "--inject-evaluate"

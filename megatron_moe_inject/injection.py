@@ -20,6 +20,7 @@ from megatron_moe_inject import compat
 from megatron_moe_inject.agreement import agree
 from megatron_moe_inject.data.labels import HostGroup
 from megatron_moe_inject.data.mixing import mix
+from megatron_moe_inject.data.scheduled_blend import BlendSchedule
 from megatron_moe_inject.evaluation_run import TrainingEvaluator
 from megatron_moe_inject.experts.boundary import GradientBoundary, agree_boundary
 from megatron_moe_inject.experts.census import parameter_rows
@@ -141,7 +142,10 @@ class Injection:
         self.facts: StudentFacts = student_facts_from_args(args)
         self.recipe = recipe = resolve_experts(recipe, self.facts)
         check_recipe(recipe, self.facts)
-        mix(recipe, args, self.facts)
+        order = mix(recipe, args, self.facts)
+        self.blend: BlendSchedule | None = None
+        if order is not None:
+            self.blend = BlendSchedule(order, self.facts.data_paths["train"], args)
         self.policy = freeze_policy(recipe)
         self._fp8 = frozen_fp8(recipe, self.policy, self.facts)
         balancing = getattr(args, "moe_router_load_balancing_type", None) or ()

@@ -8,6 +8,7 @@
 | ``training.build_train_valid_test_data_iterators`` | which split each iterator reads |
 | ``training.get_train_valid_test_num_samples`` | with ``evaluation``: how much text is held out |
 | ``training.build_train_valid_test_datasets`` | ... which data set that is |
+| the same | where shares of the training blend change, the order of its samples |
 | ``training.build_pretraining_data_loader`` | ... and that it is read from its beginning |
 | ``training.evaluate_and_print_results`` | ... and what was measured on it |
 | ``training.get_forward_backward_func`` | the step hook |
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
 _MARK = "_megatron_moe_inject"
 _HELD_OUT = {
     "num_samples": "get_train_valid_test_num_samples",
-    "datasets": "build_train_valid_test_datasets",
     "loader": "build_pretraining_data_loader",
 }
 """Where ``HeldOutText`` stands in the building of data, by its methods."""
@@ -70,8 +70,9 @@ def install() -> None:
     _wrap(training, "setup_model_and_optimizer", run.setup_model_and_optimizer)
     _wrap(training, "get_megatron_optimizer", run.get_megatron_optimizer)
     _wrap(training, "build_train_valid_test_data_iterators", run.build_data_iterators)
-    for name in ("num_samples", "datasets", "loader"):
-        _wrap(training, _HELD_OUT[name], functools.partial(run.held_out, name))
+    _wrap(training, "build_train_valid_test_datasets", run.datasets)
+    for name, symbol in _HELD_OUT.items():
+        _wrap(training, symbol, functools.partial(run.held_out, name))
     _wrap(training, "evaluate_and_print_results", run.evaluate)
     _wrap(training, "get_forward_backward_func", run.get_forward_backward_func)
     _wrap(training, "train", run.train)
@@ -162,6 +163,8 @@ class _Run:
         iterators = stock(*args, **kwargs)
         if self._injection is None:
             return iterators
+        if self._injection.blend is not None:
+            self._injection.blend.check()
         if self._evaluator is not None:
             iterators = self._evaluator.text.iterators(compat.validation_loader, iterators)
         self._injection.splits.register(*iterators)
@@ -172,13 +175,21 @@ class _Run:
         return None if self._injection is None else self._injection.evaluator
 
     def held_out(self, name, stock, *args, **kwargs):
-        """Megatron asks for numbers of samples, datasets or a loader."""
+        """Megatron asks for numbers of samples or a loader."""
         if self._evaluator is None:
             return stock(*args, **kwargs)
         text = self._evaluator.text
         if name == "loader":
             return text.loader(stock, *args, **kwargs)
-        return getattr(text, name)(stock(*args, **kwargs))
+        return text.num_samples(stock(*args, **kwargs))
+
+    def datasets(self, stock, *args, **kwargs):
+        built = stock(*args, **kwargs)
+        if self._injection is None:
+            return built
+        if self._injection.blend is not None:
+            built = self._injection.blend.datasets(built)
+        return built if self._evaluator is None else self._evaluator.text.datasets(built)
 
     def evaluate(self, stock, *args, **kwargs):
         if self._evaluator is None:

@@ -85,6 +85,7 @@ def render_plan(plan: Plan) -> str:
     """The plan as lines of plain text, without a trailing newline."""
     sections = [
         ("domains", _domain_lines(plan)),
+        ("mixing", _mixing_lines(plan.recipe)),
         ("experts", _expert_lines(plan)),
         ("loss", _loss_lines(plan.recipe)),
         ("features", _feature_lines(plan)),
@@ -171,6 +172,14 @@ def _domain_lines(plan: Plan) -> list[str]:
         held = ever_positive(plan.recipe.objective.gamma)
         rows.append(("(general)", "(the original)" if held else "(none: CE only)", general))
     return table(rows)
+
+
+def _mixing_lines(recipe: Recipe) -> list[str]:
+    """Shares of the training blend that the recipe asks for, in the order of the domains."""
+    names = [*(domain.name for domain in recipe.domains), "general"]
+    asked = [(name, recipe.mixing[name]) for name in names if name in recipe.mixing]
+    rows = [(f"({n})" if n == "general" else n, "=", show_weight(share)) for n, share in asked]
+    return table(rows) if rows else []
 
 
 def _data_of(plan: Plan, label: int) -> str:

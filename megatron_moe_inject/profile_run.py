@@ -154,6 +154,7 @@ class ProfileRun:
     plan = None
     evaluator = None
     run_log = None
+    blend = None
 
     def __init__(self, recipe: Recipe, args: Namespace) -> None:
         self.dry_run = False

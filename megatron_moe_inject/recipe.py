@@ -263,8 +263,9 @@ class Recipe:
         general_data: blend entries that belong to no domain. The rest of a blend is general
             without being named; naming helps only where a validation or test blend of its own
             cannot be matched to the training blend.
-        mixing: share of the training blend by domain name and ``general``; what is not named
-            shares the rest. Built into a blend without weights, checked in one with weights.
+        mixing: share of the training blend by domain name and ``general``, a number or a schedule;
+            what is not named shares the rest. Built into a blend without weights, checked in one
+            with weights; by a schedule's mean, whose order of samples is then our own.
         verify_frozen: compare checksums of frozen parameters before and after training.
         evaluation: None = Megatron's own evaluation and nothing else.
     """
@@ -276,7 +277,7 @@ class Recipe:
     objective: Objective = field(default_factory=Objective)
     train: Train = field(default_factory=Train)
     steering: Steering = field(default_factory=Steering)
-    mixing: dict[str, float] = field(default_factory=dict)
+    mixing: dict[str, float | Schedule] = field(default_factory=dict)
     general_data: list[int | str] = field(default_factory=list)
     verify_frozen: bool = False
     evaluation: EvaluationSpec | None = None

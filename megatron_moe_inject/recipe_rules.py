@@ -18,7 +18,15 @@ from megatron_moe_inject.recipe_steering import (
     STOCK_BALANCES,
     check_steering,
 )
-from megatron_moe_inject.schedule import SHAPES, Schedule, Weight, ever_positive, lowest
+from megatron_moe_inject.schedule import (
+    SHAPES,
+    Schedule,
+    Weight,
+    ever_positive,
+    highest,
+    lowest,
+    value_at,
+)
 from megatron_moe_inject.typed import RecipeError, child, fail, listing, suggest
 
 if TYPE_CHECKING:
@@ -65,14 +73,24 @@ def validate(recipe: Recipe) -> None:
 
 def _check_mixing(recipe: Recipe) -> None:
     known = ["general", *(domain.name for domain in recipe.domains)]
+    points = {0}
     for name, share in recipe.mixing.items():
+        key = f"mixing.{name}"
         if name not in known:
-            remedy = suggest(name, known, "it may name")
-            raise fail(f"mixing.{name}", share, "is the share of no domain", remedy)
-        if not 0 < share <= 1:
-            raise fail(f"mixing.{name}", share, "is not in (0, 1]", "write a share such as 0.1")
-    if sum(recipe.mixing.values()) > 1 + 1e-6:
-        raise fail("mixing", recipe.mixing, "is more than 1 in sum", "lower the shares")
+            raise fail(key, share, "is the share of no domain", suggest(name, known, "it may name"))
+        if isinstance(share, Schedule):
+            _check_weight(key, share)
+            points |= set(share.points)
+            if highest(share) > 1:
+                raise fail(key, highest(share), "is not in [0, 1]", "write shares such as 0.1")
+            if not ever_positive(share):
+                raise fail(key, share, "is 0 at every iteration", "remove the data or its share")
+        elif not 0 < share <= 1:
+            raise fail(key, share, "is not in (0, 1]", "write a share such as 0.1")
+    for iteration in sorted(points):
+        if sum(value_at(share, iteration) for share in recipe.mixing.values()) > 1 + 1e-6:
+            where = "" if points == {0} else f" at iteration {iteration}"
+            raise fail("mixing", recipe.mixing, f"is more than 1 in sum{where}", "lower the shares")
 
 
 def _check_domains(recipe: Recipe) -> None:

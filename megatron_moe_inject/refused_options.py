@@ -80,6 +80,13 @@ NO_STEERING = (
     Refusal("moe_router_fusion", "fuses balance losses that steering has to tell apart"),
     Refusal("cuda_graph_impl", "replays routers without the losses on them"),
 )
+_NOT_BY_POSITION = "does not take samples in the order of their iterations"
+NO_SCHEDULED_MIXING = (
+    Refusal("dataloader_type", _NOT_BY_POSITION, value="cyclic"),
+    Refusal("dataloader_type", "leaves Megatron's blend out", value="external"),
+    Refusal("phase_transition_iterations", "counts samples anew in each phase"),
+    Refusal("decrease_batch_size_if_needed", "lets the batch size depend on the number of ranks"),
+)
 REFUSED = (
     Refusal("yaml_cfg", "replaces the command line and loses the plugin's flags"),
     Refusal("use_megatron_fsdp", _SHARDS),

@@ -218,10 +218,13 @@ def _weights(data: RunData) -> Section:
         known = "this version of the package cannot read the recipe" if data.starts else _NO_START
         return Section(title, missing=known)
     found = weights(data.recipe)
-    rows = [("weight", "value"), *((name, show_weight(w)) for name, w in found.items())]
+    shares = {f"mixing.{name}": share for name, share in data.recipe.mixing.items()}
+    rows = [("weight", "value"), *((n, show_weight(w)) for n, w in {**found, **shares}.items())]
     parts: list = [Table(rows)]
     reached = data.steps[-1].iteration if data.steps else 0
-    charts = weight_charts(found, max(reached, data.starts[-1].train_iters))
+    until = max(reached, data.starts[-1].train_iters)
+    charts = weight_charts(found, until)
+    charts += weight_charts(shares, until, "shares of the training data, as asked for")
     return Section(title, [_charts(charts), *parts] if charts else parts)
 
 

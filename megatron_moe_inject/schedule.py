@@ -47,7 +47,7 @@ class Schedule:
 
 
 Weight = float | Schedule
-"""What a recipe takes as the weight of a loss term."""
+"""What a recipe takes as the weight of a loss term, or as a share of the training data."""
 
 
 def value_at(weight: Weight, iteration: int) -> float:
@@ -57,7 +57,12 @@ def value_at(weight: Weight, iteration: int) -> float:
 
 def ever_positive(weight: Weight) -> bool:
     """Whether the weight is above 0 at some iteration."""
-    return max(_values(weight)) > 0
+    return highest(weight) > 0
+
+
+def highest(weight: Weight) -> float:
+    """The largest value that the weight ever takes."""
+    return max(_values(weight))
 
 
 def lowest(weight: Weight) -> float:

@@ -21,13 +21,14 @@ from megatron_moe_inject.refused_options import (
     GRAPHS,
     GRAPHS_OF_LAYERS,
     NO_PARTS,
+    NO_SCHEDULED_MIXING,
     NO_SECOND_COMBINE,
     NO_SECOND_RUN,
     NO_STEERING,
     REFUSED,
     Refusal,
 )
-from megatron_moe_inject.schedule import ever_positive
+from megatron_moe_inject.schedule import Schedule, ever_positive
 from megatron_moe_inject.typed import fail, listing, show
 
 SPLITS = ("train", "valid", "test")
@@ -153,6 +154,7 @@ def student_facts_from_args(args: Namespace) -> StudentFacts:
                 *(option for option in NO_SECOND_RUN if option not in NO_PARTS),
                 *NO_STEERING,
                 FP8_PARAMETERS,
+                *NO_SCHEDULED_MIXING,
                 *_of_grouped_gemm(args),
             )
             if option.matches(vars(args))
@@ -229,6 +231,8 @@ def check_recipe(recipe: Recipe, facts: StudentFacts) -> None:
     if recipe.train.frozen_experts == "fp8":
         _check_frozen_fp8(recipe, facts)
     _check_steering(recipe, facts)
+    if any(isinstance(share, Schedule) for share in recipe.mixing.values()):
+        _refuse(NO_SCHEDULED_MIXING, facts, "the shares of mixing", "numbers")
     for term in recipe.objective.features.in_use():
         extra = NO_SECOND_COMBINE if term == "experts" else ()
         _refuse((GRAPHS_OF_LAYERS, *extra), facts, f"objective.features.{term}")

@@ -3,6 +3,10 @@
 A recipe names the share of some classes of data. Where the command line gives no weights they are
 built from the shares, and where it gives weights they are checked. Within a class, and for the
 classes without a share, what the command line says stays: weights in proportion, or alike.
+
+Shares that change by iteration give the blend the weights of their means over the run's samples, so
+that Megatron builds enough of each entry, and an order of the samples beside it
+(``scheduled_blend``). Without such shares the order is Megatron's own.
 """
 
 from __future__ import annotations
@@ -10,13 +14,20 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
+from megatron_moe_inject import compat
+from megatron_moe_inject.data.scheduled_blend import SampleOrder
 from megatron_moe_inject.recipe import GENERAL, Recipe, RecipeError
+from megatron_moe_inject.schedule import Schedule, value_at
 from megatron_moe_inject.student import StudentFacts, split_labels
 from megatron_moe_inject.typed import fail
 
 TOLERANCE = 0.005
 """How far a blend's share may be from the recipe's."""
 _GENERAL = "general"
+_ROUNDING = 1e-6
+"""How far sums of shares may be from 1."""
 
 
 def blend_weights(
@@ -45,7 +56,7 @@ def blend_weights(
     return [weight * share(label) for label, weight in zip(labels, weights, strict=True)]
 
 
-def mix(recipe: Recipe, args: Namespace, facts: StudentFacts) -> None:
+def mix(recipe: Recipe, args: Namespace, facts: StudentFacts) -> SampleOrder | None:
     """Give the training blend its weights, or check those that it has.
 
     Args:
@@ -53,12 +64,15 @@ def mix(recipe: Recipe, args: Namespace, facts: StudentFacts) -> None:
         args: Megatron's arguments, changed in place where the blend has no weights.
         facts: the student.
 
+    Returns:
+        The order of the samples where shares change by iteration, else None.
+
     Raises:
         RecipeError: shares that the blend cannot have or does not have, or a blend that is given
             in a file without weights.
     """
     if not recipe.mixing:
-        return
+        return None
     if facts.mock_data:
         raise fail("mixing", recipe.mixing, "mixes a blend, but --mock-data has none", "remove it")
     labels = split_labels(recipe, facts, "train")
@@ -71,13 +85,21 @@ def mix(recipe: Recipe, args: Namespace, facts: StudentFacts) -> None:
                 f"mixing.{names[label]}", shares[label], "is the share of data that the training "
                 "blend lacks", "add some to --data-path, or remove it",
             )  # fmt: skip
-    if set(labels) == set(shares) and abs(sum(shares.values()) - 1) > 1e-6:
-        raise fail(
-            "mixing", recipe.mixing, "names all of the blend, but does not sum to 1",
-            "leave one out, or let them sum to 1",
-        )  # fmt: skip
+    sizes = _batch_sizes(recipe, args)
+    asked = {
+        label: np.array([value_at(share, i) for i in range(len(sizes))])
+        for label, share in shares.items()
+    }
+    _check_sums(recipe, sum(asked.values()), whole=set(labels) == set(shares))
+    means = {label: float(values @ sizes / sizes.sum()) for label, values in asked.items()}
+    for label in dict.fromkeys(labels):
+        if means.get(label, 1 - sum(means.values())) < 1e-12:
+            raise fail(
+                "mixing", recipe.mixing, f"leaves {names[label]} no sample in this run",
+                "give it a share, or remove its data from --data-path",
+            )  # fmt: skip
     flag, given = _given(args)
-    wanted = blend_weights(labels, given, shares)
+    wanted = blend_weights(labels, given, means)
     if given is None:
         if flag is None:
             raise RecipeError(
@@ -87,8 +109,57 @@ def mix(recipe: Recipe, args: Namespace, facts: StudentFacts) -> None:
         entries = facts.data_paths["train"]
         pairs = zip(wanted, entries, strict=True)
         setattr(args, flag, [text for weight, path in pairs for text in (repr(weight), path)])
+    else:
+        _check(names, labels, given, wanted, facts.data_paths["train"])
+    if not scheduled(recipe):
+        return None
+    return SampleOrder(sizes, labels, _of_all_classes(labels, asked, wanted), wanted)
+
+
+def scheduled(recipe: Recipe) -> bool:
+    """Whether shares change by iteration."""
+    return any(isinstance(share, Schedule) for share in recipe.mixing.values())
+
+
+def _batch_sizes(recipe: Recipe, args: Namespace) -> np.ndarray:
+    """Samples of each iteration of the run, ``[I]``; one stands for all where none differs."""
+    if not scheduled(recipe):
+        return np.ones(1, dtype=np.int64)
+    sizes = np.array(compat.batch_sizes(args), dtype=np.int64)
+    if not len(sizes):
+        raise fail(
+            "mixing", recipe.mixing, "changes over the iterations of a run, and this one has none",
+            "add --train-iters or --train-samples, or write shares as numbers",
+        )  # fmt: skip
+    return sizes
+
+
+def _check_sums(recipe: Recipe, sums: np.ndarray, whole: bool) -> None:
+    """Check the sum of the shares in each iteration, ``[I]``; ``whole``: they name all classes."""
+    wrong = np.abs(sums - 1) > _ROUNDING if whole else sums > 1 + _ROUNDING
+    if not wrong.any():
         return
-    _check(names, labels, given, wanted, facts.data_paths["train"])
+    first = int(np.argmax(wrong))
+    where = f" at iteration {first}" if scheduled(recipe) else ""
+    if whole:
+        problem, remedy = "does not sum to 1", "leave one out, or let them sum to 1"
+        raise fail("mixing", recipe.mixing, f"names all of the blend, but {problem}{where}", remedy)
+    raise fail("mixing", recipe.mixing, f"is {sums[first]:.4g} in sum{where}", "lower the shares")
+
+
+def _of_all_classes(
+    labels: Sequence[int], asked: Mapping[int, np.ndarray], weights: Sequence[float]
+) -> dict[int, np.ndarray]:
+    """The share of each class in each iteration, ``[I]``; those not named divide the rest."""
+    sums = dict.fromkeys(labels, 0.0)
+    for label, weight in zip(labels, weights, strict=True):
+        sums[label] += weight
+    others = sum(total for label, total in sums.items() if label not in asked)
+    rest = np.clip(1 - sum(asked.values()), 0, None)
+    return {
+        label: asked[label] if label in asked else rest * (total / others)
+        for label, total in sums.items()
+    }
 
 
 def _check(

@@ -123,7 +123,9 @@ def weights(recipe: Recipe) -> dict[str, Weight]:
     return {name: weight for name, weight in found.items() if ever_positive(weight)}
 
 
-def weight_charts(found: Mapping[str, Weight], until: int) -> list[Chart]:
+def weight_charts(
+    found: Mapping[str, Weight], until: int, title: str = "weights of the loss terms"
+) -> list[Chart]:
     """The weights over ``until`` iterations; none where all are constant."""
     moving = {name: weight for name, weight in found.items() if isinstance(weight, Schedule)}
     if not moving or until < 1:
@@ -132,4 +134,4 @@ def weight_charts(found: Mapping[str, Weight], until: int) -> list[Chart]:
     at |= {p for weight in moving.values() for p in weight.points if 0 <= p <= until}
     x = sorted(at)
     series = [Series(name, x, [value_at(weight, i) for i in x]) for name, weight in found.items()]
-    return [Chart("weights of the loss terms", series, layered=True)]
+    return [Chart(title, series, layered=True)]

@@ -154,6 +154,7 @@ places = st.sampled_from(
         *("teachers.coder.source", "teachers.coder.window", "teachers.new", "objective", "train"),
         *("objective.alpha", "objective.general_beta", "objective.divergence", "train.experts"),
         *("train.router", "general_data", "surprise", "domains.0.surprise"),
+        *("mixing", "mixing.general", "mixing.general.points.0", "mixing.code"),
     ]
 )
 

@@ -218,6 +218,20 @@ def test_weights_in_use():
     assert sorted(found) == ["alpha, code", "beta, code", "gamma", "general_beta"]
 
 
+def test_shares_of_the_training_data_are_shown(tmp_path):
+    constant = RECIPE.replace("{points: {0: 0.0, 4: 0.7}}", "0.7")
+    mixed = constant + "mixing: {general: {points: {0: 0.5, 4: 0.1}}}\n"
+    write_run(tmp_path / "inject_run.jsonl", [start(recipe=dump_recipe(recipe_from_yaml(mixed)))])
+    page = report(tmp_path)
+    assert "mixing.general" in page.text
+    assert "linear(0: 0.5, 4: 0.1)" in page.text
+    assert len(page.pictures) == 1
+    write_run(
+        tmp_path / "inject_run.jsonl", [start(recipe=dump_recipe(recipe_from_yaml(constant)))]
+    )
+    assert report(tmp_path).pictures == []
+
+
 def test_long_lines_are_averaged():
     y = np.arange(5000.0)
     y[:5] = np.nan

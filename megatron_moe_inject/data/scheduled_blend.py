@@ -1,0 +1,202 @@
+"""A training blend whose shares change by iteration.
+
+Megatron's ``BlendedDataset`` has one set of weights and keeps to it from the first sample to the
+last. Here its datasets are read in an order of our own: for each iteration the number of samples
+of each entry is fixed at start, and within an iteration the entries are spread evenly. Each entry
+is read from its first sample on, each sample once. The order is a function of the position, the
+recipe and the flags, so that a resumed run goes on where it stopped and nothing has to be saved.
+
+Kept are the counts by iteration and entry; the order of one batch is made when its first sample is
+asked for. The price is that positions have to belong to iterations as they did from the start of
+training: what changes that is refused, here or in ``refused_options``.
+
+Shapes: I iterations, C classes, E entries of the blend, B samples of a batch.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_moe_inject.agreement import agree
+from megatron_moe_inject.data.apportion import dealt, diffuse, spread, to_units
+from megatron_moe_inject.data.labels import DATASET_ID
+from megatron_moe_inject.typed import RecipeError
+
+
+class SampleOrder:
+    """Which sample of which entry each position of a run's training data is.
+
+    Args:
+        sizes: B of each iteration.
+        labels: class of each entry.
+        shares: by class, its share in each iteration, ``[I]``; 1 in sum.
+        weights: of each entry, which divide its class among its entries.
+
+    Attributes:
+        counts: samples of each entry in each iteration, ``[I, E]``.
+        starts: samples before each iteration and, last, in all, ``[I + 1]``.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        labels: Sequence[int],
+        shares: dict[int, np.ndarray],
+        weights: Sequence[float],
+    ) -> None:
+        self._members = [np.flatnonzero(np.equal(labels, label)) for label in shares]
+        by_class = diffuse(sizes, to_units(np.stack(list(shares.values()), axis=1)))
+        self.counts = np.zeros((len(sizes), len(labels)), dtype=np.int64)
+        for own, entries in zip(by_class.T, self._members, strict=True):
+            units = to_units(np.asarray(weights)[None, entries])
+            within = np.broadcast_to(units, (len(sizes), len(entries)))
+            self.counts[:, entries] = diffuse(own, within)
+        self.starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+        self._first = np.cumsum(self.counts, axis=0) - self.counts
+
+    @property
+    def samples(self) -> np.ndarray:
+        """How many samples of each entry the run takes, ``[E]``."""
+        return self.counts.sum(axis=0)
+
+    def iteration(self, position: int) -> int:
+        """The iteration, from 0, that a position belongs to."""
+        return bisect_right(self.starts, position) - 1
+
+    def batch(self, iteration: int) -> tuple[np.ndarray, np.ndarray]:
+        """Entry and sample of it at each place of an evenly spread batch, ``[B]`` each."""
+        counts = self.counts[iteration]
+        classes = spread([counts[entries].sum() for entries in self._members])
+        found = np.empty(len(classes), dtype=np.int16)  # as in BlendedDataset
+        samples = np.empty(len(classes), dtype=np.int64)
+        for index, entries in enumerate(self._members):
+            found[classes == index] = entries[spread(counts[entries])]
+        for entry in np.flatnonzero(counts):
+            first = self._first[iteration, entry]
+            samples[found == entry] = np.arange(first, first + counts[entry])
+        return found, samples
+
+
+class ScheduledBlend(torch.utils.data.Dataset):
+    """Reads a blend's datasets in the order of a schedule.
+
+    Args:
+        blend: Megatron's ``BlendedDataset``.
+        order: what stands at which position.
+        micro_batch_size, lanes: how Megatron deals a batch to its data-parallel ranks.
+    """
+
+    def __init__(self, blend: Any, order: SampleOrder, micro_batch_size: int, lanes: int) -> None:
+        self.split = blend.split
+        self._datasets = blend.datasets
+        self._order = order
+        self._dealing = (micro_batch_size, lanes)
+        self._iteration = -1
+        self._batch: tuple[np.ndarray, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return int(self._order.starts[-1])
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        if not 0 <= position < len(self):
+            raise IndexError(f"{position} is not one of {len(self)} training samples")
+        iteration = self._order.iteration(position)
+        if iteration != self._iteration:
+            self._batch, self._iteration = self._order.batch(iteration), iteration
+        entries, samples = self._batch
+        begin = int(self._order.starts[iteration])
+        at = dealt(int(position) - begin, len(entries), *self._dealing)
+        return {DATASET_ID: entries[at], **self._datasets[entries[at]][samples[at]]}
+
+
+class BlendSchedule:
+    """Stands where Megatron builds its training data.
+
+    Args:
+        order: what stands at which position.
+        entries: the blend's entries as the command line names them.
+        args: Megatron's arguments.
+    """
+
+    def __init__(self, order: SampleOrder, entries: Sequence[str], args: Namespace) -> None:
+        self._order = order
+        self._entries = entries
+        self._args = args
+        self._problem: RecipeError | None = None
+
+    def datasets(self, built: Sequence[Any]) -> tuple:
+        """What was built, with our order of the training data on the ranks that have some.
+
+        No collective: some ranks build nothing. What is wrong is kept for ``check``.
+        """
+        train, valid, test = built
+        if train is None:
+            return train, valid, test
+        try:
+            self._check(train)
+        except RecipeError as error:
+            self._problem = error
+            return train, valid, test
+        from megatron.core import mpu
+
+        lanes = mpu.get_data_parallel_world_size()
+        return ScheduledBlend(train, self._order, self._args.micro_batch_size, lanes), valid, test
+
+    def check(self) -> None:
+        """Fail on every rank where a rank's data cannot be mixed.
+
+        Collectives: those of ``agree``.
+
+        Raises:
+            RecipeError: the data is no blend of Megatron's, an entry has too few samples, or a
+                resumed run took its batches in other sizes.
+        """
+        agree(self._raise)
+
+    def _raise(self) -> None:
+        if self._problem is not None:
+            raise self._problem
+
+    def _check(self, train: Any) -> None:
+        from megatron.core.datasets.blended_dataset import BlendedDataset
+
+        if not isinstance(train, BlendedDataset) or len(train.datasets) != len(self._entries):
+            raise RecipeError(
+                f"mixing: the script trains on a {type(train).__name__}, not on Megatron's blend "
+                f"of {len(self._entries)} entries, so shares cannot change; write them as numbers",
+                "mixing",
+            )
+        asked = self._order.samples
+        for entry, dataset, needed in zip(self._entries, train.datasets, asked, strict=True):
+            if needed > len(dataset):
+                weights = " ".join(
+                    f"{count / asked.sum():.6g} {name}"
+                    for count, name in zip(asked, self._entries, strict=True)
+                )
+                raise RecipeError(
+                    f"mixing: the run takes {needed} samples of {entry}, but Megatron built "
+                    f"{len(dataset)}; write the weights {weights}, raise "
+                    "--mid-level-dataset-surplus, or give a run of several batch sizes its length "
+                    "by --train-samples",
+                    "mixing",
+                )
+        self._check_start()
+
+    def _check_start(self) -> None:
+        """The positions that were read belong to the iterations that were made."""
+        iteration, consumed = self._args.iteration or 0, self._args.consumed_train_samples
+        starts = self._order.starts
+        if iteration < len(starts) and starts[iteration] != consumed:
+            raise RecipeError(
+                f"mixing: the checkpoint's {iteration} iterations took {consumed} samples, but by "
+                f"today's batch sizes they take {starts[iteration]}, so shares cannot follow the "
+                "iteration; keep the batch sizes, begin anew with --finetune, or write shares as "
+                "numbers",
+                "mixing",
+            )
