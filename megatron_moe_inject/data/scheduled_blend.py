@@ -133,7 +133,8 @@ class BlendSchedule:
     def datasets(self, built: Sequence[Any]) -> tuple:
         """What was built, with our order of the training data on the ranks that have some.
 
-        No collective: some ranks build nothing. What is wrong is kept for ``check``.
+        No collective: some ranks build nothing. What is wrong is kept for ``check``, with no
+        training data until then, of which Megatron could say something else.
         """
         train, valid, test = built
         if train is None:
@@ -142,7 +143,7 @@ class BlendSchedule:
             self._check(train)
         except RecipeError as error:
             self._problem = error
-            return train, valid, test
+            return None, valid, test
         from megatron.core import mpu
 
         lanes = mpu.get_data_parallel_world_size()

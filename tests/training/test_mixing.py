@@ -1,10 +1,15 @@
 """Shares of the blend through the real ``pretrain()``."""
 
+import numpy as np
 import pytest
 
-from tests.training.test_injection import RECIPE, inject
+from tests.training import lane
+from tests.training.conftest import make_material, student_flags
+from tests.training.test_injection import OTHER, RECIPE, TERMS, inject, recipe_file
 
 MIXED = RECIPE + "mixing: {{general: 0.4}}\n"
+FALLING = RECIPE + "mixing: {{general: {{points: {{0: 0.75, 3: 0.0}}}}}}\n"
+"""Of batches of 8 samples 6, 4, 2 and none."""
 
 
 @pytest.fixture(scope="module")
@@ -28,3 +33,149 @@ def test_weights_of_another_share_are_an_error(material):
     run = inject(material, MIXED.replace("0.4", "0.1"), check=False)
     assert run.returncode == 2
     assert "mixing: general has 40.0% of the training blend, but 10.0% is asked for" in run.output
+
+
+def without_weights(material):
+    return ("--data-path", material.general, material.domain, "--split", "90,5,5")
+
+
+@pytest.fixture(scope="module")
+def falling(material):
+    return inject(material, FALLING, extra=without_weights(material))
+
+
+def test_the_shares_of_each_step_are_those_of_the_schedule(falling):
+    assert falling.losses("data share/general") == pytest.approx([0.75, 0.5, 0.25, 0], abs=1e-6)
+    assert falling.losses("data share/code") == pytest.approx([0.25, 0.5, 0.75, 1], abs=1e-6)
+    assert "linear(0: 0.75, 3: 0)" in falling.output
+
+
+LAYOUTS = {
+    "dp2": dict(nproc=2),
+    "tp2-sp": dict(nproc=2, tp=2),
+    "pp2": dict(nproc=2, pp=2),
+    "pp2-vpp2": dict(nproc=2, pp=2, extra=("--num-layers-per-virtual-pipeline-stage", "1")),
+    "worker": dict(extra=("--num-workers", "1")),
+    "dp4": dict(nproc=4),
+    "cp2-dp2": dict(nproc=4, cp=2),
+}
+SLOW = ("dp4", "cp2-dp2")
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(v, id=k, marks=[pytest.mark.slow] * (k in SLOW)) for k, v in LAYOUTS.items()],
+)
+def test_the_curve_of_a_schedule_does_not_depend_on_the_layout(material, falling, layout):
+    layout = dict(layout)
+    extra = (*without_weights(material), *layout.pop("extra", ()))
+    run = inject(material, FALLING, extra=extra, **layout)
+    for term in (*TERMS, "data share/general", "load_balancing_loss"):
+        assert run.losses(term) == pytest.approx(falling.losses(term), rel=2e-5, abs=1e-7), term
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_script_of_the_site_gets_the_schedule_too(material, falling, tp):
+    """Its own datasets, which only the first tensor-parallel rank builds."""
+    ours = ("--inject-recipe", recipe_file(material, FALLING), *without_weights(material))
+    run = lane.run(material.flags(*ours, tp=tp), nproc=2, script=lane.MINIMAL_GPT)
+    for term in TERMS:
+        assert run.losses(term) == pytest.approx(falling.losses(term), rel=2e-5), term
+
+
+def test_validation_reads_what_it_reads_without_an_order_of_training(material):
+    """The blend has the means as weights either way, and the student has not been trained."""
+    means = ("--data-path", "0.375", material.general, "0.625", material.domain)
+    often = ("--train-iters", "1", "--eval-iters", "4", "--lr", "0")
+    of_one = FALLING.replace("0: 0.75, 3: 0.0", "0: 0.375")
+    scheduled = inject(material, of_one, extra=(*means, *often))
+    stock = inject(material, extra=(*means, *often))
+    assert len(scheduled.evaluations) == len(stock.evaluations) > 0
+    for ours, theirs in zip(scheduled.evaluations, stock.evaluations, strict=True):
+        assert theirs.items() <= ours.items()
+    assert scheduled.iterations[0]["data share/general"] == pytest.approx(3 / 8, abs=1e-6)
+
+
+def resume(material, save, nproc, extra=()):
+    ours = ("--inject-recipe", recipe_file(material, FALLING), "--load", save)
+    flags = student_flags(*without_weights(material), "--train-iters", "4", *ours, *extra)
+    return lane.run(flags, nproc=nproc, check=not extra)
+
+
+@pytest.fixture(scope="module")
+def half(material):
+    """The folder of a run that was stopped after 2 of 4 steps."""
+    save = str(material.folder / "scheduled")
+    keep = ("--save", save, "--save-interval", "2", "--exit-interval", "2")
+    inject(material, FALLING, extra=(*without_weights(material), *keep))
+    return save
+
+
+def test_a_resumed_run_goes_on_with_the_order_it_would_have_had(material, falling, half):
+    resumed = resume(material, half, nproc=1)
+    for term in (*TERMS, "data share/general"):
+        assert resumed.losses(term) == falling.losses(term)[2:], term
+    wider = resume(material, half, nproc=2)
+    for term in (*TERMS, "data share/general"):
+        assert wider.losses(term) == pytest.approx(falling.losses(term)[2:], rel=2e-5), term
+
+
+def test_batches_of_another_size_than_before_are_an_error_on_every_rank(material, half):
+    """Tensor-parallel ranks that read no data hear of it from the one that does."""
+    smaller = ("--global-batch-size", "4", "--override-opt-param-scheduler")
+    layout = ("--tensor-model-parallel-size", "2", "--sequence-parallel")
+    run = resume(material, half, nproc=2, extra=(*smaller, *layout))
+    assert run.returncode == 2
+    message = (
+        "the checkpoint's 2 iterations took 16 samples, but by today's batch sizes they take 8"
+    )
+    assert run.output.count(message) == 1
+
+
+def without(flags, *names):
+    """``flags`` without these options and their values."""
+    drop = {i for i, flag in enumerate(flags) if flag in names}
+    return [flag for i, flag in enumerate(flags) if i not in drop and i - 1 not in drop]
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_growing_batches_get_the_share_of_their_iteration(material, nproc):
+    recipe = FALLING.replace("0: 0.75, 3: 0.0", "0: 0.75, 6: 0.0")
+    ours = ("--inject-recipe", recipe_file(material, recipe), *without_weights(material))
+    grows = ("--step-batch-size-schedule", "0:4 512:8", "--train-samples", "32")  # in tokens
+    flags = without(material.flags(*ours), "--global-batch-size", "--train-iters")
+    run = lane.run([*flags, *grows], nproc=nproc)
+    sizes = [4, 4, 4, 4, 8, 8]
+    samples = np.multiply(run.losses("data share/general"), sizes)
+    assert samples == pytest.approx(np.rint(samples), abs=1e-4)
+    due = np.cumsum(np.multiply(sizes, [0.75, 0.625, 0.5, 0.375, 0.25, 0.125]))
+    assert np.abs(np.cumsum(samples) - due).max() <= 0.5 + 1e-4
+    assert len(run.iterations) == 6
+
+
+def test_weights_that_are_not_the_means_are_an_error(material):
+    run = inject(material, FALLING, check=False)
+    assert run.returncode == 2
+    assert "general has 40.0% of the training blend, but 37.5% is asked for" in run.output
+
+
+def test_loading_indices_when_they_are_needed(material, falling, tmp_path):
+    """Megatron can leave reading indices to the loader, which never reads those of the blend."""
+    cached = (*without_weights(material), "--data-cache-path", str(tmp_path))
+    plain = inject(material, FALLING, extra=cached)
+    late = inject(material, FALLING, extra=(*cached, "--dataloader-defer-npy-index-mmap"))
+    for term in TERMS:
+        assert plain.losses(term) == late.losses(term) == falling.losses(term), term
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not OTHER, reason="MEGATRON_OTHER names no second Megatron-Core")
+def test_another_megatron_follows_the_schedule(tmp_path):
+    other = make_material(tmp_path, pythonpath=(OTHER,))
+    one, two = (
+        inject(other, FALLING, extra=without_weights(other), path=(OTHER,), **layout)
+        for layout in ({}, dict(nproc=2, tp=2))
+    )
+    assert one.losses("data share/general") == pytest.approx([0.75, 0.5, 0.25, 0], abs=1e-6)
+    for term in TERMS:
+        assert two.losses(term) == pytest.approx(one.losses(term), rel=2e-5), term
