@@ -434,7 +434,7 @@ def batch_sizes(args: Any) -> list[int]:
     from megatron.core import num_microbatches_calculator as calculator
 
     iterations, samples = args.train_iters, args.train_samples or 0
-    if not iterations and not args.step_batch_size_schedule:
+    if not iterations and not getattr(args, "step_batch_size_schedule", None):
         iterations = samples // args.global_batch_size  # a batch that is not full is not trained on
     sizes, consumed = [], 0
     while len(sizes) < iterations if iterations else consumed < samples:

@@ -96,6 +96,15 @@ def test_validation_reads_what_it_reads_without_an_order_of_training(material):
     assert scheduled.iterations[0]["data share/general"] == pytest.approx(3 / 8, abs=1e-6)
 
 
+def test_evaluations_beside_training_leave_the_order_alone(material, falling, tmp_path):
+    """They notice the validation set among the same datasets."""
+    measured = ("--inject-set", f"evaluation={{file: {tmp_path / 'found.jsonl'}, gate: false}}")
+    run = inject(material, FALLING, extra=(*without_weights(material), *measured))
+    for term in (*TERMS, "data share/general"):
+        assert run.losses(term) == falling.losses(term), term
+    assert len((tmp_path / "found.jsonl").read_text().splitlines()) == 2
+
+
 def resume(material, save, nproc, extra=()):
     ours = ("--inject-recipe", recipe_file(material, FALLING), "--load", save)
     flags = student_flags(*without_weights(material), "--train-iters", "4", *ours, *extra)
@@ -151,6 +160,13 @@ def test_growing_batches_get_the_share_of_their_iteration(material, nproc):
     due = np.cumsum(np.multiply(sizes, [0.75, 0.625, 0.5, 0.375, 0.25, 0.125]))
     assert np.abs(np.cumsum(samples) - due).max() <= 0.5 + 1e-4
     assert len(run.iterations) == 6
+
+
+def test_an_iteration_that_is_skipped_takes_its_samples_along(material):
+    skip = (*without_weights(material), "--iterations-to-skip", "2")
+    run = inject(material, FALLING, extra=skip)
+    assert run.losses("iteration") == [1, 3, 4]
+    assert run.losses("data share/general") == pytest.approx([0.75, 0.25, 0], abs=1e-6)
 
 
 def test_weights_that_are_not_the_means_are_an_error(material):
