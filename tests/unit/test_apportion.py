@@ -51,12 +51,12 @@ def test_counts_fill_their_batches_and_stay_beside_the_shares(run):
 
 def test_parts_that_are_owed_more_than_a_small_batch_has_wait():
     """Two get the first batch's halves, and the other two are owed a sample each of one."""
-    units = np.array([[1, 1, -1, -1], [0, 0, 0, 0]]) + UNIT // 4
-    units[1] = [0, 0, UNIT // 2, UNIT // 2]
-    counts = diffuse([2, 1, 1], np.concatenate([units, units[1:]]))
+    halves = [0, 0, UNIT // 2, UNIT // 2]
+    counts = diffuse([2, 1, 1], np.array([[UNIT // 4] * 4, halves, halves]))
     assert counts[0].tolist() == [1, 1, 0, 0]
     assert sorted(counts[1].tolist()) == [0, 0, 0, 1]
-    assert counts.sum(axis=0).tolist() == [1, 1, 1, 1]
+    assert sorted(counts[2].tolist()) == [0, 0, 0, 1]
+    assert counts[1].tolist() != counts[2].tolist()
 
 
 @given(st.integers(1, 40), st.integers(0, 40), st.integers(1, 60))
