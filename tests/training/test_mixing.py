@@ -59,12 +59,15 @@ LAYOUTS = {
     "dp4": dict(nproc=4),
     "cp2-dp2": dict(nproc=4, cp=2),
 }
-SLOW = ("dp4", "cp2-dp2")
+ESSENTIAL = ("tp2-sp", "pp2-vpp2")
 
 
 @pytest.mark.parametrize(
     "layout",
-    [pytest.param(v, id=k, marks=[pytest.mark.slow] * (k in SLOW)) for k, v in LAYOUTS.items()],
+    [
+        pytest.param(layout, id=name, marks=[] if name in ESSENTIAL else pytest.mark.slow)
+        for name, layout in LAYOUTS.items()
+    ],
 )
 def test_the_curve_of_a_schedule_does_not_depend_on_the_layout(material, falling, layout):
     layout = dict(layout)
@@ -74,7 +77,7 @@ def test_the_curve_of_a_schedule_does_not_depend_on_the_layout(material, falling
         assert run.losses(term) == pytest.approx(falling.losses(term), rel=2e-5, abs=1e-7), term
 
 
-@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("tp", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_script_of_the_site_gets_the_schedule_too(material, falling, tp):
     """Its own datasets, which only the first tensor-parallel rank builds."""
     ours = ("--inject-recipe", recipe_file(material, FALLING), *without_weights(material))
@@ -83,6 +86,7 @@ def test_a_script_of_the_site_gets_the_schedule_too(material, falling, tp):
         assert run.losses(term) == pytest.approx(falling.losses(term), rel=2e-5), term
 
 
+@pytest.mark.slow
 def test_validation_reads_what_it_reads_without_an_order_of_training(material):
     """The blend has the means as weights either way, and the student has not been trained."""
     means = ("--data-path", "0.375", material.general, "0.625", material.domain)
@@ -147,7 +151,7 @@ def without(flags, *names):
     return [flag for i, flag in enumerate(flags) if i not in drop and i - 1 not in drop]
 
 
-@pytest.mark.parametrize("nproc", [1, 2])
+@pytest.mark.parametrize("nproc", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_growing_batches_get_the_share_of_their_iteration(material, nproc):
     recipe = FALLING.replace("0: 0.75, 3: 0.0", "0: 0.75, 6: 0.0")
     ours = ("--inject-recipe", recipe_file(material, recipe), *without_weights(material))
@@ -175,6 +179,7 @@ def test_weights_that_are_not_the_means_are_an_error(material):
     assert "general has 40.0% of the training blend, but 37.5% is asked for" in run.output
 
 
+@pytest.mark.slow
 def test_loading_indices_when_they_are_needed(material, falling, tmp_path):
     """Megatron can leave reading indices to the loader, which never reads those of the blend."""
     cached = (*without_weights(material), "--data-cache-path", str(tmp_path))

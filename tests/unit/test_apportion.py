@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_moe_inject.data.apportion import UNIT, dealt, diffuse, spread, to_units
@@ -20,7 +20,6 @@ def runs(draw, least=1, most=6):
 
 
 @given(runs())
-@settings(deadline=None)
 def test_units_sum_to_one_and_nothing_stays_nothing(run):
     _, shares = run
     units = to_units(shares)
@@ -31,7 +30,6 @@ def test_units_sum_to_one_and_nothing_stays_nothing(run):
 
 
 @given(runs())
-@settings(deadline=None)
 def test_counts_fill_their_batches_and_stay_beside_the_shares(run):
     sizes, shares = run
     units = to_units(shares)
@@ -60,7 +58,6 @@ def test_parts_that_are_owed_more_than_a_small_batch_has_wait():
 
 
 @given(st.integers(1, 40), st.integers(0, 40), st.integers(1, 60))
-@settings(deadline=None)
 def test_a_constant_share_is_reached_as_exactly_as_whole_samples_can(size, part, length):
     share = min(part / 40, 1.0)
     units = to_units(np.tile([[share, 1 - share]], (length, 1)))
@@ -69,7 +66,6 @@ def test_a_constant_share_is_reached_as_exactly_as_whole_samples_can(size, part,
 
 
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=5).filter(any))
-@settings(deadline=None)
 def test_an_order_has_the_counts_and_is_even_at_every_place(counts):
     order = spread(counts)
     assert np.bincount(order, minlength=len(counts)).tolist() == counts
@@ -85,7 +81,6 @@ def test_rare_parts_stand_apart():
 @given(
     st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 3, 8]), st.integers(1, 6), st.integers(0, 99)
 )
-@settings(deadline=None)
 def test_ranks_and_micro_batches_get_alike_mixtures(micro, lanes, steps, percent):
     size = micro * lanes * steps
     order = spread([size * percent // 100, size - size * percent // 100])

@@ -77,7 +77,7 @@ def test_zero_states_give_finite_losses_and_gradients(kind):
     assert (feature_loss(torch.zeros(1, 4), torch.ones(1, 4), "cosine") == 1).all()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 10**6), st.floats(0.01, 100), st.sampled_from(FEATURE_LOSSES))
 def test_what_each_loss_is_blind_to(seed, factor, kind):
     x, y = random(seed, 3, 16), random(seed + 1, 3, 16)

@@ -61,7 +61,7 @@ def test_error_is_that_of_three_mantissa_bits():
     assert error.mean() > 2**-7
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.integers(1, 300), st.integers(1, 300), st.integers(0, 10**6), st.floats(0, 20), st.booleans()
 )

@@ -49,7 +49,7 @@ def _operations(case, head="frozen", grad=True, hidden_trains=True, backward=Tru
     return products, max(math.prod(shape) for shape in shapes)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30, derandomize=True)
 @given(
     seed=st.integers(0, 10**6),
     t=st.integers(1, 9),

@@ -66,7 +66,7 @@ def written(tmp_path):
     return path, json.loads(path.read_text())
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     seed=st.integers(0, 99),
     experts=st.sampled_from([1, 2, 5, 8]),

@@ -119,7 +119,7 @@ def recipes(draw):
 
 
 @given(recipes())
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 def test_round_trip(recipe):
     validate(recipe)
     assert recipe_from_yaml(dump_recipe(recipe)) == recipe
@@ -173,7 +173,7 @@ def accepts_or_refuses(text, overrides=()):
 
 
 @given(st.dictionaries(places, values, max_size=2))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_arbitrary_values_end_in_recipe_or_error(changes):
     try:
         text = text_with(changes)
@@ -183,18 +183,18 @@ def test_arbitrary_values_end_in_recipe_or_error(changes):
 
 
 @given(st.text(max_size=60) | st.text("[]{}:,-&*!|>'\"%@`?# \nab1.$\t~", max_size=40))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_arbitrary_text_ends_in_recipe_or_error(text):
     accepts_or_refuses(text)
 
 
 @given(places, st.text("[]{}:,-&*!'\"${}ab10.=\n", max_size=12) | st.text(max_size=8))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_arbitrary_overrides_end_in_recipe_or_error(key, raw):
     accepts_or_refuses(text_with({}), [f"{key}={raw}"])
 
 
 @given(st.text(max_size=20))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_arbitrary_override_text_ends_in_recipe_or_error(override):
     accepts_or_refuses(text_with({}), [override])

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core import mpu, num_microbatches_calculator
 from megatron.core.datasets.blended_dataset import BlendedDataset
@@ -45,7 +45,6 @@ sizes = st.lists(st.integers(1, 7).map(lambda n: 4 * n), min_size=1, max_size=12
 
 
 @given(sizes, st.sampled_from([(1, 1), (2, 2), (1, 4)]))
-@settings(deadline=None)
 def test_each_entry_is_read_once_and_in_order_over_the_iterations(sizes, dealing):
     order = order_of(sizes)
     blend = ScheduledBlend(BLEND, order, *dealing)
@@ -64,7 +63,6 @@ def test_each_entry_is_read_once_and_in_order_over_the_iterations(sizes, dealing
 
 
 @given(sizes)
-@settings(deadline=None)
 def test_classes_follow_their_shares_and_entries_their_weights(sizes):
     order = order_of(sizes)
     shares = falling(len(sizes))

@@ -64,7 +64,6 @@ def test_published_choices_come_out(domain):
 # by threshold
 
 
-@settings(deadline=None)
 @given(matrices, thresholds)
 def test_threshold_is_reached_by_the_fewest(scores, threshold):
     for row, ids in zip(scores, select_experts(scores, threshold=threshold), strict=True):
@@ -83,7 +82,6 @@ def test_threshold_is_reached_by_the_fewest(scores, threshold):
         assert all(key > keys[-1] for key in rest)
 
 
-@settings(deadline=None)
 @given(matrices, thresholds, st.randoms(use_true_random=False))
 def test_permuting_experts_permutes_the_choice(scores, threshold, random):
     order = list(range(len(scores[0])))
@@ -99,7 +97,6 @@ def test_permuting_experts_permutes_the_choice(scores, threshold, random):
             assert back == ids
 
 
-@settings(deadline=None)
 @given(matrices, thresholds, st.integers(1, 1000))
 def test_layers_are_independent_and_scale_does_not_matter(scores, threshold, factor):
     chosen = select_experts(scores, threshold=threshold)
@@ -188,7 +185,6 @@ def check_limits(chosen, limits, experts):
         assert per_rank.max() - per_rank.min() <= 1
 
 
-@settings(deadline=None)
 @given(bounded(), thresholds)
 def test_threshold_within_limits(case, threshold):
     scores, limits = case
@@ -204,7 +200,6 @@ def test_threshold_within_limits(case, threshold):
         assert chosen == select_experts(scores, threshold=threshold)
 
 
-@settings(deadline=None)
 @given(bounded(), st.integers(1, 6))
 def test_count_within_limits(case, n):
     scores, limits = case
@@ -218,7 +213,7 @@ def test_count_within_limits(case, n):
     assert all(len(ids) == n for ids in chosen)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(bounded(), st.integers(1, 6))
 def test_spread_choice_is_the_best_balanced_one(case, n):
     """Among all sets of n experts whose numbers per rank differ by at most one."""
@@ -289,7 +284,7 @@ def test_impossible_constraints(call, part):
 # by budget
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     st.lists(st.lists(st.integers(1, 50), min_size=4, max_size=4), min_size=1, max_size=3),
     st.integers(1, 9),
@@ -313,7 +308,6 @@ def test_budget_buys_the_most_score(scores, experts, at_least, at_most):
     assert all(at_least <= len(ids) <= at_most for ids in chosen)
 
 
-@settings(deadline=None)
 @given(bounded(), st.integers(12, 30))
 def test_budget_within_limits(case, experts):
     scores, limits = case
@@ -365,7 +359,6 @@ def test_contrast_of_zeros():
     assert contrast([[0, 0]], [[5, 5]]).tolist() == [[0, 0]]
 
 
-@settings(deadline=None)
 @given(matrices, st.data())
 def test_contrast_is_finite(counts, data):
     row = st.lists(st.integers(0, 1000), min_size=len(counts[0]), max_size=len(counts[0]))
