@@ -69,6 +69,13 @@ ARMS = (
     Arm("chosen experts, CE", "chosen", taught=False),
     Arm("chosen experts, KD", "chosen"),
     Arm("chosen experts, KD + mixing", "chosen", mixed=True),
+    Arm(
+        "chosen experts, KD + mixing + expert retention",
+        "chosen",
+        mixed=True,
+        retention=(("experts", 3.0),),
+    ),
+    Arm("chosen experts, KD + mixing + L2", "chosen", mixed=True, retention=(("l2", 0.1),)),
     Arm("chosen experts, KD + mixing + gamma", "chosen", **HELD),
     Arm("... + router", "chosen", router=True, **HELD),
     Arm("... + router + steering", "chosen", router=True, steering=STEERED, **HELD),

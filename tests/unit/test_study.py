@@ -33,6 +33,9 @@ def test_every_arm_is_a_valid_recipe_that_says_what_its_name_says(arm, tmp_path)
     assert recipe.train.attention is recipe.train.embedding is (recipe.train.experts == "all")
     assert recipe.mixing == ({"general": 0.1} if "mixing" in arm.name or "..." in arm.name else {})
     assert recipe.objective.gamma == (10 if "gamma" in arm.name or "..." in arm.name else 0)
+    retained = recipe.objective.retention
+    assert (retained.experts > 0) is ("expert retention" in arm.name)
+    assert (retained.l2 > 0) is ("L2" in arm.name)
     assert (recipe.steering.coeff > 0) is ("steering" in arm.name)
     assert recipe.train.router is ("router" in arm.name or recipe.train.experts == "all")
     assert recipe.evaluation is not None
@@ -44,6 +47,7 @@ def test_general_text_without_gamma_counts_by_cross_entropy_and_with_it_by_gamma
 
     assert objective("chosen experts, KD + mixing")["general_beta"] == 1
     assert objective("chosen experts, KD + mixing + gamma")["general_beta"] == 0
+    assert objective("chosen experts, KD + mixing + L2")["general_beta"] == 0
     assert objective("chosen experts, KD")["general_beta"] == 0
 
 
