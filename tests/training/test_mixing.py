@@ -59,7 +59,7 @@ LAYOUTS = {
     "dp4": dict(nproc=4),
     "cp2-dp2": dict(nproc=4, cp=2),
 }
-ESSENTIAL = ("tp2-sp", "pp2-vpp2")
+ESSENTIAL = ("pp2-vpp2",)
 
 
 @pytest.mark.parametrize(
