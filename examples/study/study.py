@@ -2,6 +2,7 @@
 
     bash examples/study.sh               all that is not done yet, then the table
     bash examples/study.sh --report      table, JSON and picture of what there is
+                                         (other --steps or --sequences: files named by them)
     bash examples/study.sh --domains html --seeds 1234 --arms "full, CE"
 
 A finished run is a line of results/runs.jsonl and is never repeated; an interrupted study goes on
@@ -116,7 +117,7 @@ def numbers(saved: Path, domain: str) -> dict:
 
 
 def report(finished: list[dict], options: argparse.Namespace, results: Path) -> str:
-    """Writes table, JSON and picture of the runs of one size; returns the table."""
+    """Writes table, JSON and picture of the runs of one size, named by it; returns the table."""
     size = (options.steps, options.sequences)
     runs = [run for run in finished if (run["steps"], run["sequences"]) == size]
     if not runs:
@@ -124,11 +125,11 @@ def report(finished: list[dict], options: argparse.Namespace, results: Path) -> 
     rows = tables.summary(runs)
     aims = tables.aims(rows)
     text = tables.markdown(rows, aims)
-    files.replace_file(results / "study.md", text.encode())
-    files.replace_file(
-        results / "study.json", (json.dumps({"rows": rows, "aims": aims}, indent=1) + "\n").encode()
-    )
-    tables.draw(rows, results / "study.png")
+    stem = "study" if size == SIZE else f"study-{size[0]}x{size[1]}"
+    files.replace_file(results / f"{stem}.md", text.encode())
+    described = json.dumps({"rows": rows, "aims": aims}, indent=1) + "\n"
+    files.replace_file(results / f"{stem}.json", described.encode())
+    tables.draw(rows, results / f"{stem}.png")
     return text
 
 

@@ -17,7 +17,7 @@ MOST_TRAINED = 0.25
 """Share of the parameters that the chosen experts of the first aim may train."""
 OF_FULL_GAIN, TIMES_CE_GAIN, OF_CE_FORGETTING = 0.9, 3.0, 0.1
 COLOURS = {"all": "#0072b2", "chosen": "#cc79a7", "random": "#8c8c8c", "quarter": "#e69f00"}
-MARKS = "os^DvP8HX*<>hpd"
+MARKS = (*"os^DvP", "$E$", "$L$", *"X*<>hpd")
 
 
 def outcome(run: Mapping) -> tuple[float, float, int]:

@@ -116,8 +116,9 @@ def test_an_interrupted_study_goes_on_where_it_was(tmp_path, monkeypatch):
     study.main()
     assert len(began) == 4
     assert len(study.read_runs(tmp_path / "runs.jsonl")) == 3
-    assert (tmp_path / "study.png").stat().st_size > 10_000
-    assert "| Python code | full, KD | 1 | 0.500 | 0.100 |" in (tmp_path / "study.md").read_text()
+    assert (tmp_path / "study-100x8.png").stat().st_size > 10_000
+    table = (tmp_path / "study-100x8.md").read_text()
+    assert "| Python code | full, KD | 1 | 0.500 | 0.100 |" in table
 
 
 START = (2.0, 1.7)
@@ -177,10 +178,13 @@ def test_each_seed_has_held_out_samples_of_its_own():
     assert {"full, KD"} < {own["arm"] for own in row}
 
 
-def test_the_committed_table_is_that_of_the_committed_runs():
+def test_the_committed_tables_are_those_of_the_committed_runs():
     runs = study.read_runs(study.RESULTS / "runs.jsonl")
-    rows = tables.summary([r for r in runs if (r["steps"], r["sequences"]) == study.SIZE])
-    assert (study.RESULTS / "study.md").read_text() == tables.markdown(rows, tables.aims(rows))
+    sizes = {(run["steps"], run["sequences"]) for run in runs}
+    names = {size: f"study-{size[0]}x{size[1]}.md" for size in sizes} | {study.SIZE: "study.md"}
+    for size, name in names.items():
+        rows = tables.summary([r for r in runs if (r["steps"], r["sequences"]) == size])
+        assert (study.RESULTS / name).read_text() == tables.markdown(rows, tables.aims(rows))
     assert len({study.key(run) for run in runs}) == len(runs)
 
 
