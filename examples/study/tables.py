@@ -227,7 +227,8 @@ def _point(panel, row: Mapping) -> None:
     ]
     panel.errorbar(
         *(x, y, reach[1], reach[0]),
-        fmt=MARKS[arms.ARMS.index(arm)],
+        linestyle="none",
+        marker=MARKS[arms.ARMS.index(arm)],
         color=COLOURS[arm.experts],
         markerfacecolor=COLOURS[arm.experts] if arm.gamma else "white",
         label=arm.name,
