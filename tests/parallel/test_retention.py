@@ -200,7 +200,9 @@ def _pulled():
         starts[parameter] = parameter.detach().clone()
         with torch.no_grad():
             parameter += 2 + (rank if name == "split" else 0)
-    originals = SimpleNamespace(parameters=list(starts), of=lambda p: starts[p])
+    originals = SimpleNamespace(
+        parameters=list(starts), of=lambda p, part: starts[p].view(-1)[part]
+    )
     pull = PullToStart([chunk], groups, originals, None, lambda iteration: 0.5 * iteration)
     reports = [{}, {}]
     pull.end(3, reports)
