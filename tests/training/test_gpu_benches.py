@@ -37,7 +37,8 @@ def test_every_arm_steps(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     rows = {row["arm"]: row for row in json.loads(out.read_text())["rows"]}
-    assert set(rows) == {"stock", "off", "freeze", "kd", "gamma", "steering", "features"}
+    named = {"stock", "off", "freeze", "kd", "gamma", "host", "steering", "features"}
+    assert set(rows) == named
     assert all(len(row["seconds"]) == 2 for row in rows.values()), rows
     chosen = 2 * 3 * 64 * 64
     assert rows["kd"]["trained"] == chosen
