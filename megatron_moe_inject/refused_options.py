@@ -49,9 +49,6 @@ NO_PARTS = (
     Refusal("moe_paged_stash", _NOT_SPLIT),
     Refusal("te_precision_config_file", "names modules that a split layer does not run"),
 )
-DELAYED = Refusal(
-    "fp8_recipe", "keeps amax histories, which a split layer would not store", value="delayed"
-)
 _COMBINE = "cannot combine the outputs of some experts a second time"
 NO_SECOND_COMBINE = (
     Refusal("moe_token_dispatcher_type", _COMBINE, value="flex"),

@@ -16,7 +16,6 @@ from megatron_moe_inject.experts.fp8_weights import SCALINGS
 from megatron_moe_inject.recipe import GENERAL, Recipe, RecipeError
 from megatron_moe_inject.recipe_rules import validate
 from megatron_moe_inject.refused_options import (
-    DELAYED,
     FP8_PARAMETERS,
     GRAPHS,
     GRAPHS_OF_LAYERS,
@@ -155,18 +154,11 @@ def student_facts_from_args(args: Namespace) -> StudentFacts:
                 *NO_STEERING,
                 FP8_PARAMETERS,
                 *NO_SCHEDULED_MIXING,
-                *_of_grouped_gemm(args),
+                *(NO_PARTS if getattr(args, "moe_grouped_gemm", False) else ()),
             )
             if option.matches(vars(args))
         },
     )
-
-
-def _of_grouped_gemm(args: Namespace) -> tuple[Refusal, ...]:
-    """Options that matter only where experts run in grouped GEMMs."""
-    if not getattr(args, "moe_grouped_gemm", False):
-        return ()
-    return (*NO_PARTS, DELAYED) if getattr(args, "fp8", None) else NO_PARTS
 
 
 def _moe_layers(args: Namespace) -> tuple[int, ...]:
@@ -221,7 +213,7 @@ def check_recipe(recipe: Recipe, facts: StudentFacts) -> None:
         split_labels(recipe, facts, split)
     _check_retention(recipe, facts)
     if recipe.train.experts == "selected":
-        for option in (*NO_PARTS, DELAYED):
+        for option in NO_PARTS:
             if option.matches(facts.options):
                 raise RecipeError(
                     f"{option.flag}: {option.reason}, so that train.experts: selected cannot train "

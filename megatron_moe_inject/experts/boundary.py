@@ -31,6 +31,7 @@ import torch.distributed as dist
 from megatron.core.fp8_utils import get_fp8_context
 
 from megatron_moe_inject.experts.freeze import decoder_layers, first_trainable_layer
+from megatron_moe_inject.experts.grouped_whole import keeps_histories
 from megatron_moe_inject.typed import RecipeError
 
 _OFFLOADING = ("cpu_offloading", "fine_grained_activation_offloading")
@@ -143,7 +144,7 @@ def _part(block: torch.nn.Module, layers: slice) -> torch.nn.Module:
 
 def _one_fp8_region(config: Any) -> AbstractContextManager:
     """Delayed scaling updates its histories when the outermost region of a forward ends: once."""
-    if config.fp8 and config.fp8_recipe == "delayed":
+    if keeps_histories(config):
         return get_fp8_context(config)
     return nullcontext()
 

@@ -6,7 +6,8 @@ experts are mixed runs as two grouped MLPs, one of the frozen and one of the tra
 each with grouped GEMMs of its own. The stock module stays where it is and goes on owning every
 parameter: names, order, DDP buffers and checkpoints are those of stock Megatron, and the two
 groups, which are no submodules of anything, hold references to its parameters. Beside the extra
-kernel launches the price is one copy of the rows in and one out.
+kernel launches the price is one copy of the rows in and one out. Under delayed FP8 scaling the
+module runs in one piece instead (``grouped_whole.py``).
 
 Shapes: m rows (tokens times top-k on this rank), h hidden, E_l local experts.
 """
@@ -20,17 +21,18 @@ import torch
 
 from megatron_moe_inject import compat
 from megatron_moe_inject.experts.freeze import decoder_layers, grouped_linears, local_weights
+from megatron_moe_inject.experts.grouped_whole import keeps_histories, train_whole
 from megatron_moe_inject.rng import untouched_rng
 
 
 def split_grouped_experts(chunks: Sequence[torch.nn.Module]) -> int:
-    """Let every layer with frozen and trainable local experts in one grouped MLP run as two.
+    """Let every layer with frozen and trainable local experts in one grouped MLP train the latter.
 
-    Must run after ``requires_grad`` is set and before DDP. No collective; the student's random
-    number generators are as before.
+    It runs as two, or under delayed FP8 scaling whole. Must run after ``requires_grad`` is set and
+    before DDP. No collective; the student's random number generators are as before.
 
     Returns:
-        How many layers of this rank were split.
+        How many such layers this rank has.
     """
     count = 0
     for chunk in chunks:
@@ -39,9 +41,13 @@ def split_grouped_experts(chunks: Sequence[torch.nn.Module]) -> int:
             if experts is None or not grouped_linears(experts):
                 continue
             trains = [weight.requires_grad for weight in local_weights(experts.linear_fc1)]
-            if any(trains) and not all(trains):
+            if not any(trains) or all(trains):
+                continue
+            if keeps_histories(layer.config):
+                train_whole(experts)
+            else:
                 SplitExperts(layer.mlp, trains, compat.process_groups(chunk))
-                count += 1
+            count += 1
     return count
 
 

@@ -79,7 +79,6 @@ def test_plain_flags_are_enough_and_their_mistakes_name_the_flag(material):
         "--moe-single-grouped-weight",
         "--use-transformer-engine-op-fuser",
         "--delay-wgrad-compute",
-        "--fp8-recipe delayed",
         "--moe-router-load-balancing-type quantile_balancing",
     ],
 )
