@@ -7,8 +7,10 @@
 #
 # Further variables: PYTHON (python3), SITE, the folder that the wheels are unpacked into (a new one),
 # RESULTS, a folder for the figures as JSON (none), GPU_RUNS, a regular expression over the names of
-# training runs (all), and QUICKSTART, the folder of a finished quickstart, to compare precisions on its
-# data (not done without). Nothing is timed unless the tests pass.
+# training runs (all), QUICKSTART, the folder of a finished quickstart, to compare precisions on its
+# data (not done without), and NCCL_LIBRARY, the path of a libnccl.so.2 of version 2.30 or newer, with which
+# two processes can share a device (else layouts of two want two devices or a newer torch).
+# Nothing is timed unless the tests pass.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 PYTHON=${PYTHON:-python3}
@@ -45,4 +47,5 @@ if [ -n "${QUICKSTART:-}" ]; then
 fi
 "$PYTHON" examples/benchmarks/row_bench.py ${RESULTS:+--json "$RESULTS/rows.json"}
 "$PYTHON" examples/benchmarks/loss_bench.py --device cuda ${RESULTS:+--json "$RESULTS/loss.json"} "$@"
+"$PYTHON" examples/benchmarks/gpu/overlap_bench.py ${RESULTS:+--json "$RESULTS/overlap.json"}
 "$PYTHON" examples/benchmarks/gpu/step_bench.py ${RESULTS:+--json "$RESULTS/step.json"}

@@ -11,6 +11,7 @@ another are skipped.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import re
@@ -18,8 +19,10 @@ import shlex
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from tests.training import lane
 from tests.training.corpus import write_corpora
@@ -51,6 +54,36 @@ EXACT = {
     "NCCL_ALGO": "Ring",
 }
 """What ``--deterministic-mode`` wants in the environment."""
+FUSED = {"TESTS_FUSED_WGRAD": "1"}
+"""With a stand-in for Apex's kernel, weight gradients are added to ``main_grad`` at once."""
+MULTI_RANK = 23000
+"""The first NCCL version that lets processes share a device."""
+
+
+def nccl_version() -> int:
+    """Of the library that processes of ``two`` would use: 22809 for 2.28.9."""
+    library = os.environ.get("NCCL_LIBRARY")
+    if not library:
+        major, minor, patch = torch.cuda.nccl.version()[:3]
+        return 10000 * major + 100 * minor + patch
+    version = ctypes.c_int()
+    ctypes.CDLL(library).ncclGetVersion(ctypes.byref(version))
+    return version.value
+
+
+def two() -> dict[str, Any] | None:
+    """Options of a run of two processes, on two devices or sharing one; None where neither goes.
+
+    ``NCCL_LIBRARY`` in the environment names another NCCL than torch's.
+    """
+    env = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    if torch.cuda.device_count() < 2:
+        if nccl_version() < MULTI_RANK:
+            return None
+        env |= {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "LOCAL_RANK": "0"}
+        if "NCCL_LIBRARY" in os.environ:
+            env["LD_PRELOAD"] = os.environ["NCCL_LIBRARY"]
+    return {"nproc": 2, "env": env, "timeout": 120.0}
 
 
 class Runs:
@@ -60,13 +93,13 @@ class Runs:
         self.folder = folder
         self._pool = ThreadPoolExecutor(AT_ONCE)
         self._runs: dict[str, Future[lane.Run]] = {}
-        self._left_out: set[str] = set()
+        self._left_out: dict[str, str] = {}
         self.general, self.domain = write_corpora(folder)
         self.student, self.teacher = str(folder / "student"), str(folder / "teacher")
 
     def __getitem__(self, name: str) -> lane.Run:
         if name in self._left_out:
-            pytest.skip(f"GPU_RUNS leaves out {name!r}")
+            pytest.skip(self._left_out[name])
         return self._runs[name].result()
 
     def outcome(self, name: str) -> tuple[lane.Run | None, str]:
@@ -88,15 +121,27 @@ class Runs:
         """
         wanted = os.environ.get("GPU_RUNS", "")
         if not re.search(wanted, name) and name not in MODELS:
-            self._left_out.add(name)
+            self._left_out[name] = f"GPU_RUNS leaves out {name!r}"
             return
         where = {"options": ("--cpu",), "fresh": True} if cpu else {"options": ()}
         env = {**(ON_CPU if cpu else {}), **options.pop("env", {})}
         if not cpu:  # on a CPU it is the only way; under TE parameters would stay there
             flags = [flag for flag in flags if flag != "--use-cpu-initialization"]
+        if env.items() >= FUSED.items():
+            flags = [flag for flag in flags if flag != "--no-gradient-accumulation-fusion"]
         call = functools.partial(lane.run, list(flags), env=env, **where, **options)
         earlier = None if after is None else self._runs[after]
         self._runs[name] = self._pool.submit(lambda: (earlier and earlier.result(), call())[1])
+
+    def inject_by_two(self, name: str, *extra: str, recipe: str) -> None:
+        """An injection by two processes, where the machine can run them."""
+        options = two()
+        if options is None:
+            self._left_out[name] = (
+                f"NCCL {nccl_version()} takes one process a device (run.sh: NCCL)"
+            )
+            return
+        self.inject(name, *extra, recipe=recipe, **options)
 
     def make_models(self) -> None:
         """Train the student (MoE) and the teacher (dense) for a moment, on the CPU lane."""

@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 
-from tests.gpu.runs import BF16, EXACT, FP8, Runs
+from tests.gpu.runs import BF16, EXACT, FP8, FUSED, Runs
 from tests.training.test_injection import PROVEN
 
 pytestmark = [
@@ -54,6 +54,38 @@ RECOMPUTE_ALL = (
     *("--recompute-granularity", "full", "--recompute-method", "uniform"),
     *("--recompute-num-layers", "1"),
 )
+HEAD = ("train.output_layer=true", "train.experts=all")
+GRAPHS = {
+    "graphs local": ("--cuda-graph-impl", "local", "--cuda-graph-modules", "attn"),
+    "graphs te": (
+        *("--cuda-graph-impl", "transformer_engine"),
+        *("--cuda-graph-modules", "attn", "moe_router", "moe_preprocess"),
+    ),
+}
+EP2 = ("--expert-model-parallel-size", "2", "--expert-tensor-parallel-size", "1")
+TP2 = (
+    *("--tensor-model-parallel-size", "2", "--sequence-parallel"),
+    *("--make-vocab-size-divisible-by", "32"),
+)
+PP2 = ("--pipeline-model-parallel-size", "2")
+CP2 = ("--context-parallel-size", "2", "--attention-backend", "fused")
+LAYOUTS = {  # name -> flags, the run of one process that it must equal
+    "two dp": ((), "bf16"),
+    "two ep": (EP2, "bf16"),
+    "two tp": (TP2, "bf16"),
+    "two pp": (PP2, "bf16"),
+    "two cp": (CP2, "bf16"),
+    "two ep, distributed optimizer": ((*EP2, *DISTRIBUTED), "bf16"),
+    "two ep, fp8": ((*EP2, *FP8["blockwise"]), "fp8 blockwise"),
+    "two pp, fp8": ((*PP2, *FP8["tensorwise"]), "fp8 tensorwise"),
+    "two ep, frozen fp8": (
+        (*EP2, *FP8["blockwise"], "--inject-set", "train.frozen_experts=fp8"),
+        "frozen blockwise",
+    ),
+    "two ep, everything": ((*EP2, "--inject-set", *FEATURES["everything"]), "everything"),
+    "two tp, everything": ((*TP2, "--inject-set", *FEATURES["everything"]), "everything"),
+    "two pp, everything": ((*PP2, "--inject-set", *FEATURES["everything"]), "everything"),
+}
 
 
 @pytest.fixture(scope="session")
@@ -68,8 +100,7 @@ def runs(tmp_path_factory) -> Runs:
     runs.inject("fp32 local", *LOCAL, *SGD, recipe=RECIPE)
     runs.inject("bf16", *BF16, recipe=RECIPE)
     for name, flags in FP8.items():
-        if name != "delayed":
-            runs.inject(f"fp8 {name}", *BF16, *flags, recipe=RECIPE)
+        runs.inject(f"fp8 {name}", *BF16, *flags, recipe=RECIPE)
     whole = ("--inject-set", "train.experts=all")
     runs.inject("fp8 delayed, all experts", *BF16, *FP8["delayed"], *whole, recipe=RECIPE)
     runs.inject("bf16, all experts", *BF16, *whole, recipe=RECIPE)
@@ -107,6 +138,23 @@ def runs(tmp_path_factory) -> Runs:
     everything = ("--inject-set", *FEATURES["everything"])
     runs.inject("syncs", *BF16, *everything, recipe=RECIPE, env=syncs)
     runs.inject("syncs fp8", *BF16, *FP8["blockwise"], *everything, recipe=RECIPE, env=syncs)
+    for name, flags in (("", ()), ("fp8 ", FP8["blockwise"])):
+        runs.inject(f"{name}accumulation fused", *BF16, *flags, recipe=RECIPE, env=FUSED)
+    head = ("--inject-set", *HEAD)
+    runs.inject("head", *BF16, *head, recipe=RECIPE)
+    runs.inject("head, accumulation fused", *BF16, *head, recipe=RECIPE, env=FUSED)
+    delayed = (*BF16, *FP8["delayed"])
+    runs.inject("delayed, accumulation fused", *delayed, recipe=RECIPE, env=FUSED)
+    save = ("--save", str(runs.folder / "delayed"), "--save-interval", "3")
+    runs.inject("delayed half", *delayed, *save, "--exit-interval", "3", recipe=RECIPE)
+    on = ("--load", str(runs.folder / "delayed"))
+    runs.inject(
+        "delayed resumed", *delayed, *on, recipe=RECIPE, student=False, after="delayed half"
+    )
+    for name, flags in GRAPHS.items():
+        runs.inject(name, *BF16, *flags, recipe=RECIPE)
+    for name, (flags, _) in LAYOUTS.items():
+        runs.inject_by_two(name, *BF16, *flags, recipe=RECIPE)
     return runs
 
 
@@ -218,6 +266,39 @@ def test_the_host_never_waits_for_the_device(runs, name):
     assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize("name", ["tensorwise", "blockwise"])
+@pytest.mark.parametrize("precision", ["", "fp8 "])
+def test_gradients_accumulate_in_the_products(runs, precision):
+    """As where Apex is installed. The output layer, which trains here, is ours."""
+    for fused, plain in (("accumulation fused", "bf16"), ("head, accumulation fused", "head")):
+        if precision:
+            fused, plain = "fp8 accumulation fused", "fp8 blockwise"
+        assert losses(runs, fused) == pytest.approx(losses(runs, plain), rel=1e-3), fused
+        assert PROVEN.search(runs[fused].output)
+
+
+def test_delayed_scaling_resumes_with_its_histories(runs):
+    whole = losses(runs, "fp8 delayed")
+    assert losses(runs, "delayed, accumulation fused") == pytest.approx(whole, rel=1e-3)
+    assert losses(runs, "delayed half") == pytest.approx(whole[:3], rel=1e-4)
+    assert losses(runs, "delayed resumed") == pytest.approx(whole[3:], rel=1e-4)
+    assert PROVEN.search(runs["delayed resumed"].output)
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_layers_in_cuda_graphs(runs, name):
+    assert losses(runs, name) == pytest.approx(losses(runs, "bf16"), rel=3e-3)
+    assert PROVEN.search(runs[name].output)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_two_processes(runs, name):
+    other = LAYOUTS[name][1]
+    for term in ("total loss", "kd loss"):
+        near = pytest.approx(losses(runs, other, term), rel=3e-3)
+        assert losses(runs, name, term) == near, term
+    assert PROVEN.search(runs[name].output)
+
+
+@pytest.mark.parametrize("name", FP8)
 def test_fp8_is_near_bf16(runs, name):
     assert losses(runs, f"fp8 {name}") == pytest.approx(losses(runs, "bf16"), rel=3e-2)

@@ -122,7 +122,8 @@ def run(
 
     ``script`` is a path, or ``("-m", module)``; ``options`` are the launcher's. ``pythonpath``
     goes in front (another Megatron, say). The processes are forked from one that has done the
-    imports; ``fresh`` or other ``options`` start new interpreters instead.
+    imports; ``fresh`` or other ``options`` start new interpreters instead, in which ``LOCAL_RANK``
+    of ``env`` holds for all (one device for several processes).
     With ``check`` a failing run raises ``AssertionError`` with the end of the output; a run that
     outlives ``timeout`` is killed and always raises.
     """
@@ -168,7 +169,7 @@ def _run_fresh(
     pids = []
     for rank, log in enumerate(logs):
         environment = {**_environment(pythonpath), **ranks, "RANK": str(rank)}
-        environment["LOCAL_RANK"] = str(rank)
+        environment["LOCAL_RANK"] = ranks.get("LOCAL_RANK", str(rank))
         with log.open("wb") as out:
             command = [sys.executable, "-m", "tests.training.runner", *argv]
             process = subprocess.Popen(command, env=environment, stdout=out, stderr=out)

@@ -10,6 +10,7 @@ import json
 import os
 import runpy
 import sys
+import types
 
 PREFIX = "exact: "
 
@@ -139,8 +140,21 @@ def _report_host_syncs(training) -> None:
     training.train_step = train_step
 
 
+def _stand_in_for_fused_wgrad() -> None:
+    """What Megatron calls of Apex for ``--gradient-accumulation-fusion``, by plain products."""
+    module = types.ModuleType("fused_weight_gradient_mlp_cuda")
+
+    def accumulate(inputs, grad_output, main_grad):
+        main_grad.add_(grad_output.t().matmul(inputs))
+
+    module.wgrad_gemm_accum_fp32 = module.wgrad_gemm_accum_fp16 = accumulate
+    sys.modules[module.__name__] = module
+
+
 def main() -> None:
     """``sys.argv`` as for the launcher, its own options first."""
+    if os.environ.get("TESTS_FUSED_WGRAD"):
+        _stand_in_for_fused_wgrad()
     if os.environ.get("STOCK_MEGATRON"):
         _run_stock()
         return
