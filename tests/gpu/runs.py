@@ -27,7 +27,7 @@ import torch
 from tests.training import lane
 from tests.training.corpus import write_corpora
 
-AT_ONCE = 12
+AT_ONCE = 16
 MODELS = ("student", "teacher")
 SIZES = shlex.split(
     "--no-persist-layer-norm --num-layers 4 --hidden-size 128 --num-attention-heads 4 "
