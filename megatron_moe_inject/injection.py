@@ -355,6 +355,7 @@ class Injection:
             valid_vocab_size=self._valid_vocab_size,
             originals=originals,
             masked_sum=objective.masked_sum,
+            kernels=None if objective.kernels == "torch" else objective.kernels,
             measurement=self._measurement,
             watch=self._watch,
             running_confidence=self._steering.running,

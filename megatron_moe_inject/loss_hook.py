@@ -29,6 +29,7 @@ from megatron_moe_inject.experts.original import OriginalParameters
 from megatron_moe_inject.indices import index as positions
 from megatron_moe_inject.losses.objective import SampleGroup, TermWeights, injection_loss
 from megatron_moe_inject.losses.spec import LogitTransform
+from megatron_moe_inject.losses.triton_rows import AUTO
 from megatron_moe_inject.losses.upstream import common_factor
 from megatron_moe_inject.metrics.finite import FiniteWatch
 from megatron_moe_inject.metrics.losses import LossReport, merge
@@ -52,6 +53,7 @@ class LossHook:
         originals: the original parameters, where general samples are held to the original model.
         masked_sum: the script's loss is the sum of the token losses times the loss mask, times one
             number.
+        kernels: see ``fused_linear_distillation``.
         measurement: gets the micro-batches of evaluations that it is to measure.
         only_measures: the run trains nothing: the output is the measured cross-entropy.
         watch: is shown the states that the loss is computed from, and the loss.
@@ -69,6 +71,7 @@ class LossHook:
         valid_vocab_size: int,
         originals: OriginalParameters | None = None,
         masked_sum: bool = True,
+        kernels: str | None = AUTO,
         measurement: Measurement | None = None,
         only_measures: bool = False,
         watch: FiniteWatch | None = None,
@@ -92,6 +95,7 @@ class LossHook:
         self._next = 0
         self._keeping = False
         self._masked_sum = masked_sum
+        self._kernels = kernels
         self._checked = self._checking = False
         self._pending: deque[tuple[dict[str, torch.Tensor], torch.Tensor | None]] = deque()
         chunk.register_forward_pre_hook(self._add_output_processor, with_kwargs=True)
@@ -239,6 +243,7 @@ class LossHook:
             accumulate_main_grad=config.gradient_accumulation_fusion and head.requires_grad,
             student_transform=transform,
             upstream_mask=upstream_mask,
+            kernels=self._kernels,
         )
         self._see("loss", terms.total)
         if self._watch is not None:

@@ -177,6 +177,9 @@ class Objective:
         masked_sum: the script's loss is the sum of the token losses times the loss mask, times one
             number, as Megatron's. A trained output layer then costs no second pass over its logits,
             but a float32 buffer of its size from a micro-batch's forward to its backward pass.
+        kernels: what goes through the logits between the matrix products, one of
+            ``recipe_rules.KERNELS``: Triton kernels where there are a GPU and Triton, or torch
+            operations everywhere.
     """
 
     divergence: str = "forward_kl"
@@ -193,6 +196,7 @@ class Objective:
     features: Features = field(default_factory=Features)
     retention: Retention = field(default_factory=Retention)
     masked_sum: bool = True
+    kernels: str = "auto"
 
     def weights(self) -> tuple[Weight, Weight]:
         """alpha and beta, also where ``ce_share`` says them."""

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl")
 CONFIDENCES = ("none", "label", "entropy")
+KERNELS = ("auto", "torch")
 FEATURE_LOSSES = ("mse", "cosine", "normalized")
 EXPERT_MODES = ("selected", "all", "none")
 SCORES = ("token", "gate", "contrast")
@@ -256,6 +257,7 @@ def _check_objective(recipe: Recipe) -> None:
     objective = recipe.objective
     _check_choice("objective.divergence", objective.divergence, DIVERGENCES)
     _check_choice("objective.confidence", objective.confidence, CONFIDENCES)
+    _check_choice("objective.kernels", objective.kernels, KERNELS)
     _check_temperature("objective.temperature", objective.temperature)
     for name in ("jsd_beta", "skew"):
         share = getattr(objective, name)

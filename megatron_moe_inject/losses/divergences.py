@@ -22,6 +22,7 @@ from megatron_moe_inject.losses.rows import (
     row_statistics,
 )
 from megatron_moe_inject.losses.spec import Divergence, VocabShard, check_temperature
+from megatron_moe_inject.losses.triton_rows import AUTO, kernels_for
 
 
 def vocab_parallel_divergence(
@@ -34,7 +35,7 @@ def vocab_parallel_divergence(
     valid_vocab_size: int | None = None,
     beta: float = 0.5,
     skew: float = 0.1,
-    kernels: RowKernels | None = None,
+    kernels: RowKernels | str | None = AUTO,
 ) -> Tensor:
     """T^2 times the divergence of every token, differentiable by the student's logits.
 
@@ -51,8 +52,8 @@ def vocab_parallel_divergence(
             gradient of 0. None when there is no padding.
         beta: the teacher's weight in the generalised Jensen-Shannon divergence, 0 < beta < 1.
         skew: the teacher's weight in the mixture that skew KL measures against, 0 < skew < 1.
-        kernels: goes through the columns instead of torch operations, such as ``TritonRows()`` on a
-            GPU; the same on every rank of ``tp_group``.
+        kernels: goes through the columns, the same on every rank of ``tp_group``; None for torch
+            operations. By default ``TritonRows()`` on a GPU, see ``triton_rows.kernels_for``.
 
     Returns:
         [...] in float32 (float64 for float64 logits), the same on every rank of ``tp_group``.
@@ -75,8 +76,9 @@ def vocab_parallel_divergence(
     divergence = Divergence(kind, beta, skew)
     with_gradient = torch.is_grad_enabled() and student_logits.requires_grad
     return _VocabParallelDivergence.apply(
-        student_logits, teacher_logits, divergence, temperature, shard, kernels, with_gradient
-    )
+        student_logits, teacher_logits, divergence, temperature, shard,
+        kernels_for(kernels, student_logits), with_gradient,
+    )  # fmt: skip
 
 
 class _VocabParallelDivergence(torch.autograd.Function):

@@ -59,6 +59,7 @@ from megatron_moe_inject.losses.spec import (
     VocabShard,
     check_temperature,
 )
+from megatron_moe_inject.losses.triton_rows import AUTO, kernels_for
 from megatron_moe_inject.losses.upstream import common_factor
 
 # Memory for the logits of one chunk, by device type: GPUs need larger chunks for busy products.
@@ -104,7 +105,7 @@ def fused_linear_distillation(
     sparse_teacher: SparseTeacher | None = None,
     committee: Committee | None = None,
     upstream_mask: Tensor | None = None,
-    kernels: RowKernels | None = None,
+    kernels: RowKernels | str | None = AUTO,
 ) -> FusedLoss:
     """alpha T^2 D(teacher || student) + beta CE of every token, from hidden states and heads.
 
@@ -145,9 +146,9 @@ def fused_linear_distillation(
             gradient of a trained head cheaper. A broken promise (checked without host
             synchronisation, see ``common_factor``) makes the head's gradient NaN; that by the
             hidden states is right all the same. The graph can go through one backward pass only.
-        kernels: goes through the logits' columns instead of torch operations, such as
-            ``TritonRows()`` on a GPU; the same on every rank of ``tp_group``. With a sparse teacher
-            only for the cross-entropy.
+        kernels: goes through the logits' columns, the same on every rank of ``tp_group``; None for
+            torch operations. By default ``TritonRows()`` on a GPU, see
+            ``triton_rows.kernels_for``. With a sparse teacher only for the cross-entropy.
 
     Returns:
         FusedLoss; ``total`` is differentiable by ``student_hidden`` and ``student_weight``, with
@@ -224,7 +225,7 @@ def fused_linear_distillation(
             dtype=maths_dtype(student_hidden.dtype),
         ),
         committee=None if committee is None else committee.changed(Tensor.detach),
-        kernels=kernels,
+        kernels=kernels_for(kernels, student_hidden),
     )
     if plan.weight_gradient and accumulate_main_grad:
         HeadGradient.check(student_weight)

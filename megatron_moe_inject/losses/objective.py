@@ -20,7 +20,9 @@ import torch
 from megatron_moe_inject.indices import index
 from megatron_moe_inject.losses.committee import Committee
 from megatron_moe_inject.losses.fused import fused_linear_distillation
+from megatron_moe_inject.losses.rows import RowKernels
 from megatron_moe_inject.losses.spec import Divergence, LogitTransform, TokenWeighting
+from megatron_moe_inject.losses.triton_rows import AUTO
 
 _FORWARD_KL = Divergence("forward_kl")
 
@@ -90,6 +92,7 @@ def injection_loss(
     chunk_tokens: int | None = None,
     student_transform: LogitTransform | None = None,
     upstream_mask: torch.Tensor | None = None,
+    kernels: RowKernels | str | None = AUTO,
 ) -> LossTerms:
     """Loss of one micro-batch from its hidden states.
 
@@ -105,6 +108,7 @@ def injection_loss(
         chunk_tokens: see ``fused_linear_distillation``.
         student_transform: what the student does to its logits.
         upstream_mask: ``[b, s]``, see ``fused_linear_distillation``.
+        kernels: see ``fused_linear_distillation``.
 
     Collectives: those of ``fused_linear_distillation``, once per group.
     """
@@ -146,6 +150,7 @@ def injection_loss(
             reduce_hidden_grad=reduce_hidden_grad,
             accumulate_main_grad=accumulate_main_grad,
             upstream_mask=mask,
+            kernels=kernels,
         )
         shape = (hidden.shape[0], len(group.samples))
         parts.append(

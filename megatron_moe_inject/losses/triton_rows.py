@@ -1,10 +1,10 @@
-"""The row maths of ``rows.py`` on GPUs as Triton kernels; off unless asked for.
+"""The row maths of ``rows.py`` on GPUs as Triton kernels: what runs there by default.
 
     fused_linear_distillation(..., kernels=TritonRows())
 
-Off by default, because nobody has measured yet whether the kernels beat the torch operations of
-``rows.py``, by themselves or under ``torch.compile``, on a GPU. ``row_bench.py`` and
-``loss_bench.py`` in ``examples/benchmarks`` do that.
+On an H100 they take a twentieth to a fortieth of the time of the torch operations of ``rows.py``,
+and about half of theirs under ``torch.compile`` (``row_bench.py`` in ``examples/benchmarks``,
+``results/2026-11-26-rows-h100.json``).
 
 Shapes: t tokens (rows), c columns of this rank.
 
@@ -24,13 +24,14 @@ rows, and once more where a row's stride or length is divisible by 16 or not. Af
 launches can be captured in a CUDA graph.
 """
 
+import functools
 from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from megatron_moe_inject.losses.rows import LogitRows, RowStats, is_one
+from megatron_moe_inject.losses.rows import LogitRows, RowKernels, RowStats, is_one
 from megatron_moe_inject.losses.spec import (
     Divergence,
     LogitTransform,
@@ -38,6 +39,7 @@ from megatron_moe_inject.losses.spec import (
     VocabShard,
 )
 
+AUTO = "auto"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -46,7 +48,7 @@ class TritonRows:
     """``rows.RowKernels`` in Triton for CUDA tensors in 16 or 32 bits; the maths is in float32.
 
     Attributes:
-        warps: per program and row, a power of 2. The defaults are a guess.
+        warps: per program and row, a power of 2. The defaults were the fastest of three on an H100.
         width: neighbouring columns per thread and step, a power of 2; 8 of 2 bytes make the widest
             load.
 
@@ -54,7 +56,7 @@ class TritonRows:
         ValueError: where Triton cannot be imported, and in use on any other tensors.
     """
 
-    warps: int = 8
+    warps: int = 4
     width: int = 8
 
     def __post_init__(self):
@@ -178,6 +180,32 @@ class TritonRows:
                 **per_row, **numbers, PER_TOKEN=per_token, **constants,
                 num_warps=self.warps, enable_fp_fusion=False,
             )  # fmt: skip
+
+
+def kernels_for(kernels: RowKernels | str | None, logits: Tensor) -> RowKernels | None:
+    """What ``kernels`` means for logits of this device and type.
+
+    Args:
+        kernels: "auto" takes ``TritonRows()`` for CUDA tensors that it works on, where Triton can
+            be imported; None means the torch operations of ``rows.py``.
+
+    Raises:
+        ValueError: any other text.
+    """
+    if not isinstance(kernels, str):
+        return kernels
+    if kernels != AUTO:
+        raise ValueError(f"kernels={kernels!r} is neither {AUTO!r}, None nor an object")
+    on_gpu = logits.is_cuda and torch.version.cuda is not None
+    return _triton_rows() if on_gpu and logits.dtype in _DTYPES else None
+
+
+@functools.cache
+def _triton_rows() -> TritonRows | None:
+    try:
+        return TritonRows()
+    except ValueError:
+        return None
 
 
 def _kernels() -> ModuleType:

@@ -13,13 +13,19 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from importlib.util import find_spec
 from multiprocessing import get_context
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 
 from megatron_moe_inject import losses
-from megatron_moe_inject.losses import SparseTeacher, TritonRows, vocab_parallel_divergence
+from megatron_moe_inject.losses import (
+    SparseTeacher,
+    TritonRows,
+    triton_rows,
+    vocab_parallel_divergence,
+)
 from megatron_moe_inject.losses import rows as row_maths
 from megatron_moe_inject.losses.rows import LogitRows, RowStats, row_statistics
 from megatron_moe_inject.losses.spec import (
@@ -28,6 +34,7 @@ from megatron_moe_inject.losses.spec import (
     TokenWeighting,
     VocabShard,
 )
+from megatron_moe_inject.losses.triton_rows import kernels_for
 from tests.unit.losses_cases import (
     KINDS,
     MIXTURE,
@@ -363,6 +370,34 @@ def test_a_cpu_tensor_is_refused():
     x, y = logits(0, 2, 8, dtype=torch.float32)
     with pytest.raises(ValueError, match=r"CUDA tensors .* torch.float32 on cpu"):
         vocab_parallel_divergence(x, y, kind="forward_kl", kernels=TritonRows())
+
+
+def _like(dtype, is_cuda=True):
+    """What the choice of kernels looks at."""
+    return SimpleNamespace(is_cuda=is_cuda, dtype=dtype)
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="torch is not built for CUDA")
+def test_kernels_are_the_default_on_a_gpu(monkeypatch):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert kernels_for("auto", _like(dtype)) == TritonRows()
+        assert kernels_for("auto", _like(dtype, is_cuda=False)) is None
+        assert kernels_for(None, _like(dtype)) is None
+        assert kernels_for(TritonRows(2, 4), _like(dtype, is_cuda=False)) == TritonRows(2, 4)
+    assert kernels_for("auto", _like(torch.float64)) is None
+    monkeypatch.setattr(torch.version, "cuda", None)  # a build for AMD has is_cuda too
+    assert kernels_for("auto", _like(torch.bfloat16)) is None
+    with pytest.raises(ValueError, match="kernels='fast' is neither 'auto', None nor an object"):
+        kernels_for("fast", _like(torch.bfloat16))
+
+
+def test_without_triton_the_default_is_torch(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "megatron_moe_inject.losses.triton_kernels", raising=False)
+    monkeypatch.delattr(losses, "triton_kernels", raising=False)
+    triton_rows._triton_rows.cache_clear()
+    assert kernels_for("auto", _like(torch.bfloat16)) is None
+    triton_rows._triton_rows.cache_clear()
 
 
 def test_triton_is_imported_only_where_it_is_asked_for(monkeypatch):

@@ -213,6 +213,7 @@ MISTAKES = [
     ({"objective.confidence": "high"}, ["confidence: 'high'", "none, label, entropy"]),
     ({"objective.skip_worse": 1}, ["objective.skip_worse: 1 is not true or false"]),
     ({"objective.masked_sum": "no"}, ["objective.masked_sum: 'no' is not true or false"]),
+    ({"objective.kernels": "triton"}, ["objective.kernels: 'triton'", "auto", "torch"]),
     ({"objective.ce_share": 0.3}, ["objective.ce_share: 0.3 stands beside", "keep one form"]),
     (
         {"objective": {"ce_share": 1.5}},

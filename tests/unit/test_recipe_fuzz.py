@@ -101,6 +101,7 @@ def recipes(draw):
         confidence=draw(st.sampled_from(["none", "label", "entropy"])),
         skip_worse=draw(st.booleans()),
         masked_sum=draw(st.booleans()),
+        kernels=draw(st.sampled_from(["auto", "torch"])),
     )
     router = draw(st.booleans())
     train = Train(
