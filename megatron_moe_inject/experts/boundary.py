@@ -86,6 +86,7 @@ class GradientBoundary:
             self._block.forward = self._forward
             # Without a backward pass a checkpointed router would never count its losses.
             for layer in layers[: self._below]:
+                _run_without_graphs(layer)
                 for module in layer.modules():
                     if getattr(module, "moe_layer_recompute", False):
                         module.moe_layer_recompute = False
@@ -147,6 +148,14 @@ def _one_fp8_region(config: Any) -> AbstractContextManager:
     if keeps_histories(config):
         return get_fp8_context(config)
     return nullcontext()
+
+
+def _run_without_graphs(layer: torch.nn.Module) -> None:
+    """Megatron's local CUDA graphs capture a backward pass too, which this layer does not have."""
+    for name in [name for name in layer._modules if name.startswith("cudagraph_manager")]:
+        manager = layer._modules.pop(name)
+        if manager.func is not None:  # the graph of a method, which it had taken the place of
+            setattr(layer, manager.func.__name__, manager.func)
 
 
 def _starts_at_experts(layer: torch.nn.Module) -> bool:

@@ -151,6 +151,29 @@ def test_delayed_scaling_sees_one_region(monkeypatch):
     assert len(entered) == 1
 
 
+class Manager(torch.nn.Module):
+    """Like Megatron's ``CudaGraphManager``: in the place of a layer's forward or of a method."""
+
+    def __init__(self, func=None):
+        super().__init__()
+        self.func = func
+
+
+def test_layers_below_run_without_cuda_graphs_of_their_own():
+    whole = chunk(cuda_graph_impl="local")
+    layers = whole.decoder.layers
+    for layer in layers:
+        layer.cudagraph_manager = Manager()
+        layer.cudagraph_manager_router = Manager(layer.half)
+        layer.half = None  # the manager's
+    split(whole, 2)
+    for index, layer in enumerate(layers):
+        assert hasattr(layer, "cudagraph_manager") == (index >= 2)
+        assert hasattr(layer, "cudagraph_manager_router") == (index >= 2)
+        assert (layer.half is not None) == (index < 2)
+    assert layers[0].half.__func__ is torch.nn.Module.half
+
+
 @pytest.mark.parametrize(
     ("option", "flag"),
     [
