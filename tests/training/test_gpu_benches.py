@@ -55,6 +55,7 @@ def test_shares_are_of_the_arm_that_is_added_to(module):
     rows = [
         {
             "precision": "bf16",
+            "round": 0,
             "arm": arm,
             "title": bench.ARMS[arm].title,
             "seconds": times,
@@ -63,14 +64,29 @@ def test_shares_are_of_the_arm_that_is_added_to(module):
         }
         for arm, times in seconds.items()
     ]
-    rows.append({"precision": "fp8", "arm": "kd", "title": "kd", "ended": "crashes"})
+    slower = {"seconds": [6.0, 6.0, 6.0], "round": 1}
+    rows.append(rows[0] | slower)
+    rows.append(rows[2] | slower | {"arm": "features", "title": "features"})
+    rows.append({"precision": "fp8", "round": 0, "arm": "kd", "title": "kd", "ended": "crashes"})
     sizes = {"global-batch": 4, "seq": 300}
     lines = bench.render({"machine": "m", "sizes": sizes, "rows": rows})
     table = [[cell.strip() for cell in line.split("|")[3:-1]] for line in lines if "|" in line][2:]
     assert table[0] == ["3000.0", "1.000", "", "400", "1.00", "1.50"]
     assert table[1] == ["1500.0", "0.500", "", "800", "1.00", "1.50"]
     assert table[2] == ["1800.0", "0.600", "1.200", "667", "1.00", "1.50"]
-    assert table[3][0] == "crashes"
+    assert table[3][:3] == ["6000.0", "1.000", ""], "beside its own round's stock; no kd there"
+    assert table[4][0] == "crashes"
+
+
+def test_rounds_hold_what_their_arms_are_compared_with(module):
+    bench = module("step_bench")
+    rounds = bench.plan_rounds(list(bench.ARMS), 5)
+    assert all(len(arms) <= 5 for arms in rounds)
+    assert {arm for arms in rounds for arm in arms} == set(bench.ARMS)
+    for arm in bench.ARMS:
+        assert any(set(bench.compared_with(arm)) <= set(arms) for arms in rounds)
+    assert bench.plan_rounds(["kd", "host"], 5) == [["kd", "host"]]
+    assert bench.plan_rounds(["stock", "host"], 1) == [["stock"], ["stock", "host"]]
 
 
 def test_curves_are_read_from_a_log(module, tmp_path):

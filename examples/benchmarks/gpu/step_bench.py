@@ -3,22 +3,24 @@
     python examples/benchmarks/gpu/step_bench.py [--precisions bf16 fp8] [--steps 8] [--json FILE]
 
 Real ``pretrain()`` runs under Transformer Engine with grouped GEMM, on two data sets of random ids,
-a student of random weights and a dense teacher that was saved after one step. All arms are alive
-at once and take their steps in turns; where the GPU is too small for that, ask for one precision
-at a time. Times are medians of a step between device synchronisations. Memory is torch's: of the
-bare model, and the peak of the timed steps. Without a GPU it runs on the CPU lane, to be tried.
+a student of random weights and a dense teacher that was saved after one step. Arms are alive at
+once, as many as fit (--together), and take their steps in turns; with more arms there are rounds,
+each with what its arms are compared with. Times are medians of a step between device
+synchronisations. Memory is torch's: of the bare model, and the peak of the timed steps. Without a
+GPU it runs on the CPU lane, to be tried.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import functools
 import os
 import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from turns import Running, launch, take_turns, tell
 
 SIZES = {"layers": 4, "hidden": 2048, "ffn": 1408, "experts": 16, "topk": 4, "chosen": 2}
-SIZES |= {"heads": 16, "seq": 4096, "vocab": 32768, "micro-batch": 1, "global-batch": 4}
+SIZES |= {"heads": 16, "seq": 4096, "vocab": 32768, "micro-batch": 4, "global-batch": 8}
 SIZES |= {"teacher-layers": 4, "teacher-hidden": 1024, "teacher-ffn": 2816}
 GIB = 2**30
 PRECISIONS = {
@@ -164,17 +166,38 @@ def make_teacher(folder: Path, o: argparse.Namespace, domain: str) -> Path:
     return folder / "teacher"
 
 
-def start(port: int, o: argparse.Namespace, folder: Path) -> dict[str, Running]:
-    """Every arm of every precision, by both names."""
+def compared_with(arm: str) -> list[str]:
+    """The arms that an arm's ratios need, itself last."""
+    beside = ARMS[arm].beside
+    return [*(compared_with(beside) if beside != arm else []), arm]
+
+
+def plan_rounds(arms: Sequence[str], together: int) -> list[list[str]]:
+    """Arms in rounds of at most ``together`` if that can be, each with what it is compared with."""
+    rounds: list[list[str]] = []
+    for arm in arms:
+        needed = [other for other in compared_with(arm) if other in arms]
+        for found in rounds:
+            union = list(dict.fromkeys([*found, *needed]))
+            if len(union) <= together:
+                found[:] = union
+                break
+        else:
+            rounds.append(needed)
+    return rounds
+
+
+def start(
+    port: int, o: argparse.Namespace, folder: Path, precision: str, arms: Sequence[str]
+) -> dict[str, Running]:
+    """Arms of a precision, by both names."""
     data = [str(folder / "general"), str(folder / "domain")]
     experts = {i: sorted((i + 3 * j) % o.experts for j in range(o.chosen)) for i in range(o.layers)}
     recipe = folder / "recipe.yaml"
     recipe.write_text(RECIPE.format(experts=experts, teacher=folder / "teacher"))
     found = {}
-    for precision, name in itertools.product(o.precisions, o.arms):
+    for name in arms:
         arm = ARMS[name]
-        if arm.only not in (None, precision):
-            continue
         flags = student_flags(o, ["0.1", data[0], "0.9", data[1]], precision)
         if arm.fields is not None:
             flags += ["--inject-recipe", str(recipe), "--inject-set", *arm.fields]
@@ -189,14 +212,24 @@ def start(port: int, o: argparse.Namespace, folder: Path) -> dict[str, Running]:
 
 
 def measure(o: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """Rows, one for an arm of a precision."""
-    arms = take_turns(
-        lambda port: start(port, o, folder),
-        o.steps,
-        timeout=o.timeout,
-        start_timeout=o.start_timeout,
-        label="step_bench",
-    )
+    """Rows, one for an arm of a precision in a round."""
+    rows = []
+    for precision in o.precisions:
+        fitting = [name for name in o.arms if ARMS[name].only in (None, precision)]
+        for number, arms in enumerate(plan_rounds(fitting, o.together)):
+            found = take_turns(
+                functools.partial(start, o=o, folder=folder, precision=precision, arms=arms),
+                o.steps,
+                timeout=o.timeout,
+                start_timeout=o.start_timeout,
+                label=f"step_bench {precision} {number + 1}",
+            )
+            rows += [{"round": number, **row} for row in rows_of(found, o)]
+    return rows
+
+
+def rows_of(arms: dict[str, Running], o: argparse.Namespace) -> list[dict[str, Any]]:
+    """What the arms of a round answered."""
     rows = []
     for title, running in arms.items():
         precision, _, name = title.partition("-")
@@ -220,7 +253,11 @@ def measure(o: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 def render(result: dict[str, Any]) -> list[str]:
     """The table."""
     sizes, rows = result["sizes"], result["rows"]
-    by = {(row["precision"], row["arm"]): row for row in rows}
+    by = {(row["precision"], row["round"], row["arm"]): row for row in rows}
+    first: dict[tuple[str, str], dict] = {}
+    for row in rows:
+        if "ended" in first.setdefault((row["precision"], row["arm"]), row):
+            first[row["precision"], row["arm"]] = row
     tokens = sizes["global-batch"] * sizes["seq"]
     lines = [
         result["machine"],
@@ -230,7 +267,7 @@ def render(result: dict[str, Any]) -> list[str]:
         "peak GiB |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
+    for row in first.values():
         cells = [row["precision"], row["title"]]
         if "ended" in row:
             lines.append(f"| {' | '.join(cells)} | {row['ended']} | | | | | |")
@@ -238,7 +275,7 @@ def render(result: dict[str, Any]) -> list[str]:
         median = statistics.median(row["seconds"])
 
         def share(other: str, row: dict = row, median: float = median) -> str:
-            base = by.get((row["precision"], other), {}).get("seconds")
+            base = by.get((row["precision"], row["round"], other), {}).get("seconds")
             return f"{median / statistics.median(base):.3f}" if base else ""
 
         beside = ARMS[row["arm"]].beside
@@ -257,6 +294,7 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=3)
     for name, size in SIZES.items():
         parser.add_argument(f"--{name}", type=int, default=size)
+    parser.add_argument("--together", type=int, default=5, help="arms alive at once")
     parser.add_argument("--flags", default="", help="more Megatron flags for every arm, quoted")
     parser.add_argument("--timeout", type=float, default=60.0, help="of one step, in seconds")
     parser.add_argument("--start-timeout", type=float, default=200.0, help="in seconds")
