@@ -16,6 +16,7 @@ import functools
 import os
 import re
 import shlex
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -27,7 +28,7 @@ import torch
 from tests.training import lane
 from tests.training.corpus import write_corpora
 
-AT_ONCE = 16
+AT_ONCE = 14
 MODELS = ("student", "teacher")
 SIZES = shlex.split(
     "--no-persist-layer-norm --num-layers 4 --hidden-size 128 --num-attention-heads 4 "
@@ -87,11 +88,12 @@ def two() -> dict[str, Any] | None:
 
 
 class Runs:
-    """Runs by name, at most ``AT_ONCE`` at a time on the device."""
+    """Runs by name, of at most ``AT_ONCE`` processes at a time on the device."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._pool = ThreadPoolExecutor(AT_ONCE)
+        self._room, self._entering = threading.Semaphore(AT_ONCE), threading.Lock()
         self._runs: dict[str, Future[lane.Run]] = {}
         self._left_out: dict[str, str] = {}
         self.general, self.domain = write_corpora(folder)
@@ -131,7 +133,20 @@ class Runs:
             flags = [flag for flag in flags if flag != "--no-gradient-accumulation-fusion"]
         call = functools.partial(lane.run, list(flags), env=env, **where, **options)
         earlier = None if after is None else self._runs[after]
-        self._runs[name] = self._pool.submit(lambda: (earlier and earlier.result(), call())[1])
+
+        def begin() -> lane.Run:
+            if earlier is not None:
+                earlier.result()
+            processes = options.get("nproc", 1)
+            with self._entering:  # one after the other, so that no two wait for each other's room
+                for _ in range(processes):
+                    self._room.acquire()
+            try:
+                return call()
+            finally:
+                self._room.release(processes)
+
+        self._runs[name] = self._pool.submit(begin)
 
     def inject_by_two(self, name: str, *extra: str, recipe: str) -> None:
         """An injection by two processes, where the machine can run them."""
