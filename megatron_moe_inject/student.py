@@ -65,6 +65,11 @@ class PrecisionFacts:
     transformer_engine: bool = False
     grouped_gemm: bool = False
 
+    @property
+    def runs_whole(self) -> bool:
+        """Whether a layer's grouped experts run in one piece, see ``experts/grouped_whole.py``."""
+        return self.grouped_gemm and self.fp8 is not None and self.fp8_recipe == "delayed"
+
 
 @dataclass(frozen=True)
 class StudentFacts:
