@@ -116,7 +116,7 @@ def unfit(name: str, tp: int, options: argparse.Namespace) -> str:
     if tp > 1 and not contender.shards:
         return "no tensor parallelism"
     if contender.needs_cuda and options.device != "cuda":
-        return "needs a GPU (Triton)"
+        return "needs a GPU"
     if options.device == "cuda" and tp > torch.cuda.device_count():
         return f"needs {tp} GPUs, here {torch.cuda.device_count()}"
     return ""

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from megatron_moe_inject import losses
 from megatron_moe_inject.losses import reference
+from megatron_moe_inject.losses.triton_rows import AUTO
 
 
 @dataclass(frozen=True)
@@ -165,8 +166,8 @@ def build_naive(s: Settings) -> Loss:
     return loss
 
 
-def build_ours(s: Settings, any_upstream: bool = False, kernels: Callable | None = None) -> Loss:
-    kernels = kernels and kernels()
+def build_ours(s: Settings, any_upstream: bool = False, kernels: Callable = lambda: AUTO) -> Loss:
+    kernels = kernels()
 
     def loss(i: Inputs):
         mask = None if any_upstream else torch.ones(len(i.hidden), device=i.hidden.device)
@@ -312,7 +313,8 @@ CONTENDERS = {
         build_naive, dense_total, with_ce=True,
     ),
     "ours": Contender(
-        "ours, fused", "fused_linear_distillation: a T^2 D + b CE, never whole logits",
+        "ours, fused",
+        "fused_linear_distillation: a T^2 D + b CE, never whole logits; on a GPU Triton kernels",
         build_ours, dense_total, with_ce=True,
     ),
     "ours-any": Contender(
@@ -320,9 +322,9 @@ CONTENDERS = {
         "the same without upstream_mask; differs where the head trains: logits made twice",
         lambda s: build_ours(s, any_upstream=True), dense_total, with_ce=True, trained_only=True,
     ),
-    "ours-triton": Contender(
-        "ours (Triton)", "ours, fused with kernels=TritonRows() between the products",
-        lambda s: build_ours(s, kernels=losses.TritonRows), dense_total, with_ce=True,
+    "ours-torch": Contender(
+        "ours (torch rows)", "ours, fused with torch operations between the products, on a GPU too",
+        lambda s: build_ours(s, kernels=lambda: None), dense_total, with_ce=True,
         needs_cuda=True,
     ),
     "ours-compiled": Contender(

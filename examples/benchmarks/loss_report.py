@@ -119,10 +119,10 @@ def aims(result: dict) -> list[dict]:
             peak = result["peak_flops_per_second"]
             got = share(result, ours) if ours and peak else None
             aim(f"{where}: share of the GPU's peak product rate", got, 0.6, above=True)
-            for name in ("ours-triton", "ours-compiled"):
+            for name in ("ours-torch", "ours-compiled"):
                 other = find(result, name, tp, head)
                 if other:
-                    aim(f"{where}: time, {name} / ours", quotient(other, ours, "seconds"), 1)
+                    aim(f"{where}: time / {name}'s", quotient(ours, other, "seconds"), 1)
                 if other and peak:
                     aim(f"{where}: the same share, {name}", share(result, other), 0.6, above=True)
     return checked
