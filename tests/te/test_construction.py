@@ -32,6 +32,7 @@ CASES = {
     ),
     "rows, steering, gamma": (1, (*BF16, "--inject-set", *ROWS)),
 }
+PUBLISH = Path(__file__).with_name("published_gpt.py")
 FROZEN = (*BF16, *FP8["blockwise"], "--inject-set", "train.frozen_experts=fp8")
 ANEW = ("--finetune", "--no-load-optim", "--no-load-rng")
 
@@ -59,6 +60,15 @@ def build(runs, name, nproc, flags, recipe=RECIPE, **options):
 def stock(runs):
     """What Megatron saves of the student where the plugin has no recipe."""
     return build(runs, "no recipe", 1, BF16, recipe=None)[1]
+
+
+@pytest.fixture(scope="module")
+def published(runs):
+    """A folder with the student's experts in FP8 by blocks, and a checkpoint of what they mean."""
+    folder = runs.folder / "published"
+    env = {"TESTS_TE_ON_CPU": "1", "TESTS_PUBLISH": str(folder)}
+    own = {"recipe": None, "script": (str(PUBLISH),), "env": env}
+    return folder, build(runs, "publish", 1, BF16, **own)[1]
 
 
 def differences(base: Path, other: Path, folder: Path) -> dict[str, int]:
@@ -94,6 +104,19 @@ def test_frozen_experts_in_fp8_alone_are_rounded_once(runs, stock, tmp_path, npr
     load = ("--load", str(saved), *ANEW)
     _, again = build(runs, f"frozen {nproc}, again", nproc, (*flags, *load), student=False)
     assert differences(saved, again, tmp_path / "more") == {}
+
+
+@pytest.mark.parametrize(("nproc", "layout"), [(1, ()), (2, EP2)], ids=["one", "ep2"])
+def test_a_published_student_is_saved_as_it_was_loaded(runs, published, tmp_path, nproc, layout):
+    """Its frozen experts are kept as they were published, whatever their scales."""
+    folder, loaded = published
+    name = f"published {nproc}"
+    flags = (*FROZEN, f"train.fp8_source=hf:{folder}", *layout, "--load", str(loaded), *ANEW)
+    _, saved = build(runs, name, nproc, flags, student=False)
+    assert differences(loaded, saved, tmp_path / "delta") == {}
+    flags = (*FROZEN, *layout, "--load", str(loaded), *ANEW)
+    _, encoded = build(runs, f"{name}, encoded anew", nproc, flags, student=False)
+    assert sum(differences(loaded, encoded, tmp_path / "anew").values()) == 2 * 13
 
 
 def test_multi_latent_attention(runs):
