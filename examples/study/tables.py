@@ -6,6 +6,7 @@ English's it costs, both against the untouched student on the same text. Every s
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ MOST_TRAINED = 0.25
 """Share of the parameters that the chosen experts of the first aim may train."""
 OF_FULL_GAIN, TIMES_CE_GAIN, OF_CE_FORGETTING = 0.9, 3.0, 0.1
 COLOURS = {"all": "#0072b2", "chosen": "#cc79a7", "random": "#8c8c8c", "quarter": "#e69f00"}
-MARKS = (*"os^DvP", "$E$", "$L$", *"X*<>hpd")
+NUMBERS = {arm.name: number for number, arm in enumerate(arms.ARMS, 1)}
 
 
 def outcome(run: Mapping) -> tuple[float, float, int]:
@@ -186,50 +187,81 @@ def draw(rows: list[dict], path: Path) -> None:
 
     names = list(dict.fromkeys(row["domain"] for row in rows))
     figure, panels = pyplot.subplots(
-        1, len(names), figsize=(6.2 * len(names) + 2.4, 5), layout="constrained", squeeze=False
+        1, len(names), figsize=(5.6 * len(names) + 3, 5.2), layout="constrained", squeeze=False
     )
-    for name, panel in zip(names, panels[0], strict=True):
-        for row in rows:
-            if row["domain"] == name and row["arm"] in arms.BY_NAME:
-                _point(panel, row)
-            elif row["domain"] == name and row["teacher_bits"] is not None:
-                label = f"the teacher's lead, {_lead(row):.2f}"
-                panel.axhline(_lead(row), color="#009e73", linestyle="--", linewidth=1)
-                panel.annotate(
-                    *(label, (0.02, _lead(row))),
-                    xycoords=("axes fraction", "data"),
-                    xytext=(0, -12),
-                    textcoords="offset points",
-                    fontsize=8,
-                )
-        panel.set_xscale("symlog", linthresh=0.02, linscale=0.6)
-        panel.axvline(0, color="#d0d0d0", linewidth=0.8, zorder=0)
-        panel.set(title=DOMAINS[name].title, xlabel="English forgotten, bits per byte (symlog)")
-        panel.set_ylim(bottom=min(0.0, *panel.get_ylim()))
-        panel.set_ylabel("gain on held-out text, bits per byte")
-        panel.spines[["top", "right"]].set_visible(False)
     handles = {}
-    for panel in panels[0]:
-        found, labels = panel.get_legend_handles_labels()
-        handles |= dict(zip(labels, found, strict=True))
+    for name, panel in zip(names, panels[0], strict=True):
+        title = DOMAINS[name].title
+        here = [row for row in rows if row["domain"] == name]
+        for row in here:
+            if row["arm"] in arms.BY_NAME:
+                handles[row["arm"]] = _point(panel, row)
+            elif row["teacher_bits"] is not None:
+                title += f" (the teacher leads by {_lead(row):.2f})"
+        panel.set_xscale("symlog", linthresh=0.02, linscale=0.6)
+        panel.set(title=title, xlabel="English forgotten, bits per byte (symlog)")
+        panel.set_ylabel("gain on held-out text, bits per byte")
+        panel.margins(0.08)
+        panel.spines[["top", "right"]].set_visible(False)
     ordered = [arm.name for arm in arms.ARMS if arm.name in handles]
-    figure.legend([handles[n] for n in ordered], ordered, loc="outside right upper", fontsize=8)
+    numbered = [f"{NUMBERS[name]}  {name}" for name in ordered]
+    figure.legend([handles[n] for n in ordered], numbered, loc="outside right upper", fontsize=8)
+    figure.draw_without_rendering()
+    for panel in panels[0]:
+        _number(panel)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
 
-def _point(panel, row: Mapping) -> None:
+def _point(panel, row: Mapping):
+    """The mark of an arm, with its ranges."""
     arm = arms.BY_NAME[row["arm"]]
     x, y = (statistics.mean(row[key]) for key in ("forgotten", "gain"))
     reach = [
         [[value - min(row[key])], [max(row[key]) - value]]
         for key, value in (("forgotten", x), ("gain", y))
     ]
+    colour = COLOURS[arm.experts]
     panel.errorbar(
         *(x, y, reach[1], reach[0]),
-        linestyle="none",
-        marker=MARKS[arms.ARMS.index(arm)],
-        color=COLOURS[arm.experts],
-        markerfacecolor=COLOURS[arm.experts] if arm.gamma else "white",
-        label=arm.name,
+        fmt="none",
+        ecolor=colour,
+        elinewidth=0.8,
+        alpha=0.45,
+        zorder=1,
     )
+    face = colour if arm.gamma else "white"
+    (mark,) = panel.plot(
+        *(x, y, "o"), markersize=6, color=colour, markerfacecolor=face, gid=str(NUMBERS[arm.name])
+    )
+    return mark
+
+
+def _number(panel) -> None:
+    """Each mark's number beside it, where it is farthest from other marks and numbers."""
+    marks = {line.get_gid(): line for line in panel.lines if line.get_gid()}
+    at = {n: panel.transData.transform(line.get_xydata()[0]) for n, line in marks.items()}
+    taken = list(at.values())
+    for number, line in marks.items():
+        around = [
+            (length * math.cos(turn * math.pi / 8), length * math.sin(turn * math.pi / 8))
+            for length in (14, 20)
+            for turn in range(16)
+        ]
+
+        def room(offset, own=at[number]) -> float:
+            place = own + offset
+            nearest = min(math.dist(place, other) for other in taken if other is not own)
+            return min(nearest, 16) - 0.3 * math.hypot(*offset)
+
+        best = max(around, key=room)
+        taken.append(at[number] + best)
+        panel.annotate(
+            *(number, line.get_xydata()[0]),
+            xytext=(best[0] * 72 / panel.figure.dpi, best[1] * 72 / panel.figure.dpi),
+            textcoords="offset points",
+            color=line.get_color(),
+            ha="center",
+            va="center",
+            fontsize=8,
+        )
