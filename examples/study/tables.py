@@ -251,8 +251,8 @@ def _number(panel) -> None:
 
         def room(offset, own=at[number]) -> float:
             place = own + offset
-            nearest = min(math.dist(place, other) for other in taken if other is not own)
-            return min(nearest, 16) - 0.3 * math.hypot(*offset)
+            others = (math.dist(place, other) for other in taken if other is not own)
+            return min([*others, 16]) - 0.3 * math.hypot(*offset)
 
         best = max(around, key=room)
         taken.append(at[number] + best)
