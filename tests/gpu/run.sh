@@ -6,10 +6,11 @@
 #   bash tests/gpu/run.sh --tp 1 --repeats 3  arguments go to loss_bench.py
 #
 # Further variables: PYTHON (python3), SITE, the folder that the wheels are unpacked into (a new one),
-# RESULTS, a folder for the figures as JSON (none), GPU_RUNS, a regular expression over the names of
-# training runs (all), QUICKSTART, the folder of a finished quickstart, to compare precisions on its
-# data (not done without), and NCCL_LIBRARY, the path of a libnccl.so.2 of version 2.30 or newer, with which
-# two processes can share a device (else layouts of two want two devices or a newer torch).
+# RESULTS, a folder for the figures as JSON (none), PARTS, what to do, in this order (tests precision rows
+# loss overlap step), TESTS, the tests (tests/gpu), GPU_RUNS, a regular expression over the names of
+# training runs (all), QUICKSTART, the folder of a finished quickstart, on whose data precisions are
+# compared (not done without), and NCCL_LIBRARY, the path of a libnccl.so.2 of version 2.30 or newer, with
+# which two processes can share a device (else layouts of two want two devices or a newer torch).
 # Nothing is timed unless the tests pass.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -40,12 +41,20 @@ for name in ("triton", "liger_kernel", "megatron.core", "omegaconf", "transforme
 print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}")
 CHECK
 
-"$PYTHON" -m pytest -q -m gpu tests/gpu
-if [ -n "${QUICKSTART:-}" ]; then
-  "$PYTHON" examples/benchmarks/gpu/precision_curves.py "$QUICKSTART" --work "$(mktemp -d)" \
-    ${RESULTS:+--json "$RESULTS/precision.json" --plot "$RESULTS/precision.png"}
-fi
-"$PYTHON" examples/benchmarks/row_bench.py ${RESULTS:+--json "$RESULTS/rows.json"}
-"$PYTHON" examples/benchmarks/loss_bench.py --device cuda ${RESULTS:+--json "$RESULTS/loss.json"} "$@"
-"$PYTHON" examples/benchmarks/gpu/overlap_bench.py ${RESULTS:+--json "$RESULTS/overlap.json"}
-"$PYTHON" examples/benchmarks/gpu/step_bench.py ${RESULTS:+--json "$RESULTS/step.json"}
+bench=examples/benchmarks
+for part in ${PARTS:-tests precision rows loss overlap step}; do
+  json=()
+  [ -z "${RESULTS:-}" ] || json=(--json "$RESULTS/$part.json")
+  echo "== $part, after $SECONDS s"
+  case $part in
+    tests) "$PYTHON" -m pytest -q -m gpu ${TESTS:-tests/gpu} ;;
+    precision)
+      [ -z "${QUICKSTART:-}" ] || "$PYTHON" $bench/gpu/precision_curves.py "$QUICKSTART" \
+        --work "$(mktemp -d)" "${json[@]}" ${RESULTS:+--plot "$RESULTS/$part.png"} ;;
+    rows) "$PYTHON" $bench/row_bench.py "${json[@]}" ;;
+    loss) "$PYTHON" $bench/loss_bench.py --device cuda "${json[@]}" "$@" ;;
+    overlap) "$PYTHON" $bench/gpu/overlap_bench.py "${json[@]}" ;;
+    step) "$PYTHON" $bench/gpu/step_bench.py "${json[@]}" ;;
+    *) echo "run.sh: PARTS names no part $part" >&2; exit 2 ;;
+  esac
+done
