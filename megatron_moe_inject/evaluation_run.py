@@ -21,6 +21,7 @@ from megatron_moe_inject import compat
 from megatron_moe_inject.agreement import agree, on_first_rank
 from megatron_moe_inject.data.held_out import HeldOutText
 from megatron_moe_inject.data.labels import HostGroup
+from megatron_moe_inject.data.mixing import mix_held_out
 from megatron_moe_inject.loss_hook import LossHook
 from megatron_moe_inject.losses.objective import TermWeights
 from megatron_moe_inject.metrics.evaluation import (
@@ -300,6 +301,7 @@ class EvaluationRun(Evaluator):
             raise RecipeError(f"{flag}: {self._path.absolute().parent} is no folder")
         facts = student_facts_from_args(args)
         check_options(recipe, facts)
+        mix_held_out(recipe, args, facts)
         super().__init__(recipe, args, facts, valid_vocab_size, origin=flag)
         self.dry_run = False
         checked_teachers(recipe, args)

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from megatron_moe_inject import compat
 from megatron_moe_inject.data.labels import HostGroup
+from megatron_moe_inject.data.mixing import mix_held_out
 from megatron_moe_inject.experts.census import parameter_rows
 from megatron_moe_inject.experts.freeze import EXPERTS
 from megatron_moe_inject.experts.profile_file import write_profile
@@ -164,6 +165,7 @@ class ProfileRun:
                 "out --skip-train or --inject-dry-run"
             )
         facts = student_facts_from_args(args)
+        mix_held_out(recipe, args, facts)
         self._args = args
         self._setup = ProfileSetup(recipe, args, facts, SPLITS[1:])
         self.splits = SplitRegistry({s: split_labels(recipe, facts, s) for s in SPLITS})

@@ -116,6 +116,19 @@ def mix(recipe: Recipe, args: Namespace, facts: StudentFacts) -> SampleOrder | N
     return SampleOrder(sizes, labels, _of_all_classes(labels, asked, wanted), wanted)
 
 
+def mix_held_out(recipe: Recipe, args: Namespace, facts: StudentFacts) -> None:
+    """Let a run that only reads held-out data read what a training run of the same flags reads.
+
+    Where both take their data from one blend without weights (``--data-path``), training gives it
+    weights, which validation and test data get too. Changes ``args`` in place.
+
+    Raises:
+        RecipeError: as ``mix``.
+    """
+    if recipe.mixing and not facts.mock_data and _given(args) == ("data_path", None):
+        mix(recipe, args, facts)
+
+
 def scheduled(recipe: Recipe) -> bool:
     """Whether shares change by iteration."""
     return any(isinstance(share, Schedule) for share in recipe.mixing.values())

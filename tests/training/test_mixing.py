@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from megatron_moe_inject.metrics.evaluation_file import read_evaluation, read_list
 from tests.training import lane
 from tests.training.conftest import make_material, student_flags
 from tests.training.test_injection import OTHER, RECIPE, TERMS, inject, recipe_file
@@ -37,6 +38,20 @@ def test_weights_of_another_share_are_an_error(material):
 
 def without_weights(material):
     return ("--data-path", material.general, material.domain, "--split", "90,5,5")
+
+
+def test_alone_an_evaluation_reads_what_it_reads_beside_training(material, tmp_path):
+    measured = (*without_weights(material), "--eval-iters", "2")
+    keep = ("--save", str(tmp_path / "run"), "--save-interval", "100", "--eval-interval", "4")
+    inject(material, MIXED + "evaluation: {{}}\n", extra=(*measured, *keep))
+    beside = read_list(tmp_path / "run" / "inject_evaluation.jsonl")[0]
+    alone = {}
+    for name, recipe in (("mixed", MIXED), ("as they come", RECIPE)):
+        path = tmp_path / f"{name}.json"
+        ours = ("--inject-recipe", recipe_file(material, recipe), "--inject-evaluate", str(path))
+        lane.run(student_flags(*measured, "--load", material.student, "--skip-train", *ours))
+        alone[name] = read_evaluation(path)
+    assert alone["mixed"].text() == beside.text() != alone["as they come"].text()
 
 
 @pytest.fixture(scope="module")
