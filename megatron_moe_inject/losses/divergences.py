@@ -77,7 +77,7 @@ def vocab_parallel_divergence(
     with_gradient = torch.is_grad_enabled() and student_logits.requires_grad
     return _VocabParallelDivergence.apply(
         student_logits, teacher_logits, divergence, temperature, shard,
-        kernels_for(kernels, student_logits), with_gradient,
+        kernels_for(kernels, student_logits, teacher_logits), with_gradient,
     )  # fmt: skip
 
 

@@ -225,7 +225,7 @@ def fused_linear_distillation(
             dtype=maths_dtype(student_hidden.dtype),
         ),
         committee=None if committee is None else committee.changed(Tensor.detach),
-        kernels=kernels_for(kernels, student_hidden),
+        kernels=kernels_for(kernels, student_hidden, teacher_hidden),
     )
     if plan.weight_gradient and accumulate_main_grad:
         HeadGradient.check(student_weight)

@@ -182,12 +182,13 @@ class TritonRows:
             )  # fmt: skip
 
 
-def kernels_for(kernels: RowKernels | str | None, logits: Tensor) -> RowKernels | None:
-    """What ``kernels`` means for logits of this device and type.
+def kernels_for(kernels: RowKernels | str | None, *sources: Tensor | None) -> RowKernels | None:
+    """What ``kernels`` means for logits of these devices and types.
 
     Args:
         kernels: "auto" takes ``TritonRows()`` for CUDA tensors that it works on, where Triton can
             be imported; None means the torch operations of ``rows.py``.
+        sources: student's and teacher's logits, or what they are made of; None is no source.
 
     Raises:
         ValueError: any other text.
@@ -196,8 +197,9 @@ def kernels_for(kernels: RowKernels | str | None, logits: Tensor) -> RowKernels 
         return kernels
     if kernels != AUTO:
         raise ValueError(f"kernels={kernels!r} is neither {AUTO!r}, None nor an object")
-    on_gpu = logits.is_cuda and torch.version.cuda is not None
-    return _triton_rows() if on_gpu and logits.dtype in _DTYPES else None
+    given = [source for source in sources if source is not None]
+    fit = all(source.is_cuda and source.dtype in _DTYPES for source in given)
+    return _triton_rows() if fit and torch.version.cuda is not None else None
 
 
 @functools.cache

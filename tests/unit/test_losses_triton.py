@@ -385,6 +385,9 @@ def test_kernels_are_the_default_on_a_gpu(monkeypatch):
         assert kernels_for(None, _like(dtype)) is None
         assert kernels_for(TritonRows(2, 4), _like(dtype, is_cuda=False)) == TritonRows(2, 4)
     assert kernels_for("auto", _like(torch.float64)) is None
+    bf16 = _like(torch.bfloat16)
+    assert kernels_for("auto", bf16, None) == kernels_for("auto", bf16, bf16) == TritonRows()
+    assert kernels_for("auto", bf16, _like(torch.float64)) is None, "the teacher's count too"
     monkeypatch.setattr(torch.version, "cuda", None)  # a build for AMD has is_cuda too
     assert kernels_for("auto", _like(torch.bfloat16)) is None
     with pytest.raises(ValueError, match="kernels='fast' is neither 'auto', None nor an object"):
