@@ -225,6 +225,13 @@ def check_recipe(recipe: Recipe, facts: StudentFacts) -> None:
                     "some of them; remove it, or train all experts",
                     option.flag,
                 )
+        if facts.precision.runs_whole and FP8_PARAMETERS.matches(facts.options):
+            raise RecipeError(
+                f"{FP8_PARAMETERS.flag}: with --fp8-recipe delayed and train.experts: selected "
+                "nobody has verified parameters that are kept in FP8; remove it, or use another "
+                "--fp8-recipe",
+                FP8_PARAMETERS.flag,
+            )
     if recipe.train.frozen_experts == "fp8":
         _check_frozen_fp8(recipe, facts)
     _check_steering(recipe, facts)
