@@ -278,19 +278,23 @@ def test_triton_kernels_of_the_loss_change_little(runs, name):
         assert losses(runs, name, term) == near, term
 
 
-@pytest.mark.parametrize("precision", ["", "fp8 "])
-def test_gradients_accumulate_in_the_products(runs, precision):
-    """As where Apex is installed. The output layer, which trains here, is ours."""
-    for fused, plain in (("accumulation fused", "bf16"), ("head, accumulation fused", "head")):
-        if precision:
-            fused, plain = "fp8 accumulation fused", "fp8 blockwise"
-        assert losses(runs, fused) == pytest.approx(losses(runs, plain), rel=1e-3), fused
-        assert PROVEN.search(runs[fused].output)
+@pytest.mark.parametrize(
+    ("fused", "plain"),
+    [
+        ("accumulation fused", "bf16"),
+        ("head, accumulation fused", "head"),
+        ("fp8 accumulation fused", "fp8 blockwise"),
+        ("delayed, accumulation fused", "fp8 delayed"),
+    ],
+)
+def test_gradients_accumulate_in_the_products(runs, fused, plain):
+    """As where Apex is installed. The output layer, which trains in the second, is ours."""
+    assert losses(runs, fused) == pytest.approx(losses(runs, plain), rel=1e-3)
+    assert PROVEN.search(runs[fused].output)
 
 
 def test_delayed_scaling_resumes_with_its_histories(runs):
     whole = losses(runs, "fp8 delayed")
-    assert losses(runs, "delayed, accumulation fused") == pytest.approx(whole, rel=1e-3)
     assert losses(runs, "delayed half") == pytest.approx(whole[:3], rel=1e-4)
     assert losses(runs, "delayed resumed") == pytest.approx(whole[3:], rel=1e-4)
     assert PROVEN.search(runs["delayed resumed"].output)
