@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from megatron_moe_inject.experts.profile_file import read_profile
 from megatron_moe_inject.metrics.evaluation_file import read_evaluation, read_list
 from tests.training import lane
 from tests.training.conftest import make_material, student_flags
@@ -52,6 +53,23 @@ def test_alone_an_evaluation_reads_what_it_reads_beside_training(material, tmp_p
         lane.run(student_flags(*measured, "--load", material.student, "--skip-train", *ours))
         alone[name] = read_evaluation(path)
     assert alone["mixed"].text() == beside.text() != alone["as they come"].text()
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_a_profile_alone_reads_the_blend_with_its_weights(material, tmp_path, nproc):
+    found = {}
+    for name, blend, recipe in (
+        ("given", material.blend, RECIPE),
+        ("mixed", without_weights(material), MIXED),
+        ("none", without_weights(material), RECIPE),
+    ):
+        path = tmp_path / f"{name}.json"
+        ours = ("--inject-recipe", recipe_file(material, recipe), "--inject-profile", str(path))
+        only = ("--load", material.student, "--skip-train", "--eval-iters", "3")
+        lane.run(student_flags(*blend, *only, *ours, pp=nproc), nproc=nproc)
+        classes = read_profile(path).classes
+        found[name] = {kind: own.tokens.tolist() for kind, own in classes.items()}
+    assert found["mixed"] == found["given"] != found["none"]
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 """Options of the objective through the real ``pretrain()``."""
 
+import re
+
 import pytest
 
 from tests.training import lane
@@ -31,6 +33,30 @@ def test_a_scheduled_weight_follows_the_iteration_also_after_a_resume(material, 
     resumed = lane.run(student_flags(*material.blend, *keep, *ours, ep=2), nproc=2)
     for term in TERMS:
         assert resumed.losses(term) == whole.losses(term)[3:], term
+
+
+TOLD = """
+from megatron_moe_inject import gpt_entry, loss_hook
+
+stock = loss_hook.injection_loss
+
+def injection_loss(*args, **kwargs):
+    print("kernels:", kwargs["kernels"], flush=True)
+    return stock(*args, **kwargs)
+
+loss_hook.injection_loss = injection_loss
+gpt_entry.main()
+"""
+
+
+def test_the_loss_is_told_which_kernels(material, tmp_path):
+    script = tmp_path / "told_gpt.py"
+    script.write_text(TOLD)
+    flags = material.flags("--inject-recipe", recipe_file(material, RECIPE))
+    for fields, told in (((), "kernels: auto"), (("objective.kernels=torch",), "kernels: None")):
+        extra = ("--inject-set", *fields) if fields else ()
+        output = lane.run([*flags, *extra], script=(str(script),)).output
+        assert set(re.findall(r"^kernels: .*$", output, re.M)) == {told}
 
 
 def test_weighted_tokens_give_one_curve_at_every_layout(material):
