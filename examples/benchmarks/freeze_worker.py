@@ -6,11 +6,13 @@ of the machine hits all alike; after every step it answers with what the step to
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import os
 import socket
 import time
+from collections.abc import Callable, Iterable
 from typing import Any
 
 SPECIFICATION = "FREEZE_BENCH_WORKER"
@@ -78,6 +80,46 @@ def _cuda() -> Any:
     import torch
 
     return torch.cuda
+
+
+def traced(step: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
+    """A step under torch's profiler: what it returns, and what the GPU did in it.
+
+    Returns:
+        ``device_seconds``, in which any kernel or copy ran; ``launches``, how many; ``kernels`` and
+        ``host``, lists of [name, milliseconds, count], the longest first.
+    """
+    import torch
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        result = step()
+        torch.cuda.synchronize()
+    events = [event for event in profiler.events() if not event.is_user_annotation]
+    device = [event for event in events if event.device_type == DeviceType.CUDA]
+    busy = end = 0.0
+    for event in sorted(device, key=lambda event: event.time_range.start):
+        busy += max(0.0, event.time_range.end - max(end, event.time_range.start))
+        end = max(end, event.time_range.end)
+    host = [event for event in events if event.device_type == DeviceType.CPU]
+    return result, {
+        "device_seconds": busy / 1e6,
+        "launches": len(device),
+        "kernels": longest((e.name, e.time_range.elapsed_us()) for e in device),
+        "host": longest((e.name, e.self_cpu_time_total) for e in host),
+    }
+
+
+def longest(times: Iterable[tuple[str, float]], most: int = 40) -> list[list[Any]]:
+    """[name, milliseconds, count] of (name, microseconds), the longest sums first."""
+    sums: dict[str, list[float]] = {}
+    for name, microseconds in times:
+        found = sums.setdefault(name[:120], [0.0, 0])
+        found[0] += microseconds / 1e3
+        found[1] += 1
+    rows = [[name, round(ms, 3), count] for name, (ms, count) in sums.items()]
+    return sorted(rows, key=lambda row: -row[1])[:most]
 
 
 def held(chunks: list[Any], optimizer: Any) -> dict[str, int]:
@@ -151,9 +193,14 @@ def main() -> None:
             memory.reset()
         torch.cuda.synchronize()
         wall, cpu = time.perf_counter(), time.process_time()
-        result = train_step(*args, **kwargs)
+        step = functools.partial(train_step, *args, **kwargs)
+        # The first step under the profiler sets it up, while nobody waits for this arm.
+        if spec.get("trace") and steps in (0, spec["steps"] - 1):
+            result, answer = traced(step)
+        else:
+            result, answer = step(), {}
         torch.cuda.synchronize()
-        answer = {"seconds": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+        answer |= {"seconds": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
         answer["grad_norm"] = float(result[GRAD_NORM] or 0)
         steps += 1
         if steps == spec["steps"]:

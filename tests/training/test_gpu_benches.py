@@ -1,13 +1,16 @@
 """The benchmarks for one GPU, as far as a machine without one shows."""
 
+import contextlib
 import importlib
 import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "examples" / "benchmarks" / "gpu"
@@ -64,6 +67,8 @@ def test_shares_are_of_the_arm_that_is_added_to(module):
         }
         for arm, times in seconds.items()
     ]
+    for row, device in zip(rows, (2.0, 1.0, 1.5), strict=True):
+        row |= {"device_seconds": device, "launches": 7}
     slower = {"seconds": [6.0, 6.0, 6.0], "round": 1}
     rows.append(rows[0] | slower)
     rows.append(rows[2] | slower | {"arm": "features", "title": "features"})
@@ -71,17 +76,48 @@ def test_shares_are_of_the_arm_that_is_added_to(module):
     sizes = {"global-batch": 4, "seq": 300}
     lines = bench.render({"machine": "m", "sizes": sizes, "rows": rows})
     table = [[cell.strip() for cell in line.split("|")[3:-1]] for line in lines if "|" in line][2:]
-    assert table[0] == ["3000.0", "1.000", "", "400", "1.00", "1.50"]
-    assert table[1] == ["1500.0", "0.500", "", "800", "1.00", "1.50"]
-    assert table[2] == ["1800.0", "0.600", "1.200", "667", "1.00", "1.50"]
+    end = ["1.00", "1.50"]
+    assert table[0] == ["3000.0", "1.000", "", "2000.0", "1.000", "", "7", "400", *end]
+    assert table[1] == ["1500.0", "0.500", "", "1000.0", "0.500", "", "7", "800", *end]
+    assert table[2] == ["1800.0", "0.600", "1.200", "1500.0", "0.750", "1.500", "7", "667", *end]
     assert table[3][:3] == ["6000.0", "1.000", ""], "beside its own round's stock; no kd there"
     assert table[4][0] == "crashes"
+
+
+def test_a_traced_step_tells_how_long_the_device_was_busy(module, monkeypatch):
+    """The profiler's events are stood in for: what overlaps counts once."""
+    monkeypatch.syspath_prepend(str(FOLDER.parent))
+    worker = module("freeze_worker")
+    cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+
+    def event(kind, name, start, end, annotation=False):
+        found = types.SimpleNamespace(start=start, end=end, elapsed_us=lambda: end - start)
+        return types.SimpleNamespace(
+            device_type=kind, name=name, time_range=found, self_cpu_time_total=end - start,
+            is_user_annotation=annotation,
+        )  # fmt: skip
+
+    events = [
+        *(event(cuda, "gemm", 0, 1000), event(cuda, "copy", 500, 1500)),
+        *(event(cuda, "gemm", 3000, 4000), event(cuda, "step", 0, 9000, True)),
+        event(cpu, "aten::mm", 0, 250),
+    ]
+    profiler = types.SimpleNamespace(events=lambda: events)
+    monkeypatch.setattr(torch.profiler, "profile", lambda **_: contextlib.nullcontext(profiler))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    result, found = worker.traced(lambda: "done")
+    assert result == "done"
+    assert found["device_seconds"] == pytest.approx(2.5e-3)
+    assert found["launches"] == 3
+    assert found["kernels"] == [["gemm", 2.0, 2], ["copy", 1.0, 1]]
+    assert found["host"] == [["aten::mm", 0.25, 1]]
 
 
 def test_rounds_hold_what_their_arms_are_compared_with(module):
     bench = module("step_bench")
     rounds = bench.plan_rounds(list(bench.ARMS), 5)
-    assert all(len(arms) <= 5 for arms in rounds)
+    for arms in rounds:
+        assert sum(bench.ARMS[arm].places for arm in arms) <= 5
     assert {arm for arms in rounds for arm in arms} == set(bench.ARMS)
     for arm in bench.ARMS:
         assert any(set(bench.compared_with(arm)) <= set(arms) for arms in rounds)

@@ -6,8 +6,10 @@ Real ``pretrain()`` runs under Transformer Engine with grouped GEMM, on two data
 a student of random weights and a dense teacher that was saved after one step. Arms are alive at
 once, as many as fit (--together), and take their steps in turns; with more arms there are rounds,
 each with what its arms are compared with. Times are medians of a step between device
-synchronisations. Memory is torch's: of the bare model, and the peak of the timed steps. Without a
-GPU it runs on the CPU lane, to be tried.
+synchronisations. A last step under torch's profiler tells for how long the device was busy, which
+does not depend on how fast the host launches, and what its kernels were (--json). Memory is
+torch's: of the bare model, and the peak of the timed steps. Without a GPU it runs on the CPU lane,
+to be tried.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ SIZES = {"layers": 4, "hidden": 2048, "ffn": 1408, "experts": 16, "topk": 4, "ch
 SIZES |= {"heads": 16, "seq": 4096, "vocab": 32768, "micro-batch": 4, "global-batch": 8}
 SIZES |= {"teacher-layers": 4, "teacher-hidden": 1024, "teacher-ffn": 2816}
 GIB = 2**30
+TRACED = ("device_seconds", "launches", "kernels", "host")
 PRECISIONS = {
     "bf16": ("--bf16",),
     "fp8": ("--bf16", "--fp8-format", "e4m3", "--fp8-recipe", "blockwise"),
@@ -48,6 +51,7 @@ class Arm:
         plugin: whether the plugin is installed.
         beside: the arm that its time is a multiple of.
         only: the precision that it belongs to, None = all.
+        places: how many of --together it takes, by its memory.
     """
 
     title: str
@@ -55,12 +59,13 @@ class Arm:
     plugin: bool = True
     beside: str = "stock"
     only: str | None = None
+    places: int = 1
 
 
 TAUGHT = ("objective.alpha=1.0", "objective.beta=0.0")
 ARMS = {
-    "stock": Arm("stock Megatron, everything trains", None, plugin=False),
-    "off": Arm("plugin installed, no recipe", None),
+    "stock": Arm("stock Megatron, everything trains", None, plugin=False, places=2),
+    "off": Arm("plugin installed, no recipe", None, places=2),
     "freeze": Arm(
         "chosen experts train, cross-entropy", ("objective.alpha=0.0", "objective.beta=1.0")
     ),
@@ -116,11 +121,16 @@ def student_flags(o: argparse.Namespace, data: list[str], precision: str) -> lis
         f"--num-experts {o.experts} --moe-router-topk {o.topk} --ffn-hidden-size {o.ffn} "
         f"--moe-ffn-hidden-size {o.ffn} --moe-token-dispatcher-type alltoall "
         "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.01 "
-        f"--train-iters {o.warm_up + o.steps}"
+        f"--train-iters {all_steps(o)}"
     )
     more = [*PRECISIONS[precision], *shlex.split(o.flags)]
     more += [] if o.cpu else ["--moe-grouped-gemm"]
     return [*common_flags(o, data), *text.split(), *more]
+
+
+def all_steps(o: argparse.Namespace) -> int:
+    """Of a run: untimed, timed, traced."""
+    return o.warm_up + o.steps + 1
 
 
 def write_data(folder: Path, o: argparse.Namespace) -> list[str]:
@@ -134,7 +144,7 @@ def write_data(folder: Path, o: argparse.Namespace) -> list[str]:
     for name in ("general", "domain"):
         prefix = str(folder / name)
         builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
-        for _ in range((o.warm_up + o.steps + 2) * o.global_batch):
+        for _ in range((all_steps(o) + 2) * o.global_batch):
             ids = torch.from_numpy(rng.integers(o.vocab - 2, size=o.seq + 1))
             builder.add_document(ids, [len(ids)])
         builder.finalize(f"{prefix}.idx")
@@ -173,13 +183,13 @@ def compared_with(arm: str) -> list[str]:
 
 
 def plan_rounds(arms: Sequence[str], together: int) -> list[list[str]]:
-    """Arms in rounds of at most ``together`` if that can be, each with what it is compared with."""
+    """Arms in rounds of ``together`` places if that can be, each with what it is compared with."""
     rounds: list[list[str]] = []
     for arm in arms:
         needed = [other for other in compared_with(arm) if other in arms]
         for found in rounds:
             union = list(dict.fromkeys([*found, *needed]))
-            if len(union) <= together:
+            if sum(ARMS[other].places for other in union) <= together:
                 found[:] = union
                 break
         else:
@@ -206,7 +216,8 @@ def start(
         title = f"{precision}-{name}"
         spec = {"port": port, "arm": title, "cpu": o.cpu, "plugin": arm.plugin, "flags": None}
         # The first steps compile kernels, for which no arm needs to wait for the others.
-        spec |= {"warm_up": o.warm_up, "steps": o.warm_up + o.steps, "warm_up_at_once": True}
+        spec |= {"warm_up": o.warm_up, "steps": all_steps(o), "warm_up_at_once": True}
+        spec |= {"trace": not o.cpu}
         found[title] = launch(spec, flags, 1, o.threads, folder)
     return found
 
@@ -219,7 +230,7 @@ def measure(o: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         for number, arms in enumerate(plan_rounds(fitting, o.together)):
             found = take_turns(
                 functools.partial(start, o=o, folder=folder, precision=precision, arms=arms),
-                o.steps,
+                o.steps + 1,
                 timeout=o.timeout,
                 start_timeout=o.start_timeout,
                 label=f"step_bench {precision} {number + 1}",
@@ -242,9 +253,10 @@ def rows_of(arms: dict[str, Running], o: argparse.Namespace) -> list[dict[str, A
                 (o.logs / f"{title}.log").write_text(text[-20000:])
         else:
             (answers,) = zip(*running.steps, strict=True)
-            row["seconds"] = [answer["seconds"] for answer in answers]
-            last = answers[-1]
+            *timed, last = answers
+            row["seconds"] = [answer["seconds"] for answer in timed]
             row |= {key: last[key] for key in ("built_bytes", "trained", "optimizer_bytes")}
+            row |= {key: last[key] for key in TRACED if key in last}
             row["peak_bytes"] = last["peak_bytes"] + last["built_bytes"]
         rows.append(row)
     return rows
@@ -263,24 +275,32 @@ def render(result: dict[str, Any]) -> list[str]:
         result["machine"],
         ", ".join(f"{name} {value}" for name, value in sizes.items()),
         "",
-        "| precision | arm | ms a step | of stock | of the arm it adds to | tokens/s | model GiB | "
-        "peak GiB |",
-        "|---|---|---|---|---|---|---|---|",
+        "| precision | arm | ms a step | of stock | of the arm it adds to | device ms | of stock | "
+        "of the arm it adds to | launches | tokens/s | model GiB | peak GiB |",
+        f"|{'---|' * 12}",
     ]
     for row in first.values():
         cells = [row["precision"], row["title"]]
         if "ended" in row:
-            lines.append(f"| {' | '.join(cells)} | {row['ended']} | | | | | |")
+            lines.append(f"| {' | '.join(cells)} | {row['ended']} |{' |' * 9}")
             continue
-        median = statistics.median(row["seconds"])
 
-        def share(other: str, row: dict = row, median: float = median) -> str:
-            base = by.get((row["precision"], row["round"], other), {}).get("seconds")
-            return f"{median / statistics.median(base):.3f}" if base else ""
+        def compared(seconds: Callable[[dict], float | None], row: dict = row) -> list[str]:
+            """Milliseconds, of stock, of the arm it adds to."""
+            beside = ARMS[row["arm"]].beside
+            own, shares = seconds(row), []
+            for other in ("stock", beside if beside != "stock" else ""):
+                found = by.get((row["precision"], row["round"], other), {})
+                base = seconds(found)
+                shares.append(f"{own / base:.3f}" if own and base else "")
+            return [f"{own * 1e3:.1f}" if own else "", *shares]
 
-        beside = ARMS[row["arm"]].beside
-        cells += [f"{median * 1e3:.1f}", share("stock")]
-        cells += [share(beside) if beside != "stock" else "", f"{tokens / median:,.0f}"]
+        wall = statistics.median(row["seconds"])
+        cells += compared(
+            lambda row: statistics.median(row["seconds"]) if "seconds" in row else None
+        )
+        cells += compared(lambda row: row.get("device_seconds"))
+        cells += [f"{row.get('launches', '')}", f"{tokens / wall:,.0f}"]
         cells += [f"{row[key] / GIB:.2f}" for key in ("built_bytes", "peak_bytes")]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -294,7 +314,7 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=3)
     for name, size in SIZES.items():
         parser.add_argument(f"--{name}", type=int, default=size)
-    parser.add_argument("--together", type=int, default=5, help="arms alive at once")
+    parser.add_argument("--together", type=int, default=6, help="places for arms alive at once")
     parser.add_argument("--flags", default="", help="more Megatron flags for every arm, quoted")
     parser.add_argument("--timeout", type=float, default=60.0, help="of one step, in seconds")
     parser.add_argument("--start-timeout", type=float, default=200.0, help="in seconds")
