@@ -86,14 +86,14 @@ def traced(step: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
     """A step under torch's profiler: what it returns, and what the GPU did in it.
 
     Returns:
-        ``device_seconds``, in which any kernel or copy ran; ``launches``, how many; ``kernels`` and
-        ``host``, lists of [name, milliseconds, count], the longest first.
+        ``device_seconds``, in which any kernel or copy ran; ``launches``, how many; ``kernels``, a
+        list of [name, milliseconds, count], the longest first.
     """
     import torch
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         result = step()
         torch.cuda.synchronize()
     events = [event for event in profiler.events() if not event.is_user_annotation]
@@ -102,12 +102,10 @@ def traced(step: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
     for event in sorted(device, key=lambda event: event.time_range.start):
         busy += max(0.0, event.time_range.end - max(end, event.time_range.start))
         end = max(end, event.time_range.end)
-    host = [event for event in events if event.device_type == DeviceType.CPU]
     return result, {
         "device_seconds": busy / 1e6,
         "launches": len(device),
         "kernels": longest((e.name, e.time_range.elapsed_us()) for e in device),
-        "host": longest((e.name, e.self_cpu_time_total) for e in host),
     }
 
 

@@ -27,6 +27,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -72,13 +73,23 @@ class Runner:
 
     def ask(self, do: str, **command) -> dict | None:
         """The largest of all ranks' answers, by name; None once the contender is out."""
+        self.begin(do, **command)
+        return self.answer()
+
+    def begin(self, do: str, **command) -> None:
+        """Ask without waiting for the answer."""
         if self.status:
-            return None
+            return
         try:
             for process in self.processes:
                 process.stdin.write(json.dumps({"do": do, **command}) + "\n")
         except BrokenPipeError:
             pass  # the empty answer tells
+
+    def answer(self) -> dict | None:
+        """To what was asked last, see ``ask``."""
+        if self.status:
+            return None
         answers = [process.stdout.readline() for process in self.processes]
         answers = [json.loads(line) if line else self._died(r) for r, line in enumerate(answers)]
         for answer in answers:
@@ -150,21 +161,27 @@ def measure(runners: list[Runner], trained: bool, repeats: int) -> dict[str, dic
     return measured
 
 
-def bench(tp: int, options: argparse.Namespace, folder: str, sweep: bool) -> dict:
-    """All contenders at one tensor-parallel size: rows, the sweep's points, the product's rate."""
-    rows, points, rate = [], [], None
+def bench(tp: int, options: argparse.Namespace, folder: str, sweep: bool) -> Iterator[dict]:
+    """All contenders at one tensor-parallel size: rows, the sweep's points, the product's rate.
+
+    What there is so far, after the rows of each kind of head and after the sweep.
+    """
+    part = dict(rows=[], sweep=[], product=None)
     runners, reasons, checks = [], {}, {}
     try:
         for name in options.contenders:
             reasons[name] = unfit(name, tp, options)
             if not reasons[name]:
                 runners.append(Runner(name, tp, options, folder))
+        for runner in runners:  # all at once, as some compile
+            runner.begin("check")
         for runner in runners:
-            checks[runner.name] = runner.ask("check")
+            checks[runner.name] = runner.answer()
             runner.ask("inputs", tokens=options.tokens, vocab=options.vocab)
             say(f"TP {tp}: {runner.name} {runner.status or 'ready'}")
         if runners:
             rate = runners[0].ask("product")
+            part["product"] = rate and rate["rate"]
         for head in options.head:
             say(f"TP {tp}: timing, head {head}")
             measured = measure(runners, head == "trained", options.repeats)
@@ -183,13 +200,14 @@ def bench(tp: int, options: argparse.Namespace, folder: str, sweep: bool) -> dic
                     )
                     row |= measured[name] | dict(gradient_bytes=gradients)
                     row |= dict(flops_per_second=flops / row["seconds"])
-                rows.append(row)
+                part["rows"].append(row)
+            yield part
         if sweep:
-            points = run_sweep(runners, options)
+            part["sweep"] = run_sweep(runners, options)
+            yield part
     finally:
         for runner in runners:
             runner.close()
-    return dict(rows=rows, sweep=points, product=rate and rate["rate"])
 
 
 def run_sweep(runners: list[Runner], options: argparse.Namespace) -> list[dict]:
@@ -271,13 +289,8 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def main() -> None:
-    options = parse()
-    parts = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for tp in options.tp:
-            sweep = bool(options.plot) and tp == 1
-            parts[tp] = bench(tp, options, folder, sweep)
+def collect(options: argparse.Namespace, parts: dict[int, dict]) -> dict:
+    """What ``--json`` writes, of parts by tensor-parallel size."""
     where = machine(options)
     bf16 = options.device == "cuda" and options.dtype == "bfloat16"
     result = dict(
@@ -290,10 +303,20 @@ def main() -> None:
         rows=[row for part in parts.values() for row in part["rows"]],
         sweep=[point for part in parts.values() for point in part["sweep"]],
     )
-    result["aims"] = aims(result)
+    return result | dict(aims=aims(result))
+
+
+def main() -> None:
+    options = parse()
+    parts: dict[int, dict] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for tp in options.tp:
+            for part in bench(tp, options, folder, bool(options.plot) and tp == 1):
+                parts[tp] = part
+                result = collect(options, parts)
+                if options.json:  # so far, in case that it is cut off
+                    Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
     print(report(result))
-    if options.json:
-        Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
     if options.plot and result["sweep"]:
         draw(result, options.plot)
 

@@ -176,11 +176,19 @@ def take_turns(
                 for arm in arms.values():
                     if arm.ended is None:
                         arm.turn(timeout)
-                print(f"{label}: step {number + 1} of every arm done", file=sys.stderr)
+                taken = [f"{name} {took(arm)}" for name, arm in arms.items()]
+                print(f"{label}: step {number + 1}: {', '.join(taken)}", file=sys.stderr)
         finally:
             for arm in arms.values():
                 arm.stop()
     return arms
+
+
+def took(arm: Running) -> str:
+    """Milliseconds of an arm's last step, of the rank that was the slowest."""
+    if arm.ended:
+        return "ended"
+    return f"{max(answer['seconds'] for answer in arm.steps[-1]) * 1e3:.0f} ms"
 
 
 def machine(options: argparse.Namespace) -> str:
@@ -222,4 +230,4 @@ def tell(
     }
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
-    print("\n".join(render(result)))
+    print("\n".join(render(result)), flush=True)

@@ -30,6 +30,7 @@ from tests.training.corpus import write_corpora
 
 AT_ONCE = 14
 MODELS = ("student", "teacher")
+DONE = "latest_checkpointed_iteration.txt"
 SIZES = shlex.split(
     "--no-persist-layer-norm --num-layers 4 --hidden-size 128 --num-attention-heads 4 "
     "--ffn-hidden-size 256 "
@@ -159,9 +160,17 @@ class Runs:
         self.inject(name, *extra, recipe=recipe, **options)
 
     def make_models(self) -> None:
-        """Train the student (MoE) and the teacher (dense) for a moment, on the CPU lane."""
+        """Train the student (MoE) and the teacher (dense) for a moment, on the CPU lane.
+
+        ``GPU_MODELS`` in the environment names a folder that keeps them for other calls.
+        """
+        kept = os.environ.get("GPU_MODELS")
+        if kept:
+            self.student, self.teacher = (str(Path(kept).resolve() / name) for name in MODELS)
+            if all((Path(kept) / name / DONE).exists() for name in MODELS):
+                return
         small = [f for f in lane.moe() if f != "--mock-data"]
-        save = ("--save-interval", "100", "--split", "90,5,5")
+        save = ("--save-interval", "100", "--no-save-optim", "--split", "90,5,5")
         student = [*small, *SIZES, "--data-path", self.general, "--save", self.student, *save]
         dense = [f for f in lane.dense() if f != "--mock-data"]
         teacher = [*dense, *SIZES, "--num-layers", "2", "--train-iters", "40"]

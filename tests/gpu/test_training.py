@@ -157,7 +157,9 @@ def runs(tmp_path_factory) -> Runs:
     runs.inject("gamma, torch rows", *BF16, *torch_rows, recipe=RECIPE)
     runs.inject("head, torch rows", *BF16, *head, "objective.kernels=torch", recipe=RECIPE)
     for name, flags in GRAPHS.items():
-        runs.inject(name, *BF16, *flags, recipe=RECIPE)
+        runs.inject(name, *BF16, *flags, recipe=RECIPE, check=False)
+        stock = runs.flags(*BF16, *flags)
+        runs.start(f"stock {name}", stock, env={"STOCK_MEGATRON": "1"}, check=False)
     for name, (flags, _) in LAYOUTS.items():
         runs.inject_by_two(name, *BF16, *flags, recipe=RECIPE)
     return runs
@@ -173,7 +175,8 @@ def test_every_run(runs):
     for name in runs.names():
         run, why = runs.outcome(name)
         seconds = "" if run is None else f"{run.seconds:5.1f} s"
-        print(f"{name:28} {'FAILED' if run is None else 'ran   '} {seconds}")
+        how = "FAILED" if run is None else f"ended {run.returncode}" if run.returncode else "ran"
+        print(f"{name:28} {how:8} {seconds}")
         if run is None:
             failed[name] = why
         else:
@@ -302,6 +305,9 @@ def test_delayed_scaling_resumes_with_its_histories(runs):
 
 @pytest.mark.parametrize("name", GRAPHS)
 def test_layers_in_cuda_graphs(runs, name):
+    if runs[f"stock {name}"].returncode:  # then with the plugin it need not, but may
+        pytest.skip(f"stock Megatron cannot train so:\n{runs[f'stock {name}'].tail(8)}")
+    assert runs[name].returncode == 0, runs[name].tail()
     assert losses(runs, name) == pytest.approx(losses(runs, "bf16"), rel=3e-3)
     assert PROVEN.search(runs[name].output)
 

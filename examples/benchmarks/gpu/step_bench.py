@@ -22,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ SIZES = {"layers": 4, "hidden": 2048, "ffn": 1408, "experts": 16, "topk": 4, "ch
 SIZES |= {"heads": 16, "seq": 4096, "vocab": 32768, "micro-batch": 4, "global-batch": 8}
 SIZES |= {"teacher-layers": 4, "teacher-hidden": 1024, "teacher-ffn": 2816}
 GIB = 2**30
-TRACED = ("device_seconds", "launches", "kernels", "host")
+TRACED = ("device_seconds", "launches", "kernels")
 PRECISIONS = {
     "bf16": ("--bf16",),
     "fp8": ("--bf16", "--fp8-format", "e4m3", "--fp8-recipe", "blockwise"),
@@ -204,7 +204,7 @@ def start(
     data = [str(folder / "general"), str(folder / "domain")]
     experts = {i: sorted((i + 3 * j) % o.experts for j in range(o.chosen)) for i in range(o.layers)}
     recipe = folder / "recipe.yaml"
-    recipe.write_text(RECIPE.format(experts=experts, teacher=folder / "teacher"))
+    recipe.write_text(RECIPE.format(experts=experts, teacher=o.teacher))
     found = {}
     for name in arms:
         arm = ARMS[name]
@@ -222,9 +222,9 @@ def start(
     return found
 
 
-def measure(o: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """Rows, one for an arm of a precision in a round."""
-    rows = []
+def measure(o: argparse.Namespace, folder: Path) -> Iterator[list[dict[str, Any]]]:
+    """Rows, one for an arm of a precision in a round: after each round all that there are."""
+    rows: list[dict[str, Any]] = []
     for precision in o.precisions:
         fitting = [name for name in o.arms if ARMS[name].only in (None, precision)]
         for number, arms in enumerate(plan_rounds(fitting, o.together)):
@@ -236,7 +236,7 @@ def measure(o: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
                 label=f"step_bench {precision} {number + 1}",
             )
             rows += [{"round": number, **row} for row in rows_of(found, o)]
-    return rows
+            yield rows
 
 
 def rows_of(arms: dict[str, Running], o: argparse.Namespace) -> list[dict[str, Any]]:
@@ -315,6 +315,7 @@ def main() -> None:
     for name, size in SIZES.items():
         parser.add_argument(f"--{name}", type=int, default=size)
     parser.add_argument("--together", type=int, default=6, help="places for arms alive at once")
+    parser.add_argument("--teacher", type=Path, help="a saved teacher of these sizes; made without")
     parser.add_argument("--flags", default="", help="more Megatron flags for every arm, quoted")
     parser.add_argument("--timeout", type=float, default=60.0, help="of one step, in seconds")
     parser.add_argument("--start-timeout", type=float, default=200.0, help="in seconds")
@@ -327,9 +328,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data = write_data(folder, options)
-        make_teacher(folder, options, data[1])
-        rows = measure(options, folder)
-    tell("gpu/step_bench.py", options, SIZES, rows, render)
+        if options.teacher is None:
+            options.teacher = make_teacher(folder, options, data[1])
+        for rows in measure(options, folder):
+            tell("gpu/step_bench.py", options, SIZES, rows, render)
 
 
 if __name__ == "__main__":
