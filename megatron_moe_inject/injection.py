@@ -323,7 +323,18 @@ class Injection:
         interleaved = len(self.chunks) > 1
         multiple = groups.pp.size() if interleaved else 1
         everyone = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
-        return OriginalPass(self.originals, loss_hook, multiple=multiple, host_group=everyone)
+        resets = {
+            "position_ids": self._args.reset_position_ids,
+            "attention_mask": self._args.reset_attention_mask,
+        }
+        return OriginalPass(
+            self.originals,
+            loss_hook,
+            multiple=multiple,
+            host_group=everyone,
+            whole=groups.tp.size() > 1,
+            same=[key for key, reset in resets.items() if not reset],
+        )
 
     def _teacher_row(self, name: str) -> TeacherRow:
         info = self.teacher_infos[name]

@@ -125,7 +125,7 @@ class LossHook:
                 continue
             domains = [index for index, other in self._teachers.items() if other == own]
             wanted = torch.isin(labels, torch.tensor(domains))
-            sure = confidences(own, kind, wanted, self._valid_vocab_size)
+            sure = confidences(own, kind, wanted, self._valid_vocab_size, kernels=self._kernels)
             if whole is None:
                 whole = sure.new_zeros(labels.numel(), sure.shape[1])
             where = wanted.flatten().nonzero().flatten().tolist()
@@ -219,13 +219,17 @@ class LossHook:
         groups = self._groups(index, domains, head, config.sequence_parallel)
         running = self._running_confidence
         if running is not None and torch.is_grad_enabled():
-            running.add(groups, labels, domains, self._tp_group, self._valid_vocab_size)
+            running.add(
+                groups, labels, domains, self._tp_group, self._valid_vocab_size,
+                kernels=self._kernels,
+            )  # fmt: skip
         transform = LogitTransform(scale=compat.logit_scale(config))
         values: dict[str, torch.Tensor] = {}
         if self._measurement is not None and self._measurement.active:
             measured, values = self._measurement.micro_batch(
-                index, hidden_states, head, labels, loss_mask, domains, groups, transform=transform
-            )
+                index, hidden_states, head, labels, loss_mask, domains, groups,
+                transform=transform, kernels=self._kernels,
+            )  # fmt: skip
             if self._only_measures:
                 values |= self._report.values(measured, loss_mask, domains)
                 self._pending.append((values, None))

@@ -1,9 +1,9 @@
 """The original model's forward pass of a step, for retention on general samples.
 
 Megatron's own pipeline schedule runs forward only, with the original parameters swapped in, over
-the step's general samples alone: they are packed into as few micro-batches as they fill. The last
-stage keeps the hidden states before the head and forms no logits. So retention costs the general
-share of one forward pass.
+the step's general samples alone: they are packed into as few micro-batches as they fill, and these
+are no larger than they need. The last stage keeps the hidden states before the head and forms no
+logits. So retention costs the general share of one forward pass.
 
 Shapes: n micro-batches of the step, b samples each, s sequence (this context-parallel rank's part,
 divided by the tensor-parallel size under sequence parallelism while it is kept), h hidden.
@@ -12,13 +12,13 @@ divided by the tensor-parallel size under sequence parallelism while it is kept)
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_moe_inject.data.labels import MicroBatch
+from megatron_moe_inject.data.labels import MicroBatch, samples_of
 from megatron_moe_inject.experts.original import OriginalParameters
 from megatron_moe_inject.loss_hook import LossHook
 from megatron_moe_inject.recipe import GENERAL
@@ -33,6 +33,10 @@ class OriginalPass:
         multiple: number of micro-batches that the schedule wants a multiple of: the pipeline size
             under interleaving, else 1.
         host_group: all ranks, over gloo, to agree on the number of micro-batches; None = one rank.
+        whole: micro-batches keep their size, because ranks that read no data (tensor parallelism)
+            expect it.
+        same: keys whose values are the same for all samples, so that they need not be picked: a
+            mask has s times the size of its tokens.
     """
 
     def __init__(
@@ -42,8 +46,12 @@ class OriginalPass:
         *,
         multiple: int,
         host_group: dist.ProcessGroup | None,
+        whole: bool = True,
+        same: Collection[str] = (),
     ) -> None:
         self.originals = originals
+        self._whole = whole
+        self._same = frozenset(same)
         self._loss_hook = loss_hook
         self._multiple = multiple
         self._host_group = host_group
@@ -76,7 +84,9 @@ class OriginalPass:
         rounds = -(-rounds // self._multiple) * self._multiple
         if rounds == 0:
             return
-        packed = [_packed(chunk, general, rounds) for chunk in batches]
+        if not self._whole:
+            size = -(-count // rounds)
+        packed = [_packed(chunk, general, rounds, size, self._same) for chunk in batches]
         replay = [None if chunk is None else iter(chunk) for chunk in packed]
         chunks = model if isinstance(model, list) else [model]
         kept = contextlib.nullcontext()
@@ -101,25 +111,29 @@ class OriginalPass:
 
 
 def _packed(
-    batches: list[MicroBatch] | None, general: torch.Tensor, rounds: int
+    batches: list[MicroBatch] | None,
+    general: torch.Tensor,
+    rounds: int,
+    size: int,
+    same: Collection[str] = (),
 ) -> list[MicroBatch] | None:
-    """The general samples as ``rounds`` full micro-batches, filled up with samples that do not
-    count."""
+    """The general samples as ``rounds`` micro-batches of ``size``, filled up with samples that do
+    not count."""
     if batches is None:
         return None
-    size = general.shape[1]
-    chosen = general.flatten().nonzero().flatten()
-    filler = torch.zeros(rounds * size - len(chosen), dtype=chosen.dtype)
-    order = torch.cat([chosen, filler])
-    packed: list[MicroBatch] = [{} for _ in range(rounds)]
+    chosen = general.nonzero().tolist()
+    chosen += [[0, 0]] * (rounds * size - len(chosen))
+    parts = [chosen[start : start + size] for start in range(0, len(chosen), size)]
+    packed: list[MicroBatch] = [{} for _ in parts]
     for key, value in batches[0].items():
-        if not isinstance(value, torch.Tensor):
-            for micro_batch in packed:
+        values = [batch[key] for batch in batches]
+        for micro_batch, places in zip(packed, parts, strict=True):
+            if not isinstance(value, torch.Tensor):
                 micro_batch[key] = value
-            continue
-        samples = torch.cat([torch.as_tensor(batch[key]) for batch in batches])[order]
-        for micro_batch, part in zip(packed, samples.split(size), strict=True):
-            micro_batch[key] = part
+            elif key in same:
+                micro_batch[key] = value[:size]
+            else:
+                micro_batch[key] = samples_of(values, places)
     return packed
 
 

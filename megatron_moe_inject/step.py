@@ -223,16 +223,9 @@ class StepHook:
         sequence_length: int,
     ) -> None:
         own = _first(batches)
-        inputs = None
-        if own is not None:
-            inputs = {
-                name: torch.stack([torch.as_tensor(batch[name]) for batch in own])
-                for name in ("tokens", "position_ids", "attention_mask")
-                if own[0].get(name) is not None
-            }
         for teacher in self._loss_hook.teachers:
             domains = torch.tensor(self._loss_hook.taught_by(teacher))
-            teacher.begin(inputs, torch.isin(labels, domains), sequence_length)
+            teacher.begin(own, torch.isin(labels, domains), sequence_length)
 
     def _begin_imitation(
         self,

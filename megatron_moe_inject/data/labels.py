@@ -45,6 +45,20 @@ def without_dataset_id(batches: list[MicroBatch] | None) -> list[MicroBatch] | N
     return [{k: v for k, v in batch.items() if k != DATASET_ID} for batch in batches]
 
 
+def samples_of(
+    values: Sequence[torch.Tensor], places: Sequence[Sequence[int]]
+) -> torch.Tensor | None:
+    """Some samples of a step as one tensor, ``[k, ...]``, each copied once; None for none.
+
+    Args:
+        values: of each micro-batch, ``[b, ...]``.
+        places: k pairs of a micro-batch and the sample's place in it.
+    """
+    if not places:
+        return None
+    return torch.stack([torch.as_tensor(values[batch])[sample] for batch, sample in places])
+
+
 def domains_of(
     batches: Sequence[MicroBatch], domain_of_entry: Sequence[int], micro_batch_size: int
 ) -> torch.Tensor:

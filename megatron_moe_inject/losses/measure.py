@@ -19,13 +19,14 @@ from megatron_moe_inject.losses.committee import Committee, mix
 from megatron_moe_inject.losses.fused import default_chunk_tokens
 from megatron_moe_inject.losses.rows import (
     LogitRows,
-    Scratch,
+    RowKernels,
+    all_statistics,
     exchange,
     label_logit,
-    local_statistics,
     merge,
 )
 from megatron_moe_inject.losses.spec import Divergence, LogitTransform, VocabShard
+from megatron_moe_inject.losses.triton_rows import AUTO, kernels_for
 
 _FORWARD_KL = Divergence("forward_kl")
 
@@ -72,6 +73,7 @@ def measure_tokens(
     student_transform: LogitTransform | None = None,
     teacher_transform: LogitTransform | None = None,
     committee: Committee | None = None,
+    kernels: RowKernels | str | None = AUTO,
 ) -> TokenMeasures:
     """Measure every token; the arguments are those of ``fused_linear_distillation``.
 
@@ -105,16 +107,14 @@ def measure_tokens(
         elif committee is not None:
             part = committee.changed(lambda hidden, rows=rows: hidden[rows])
             y = mix(part, labels[rows], 1.0, shard).logits
-        parts.append(_measure_chunk(LogitRows(x, y, labels[rows], 1.0), shard, width))
+        logits = LogitRows(x, y, labels[rows], 1.0, kernels=kernels_for(kernels, x, y))
+        parts.append(_measure_chunk(logits, shard, width))
     return TokenMeasures.cat(parts)
 
 
 def _measure_chunk(logits: LogitRows, shard: VocabShard, width: int) -> TokenMeasures:
     divergence = None if logits.y is None else _FORWARD_KL
-    blocks = logits.blocks()
-    scratch = Scratch(logits, blocks)
-    found = [_local(logits.rows(rows), divergence, shard, scratch) for rows in blocks]
-    ranks = exchange({name: torch.cat([part[name] for part in found]) for name in found[0]}, shard)
+    ranks = exchange(_local(logits, divergence, shard), shard)
     stats = merge(ranks, logits, divergence)
     measures = TokenMeasures(stats.ce, _top(ranks, "x", width), stats.ce_lse.neg().exp())
     if divergence is None:
@@ -129,11 +129,11 @@ def _measure_chunk(logits: LogitRows, shard: VocabShard, width: int) -> TokenMea
 
 
 def _local(
-    logits: LogitRows, divergence: Divergence | None, shard: VocabShard, scratch: Scratch
+    logits: LogitRows, divergence: Divergence | None, shard: VocabShard
 ) -> dict[str, Tensor]:
-    """``local_statistics``, and for each model the column of its largest logit (exact in float32
+    """``rows.all_statistics``, and for each model the column of its largest logit (exact in float32
     up to 2**24 columns)."""
-    local = local_statistics(logits, divergence, shard, None, scratch)
+    local = all_statistics(logits, divergence, shard, None)
     local["x_top"] = _top_column(logits.x, local["x_max"])
     if divergence is not None:
         local["y_top"] = _top_column(logits.y, local["y_max"])

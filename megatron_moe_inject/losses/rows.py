@@ -163,23 +163,17 @@ def row_statistics(
     Collectives over the shard's group: one all-gather of at most 7 numbers per row, 3 more with a
     weighting, and for jsd and skew_kl one all-reduce (sum) of 2 numbers per row.
     """
-    kernels, blocks = logits.kernels, logits.blocks()
-    if kernels is not None:
-        local = kernels.local_statistics(logits, divergence, shard, weighting)
-    else:
-        scratch = Scratch(logits, blocks)
-        parts = [
-            local_statistics(logits.rows(rows), divergence, shard, weighting, scratch)
-            for rows in blocks
-        ]
-        local = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    local = all_statistics(logits, divergence, shard, weighting)
     stats = merge(exchange(local, shard), logits, divergence)
     if divergence is None or divergence.mixture is None:
         return stats
-    if kernels is not None:
-        total = kernels.mixture_terms(logits, stats, divergence)
+    if logits.kernels is not None:
+        total = logits.kernels.mixture_terms(logits, stats, divergence)
     else:
-        terms = [mixture_terms(logits.rows(rows), stats.rows(rows), divergence) for rows in blocks]
+        terms = [
+            mixture_terms(logits.rows(rows), stats.rows(rows), divergence)
+            for rows in logits.blocks()
+        ]
         total = torch.cat(terms, dim=1)
     if shard.group is not None:
         dist.all_reduce(total, group=shard.group)
@@ -225,6 +219,24 @@ def distillation_factor(
     if weighting.skip_worse:
         factor.masked_fill_((labels >= 0) & (stats.y_ce > stats.ce), 0)
     return factor
+
+
+def all_statistics(
+    logits: LogitRows,
+    divergence: Divergence | None,
+    shard: VocabShard,
+    weighting: TokenWeighting | None,
+) -> dict[str, Tensor]:
+    """``local_statistics`` of all rows, by kernels or block by block."""
+    if logits.kernels is not None:
+        return logits.kernels.local_statistics(logits, divergence, shard, weighting)
+    blocks = logits.blocks()
+    scratch = Scratch(logits, blocks)
+    parts = [
+        local_statistics(logits.rows(rows), divergence, shard, weighting, scratch)
+        for rows in blocks
+    ]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def local_statistics(

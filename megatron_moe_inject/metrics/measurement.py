@@ -24,7 +24,9 @@ import torch.distributed as dist
 from megatron_moe_inject.data.labels import MicroBatch
 from megatron_moe_inject.losses.measure import measure_tokens
 from megatron_moe_inject.losses.objective import LossTerms, SampleGroup
+from megatron_moe_inject.losses.rows import RowKernels
 from megatron_moe_inject.losses.spec import LogitTransform
+from megatron_moe_inject.losses.triton_rows import AUTO
 from megatron_moe_inject.metrics.evaluation import ALWAYS, BINS, TAUGHT
 from megatron_moe_inject.metrics.losses import sum_and_count
 from megatron_moe_inject.recipe import GENERAL
@@ -120,6 +122,7 @@ class Measurement:
         groups: Sequence[SampleGroup],
         *,
         transform: LogitTransform,
+        kernels: RowKernels | str | None = AUTO,
     ) -> tuple[LossTerms, dict[str, torch.Tensor]]:
         """Measure a micro-batch on the last stage.
 
@@ -131,6 +134,7 @@ class Measurement:
             domains: class labels of the b samples.
             groups: a partition of the samples; those of general data hold the original's states.
             transform: what the student does to its logits.
+            kernels: see ``fused_linear_distillation``.
 
         Returns:
             Per-token terms, with cross-entropy as the total and KL(teacher || student) as ``kd``;
@@ -159,6 +163,7 @@ class Measurement:
                 student_transform=transform,
                 teacher_transform=group.teacher_transform,
                 committee=committee,
+                kernels=kernels,
             )
             correct = found.top == targets.flatten()
             tokens = [torch.ones_like(found.loss), found.loss, correct]

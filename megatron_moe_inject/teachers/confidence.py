@@ -21,7 +21,9 @@ from megatron_moe_inject.indices import index
 from megatron_moe_inject.losses.committee import Committee
 from megatron_moe_inject.losses.measure import measure_tokens
 from megatron_moe_inject.losses.objective import SampleGroup
+from megatron_moe_inject.losses.rows import RowKernels
 from megatron_moe_inject.losses.spec import LogitTransform
+from megatron_moe_inject.losses.triton_rows import AUTO
 from megatron_moe_inject.teachers.step_pass import CommitteePass, TeacherPass
 
 LATEST = 0.01
@@ -29,7 +31,12 @@ LATEST = 0.01
 
 
 def confidences(
-    own: TeacherPass | CommitteePass, kind: str, wanted: torch.Tensor, valid_vocab_size: int
+    own: TeacherPass | CommitteePass,
+    kind: str,
+    wanted: torch.Tensor,
+    valid_vocab_size: int,
+    *,
+    kernels: RowKernels | str | None = AUTO,
 ) -> torch.Tensor:
     """How sure a domain's teacher, or the mixture of several, is at each position, ``[k, s/c]``.
 
@@ -39,6 +46,7 @@ def confidences(
             teacher's input does not hold that; or ``top``, that of the most likely token.
         wanted: ``[n, b]`` bool on the host, samples of the step; all that they teach or fewer.
         valid_vocab_size: number of ids that are not padding.
+        kernels: see ``fused_linear_distillation``.
 
     Returns:
         fp32, for the k samples in order.
@@ -57,6 +65,7 @@ def confidences(
         valid_vocab_size,
         first.teacher.logit_transform,
         own.committee(hidden) if isinstance(own, CommitteePass) else None,
+        kernels,
     )
 
 
@@ -69,6 +78,7 @@ def _sure(
     valid_vocab_size: int,
     transform: LogitTransform | None,
     committee: Committee | None,
+    kernels: RowKernels | str | None,
 ) -> torch.Tensor:
     """Confidence of one teacher, or of a committee whose first member has ``hidden`` and ``head``.
 
@@ -85,6 +95,7 @@ def _sure(
         valid_vocab_size=valid_vocab_size,
         student_transform=transform,
         committee=None if committee is None else committee.changed(lambda x: x.flatten(0, 1)),
+        kernels=kernels,
     )
     loss, top = measured.loss, measured.confidence
     if committee is not None:
@@ -146,6 +157,8 @@ class RunningConfidence:
         domains: Sequence[int],
         tp_group: dist.ProcessGroup | None,
         valid_vocab_size: int,
+        *,
+        kernels: RowKernels | str | None = AUTO,
     ) -> None:
         """Measure a micro-batch of a training step, on the last pipeline stage.
 
@@ -155,15 +168,16 @@ class RunningConfidence:
             domains: index or ``GENERAL`` of the b samples.
             tp_group: shards the vocabulary; ``None`` if it is not.
             valid_vocab_size: number of ids that are not padding.
+            kernels: see ``fused_linear_distillation``.
 
         Collectives: those of ``measure_tokens``, for each group with such a domain. The ranks that
         share a sequence have the same groups.
         """
         for group in groups:
             if group.taught and any(domains[sample] in self._domains for sample in group.samples):
-                self._add(group, labels, domains, tp_group, valid_vocab_size)
+                self._add(group, labels, domains, tp_group, valid_vocab_size, kernels)
 
-    def _add(self, group, labels, domains, tp_group, valid_vocab_size) -> None:
+    def _add(self, group, labels, domains, tp_group, valid_vocab_size, kernels) -> None:
         own = group.committee
         hidden, head = group.teacher_hidden, group.teacher_head
         if own is not None:
@@ -178,6 +192,7 @@ class RunningConfidence:
             valid_vocab_size,
             group.teacher_transform,
             own,
+            kernels,
         )
         if self._sums is None:
             self._sums = sure.new_zeros(len(self._domains), 2, dtype=torch.float64)

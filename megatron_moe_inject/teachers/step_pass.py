@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megatron_moe_inject.data.labels import MicroBatch, samples_of
 from megatron_moe_inject.indices import index
 from megatron_moe_inject.losses.committee import Committee, Member
 from megatron_moe_inject.teachers.base import Teacher
@@ -78,16 +79,17 @@ class TeacherPass:
 
     def begin(
         self,
-        inputs: dict[str, torch.Tensor | None] | None,
+        batches: Sequence[MicroBatch] | None,
         selected: torch.Tensor,
         sequence_length: int,
     ) -> None:
         """Start a step: share the inputs of the selected samples and run the first window.
 
         Args:
-            inputs: on the rank that reads data, ``tokens`` ``[n, b, s]``, and ``position_ids``
-                ``[n, b, s]`` and ``attention_mask`` ``[n, b, 1, s, s]`` where documents reset
-                them; ``None`` elsewhere in the TP group.
+            batches: on the rank that reads data, the n micro-batches with ``tokens`` ``[b, s]``,
+                and ``position_ids`` ``[b, s]`` and ``attention_mask`` ``[b, 1, s, s]`` where
+                documents reset them; ``None`` elsewhere in the TP group. Only the selected samples
+                of what is in use are copied: a mask has s times the size of its tokens.
             selected: ``[n, b]`` bool on the host, the samples this teacher teaches.
             sequence_length: s.
 
@@ -98,10 +100,10 @@ class TeacherPass:
         self._rows = selected.sum(dim=1).tolist()
         self._states.clear()
         self._layer_states.clear()
-        self._inputs = self._share_inputs(inputs, selected, sequence_length)
+        self._inputs = self._share_inputs(batches, selected, sequence_length)
         self._run_window(0)
 
-    def _share_inputs(self, inputs, selected, length) -> dict[str, torch.Tensor | None]:
+    def _share_inputs(self, batches, selected, length) -> dict[str, torch.Tensor | None]:
         count = int(selected.sum())
         device = self.head.device
         shapes = {
@@ -113,9 +115,10 @@ class TeacherPass:
         shared: dict[str, torch.Tensor | None] = dict.fromkeys(shapes)
         for name in self._input_names:
             shape, dtype = shapes[name]
-            if inputs is not None:
-                value = inputs[name][selected].to(device, dtype, non_blocking=True)
-                value = value.reshape(shape).contiguous()
+            if batches is not None:
+                value = samples_of([batch[name] for batch in batches], selected.nonzero().tolist())
+                value = torch.empty(shape) if value is None else value.reshape(shape)
+                value = value.to(device, dtype, non_blocking=True)
             else:
                 value = torch.empty(shape, dtype=dtype, device=device)
             if self._tp_group.size() > 1 and count:

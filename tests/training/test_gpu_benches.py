@@ -110,19 +110,24 @@ def test_a_traced_step_tells_how_long_the_device_was_busy(module, monkeypatch):
     assert found["device_seconds"] == pytest.approx(2.5e-3)
     assert found["launches"] == 3
     assert found["kernels"] == [["gemm", 2.0, 2], ["copy", 1.0, 1]]
-    assert found["host"] == [["aten::mm", 0.25, 1]]
 
 
 def test_rounds_hold_what_their_arms_are_compared_with(module):
     bench = module("step_bench")
-    rounds = bench.plan_rounds(list(bench.ARMS), 5)
+    titles = bench.wanted(list(bench.ARMS), ["bf16", "fp8"])
+    assert len(titles) == len(set(titles)) == 2 * len(bench.ARMS) - 2
+    rounds = bench.plan_rounds(titles, 5)
     for arms in rounds:
-        assert sum(bench.ARMS[arm].places for arm in arms) <= 5
-    assert {arm for arms in rounds for arm in arms} == set(bench.ARMS)
-    for arm in bench.ARMS:
-        assert any(set(bench.compared_with(arm)) <= set(arms) for arms in rounds)
-    assert bench.plan_rounds(["kd", "host"], 5) == [["kd", "host"]]
-    assert bench.plan_rounds(["stock", "host"], 1) == [["stock"], ["stock", "host"]]
+        assert sum(bench.arm_of(title).places for title in arms) <= 5
+    assert {title for arms in rounds for title in arms} == set(titles)
+    for title in titles:
+        assert any(set(bench.compared_with(title)) <= set(arms) for arms in rounds)
+    assert bench.plan_rounds(["bf16-kd", "bf16-host"], 5) == [["bf16-kd", "bf16-host"]]
+    few = bench.plan_rounds(["bf16-stock", "bf16-host"], 1)
+    assert few == [["bf16-stock"], ["bf16-stock", "bf16-host"]]
+    mixed = bench.wanted(["fp8-kd", "stock", "frozen"], ["bf16"])
+    assert mixed == ["bf16-stock", "fp8-kd"], "frozen is of FP8, which was not asked for"
+    assert bench.plan_rounds(mixed, 3) == [mixed]
 
 
 def test_curves_are_read_from_a_log(module, tmp_path):

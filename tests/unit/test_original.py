@@ -134,9 +134,23 @@ def test_general_samples_fill_micro_batches_in_order():
         {"tokens": torch.tensor([[i, i], [10 + i, i]]), "attention_mask": None} for i in range(3)
     ]
     general = torch.tensor([[GENERAL, 0], [0, 0], [GENERAL, GENERAL]]) == GENERAL
-    packed = _packed(batches, general, rounds=3)
+    packed = _packed(batches, general, rounds=3, size=2)
     assert [batch["tokens"][:, 0].tolist() for batch in packed] == [[0, 2], [12, 0], [0, 0]]
     assert all(batch["attention_mask"] is None for batch in packed)
-    assert _packed(None, general, rounds=3) is None
-    nothing = _packed(batches, general & False, rounds=1)
+    assert _packed(None, general, rounds=3, size=2) is None
+    nothing = _packed(batches, general & False, rounds=1, size=2)
     assert nothing[0]["tokens"][:, 0].tolist() == [0, 0]
+    small = _packed(batches, general, rounds=3, size=1)
+    assert [batch["tokens"][:, 0].tolist() for batch in small] == [[0], [2], [12]]
+
+
+def test_what_is_the_same_for_all_samples_is_not_copied():
+    mask = torch.ones(2, 1, 4, 4, dtype=torch.bool)
+    batches = [{"tokens": torch.tensor([[i], [10 + i]]), "attention_mask": mask} for i in range(2)]
+    general = torch.tensor([[False, True], [True, True]])
+    for same, copied in ((["attention_mask"], False), ([], True)):
+        packed = _packed(batches, general, rounds=2, size=2, same=same)
+        assert [batch["tokens"].flatten().tolist() for batch in packed] == [[10, 1], [11, 0]]
+        for batch in packed:
+            assert torch.equal(batch["attention_mask"], mask)
+            assert (batch["attention_mask"].data_ptr() != mask.data_ptr()) == copied

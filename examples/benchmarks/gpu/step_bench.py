@@ -111,7 +111,9 @@ def common_flags(o: argparse.Namespace, data: list[str]) -> list[str]:
         f"--global-batch-size {o.global_batch} --lr 1e-4 --eval-interval 100000 --eval-iters 0 "
         "--log-interval 1000 --split 100,0,0 --no-gradient-accumulation-fusion"
     )
-    kind = [] if o.cpu else ["--transformer-impl", "transformer_engine"]
+    # Masks of s x s for each sample, which TE does not need, would be what a step waits for.
+    kind = ["--transformer-impl", "transformer_engine", "--no-create-attention-mask-in-dataloader"]
+    kind = [] if o.cpu else kind
     return [*text.split(), *kind, "--data-path", *data]
 
 
@@ -176,20 +178,38 @@ def make_teacher(folder: Path, o: argparse.Namespace, domain: str) -> Path:
     return folder / "teacher"
 
 
-def compared_with(arm: str) -> list[str]:
-    """The arms that an arm's ratios need, itself last."""
+def wanted(arms: Sequence[str], precisions: Sequence[str]) -> list[str]:
+    """Titles ``precision-arm``, of arms that name their precision or come in all of these."""
+    titles = []
+    for name in arms:
+        own, _, arm = name.rpartition("-")
+        titles += [
+            f"{precision}-{arm}"
+            for precision in ([own] if own else precisions)
+            if ARMS[arm].only in (None, precision)
+        ]
+    return sorted(titles, key=lambda title: list(PRECISIONS).index(title.partition("-")[0]))
+
+
+def arm_of(title: str) -> Arm:
+    return ARMS[title.partition("-")[2]]
+
+
+def compared_with(title: str) -> list[str]:
+    """The titles that an arm's ratios need, itself last."""
+    precision, _, arm = title.partition("-")
     beside = ARMS[arm].beside
-    return [*(compared_with(beside) if beside != arm else []), arm]
+    return [*(compared_with(f"{precision}-{beside}") if beside != arm else []), title]
 
 
-def plan_rounds(arms: Sequence[str], together: int) -> list[list[str]]:
+def plan_rounds(titles: Sequence[str], together: int) -> list[list[str]]:
     """Arms in rounds of ``together`` places if that can be, each with what it is compared with."""
     rounds: list[list[str]] = []
-    for arm in arms:
-        needed = [other for other in compared_with(arm) if other in arms]
+    for title in titles:
+        needed = [other for other in compared_with(title) if other in titles]
         for found in rounds:
             union = list(dict.fromkeys([*found, *needed]))
-            if sum(ARMS[other].places for other in union) <= together:
+            if sum(arm_of(other).places for other in union) <= together:
                 found[:] = union
                 break
         else:
@@ -198,22 +218,21 @@ def plan_rounds(arms: Sequence[str], together: int) -> list[list[str]]:
 
 
 def start(
-    port: int, o: argparse.Namespace, folder: Path, precision: str, arms: Sequence[str]
+    port: int, o: argparse.Namespace, folder: Path, titles: Sequence[str]
 ) -> dict[str, Running]:
-    """Arms of a precision, by both names."""
+    """Arms by their titles."""
     data = [str(folder / "general"), str(folder / "domain")]
     experts = {i: sorted((i + 3 * j) % o.experts for j in range(o.chosen)) for i in range(o.layers)}
     recipe = folder / "recipe.yaml"
     recipe.write_text(RECIPE.format(experts=experts, teacher=o.teacher))
     found = {}
-    for name in arms:
-        arm = ARMS[name]
+    for title in titles:
+        arm, precision = arm_of(title), title.partition("-")[0]
         flags = student_flags(o, ["0.1", data[0], "0.9", data[1]], precision)
         if arm.fields is not None:
             flags += ["--inject-recipe", str(recipe), "--inject-set", *arm.fields]
         if o.cpu and arm.plugin:
             flags = ["--cpu", *flags]
-        title = f"{precision}-{name}"
         spec = {"port": port, "arm": title, "cpu": o.cpu, "plugin": arm.plugin, "flags": None}
         # The first steps compile kernels, for which no arm needs to wait for the others.
         spec |= {"warm_up": o.warm_up, "steps": all_steps(o), "warm_up_at_once": True}
@@ -225,18 +244,16 @@ def start(
 def measure(o: argparse.Namespace, folder: Path) -> Iterator[list[dict[str, Any]]]:
     """Rows, one for an arm of a precision in a round: after each round all that there are."""
     rows: list[dict[str, Any]] = []
-    for precision in o.precisions:
-        fitting = [name for name in o.arms if ARMS[name].only in (None, precision)]
-        for number, arms in enumerate(plan_rounds(fitting, o.together)):
-            found = take_turns(
-                functools.partial(start, o=o, folder=folder, precision=precision, arms=arms),
-                o.steps + 1,
-                timeout=o.timeout,
-                start_timeout=o.start_timeout,
-                label=f"step_bench {precision} {number + 1}",
-            )
-            rows += [{"round": number, **row} for row in rows_of(found, o)]
-            yield rows
+    for number, titles in enumerate(plan_rounds(wanted(o.arms, o.precisions), o.together)):
+        found = take_turns(
+            functools.partial(start, o=o, folder=folder, titles=titles),
+            o.steps + 1,
+            timeout=o.timeout,
+            start_timeout=o.start_timeout,
+            label=f"step_bench round {number + 1}",
+        )
+        rows += [{"round": number, **row} for row in rows_of(found, o)]
+        yield rows
 
 
 def rows_of(arms: dict[str, Running], o: argparse.Namespace) -> list[dict[str, Any]]:
@@ -309,7 +326,11 @@ def render(result: dict[str, Any]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument(
+        "--arms", nargs="+", metavar="ARM", default=list(ARMS),
+        choices=[*ARMS, *(f"{precision}-{arm}" for precision in PRECISIONS for arm in ARMS)],
+        help=f"of {', '.join(ARMS)}, or with one precision as in fp8-kd",
+    )  # fmt: skip
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warm-up", type=int, default=3)
     for name, size in SIZES.items():
