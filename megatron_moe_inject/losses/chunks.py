@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_moe_inject.losses.committee import Committee, Mixture, mix
 from megatron_moe_inject.losses.head_gradient import HeadGradient
+from megatron_moe_inject.losses.products import head_logits, hidden_gradient
 from megatron_moe_inject.losses.rows import (
     LogitRows,
     RowKernels,
@@ -70,11 +71,11 @@ class Plan:
 
     def logits(self, chunk: "Inputs", mixture: Mixture | None) -> LogitRows:
         """Student and teacher logits of a chunk, [t, c] each."""
-        x, y = chunk.hidden @ chunk.weight.t(), None
+        x, y = head_logits(chunk.hidden, chunk.weight), None
         if self.student_transform:
             self.student_transform.apply_(x)
         if chunk.teacher_hidden is not None:
-            y = chunk.teacher_hidden @ chunk.teacher_weight.t()
+            y = head_logits(chunk.teacher_hidden, chunk.teacher_weight)
             if self.teacher_transform:
                 self.teacher_transform.apply_(y)
         elif mixture is not None:
@@ -187,7 +188,7 @@ def forward_chunk(
         return plan.statistics(plan.logits(chunk, mixture), mixture)
     stats, sparse, gradient = statistics_and_gradient(chunk, plan)
     if unscaled is not None:
-        torch.mm(gradient, chunk.weight, out=unscaled)
+        hidden_gradient(gradient, chunk.weight, out=unscaled)
     if head is not None:
         head.add(gradient, chunk.hidden, chunk.upstream_mask)
     return stats, sparse

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_moe_inject.losses.products import head_logits
 from megatron_moe_inject.losses.rows import (
     LogitRows,
     exchange,
@@ -50,7 +51,7 @@ class Member:
 
     def logits(self, columns: int) -> Tensor:
         """Its logits for the first ``columns`` rows of the head, [t, columns]."""
-        logits = self.hidden @ self.head[:columns].t()
+        logits = head_logits(self.hidden, self.head[:columns])
         return self.transform.apply_(logits) if self.transform else logits
 
 

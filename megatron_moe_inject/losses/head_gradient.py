@@ -18,6 +18,7 @@ either case: one more of ``main_grad``'s size, as long as the factor is not know
 import torch
 from torch import Tensor
 
+from megatron_moe_inject.losses.products import pieces
 from megatron_moe_inject.losses.rows import maths_dtype
 
 # Rows of the head that one product covers where it needs a float32 copy of operands or result.
@@ -62,12 +63,15 @@ class HeadGradient:
         if gradient.dtype == rows.dtype:
             rows.addmm_(gradient.t(), hidden)
             return
-        parts = zip(rows.split(_ROWS), gradient.split(_ROWS, dim=1), strict=True)
-        for part, part_gradient in parts:
-            _add_wide_product(part, part_gradient.t(), hidden)
+        for part in pieces(len(rows), _ROWS, gradient.dtype):
+            _add_wide_product(rows[part], gradient[:, part].t(), hidden)
 
     def finish(self, factor: Tensor | None = None) -> Tensor | None:
         """What autograd receives as the weight's gradient; ``factor`` multiplies the sum."""
+        rounds = self.main_grad is None and self.weight.dtype != self.sum.dtype
+        if rounds and factor is not None:
+            # In one pass, as this is the largest tensor of the loss.
+            return torch.mul(self.sum, factor, out=self.weight.new_empty(self.weight.shape))
         if factor is not None:
             self.sum.mul_(factor)
         if self.main_grad is None:

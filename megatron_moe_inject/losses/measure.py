@@ -17,6 +17,7 @@ from torch.distributed import ProcessGroup
 from megatron_moe_inject.losses.checks import check_committee, check_student, check_teacher
 from megatron_moe_inject.losses.committee import Committee, mix
 from megatron_moe_inject.losses.fused import default_chunk_tokens
+from megatron_moe_inject.losses.products import head_logits
 from megatron_moe_inject.losses.rows import (
     LogitRows,
     RowKernels,
@@ -97,11 +98,11 @@ def measure_tokens(
     parts = []
     for start in range(0, max(len(student_hidden), 1), step):
         rows = slice(start, start + step)
-        x, y = student_hidden[rows] @ student_weight[: shard.columns].t(), None
+        x, y = head_logits(student_hidden[rows], student_weight[: shard.columns]), None
         if student_transform:
             student_transform.apply_(x)
         if teacher_hidden is not None:
-            y = teacher_hidden[rows] @ teacher_weight[: shard.columns].t()
+            y = head_logits(teacher_hidden[rows], teacher_weight[: shard.columns])
             if teacher_transform:
                 teacher_transform.apply_(y)
         elif committee is not None:

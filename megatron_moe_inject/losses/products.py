@@ -1,0 +1,64 @@
+"""Matrix products with a head whose number of ids is odd, at full speed.
+
+Shapes: t tokens, h hidden, c columns: the real ids among this rank's rows of the head.
+
+A tokenizer rarely has a round number of ids. Megatron pads the head to one that GPUs like, but
+padded ids take no part here, and the tensor cores of a GPU want rows that begin at multiples of 16
+bytes: for [t, 32767] logits in bf16 cuBLAS chose kernels that took three to six times as long on an
+H100 as its usual ones. So logits have rows some columns apart that nobody reads, and a product goes
+over all but the last few columns (``whole``), with a small one for the rest.
+"""
+
+import itertools
+
+import torch
+from torch import Tensor
+
+_BYTES = 16
+
+
+def whole(columns: int, dtype: torch.dtype) -> int:
+    """The columns of a row that fill multiples of 16 bytes."""
+    return columns - columns % (_BYTES // dtype.itemsize)
+
+
+def head_logits(hidden: Tensor, head: Tensor) -> Tensor:
+    """``hidden @ head.T``: [t, h] and [c, h] of one dtype to [t, c]; no gradients.
+
+    Columns are neighbours in memory, and rows begin at multiples of 16 bytes.
+    """
+    columns, even = len(head), whole(len(head), hidden.dtype)
+    if even == columns:
+        return hidden @ head.t()
+    stride = even + _BYTES // hidden.dtype.itemsize
+    logits = hidden.new_empty(len(hidden), stride)[:, :columns]
+    if even:
+        torch.mm(hidden, head[:even].t(), out=logits[:, :even])
+    torch.mm(hidden, head[even:].t(), out=logits[:, even:])
+    return logits
+
+
+def hidden_gradient(gradient: Tensor, head: Tensor, out: Tensor) -> None:
+    """``gradient @ head`` into ``out``: [t, c] as of ``head_logits`` and [c, h] to [t, h].
+
+    The sum over the columns is rounded once, that over the few at the end once more before.
+    """
+    columns, even = len(head), whole(len(head), gradient.dtype)
+    if even in (0, columns):
+        torch.mm(gradient, head, out=out)
+        return
+    torch.mm(gradient[:, even:], head[even:], out=out)
+    out.addmm_(gradient[:, :even], head[:even])
+
+
+def pieces(columns: int, size: int, dtype: torch.dtype) -> list[slice]:
+    """Neighbouring columns in pieces of at most ``size``; all begin at multiples of 16 bytes.
+
+    Args:
+        size: whose bytes are a multiple of 16.
+        dtype: of the columns. Only the last piece may have another width than such a multiple, and
+            is then smaller than one.
+    """
+    even = whole(columns, dtype)
+    starts = [*range(0, even, size), *([even] if even < columns else []), columns]
+    return [slice(start, stop) for start, stop in itertools.pairwise(starts)]
