@@ -193,7 +193,7 @@ def main() -> None:
         wall, cpu = time.perf_counter(), time.process_time()
         step = functools.partial(train_step, *args, **kwargs)
         # The first step under the profiler sets it up, while nobody waits for this arm.
-        if spec.get("trace") and steps in (0, spec["steps"] - 1):
+        if spec.get("traced") and (steps == 0 or steps >= spec["steps"] - spec["traced"]):
             result, answer = traced(step)
         else:
             result, answer = step(), {}

@@ -112,6 +112,21 @@ def test_a_traced_step_tells_how_long_the_device_was_busy(module, monkeypatch):
     assert found["kernels"] == [["gemm", 2.0, 2], ["copy", 1.0, 1]]
 
 
+def test_traces_of_several_steps_are_averaged(module):
+    bench = module("step_bench")
+    traces = [
+        {"device_seconds": 2.0, "launches": 7, "kernels": [["gemm", 4.0, 2]]},
+        {"device_seconds": 4.0, "launches": 9, "kernels": [["gemm", 2.0, 1], ["copy", 5.0, 2]]},
+    ]
+    found = bench.mean_trace(traces)
+    assert found == {
+        "device_seconds": 3.0,
+        "launches": 8,
+        "kernels": [["gemm", 3.0, 1.5], ["copy", 2.5, 1.0]],
+    }
+    assert bench.mean_trace([]) == {}
+
+
 def test_rounds_hold_what_their_arms_are_compared_with(module):
     bench = module("step_bench")
     titles = bench.wanted(list(bench.ARMS), ["bf16", "fp8"])

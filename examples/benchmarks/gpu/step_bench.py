@@ -6,8 +6,8 @@ Real ``pretrain()`` runs under Transformer Engine with grouped GEMM, on two data
 a student of random weights and a dense teacher that was saved after one step. Arms are alive at
 once, as many as fit (--together), and take their steps in turns; with more arms there are rounds,
 each with what its arms are compared with. Times are medians of a step between device
-synchronisations. A last step under torch's profiler tells for how long the device was busy, which
-does not depend on how fast the host launches, and what its kernels were (--json). Memory is
+synchronisations. The last steps run under torch's profiler, which tells for how long the device was
+busy, whatever the host takes to launch, and what its kernels were (--json). Memory is
 torch's: of the bare model, and the peak of the timed steps. Without a GPU it runs on the CPU lane,
 to be tried.
 """
@@ -35,7 +35,6 @@ SIZES = {"layers": 4, "hidden": 2048, "ffn": 1408, "experts": 16, "topk": 4, "ch
 SIZES |= {"heads": 16, "seq": 4096, "vocab": 32768, "micro-batch": 4, "global-batch": 8}
 SIZES |= {"teacher-layers": 4, "teacher-hidden": 1024, "teacher-ffn": 2816}
 GIB = 2**30
-TRACED = ("device_seconds", "launches", "kernels")
 PRECISIONS = {
     "bf16": ("--bf16",),
     "fp8": ("--bf16", "--fp8-format", "e4m3", "--fp8-recipe", "blockwise"),
@@ -52,6 +51,7 @@ class Arm:
         beside: the arm that its time is a multiple of.
         only: the precision that it belongs to, None = all.
         places: how many of --together it takes, by its memory.
+        taught: whether there is a teacher.
     """
 
     title: str
@@ -60,6 +60,7 @@ class Arm:
     beside: str = "stock"
     only: str | None = None
     places: int = 1
+    taught: bool = True
 
 
 TAUGHT = ("objective.alpha=1.0", "objective.beta=0.0")
@@ -67,7 +68,9 @@ ARMS = {
     "stock": Arm("stock Megatron, everything trains", None, plugin=False, places=2),
     "off": Arm("plugin installed, no recipe", None, places=2),
     "freeze": Arm(
-        "chosen experts train, cross-entropy", ("objective.alpha=0.0", "objective.beta=1.0")
+        "chosen experts train, cross-entropy",
+        ("objective.alpha=0.0", "objective.beta=1.0"),
+        taught=False,
     ),
     "kd": Arm("+ teacher, distillation alone", TAUGHT),
     "gamma": Arm("+ retention on general data", (*TAUGHT, "objective.gamma=1.0"), beside="kd"),
@@ -94,12 +97,18 @@ ARMS = {
         "+ teacher in FP8", (*TAUGHT, "teachers.coder.fp8=blockwise"), beside="kd", only="fp8"
     ),
 }
-RECIPE = """
+RECIPES = {  # by Arm.taught
+    False: """
+domains:
+  - {{name: code, data: [1], experts: {{layers: {experts}}}}}
+""",
+    True: """
 domains:
   - {{name: code, data: [1], teacher: coder, experts: {{layers: {experts}}}}}
 teachers:
   coder: {{source: "megatron:{teacher}"}}
-"""
+""",
+}
 
 
 def common_flags(o: argparse.Namespace, data: list[str]) -> list[str]:
@@ -132,7 +141,7 @@ def student_flags(o: argparse.Namespace, data: list[str], precision: str) -> lis
 
 def all_steps(o: argparse.Namespace) -> int:
     """Of a run: untimed, timed, traced."""
-    return o.warm_up + o.steps + 1
+    return o.warm_up + o.steps + o.traced
 
 
 def write_data(folder: Path, o: argparse.Namespace) -> list[str]:
@@ -223,20 +232,22 @@ def start(
     """Arms by their titles."""
     data = [str(folder / "general"), str(folder / "domain")]
     experts = {i: sorted((i + 3 * j) % o.experts for j in range(o.chosen)) for i in range(o.layers)}
-    recipe = folder / "recipe.yaml"
-    recipe.write_text(RECIPE.format(experts=experts, teacher=o.teacher))
+    for taught, recipe in RECIPES.items():
+        text = recipe.format(experts=experts, teacher=o.teacher)
+        (folder / f"recipe-{taught}.yaml").write_text(text)
     found = {}
     for title in titles:
         arm, precision = arm_of(title), title.partition("-")[0]
         flags = student_flags(o, ["0.1", data[0], "0.9", data[1]], precision)
         if arm.fields is not None:
-            flags += ["--inject-recipe", str(recipe), "--inject-set", *arm.fields]
+            recipe = str(folder / f"recipe-{arm.taught}.yaml")
+            flags += ["--inject-recipe", recipe, "--inject-set", *arm.fields]
         if o.cpu and arm.plugin:
             flags = ["--cpu", *flags]
         spec = {"port": port, "arm": title, "cpu": o.cpu, "plugin": arm.plugin, "flags": None}
         # The first steps compile kernels, for which no arm needs to wait for the others.
         spec |= {"warm_up": o.warm_up, "steps": all_steps(o), "warm_up_at_once": True}
-        spec |= {"trace": not o.cpu}
+        spec |= {"traced": 0 if o.cpu else o.traced}
         found[title] = launch(spec, flags, 1, o.threads, folder)
     return found
 
@@ -247,7 +258,7 @@ def measure(o: argparse.Namespace, folder: Path) -> Iterator[list[dict[str, Any]
     for number, titles in enumerate(plan_rounds(wanted(o.arms, o.precisions), o.together)):
         found = take_turns(
             functools.partial(start, o=o, folder=folder, titles=titles),
-            o.steps + 1,
+            o.steps + o.traced,
             timeout=o.timeout,
             start_timeout=o.start_timeout,
             label=f"step_bench round {number + 1}",
@@ -270,13 +281,30 @@ def rows_of(arms: dict[str, Running], o: argparse.Namespace) -> list[dict[str, A
                 (o.logs / f"{title}.log").write_text(text[-20000:])
         else:
             (answers,) = zip(*running.steps, strict=True)
-            *timed, last = answers
-            row["seconds"] = [answer["seconds"] for answer in timed]
+            last = answers[-1]
+            row["seconds"] = [answer["seconds"] for answer in answers[: o.steps]]
             row |= {key: last[key] for key in ("built_bytes", "trained", "optimizer_bytes")}
-            row |= {key: last[key] for key in TRACED if key in last}
+            row |= mean_trace([answer for answer in answers[o.steps :] if "kernels" in answer])
             row["peak_bytes"] = last["peak_bytes"] + last["built_bytes"]
         rows.append(row)
     return rows
+
+
+def mean_trace(answers: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the profiler saw in a step, of several; {} of none."""
+    if not answers:
+        return {}
+    count, sums = len(answers), {}
+    for name, milliseconds, launches in (row for answer in answers for row in answer["kernels"]):
+        found = sums.setdefault(name, [0.0, 0])
+        found[0] += milliseconds / count
+        found[1] += launches / count
+    kernels = [[name, round(ms, 3), round(launches, 1)] for name, (ms, launches) in sums.items()]
+    return {
+        "device_seconds": statistics.mean(answer["device_seconds"] for answer in answers),
+        "launches": round(statistics.mean(answer["launches"] for answer in answers)),
+        "kernels": sorted(kernels, key=lambda row: -row[1]),
+    }
 
 
 def render(result: dict[str, Any]) -> list[str]:
@@ -332,6 +360,7 @@ def main() -> None:
         help=f"of {', '.join(ARMS)}, or with one precision as in fp8-kd",
     )  # fmt: skip
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--traced", type=int, default=3, help="steps under the profiler")
     parser.add_argument("--warm-up", type=int, default=3)
     for name, size in SIZES.items():
         parser.add_argument(f"--{name}", type=int, default=size)
