@@ -4,6 +4,7 @@ Shapes: t tokens, h hidden, v vocabulary. Not sharded: one GPU. Rows are longer 
 kernels and end within one.
 """
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,8 @@ import torch
 from megatron_moe_inject.losses import (
     SparseTeacher,
     TritonRows,
+    fused_linear_distillation,
+    measure_tokens,
     reference,
     vocab_parallel_divergence,
     vocab_parallel_sparse_divergence,
@@ -115,6 +118,59 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS)
 def test_fused_options(kernels, options, head):
     _matches(_case(dtype=torch.float32, **options), kernels, head, 1e-5, chunk_tokens=16)
+
+
+@pytest.mark.parametrize("teacher", [True, False])
+def test_measures(kernels, teacher):
+    case = _case(dtype=torch.float32)
+    inputs = [case.hidden, case.weight, case.teacher_hidden, case.teacher_weight, case.labels]
+    if not teacher:
+        inputs[2] = inputs[3] = None
+    expected = measure_tokens(*inputs, valid_vocab_size=VALID)
+    there = [None if tensor is None else tensor.cuda() for tensor in inputs]
+    found = measure_tokens(*there, valid_vocab_size=VALID, chunk_tokens=8, kernels=kernels)
+    for name, value in expected._asdict().items():
+        ours = getattr(found, name)
+        if value is None:
+            assert ours is None, name
+        elif name.endswith("top"):
+            assert torch.equal(ours.cpu(), value), name
+        else:
+            assert_close(ours.cpu(), value, name, 1e-5)
+
+
+def _device_time(step) -> float:
+    """Microseconds that kernels took, the least of three times."""
+    found = []
+    for _ in range(4):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+            step()
+            torch.cuda.synchronize()
+        events = [e for e in trace.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        found.append(sum(event.time_range.elapsed_us() for event in events))
+    return min(found[1:])
+
+
+@pytest.mark.parametrize("head_trains", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_an_odd_number_of_ids_costs_little(kernels, dtype, head_trains):
+    """cuBLAS has kernels for operands of any alignment, several times slower than the others."""
+    t, h, v = 2048, 2048, 32768
+    hidden, teacher = (torch.randn(t, h, device="cuda", dtype=dtype) for _ in range(2))
+    weight, head = (torch.randn(v, h, device="cuda", dtype=dtype) / 32 for _ in range(2))
+    hidden.requires_grad_()
+    weight.requires_grad_(head_trains)
+    labels = torch.arange(t, device="cuda")
+
+    def step(valid):
+        loss = fused_linear_distillation(
+            hidden, weight, teacher, head, labels, valid_vocab_size=valid, alpha=0.5, beta=0.5,
+            upstream_mask=torch.ones(t, device="cuda"), kernels=kernels,
+        )  # fmt: skip
+        loss.total.mean().backward()
+
+    times = {valid: _device_time(functools.partial(step, valid)) for valid in (v, v - 1)}
+    assert 0 < times[v - 1] < 1.25 * times[v], times
 
 
 @pytest.mark.parametrize("head", HEADS)

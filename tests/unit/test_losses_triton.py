@@ -336,6 +336,31 @@ def test_fused(run, options):
     run(_fused, options, True, 3, stored=False)
 
 
+def _measured(teacher):
+    case = FusedCase.make(t=5, v=80, valid=77, dtype=torch.float32)
+    case.labels[1] = -1
+    inputs = [case.hidden, case.weight, case.teacher_hidden, case.teacher_weight, case.labels]
+    if not teacher:
+        inputs[2] = inputs[3] = None
+    plain, ours = (
+        losses.measure_tokens(*inputs, valid_vocab_size=77, chunk_tokens=3, kernels=kernels)
+        for kernels in (None, _kernels())
+    )
+    for name, expected in plain._asdict().items():
+        found = getattr(ours, name)
+        if expected is None:
+            assert found is None, name
+        elif name.endswith("top"):
+            assert torch.equal(found, expected), name
+        else:
+            _same(found, expected, name)
+
+
+@pytest.mark.parametrize("teacher", [True, False])
+def test_measures(run, teacher):
+    run(_measured, teacher)
+
+
 @pytest.mark.parametrize("head_trains", [False, True])
 def test_fused_with_a_stored_teacher(run, head_trains):
     run(_fused, {"kind": "reverse_kl"}, head_trains, 3, stored=True)
