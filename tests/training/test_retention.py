@@ -43,6 +43,12 @@ def test_retention_is_zero_at_the_first_step_then_grows_and_adds_up(single):
         assert step["total loss"] == pytest.approx(expected, rel=1e-4)
 
 
+def test_a_loader_without_masks_gives_the_same(material, single):
+    run = inject(material, GAMMA, extra=("--no-create-attention-mask-in-dataloader",))
+    for term in TERMS:
+        assert run.losses(term) == pytest.approx(single.losses(term), rel=1e-6, abs=1e-9), term
+
+
 def test_evaluation_reports_it_too(single):
     assert single.evaluations[-1]["retention loss"] > 1e-5
 
