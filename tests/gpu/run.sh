@@ -8,10 +8,10 @@
 # Further variables: PYTHON (python3), SITE, the folder that the wheels are unpacked into (a new one),
 # RESULTS, a folder for the figures as JSON (none), PARTS, what to do, in this order (tests precision rows
 # loss overlap step), TESTS, the tests (tests/gpu), GPU_RUNS, a regular expression over the names of
-# training runs (all), GPU_MODELS, a folder that keeps the small models they start from, QUICKSTART, the folder of a finished quickstart, on whose data precisions are
-# compared (not done without), and NCCL_LIBRARY, the path of a libnccl.so.2 of version 2.30 or newer, with
-# which two processes can share a device (else layouts of two want two devices or a newer torch).
-# Nothing is timed unless the tests pass.
+# training runs (all), GPU_MODELS, a folder that keeps the small models they start from, QUICKSTART, the
+# folder of a finished quickstart, on whose data precisions are compared (not done without), and
+# NCCL_LIBRARY, the path of a libnccl.so.2 of version 2.30 or newer, with which two processes can share a
+# device (else layouts of two want two devices or a newer torch). Nothing is timed unless the tests pass.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 PYTHON=${PYTHON:-python3}
