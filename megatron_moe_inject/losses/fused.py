@@ -9,8 +9,8 @@ matrix product turns into a gradient by the student's hidden states.
 The gradient that arrives from above, one number per token (loss mask, loss scale, 1/tokens), is not
 known in the forward pass, but it only scales a token's row. Hence three ways:
 
-- Head frozen: the forward pass keeps the unscaled gradient by the hidden states, [t, h], and the
-  backward pass scales it. 3 matrix products per chunk; no logits twice.
+- Head frozen: the forward pass keeps the unscaled gradient by the hidden states, [t, h] in float32,
+  and the backward pass scales and rounds it. 3 matrix products per chunk; no logits twice.
 - Head trained: its gradient mixes tokens, so the scale has to be known first. Keeping the gradient
   by all logits, [t, v/p], is what a fused loss is there to avoid, but one chunk of it is within the
   budget anyway: the last chunk's is kept, 4 products. Of the others the forward pass keeps a few
@@ -294,7 +294,7 @@ class _FusedLinearDistillation(torch.autograd.Function):
         unscaled = head = kept = None
         twice = plan.weight_gradient and upstream_mask is None
         if plan.hidden_gradient and not twice:
-            unscaled = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+            unscaled = hidden.new_empty(hidden.shape, dtype=maths_dtype(hidden.dtype))
         if upstream_mask is not None:
             head = HeadGradient(weight, plan.accumulate_main_grad, factor_later=True)
         chunks, parts, sparse_parts = plan.chunks(len(hidden)), [], []
@@ -311,7 +311,7 @@ class _FusedLinearDistillation(torch.autograd.Function):
 
         again = twice and plan.kd_gradient  # whether the backward pass mixes a committee again
         ctx.plan = plan if again else replace(plan, committee=None)
-        ctx.twice, ctx.head = twice, head
+        ctx.twice, ctx.head, ctx.dtype = twice, head, hidden.dtype
         if twice:
             ctx.sparse_parts = sparse_parts
             ctx.kept = kept  # no saved tensor, so that the backward pass can free it
@@ -364,7 +364,7 @@ def _scaled_gradients(ctx, grad_total: Tensor) -> tuple[Tensor | None, Tensor | 
             )
         grad_weight = head.finish(common_factor(grad_total, mask, head.weight.dtype))
     if unscaled is not None:
-        grad_hidden = torch.empty_like(unscaled)
+        grad_hidden = unscaled.new_empty(unscaled.shape, dtype=ctx.dtype)
         torch.mul(unscaled, grad_total[:, None], out=grad_hidden)
     return grad_hidden, grad_weight
 
@@ -394,8 +394,9 @@ def _recomputed_gradients(ctx, grad_total: Tensor) -> tuple[Tensor | None, Tenso
             gradient = recomputed_gradient(chunk, stats.rows(rows), sparse, plan.of(rows))
         scale = grad_total[rows]
         if grad_hidden is not None:
-            hidden_gradient(gradient, chunk.weight, out=grad_hidden[rows])
-            torch.mul(grad_hidden[rows], scale[:, None], out=grad_hidden[rows])
+            wide = scale.new_empty(chunk.hidden.shape, dtype=maths_dtype(chunk.hidden.dtype))
+            hidden_gradient(gradient, chunk.weight, out=wide)
+            torch.mul(wide, scale[:, None], out=grad_hidden[rows])
         head.add(gradient, chunk.hidden, scale)
         kept = gradient = None
     return grad_hidden, head.finish()

@@ -18,13 +18,11 @@ either case: one more of ``main_grad``'s size, as long as the factor is not know
 import torch
 from torch import Tensor
 
-from megatron_moe_inject.losses.products import pieces
+from megatron_moe_inject.losses.products import add_wide_product, pieces
 from megatron_moe_inject.losses.rows import maths_dtype
 
 # Rows of the head that one product covers where it needs a float32 copy of operands or result.
 _ROWS = 4096
-# torch.mm(..., out_dtype=) came with torch 2.8.
-_HAS_OUT_DTYPE = hasattr(torch.ops.aten.mm, "dtype")
 
 
 class HeadGradient:
@@ -64,7 +62,7 @@ class HeadGradient:
             rows.addmm_(gradient.t(), hidden)
             return
         for part in pieces(len(rows), _ROWS, gradient.dtype):
-            _add_wide_product(rows[part], gradient[:, part].t(), hidden)
+            add_wide_product(rows[part], gradient[:, part].t(), hidden)
 
     def finish(self, factor: Tensor | None = None) -> Tensor | None:
         """What autograd receives as the weight's gradient; ``factor`` multiplies the sum."""
@@ -83,14 +81,3 @@ class HeadGradient:
         self.weight.grad_added_to_main_grad = True
         zero = getattr(self.weight, "zero_out_wgrad", False)
         return (torch.zeros_like if zero else torch.empty_like)(self.weight)
-
-
-def _add_wide_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a @ b of 16-bit operands to the float32 ``total`` without rounding it to 16 bits.
-
-    Rounding each chunk's product would make the sum over chunks worse than one product over all.
-    """
-    if total.is_cuda and _HAS_OUT_DTYPE:
-        total.add_(torch.mm(a, b, out_dtype=total.dtype))
-    else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))

@@ -15,6 +15,10 @@ import torch
 from torch import Tensor
 
 _BYTES = 16
+# Terms of a sum that are copied to float32 at once where a product cannot give it.
+_TERMS = 4096
+# torch.mm(..., out_dtype=) came with torch 2.8.
+_HAS_OUT_DTYPE = hasattr(torch.ops.aten.mm, "dtype")
 
 
 def whole(columns: int, dtype: torch.dtype) -> int:
@@ -41,14 +45,36 @@ def head_logits(hidden: Tensor, head: Tensor) -> Tensor:
 def hidden_gradient(gradient: Tensor, head: Tensor, out: Tensor) -> None:
     """``gradient @ head`` into ``out``: [t, c] as of ``head_logits`` and [c, h] to [t, h].
 
-    The sum over the columns is rounded once, that over the few at the end once more before.
+    ``out`` is of the dtype of the maths, so that what scales it later rounds it for the first time.
     """
-    columns, even = len(head), whole(len(head), gradient.dtype)
-    if even in (0, columns):
-        torch.mm(gradient, head, out=out)
+    if gradient.is_cuda and gradient.dtype != out.dtype and not _HAS_OUT_DTYPE:
+        out.copy_(gradient @ head)  # float32 operands would take several times as long
         return
-    torch.mm(gradient[:, even:], head[even:], out=out)
-    out.addmm_(gradient[:, :even], head[:even])
+    at_once = gradient.dtype == out.dtype or gradient.is_cuda
+    size = max(whole(len(head), gradient.dtype), _TERMS) if at_once else _TERMS
+    first, *others = pieces(len(head), size, gradient.dtype) or [slice(0, 0)]
+    if gradient.dtype == out.dtype:
+        torch.mm(gradient[:, first], head[first], out=out)
+    else:
+        out.copy_(_wide_product(gradient[:, first], head[first], out.dtype))
+    for part in others:
+        add_wide_product(out, gradient[:, part], head[part])
+
+
+def add_wide_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a @ b to ``total``, which is of the dtype of the maths: the product is not rounded to 16
+    bits, which would make a sum of several worse than one product over all."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total.add_(_wide_product(a, b, total.dtype))
+
+
+def _wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b of 16-bit operands in ``dtype``."""
+    if a.is_cuda and _HAS_OUT_DTYPE:
+        return torch.mm(a, b, out_dtype=dtype)
+    return a.to(dtype) @ b.to(dtype)
 
 
 def pieces(columns: int, size: int, dtype: torch.dtype) -> list[slice]:

@@ -136,9 +136,10 @@ def test_full_logits_never_exist(head):
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("valid", [504, 500])
 def test_bfloat16_is_about_as_exact_as_naive(kind, head, valid):
-    """Gradients are rounded before they are scaled, too, so the ratio of errors is not 1 there.
+    """The ratio of errors swings with the numbers: a mean of several.
 
-    It swings with the numbers: a mean of several.
+    Upstream gradients of any size are rounded into the hidden states that a head's gradient is made
+    of, so it is somewhat less exact than naive's; a mask of ones and zeros rounds nothing.
     """
     ratios = {"total": [], "hidden": [], "weight": []}
     for seed in range(6):
@@ -147,6 +148,8 @@ def test_bfloat16_is_about_as_exact_as_naive(kind, head, valid):
             alpha=per_token(96), beta=per_token(96, seed=6),
         )  # fmt: skip
         case.weight, case.teacher_weight = case.weight / 8, case.teacher_weight / 4
+        if head == "promised":
+            case.upstream = torch.where(case.upstream > -0.5, -0.3, 0.0)
         expected = case.dense()
 
         naive_hidden, naive_weight = case.leaves()
@@ -168,7 +171,7 @@ def test_bfloat16_is_about_as_exact_as_naive(kind, head, valid):
         for name, both in pairs.items():
             error, budget = (relative_error(found, expected[name]) for found in both)
             ratios[name].append(error / budget)
-    limits = {"total": 1.05, "hidden": 1.3, "weight": 1.3}
+    limits = {"total": 1.05, "hidden": 1.05, "weight": 1.3 if head == "trained" else 1.05}
     means = {name: sum(found) / len(found) for name, found in ratios.items() if found}
     assert all(mean <= limits[name] for name, mean in means.items()), means
 
