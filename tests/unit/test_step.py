@@ -27,8 +27,8 @@ class Teacher:
     def __init__(self):
         self.begun = []
 
-    def begin(self, inputs, selected, length):
-        self.begun.append((inputs["tokens"].shape, selected.tolist(), length))
+    def begin(self, batches, selected, length):
+        self.begun.append(([b["tokens"] for b in batches], selected.tolist(), length))
 
 
 class LossHook:
@@ -86,7 +86,9 @@ def test_the_schedule_gets_the_same_micro_batches_without_ids_and_ours_are_told_
     assert all(set(b) == {"tokens"} for b in seen)
     assert result == ("wrapped", 1)
     assert loss.log == [("begin", [[GENERAL, 0], [0, 0]]), "end"]
-    assert teacher.begun == [(torch.Size([2, 2, 4]), [[False, True], [True, True]], 4)]
+    ((tokens, selected, length),) = teacher.begun
+    assert all(own is b["tokens"] for own, b in zip(tokens, seen, strict=True)), "copied"
+    assert (selected, length) == ([[False, True], [True, True]], 4)
     assert int(next(iterator)["tokens"][0, 0]) == 2
 
 
