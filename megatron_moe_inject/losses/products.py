@@ -2,11 +2,12 @@
 
 Shapes: t tokens, h hidden, c columns: the real ids among this rank's rows of the head.
 
-A tokenizer rarely has a round number of ids. Megatron pads the head to one that GPUs like, but
-padded ids take no part here, and the tensor cores of a GPU want rows that begin at multiples of 16
-bytes: for [t, 32767] logits in bf16 cuBLAS chose kernels that reached 90 to 150 TFLOP/s on an H100,
-where its usual ones reach 650 to 780. So logits have rows some columns apart that nobody reads, and
-a product goes over all but the last few columns (``whole``), with a small one for the rest.
+Not every tokenizer has a round number of ids (GPT-2 has 50,257). Megatron pads the head to one that
+GPUs like, but padded ids take no part here, and the tensor cores of a GPU want rows that begin at
+multiples of 16 bytes: for [t, 32767] logits in bf16 cuBLAS chose kernels that reached 90 to 150
+TFLOP/s on an H100, where its usual ones reach 650 to 780. So logits have rows some columns apart
+that nobody reads, and a product goes over all but the last few columns (``whole``), with a small
+one for the rest.
 """
 
 import itertools
