@@ -36,27 +36,47 @@ def test_a_scheduled_weight_follows_the_iteration_also_after_a_resume(material, 
 
 
 TOLD = """
+import functools
+
 from megatron_moe_inject import gpt_entry, loss_hook
+from megatron_moe_inject.metrics import measurement
+from megatron_moe_inject.teachers import confidence
 
-stock = loss_hook.injection_loss
 
-def injection_loss(*args, **kwargs):
-    print("kernels:", kwargs["kernels"], flush=True)
-    return stock(*args, **kwargs)
+def tell(module, name):
+    stock = getattr(module, name)
 
-loss_hook.injection_loss = injection_loss
+    @functools.wraps(stock)
+    def told(*args, **kwargs):
+        print(f"kernels of {module.__name__}:", kwargs["kernels"], flush=True)
+        return stock(*args, **kwargs)
+
+    setattr(module, name, told)
+
+
+tell(loss_hook, "injection_loss")
+tell(measurement, "measure_tokens")
+tell(confidence, "measure_tokens")
 gpt_entry.main()
 """
 
 
-def test_the_loss_is_told_which_kernels(material, tmp_path):
+def test_all_that_goes_through_logits_is_told_which_kernels(material, tmp_path):
     script = tmp_path / "told_gpt.py"
     script.write_text(TOLD)
-    flags = material.flags("--inject-recipe", recipe_file(material, RECIPE))
-    for fields, told in (((), "kernels: auto"), (("objective.kernels=torch",), "kernels: None")):
-        extra = ("--inject-set", *fields) if fields else ()
-        output = lane.run([*flags, *extra], script=(str(script),)).output
-        assert set(re.findall(r"^kernels: .*$", output, re.M)) == {told}
+    recipe = recipe_file(material, RECIPE + "evaluation: {{}}\n")
+    steering = (
+        f"evaluation.file={tmp_path / 'evaluation.json'}",
+        "train.router=true",
+        "steering.coeff=0.1",
+        "steering.confidence=label",
+    )
+    flags = material.flags("--inject-recipe", recipe, "--inject-set", *steering)
+    for fields, told in (((), "auto"), (("objective.kernels=torch",), "None")):
+        output = lane.run([*flags, *fields], script=(str(script),)).output
+        found = set(re.findall(r"^kernels of megatron_moe_inject\.(.*)$", output, re.M))
+        places = ("loss_hook", "metrics.measurement", "teachers.confidence")
+        assert found == {f"{place}: {told}" for place in places}
 
 
 def test_weighted_tokens_give_one_curve_at_every_layout(material):
