@@ -4,12 +4,7 @@ Shapes: t tokens, h hidden, v vocabulary, p tensor-parallel size.
 
 Two destinations. An ordinary gradient is summed in float32 and handed to autograd in the weight's
 dtype. Under Megatron's gradient accumulation fusion the sum goes straight into
-``weight.main_grad``. The contract, from Megatron-Core's
-``LinearWithGradAccumulationAndAsyncCommunication``: a weight with the attribute
-``grad_added_to_main_grad`` (DDP sets it) gets it set to True and autograd receives a placeholder,
-so that DDP's hook still fires and sees that nothing is left to add. The placeholder must be zeros
-when ``zero_out_wgrad`` is set: an embedding shares the weight, its own gradient is summed with the
-placeholder, and DDP adds that sum. A weight without the attribute gets no gradient.
+``weight.main_grad``, by the contract in ``accumulate.py``.
 
 A sum that is formed up to a factor which only the backward pass knows has a buffer of its own in
 either case: one more of ``main_grad``'s size, as long as the factor is not known.
@@ -18,10 +13,11 @@ either case: one more of ``main_grad``'s size, as long as the factor is not know
 import torch
 from torch import Tensor
 
-from megatron_moe_inject.losses.products import add_wide_product, pieces
+from megatron_moe_inject.accumulate import in_one_pass, multiply_into, placeholder
+from megatron_moe_inject.losses.products import pieces, whole
 from megatron_moe_inject.losses.rows import maths_dtype
 
-# Rows of the head that one product covers where it needs a float32 copy of operands or result.
+# Rows of the head that one product covers where it needs a float32 copy of operands and result.
 _ROWS = 4096
 
 
@@ -36,9 +32,10 @@ class HeadGradient:
         self.main_grad = weight.main_grad if accumulate_main_grad else None
         dtype = maths_dtype(weight.dtype)
         if self.main_grad is not None and self.main_grad.dtype == dtype and not factor_later:
-            self.sum = self.main_grad
+            self.sum, self._begun = self.main_grad, True
         else:
-            self.sum = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+            self.sum = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+            self._begun = False
 
     @staticmethod
     def check(weight: Tensor) -> None:
@@ -57,12 +54,14 @@ class HeadGradient:
         ``scale`` [t] multiplies the tokens.
         """
         hidden = (hidden * scale[:, None]).to(hidden.dtype)
-        rows = self.sum[: gradient.shape[1]]
-        if gradient.dtype == rows.dtype:
-            rows.addmm_(gradient.t(), hidden)
-            return
-        for part in pieces(len(rows), _ROWS, gradient.dtype):
-            add_wide_product(rows[part], gradient[:, part].t(), hidden)
+        columns = gradient.shape[1]
+        at_once = in_one_pass(gradient, self.sum)
+        size = max(whole(columns, gradient.dtype), _ROWS) if at_once else _ROWS
+        for part in pieces(columns, size, gradient.dtype):
+            multiply_into(self.sum[part], gradient[:, part].t(), hidden, add=self._begun)
+        if not self._begun:
+            self.sum[columns:].zero_()
+            self._begun = True
 
     def finish(self, factor: Tensor | None = None) -> Tensor | None:
         """What autograd receives as the weight's gradient; ``factor`` multiplies the sum."""
@@ -76,8 +75,4 @@ class HeadGradient:
             return self.sum.to(self.weight.dtype)
         if self.sum is not self.main_grad:
             self.main_grad.add_(self.sum)
-        if not hasattr(self.weight, "grad_added_to_main_grad"):
-            return None
-        self.weight.grad_added_to_main_grad = True
-        zero = getattr(self.weight, "zero_out_wgrad", False)
-        return (torch.zeros_like if zero else torch.empty_like)(self.weight)
+        return placeholder(self.weight)

@@ -15,11 +15,11 @@ import itertools
 import torch
 from torch import Tensor
 
+from megatron_moe_inject.accumulate import in_one_pass, multiply_into
+
 _BYTES = 16
 # Terms of a sum that are copied to float32 at once where a product cannot give it.
 _TERMS = 4096
-# torch.mm(..., out_dtype=) came with torch 2.8.
-_HAS_OUT_DTYPE = hasattr(torch.ops.aten.mm, "dtype")
 
 
 def whole(columns: int, dtype: torch.dtype) -> int:
@@ -48,34 +48,13 @@ def hidden_gradient(gradient: Tensor, head: Tensor, out: Tensor) -> None:
 
     ``out`` is of the dtype of the maths, so that what scales it later rounds it for the first time.
     """
-    if gradient.is_cuda and gradient.dtype != out.dtype and not _HAS_OUT_DTYPE:
+    at_once = in_one_pass(gradient, out)
+    if gradient.is_cuda and not at_once:
         out.copy_(gradient @ head)  # float32 operands would take several times as long
         return
-    at_once = gradient.dtype == out.dtype or gradient.is_cuda
     size = max(whole(len(head), gradient.dtype), _TERMS) if at_once else _TERMS
-    first, *others = pieces(len(head), size, gradient.dtype) or [slice(0, 0)]
-    if gradient.dtype == out.dtype:
-        torch.mm(gradient[:, first], head[first], out=out)
-    else:
-        out.copy_(_wide_product(gradient[:, first], head[first], out.dtype))
-    for part in others:
-        add_wide_product(out, gradient[:, part], head[part])
-
-
-def add_wide_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a @ b to ``total``, which is of the dtype of the maths: the product is not rounded to 16
-    bits, which would make a sum of several worse than one product over all."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    else:
-        total.add_(_wide_product(a, b, total.dtype))
-
-
-def _wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b of 16-bit operands in ``dtype``."""
-    if a.is_cuda and _HAS_OUT_DTYPE:
-        return torch.mm(a, b, out_dtype=dtype)
-    return a.to(dtype) @ b.to(dtype)
+    for part in pieces(len(head), size, gradient.dtype) or [slice(0, 0)]:
+        multiply_into(out, gradient[:, part], head[part], add=part.start > 0)
 
 
 def pieces(columns: int, size: int, dtype: torch.dtype) -> list[slice]:

@@ -48,7 +48,7 @@ def _operations(case, head="frozen", grad=True, hidden_trains=True, backward=Tru
         if backward:
             loss.total.backward(case.upstream)
     events = trace.function_events
-    products = sum(event.name in ("aten::mm", "aten::addmm_") for event in events)
+    products = sum(event.name in ("aten::mm", "aten::addmm") for event in events)
     shapes = [shape for event in events for shape in event.input_shapes or ()]
     return products, max(math.prod(shape) for shape in shapes)
 
