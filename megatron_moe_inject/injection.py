@@ -27,7 +27,7 @@ from megatron_moe_inject.experts.census import parameter_rows
 from megatron_moe_inject.experts.choice import resolve_experts
 from megatron_moe_inject.experts.freeze import FreezePolicy, places
 from megatron_moe_inject.experts.frozen_fp8 import FrozenFp8, drop_transposes
-from megatron_moe_inject.experts.grouped import split_grouped_experts
+from megatron_moe_inject.experts.grouped import train_grouped_experts
 from megatron_moe_inject.experts.native_fp8 import NativeFp8
 from megatron_moe_inject.experts.original import FOLDER, OriginalParameters
 from megatron_moe_inject.experts.pipeline import (
@@ -188,10 +188,10 @@ class Injection:
         return contextlib.nullcontext() if self._fp8 is None else self._fp8.while_building()
 
     def freeze(self, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
-        """``pre_wrap_hooks`` entry: apply the policy to bare chunks, split grouped experts that
-        are frozen in part, and add projections and router rows that train. No collective."""
+        """``pre_wrap_hooks`` entry: apply the policy to bare chunks, let grouped experts that are
+        frozen in part train, and add projections and router rows that train. No collective."""
         self.policy.apply(chunks)
-        split_grouped_experts(chunks)
+        train_grouped_experts(chunks)
         drop_transposes(chunks)
         self.imitation.add_projections(chunks)
         self._rows.add(chunks)

@@ -317,12 +317,6 @@ def _train_lines(plan: Plan) -> list[str]:
     if train.frozen_experts == "fp8":
         origin = "encoded as loaded" if train.fp8_source is None else f"from {train.fp8_source}"
         lines.append(f"frozen experts are kept in FP8 alone, {origin}")
-    precision = None if plan.facts is None else plan.facts.precision
-    if train.experts == "selected" and precision is not None and precision.runs_whole:
-        lines.append(
-            "under delayed scaling a layer of grouped experts runs whole: weight gradients of its "
-            "frozen experts are made and dropped (not with --fp8-recipe tensorwise or blockwise)"
-        )
     if keeps_originals(plan.recipe):
         places = {"device": "on the device", "host": "in host memory"}
         where = places[plan.recipe.objective.retention.originals]

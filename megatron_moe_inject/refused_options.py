@@ -40,14 +40,14 @@ _HYBRID = "builds a hybrid model, whose forward has no output_processor for the 
 GRAPHS = Refusal("cuda_graph_impl", "replays the trained weights where the original should run")
 GRAPHS_OF_LAYERS = Refusal("cuda_graph_impl", "replays layers without the losses on their states")
 _ONE_PARAMETER = "keeps all experts of a layer in one parameter"
-_NOT_SPLIT = "runs a layer's grouped experts in one piece"
+_OWN_GRADIENTS = "makes the weight gradients of a layer's grouped experts all at once"
 NO_PARTS = (
     Refusal("moe_single_grouped_weight", _ONE_PARAMETER),
-    Refusal("use_transformer_engine_op_fuser", _NOT_SPLIT),
-    Refusal("delay_wgrad_compute", _NOT_SPLIT),
-    Refusal("overlap_dispatch_backward_with_experts_wgrad", _NOT_SPLIT),
-    Refusal("moe_paged_stash", _NOT_SPLIT),
-    Refusal("te_precision_config_file", "names modules that a split layer does not run"),
+    Refusal("use_transformer_engine_op_fuser", _OWN_GRADIENTS),
+    Refusal("delay_wgrad_compute", _OWN_GRADIENTS),
+    Refusal("overlap_dispatch_backward_with_experts_wgrad", _OWN_GRADIENTS),
+    Refusal("moe_paged_stash", "keeps the rows of a layer's grouped experts all together"),
+    Refusal("te_precision_config_file", "gives single layers precisions of their own"),
 )
 _COMBINE = "cannot combine the outputs of some experts a second time"
 NO_SECOND_COMBINE = (

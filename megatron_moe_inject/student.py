@@ -66,8 +66,8 @@ class PrecisionFacts:
     grouped_gemm: bool = False
 
     @property
-    def runs_whole(self) -> bool:
-        """Whether a layer's grouped experts run in one piece, see ``experts/grouped_whole.py``."""
+    def groups_with_histories(self) -> bool:
+        """Whether grouped experts carry histories of what they have seen, by delayed scaling."""
         return self.grouped_gemm and self.fp8 is not None and self.fp8_recipe == "delayed"
 
 
@@ -225,7 +225,7 @@ def check_recipe(recipe: Recipe, facts: StudentFacts) -> None:
                     "some of them; remove it, or train all experts",
                     option.flag,
                 )
-        if facts.precision.runs_whole and FP8_PARAMETERS.matches(facts.options):
+        if facts.precision.groups_with_histories and FP8_PARAMETERS.matches(facts.options):
             raise RecipeError(
                 f"{FP8_PARAMETERS.flag}: with --fp8-recipe delayed and train.experts: selected "
                 "nobody has verified parameters that are kept in FP8; remove it, or use another "

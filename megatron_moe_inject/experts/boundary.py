@@ -4,7 +4,8 @@ All ranks must agree on it. When one expert-parallel rank holds trainable expert
 does not, autograd would enter the all-to-all of the backward on the first and not on the
 second, and the job hangs. So the lowest trainable layer of *any* rank is taken, and on every
 rank the input of that layer requires grad, or, where only experts train in it, what its experts
-put out: then neither its attention nor its frozen experts run a backward.
+put out: then neither its attention nor its frozen experts run a backward (but under delayed FP8
+scaling, see ``_starts_at_experts``).
 
 The transformer block that holds the boundary runs in two parts, both by its own stock forward:
 the layers below, without recompute and without a graph, and the layers above, with whatever
@@ -31,7 +32,6 @@ import torch.distributed as dist
 from megatron.core.fp8_utils import get_fp8_context
 
 from megatron_moe_inject.experts.freeze import decoder_layers, first_trainable_layer
-from megatron_moe_inject.experts.grouped_whole import keeps_histories
 from megatron_moe_inject.typed import RecipeError
 
 _OFFLOADING = ("cpu_offloading", "fine_grained_activation_offloading")
@@ -143,9 +143,14 @@ def _part(block: torch.nn.Module, layers: slice) -> torch.nn.Module:
     return part
 
 
+def _keeps_histories(config: Any) -> bool:
+    """Whether FP8 modules carry histories of what they have seen, by delayed scaling."""
+    return bool(config.fp8) and config.fp8_recipe == "delayed"
+
+
 def _one_fp8_region(config: Any) -> AbstractContextManager:
     """Delayed scaling updates its histories when the outermost region of a forward ends: once."""
-    if keeps_histories(config):
+    if _keeps_histories(config):
         return get_fp8_context(config)
     return nullcontext()
 
@@ -161,14 +166,17 @@ def _run_without_graphs(layer: torch.nn.Module) -> None:
 def _starts_at_experts(layer: torch.nn.Module) -> bool:
     """Whether the graph may start at what the layer's experts put out.
 
-    The same on all ranks of a stage: what they do not share are experts alone.
+    The same on all ranks of a stage: what they do not share are experts alone. Not under delayed
+    scaling: Transformer Engine reduces histories over ranks in the backward pass of the first FP8
+    module that has a graph. Were that an expert on one rank and a module of the next layer on
+    another, the all-to-all between both would wait for ever.
     """
     config = layer.config
     graphs = getattr(config, "cuda_graph_impl", None) or "none"
     recomputed = config.recompute_granularity
     if recomputed == "selective" and set(config.recompute_modules or ()) <= {"core_attn"}:
         recomputed = None
-    if recomputed or graphs != "none":
+    if recomputed or graphs != "none" or _keeps_histories(config):
         return False
     experts = getattr(layer.mlp, "experts", None)
     trained = {parameter for parameter in layer.parameters() if parameter.requires_grad}

@@ -1,13 +1,14 @@
 """Grouped GEMM with some experts of a layer frozen.
 
 Transformer Engine's ``GroupedLinear`` asks its first weight alone whether weight gradients are
-wanted, so mixed ``requires_grad`` flags train nothing, or everything. Here a layer whose local
-experts are mixed runs as two grouped MLPs, one of the frozen and one of the trainable experts,
-each with grouped GEMMs of its own. The stock module stays where it is and goes on owning every
-parameter: names, order, DDP buffers and checkpoints are those of stock Megatron, and the two
-groups, which are no submodules of anything, hold references to its parameters. Beside the extra
-kernel launches the price is one copy of the rows in and one out. Under delayed FP8 scaling the
-module runs in one piece instead (``grouped_whole.py``).
+wanted, so mixed ``requires_grad`` flags train nothing, or everything. A layer whose local experts
+are mixed runs in one piece, with weight gradients of its own (``grouped_whole.py``), unless some of
+its weights are FP8 tensors: TE asks the first weight about that, too. Then it runs as two grouped
+MLPs, one of the frozen and one of the trainable experts, each with grouped GEMMs of its own. The
+stock module stays where it is and goes on owning every parameter: names, order, DDP buffers and
+checkpoints are those of stock Megatron, and the two groups, which are no submodules of anything,
+hold references to its parameters. Beside the extra kernel launches the price is one copy of the
+rows in and one out.
 
 Shapes: m rows (tokens times top-k on this rank), h hidden, E_l local experts.
 """
@@ -20,16 +21,17 @@ from typing import Any
 import torch
 
 from megatron_moe_inject import compat
+from megatron_moe_inject.experts.fp8_weights import is_fp8
 from megatron_moe_inject.experts.freeze import decoder_layers, grouped_linears, local_weights
-from megatron_moe_inject.experts.grouped_whole import keeps_histories, train_whole
+from megatron_moe_inject.experts.grouped_whole import train_whole
 from megatron_moe_inject.rng import untouched_rng
 
 
-def split_grouped_experts(chunks: Sequence[torch.nn.Module]) -> int:
+def train_grouped_experts(chunks: Sequence[torch.nn.Module]) -> int:
     """Let every layer with frozen and trainable local experts in one grouped MLP train the latter.
 
-    It runs as two, or under delayed FP8 scaling whole. Must run after ``requires_grad`` is set and
-    before DDP. No collective; the student's random number generators are as before.
+    Must run after ``requires_grad`` is set and before DDP. No collective; the student's random
+    number generators are as before.
 
     Returns:
         How many such layers this rank has.
@@ -38,15 +40,16 @@ def split_grouped_experts(chunks: Sequence[torch.nn.Module]) -> int:
     for chunk in chunks:
         for layer in decoder_layers(chunk):
             experts = getattr(layer.mlp, "experts", None)
-            if experts is None or not grouped_linears(experts):
+            linears = [] if experts is None else grouped_linears(experts)
+            if not linears:
                 continue
-            trains = [weight.requires_grad for weight in local_weights(experts.linear_fc1)]
+            trains = [weight.requires_grad for weight in local_weights(linears[0])]
             if not any(trains) or all(trains):
                 continue
-            if keeps_histories(layer.config):
-                train_whole(experts)
-            else:
+            if any(is_fp8(weight) for linear in linears for weight in local_weights(linear)):
                 SplitExperts(layer.mlp, trains, compat.process_groups(chunk))
+            else:
+                train_whole(experts)
             count += 1
     return count
 

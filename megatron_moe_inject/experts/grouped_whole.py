@@ -1,52 +1,139 @@
-"""Grouped GEMM in one piece with some experts of a layer frozen, for delayed FP8 scaling.
+"""Grouped GEMM in one piece with some experts of a layer frozen.
 
-With delayed scaling a grouped linear layer carries a history of amaxes for each of its experts, and
-Transformer Engine reduces the histories of all layers of a rank as one tensor. Two groups in its
-place (``grouped.py``) would keep other histories than checkpoints hold, in another order on every
-rank. So here the stock module runs whole, with the histories of stock Megatron, and is only led to
-make weight gradients: it asks its first weight alone whether they are wanted. Those of frozen
-experts are dropped by autograd as soon as they are made. That costs the products that make them
-(a third of the frozen experts' training products) and room for one layer's gradients meanwhile.
+Transformer Engine's ``GroupedLinear`` asks its first weight alone whether weight gradients are
+wanted. Here it never makes any: to it all experts of the layer are frozen, so one grouped GEMM goes
+forward and one back to the rows, with the quantised weights and, under delayed FP8 scaling, the
+histories of stock Megatron. The weight gradients of the experts that train are products of their
+own behind it, from their rows of the input, of which copies are kept: in bf16 also where the layer
+multiplies in FP8, whose weight gradients would be of quantised rows. Nothing is kept or made for
+frozen experts.
+
+Shapes: m rows (tokens times top-k on this rank), n inputs, k outputs of a linear layer.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from megatron_moe_inject.accumulate import multiply_into, placeholder
 from megatron_moe_inject.experts.freeze import grouped_linears
 
-FIRST = "weight0"
-
-
-def keeps_histories(config: Any) -> bool:
-    """Whether FP8 modules carry histories of what they have seen, by delayed scaling."""
-    return bool(config.fp8) and config.fp8_recipe == "delayed"
+KINDS = ("weight", "bias")
 
 
 def train_whole(experts: torch.nn.Module) -> None:
-    """Let a grouped MLP make the weight gradients of the experts that train, and of all others.
+    """Let a grouped MLP make the gradients of those of its experts that train.
 
     Must run after ``requires_grad`` is set. Parameters, their names and their order stay as they
-    are. Fused accumulation into ``main_grad`` is switched off for these layers, since frozen
-    experts have none; DDP then adds what autograd hands on.
+    are. Weight gradients are added to ``main_grad`` in the product where the layer's
+    ``fuse_wgrad_accumulation`` says so.
     """
     for linear in grouped_linears(experts):
-        linear.fuse_wgrad_accumulation = False
-        if not linear._parameters[FIRST].requires_grad:
-            linear.register_forward_pre_hook(_show_first_weight)
-            linear.register_forward_hook(_hide_first_weight, always_call=True)
+        recomputed = linear is experts.linear_fc2 and getattr(experts, "activation_recompute", False)
+        _GradientsOfSome(linear, recomputed)
 
 
-def _show_first_weight(linear: torch.nn.Module, args: tuple) -> None:
-    """Inside the forward pass ``weight0`` is the same values as a leaf that wants a gradient.
+class _GradientsOfSome:
+    """Hooks of one grouped linear layer.
 
-    An attribute of the instance comes before the registered parameter, which stays registered.
+    Args:
+        linear: ``[m, n]`` rows and the number of each expert's to ``[m, k]``.
+        recomputed: Megatron drops the input after the forward pass and makes it again, in the same
+            storage, before the backward pass of the layer. Then no copy is kept.
     """
-    if torch.is_grad_enabled():
-        linear.__dict__[FIRST] = linear._parameters[FIRST].detach().requires_grad_()
+
+    def __init__(self, linear: torch.nn.Module, recomputed: bool) -> None:
+        self._recomputed = recomputed
+        kinds = KINDS if _adds_bias(linear) else KINDS[:1]
+        self._names = [
+            (expert, kind, f"{kind}{expert}")
+            for expert in range(linear.num_gemms)
+            for kind in kinds
+            if linear._parameters[f"{kind}{expert}"].requires_grad
+        ]
+        linear.register_forward_pre_hook(self._freeze)
+        linear.register_forward_hook(self._follow, always_call=True)
+
+    def _freeze(self, linear: torch.nn.Module, args: tuple) -> None:
+        """An attribute of the instance comes before the registered parameter, which stays."""
+        if torch.is_grad_enabled():
+            for _, _, name in self._names:
+                linear.__dict__[name] = linear._parameters[name].detach()
+
+    def _follow(self, linear: torch.nn.Module, args: tuple, output: Any) -> Any:
+        for _, _, name in self._names:
+            linear.__dict__.pop(name, None)
+        if output is None or not torch.is_grad_enabled():  # None: it raised
+            return None
+        rows, counts = args[:2]
+        ends = list(itertools.accumulate(counts))
+        wanted = [
+            _Wanted(slice(ends[expert] - counts[expert], ends[expert]), kind)
+            for expert, kind, _ in self._names
+        ]
+        result, bias = output
+        result = _AddGradients.apply(
+            result, rows.detach(), wanted, self._recomputed,
+            getattr(linear, "fuse_wgrad_accumulation", False),
+            *(linear._parameters[name] for _, _, name in self._names),
+        )  # fmt: skip
+        return result, bias
 
 
-def _hide_first_weight(linear: torch.nn.Module, args: tuple, output: Any) -> None:
-    linear.__dict__.pop(FIRST, None)
+def _adds_bias(linear: torch.nn.Module) -> bool:
+    """Whether the layer adds its biases itself; else it returns them and autograd sees them."""
+    return getattr(linear, "apply_bias", False)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """The rows of one expert, and of what a gradient is wanted."""
+
+    rows: slice
+    kind: str
+
+
+class _AddGradients(torch.autograd.Function):
+    """Identity on a layer's output ``[m, k]``, whose backward pass makes parameters' gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        output: Tensor,
+        rows: Tensor,
+        wanted: Sequence[_Wanted],
+        recomputed: bool,
+        accumulate_main_grad: bool,
+        *parameters: torch.nn.Parameter,
+    ) -> Tensor:
+        ctx.wanted, ctx.parameters, ctx.fused = wanted, parameters, accumulate_main_grad
+        kept = [rows[one.rows] for one in wanted if one.kind == "weight"]
+        if not recomputed:
+            kept = [part.to(output.dtype, copy=True) for part in kept]
+        ctx.save_for_backward(*kept)
+        return output.view_as(output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        kept = iter(ctx.saved_tensors)
+        gradients: list[Tensor | None] = []
+        for one, parameter in zip(ctx.wanted, ctx.parameters, strict=True):
+            part = grad[one.rows]
+            if one.kind == "bias":
+                gradients.append(part.sum(0))
+                continue
+            rows = next(kept).to(grad.dtype)
+            if ctx.fused:
+                multiply_into(parameter.main_grad, part.t(), rows)
+                gradients.append(placeholder(parameter))
+            else:
+                gradients.append(part.t() @ rows)
+        return grad, *[None] * 4, *gradients

@@ -50,6 +50,7 @@ FEATURES = {
 }
 DISTRIBUTED = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
 RECOMPUTE = ("--recompute-granularity", "selective", "--recompute-modules", "moe")
+RECOMPUTE_ACTIVATIONS = (*RECOMPUTE[:-1], "moe_act")
 RECOMPUTE_ALL = (
     *("--recompute-granularity", "full", "--recompute-method", "uniform"),
     *("--recompute-num-layers", "1"),
@@ -115,6 +116,7 @@ def runs(tmp_path_factory) -> Runs:
     runs.inject("fp8 parameters", *BF16, *gather, recipe=RECIPE)
     runs.inject("distributed optimizer", *BF16, *DISTRIBUTED, recipe=RECIPE)
     runs.inject("recompute", *BF16, *RECOMPUTE, recipe=RECIPE)
+    runs.inject("recomputed activations", *BF16, *RECOMPUTE_ACTIVATIONS, recipe=RECIPE)
     runs.inject("full recompute", *BF16, *RECOMPUTE_ALL, recipe=RECIPE)
     one_by_one = tuple(f for f in BF16 if f != "--moe-grouped-gemm")
     runs.inject("one by one", *one_by_one, recipe=RECIPE)
@@ -155,6 +157,9 @@ def runs(tmp_path_factory) -> Runs:
         "delayed resumed", *delayed, *on, recipe=RECIPE, student=False, after="delayed half",
         env={"NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE": "1"},
     )  # fmt: skip
+    last = RECIPE.replace("[0, 3]", "[3]")
+    runs.inject("delayed, last expert", *delayed, recipe=last)
+    runs.inject_by_two("two ep, delayed, last expert", *delayed, *EP2, recipe=last)
     torch_rows = ("--inject-set", *FEATURES["gamma"], "objective.kernels=torch")
     runs.inject("gamma, torch rows", *BF16, *torch_rows, recipe=RECIPE)
     runs.inject("head, torch rows", *BF16, *head, "objective.kernels=torch", recipe=RECIPE)
@@ -211,7 +216,11 @@ def test_bf16_with_and_without_te_is_near_fp32(runs, name, term):
 
 
 @pytest.mark.parametrize(
-    "name", ["one by one", "distributed optimizer", "recompute", "full recompute"]
+    "name",
+    [
+        *("one by one", "distributed optimizer"),
+        *("recompute", "recomputed activations", "full recompute"),
+    ],
 )
 def test_one_curve(runs, name):
     assert losses(runs, name) == pytest.approx(losses(runs, "bf16"), rel=3e-3)
@@ -322,6 +331,13 @@ def test_two_processes(runs, name):
         near = pytest.approx(losses(runs, other, term), rel=3e-3)
         assert losses(runs, name, term) == near, term
     assert PROVEN.search(runs[name].output)
+
+
+def test_delayed_scaling_where_one_process_alone_trains_the_lowest_experts(runs):
+    """All processes must reduce their histories at the same place of the backward pass."""
+    two, one = "two ep, delayed, last expert", "delayed, last expert"
+    assert losses(runs, two) == pytest.approx(losses(runs, one), rel=3e-3)
+    assert PROVEN.search(runs[two].output)
 
 
 @pytest.mark.parametrize("name", FP8)

@@ -5,7 +5,6 @@ import os
 
 from megatron_moe_inject import gpt_entry, injection, student
 from megatron_moe_inject.cpu_lane import flags
-from megatron_moe_inject.experts import grouped
 from tests import fp8_tensor, grouped_linear
 
 
@@ -23,11 +22,8 @@ def take_for_an_fp8_student() -> None:
 
 
 if __name__ == "__main__":
-    if os.environ.get("TESTS_DO_NOT_SPLIT"):
-        injection.split_grouped_experts = lambda chunks: 0
-    if os.environ.get("TESTS_RUN_WHOLE"):
-        grouped.keeps_histories = lambda config: True
-        grouped.SplitExperts = None  # a layer that is split all the same ends the run
+    if os.environ.get("TESTS_STOCK_GROUPS"):
+        injection.train_grouped_experts = lambda chunks: 0
     take_for_an_fp8_student()
     flags._REFUSED.pop("moe_grouped_gemm")
     grouped_linear.use_for_grouped_gemm()

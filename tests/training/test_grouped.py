@@ -54,34 +54,18 @@ def test_the_curve_is_that_of_one_module_per_expert(material, sequential, nproc,
     assert PROVEN.search(run.output)
 
 
-@pytest.mark.parametrize(
-    ("nproc", "layout", "extra"),
-    [
-        pytest.param(1, {}, ("--recompute-granularity", "selective", "--recompute-modules", "moe")),
-        pytest.param(2, {"ep": 2}, tuple(lane.DISTRIBUTED_OPTIMIZER)),
-    ],
-    ids=["recompute", "ep2"],
-)
-def test_the_same_in_one_piece(material, sequential, nproc, layout, extra):
-    """As under delayed FP8 scaling; expert 0, which TE asks, is frozen in one layer of two."""
-    run = grouped(material, *extra, nproc=nproc, env={"TESTS_RUN_WHOLE": "1"}, **layout)
-    for term in TERMS:
-        assert run.losses(term) == pytest.approx(sequential.losses(term), rel=2e-5), term
-    assert PROVEN.search(run.output)
-
-
 def test_flags_alone_would_train_nothing(material):
-    """Why layers are split: the stand-in, like the original, asks the first weight alone."""
+    """The stand-in, like the original, asks the first weight alone."""
     first_frozen = RECIPE  # expert 3 of 4, so that weight 0 is frozen
-    split = grouped(material, recipe=first_frozen)
+    ours = grouped(material, recipe=first_frozen)
     plain = inject(material, first_frozen)
-    assert split.losses("lm loss")[-1] == pytest.approx(plain.losses("lm loss")[-1], rel=2e-5)
-    unsplit = lane.run(
+    assert ours.losses("lm loss")[-1] == pytest.approx(plain.losses("lm loss")[-1], rel=2e-5)
+    stock = lane.run(
         material.flags(*("--inject-recipe", recipe_file(material, first_frozen)), *GROUPED),
         script=SCRIPT,
-        env={"TESTS_DO_NOT_SPLIT": "1"},
+        env={"TESTS_STOCK_GROUPS": "1"},
     )
-    assert unsplit.losses("lm loss")[-1] != pytest.approx(plain.losses("lm loss")[-1], rel=1e-3)
+    assert stock.losses("lm loss")[-1] != pytest.approx(plain.losses("lm loss")[-1], rel=1e-3)
 
 
 def test_checkpoints_are_exchangeable_with_one_module_per_expert(material, tmp_path):

@@ -151,6 +151,27 @@ def test_delayed_scaling_sees_one_region(monkeypatch):
     assert len(entered) == 1
 
 
+@pytest.mark.parametrize(
+    ("options", "starts"),
+    [
+        ({}, True),
+        ({"fp8": "e4m3", "fp8_recipe": "blockwise"}, True),
+        ({"fp8": "hybrid"}, False),
+        ({"recompute_granularity": "selective"}, False),
+    ],
+)
+def test_the_graph_starts_at_experts_where_all_ranks_can(options, starts):
+    """Under delayed scaling they must agree on the first FP8 module that has a graph."""
+    layer = torch.nn.Module()
+    layer.attention = torch.nn.Linear(2, 2).requires_grad_(False)
+    layer.mlp = torch.nn.Module()
+    layer.mlp.experts = torch.nn.Linear(2, 2)
+    layer.config = config(recompute_modules=["moe"], **{"recompute_granularity": None} | options)
+    assert module._starts_at_experts(layer) == starts
+    layer.attention.requires_grad_(True)
+    assert not module._starts_at_experts(layer)
+
+
 class Manager(torch.nn.Module):
     """Like Megatron's ``CudaGraphManager``: in the place of a layer's forward or of a method."""
 

@@ -1,61 +1,192 @@
-"""A grouped linear layer that is led to make weight gradients though its first weight is frozen."""
-
-from types import SimpleNamespace
+"""A grouped linear layer that thinks its experts frozen, and the gradients of those that are not."""
 
 import pytest
 import torch
 
-from megatron_moe_inject.experts.grouped_whole import keeps_histories, train_whole
+from megatron_moe_inject.experts.grouped_whole import train_whole
+
+COUNTS = [3, 0, 2, 4, 1]
+INPUTS, OUTPUTS = 6, 4
+
+
+def normal(*shape, seed, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+class Product(torch.autograd.Function):
+    """As TE's: the first weight alone decides whether there are weight gradients."""
+
+    @staticmethod
+    def forward(ctx, rows, counts, *weights):
+        ctx.save_for_backward(rows, *weights)
+        ctx.counts, ctx.wanted = counts, weights[0].requires_grad
+        parts = zip(rows.split(counts), weights, strict=True)
+        return torch.cat([part @ weight.t() for part, weight in parts])
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, *weights = ctx.saved_tensors
+        parts = list(zip(grad.split(ctx.counts), rows.split(ctx.counts), weights, strict=True))
+        to_weights = [g.t() @ r if ctx.wanted else None for g, r, _ in parts]
+        return torch.cat([g @ w for g, _, w in parts]), None, *to_weights
 
 
 class Linear(torch.nn.Module):
-    """Two experts ``[n, n]``; like TE's, asks its first weight, and may fail inside."""
+    """``bias``: None, "added" inside or "returned"."""
 
-    def __init__(self, first_trains):
+    def __init__(self, trains, bias=None, dtype=torch.float64):
         super().__init__()
-        self.num_gemms, self.fuse_wgrad_accumulation, self.asked = 2, True, []
-        for i, trains in enumerate((first_trains, True)):
-            self.register_parameter(f"weight{i}", torch.nn.Parameter(torch.eye(3), trains))
+        self.num_gemms, self.asked, self.fails = len(COUNTS), [], False
+        self.apply_bias, self.bias = bias == "added", bias
+        for i in range(self.num_gemms):
+            weight = normal(OUTPUTS, INPUTS, seed=i, dtype=dtype)
+            self.register_parameter(f"weight{i}", torch.nn.Parameter(weight, i in trains))
+            if bias:
+                value = normal(OUTPUTS, seed=20 + i, dtype=dtype)
+                self.register_parameter(f"bias{i}", torch.nn.Parameter(value, i in trains))
 
-    def forward(self, rows, fail=False):
-        self.asked.append(self.weight0.requires_grad)
-        if fail:
+    def forward(self, rows, counts):
+        weights = [getattr(self, f"weight{i}") for i in range(self.num_gemms)]
+        self.asked.append([weight.requires_grad for weight in weights])
+        if self.fails:
             raise ZeroDivisionError
-        return rows @ self.weight0 + rows @ self.weight1
+        out = Product.apply(rows, counts, *weights)
+        biases = [getattr(self, f"bias{i}") for i in range(self.num_gemms)] if self.bias else None
+        if self.apply_bias:
+            out = out + torch.cat([b.expand(n, -1) for n, b in zip(counts, biases, strict=True)])
+        return out, biases if self.bias == "returned" else None
 
 
-def experts(first_trains):
-    layers = {name: Linear(first_trains) for name in ("linear_fc1", "linear_fc2")}
-    whole = torch.nn.ModuleDict(layers)
-    for name, layer in layers.items():
-        setattr(whole, name, layer)
-    train_whole(whole)
-    return layers
+def experts(*trains, recomputed=False, **options):
+    """A grouped MLP with one and the same kind of layer in both places."""
+    mlp = torch.nn.Module()
+    mlp.linear_fc1, mlp.linear_fc2 = Linear(trains, **options), Linear(trains, **options)
+    mlp.activation_recompute = recomputed
+    train_whole(mlp)
+    return mlp
 
 
-@pytest.mark.parametrize("first_trains", [False, True])
-def test_the_first_weight_wants_a_gradient_inside_alone(first_trains):
-    for layer in experts(first_trains).values():
-        stock = dict(layer.named_parameters())
-        rows = torch.ones(2, 3)
-        layer(rows).sum().backward()
-        with torch.no_grad():
-            layer(rows)
-        with pytest.raises(ZeroDivisionError):
-            layer(rows, fail=True)
-        assert layer.asked == [True, first_trains, True]
-        assert "weight0" not in vars(layer)
-        assert layer.weight0 is stock["weight0"]
-        assert layer.weight0.requires_grad == first_trains
-        assert (layer.weight0.grad is None) == (not first_trains)
-        assert layer.weight1.grad is not None
-        assert not layer.fuse_wgrad_accumulation, "frozen weights have no main_grad to add to"
-        assert list(layer.state_dict()) == ["weight0", "weight1"]
+def by_autograd(layer, rows, upstream):
+    """Gradients by name, "rows" among them, with every parameter a leaf of a plain product."""
+    leaves = {n: p.detach().clone().requires_grad_() for n, p in layer.named_parameters()}
+    leaves["rows"] = rows = rows.detach().clone().requires_grad_()
+    total = 0
+    for i, (part, up) in enumerate(zip(rows.split(COUNTS), upstream.split(COUNTS), strict=True)):
+        out = part @ leaves[f"weight{i}"].t()
+        total = total + ((out + leaves[f"bias{i}"] if layer.bias else out) * up).sum()
+    return dict(zip(leaves, torch.autograd.grad(total, leaves.values()), strict=True))
 
 
-@pytest.mark.parametrize(
-    ("fp8", "recipe", "kept"),
-    [("hybrid", "delayed", True), ("e4m3", "blockwise", False), (None, "delayed", False)],
-)
-def test_which_scaling_keeps_histories(fp8, recipe, kept):
-    assert keeps_histories(SimpleNamespace(fp8=fp8, fp8_recipe=recipe)) == kept
+@pytest.mark.parametrize("bias", [None, "added"])
+@pytest.mark.parametrize("rows_train", [True, False])
+@pytest.mark.parametrize("trains", [(0, 3), (1, 2), (4,)])
+def test_gradients_of_what_trains_and_of_nothing_else(trains, rows_train, bias):
+    layer = experts(*trains, bias=bias).linear_fc1
+    rows = normal(sum(COUNTS), INPUTS, seed=30).requires_grad_(rows_train)
+    upstream = normal(sum(COUNTS), OUTPUTS, seed=31)
+    out, returned = layer(rows, COUNTS)
+    assert returned is None
+    (2 * out).backward(upstream)
+    wanted = by_autograd(layer, rows, 2 * upstream)
+    for name, parameter in layer.named_parameters():
+        if int(name[-1]) in trains:
+            torch.testing.assert_close(parameter.grad, wanted[name])
+        else:
+            assert parameter.grad is None, name
+    if rows_train:
+        torch.testing.assert_close(rows.grad, wanted["rows"])
+
+
+def test_biases_that_the_layer_returns_are_left_to_autograd():
+    layer = experts(2, bias="returned").linear_fc2
+    out, biases = layer(normal(sum(COUNTS), INPUTS, seed=30), COUNTS)
+    assert [bias is layer._parameters[f"bias{i}"] for i, bias in enumerate(biases)] == [True] * 5
+    (out.sum() + biases[2].sum()).backward()
+    assert torch.equal(layer.bias2.grad, torch.ones(OUTPUTS, dtype=torch.float64))
+    assert layer.weight2.grad is not None
+
+
+def test_the_layer_sees_frozen_weights_and_keeps_its_parameters():
+    layer = experts(0, 3).linear_fc1
+    stock = dict(layer.named_parameters())
+    rows = normal(sum(COUNTS), INPUTS, seed=30)
+    layer(rows, COUNTS)
+    layer.fails = True
+    with pytest.raises(ZeroDivisionError):
+        layer(rows, COUNTS)
+    layer.fails = False
+    with torch.no_grad():
+        out, _ = layer(rows, COUNTS)
+    assert out.grad_fn is None
+    assert layer.asked[:2] == [[False] * 5] * 2
+    assert not [name for name in vars(layer) if name.startswith("weight")]
+    assert dict(layer.named_parameters()) == stock
+    assert list(layer.state_dict()) == [f"weight{i}" for i in range(5)]
+    assert [p.requires_grad for p in layer.parameters()] == [True, False, False, True, False]
+
+
+@pytest.mark.parametrize("under_ddp", [True, False])
+def test_gradients_accumulate_in_main_grad(under_ddp):
+    """Two micro-batches; a product in bf16 is not rounded before it is added in float32."""
+    layer = experts(0, 2, dtype=torch.bfloat16).linear_fc1
+    layer.fuse_wgrad_accumulation = True
+    weights = {0: layer.weight0, 2: layer.weight2}
+    for weight in weights.values():
+        weight.main_grad = torch.full(weight.shape, 0.25)
+        if under_ddp:
+            weight.grad_added_to_main_grad = False
+    expected = {i: torch.full((OUTPUTS, INPUTS), 0.25, dtype=torch.float64) for i in weights}
+    for step in range(2):
+        rows = normal(sum(COUNTS), INPUTS, seed=30 + step, dtype=torch.bfloat16)
+        upstream = normal(sum(COUNTS), OUTPUTS, seed=40 + step, dtype=torch.bfloat16)
+        out, _ = layer(rows, COUNTS)
+        out.backward(upstream)
+        for i in weights:
+            part = upstream.split(COUNTS)[i], rows.split(COUNTS)[i]
+            expected[i] += part[0].double().t() @ part[1].double()
+    for i, weight in weights.items():
+        torch.testing.assert_close(weight.main_grad.double(), expected[i], rtol=1e-6, atol=1e-6)
+        assert getattr(weight, "grad_added_to_main_grad", False) == under_ddp
+        assert (weight.grad is None) != under_ddp, "DDP's hook fires on a placeholder"
+
+
+def _kept(layer, rows):
+    """The storages of what is kept beyond weights, from the layer's own gradients."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        layer(rows, COUNTS)
+    return [t for t in kept if t.shape[-1] == INPUTS and t.shape[0] not in (OUTPUTS, len(rows))]
+
+
+def test_copies_are_kept_of_the_rows_of_what_trains_alone():
+    mlp = experts(0, 2, recomputed=True)
+    rows = normal(sum(COUNTS), INPUTS, seed=30)
+    mine = rows.untyped_storage().data_ptr()
+    for layer, shares in ((mlp.linear_fc1, False), (mlp.linear_fc2, True)):
+        kept = _kept(layer, rows)
+        assert [len(part) for part in kept] == [3, 2]
+        assert [part.untyped_storage().data_ptr() == mine for part in kept] == [shares] * 2
+        assert shares or all(part.untyped_storage().nbytes() == part.nbytes for part in kept)
+    assert not any(
+        part.untyped_storage().data_ptr() == mine
+        for part in _kept(experts(0, 2).linear_fc2, rows)
+    )
+
+
+def test_what_is_made_again_before_the_backward_pass_is_read_then():
+    """Megatron empties the storage of the activation's output and fills it again."""
+    layer = experts(2, recomputed=True).linear_fc2
+    rows = normal(sum(COUNTS), INPUTS, seed=30)
+    upstream = normal(sum(COUNTS), OUTPUTS, seed=31)
+    out, _ = layer(rows, COUNTS)
+    again, size = rows.clone(), rows.untyped_storage().nbytes()
+    rows.untyped_storage().resize_(0)
+
+    def fill(grad):
+        rows.untyped_storage().resize_(size)
+        rows.untyped_storage().copy_(again.untyped_storage())
+
+    out.register_hook(fill)
+    out.backward(upstream)
+    expected = upstream.split(COUNTS)[2].t() @ again.split(COUNTS)[2]
+    torch.testing.assert_close(layer.weight2.grad, expected)

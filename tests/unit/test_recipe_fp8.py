@@ -99,13 +99,3 @@ def test_the_plan_says_how_frozen_experts_are_kept():
     ):
         assert line in render_plan(Plan(frozen_in_fp8(**train)))
     assert "FP8" not in render_plan(Plan(recipe()))
-
-
-def test_the_plan_says_where_delayed_scaling_costs():
-    def text(**changes):
-        return render_plan(Plan(recipe(), facts(precision=dataclasses.replace(DELAYED, **changes))))
-
-    line = "weight gradients of its frozen experts are made and dropped"
-    assert line in text()
-    for changes in ({"fp8_recipe": "tensorwise"}, {"grouped_gemm": False}, {"fp8": None}):
-        assert line not in text(**changes)
