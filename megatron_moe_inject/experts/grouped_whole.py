@@ -35,9 +35,9 @@ def train_whole(experts: torch.nn.Module) -> None:
     are. Weight gradients are added to ``main_grad`` in the product where the layer's
     ``fuse_wgrad_accumulation`` says so.
     """
+    recomputed = getattr(experts, "activation_recompute", False)
     for linear in grouped_linears(experts):
-        recomputed = linear is experts.linear_fc2 and getattr(experts, "activation_recompute", False)
-        _GradientsOfSome(linear, recomputed)
+        _GradientsOfSome(linear, recomputed and linear is experts.linear_fc2)
 
 
 class _GradientsOfSome:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from megatron_moe_inject.experts import fp8_blocks, fp8_weights
+from megatron_moe_inject.experts.grouped_whole import train_whole
 from tests.unit.losses_cases import relative_error
 
 te = pytest.importorskip("transformer_engine.pytorch", reason="needs Transformer Engine")
@@ -59,6 +60,66 @@ def test_grouped_products(name):
     output, gradient, expected, expected_gradient = _run(_grouped(_weights()), RECIPES[name])
     assert relative_error(output, expected) < NEAR[name]
     assert relative_error(gradient, expected_gradient) < NEAR[name]
+
+
+def _some_train(trains, *, fused, bias):
+    """A grouped MLP's first layer, which returns a pair as Megatron's subclass does."""
+
+    class Linear(te.GroupedLinear):
+        def forward(self, rows, counts):
+            return super().forward(rows, counts), None
+
+    experts = torch.nn.Module()
+    for name in ("linear_fc1", "linear_fc2"):
+        linear = Linear(
+            EXPERTS, H, F, bias=bias, params_dtype=torch.bfloat16, fuse_wgrad_accumulation=fused
+        )
+        for i, weight in enumerate(_weights()):
+            getattr(linear, f"weight{i}").data.copy_(weight)
+        for kind in ("weight", "bias")[: 1 + bias]:
+            for i in range(EXPERTS):
+                parameter = getattr(linear, f"{kind}{i}")
+                parameter.requires_grad_(i in trains)
+                if fused and kind == "weight" and i in trains:
+                    parameter.main_grad = torch.ones_like(parameter, dtype=torch.float32)
+                    parameter.grad_added_to_main_grad = False
+        setattr(experts, name, linear)
+    train_whole(experts)
+    return experts.linear_fc1
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", RECIPES)
+def test_weight_gradients_of_some_experts(name, fused, bias):
+    """Those are of bf16 rows and gradients, whatever the layer multiplies in."""
+    trains, counts, recipe = (1, 2), [256, 0, 512, 256], RECIPES[name]
+    linear = _some_train(trains, fused=fused, bias=bias)
+    torch.manual_seed(1)
+    rows = torch.randn(T, H, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    upstream = torch.randn(T, F, device="cuda", dtype=torch.bfloat16)
+    with te.fp8_autocast(enabled=recipe is not None, fp8_recipe=recipe and recipe()):
+        output, _ = linear(rows, counts)
+    output.backward(upstream)
+    parts = zip(upstream.float().split(counts), _weights(), strict=True)
+    assert relative_error(rows.grad, torch.cat([g @ w.float() for g, w in parts])) < NEAR[name]
+    pairs = list(
+        zip(upstream.double().split(counts), rows.detach().double().split(counts), strict=True)
+    )
+    for i in range(EXPERTS):
+        weight = getattr(linear, f"weight{i}")
+        if i not in trains:
+            assert weight.grad is None
+            continue
+        found = weight.main_grad - 1 if fused else weight.grad
+        expected = pairs[i][0].t() @ pairs[i][1]
+        assert relative_error(found, expected) < 5e-3 or not (expected.any() or found.any())
+        if fused:
+            assert weight.grad_added_to_main_grad
+        if bias:
+            torch.testing.assert_close(
+                getattr(linear, f"bias{i}").grad.double(), pairs[i][0].sum(0), rtol=1e-2, atol=1e-1
+            )
 
 
 def test_codes_are_those_of_te():

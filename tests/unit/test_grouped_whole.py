@@ -1,4 +1,4 @@
-"""A grouped linear layer that thinks its experts frozen, and the gradients of those that are not."""
+"""A grouped linear layer to which all experts are frozen, and the gradients of those that train."""
 
 import pytest
 import torch
@@ -168,8 +168,7 @@ def test_copies_are_kept_of_the_rows_of_what_trains_alone():
         assert [part.untyped_storage().data_ptr() == mine for part in kept] == [shares] * 2
         assert shares or all(part.untyped_storage().nbytes() == part.nbytes for part in kept)
     assert not any(
-        part.untyped_storage().data_ptr() == mine
-        for part in _kept(experts(0, 2).linear_fc2, rows)
+        part.untyped_storage().data_ptr() == mine for part in _kept(experts(0, 2).linear_fc2, rows)
     )
 
 
