@@ -198,7 +198,7 @@ def fused_linear_distillation(
     if not weight_gradient:
         upstream_mask = None
     if chunk_tokens is None:
-        summed = upstream_mask is not None
+        summed = weight_gradient and (upstream_mask is not None or not accumulate_main_grad)
         chunk_tokens = default_chunk_tokens(
             student_hidden, student_weight, head_gradient=summed, mixed=committee is not None
         )
@@ -258,8 +258,8 @@ def default_chunk_tokens(
 ) -> int:
     """Tokens per chunk whose logits stay within 64 MiB on a CPU and 512 MiB on a GPU.
 
-    With ``head_gradient``, for a head's gradient that the forward pass sums, also within a quarter
-    of that float32 sum on a CPU and half of it on a GPU if it is more: every chunk reads and writes
+    With ``head_gradient``, for a head's gradient with a sum of its own, also within a quarter of
+    that float32 sum on a CPU and half of it on a GPU if it is more: every chunk reads and writes
     the sum once, so a few large chunks are faster, for memory in proportion to what the gradient
     takes.
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
 import os
 import re
 import shlex
@@ -58,6 +59,8 @@ EXACT = {
 """What ``--deterministic-mode`` wants in the environment."""
 FUSED = {"TESTS_FUSED_WGRAD": "1"}
 """With a stand-in for Apex's kernel, weight gradients are added to ``main_grad`` at once."""
+APEX = ("apex", "amp_C", "fused_weight_gradient_mlp_cuda")
+"""Of Apex, what Megatron imports."""
 MULTI_RANK = 23000
 """The first NCCL version that lets processes share a device."""
 
@@ -116,10 +119,12 @@ class Runs:
         return list(self._runs)
 
     def start(
-        self, name: str, flags: Sequence[str], *, cpu=False, after: str | None = None, **options
-    ) -> None:
+        self, name: str, flags: Sequence[str], *, cpu=False, fused=False, after: str | None = None,
+        **options,
+    ) -> None:  # fmt: skip
         """Start a run on the GPU, or with ``cpu`` on the CPU lane; ``options`` of ``lane.run``.
 
+        ``fused`` accumulates gradients in the products, as ``FUSED`` does, by Apex's own kernel.
         ``after`` names a run that must have ended before.
         """
         wanted = os.environ.get("GPU_RUNS", "")
@@ -130,7 +135,7 @@ class Runs:
         env = {**(ON_CPU if cpu else {}), **options.pop("env", {})}
         if not cpu:  # on a CPU it is the only way; under TE parameters would stay there
             flags = [flag for flag in flags if flag != "--use-cpu-initialization"]
-        if env.items() >= FUSED.items():
+        if env.items() >= FUSED.items() or fused:
             flags = [flag for flag in flags if flag != "--no-gradient-accumulation-fusion"]
         call = functools.partial(lane.run, list(flags), env=env, **where, **options)
         earlier = None if after is None else self._runs[after]
@@ -158,6 +163,14 @@ class Runs:
             )
             return
         self.inject(name, *extra, recipe=recipe, **options)
+
+    def inject_with_apex(self, name: str, *extra: str, recipe: str, **options) -> None:
+        """An injection with gradient accumulation fusion, where Apex and its kernels are."""
+        missing = [package for package in APEX if importlib.util.find_spec(package) is None]
+        if missing:
+            self._left_out[name] = f"needs Apex with its CUDA kernels; missing: {missing}"
+            return
+        self.inject(name, *extra, recipe=recipe, fused=True, **options)
 
     def make_models(self) -> None:
         """Train the student (MoE) and the teacher (dense) for a moment, on the CPU lane.

@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 
-from tests.gpu.runs import BF16, EXACT, FP8, FUSED, Runs
+from tests.gpu.runs import APEX, BF16, EXACT, FP8, FUSED, Runs
 from tests.training.test_injection import PROVEN
 
 pytestmark = [
@@ -100,8 +100,13 @@ def runs(tmp_path_factory) -> Runs:
     runs.inject("cpu", *LOCAL, recipe=RECIPE, cpu=True)
     runs.inject("cpu sgd", *LOCAL, *SGD, recipe=RECIPE, cpu=True)
     runs.inject("fp32 local", *LOCAL, *SGD, recipe=RECIPE, env={"NVIDIA_TF32_OVERRIDE": "0"})
-    alone = (*LOCAL, "--bf16", "--no-masked-softmax-fusion")  # that kernel is Apex's
-    runs.inject("bf16 local", *alone, recipe=RECIPE, env={"TESTS_WITHOUT_TE": "1"})
+    alone = (*LOCAL, "--bf16", "--no-rope-fusion")  # that kernel is TE's
+    bare = {"TESTS_WITHOUT": " ".join(("transformer_engine", *APEX))}
+    runs.inject("bf16 local", *alone, "--no-masked-softmax-fusion", recipe=RECIPE, env=bare)
+    with_apex = {"TESTS_WITHOUT": "transformer_engine"}
+    runs.inject_with_apex("apex local", *alone, recipe=RECIPE, env=with_apex)
+    runs.inject_with_apex("apex", *BF16, recipe=RECIPE)
+    runs.inject_with_apex("apex, head", *BF16, "--inject-set", *HEAD, recipe=RECIPE)
     runs.inject("bf16", *BF16, recipe=RECIPE)
     for name, flags in FP8.items():
         runs.inject(f"fp8 {name}", *BF16, *flags, recipe=RECIPE)
@@ -210,7 +215,7 @@ def test_fp32_is_the_cpu_lane(runs, term):
 
 
 @pytest.mark.parametrize("term", ["lm loss", "kd loss", "total loss"])
-@pytest.mark.parametrize("name", ["bf16", "bf16 local"])
+@pytest.mark.parametrize("name", ["bf16", "bf16 local", "apex local"])
 def test_bf16_with_and_without_te_is_near_fp32(runs, name, term):
     assert losses(runs, name, term) == pytest.approx(losses(runs, "cpu", term), rel=1e-2)
 
@@ -300,6 +305,8 @@ def test_triton_kernels_of_the_loss_change_little(runs, name):
         ("head, accumulation fused", "head"),
         ("fp8 accumulation fused", "fp8 blockwise"),
         ("delayed, accumulation fused", "fp8 delayed"),
+        ("apex", "bf16"),
+        ("apex, head", "head"),
     ],
 )
 def test_gradients_accumulate_in_the_products(runs, fused, plain):

@@ -12,6 +12,7 @@ import atexit
 import functools
 import json
 import os
+import random
 import re
 import shlex
 import socket
@@ -100,10 +101,19 @@ def moe(*extra: str, tp: int = 1, pp: int = 1, ep: int = 1, cp: int = 1) -> list
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """A TCP port that nobody listens on now.
+
+    Below those that Linux gives to whoever asks for any: another process may start to use one of
+    these before the run does that it was found for.
+    """
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with socket.socket() as listener:
+            try:
+                listener.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port
 
 
 def run(
