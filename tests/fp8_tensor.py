@@ -23,6 +23,11 @@ class BlockwiseTensor(torch.Tensor):
         tensor._columnwise_data = None
         return tensor
 
+    @staticmethod
+    def _quantizer(values):
+        encoded = fp8_weights.encode(values, "blockwise")
+        return BlockwiseTensor(encoded.codes.view(torch.uint8), encoded.scales, values.dtype)
+
     def decoded(self) -> torch.Tensor:
         codes = self._rowwise_data.view(fp8_blocks.CODES)
         return fp8_blocks.decode(codes, self._rowwise_scale_inv, self.dtype)

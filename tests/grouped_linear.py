@@ -7,6 +7,7 @@ the checkpoint is laid out (the same as of one module per expert).
 
 from __future__ import annotations
 
+import os
 from functools import partial
 
 import torch
@@ -16,6 +17,7 @@ from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupe
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from megatron_moe_inject.experts.fp8_weights import is_fp8
+from tests.fp8_tensor import BlockwiseTensor
 
 
 class _GroupedProduct(torch.autograd.Function):
@@ -63,6 +65,8 @@ class GroupedLinear(torch.nn.Module):
     def forward(self, rows, splits):
         self.is_first_microbatch = False
         weights = [getattr(self, f"weight{i}") for i in range(self.num_gemms)]
+        if os.environ.get("TESTS_FP8_PRODUCTS"):  # weights rounded, and nothing else
+            weights = [w if is_fp8(w) else BlockwiseTensor._quantizer(w.detach()) for w in weights]
         return _GroupedProduct.apply(rows, splits, *weights), None
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):

@@ -68,6 +68,14 @@ def stored(tensor: torch.Tensor) -> Fp8Weight:
     return Fp8Weight(tensor._data.view(fp8_blocks.CODES), tensor._scale_inv.view(1, 1))
 
 
+def encoded_like(other: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """``values`` as an FP8 tensor of the kind of ``other``, by TE's own quantizer.
+
+    These are the codes by which TE multiplies where it quantises weights itself.
+    """
+    return other._quantizer(values.detach())
+
+
 @torch.no_grad()
 def overwrite(tensor: torch.Tensor, weight: Fp8Weight) -> None:
     """Make an FP8 parameter keep ``weight``, from any device, in the memory that it has."""

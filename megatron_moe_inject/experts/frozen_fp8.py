@@ -178,7 +178,7 @@ def _decode_saved(
 def drop_transposes(chunks: Iterable[torch.nn.Module]) -> None:
     """From now on layers with FP8 experts free the transposed codes after each backward pass.
 
-    Must run after grouped experts were split. No collective.
+    No collective.
     """
     for chunk in chunks:
         for layer in decoder_layers(chunk):

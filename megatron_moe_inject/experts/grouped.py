@@ -1,37 +1,44 @@
 """Grouped GEMM with some experts of a layer frozen.
 
 Transformer Engine's ``GroupedLinear`` asks its first weight alone whether weight gradients are
-wanted, so mixed ``requires_grad`` flags train nothing, or everything. A layer whose local experts
-are mixed runs in one piece, with weight gradients of its own (``grouped_whole.py``), unless some of
-its weights are FP8 tensors: TE asks the first weight about that, too. Then it runs as two grouped
-MLPs, one of the frozen and one of the trainable experts, each with grouped GEMMs of its own. The
-stock module stays where it is and goes on owning every parameter: names, order, DDP buffers and
-checkpoints are those of stock Megatron, and the two groups, which are no submodules of anything,
-hold references to its parameters. Beside the extra kernel launches the price is one copy of the
-rows in and one out.
+wanted, so mixed ``requires_grad`` flags train nothing, or everything. Here it never makes any: to
+it all experts of such a layer are frozen, so one grouped GEMM goes forward and one back to the
+rows, with the quantised weights and, under delayed FP8 scaling, the histories of stock Megatron.
+The weight gradients of the experts that train are products of their own behind it, from their rows
+of the input, of which copies are kept: in bf16 also where the layer multiplies in FP8, whose weight
+gradients would be of quantised rows. Nothing is kept or made for frozen experts.
 
-Shapes: m rows (tokens times top-k on this rank), h hidden, E_l local experts.
+It asks the first weight alone about FP8, too. Where the frozen experts are FP8 tensors
+(``frozen_fp8.py``) it gets the others in FP8 as well, encoded in the first micro-batch of a step,
+as it encodes weights itself.
+
+The stock module goes on owning every parameter: names, order, DDP buffers and checkpoints are those
+of stock Megatron.
+
+Shapes: m rows (tokens times top-k on this rank), n inputs, k outputs of a linear layer.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from megatron_moe_inject import compat
-from megatron_moe_inject.experts.fp8_weights import is_fp8
+from megatron_moe_inject.accumulate import multiply_into, placeholder
+from megatron_moe_inject.experts import fp8_weights
 from megatron_moe_inject.experts.freeze import decoder_layers, grouped_linears, local_weights
-from megatron_moe_inject.experts.grouped_whole import train_whole
-from megatron_moe_inject.rng import untouched_rng
 
 
 def train_grouped_experts(chunks: Sequence[torch.nn.Module]) -> int:
     """Let every layer with frozen and trainable local experts in one grouped MLP train the latter.
 
-    Must run after ``requires_grad`` is set and before DDP. No collective; the student's random
-    number generators are as before.
+    Must run after ``requires_grad`` is set and frozen experts are encoded, and before DDP. No
+    collective.
 
     Returns:
         How many such layers this rank has.
@@ -44,87 +51,129 @@ def train_grouped_experts(chunks: Sequence[torch.nn.Module]) -> int:
             if not linears:
                 continue
             trains = [weight.requires_grad for weight in local_weights(linears[0])]
-            if not any(trains) or all(trains):
-                continue
-            if any(is_fp8(weight) for linear in linears for weight in local_weights(linear)):
-                SplitExperts(layer.mlp, trains, compat.process_groups(chunk))
-            else:
-                train_whole(experts)
-            count += 1
+            if any(trains) and not all(trains):
+                train_some(experts)
+                count += 1
     return count
 
 
-class SplitExperts:
-    """Runs one MoE layer's grouped experts as a frozen and a trainable group.
+def train_some(experts: torch.nn.Module) -> None:
+    """Let a grouped MLP make the gradients of those of its experts that train.
+
+    Weight gradients are added to ``main_grad`` in the product where the layer's
+    ``fuse_wgrad_accumulation`` says so.
+    """
+    recomputed = getattr(experts, "activation_recompute", False)
+    for linear in grouped_linears(experts):
+        _GradientsOfSome(linear, recomputed and linear is experts.linear_fc2)
+
+
+class _GradientsOfSome:
+    """Hooks of one grouped linear layer.
 
     Args:
-        layer: Megatron's ``MoELayer`` with grouped experts.
-        trains: which local experts train, some and not all.
-        groups: the student's ``ProcessGroupCollection``.
+        linear: ``[m, n]`` rows and the number of each expert's to ``[m, k]``.
+        recomputed: Megatron drops the input after the forward pass and makes it again, in the same
+            storage, before the backward pass of the layer. Then no copy is kept.
     """
 
-    def __init__(self, layer: torch.nn.Module, trains: Sequence[bool], groups: Any) -> None:
-        experts = layer.experts
-        self._stock = experts
-        self._ids = [[i for i, t in enumerate(trains) if t == kind] for kind in (False, True)]
-        # Tuples hide the groups from torch's search for submodules.
-        self._groups = tuple(_group(layer, ids, groups) for ids in self._ids)
-        self._place = [0] * len(trains)
-        for position, expert in enumerate(i for ids in self._ids for i in ids):
-            self._place[expert] = position
-        experts.forward = self.forward
+    def __init__(self, linear: torch.nn.Module, recomputed: bool) -> None:
+        self._recomputed = recomputed
+        kinds = ("weight", "bias") if _adds_bias(linear) else ("weight",)
+        self._names = [
+            (expert, kind, f"{kind}{expert}")
+            for expert in range(linear.num_gemms)
+            for kind in kinds
+            if linear._parameters[f"{kind}{expert}"].requires_grad
+        ]
+        weights = local_weights(linear)
+        self._in_fp8 = next((w for w in weights if fp8_weights.is_fp8(w)), None)
+        self._encoded: dict[str, Tensor] = {}
+        linear.register_forward_pre_hook(self._freeze)
+        linear.register_forward_hook(self._follow, always_call=True)
 
+    def _freeze(self, linear: torch.nn.Module, args: tuple) -> None:
+        """An attribute of the instance comes before the registered parameter, which stays."""
+        changed = getattr(linear, "is_first_microbatch", True)
+        if changed or getattr(linear, "disable_parameter_transpose_cache", False):
+            self._encoded.clear()
+        for _, kind, name in self._names:
+            parameter = linear._parameters[name]
+            encodes = kind == "weight" and self._in_fp8 is not None
+            if encodes and not fp8_weights.is_fp8(parameter):
+                if name not in self._encoded:
+                    self._encoded[name] = fp8_weights.encoded_like(self._in_fp8, parameter)
+                linear.__dict__[name] = self._encoded[name]
+            elif torch.is_grad_enabled():
+                linear.__dict__[name] = parameter.detach()
+
+    def _follow(self, linear: torch.nn.Module, args: tuple, output: Any) -> Any:
+        for _, _, name in self._names:
+            linear.__dict__.pop(name, None)
+        if output is None or not torch.is_grad_enabled():  # None: it raised
+            return None
+        rows, counts = args[:2]
+        ends = list(itertools.accumulate(counts))
+        wanted = [
+            _Wanted(slice(ends[expert] - counts[expert], ends[expert]), kind)
+            for expert, kind, _ in self._names
+        ]
+        result, bias = output
+        result = _AddGradients.apply(
+            result, rows.detach(), wanted, self._recomputed,
+            getattr(linear, "fuse_wgrad_accumulation", False),
+            *(linear._parameters[name] for _, _, name in self._names),
+        )  # fmt: skip
+        return result, bias
+
+
+def _adds_bias(linear: torch.nn.Module) -> bool:
+    """Whether the layer adds its biases itself; else it returns them and autograd sees them."""
+    return getattr(linear, "apply_bias", False)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """The rows of one expert, and of what a gradient is wanted."""
+
+    rows: slice
+    kind: str
+
+
+class _AddGradients(torch.autograd.Function):
+    """Identity on a layer's output ``[m, k]``, whose backward pass makes parameters' gradients."""
+
+    @staticmethod
     def forward(
-        self,
-        permuted_local_hidden_states: torch.Tensor,
-        tokens_per_expert: torch.Tensor,
-        permuted_probs: torch.Tensor,
-    ) -> tuple[torch.Tensor, None]:
-        """As the stock module's: ``[m, h]`` rows in the order of local experts, ``[E_l]``, ``[m]``.
+        ctx: Any,
+        output: Tensor,
+        rows: Tensor,
+        wanted: Sequence[_Wanted],
+        recomputed: bool,
+        accumulate_main_grad: bool,
+        *parameters: torch.nn.Parameter,
+    ) -> Tensor:
+        ctx.wanted, ctx.parameters, ctx.fused = wanted, parameters, accumulate_main_grad
+        kept = [rows[one.rows] for one in wanted if one.kind == "weight"]
+        if not recomputed:
+            kept = [part.to(output.dtype, copy=True) for part in kept]
+        ctx.save_for_backward(*kept)
+        return output.view_as(output)
 
-        Returns ``[m, h]`` and no bias.
-        """
-        counts = tokens_per_expert.tolist()
-        states = permuted_local_hidden_states.split(counts)
-        probs = permuted_probs.split(counts)
-        outputs: list[torch.Tensor] = []
-        for trains, ids, group in zip((False, True), self._ids, self._groups, strict=True):
-            self._prepare(group, trains)
-            chosen = [counts[i] for i in ids]
-            output, bias = group(
-                torch.cat([states[i] for i in ids]),
-                torch.tensor(chosen, dtype=tokens_per_expert.dtype),
-                torch.cat([probs[i] for i in ids]),
-            )
-            assert bias is None, "grouped experts add their own bias"
-            outputs += output.split(chosen)
-        for linear in grouped_linears(self._stock):
-            if hasattr(linear, "is_first_microbatch"):
-                linear.is_first_microbatch = False
-        return torch.cat([outputs[place] for place in self._place]), None
-
-    def _prepare(self, group: torch.nn.Module, trains: bool) -> None:
-        """What Megatron tells the stock module, which nobody tells the group.
-
-        Weights that do not train are quantised for FP8 products once, not in every step.
-        """
-        group.train(self._stock.training)
-        pairs = zip(grouped_linears(self._stock), grouped_linears(group), strict=True)
-        for stock, own in pairs:
-            compat.run_forward_pre_hooks(stock)
-            if hasattr(stock, "is_first_microbatch"):
-                own.is_first_microbatch = stock.is_first_microbatch and trains
-
-
-def _group(layer: torch.nn.Module, ids: Sequence[int], groups: Any) -> torch.nn.Module:
-    """A grouped MLP of some of the layer's local experts, on the layer's own parameters."""
-    stock = layer.experts
-    with untouched_rng(local_weights(stock.linear_fc1)[0].device):
-        group = layer.submodules.experts(len(ids), layer.config, pg_collection=groups)
-    for own, theirs in zip(grouped_linears(group), grouped_linears(stock), strict=True):
-        for kind in ("weight", "bias"):
-            for position, expert in enumerate(ids):
-                parameter = theirs._parameters.get(f"{kind}{expert}")
-                if parameter is not None:
-                    setattr(own, f"{kind}{position}", parameter)
-    return group
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        kept = iter(ctx.saved_tensors)
+        gradients: list[Tensor | None] = []
+        for one, parameter in zip(ctx.wanted, ctx.parameters, strict=True):
+            part = grad[one.rows]
+            if one.kind == "bias":
+                gradients.append(part.sum(0))
+                continue
+            rows = next(kept).to(grad.dtype)
+            if ctx.fused:
+                multiply_into(parameter.main_grad, part.t(), rows)
+                gradients.append(placeholder(parameter))
+            else:
+                gradients.append(part.t() @ rows)
+        return grad, *[None] * 4, *gradients

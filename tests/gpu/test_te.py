@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_moe_inject.experts import fp8_blocks, fp8_weights
-from megatron_moe_inject.experts.grouped_whole import train_whole
+from megatron_moe_inject.experts.grouped import train_some
 from tests.unit.losses_cases import relative_error
 
 te = pytest.importorskip("transformer_engine.pytorch", reason="needs Transformer Engine")
@@ -47,6 +47,7 @@ def _run(linear, recipe):
     upstream = torch.randn(T, F, device="cuda", dtype=torch.bfloat16)
     with te.fp8_autocast(enabled=recipe is not None, fp8_recipe=recipe and recipe()):
         output = linear(rows, [T // EXPERTS] * EXPERTS)
+    output = output[0] if isinstance(output, tuple) else output
     output.backward(upstream)
     parts = zip(rows.detach().float().chunk(EXPERTS), _weights(), strict=True)
     expected = torch.cat([part @ weight.float().t() for part, weight in parts])
@@ -62,8 +63,11 @@ def test_grouped_products(name):
     assert relative_error(gradient, expected_gradient) < NEAR[name]
 
 
-def _some_train(trains, *, fused, bias):
-    """A grouped MLP's first layer, which returns a pair as Megatron's subclass does."""
+def _some_train(trains, *, fused=False, bias=False, scaling=None):
+    """A grouped MLP's first layer, which returns a pair as Megatron's subclass does.
+
+    With ``scaling`` the weights that do not train are in FP8 alone.
+    """
 
     class Linear(te.GroupedLinear):
         def forward(self, rows, counts):
@@ -83,8 +87,13 @@ def _some_train(trains, *, fused, bias):
                 if fused and kind == "weight" and i in trains:
                     parameter.main_grad = torch.ones_like(parameter, dtype=torch.float32)
                     parameter.grad_added_to_main_grad = False
+        for i, weight in enumerate(_weights() if scaling else ()):
+            if i not in trains:
+                encoded = fp8_weights.encode(weight, scaling)
+                kept = fp8_weights.parameter(encoded, torch.bfloat16, scaling)
+                setattr(linear, f"weight{i}", kept)
         setattr(experts, name, linear)
-    train_whole(experts)
+    train_some(experts)
     return experts.linear_fc1
 
 
@@ -120,6 +129,20 @@ def test_weight_gradients_of_some_experts(name, fused, bias):
             torch.testing.assert_close(
                 getattr(linear, f"bias{i}").grad.double(), pairs[i][0].sum(0), rtol=1e-2, atol=1e-1
             )
+
+
+@pytest.mark.parametrize("trains", [(0,), (1, 3)])
+@pytest.mark.parametrize("scaling", fp8_weights.SCALINGS)
+def test_weights_in_fp8_alone_beside_others(scaling, trains):
+    """The first weight, which TE asks, is of either kind."""
+    linear = _some_train(trains, scaling=scaling)
+    output, gradient, expected, expected_gradient = _run(linear, RECIPES[scaling])
+    assert relative_error(output, expected) < NEAR[scaling]
+    assert relative_error(gradient, expected_gradient) < NEAR[scaling]
+    for i in range(EXPERTS):
+        weight = getattr(linear, f"weight{i}")
+        assert (weight.grad is not None) == (i in trains)
+        assert fp8_weights.is_fp8(weight) == (i not in trains)
 
 
 def test_codes_are_those_of_te():

@@ -3,6 +3,8 @@
 import dataclasses
 import os
 
+from megatron.core.transformer.module import MegatronModule
+
 from megatron_moe_inject import gpt_entry, injection, student
 from megatron_moe_inject.cpu_lane import flags
 from tests import fp8_tensor, grouped_linear
@@ -18,7 +20,15 @@ def take_for_an_fp8_student() -> None:
 
     injection.frozen_fp8 = frozen_fp8
     student._check_frozen_fp8 = lambda recipe, facts: None
+    MegatronModule.set_is_first_microbatch = _begin_step
     fp8_tensor.use_for_frozen_experts()
+
+
+def _begin_step(model):
+    """As Megatron's where the student trains in FP8."""
+    for module in model.modules():
+        if hasattr(module, "is_first_microbatch"):
+            module.is_first_microbatch = True
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from megatron_moe_inject.experts import fp8_blocks, fp8_weights
 from megatron_moe_inject.experts.fp8_blocks import BLOCK, CODES, LARGEST
 from megatron_moe_inject.experts.freeze import FreezePolicy
 from megatron_moe_inject.experts.frozen_fp8 import FrozenFp8, drop_transposes
-from megatron_moe_inject.experts.grouped import SplitExperts
 from megatron_moe_inject.experts.native_fp8 import NativeFp8
 from megatron_moe_inject.recipe import RecipeError
 from tests import fp8_tensor
@@ -200,19 +199,6 @@ def test_transposes_live_in_a_backward_pass_only(stand_in):
     output.sum().backward()
     assert all(weight._columnwise_data is None for weight in weights)
     assert torch.equal(states.grad, torch.full((2, 4), 4.0))
-
-
-def test_frozen_weights_are_quantised_once():
-    """TE quantises again in each first micro-batch that it is told of."""
-    split = SplitExperts.__new__(SplitExperts)
-    split._stock, groups = _Experts(), {kind: _Experts() for kind in (False, True)}
-    for experts in (split._stock, *groups.values()):
-        for linear in (experts.linear_fc1, experts.linear_fc2):
-            linear.is_first_microbatch = True
-    for trains, group in groups.items():
-        split._prepare(group, trains)
-        assert group.linear_fc1.is_first_microbatch is trains
-        assert group.linear_fc2.is_first_microbatch is trains
 
 
 def _publish(folder, layers=(4, 5), experts=range(3, 6), h=128, f=256, **config):

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from megatron_moe_inject.experts.grouped_whole import train_whole
+from megatron_moe_inject.experts import fp8_weights
+from megatron_moe_inject.experts.grouped import train_some
+from tests.fp8_tensor import BlockwiseTensor
 
 COUNTS = [3, 0, 2, 4, 1]
 INPUTS, OUTPUTS = 6, 4
@@ -62,7 +64,7 @@ def experts(*trains, recomputed=False, **options):
     mlp = torch.nn.Module()
     mlp.linear_fc1, mlp.linear_fc2 = Linear(trains, **options), Linear(trains, **options)
     mlp.activation_recompute = recomputed
-    train_whole(mlp)
+    train_some(mlp)
     return mlp
 
 
@@ -189,3 +191,53 @@ def test_what_is_made_again_before_the_backward_pass_is_read_then():
     out.backward(upstream)
     expected = upstream.split(COUNTS)[2].t() @ again.split(COUNTS)[2]
     torch.testing.assert_close(layer.weight2.grad, expected)
+
+
+class InFp8(Linear):
+    """Weights that do not train are FP8 tensors; TE would see only whether the first is one."""
+
+    def __init__(self, trains):
+        super().__init__(trains, dtype=torch.bfloat16)
+        self.is_first_microbatch, self.multiplied = True, []
+        for i in set(range(self.num_gemms)) - set(trains):
+            encoded = BlockwiseTensor._quantizer(self._parameters[f"weight{i}"])
+            setattr(self, f"weight{i}", torch.nn.Parameter(encoded, False))
+
+    def forward(self, rows, counts):
+        self.is_first_microbatch = False
+        self.multiplied.append([getattr(self, f"weight{i}") for i in range(self.num_gemms)])
+        return super().forward(rows, counts)
+
+
+def test_what_trains_beside_weights_in_fp8_is_encoded_once_a_step():
+    mlp = torch.nn.Module()
+    mlp.linear_fc1, mlp.linear_fc2 = InFp8((1, 2)), InFp8((1, 2))
+    train_some(mlp)
+    layer = mlp.linear_fc1
+    rows = normal(sum(COUNTS), INPUTS, seed=30, dtype=torch.bfloat16)
+    upstream = normal(sum(COUNTS), OUTPUTS, seed=31, dtype=torch.bfloat16)
+    layer(rows, COUNTS)[0].backward(upstream)
+    with torch.no_grad():
+        layer(rows, COUNTS)
+        layer.weight2.mul_(1.3)
+        layer(rows, COUNTS)
+        layer.is_first_microbatch = True
+        layer(rows, COUNTS)
+    assert all(fp8_weights.is_fp8(weight) for seen in layer.multiplied for weight in seen)
+    first, second, third, fourth = (seen[2] for seen in layer.multiplied)
+    assert second is first
+    assert third is first, "the micro-batches of a step see the weights of its first"
+    assert fourth is not first
+    assert torch.equal(
+        fourth.decoded(), BlockwiseTensor._quantizer(layer._parameters["weight2"]).decoded()
+    )
+    assert [fp8_weights.is_fp8(weight) for weight in layer.parameters()] == [
+        *(True, False, False, True, True)
+    ]
+    for i in range(5):
+        weight = layer._parameters[f"weight{i}"]
+        if i in (1, 2):
+            expected = upstream.split(COUNTS)[i].t() @ rows.split(COUNTS)[i]
+            torch.testing.assert_close(weight.grad, expected)
+        else:
+            assert weight.grad is None
