@@ -27,6 +27,13 @@ teachers:
   coder: {source: "megatron:{teacher}"}
 objective: {alpha: 0.7, beta: 0.3, temperature: 2.0}
 """
+UNTAUGHT = """
+domains:
+  - name: code
+    data: [1]
+    experts: {layers: {2: [0, 3], 3: [3]}}
+objective: {alpha: 0.0, beta: 1.0}
+"""
 SGD = ("--optimizer", "sgd", "--lr", "0.1")
 LOCAL = ("--transformer-impl", "local")
 EXACTLY = ("--deterministic-mode", "--attention-backend", "unfused", "--no-bias-swiglu-fusion")
@@ -103,8 +110,11 @@ def runs(tmp_path_factory) -> Runs:
     alone = (*LOCAL, "--bf16", "--no-rope-fusion")  # that kernel is TE's
     bare = {"TESTS_WITHOUT": " ".join(("transformer_engine", *APEX))}
     runs.inject("bf16 local", *alone, "--no-masked-softmax-fusion", recipe=RECIPE, env=bare)
+    normed = (*alone, "--normalization", "LayerNorm")  # with Apex and without TE the only one
+    other = {"recipe": UNTAUGHT, "student": False}
+    runs.inject("local, LayerNorm", *normed, "--no-masked-softmax-fusion", env=bare, **other)
     with_apex = {"TESTS_WITHOUT": "transformer_engine"}
-    runs.inject_with_apex("apex local", *alone, recipe=RECIPE, env=with_apex)
+    runs.inject_with_apex("apex local", *normed, env=with_apex, **other)
     runs.inject_with_apex("apex", *BF16, recipe=RECIPE)
     runs.inject_with_apex("apex, head", *BF16, "--inject-set", *HEAD, recipe=RECIPE)
     runs.inject("bf16", *BF16, recipe=RECIPE)
@@ -215,9 +225,17 @@ def test_fp32_is_the_cpu_lane(runs, term):
 
 
 @pytest.mark.parametrize("term", ["lm loss", "kd loss", "total loss"])
-@pytest.mark.parametrize("name", ["bf16", "bf16 local", "apex local"])
+@pytest.mark.parametrize("name", ["bf16", "bf16 local"])
 def test_bf16_with_and_without_te_is_near_fp32(runs, name, term):
     assert losses(runs, name, term) == pytest.approx(losses(runs, "cpu", term), rel=1e-2)
+
+
+def test_apex_without_te(runs):
+    """Its norms, softmax, optimizer and gradient accumulation in Megatron's own layers."""
+    for term in ("lm loss", "grad norm"):
+        near = pytest.approx(losses(runs, "local, LayerNorm", term), rel=1e-2)
+        assert losses(runs, "apex local", term) == near, term
+    assert PROVEN.search(runs["apex local"].output)
 
 
 @pytest.mark.parametrize(
