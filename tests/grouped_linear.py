@@ -50,6 +50,7 @@ class GroupedLinear(torch.nn.Module):
         super().__init__()
         self.num_gemms = num_gemms
         self.is_first_microbatch = True
+        self.fuse_wgrad_accumulation = config.gradient_accumulation_fusion
         self._groups = pg_collection
         self._axis = axis
         for i in range(num_gemms):

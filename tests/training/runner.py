@@ -149,6 +149,10 @@ def _stand_in_for_fused_wgrad() -> None:
 
     module.wgrad_gemm_accum_fp32 = module.wgrad_gemm_accum_fp16 = accumulate
     sys.modules[module.__name__] = module
+    if "--cpu" in sys.argv:
+        from megatron_moe_inject.cpu_lane import flags
+
+        flags.DEFAULTS.pop("gradient_accumulation_fusion")
 
 
 def main() -> None:
