@@ -69,7 +69,10 @@ def train_some(experts: torch.nn.Module) -> None:
 
 
 class _GradientsOfSome:
-    """Hooks of one grouped linear layer.
+    """The forward pass of one grouped linear layer.
+
+    It takes the place of ``forward``, so that it runs after all pre-hooks: under
+    ``--overlap-param-gather`` a pre-hook of DDP's waits for the weights.
 
     Args:
         linear: ``[m, n]`` rows and the number of each expert's to ``[m, k]``.
@@ -78,6 +81,7 @@ class _GradientsOfSome:
     """
 
     def __init__(self, linear: torch.nn.Module, recomputed: bool) -> None:
+        self._linear = linear
         self._recomputed = recomputed
         kinds = ("weight", "bias") if _adds_bias(linear) else ("weight",)
         self._names = [
@@ -89,42 +93,48 @@ class _GradientsOfSome:
         weights = local_weights(linear)
         self._in_fp8 = next((w for w in weights if fp8_weights.is_fp8(w)), None)
         self._encoded: dict[str, Tensor] = {}
-        linear.register_forward_pre_hook(self._freeze)
-        linear.register_forward_hook(self._follow, always_call=True)
+        self._stock = linear.forward
+        linear.forward = self._forward
 
-    def _freeze(self, linear: torch.nn.Module, args: tuple) -> None:
-        """An attribute of the instance comes before the registered parameter, which stays."""
+    def _forward(self, rows: Tensor, counts: Sequence[int]) -> tuple[Tensor, Any]:
+        try:
+            # An attribute of the instance comes before the registered parameter, which stays.
+            self._linear.__dict__.update(self._frozen())
+            result, bias = self._stock(rows, counts)
+        finally:
+            for _, _, name in self._names:
+                self._linear.__dict__.pop(name, None)
+        if not torch.is_grad_enabled():
+            return result, bias
+        ends = list(itertools.accumulate(counts))
+        wanted = [
+            _Wanted(slice(ends[expert] - counts[expert], ends[expert]), kind)
+            for expert, kind, _ in self._names
+        ]
+        result = _AddGradients.apply(
+            result, rows.detach(), wanted, self._recomputed,
+            getattr(self._linear, "fuse_wgrad_accumulation", False),
+            *(self._linear._parameters[name] for _, _, name in self._names),
+        )  # fmt: skip
+        return result, bias
+
+    def _frozen(self) -> dict[str, Tensor]:
+        """What trains as constants, by name: in FP8 where the other weights are."""
+        linear = self._linear
         changed = getattr(linear, "is_first_microbatch", True)
         if changed or getattr(linear, "disable_parameter_transpose_cache", False):
             self._encoded.clear()
+        found = {}
         for _, kind, name in self._names:
             parameter = linear._parameters[name]
             encodes = kind == "weight" and self._in_fp8 is not None
             if encodes and not fp8_weights.is_fp8(parameter):
                 if name not in self._encoded:
                     self._encoded[name] = fp8_weights.encoded_like(self._in_fp8, parameter)
-                linear.__dict__[name] = self._encoded[name]
-            elif torch.is_grad_enabled():
-                linear.__dict__[name] = parameter.detach()
-
-    def _follow(self, linear: torch.nn.Module, args: tuple, output: Any) -> Any:
-        for _, _, name in self._names:
-            linear.__dict__.pop(name, None)
-        if output is None or not torch.is_grad_enabled():  # None: it raised
-            return None
-        rows, counts = args[:2]
-        ends = list(itertools.accumulate(counts))
-        wanted = [
-            _Wanted(slice(ends[expert] - counts[expert], ends[expert]), kind)
-            for expert, kind, _ in self._names
-        ]
-        result, bias = output
-        result = _AddGradients.apply(
-            result, rows.detach(), wanted, self._recomputed,
-            getattr(linear, "fuse_wgrad_accumulation", False),
-            *(linear._parameters[name] for _, _, name in self._names),
-        )  # fmt: skip
-        return result, bias
+                found[name] = self._encoded[name]
+            else:
+                found[name] = parameter.detach()
+        return found
 
 
 def _adds_bias(linear: torch.nn.Module) -> bool:

@@ -25,6 +25,7 @@ layouts = pytest.mark.parametrize(
         pytest.param(2, {"ep": 2}, (), id="ep2"),
         pytest.param(2, {"pp": 2}, (), id="pp2"),
         pytest.param(2, {"ep": 2}, tuple(lane.DISTRIBUTED_OPTIMIZER), id="distributed optimizer"),
+        pytest.param(2, {}, tuple(lane.DISTRIBUTED_OPTIMIZER), id="dp2, distributed optimizer"),
         pytest.param(
             1,
             {},

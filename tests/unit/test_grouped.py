@@ -108,6 +108,21 @@ def test_biases_that_the_layer_returns_are_left_to_autograd():
     assert layer.weight2.grad is not None
 
 
+def test_weights_are_read_after_all_pre_hooks():
+    """One of DDP's waits for what the other ranks' optimizers made of them."""
+    mlp = torch.nn.Module()
+    mlp.linear_fc1, mlp.linear_fc2 = InFp8((1, 2)), InFp8((1, 2))
+    train_some(mlp)
+    layer = mlp.linear_fc2
+
+    def gather(*_):
+        layer._parameters["weight2"].data.fill_(3.0)
+
+    layer.register_forward_pre_hook(gather)
+    layer(normal(sum(COUNTS), INPUTS, seed=30, dtype=torch.bfloat16), COUNTS)
+    assert (layer.multiplied[0][2].decoded() == 3).all()
+
+
 def test_the_layer_sees_frozen_weights_and_keeps_its_parameters():
     layer = experts(0, 3).linear_fc1
     stock = dict(layer.named_parameters())
