@@ -47,25 +47,27 @@ def train_grouped_experts(chunks: Sequence[torch.nn.Module]) -> int:
     for chunk in chunks:
         for layer in decoder_layers(chunk):
             experts = getattr(layer.mlp, "experts", None)
-            linears = [] if experts is None else grouped_linears(experts)
-            if not linears:
-                continue
-            trains = [weight.requires_grad for weight in local_weights(linears[0])]
-            if any(trains) and not all(trains):
-                train_some(experts)
-                count += 1
+            count += experts is not None and train_some(experts)
     return count
 
 
-def train_some(experts: torch.nn.Module) -> None:
+def train_some(experts: torch.nn.Module) -> bool:
     """Let a grouped MLP make the gradients of those of its experts that train.
 
     Weight gradients are added to ``main_grad`` in the product where the layer's
     ``fuse_wgrad_accumulation`` says so.
+
+    Returns:
+        False for other experts, and where all train or none does: then nothing changes.
     """
     recomputed = getattr(experts, "activation_recompute", False)
+    found = False
     for linear in grouped_linears(experts):
-        _GradientsOfSome(linear, recomputed and linear is experts.linear_fc2)
+        trains = [linear._parameters[name].requires_grad for _, _, name in _parameters(linear)]
+        if any(trains) and not all(trains):
+            _GradientsOfSome(linear, recomputed and linear is experts.linear_fc2)
+            found = True
+    return found
 
 
 class _GradientsOfSome:
@@ -83,12 +85,8 @@ class _GradientsOfSome:
     def __init__(self, linear: torch.nn.Module, recomputed: bool) -> None:
         self._linear = linear
         self._recomputed = recomputed
-        kinds = ("weight", "bias") if _adds_bias(linear) else ("weight",)
         self._names = [
-            (expert, kind, f"{kind}{expert}")
-            for expert in range(linear.num_gemms)
-            for kind in kinds
-            if linear._parameters[f"{kind}{expert}"].requires_grad
+            place for place in _parameters(linear) if linear._parameters[place[2]].requires_grad
         ]
         weights = local_weights(linear)
         self._in_fp8 = next((w for w in weights if fp8_weights.is_fp8(w)), None)
@@ -137,9 +135,15 @@ class _GradientsOfSome:
         return found
 
 
-def _adds_bias(linear: torch.nn.Module) -> bool:
-    """Whether the layer adds its biases itself; else it returns them and autograd sees them."""
-    return getattr(linear, "apply_bias", False)
+def _parameters(linear: torch.nn.Module) -> list[tuple[int, str, str]]:
+    """Expert, kind and name of what a layer multiplies by or adds itself.
+
+    Biases that it returns are not among them: autograd sees these.
+    """
+    kinds = ("weight", "bias") if getattr(linear, "apply_bias", False) else ("weight",)
+    return [
+        (expert, kind, f"{kind}{expert}") for expert in range(linear.num_gemms) for kind in kinds
+    ]
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,17 @@ def test_the_curve_is_that_of_one_module_per_expert(material, sequential, nproc,
     assert PROVEN.search(run.output)
 
 
+def test_one_layer_of_an_expert_by_pattern(material):
+    one = TWO_OF_FOUR.replace(
+        "objective:",
+        "train: {{experts: none, patterns: ['*.2.mlp.experts.3.linear_fc2.*']}}\nobjective:",
+    )
+    run, reference = grouped(material, recipe=one), inject(material, one)
+    for term in TERMS:
+        assert run.losses(term) == pytest.approx(reference.losses(term), rel=2e-5), term
+    assert PROVEN.search(run.output)
+
+
 def test_flags_alone_would_train_nothing(material):
     """The stand-in, like the original, asks the first weight alone."""
     first_frozen = RECIPE  # expert 3 of 4, so that weight 0 is frozen

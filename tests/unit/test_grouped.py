@@ -99,6 +99,29 @@ def test_gradients_of_what_trains_and_of_nothing_else(trains, rows_train, bias):
         torch.testing.assert_close(rows.grad, wanted["rows"])
 
 
+def test_layers_that_train_in_part_are_found_one_by_one():
+    """Patterns may choose one of an expert's two layers, or its biases alone."""
+    for trains, names, changed in (
+        (range(5), (), (False, False)),
+        ((), (), (False, False)),
+        ((), ("linear_fc2.weight3",), (False, True)),
+        ((), ("linear_fc1.bias0",), (True, False)),
+    ):
+        mlp = torch.nn.Module()
+        mlp.linear_fc1, mlp.linear_fc2 = Linear(trains, bias="added"), Linear(trains)
+        for name, parameter in mlp.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad or name in names)
+        assert train_some(mlp) == any(changed)
+        for layer, own in zip((mlp.linear_fc1, mlp.linear_fc2), changed, strict=True):
+            assert ("forward" in vars(layer)) == own
+            out, _ = layer(normal(sum(COUNTS), INPUTS, seed=30), COUNTS)
+            if own:
+                out.sum().backward()
+        found = {name for name, p in mlp.named_parameters() if p.grad is not None}
+        assert found == set(names)
+    assert not train_some(torch.nn.Linear(2, 2))
+
+
 def test_biases_that_the_layer_returns_are_left_to_autograd():
     layer = experts(2, bias="returned").linear_fc2
     out, biases = layer(normal(sum(COUNTS), INPUTS, seed=30), COUNTS)
