@@ -10,6 +10,7 @@ import difflib
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 from megatron_moe_inject.experts.fp8_weights import SCALINGS
@@ -217,19 +218,18 @@ def check_recipe(recipe: Recipe, facts: StudentFacts) -> None:
     for split in ("train", *(s for s in SPLITS[1:] if s in facts.data_paths)):
         split_labels(recipe, facts, split)
     _check_retention(recipe, facts)
-    if recipe.train.experts == "selected":
+    if how := _some_experts_train(recipe, facts):
         for option in NO_PARTS:
             if option.matches(facts.options):
                 raise RecipeError(
-                    f"{option.flag}: {option.reason}, so that train.experts: selected cannot train "
-                    "some of them; remove it, or train all experts",
+                    f"{option.flag}: {option.reason}, so that {how} cannot train some of them; "
+                    "remove it, or train all experts",
                     option.flag,
                 )
         if facts.precision.groups_with_histories and FP8_PARAMETERS.matches(facts.options):
             raise RecipeError(
-                f"{FP8_PARAMETERS.flag}: with --fp8-recipe delayed and train.experts: selected "
-                "nobody has verified parameters that are kept in FP8; remove it, or use another "
-                "--fp8-recipe",
+                f"{FP8_PARAMETERS.flag}: with --fp8-recipe delayed and {how} nobody has verified "
+                "parameters that are kept in FP8; remove it, or use another --fp8-recipe",
                 FP8_PARAMETERS.flag,
             )
     if recipe.train.frozen_experts == "fp8":
@@ -240,6 +240,23 @@ def check_recipe(recipe: Recipe, facts: StudentFacts) -> None:
     for term in recipe.objective.features.in_use():
         extra = NO_SECOND_COMBINE if term == "experts" else ()
         _refuse((GRAPHS_OF_LAYERS, *extra), facts, f"objective.features.{term}")
+
+
+def _some_experts_train(recipe: Recipe, facts: StudentFacts) -> str | None:
+    """By which field of the recipe some of a layer's experts train and others not."""
+    train = recipe.train
+    if train.experts == "selected":
+        return "train.experts: selected"
+    experts = range(facts.num_moe_experts or 0)
+    if train.experts == "all" or not train.patterns or not experts:
+        return None
+    for layer in sorted(set(facts.moe_layers) - set(train.layers)):
+        for linear in ("linear_fc1", "linear_fc2"):
+            names = [f"decoder.layers.{layer}.mlp.experts.{e}.{linear}.weight" for e in experts]
+            found = {name for p in train.patterns for name in names if fnmatchcase(name, p)}
+            if 0 < len(found) < len(names):
+                return "train.patterns"
+    return None
 
 
 def _check_frozen_fp8(recipe: Recipe, facts: StudentFacts) -> None:

@@ -7,6 +7,7 @@ from argparse import ArgumentParser
 import pytest
 
 from megatron_moe_inject.recipe import GENERAL, RecipeError, recipe_from_flags, recipe_from_yaml
+from megatron_moe_inject.refused_options import NO_PARTS
 from megatron_moe_inject.student import (
     ParallelFacts,
     PrecisionFacts,
@@ -235,6 +236,45 @@ def test_parameters_in_fp8_have_no_copies_in_host_memory():
         assert part in message
     check_recipe(recipe(1, overrides=held), facts())
     check_recipe(recipe(1, overrides=held[:1]), fp8)
+
+
+ONE_LAYER = "decoder.layers.3.mlp.experts.5.linear_fc2.weight"
+
+
+@pytest.mark.parametrize("option", NO_PARTS, ids=lambda option: option.name)
+@pytest.mark.parametrize(
+    ("experts", "train", "refused"),
+    [
+        ("3:0,5", {}, "train.experts: selected"),
+        (None, {"experts": "all"}, None),
+        (None, {"experts": "none", "patterns": [ONE_LAYER]}, "train.patterns"),
+        (None, {"experts": "none", "patterns": ["*.3.mlp.experts.?.*"]}, "train.patterns"),
+        (None, {"experts": "none", "patterns": ["*.experts.*"]}, None),
+        (None, {"experts": "none", "patterns": [ONE_LAYER], "layers": [3]}, None),
+        (None, {"experts": "none", "patterns": ["*.final_layernorm.*"]}, None),
+    ],
+)
+def test_what_grouped_experts_cannot_do_in_part(option, experts, train, refused):
+    fields = [f"train.{name}={json.dumps(value)}" for name, value in train.items()]
+    made = recipe(experts=experts, overrides=fields)
+    student = facts(options={option.name: True})
+    if refused is None:
+        check_recipe(made, student)
+        return
+    message = message_of(lambda: check_recipe(made, student))
+    for part in (option.flag, option.reason, f"so that {refused} cannot", "remove it, or"):
+        assert part in message
+
+
+def test_delayed_scaling_with_parameters_in_fp8_trains_experts_whole():
+    precision = PrecisionFacts("hybrid", "delayed", transformer_engine=True, grouped_gemm=True)
+    student = facts(precision=precision, options={"fp8_param_gather": True})
+    assert "--fp8-param-gather: with --fp8-recipe delayed" in message_of(
+        lambda: check_recipe(recipe(), student)
+    )
+    for changes in ({"precision": dataclasses.replace(precision, fp8_recipe="tensorwise")}, {}):
+        options = student.options if changes else {}
+        check_recipe(recipe(), dataclasses.replace(student, **changes, options=options))
 
 
 def test_components_of_a_dense_student():
