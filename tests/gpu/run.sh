@@ -32,7 +32,7 @@ import importlib.util
 import torch
 
 assert torch.cuda.is_available(), "run.sh needs a CUDA device; torch sees none"
-for name in ("triton", "liger_kernel", "megatron.core", "omegaconf", "transformer_engine"):
+for name in ("triton", "liger_kernel", "megatron.core", "omegaconf", "transformer_engine", "apex"):
     try:
         found = importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:

@@ -34,6 +34,16 @@ def test_weights_are_rounded_as_where_the_layer_encodes_them_itself(material, si
     assert tensors[0] == tensors[1] + 2 * frozen_experts, "scales are proved as well"
 
 
+@pytest.mark.parametrize("originals", ["device", "host"])
+def test_originals_and_what_trains_are_encoded_each_in_its_pass(material, originals):
+    retention = ("objective.gamma=5.0", f"objective.retention.originals={originals}")
+    run = grouped(material, *FP8, *retention)
+    encoding = grouped(material, "--inject-set", *retention, env=PRODUCTS)
+    assert run.losses("retention loss")[-1] > 0
+    for term in (*TERMS, "retention loss"):
+        assert run.losses(term) == encoding.losses(term), term
+
+
 @layouts
 def test_one_curve(material, single, nproc, layout, extra):
     run = grouped(material, *FP8, *extra, nproc=nproc, **layout)
