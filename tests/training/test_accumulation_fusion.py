@@ -13,6 +13,7 @@ from tests.training.test_injection import PROVEN, TERMS, inject, recipe_file
 
 FUSED = {"TESTS_FUSED_WGRAD": "1"}
 HEAD = ("--inject-set", "train.output_layer=true")
+SLOW = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +24,13 @@ def apart(material):
 @pytest.mark.parametrize(
     ("nproc", "layout", "extra", "script"),
     [
-        pytest.param(1, {}, (), lane.PRETRAIN, id="one"),
+        pytest.param(1, {}, (), lane.PRETRAIN, id="one", marks=SLOW),
         pytest.param(2, {"tp": 2}, (), lane.PRETRAIN, id="tp2"),
-        pytest.param(2, {"pp": 2}, (), lane.PRETRAIN, id="pp2"),
-        pytest.param(2, {"ep": 2}, (*lane.DISTRIBUTED_OPTIMIZER,), lane.PRETRAIN, id="ep2"),
-        pytest.param(1, {}, GROUPED, SCRIPT, id="grouped"),
+        pytest.param(2, {"pp": 2}, (), lane.PRETRAIN, id="pp2", marks=SLOW),
+        pytest.param(
+            2, {"ep": 2}, (*lane.DISTRIBUTED_OPTIMIZER,), lane.PRETRAIN, id="ep2", marks=SLOW
+        ),
+        pytest.param(1, {}, GROUPED, SCRIPT, id="grouped", marks=SLOW),
         pytest.param(
             2, {"ep": 2}, (*GROUPED, *lane.DISTRIBUTED_OPTIMIZER), SCRIPT, id="grouped, ep2"
         ),
