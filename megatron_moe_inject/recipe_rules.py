@@ -42,7 +42,9 @@ METHODS = (*SCORES, "top_n", "budget")
 BUDGETS = ("routed", "all")
 TEACHER_KINDS = ("megatron", "hf")
 TEACHER_DTYPES = ("params", "fp32", "bf16")
-TEACHER_FP8 = ("none", "tensorwise", "blockwise")
+FP8_SCALINGS = ("blockwise", "tensorwise")
+"""Values of ``--fp8-recipe`` whose weights need no history."""
+TEACHER_FP8 = ("none", *FP8_SCALINGS)
 FROZEN_EXPERTS = ("params", "fp8")
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 

@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from megatron_moe_inject.experts.fp8_weights import SCALINGS
 from megatron_moe_inject.recipe import GENERAL, Recipe, RecipeError
-from megatron_moe_inject.recipe_rules import validate
+from megatron_moe_inject.recipe_rules import FP8_SCALINGS, validate
 from megatron_moe_inject.refused_options import (
     FP8_PARAMETERS,
     GRAPHS,
@@ -268,7 +267,7 @@ def _check_frozen_fp8(recipe: Recipe, facts: StudentFacts) -> None:
         (has.transformer_engine, "--transformer-impl transformer_engine"),
         (has.grouped_gemm, "--moe-grouped-gemm"),
         (has.fp8 is not None, "a student that trains in FP8 (--fp8-format)"),
-        (has.fp8_recipe in SCALINGS, f"--fp8-recipe {' or '.join(SCALINGS)}"),
+        (has.fp8_recipe in FP8_SCALINGS, f"--fp8-recipe {' or '.join(FP8_SCALINGS)}"),
     ):
         if not there:
             raise fail("train.frozen_experts", "fp8", f"needs {wanted}", remedy)

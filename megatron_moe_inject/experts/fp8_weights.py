@@ -16,9 +16,7 @@ from typing import Any
 import torch
 
 from megatron_moe_inject.experts import fp8_blocks
-
-SCALINGS = ("blockwise", "tensorwise")
-"""Values of ``--fp8-recipe`` whose weights need no history."""
+from megatron_moe_inject.recipe_rules import FP8_SCALINGS
 
 
 @dataclass(frozen=True)
@@ -40,9 +38,9 @@ def encode(weight: torch.Tensor, scaling: str) -> Fp8Weight:
     """``[m, k]`` in FP8, scales powers of two, so that encoding what was decoded changes nothing.
 
     Args:
-        scaling: one of ``SCALINGS``.
+        scaling: one of ``FP8_SCALINGS``.
     """
-    assert scaling in SCALINGS, scaling
+    assert scaling in FP8_SCALINGS, scaling
     return Fp8Weight(*fp8_blocks.encode(weight, whole=scaling == "tensorwise"))
 
 

@@ -5,6 +5,7 @@ import torch
 
 from megatron_moe_inject.experts import fp8_blocks, fp8_weights
 from megatron_moe_inject.experts.grouped import train_some
+from megatron_moe_inject.recipe_rules import FP8_SCALINGS
 from tests.unit.losses_cases import relative_error
 
 te = pytest.importorskip("transformer_engine.pytorch", reason="needs Transformer Engine")
@@ -132,7 +133,7 @@ def test_weight_gradients_of_some_experts(name, fused, bias):
 
 
 @pytest.mark.parametrize("trains", [(0,), (1, 3)])
-@pytest.mark.parametrize("scaling", fp8_weights.SCALINGS)
+@pytest.mark.parametrize("scaling", FP8_SCALINGS)
 def test_weights_in_fp8_alone_beside_others(scaling, trains):
     """The first weight, which TE asks, is of either kind."""
     linear = _some_train(trains, scaling=scaling)
@@ -156,7 +157,7 @@ def test_codes_are_those_of_te():
     assert torch.equal(theirs._rowwise_scale_inv[:, : scales.shape[1]], scales)
 
 
-@pytest.mark.parametrize("scaling", fp8_weights.SCALINGS)
+@pytest.mark.parametrize("scaling", FP8_SCALINGS)
 def test_weights_in_fp8_alone(scaling):
     encoded = [fp8_weights.encode(weight, scaling) for weight in _weights()]
     kept = [fp8_weights.parameter(weight, torch.bfloat16, scaling) for weight in encoded]
@@ -173,7 +174,7 @@ def test_weights_in_fp8_alone(scaling):
         assert torch.equal(stored.scales, weight.scales)
 
 
-@pytest.mark.parametrize("scaling", fp8_weights.SCALINGS)
+@pytest.mark.parametrize("scaling", FP8_SCALINGS)
 def test_fp8_parameters_move_and_are_overwritten_in_place(scaling):
     first, second = (fp8_weights.encode(weight, scaling) for weight in _weights()[:2])
     holder = torch.nn.Module()

@@ -258,3 +258,14 @@ def test_patch_applies_to_the_checkout(version):
         )
         assert (check.returncode == 0) == (direction == ()), check.stderr
         assert "pretrain_gpt.py" in check.stderr
+
+
+def test_imports_of_a_main_module_are_cheap():
+    """Worker processes import it again, and ``moe-inject`` answers at once."""
+    modules = "megatron_moe_inject.pretrain, megatron_moe_inject.launch, megatron_moe_inject.cli"
+    code = (
+        f"import sys, {modules}; print(*{{'torch', 'megatron', 'transformers'}} & {{*sys.modules}})"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
