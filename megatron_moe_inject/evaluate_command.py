@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
 import sys
 from collections.abc import Sequence
 
@@ -30,6 +29,13 @@ _COMPARE_EXAMPLES = """examples:
 
 Of a run's list (.jsonl), BEFORE is its first line and AFTER its last.
 """
+_ALONE = {
+    "RANK": "0",
+    "WORLD_SIZE": "1",
+    "LOCAL_RANK": "0",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "0",  # any: nobody else connects
+}
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
@@ -84,10 +90,8 @@ def only_evaluate(flags: Sequence[str], ours: Sequence[str], *, cpu: bool) -> No
     Raises:
         SystemExit: 2 with one line for a mistake in the recipe or the flags.
     """
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+    for name, value in _ALONE.items():
         os.environ.setdefault(name, value)
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", str(_free_port()))
     needed = []
     if "--train-iters" not in flags and "--train-samples" not in flags:
         needed = ["--train-iters", "1"]  # Megatron wants to know, also where nothing trains
@@ -98,9 +102,3 @@ def only_evaluate(flags: Sequence[str], ours: Sequence[str], *, cpu: bool) -> No
     from megatron_moe_inject import gpt_entry
 
     gpt_entry.main()
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]

@@ -57,6 +57,7 @@ class Running:
         lines: the open line to each rank.
         steps: the answers of all ranks, by step.
         ended: how it ended before its time, ``None`` while all is well.
+        store: the ``TCPStore`` by which the ranks find each other, alive as long as this is.
     """
 
     processes: list[subprocess.Popen]
@@ -64,6 +65,7 @@ class Running:
     lines: dict[int, Line] = field(default_factory=dict)
     steps: list[list[dict[str, Any]]] = field(default_factory=list)
     ended: str | None = None
+    store: Any = None
 
     def begin(self, timeout: float) -> None:
         """Wait until every rank stands before its first step."""
@@ -116,10 +118,14 @@ class Running:
 def launch(
     spec: dict[str, Any], flags: Sequence[str], nproc: int, threads: int, folder: Path
 ) -> Running:
-    """Start the processes of an arm; each tells ``spec["port"]`` who it is."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        master = free.getsockname()[1]
+    """Start the processes of an arm; each tells ``spec["port"]`` who it is.
+
+    Their store is this process's, as it is the agent's under ``torchrun``: a port that was only
+    found free could be another's by the time a rank listens.
+    """
+    import torch.distributed as dist
+
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes, logs = [], []
     for rank in range(nproc):
         environment = os.environ | {
@@ -127,7 +133,8 @@ def launch(
             "OMP_NUM_THREADS": str(threads),
             "PYTHONWARNINGS": "ignore",
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(master),
+            "MASTER_PORT": str(store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
             "WORLD_SIZE": str(nproc),
             "LOCAL_WORLD_SIZE": str(nproc),
             "RANK": str(rank),
@@ -137,7 +144,7 @@ def launch(
         command = [sys.executable, str(HERE / "freeze_worker.py"), *flags]
         with logs[-1].open("wb") as out:
             processes.append(subprocess.Popen(command, env=environment, stdout=out, stderr=out))
-    return Running(processes, logs)
+    return Running(processes, logs, store=store)
 
 
 def greet(listener: socket.socket, arms: dict[str, Running], timeout: float) -> None:

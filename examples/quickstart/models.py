@@ -22,6 +22,7 @@ import figures
 
 MODELS = Path(__file__).with_name("models")
 ONE_PROCESS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+ONE_PROCESS |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # any port: nobody else connects
 
 
 def start_megatron(flags: list[str]):
@@ -29,14 +30,9 @@ def start_megatron(flags: list[str]):
 
     Runs the collectives of Megatron's start in a world of one process.
     """
-    import socket
-
     from megatron_moe_inject import cpu_lane
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    os.environ.update(ONE_PROCESS, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    os.environ.update(ONE_PROCESS)
     cpu_lane.enable()
     from megatron.training.arguments import parse_and_validate_args
     from megatron.training.initialize import initialize_megatron

@@ -12,7 +12,6 @@ import pickle
 import shlex
 import shutil
 import signal
-import socket
 import sys
 import time
 from argparse import Namespace
@@ -61,7 +60,7 @@ def positions() -> torch.Tensor:
     return torch.arange(LENGTH).expand(SEQUENCES, LENGTH)
 
 
-def _enter(rank: int, port: int, folder: Path) -> None:
+def _enter(rank: int, folder: Path) -> None:
     os.setpgrp()  # so that a rank ends together with the helper process of checkpoint writing
     os.environ |= {
         "OMP_NUM_THREADS": "1",
@@ -69,13 +68,12 @@ def _enter(rank: int, port: int, folder: Path) -> None:
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": "2",
         "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
     }
     from megatron_moe_inject import cpu_lane
 
     cpu_lane.enable()
-    dist.init_process_group("gloo")
+    rendezvous = f"file://{folder / 'rendezvous'}"
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
     torch.save(write(rank, folder), folder / f"write{rank}.pt")
     if rank == 0:
         damage(folder)
@@ -90,10 +88,7 @@ def _enter(rank: int, port: int, folder: Path) -> None:
 
 
 def run_worlds(folder: Path, seconds: float = 400.0) -> None:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    context = mp.spawn(_enter, (port, folder), nprocs=2, join=False)
+    context = mp.spawn(_enter, (folder,), nprocs=2, join=False)
     deadline = time.monotonic() + seconds
     try:
         while not context.join(timeout=5):

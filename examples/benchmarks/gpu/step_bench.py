@@ -174,10 +174,11 @@ def make_teacher(folder: Path, o: argparse.Namespace, domain: str) -> Path:
     flags = [*common_flags(o, [domain]), *sizes.split()]
     lane = ["--cpu"] if o.cpu else []
     command = [sys.executable, "-m", "megatron_moe_inject.pretrain", *lane, *flags]
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # any port: nobody else connects
     done = subprocess.run(
         command,
-        env=os.environ | alone | {"MASTER_PORT": "29871"},
+        env=os.environ | alone,
         capture_output=True,
         text=True,
         timeout=300,
