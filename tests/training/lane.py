@@ -212,7 +212,15 @@ class _Zygote:
         )
         os.close(child_end)
         self._answers = os.fdopen(answers)
-        atexit.register(self._process.kill)
+        atexit.register(self._end)
+
+    def _end(self) -> None:
+        """It ends by itself, and what it has started with it, as nothing more can come."""
+        self._process.stdin.close()
+        try:
+            self._process.wait(zygote.GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
 
     def run(self, argv: list[str], ranks: dict, logs: list[Path], timeout: float) -> int | None:
         request = {"argv": [sys.argv[0], *argv], "env": ranks, "seconds": timeout}

@@ -15,6 +15,8 @@ import functools
 import gc
 import importlib
 import json
+import multiprocessing.process
+import multiprocessing.util
 import os
 import signal
 import sys
@@ -37,7 +39,15 @@ def _fork(request: dict, rank: int) -> int:
         os.dup2(source, target)
     os.environ.update(request["env"], RANK=str(rank), LOCAL_RANK=str(rank))
     sys.argv = request["argv"]
+    _start_over()
     return 0
+
+
+def _start_over() -> None:
+    """As ``multiprocessing`` does in its own forks: children and connections are the parent's."""
+    multiprocessing.process._children.clear()
+    multiprocessing.util._finalizer_registry.clear()
+    multiprocessing.util._run_after_forkers()
 
 
 def _exit_code(status: int) -> int:
@@ -99,6 +109,29 @@ def _import_everything() -> None:
     arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
 
 
+def _prepare_saving() -> None:
+    """One process for the queues that Megatron's savers hand their results on by.
+
+    It would start one for each rank that saves, with torch imported anew. Each rank has a queue of
+    its own in this one, which ends with this process.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from torch.distributed.checkpoint.storage import WriteResult
+
+    shared = multiprocessing.get_context("spawn").Manager()
+    queue = shared.Queue()
+    queue.put(WriteResult)  # makes it import that
+    queue.get()
+    stock = filesystem_async.get_write_results_queue
+
+    def get_write_results_queue(mp_mode: str = "spawn"):
+        if filesystem_async._results_queue is None:
+            filesystem_async._results_queue = shared.Queue()
+        return stock(mp_mode)
+
+    filesystem_async.get_write_results_queue = get_write_results_queue
+
+
 def _become_rank() -> NoReturn:
     """Train, and leave as an interpreter does, without tearing down the shared imports."""
     from tests.training import runner
@@ -127,6 +160,7 @@ def main() -> None:
     sys.argv = [sys.argv[0], "--cpu"]
     launch.prepare()
     _import_everything()
+    _prepare_saving()
     gc.freeze()
     serve(os.fdopen(int(os.environ["MOE_INJECT_ZYGOTE_ANSWERS"]), "w"))
     _become_rank()
