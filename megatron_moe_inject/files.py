@@ -4,20 +4,37 @@ A list that grows gets whole lines; its reader leaves out a last one without an 
 
 The new content is written beside the old file, forced to disk and renamed over it, which a POSIX
 file system does in one step: a reader sees the old file or the new one, whatever interrupts the
-writer. A killed writer can leave its ``.part`` file behind, nothing else.
+writer. A killed writer can leave its ``.part`` behind, nothing else; the next one of the same name
+removes it. Parts have names of their own, whatever process ids there are on other machines, and are
+locked while somebody writes them.
+
+A name that a file gives for another file is a plain name in the same folder, or an error.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
+import platform
+import re
+import secrets
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_moe_inject.typed import RecipeError, show
+from megatron_moe_inject.typed import RecipeError, one_line, show
+
+_ABANDONED_SECONDS = 24 * 3600
+"""A part that nobody has touched for so long is nobody's, whoever began it."""
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether a name found in a file means a file in the same folder, and nothing else."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
 
 
 def replace_file(path: str | Path, content: bytes) -> None:
@@ -26,24 +43,27 @@ def replace_file(path: str | Path, content: bytes) -> None:
     Raises:
         RecipeError: the file cannot be written; what was there before still is.
     """
-    target = Path(os.path.realpath(path))
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
+        target = Path(os.path.realpath(path))
+        if not target.name:
+            raise IsADirectoryError(21, "Is a directory")
+        _remove_abandoned(target)
+        part, handle = _locked_part(target, _new_file)
         try:
-            with open(part, "wb") as file:
+            with open(handle, "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(part, target)
+                os.replace(part, target)
         except BaseException:
             with contextlib.suppress(OSError):
                 part.unlink()
             raise
         _sync_folder(target.parent)
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
         raise RecipeError(
-            f"{show(str(path))} cannot be written ({reason}); name a file in a folder that exists"
+            f"{show(str(path))} cannot be written ({_reason(error)}); "
+            "name a file in a folder that exists"
         ) from None
 
 
@@ -66,9 +86,8 @@ def append_line(path: str | Path, line: bytes) -> None:
             raise
         finally:
             os.close(handle)
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise RecipeError(f"{show(str(path))} cannot be written ({reason})") from None
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{show(str(path))} cannot be written ({_reason(error)})") from None
 
 
 def whole_lines(text: str) -> list[str]:
@@ -94,20 +113,104 @@ def readable_json(value: Any, indent: str = "") -> str:
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder beside ``path`` that takes its name when the block ends well, and else is removed.
 
-    ``path`` must not exist. Files are forced to disk before the name is taken.
+    ``path`` must not exist; the folders above it are made. Files are forced to disk before the name
+    is taken.
+
+    Raises:
+        RecipeError: the folder, or something in it, cannot be written.
     """
-    folder = path.with_name(f".{path.name}.{os.getpid()}.part")
-    folder.mkdir(parents=True)
     try:
-        yield folder
-        for entry in folder.rglob("*"):
-            if entry.is_file():
-                with entry.open("rb") as file:
-                    os.fsync(file.fileno())
-        os.rename(folder, path)
-        _sync_folder(path.parent)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(path)
+        folder, handle = _locked_part(path, _new_directory)
+        try:
+            yield folder
+            for entry in folder.rglob("*"):
+                if entry.is_file():
+                    with entry.open("rb") as file:
+                        os.fsync(file.fileno())
+            os.rename(folder, path)
+            _sync_folder(path.parent)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(handle)
+    except OSError as error:
+        raise RecipeError(
+            f"{show(str(path))} cannot be written ({_reason(error)}); "
+            "name a new folder in one that takes it"
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    """In one word or a few why the system refused."""
+    return getattr(error, "strerror", None) or one_line(str(error)) or type(error).__name__
+
+
+def _locked_part(target: Path, make: Callable[[Path], int]) -> tuple[Path, int]:
+    """A new part of ``target`` by ``make``, locked by its open handle until that is closed."""
+    while True:
+        part = target.with_name(f".{target.name}.{_machine()}-{secrets.token_hex(6)}.part")
+        handle = make(part)
+        # Before the lock, another writer may have taken the part for an abandoned one.
+        if _lock(handle) is not False and part.exists():
+            return part, handle
+        os.close(handle)
+
+
+def _new_file(part: Path) -> int:
+    return os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+
+
+def _new_directory(part: Path) -> int:
+    part.mkdir()
+    return os.open(part, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _machine() -> str:
+    return re.sub(r"[^A-Za-z0-9_-]", "-", platform.node())
+
+
+def _lock(handle: int) -> bool | None:
+    """Take the lock: True, False where another process has it, None where there are no locks."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove what killed writers of ``target`` left behind; what cannot be removed stays.
+
+    A part is abandoned when it has no lock and was begun on this machine, where a lock of another
+    process would be seen, or when nothing in it was touched for a day.
+    """
+    ours = re.compile(rf"\.{re.escape(target.name)}\.([A-Za-z0-9_-]+)\.part")
+    with contextlib.suppress(OSError):
+        for part in list(target.parent.iterdir()):
+            match = ours.fullmatch(part.name)
+            if match is None or part.is_symlink():
+                continue
+            with contextlib.suppress(OSError):
+                _remove_if_abandoned(part, match[1].rpartition("-")[0] == _machine())
+
+
+def _remove_if_abandoned(part: Path, begun_here: bool) -> None:
+    handle = os.open(part, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        lock = _lock(handle)
+        touched = max(entry.lstat().st_mtime for entry in (part, *part.rglob("*")))
+        old = time.time() - touched > _ABANDONED_SECONDS
+        if lock is False or not (old or (lock and begun_here)):
+            return
+        if part.is_dir():
+            shutil.rmtree(part)
+        else:
+            part.unlink()
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        os.close(handle)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -8,7 +8,7 @@ import textwrap
 
 import pytest
 
-from megatron_moe_inject.files import replace_file
+from megatron_moe_inject.files import append_line, is_plain_name, new_folder, replace_file
 from megatron_moe_inject.typed import RecipeError
 
 
@@ -46,7 +46,7 @@ def test_killed_writer_leaves_the_old_file(tmp_path, step, left):
     script = textwrap.dedent(
         f"""
         import os, signal
-        from megatron_moe_inject.files import replace_file
+        from megatron_moe_inject.files import append_line, is_plain_name, new_folder, replace_file
         os.{step} = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
         replace_file({str(path)!r}, b"new" * 1000)
         """
@@ -64,6 +64,88 @@ def test_links_keep_pointing(tmp_path):
     replace_file(tmp_path / "link.bin", b"new")
     assert (tmp_path / "link.bin").is_symlink()
     assert (tmp_path / "real.bin").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("path", ["/", ".", "a\0b"])
+@pytest.mark.parametrize("write", [replace_file, append_line])
+def test_what_no_file_can_be_called(tmp_path, monkeypatch, write, path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError, match="cannot be written"):
+        write(path, b"")
+    assert os.listdir(tmp_path) == []
+
+
+def test_plain_names():
+    assert all(map(is_plain_name, ("__0_0.distcp", "größe.bin", "a b", ".x", "..x")))
+    for name in ("", ".", "..", "/a", "a/b", "../a", "a\\b", "a\0", None, 3, b"a", ["a"]):
+        assert not is_plain_name(name), name
+
+
+def _killed(script):
+    code = textwrap.dedent(script)
+    done = subprocess.run([sys.executable, "-c", code], timeout=60, check=False)
+    assert done.returncode == -signal.SIGKILL
+
+
+def test_the_next_writer_removes_what_killed_ones_left(tmp_path):
+    target = tmp_path / "delta"
+    _killed(
+        f"""
+        import os, signal
+        from pathlib import Path
+        from megatron_moe_inject.files import new_folder, replace_file
+        with new_folder(Path({str(target)!r})) as folder:
+            (folder / "a").write_bytes(b"a")
+            os.replace = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+            replace_file({str(tmp_path / "a.bin")!r}, b"new")
+        """
+    )
+    others = [tmp_path / name for name in (".delta.more.123.part", ".other.1.part", "delta.1.part")]
+    old, young = tmp_path / ".delta.77.part", tmp_path / ".delta.elsewhere-1f.part"
+    for folder in (*others, old, young):
+        folder.mkdir()
+    os.utime(old, (0, 0))
+    with new_folder(target) as folder:
+        (folder / "b").write_bytes(b"b")
+        with new_folder(target.with_name("delta.more")):
+            pass
+        replace_file(target.with_name("a.bin"), b"new")
+    kept = {path.name for path in (*others, young)}
+    assert {p.name for p in tmp_path.iterdir()} == kept | {"delta", "delta.more", "a.bin"}
+    assert os.listdir(target) == ["b"]
+
+
+def test_writers_of_one_name_do_not_meet(tmp_path):
+    """As two containers that share a disk and count processes alike."""
+    target = tmp_path / "delta"
+
+    def write(first):
+        with new_folder(target) as second:
+            assert first.exists()
+            assert first != second
+            target.mkdir()
+            (target / "x").touch()
+
+    with new_folder(target) as first:
+        (first / "a").write_bytes(b"first")
+        with pytest.raises(RecipeError, match=r"cannot be written \(Directory not empty\)"):
+            write(first)
+        assert first.exists()
+        (target / "x").unlink()
+    assert (target / "a").read_bytes() == b"first"
+    assert os.listdir(tmp_path) == ["delta"]
+
+
+def test_a_folder_that_cannot_be_written_is_one_error(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(RecipeError, match="file/x' cannot be written"),
+        new_folder(tmp_path / "file" / "x"),
+    ):
+        pass
+    with pytest.raises(RecipeError, match="No space left"), new_folder(tmp_path / "x"):
+        raise OSError(28, "No space left on device")
+    assert os.listdir(tmp_path) == ["file"]
 
 
 def test_missing_folder(tmp_path):
