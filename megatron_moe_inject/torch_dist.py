@@ -7,8 +7,11 @@ slice, whatever layout wrote it.
 
 Trust: the format carries pickles. ``.metadata`` is read by an unpickler that knows the few
 classes of the format and refuses every other name; ``common.pt`` and stored objects go through
-``torch.load(weights_only=True)`` with the classes that Megatron registers as safe. Even so any
-such checkpoint deserves the trust that one gives to the student's own.
+``torch.load(weights_only=True)`` with the classes that Megatron registers as safe. The files that
+``.metadata`` names are plain names in its folder, or an error. Even so any such checkpoint deserves
+the trust that one gives to the student's own.
+
+Megatron is imported only for what needs its classes: the common state, and checkpoints of old.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
+import functools
 import io
 import json
 import pickle
@@ -40,8 +44,10 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_moe_inject.recipe import RecipeError
+from megatron_moe_inject.files import is_plain_name
+from megatron_moe_inject.typed import RecipeError, show
 
+_INDEX = ".metadata"
 _COMMON_OBJECT = "common_state/shard_0_1"
 _TRAINING_STATE = re.compile(
     r"(chained_\d+\.)?optimizer\.|(.*\.)?rng_state/|rerun_state_machine_state/|common_state/"
@@ -105,7 +111,7 @@ class _Reader(FileSystemReader):
     """The stock reader with the restricted unpickler."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with open(Path(self.path) / ".metadata", "rb") as file:
+        with open(Path(self.path) / _INDEX, "rb") as file:
             return _MetadataUnpickler(file).load()
 
 
@@ -162,19 +168,17 @@ class TorchDistCheckpoint:
         source: what the user calls it.
         folder: the directory of the iteration.
         tensors: stored model tensors by name; optimizer and other training state is left out.
-        common: what Megatron stores once for all ranks: ``args``, ``iteration``, and so on.
     """
 
     source: CheckpointSource
     folder: Path
     tensors: dict[str, TensorStorageMetadata]
-    common: dict[str, Any]
     _reader: _Reader
     _metadata: Metadata
 
     @classmethod
     def open(cls, source: CheckpointSource) -> TorchDistCheckpoint:
-        """Read the metadata and the common state, and check that the files are whole.
+        """Read the metadata, and check that the files are in the folder and whole.
 
         Raises:
             RecipeError: not a ``torch_dist`` checkpoint, or a damaged one.
@@ -187,15 +191,14 @@ class TorchDistCheckpoint:
             reader.set_up_storage_reader(metadata, is_coordinator=False)
             stored = metadata.state_dict_metadata
         except (*_DAMAGED, pickle.UnpicklingError, AttributeError, ImportError) as error:
-            raise _damaged(source, folder / ".metadata", error) from error
+            raise _damaged(source, folder / _INDEX, error) from error
         tensors = {
             key: value
             for key, value in stored.items()
             if isinstance(value, TensorStorageMetadata) and not _TRAINING_STATE.match(key)
         }
-        checkpoint = cls(source, folder, tensors, {}, reader, metadata)
+        checkpoint = cls(source, folder, tensors, reader, metadata)
         checkpoint._check_files()
-        checkpoint.common = checkpoint._read_common()
         return checkpoint
 
     @property
@@ -237,12 +240,20 @@ class TorchDistCheckpoint:
             raise _damaged(self.source, self.folder, error) from error
 
     def _check_files(self) -> None:
-        """Every part of the model must lie within an existing file."""
+        """Files have plain names, and every part of the model lies within one that exists."""
         needed: dict[str, int] = {}
         for index, info in self._metadata.storage_data.items():
-            if index.fqn in self.tensors:
-                end = info.offset + info.length
-                needed[info.relative_path] = max(end, needed.get(info.relative_path, 0))
+            name, *place = (getattr(info, a, None) for a in ("relative_path", "offset", "length"))
+            if not is_plain_name(name) or name == _INDEX:
+                raise self.source.error(
+                    f"names a file {show(name)} in {_INDEX}, which is none of its own",
+                    "take the checkpoint from its source again",
+                )
+            if not all(type(number) is int and number >= 0 for number in place):
+                where = f"{show(index.fqn)} is at {show(place)} of {name}"
+                raise _damaged(self.source, self.folder / _INDEX, ValueError(where))
+            if index.fqn in self.tensors or index.fqn == _COMMON_OBJECT:
+                needed[name] = max(sum(place), needed.get(name, 0))
         for name, end in needed.items():
             path = self.folder / name
             size = path.stat().st_size if path.is_file() else None
@@ -253,7 +264,13 @@ class TorchDistCheckpoint:
                     "copy the checkpoint again or name another iteration",
                 )
 
-    def _read_common(self) -> dict[str, Any]:
+    @functools.cached_property
+    def common(self) -> dict[str, Any]:
+        """What Megatron stores once for all ranks: ``args``, ``iteration``, and so on.
+
+        Raises:
+            RecipeError: it cannot be read.
+        """
         import megatron.core  # noqa: F401  registers the classes that torch.load may restore
 
         path = self.folder / "common.pt"
@@ -302,7 +319,7 @@ def stored_shapes(folder: Path, part: str) -> dict[str, tuple[int, ...]]:
 def _iteration_folder(source: CheckpointSource) -> Path:
     """The directory of the iteration that a ``--save`` directory points to, or itself."""
     root = source.path
-    if (root / ".metadata").is_file() or (root / "metadata.json").is_file():
+    if (root / _INDEX).is_file() or (root / "metadata.json").is_file():
         return root
     tracker = root / "latest_checkpointed_iteration.txt"
     if not tracker.is_file():
@@ -313,8 +330,8 @@ def _iteration_folder(source: CheckpointSource) -> Path:
             else "name a directory given to Megatron's --save, or an iter_* directory in it"
         )
         raise source.error("has no latest_checkpointed_iteration.txt", remedy)
-    text = tracker.read_text().strip()
-    if text != "release" and not text.isdigit():
+    text = tracker.read_bytes()[:80].decode(errors="replace").strip()
+    if text != "release" and not re.fullmatch("[0-9]{1,12}", text):
         raise source.error(
             f"has an unreadable {tracker.name}: {text[:40]!r}", "name the iter_* directory itself"
         )
@@ -346,9 +363,9 @@ def _check_format(source: CheckpointSource, folder: Path) -> None:
         raise source.error(
             f"is a checkpoint in format {backend!r}", "save it with --ckpt-format torch_dist"
         )
-    if not (folder / ".metadata").is_file():
+    if not (folder / _INDEX).is_file():
         raise source.error(
-            f"is incomplete: {folder / '.metadata'} is not there",
+            f"is incomplete: {folder / _INDEX} is not there",
             "copy the checkpoint again or name another iteration",
         )
 
@@ -382,9 +399,9 @@ def rewritten_copy(
         progress: wraps the stored parts to show how far it is.
 
     Raises:
-        RecipeError: parts that are stored transformed, or cannot be read.
+        RecipeError: parts that are stored transformed, or cannot be read, or a symbolic link: what
+            it points to may be no part of the checkpoint.
     """
-    folder.mkdir(parents=True)
     metadata = copy.copy(checkpoint._metadata)
     parts = [
         (index, info)
@@ -392,15 +409,21 @@ def rewritten_copy(
         if index.fqn == _COMMON_OBJECT or not _TRAINING_STATE.match(index.fqn)
     ]
     parts.sort(key=lambda part: (part[1].relative_path, part[1].offset))
+    parted = {info.relative_path for _, info in parts}
+    others = [
+        path
+        for path in checkpoint.folder.iterdir()
+        if path.name not in parted and path.name != _INDEX and path.suffix != ".distcp"
+    ]
+    _refuse_links(checkpoint, [checkpoint.folder / name for name in parted] + others)
+    folder.mkdir(parents=True)
     storage: dict[MetadataIndex, Any] = {}
     for index, info in progress(parts, len(parts)):
         if getattr(info, "transform_descriptors", None):
             raise checkpoint.source.error(
                 "stores its tensors transformed (compressed, say)", "save it without"
             )
-        with (checkpoint.folder / info.relative_path).open("rb") as file:
-            file.seek(info.offset)
-            blob = file.read(info.length)
+        blob = _stored_bytes(checkpoint, info)
         if index.fqn in changes:
             blob = _with_changes(checkpoint, index, blob, changes[index.fqn])
         with (folder / info.relative_path).open("ab") as out:
@@ -412,11 +435,30 @@ def rewritten_copy(
         name: value for name, value in metadata.state_dict_metadata.items() if name in kept
     }
     metadata.planner_data = _only(metadata.planner_data, kept)
-    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
-    for path in checkpoint.folder.iterdir():
-        if path.name == ".metadata" or path.suffix == ".distcp":
-            continue
+    (folder / _INDEX).write_bytes(pickle.dumps(metadata))
+    for path in others:
         (shutil.copytree if path.is_dir() else shutil.copyfile)(path, folder / path.name)
+
+
+def _refuse_links(checkpoint: TorchDistCheckpoint, paths: Iterable[Path]) -> None:
+    for path in paths:
+        inside = sorted(path.rglob("*")) if path.is_dir() and not path.is_symlink() else []
+        for entry in (path, *inside):
+            if entry.is_symlink():
+                raise checkpoint.source.error(
+                    f"holds {entry}, a symbolic link, which is not followed",
+                    "copy the checkpoint with the files themselves (cp -rL)",
+                )
+
+
+def _stored_bytes(checkpoint: TorchDistCheckpoint, info: Any) -> bytes:
+    path = checkpoint.folder / info.relative_path
+    try:
+        with path.open("rb") as file:
+            file.seek(info.offset)
+            return file.read(info.length)
+    except OSError as error:
+        raise _damaged(checkpoint.source, path, error) from error
 
 
 def _only(planner_data: Any, names: set[str]) -> Any:

@@ -7,6 +7,9 @@ Applying it to the base gives back the trained weights bitwise, and to anything 
 Both directions stream: memory is bounded by one file of the delta, whatever the student's size.
 
 Only weights count. Optimizer, RNG and the projections of feature imitation stay behind.
+
+A delta may come from anybody: nothing in it is code, its files are plain names in its folder that
+have a checksum, and what its slices are is held against the base before anything is written.
 """
 
 from __future__ import annotations
@@ -14,10 +17,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import operator
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +29,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from megatron_moe_inject import typed
 from megatron_moe_inject.experts.freeze import is_own
-from megatron_moe_inject.files import new_folder
+from megatron_moe_inject.files import is_plain_name, new_folder
 from megatron_moe_inject.torch_dist import Piece, TorchDistCheckpoint, rewritten_copy
-from megatron_moe_inject.typed import RecipeError, listing
+from megatron_moe_inject.typed import RecipeError, listing, one_line, show
 
 FORMAT, VERSION = "megatron_moe_inject.delta", 1
 INDEX = "delta.json"
@@ -79,6 +84,48 @@ class DeltaSummary:
     base_bytes: int
 
 
+_NEEDED = {"remedy": "the index was changed"}
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One changed slice of a stored tensor.
+
+    Attributes:
+        tensor: name in the checkpoint.
+        place: indices on its leading axes.
+        base_sha256: of the bytes that the base holds there.
+        file: of the delta, which holds the new values under the slice's own name.
+    """
+
+    tensor: str = field(metadata=_NEEDED)
+    place: list[int] = field(metadata=_NEEDED)
+    base_sha256: str = field(metadata=_NEEDED)
+    file: str = field(metadata=_NEEDED)
+
+
+@dataclass(frozen=True)
+class DeltaIndex:
+    """What ``delta.json`` says.
+
+    Attributes:
+        model: fingerprint of names, shapes and types of the base's weights.
+        base_iteration, trained_iteration: folders that were compared.
+        bytes: size of the values.
+        files: SHA-256 of each file, by name.
+        slices: by their name in the files.
+    """
+
+    format: str = field(metadata=_NEEDED)
+    version: int = field(metadata=_NEEDED)
+    model: str = field(metadata=_NEEDED)
+    base_iteration: str = field(metadata=_NEEDED)
+    trained_iteration: str = field(metadata=_NEEDED)
+    bytes: int = field(metadata=_NEEDED)
+    files: dict[str, str] = field(metadata=_NEEDED)
+    slices: dict[str, Slice] = field(metadata=_NEEDED)
+
+
 def stacked_axes(name: str) -> int:
     """Leading axes of a stored tensor that number layers and experts, not part of a weight.
 
@@ -115,16 +162,21 @@ def export_delta(
     before, after = base.open(), trained.open()
     names = _common_tensors(before, after)
     slices = [(name, place) for name in names for place in _places(before, name)]
-    index: dict[str, Any] = {}
+    index: dict[str, Slice] = {}
     with new_folder(output) as folder:
         batch: dict[str, torch.Tensor] = {}
+        changed: dict[str, tuple[str, tuple[int, ...], str]] = {}
         files = itertools.count(1)
 
         def flush() -> None:
             file = f"delta-{next(files):05d}.safetensors"
-            save_file(batch, folder / file)
+            try:
+                save_file(batch, folder / file)
+            except SafetensorError as error:  # no space left, say
+                raise OSError(str(error)) from error
             for name in batch:
-                index[name]["file"] = file
+                tensor, place, checksum = changed[name]
+                index[name] = Slice(tensor, list(place), checksum, file)
             batch.clear()
 
         size = 0
@@ -136,24 +188,24 @@ def export_delta(
                 flush()
                 size = 0
             entry = "@".join([name, ".".join(map(str, place))]) if place else name
-            index[entry] = {"tensor": name, "place": list(place), "base_sha256": _checksum(old)}
+            changed[entry] = name, place, _checksum(old)
             batch[entry] = new
             size += new.nbytes
-        if not index:
+        if not changed:
             raise trained.error("does not differ from the base", "name the checkpoint after it")
         flush()
-        summary = _summary(before, index, folder)
-        described = {
-            "format": FORMAT,
-            "version": VERSION,
-            "model": _fingerprint(before),
-            "base_iteration": before.folder.name,
-            "trained_iteration": after.folder.name,
-            "bytes": summary.bytes,
-            "files": {path.name: _file_checksum(path) for path in sorted(folder.iterdir())},
-            "slices": index,
-        }
-        (folder / INDEX).write_text(json.dumps(described, indent=1), encoding="utf-8")
+        summary = _summary(before, index)
+        described = DeltaIndex(
+            format=FORMAT,
+            version=VERSION,
+            model=_fingerprint(before),
+            base_iteration=before.folder.name,
+            trained_iteration=after.folder.name,
+            bytes=summary.bytes,
+            files={path.name: _file_checksum(path) for path in sorted(folder.iterdir())},
+            slices=index,
+        )
+        (folder / INDEX).write_text(json.dumps(asdict(described), indent=1), encoding="utf-8")
     return summary
 
 
@@ -176,41 +228,50 @@ def apply_delta(
     _must_not_exist(output)
     described = _read_index(delta)
     before = base.open()
-    if _fingerprint(before) != described["model"]:
+    if _fingerprint(before) != described.model:
         raise base.error("is another model than the delta's base", "name the base it was made from")
-    index = described["slices"]
+    index = described.slices
+    changes = _changes(delta, index, before)
     for entry in progress(index.values(), len(index)):
-        found = _checksum(_read(before, entry["tensor"], tuple(entry["place"])))
-        if found != entry["base_sha256"]:
+        found = _checksum(_read(before, entry.tensor, tuple(entry.place)))
+        if found != entry.base_sha256:
             raise base.error(
-                f"holds other values of {entry['tensor']} {entry['place']} than the delta's base",
+                f"holds other values of {entry.tensor} {entry.place} than the delta's base",
                 "name the base it was made from",
             )
-    changes: dict[str, dict[tuple[int, ...], Callable[[], torch.Tensor]]] = {}
-    for name, entry in index.items():
-        changes.setdefault(entry["tensor"], {})[tuple(entry["place"])] = _Stored(
-            delta / entry["file"], name
-        )
     with new_folder(output) as folder:
         number = re.fullmatch(r"iter_(\d{7,})", before.folder.name)
         name = before.folder.name if number else "release"
         rewritten_copy(before, folder / name, changes, progress)
         tracker = folder / "latest_checkpointed_iteration.txt"
         tracker.write_text(str(int(number[1])) if number else "release")
-    counts = Counter(entry["tensor"] for entry in index.values())
-    return DeltaSummary(counts, described["bytes"], _total_bytes(before))
+    return _summary(before, index)
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """One slice of a delta, read when it is called for."""
+    """One slice of a delta, read when it is called for.
 
-    path: Path
+    Raises:
+        RecipeError: it is not of the base's shape and type.
+    """
+
+    delta: Path
+    file: str
     name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
     def __call__(self) -> torch.Tensor:
-        with safe_open(self.path, framework="pt") as file:
-            return file.get_tensor(self.name)
+        with safe_open(self.delta / self.file, framework="pt") as file:
+            found = file.get_tensor(self.name)
+        if (tuple(found.shape), found.dtype) != (self.shape, self.dtype):
+            raise _damaged(
+                self.delta,
+                f"holds {show(self.name)} as {list(found.shape)} {found.dtype}, which the base has "
+                f"as {list(self.shape)} {self.dtype}",
+            )
+        return found
 
 
 def _common_tensors(before: TorchDistCheckpoint, after: TorchDistCheckpoint) -> list[str]:
@@ -278,46 +339,72 @@ def _total_bytes(checkpoint: TorchDistCheckpoint) -> int:
     return sum(s.size.numel() * s.properties.dtype.itemsize for s in checkpoint.tensors.values())
 
 
-def _summary(base: TorchDistCheckpoint, index: Mapping[str, Any], folder: Path) -> DeltaSummary:
+def _summary(base: TorchDistCheckpoint, index: Mapping[str, Slice]) -> DeltaSummary:
     size = 0
     for entry in index.values():
-        stored = base.tensors[entry["tensor"]]
-        size += stored.size[len(entry["place"]) :].numel() * stored.properties.dtype.itemsize
-    counts = Counter(entry["tensor"] for entry in index.values())
+        stored = base.tensors[entry.tensor]
+        size += stored.size[len(entry.place) :].numel() * stored.properties.dtype.itemsize
+    counts = Counter(entry.tensor for entry in index.values())
     return DeltaSummary(counts, size, _total_bytes(base))
 
 
-def _read_index(delta: Path) -> dict[str, Any]:
+def _damaged(delta: Path, problem: object) -> RecipeError:
+    return RecipeError(f"--delta {delta} {problem}; copy or export it again", "--delta")
+
+
+def _read_index(delta: Path) -> DeltaIndex:
     """The delta's description, checked against its files."""
-
-    def damaged(problem: object) -> RecipeError:
-        return RecipeError(f"--delta {delta} {problem}; copy or export it again", "--delta")
-
     path = delta / INDEX
     if not path.is_file():
         raise RecipeError(f"--delta {delta} holds no {INDEX}; name a folder of export-delta")
     try:
-        described = json.loads(path.read_text(encoding="utf-8"))
-        kind = described["format"], described["version"]
+        plain = json.loads(path.read_text(encoding="utf-8"))
+        kind = plain["format"], plain["version"]
         if kind != (FORMAT, VERSION):
             raise RecipeError(
-                f"--delta {delta} is {kind[0]} version {kind[1]}; this reads {FORMAT} "
+                f"--delta {delta} is {one_line(str(kind[0]))} version {show(kind[1])}; this reads "
+                f"{FORMAT} "
                 f"version {VERSION}"
             )
-        for name, checksum in described["files"].items():
+        try:
+            described = typed.build(DeltaIndex, plain)
+        except RecipeError as error:
+            raise _damaged(delta, f"has an {INDEX} that cannot be: {error}") from None
+        names = [*described.files, *(entry.file for entry in described.slices.values())]
+        for name in names:
+            if not is_plain_name(name) or name not in described.files:
+                raise _damaged(delta, f"names a file {show(name)}, which is none of its own")
+        stored: dict[str, str] = {}
+        for name, checksum in described.files.items():
             if _file_checksum(delta / name) != checksum:
-                raise damaged(f"is damaged: {name} is not what was written")
-        stored: set[str] = set()
-        for name in described["files"]:
+                raise _damaged(delta, f"is damaged: {name} is not what was written")
             with safe_open(delta / name, framework="pt") as file:
-                stored |= set(file.keys())
-        if stored != set(described["slices"]):
-            raise damaged("does not hold the slices that it lists")
+                stored |= dict.fromkeys(file.keys(), name)
+        if stored != {name: entry.file for name, entry in described.slices.items()}:
+            raise _damaged(delta, "does not hold the slices that it lists")
         return described
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        if isinstance(error, RecipeError):
-            raise
-        raise damaged(f"cannot be read ({type(error).__name__}: {error})") from error
+    except RecipeError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+        problem = f"cannot be read ({type(error).__name__}: {error})"
+        raise _damaged(delta, problem) from error
+
+
+def _changes(
+    delta: Path, index: Mapping[str, Slice], base: TorchDistCheckpoint
+) -> dict[str, dict[tuple[int, ...], _Stored]]:
+    """The new values by tensor and place; every slice must be one of the base's, once."""
+    changes: dict[str, dict[tuple[int, ...], _Stored]] = {}
+    for name, entry in index.items():
+        place, stored = tuple(entry.place), base.tensors.get(entry.tensor)
+        sizes = () if stored is None else stored.size[: stacked_axes(entry.tensor)]
+        exists = len(place) == len(sizes) and all(map(operator.contains, map(range, sizes), place))
+        if stored is None or not exists or place in changes.get(entry.tensor, {}):
+            raise _damaged(delta, f"has a slice {show(name)} that is none of the base's")
+        shape, dtype = stored.size[len(place) :], stored.properties.dtype
+        new = _Stored(delta, entry.file, name, tuple(shape), dtype)
+        changes.setdefault(entry.tensor, {})[place] = new
+    return changes
 
 
 def _must_not_exist(output: Path) -> None:

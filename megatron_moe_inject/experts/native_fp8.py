@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_moe_inject.experts import fp8_blocks
 from megatron_moe_inject.experts.fp8_weights import Fp8Weight
-from megatron_moe_inject.typed import RecipeError, fail, listing
+from megatron_moe_inject.files import is_plain_name
+from megatron_moe_inject.typed import RecipeError, fail, listing, show
 
 KEY = "train.fp8_source"
 _INDEX = "model.safetensors.index.json"
@@ -52,6 +53,12 @@ class NativeFp8:
                 "leave fp8_source out to encode the loaded weights",
             )
         self._files: dict[str, str] = self._json(_INDEX).get("weight_map") or {}
+        for name in self._files.values():
+            if not is_plain_name(name):
+                raise self._error(
+                    f"names a file {show(name)} in {_INDEX}, which is none of its own",
+                    "take the model from its source again",
+                )
 
     def _error(self, problem: str, remedy: str) -> RecipeError:
         return fail(KEY, self.text, problem, remedy)

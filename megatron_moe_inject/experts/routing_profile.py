@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_moe_inject.files import is_plain_name
 from megatron_moe_inject.typed import RecipeError, suggest
 
 GENERAL_CLASS = "general"
@@ -214,7 +215,7 @@ def check_profile(profile: RoutingProfile) -> None:
 
 def _check_logit_file(profile: RoutingProfile) -> None:
     logits = profile.logits
-    if logits.file in ("", ".", "..") or "/" in logits.file:
+    if not is_plain_name(logits.file):
         raise _contradiction("logits.file", f"{logits.file!r} is no file beside the profile")
     for name, count in logits.tokens.items():
         if name not in profile.classes or count < 0:

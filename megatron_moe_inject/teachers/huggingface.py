@@ -22,11 +22,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from megatron_moe_inject.files import is_plain_name
 from megatron_moe_inject.losses.spec import LogitTransform
 from megatron_moe_inject.rng import untouched_rng
 from megatron_moe_inject.teachers import vocabulary
 from megatron_moe_inject.teachers.base import Source, Teacher, TeacherInfo, padded_rows
-from megatron_moe_inject.typed import listing
+from megatron_moe_inject.typed import listing, show
 
 _LOG = logging.getLogger(__name__)
 _INDEX = "model.safetensors.index.json"
@@ -212,8 +213,14 @@ def _stored_shapes(source: Source) -> dict[str, tuple[int, ...]]:
             names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
         else:
             names = ["model.safetensors"]
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise _damaged(source, index, error) from error
+    for name in names:
+        if not is_plain_name(name):
+            raise source.error(
+                f"names a file {show(name)} in {_INDEX}, which is none of its own",
+                "take the model from its source again",
+            )
     shapes: dict[str, tuple[int, ...]] = {}
     for name in names:
         path = source.path / name

@@ -223,6 +223,16 @@ def _publish(folder, layers=(4, 5), experts=range(3, 6), h=128, f=256, **config)
     return decoded
 
 
+@pytest.mark.parametrize("name", ["../model-1.safetensors", "/model-1.safetensors", 3])
+def test_a_published_index_names_only_files_of_its_own(tmp_path, name):
+    (tmp_path / "index").mkdir()
+    _publish(tmp_path / "index", layers=[4], experts=[3])
+    index = tmp_path / "index" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(RecipeError, match=r"names a file .* which is none of its own"):
+        NativeFp8(f"hf:{tmp_path / 'index'}")
+
+
 def _as_loaded(decoded, chunk):
     """The state dict that a conversion of the published weights would give."""
     state = chunk.state_dict()

@@ -295,6 +295,14 @@ def test_a_missing_shard_is_refused_at_check(copy):
         check(copy)
 
 
+@pytest.mark.parametrize("name", ["../model.safetensors", "/model.safetensors", "a/b", 3])
+def test_an_index_names_only_files_of_its_own(copy, name):
+    (copy.parent / "model.safetensors").write_bytes((copy / "model.safetensors").read_bytes())
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(RecipeError, match=r"names a file .* which is none of its own"):
+        check(copy)
+
+
 def test_pickled_weights_are_refused(copy):
     (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
     for action in (check, load):
