@@ -37,6 +37,11 @@ def is_plain_name(name: object) -> bool:
     return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
 
 
+def is_file_path(path: str) -> bool:
+    """Whether a path can be that of a file, as far as its text says."""
+    return os.path.basename(path) not in ("", ".", "..") and "\0" not in path
+
+
 def replace_file(path: str | Path, content: bytes) -> None:
     """Make ``content`` the content of ``path``; a symbolic link keeps pointing where it did.
 

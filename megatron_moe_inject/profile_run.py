@@ -17,19 +17,26 @@ import torch
 import torch.distributed as dist
 
 from megatron_moe_inject import compat
+from megatron_moe_inject.agreement import agree
 from megatron_moe_inject.data.labels import HostGroup
 from megatron_moe_inject.data.mixing import mix_held_out
 from megatron_moe_inject.experts.census import parameter_rows
 from megatron_moe_inject.experts.freeze import EXPERTS
 from megatron_moe_inject.experts.profile_file import write_profile
 from megatron_moe_inject.experts.recorder import RoutingRecorder
-from megatron_moe_inject.experts.router_logits import logit_path, write_logits
+from megatron_moe_inject.experts.router_logits import (
+    MOST_BYTES,
+    logit_path,
+    most_tokens,
+    write_logits,
+)
 from megatron_moe_inject.experts.routing_profile import (
     GENERAL_CLASS,
     Provenance,
     RouterSettings,
     RoutingProfile,
 )
+from megatron_moe_inject.plan import memory_text
 from megatron_moe_inject.progress import StepProgress
 from megatron_moe_inject.recipe import GENERAL, Recipe, RecipeError
 from megatron_moe_inject.step import SplitRegistry, StepHook
@@ -46,7 +53,8 @@ class ProfileSetup:
         splits: which splits are recorded.
 
     Raises:
-        RecipeError: a dense student, or a place that cannot be written to.
+        RecipeError: a dense student, a place that cannot be written to, or more router logits
+            than there is room for.
     """
 
     def __init__(
@@ -62,10 +70,22 @@ class ProfileSetup:
                 f"--inject-profile: {self._path.absolute().parent} is no folder; create it first"
             )
         self._names = [GENERAL_CLASS, *(domain.name for domain in recipe.domains)]
+        self._check_logits()
         self._data = [
             tuple(dict.fromkeys(e for split in splits for e in self._entries(recipe, split, label)))
             for label in (GENERAL, *range(len(recipe.domains)))
         ]
+
+    def _check_logits(self) -> None:
+        asked = self._args.inject_profile_logits
+        layers, experts = len(self._facts.moe_layers), self._facts.num_moe_experts
+        most = most_tokens(classes=len(self._names), layers=layers, experts=experts)
+        if asked is not None and asked > most:
+            raise RecipeError(
+                f"--inject-profile-logits: {asked} tokens of each of {len(self._names)} classes, "
+                f"in {layers} layers with {experts} experts, are more than "
+                f"{memory_text(MOST_BYTES)}; write {most} or less"
+            )
 
     def _entries(self, recipe: Recipe, split: str, label: int) -> list[str]:
         entries = (
@@ -77,7 +97,10 @@ class ProfileSetup:
     def recorder(self, chunks: Sequence[torch.nn.Module], groups: Any) -> RoutingRecorder:
         """The recorder of this rank.
 
-        Collectives: those of ``parameter_rows``.
+        Collectives: those of ``parameter_rows`` and ``agree``.
+
+        Raises:
+            RecipeError: what is to be kept does not fit into some rank's memory.
         """
         rows = parameter_rows(chunks, groups)
         experts = sum(row.trained + row.frozen for row in rows if row.component == EXPERTS)
@@ -85,13 +108,15 @@ class ProfileSetup:
         count = len(self._facts.moe_layers) * self._facts.num_moe_experts
         self._expert_parameters = experts // count
         self._first_iteration = compat.optimizer_steps(self._args)
-        return RoutingRecorder(
-            chunks,
-            len(self._names),
-            groups,
-            coselections=bool(self._args.inject_profile_coselections),
-            logits=self._args.inject_profile_logits,
-            sequence_length=self._args.seq_length,
+        return agree(
+            lambda: RoutingRecorder(
+                chunks,
+                len(self._names),
+                groups,
+                coselections=bool(self._args.inject_profile_coselections),
+                logits=self._args.inject_profile_logits,
+                sequence_length=self._args.seq_length,
+            )
         )
 
     def write(self, recorder: RoutingRecorder) -> str:

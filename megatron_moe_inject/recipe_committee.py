@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from megatron_moe_inject.recipe_numbers import WEIGHTS, check_bounds
 from megatron_moe_inject.typed import RecipeError, child, fail, suggest
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def check_committee(recipe: Recipe, path: str, domain: Domain) -> None:
                 child(where, name), weight, "is not positive",
                 "write the teacher's share, such as 0.3, or leave the teacher out",
             )  # fmt: skip
+        check_bounds(child(where, name), weight, WEIGHTS)
     if domain.committee not in COMMITTEES:
         remedy = suggest(domain.committee, COMMITTEES, "choices")
         raise fail(f"{path}.committee", domain.committee, "is not known", remedy)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from megatron_moe_inject.typed import fail, show
 
@@ -35,6 +36,8 @@ class ExpertChoice:
         ep: expert-parallel ranks to spread each layer's experts over. Named here rather than
             read from the run, so that the choice does not depend on the layout.
     """
+
+    EXAMPLE: ClassVar = '{layers: {3: [0, 5]}}, or "3:0,5"'
 
     layers: dict[int, list[int]] = field(default_factory=dict)
     origin: str | None = None

@@ -11,7 +11,15 @@ import re
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from megatron_moe_inject.files import is_file_path
 from megatron_moe_inject.recipe_committee import check_committee
+from megatron_moe_inject.recipe_numbers import (
+    MIXTURES,
+    SHARES,
+    TEMPERATURES,
+    check_bounds,
+    check_weight_bounds,
+)
 from megatron_moe_inject.recipe_retention import PLACES, check_retention
 from megatron_moe_inject.recipe_steering import (
     STEERING_CONFIDENCES,
@@ -70,8 +78,11 @@ def validate(recipe: Recipe) -> None:
         _check_weight(f"steering.{name}", getattr(steering, name))
     check_steering(recipe)
     _check_mixing(recipe)
-    if recipe.evaluation is not None and recipe.evaluation.file == "":
-        raise fail("evaluation.file", "", "is no file", "name one, or leave it out for <save>")
+    if recipe.evaluation is not None and recipe.evaluation.file is not None:
+        file = recipe.evaluation.file
+        if not is_file_path(file):
+            remedy = "name one, or leave it out for <save>"
+            raise fail("evaluation.file", file, "is no file", remedy)
 
 
 def _check_mixing(recipe: Recipe) -> None:
@@ -90,6 +101,8 @@ def _check_mixing(recipe: Recipe) -> None:
                 raise fail(key, share, "is 0 at every iteration", "remove the data or its share")
         elif not 0 < share <= 1:
             raise fail(key, share, "is not in (0, 1]", "write a share such as 0.1")
+        else:
+            check_bounds(key, share, SHARES)
     for iteration in sorted(points):
         if sum(value_at(share, iteration) for share in recipe.mixing.values()) > 1 + 1e-6:
             where = "" if points == {0} else f" at iteration {iteration}"
@@ -177,7 +190,7 @@ def check_profile_choice(path: str, choice: ExpertChoice) -> None:
     def key(name: str) -> str:
         return child(path, name)
 
-    if not choice.profile:
+    if not is_file_path(choice.profile):
         raise fail(key("profile"), choice.profile, "is no file", "name a routing profile")
     method = choice.method
     if method is None:
@@ -246,8 +259,11 @@ def _check_teachers(recipe: Recipe) -> None:
 
 
 def _check_temperature(path: str, value: float | None) -> None:
-    if value is not None and not value > 0:
+    if value is None:
+        return
+    if not value > 0:
         raise fail(path, value, "is not positive", "write a number above 0, such as 2.0")
+    check_bounds(path, value, TEMPERATURES)
 
 
 def _check_choice(path: str, value: str, choices: tuple[str, ...]) -> None:
@@ -266,6 +282,7 @@ def _check_objective(recipe: Recipe) -> None:
         if not 0 < share < 1:
             remedy = "write a share strictly between; forward_kl and reverse_kl are the limits"
             raise fail(f"objective.{name}", share, "is not between 0 and 1", remedy)
+        check_bounds(f"objective.{name}", share, MIXTURES)
     for name in ("alpha", "beta", "general_beta", "gamma"):
         _check_weight(f"objective.{name}", getattr(objective, name))
     for name in ("experts", "l2"):
@@ -328,6 +345,7 @@ def _check_ce_share(objective: Objective) -> None:
     share = objective.ce_share
     if not 0 <= share <= 1:
         raise fail("objective.ce_share", share, "is not between 0 and 1", "write 0.3 for 30 % CE")
+    check_bounds("objective.ce_share", share, MIXTURES, besides=(0, 1))
     if (objective.alpha, objective.beta) != (1.0, 0.0):
         raise fail(
             "objective.ce_share",
@@ -378,6 +396,7 @@ def _check_weight(path: str, weight: Weight | None) -> None:
                 raise fail(f"{path}.points", iteration, "is negative", "iterations count from 0")
     if weight is not None and lowest(weight) < 0:
         raise fail(path, lowest(weight), "is negative", "weights are 0 or more")
+    check_weight_bounds(path, weight)
 
 
 def _check_router_rows(recipe: Recipe) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from megatron_moe_inject.recipe_numbers import SHARES, check_bounds
 from megatron_moe_inject.schedule import Schedule, ever_positive
 from megatron_moe_inject.typed import fail
 
@@ -82,11 +83,13 @@ def check_steering(recipe: Recipe) -> None:
             "steering.target_mass", steering.target_mass, "is not in (0, 1]",
             "write a share of a router's probability such as 0.5",
         )  # fmt: skip
+    check_bounds("steering.target_mass", steering.target_mass, SHARES)
     if not 0 <= steering.bias_counts <= 1:
         raise fail(
             "steering.bias_counts", steering.bias_counts, "is not between 0 and 1",
             "0 counts general tokens only, 1 all alike",
         )  # fmt: skip
+    check_bounds("steering.bias_counts", steering.bias_counts, SHARES, besides=(0,))
     if steering.stock_balance == "all" and steering.bias_counts:
         raise fail(
             "steering.bias_counts", steering.bias_counts, "has no use with stock_balance: all",

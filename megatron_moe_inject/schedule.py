@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 SHAPES = ("linear", "cosine")
 
@@ -23,6 +24,9 @@ class Schedule:
         shape: ``linear``, or ``cosine`` for half a cosine wave between neighbours: flat at the
             points, steepest half way.
     """
+
+    NOUN: ClassVar = "a schedule"
+    EXAMPLE: ClassVar = "0.5, or {points: {0: 0.0, 500: 0.5}}"
 
     points: dict[int, float] = field(
         metadata={"remedy": "write iteration: value entries, as in {0: 0.0, 1000: 0.7}"}

@@ -198,7 +198,8 @@ def build(kind: Any, value: Any, path: str = "") -> Any:
 
     Dataclasses, ``list``, ``dict``, unions, ``int``, ``float``, ``str`` and ``bool`` are known.
     The only conversions are int to float and digit strings to integer mapping keys. An empty
-    section (``train:`` and nothing below) takes its defaults.
+    section (``train:`` and nothing below) takes its defaults. A dataclass may say in ``NOUN`` what
+    messages call it and in ``EXAMPLE`` what it looks like.
 
     Raises:
         RecipeError: wrong type, unknown key, missing key, or a number that is not finite.
@@ -221,7 +222,7 @@ def build(kind: Any, value: Any, path: str = "") -> Any:
 def _build_dataclass(kind: Any, value: Any, path: str) -> Any:
     fields = {f.name: f for f in dataclasses.fields(kind)}
     if not isinstance(value, dict):
-        raise fail(path, value, "is not a mapping", f"it has the keys {listing(fields)}")
+        raise fail(path, value, f"is not {_noun(kind)}", _how_to_write(kind, path))
     hints = get_type_hints(kind)
     for key in value:
         if key not in fields:
@@ -241,6 +242,31 @@ def _build_dataclass(kind: Any, value: Any, path: str) -> Any:
         else:
             built[name] = build(hints[name], value[name], where)
     return kind(**built)
+
+
+def _noun(kind: Any) -> str:
+    return getattr(kind, "NOUN", "a mapping")
+
+
+def _how_to_write(kind: Any, path: str) -> str:
+    """What a mapping at ``path`` may look like, and its keys."""
+    fields = dataclasses.fields(kind)
+    defaults = {f.name: default() for f in fields if (default := _default(f))}
+    shown = {f.name: "..." for f in fields if f.name not in defaults}
+    shown = shown or dict(_first_shown(defaults))
+    example = ", ".join(f"{name}: {text}" for name, text in shown.items())
+    name = "" if path.endswith("]") else f"{path.rpartition('.')[2]}: "
+    text = getattr(kind, "EXAMPLE", f"{{{example}}}")
+    empty = f", or {name}{{}} for its defaults" if len(defaults) == len(fields) else ""
+    return f"write {name}{text}{empty}; its keys are {listing(f.name for f in fields)}"
+
+
+def _first_shown(defaults: dict[str, Any]) -> Iterable[tuple[str, str]]:
+    """The first default that is worth showing, as YAML has it."""
+    for name, value in defaults.items():
+        if isinstance(value, (bool, int, float, str)):
+            return [(name, str(value).lower() if isinstance(value, bool) else f"{value}")]
+    return []
 
 
 def _is_section(value: Any) -> bool:
@@ -266,11 +292,15 @@ def _build_union(kind: Any, value: Any, path: str) -> Any:
         if mapping and isinstance(value, dict):
             return build(member, value, path)
     names = [_NOUNS[m] for m in members if m in _NOUNS]
-    names += [f"a {m.__name__.lower()}" for m in members if dataclasses.is_dataclass(m)]
+    sections = [m for m in members if dataclasses.is_dataclass(m)]
+    names += map(_noun, sections)
     names += ["a mapping" for m in members if get_origin(m) is dict]
     if type(None) in members:
         names.append("null")
-    raise fail(path, value, f"is not {' or '.join(names)}", f"it is a {type(value).__name__}")
+    remedy = f"it is a {type(value).__name__}"
+    if sections:
+        remedy = _how_to_write(sections[0], path)
+    raise fail(path, value, f"is not {' or '.join(names)}", remedy)
 
 
 def _build_dict(kind: Any, value: Any, path: str) -> dict:

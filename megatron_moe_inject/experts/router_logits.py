@@ -26,10 +26,13 @@ from safetensors.numpy import load, save
 from megatron_moe_inject.experts.routing_profile import LogitFile, RoutingProfile
 from megatron_moe_inject.files import replace_file
 from megatron_moe_inject.teachers.step_pass import context_parallel_slice
-from megatron_moe_inject.typed import RecipeError
+from megatron_moe_inject.typed import RecipeError, one_line
 
 POSITIONS = 8
 """Tokens of one sequence, which resemble each other: more sequences are worth more."""
+
+MOST_BYTES = 16 << 30
+"""Of a sample, which the first rank gathers on its host."""
 
 _AGAIN = "record the profile again, or restore both files from a copy"
 
@@ -63,6 +66,9 @@ class LogitSampler:
         groups: the student's ``ProcessGroupCollection``.
         sequence_parallel: whether tensor-parallel ranks hold parts of a sequence.
         device: where logits are.
+
+    Raises:
+        RecipeError: they do not fit on the device.
     """
 
     def __init__(
@@ -91,9 +97,15 @@ class LogitSampler:
         rows, columns = (own[:, None] == self._positions).nonzero(as_tuple=True)
         self._rows, self._columns = rows.to(device), columns.to(device)
         shape = (classes, layers, self._quota, self._each, experts)
-        self._logits = torch.zeros(shape, dtype=torch.float32, device=device)
-        self._chosen = torch.zeros(shape, dtype=torch.uint8, device=device)
-        self._seen = torch.zeros(shape[:-1], dtype=torch.uint8, device=device)
+        try:
+            self._logits = torch.zeros(shape, dtype=torch.float32, device=device)
+            self._chosen = torch.zeros(shape, dtype=torch.uint8, device=device)
+            self._seen = torch.zeros(shape[:-1], dtype=torch.uint8, device=device)
+        except RuntimeError as error:  # torch.OutOfMemoryError, or the host's allocator
+            raise RecipeError(
+                f"--inject-profile-logits: {tokens} tokens of each class do not fit into the "
+                f"memory of {device} ({one_line(str(error))}); write fewer"
+            ) from error
         self._sequences: list[list[int]] = [[] for _ in range(classes)]
         self._dealt = 0
 
@@ -182,6 +194,17 @@ class LogitSampler:
             np.array(sequences, dtype=np.int64)[slots],
             self._positions.numpy()[columns],
         )
+
+
+def most_tokens(*, classes: int, layers: int, experts: int) -> int:
+    """The largest sample of each class, 5 bytes for a token's logit and choice, in ``MOST_BYTES``.
+
+    Args:
+        classes: C.
+        layers: L, of the whole student.
+        experts: E.
+    """
+    return MOST_BYTES // (5 * classes * layers * experts)
 
 
 def logit_path(profile: str | Path) -> Path:

@@ -1,5 +1,8 @@
 """Whatever is written in a recipe: it is a Recipe that survives a round trip, or a RecipeError."""
 
+from dataclasses import asdict
+
+import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -22,8 +25,9 @@ from tests.unit.test_recipe import text_with
 names = st.from_regex(r"[A-Za-z_-][A-Za-z0-9_-]{0,8}", fullmatch=True).filter(
     lambda name: name != "general"
 )
-weights = st.floats(0, 1e6) | st.sampled_from([0.0, 1.0])
-positive = st.floats(1e-6, 1e6)
+positive = st.floats(1e-12, 1e9)
+weights = positive | st.sampled_from([0.0, 1.0])
+temperatures = st.floats(1e-4, 1e4)
 choices = st.dictionaries(
     st.integers(0, 90),
     st.lists(st.integers(0, 300), min_size=1, max_size=4, unique=True),
@@ -86,7 +90,7 @@ def recipes(draw):
     specs = {
         name: TeacherSpec(
             f"{draw(st.sampled_from(['megatron', 'hf']))}:/{name}",
-            draw(st.none() | positive),
+            draw(st.none() | temperatures),
             draw(st.sampled_from(["params", "fp32", "bf16"])),
             draw(st.integers(0, 9)),
         )
@@ -94,7 +98,7 @@ def recipes(draw):
     }
     objective = Objective(
         draw(st.sampled_from(["forward_kl", "reverse_kl", "jsd", "skew_kl"])),
-        draw(positive),
+        draw(temperatures),
         draw(positive | schedules),
         draw(weights | schedules),
         draw(st.none() | weights | schedules),
@@ -181,6 +185,68 @@ def test_arbitrary_values_end_in_recipe_or_error(changes):
     except (TypeError, AttributeError, IndexError, KeyError, ValueError):
         return  # the changes do not fit into one tree, or yaml cannot write them
     accepts_or_refuses(text)
+
+
+numeric = st.sampled_from(
+    [
+        *("domains.0.alpha", "domains.0.beta", "domains.0.temperature", "domains.0.teacher.coder"),
+        *("teachers.coder.temperature", "objective.temperature", "objective.alpha"),
+        *("objective.alpha.points.0", "objective.beta.points.7", "objective.general_beta"),
+        *("objective.gamma", "objective.ce_share", "objective.jsd_beta", "objective.skew"),
+        *("objective.features.hidden", "objective.features.experts.points.0"),
+        *("objective.retention.experts", "objective.retention.l2", "steering.coeff"),
+        *("steering.target_mass", "steering.balance", "steering.bias_counts", "mixing.general"),
+        *("mixing.code.points.0", "mixing.math"),
+    ]
+)
+numbers = (
+    st.floats()
+    | st.floats(0, 1)
+    | st.floats(-50, 309).map(lambda power: 10.0**power if power < 308 else 1e308)
+    | st.sampled_from([1e200, 1e-40, 1e39, 1e308, 5e-324, 1 - 1e-16, 1e-7, 10**300, -0.0])
+)
+
+
+def numbers_of(plain):
+    if isinstance(plain, dict):
+        return [n for value in plain.values() for n in numbers_of(value)]
+    if isinstance(plain, list):
+        return [n for value in plain for n in numbers_of(value)]
+    return [plain] if type(plain) is float else []
+
+
+def in_float32(values):
+    """Whether no product of these is more than float32 holds, and nothing above 0 becomes 0."""
+    with np.errstate(all="ignore"):
+        product = np.multiply.reduce(np.array(values, dtype=np.float32), dtype=np.float32)
+    return np.isfinite(product) and (product >= np.finfo(np.float32).tiny or 0 in values)
+
+
+@given(st.dictionaries(numeric, numbers, min_size=1, max_size=2))
+@settings(max_examples=400)
+def test_every_number_that_is_accepted_is_one_in_float32(changes):
+    try:
+        text = text_with(changes)
+    except (TypeError, AttributeError):
+        return  # the changes do not fit into one tree
+    try:
+        recipe = recipe_from_yaml(text)
+    except RecipeError:
+        return
+    for number in numbers_of(asdict(recipe)):
+        assert in_float32([number])
+        assert number in (0, 1) or in_float32([abs(1 - number)]), number
+    largest = 2.0**32 * 100 * 1e6  # a loss scale, nats and tokens of a step
+    for domain in recipe.domains:
+        temperature = recipe.temperature(domain)
+        assert in_float32([1 / temperature, 1 / temperature])
+        for weight in (recipe.alpha(domain), recipe.beta(domain), recipe.objective.gamma):
+            for value in numbers_of(asdict(weight)) if isinstance(weight, Schedule) else [weight]:
+                assert in_float32([value, temperature, temperature])
+                assert in_float32([value, temperature, temperature, largest]) or not value
+        shares = domain.teacher_weights.values()
+        assert all(map(in_float32, ([share] for share in shares)))
+        assert not shares or abs(sum(shares) - 1) < 1e-6
 
 
 @given(st.text(max_size=60) | st.text("[]{}:,-&*!|>'\"%@`?# \nab1.$\t~", max_size=40))

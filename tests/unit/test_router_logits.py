@@ -13,11 +13,15 @@ from megatron_moe_inject.experts.router_logits import (
     LogitSample,
     LogitSampler,
     logit_path,
+    most_tokens,
     read_logits,
     write_logits,
 )
-from megatron_moe_inject.recipe import RecipeError
+from megatron_moe_inject.profile_run import ProfileSetup
+from megatron_moe_inject.recipe import RecipeError, recipe_from_yaml
+from megatron_moe_inject.student import StudentFacts
 from tests.unit.profiles import profile
+from tests.unit.test_recipe import text_with
 
 
 class Group:
@@ -188,3 +192,22 @@ def test_a_profile_with_changed_logits_is_damaged(written):
 def test_merged_profiles_leave_logits_with_the_recorded_ones(written):
     merged = merge_profiles({"a": read_profile(written), "b": profile(seed=1)})
     assert merged.logits is None
+
+
+def test_a_sample_has_a_size():
+    """DeepSeek-V3's 58 layers of 256 experts, and a number that no memory holds."""
+    most = most_tokens(classes=3, layers=58, experts=256)
+    assert 5 * most * 3 * 58 * 256 <= 16 << 30 < 5 * (most + 1) * 3 * 58 * 256
+    with pytest.raises(RecipeError, match=r"--inject-profile-logits: 9{17} tokens .* write fewer"):
+        sampler(int("9" * 17))
+
+
+def test_more_logits_than_a_sample_holds_are_refused_at_start(tmp_path):
+    args = SimpleNamespace(inject_profile=str(tmp_path / "p.json"), inject_profile_logits=10**11)
+    facts = StudentFacts(2, num_moe_experts=8, moe_layers=(0, 1), mock_data=True)
+    recipe = recipe_from_yaml(text_with({"domains.0.data": [0], "domains.1": ...}))
+    most = most_tokens(classes=2, layers=2, experts=8)
+    with pytest.raises(RecipeError, match=f"100000000000 tokens .* write {most} or less"):
+        ProfileSetup(recipe, args, facts, ["train"])
+    args.inject_profile_logits = most
+    ProfileSetup(recipe, args, facts, ["train"])
