@@ -70,7 +70,8 @@ class Domain:
             None = no distillation here, cross-entropy only.
         committee: how several teachers are weighed: ``fixed``, or at each token also by their
             probability of the ``label`` or of their ``top`` token.
-        experts: the experts that this domain's knowledge goes to.
+        experts: the experts that this domain's knowledge goes to; YAML also takes their compact
+            form, quoted: ``experts: "12:3,40;13:1"``.
         alpha, beta, temperature: override the objective's for this domain.
     """
 
@@ -392,8 +393,11 @@ def _apply(plain: dict, key: str, raw: str, override: str) -> dict:
             if parts[1] not in known:
                 remedy = suggest(parts[1], known, "teachers")
                 raise RecipeError(f"{key}: no teacher {parts[1]!r}; {remedy}", key)
-        if parts[-1] == "layers" and re.match(r"\s*[0-9]+\s*:", raw):
-            value: Any = parse_experts(raw, key)  # YAML would read 12:3 as 12 * 60 + 3
+        compact = re.match(r"\s*[0-9]+\s*:", raw)  # YAML would read 12:3 as 12 * 60 + 3
+        if parts[-1] == "layers" and compact:
+            value: Any = parse_experts(raw, key)
+        elif parts[0] == "domains" and parts[2:] == ["experts"] and compact:
+            value = {"layers": parse_experts(raw, key)}
         else:
             value = typed.parse_scalar(raw)
         return _expand_experts(typed.update(plain, key, value), later_wins=True)
@@ -407,18 +411,25 @@ def _expand_experts(plain: dict, later_wins: bool = False) -> dict:
     domains = plain.get("domains")
     for i, domain in enumerate(domains if isinstance(domains, list) else []):
         experts = domain.get("experts") if isinstance(domain, dict) else None
+        path = f"domains[{i}].experts"
+        if _is_compact(experts, path):
+            domain["experts"] = {"layers": parse_experts(experts, path)}
         layers = experts.get("layers") if isinstance(experts, dict) else None
-        key = f"domains[{i}].experts.layers"
-        if isinstance(layers, str) and "${" not in layers:
-            experts["layers"] = parse_experts(layers, key)
-        elif isinstance(layers, int):  # YAML 1.1 reads 12:3 as 12 * 60 + 3
-            raise fail(key, layers, "is not a mapping", 'quote the compact form, as in "12:3"')
+        if _is_compact(layers, f"{path}.layers"):
+            experts["layers"] = parse_experts(layers, f"{path}.layers")
         elif isinstance(layers, dict) and later_wins:
             experts["layers"] = {
                 int(k) if isinstance(k, str) and re.fullmatch("[0-9]{1,9}", k) else k: v
                 for k, v in layers.items()
             }
     return plain
+
+
+def _is_compact(value: Any, key: str) -> bool:
+    """Whether a value is experts in compact form, whatever is wrong in it."""
+    if type(value) is int:  # YAML 1.1 reads 12:3 as 12 * 60 + 3
+        raise fail(key, value, "is not a mapping", 'quote the compact form, as in "12:3"')
+    return isinstance(value, str) and "${" not in value
 
 
 def dump_recipe(recipe: Recipe) -> str:

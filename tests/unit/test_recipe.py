@@ -110,6 +110,9 @@ MISTAKES = [
     ({"domains.0.experts.layers": {3: [2**70]}}, ["layers.3[0]:", "is too large"]),
     ({"domains.0.experts.layers": {3: [1], "3": [2]}}, ["domains[0].experts.layers.3:", "3"]),
     ({"domains.0.experts.layers": 723}, ["experts.layers: 723", 'as in "12:3"']),
+    ({"domains.0.experts": 723}, ["domains[0].experts: 723", 'as in "12:3"']),
+    ({"domains.0.experts": "3-5:1"}, ["domains[0].experts: '3-5:1' has the part", "12:3,40"]),
+    ({"domains.0.experts": True}, ["domains[0].experts: True is not a mapping", '"3:0,5"']),
     ({"teachers": ["coder"]}, ["teachers: ['coder'] is not a mapping"]),
     ({"teachers.coder": "megatron:/x"}, ["teachers.coder: 'megatron:/x' is not a mapping"]),
     ({"teachers.coder.window": 1.5}, ["teachers.coder.window: 1.5 is not an integer"]),
@@ -308,6 +311,26 @@ def test_empty_sections_take_defaults():
     assert recipe.train == Train()
 
 
+COMPACT = """
+domains:
+  - name: code
+    data: [1]
+    experts: {}
+objective: {{alpha: 0, beta: 1}}
+general_data: ["3:0,5;4:1"]
+"""
+
+
+@pytest.mark.parametrize(
+    "written", ['"3:0,5;4:1"', "'3:0, 5 ; 4:1'", "3:0,5;4:1", "${general_data[0]}"]
+)
+def test_experts_in_compact_form(written):
+    """As the README's recipe has it, quoted or not, and by interpolation."""
+    recipe = recipe_from_yaml(COMPACT.format(written))
+    assert recipe.experts_by_layer() == {3: [0, 5], 4: [1]}
+    assert recipe_from_yaml(dump_recipe(recipe)) == recipe
+
+
 def test_compact_experts():
     assert parse_experts("12:3,40;13:1") == {12: [3, 40], 13: [1]}
     assert parse_experts(" 0 : 7 ; 2:1, 2 ") == {0: [7], 2: [1, 2]}
@@ -340,6 +363,8 @@ OVERRIDES = [
         "domains[0].experts.layers.4=[9]",
         lambda r: r.domains[0].experts.layers == {3: [0, 5], 4: [9]},
     ),
+    ("domains[0].experts=12:3", lambda r: r.domains[0].experts == ExpertChoice({12: [3]})),
+    ("domains[0].experts=3:0,5;4:1", lambda r: r.experts_by_layer()[4] == [1]),
     ("domains[0].experts.layers=12:3", lambda r: r.domains[0].experts.layers == {12: [3]}),
     (
         "domains[0].experts.layers=1:2;3:4",
