@@ -4,7 +4,7 @@
 against the student that they describe and the teachers' directories. Megatron's own parser
 reads those flags; nothing is built, no process group, no GPU, no weights read. ``select`` chooses
 experts from a routing profile and ``merge-profiles`` adds profiles up (``select_command``). A
-mistake is one line on stderr and exit status 2.
+mistake is one line on stderr and exit status 2, and nobody else's remarks stand beside it.
 """
 
 from __future__ import annotations
@@ -58,12 +58,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.run_training(options, flags or [])
         return 0
     try:
-        if options.command == "plan":
-            text = render_plan(_plan(options, flags))
-        elif flags:
-            raise RecipeError(f"{options.command} takes no training flags; leave out -- and them")
-        else:
-            text = options.run(options)
+        with _quiet():
+            if options.command == "plan":
+                text = render_plan(_plan(options, flags))
+            elif flags:
+                raise RecipeError(
+                    f"{options.command} takes no training flags; leave out -- and them"
+                )
+            else:
+                text = options.run(options)
     except RecipeError as error:
         print(f"moe-inject: {error}", file=sys.stderr)
         return 2
@@ -117,8 +120,7 @@ def _plan(options: argparse.Namespace, flags: list[str] | None) -> Plan:
             return Plan(resolve_experts(recipe))
         except RecipeError as error:
             raise located(error, options.recipe, overrides) from None
-    with _quiet():
-        from megatron.training.arguments import add_megatron_arguments
+    from megatron.training.arguments import add_megatron_arguments
 
     parser = _TrainingParser(prog="moe-inject plan", allow_abbrev=False)
     add_megatron_arguments(parser)
@@ -155,14 +157,17 @@ def _teacher_rows(recipe: Recipe, args: argparse.Namespace) -> list[TeacherRow]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep Megatron's import-time remarks about missing GPU libraries off the terminal."""
+    """Keep the remarks of Megatron, torch and matplotlib off the terminal, which speak of missing
+    GPU libraries, caches and their own future; who asks Python for warnings (-W) gets them."""
+    before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            if not sys.warnoptions:
+                warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
 
 
 if __name__ == "__main__":

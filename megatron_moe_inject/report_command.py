@@ -166,8 +166,11 @@ def _gain(data: RunData) -> Section:
         return Section(title, missing="needs two evaluations")
     if len({evaluation.text() for evaluation in data.evaluations}) > 1:
         return Section(title, missing="the evaluations are of different text")
+    charts = gain_charts(data.evaluations)
+    if not charts:
+        return Section(title, missing="no class of the evaluations has a token")
     words = "Changes since the first evaluation; bars are the last one's 95 % paired intervals."
-    return Section(title, [words, _charts(gain_charts(data.evaluations))])
+    return Section(title, [words, _charts(charts)])
 
 
 def _terms(data: RunData) -> Section:

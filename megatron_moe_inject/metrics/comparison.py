@@ -82,7 +82,7 @@ def _class_rows(name: str, before: ClassEvaluation, after: ClassEvaluation) -> l
             "",
         ),
     ]
-    if "bytes" in before.sums and before.sums["bytes"].sum():
+    if all("bytes" in side.sums and side.sums["bytes"].sum() for side in (before, after)):
         bits = told.mean("teacher_loss", "bytes")
         teacher = None if bits is None else bits / math.log(2)
         rows.append(_row("bits per byte", "loss", before, after, teacher, "", per="bytes"))

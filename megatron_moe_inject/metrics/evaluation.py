@@ -31,6 +31,8 @@ SUMS = (*ALWAYS, *TAUGHT, "original_kl", "bytes")
 how often its most likely token was the label; the teacher's cross-entropy, KL(teacher || student),
 how often both find the same token most likely; KL(original || student); and the length of the
 labels as UTF-8 text. Only ``ALWAYS`` are always there."""
+COUNTS = ("tokens", "correct", "agreement", "bytes")
+"""Of them, those that count."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,11 @@ def same_text(before: Evaluation, after: Evaluation, names: tuple[str, str]) -> 
     for name, ours in before.classes.items():
         theirs = after.classes[name]
         if ours.sequences == theirs.sequences:
+            if not np.array_equal(ours.sums["tokens"], theirs.sums["tokens"]):
+                raise RecipeError(
+                    f"{second}: class {name} counts other tokens in the sequences of {first}; "
+                    "measure both again"
+                )
             continue
         common = len(set(ours.sequences) & set(theirs.sequences))
         raise RecipeError(

@@ -25,11 +25,13 @@ from megatron_moe_inject.files import readable_json, replace_file
 from megatron_moe_inject.metrics.evaluation import (
     ALWAYS,
     BINS,
+    COUNTS,
     SUMS,
     ClassEvaluation,
     Evaluation,
     Provenance,
 )
+from megatron_moe_inject.metrics.run_file import LARGEST
 from megatron_moe_inject.typed import RecipeError, show
 
 FORMAT = "megatron_moe_inject.evaluation"
@@ -211,9 +213,15 @@ def _class(key: str, plain: Any) -> ClassEvaluation:
                 f"{key}.sums.{name}",
                 f"has {len(values)} entries for {len(sequences)} sequences",
             )
+        if max(map(abs, values), default=0) > LARGEST:
+            raise _wrong(f"{key}.sums.{name}", "has a number beyond what float32 holds")
+        if name in COUNTS and not all(value == 0 or 1e-3 <= value <= 2**53 for value in values):
+            raise _wrong(f"{key}.sums.{name}", "has a number that is no count")
     bins = typed.build(list[list[float]], plain["calibration"], f"{key}.calibration")
     if [len(row) for row in bins] != [BINS] * 3:
         raise _wrong(f"{key}.calibration", f"is not three rows of {BINS}")
+    if any(not 0 <= number <= 2**53 for row in bins for number in row):
+        raise _wrong(f"{key}.calibration", "has a number that is no count")
     return ClassEvaluation(
         tuple(sequences),
         {name: np.array(values) for name, values in sums.items()},

@@ -41,7 +41,8 @@ def term_charts(steps: Sequence[Step], shares: bool) -> list[Chart]:
 def gain_charts(evaluations: Sequence[Evaluation]) -> list[Chart]:
     """Changes of the loss since the first evaluation: by iteration, and gain against forgetting.
 
-    The last has its 95 % paired bootstrap interval. All are of one text (``same_text``).
+    The last has its 95 % paired bootstrap interval. All are of one text (``same_text``). None where
+    no class has a token.
     """
     first, last = evaluations[0], evaluations[-1]
     changes, intervals = {}, {}
@@ -51,6 +52,8 @@ def gain_charts(evaluations: Sequence[Evaluation]) -> list[Chart]:
         losses = [evaluation.classes[name].mean("loss") for evaluation in evaluations]
         changes[name] = [loss - losses[0] for loss in losses]
         intervals[name] = _last_change(first, last, name)
+    if not changes:
+        return []
     iterations = [evaluation.provenance.iteration for evaluation in evaluations]
     over_time = [
         Series(name, iterations, values, along=intervals[name], marks=True)

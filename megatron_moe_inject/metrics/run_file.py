@@ -3,13 +3,13 @@
 Each line is one JSON object. A ``start`` line says what began or resumed: recipe, plan, versions,
 parameters. A ``step`` line holds what Megatron logged: means over the steps since the line before.
 Lines are added by one write each, so that a reader of a running or killed run sees whole lines and
-perhaps the beginning of another, which is left out. Numbers that are not finite are ``null``.
+perhaps the beginning of another, which is left out. Numbers that are not finite, or beyond what
+float32 holds, are ``null``.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -84,13 +84,18 @@ class Step:
     learning_rate: float | None = None
 
 
+LARGEST = 3.4028234663852886e38
+"""Of float32, in which a run computes."""
+_LONGEST = 1e10
+"""Seconds: some centuries."""
+
 _KINDS = {"start": Start, "step": Step}
 Line = Start | Step
 
 
 def finite(value: float | None) -> float | None:
-    """The value, None where it is not finite."""
-    return value if value is not None and math.isfinite(value) else None
+    """The value, None where it is not finite in float32."""
+    return value if value is not None and abs(value) <= LARGEST else None
 
 
 def read_run(path: str | Path) -> list[Line]:
@@ -161,4 +166,18 @@ def _parse(line: str) -> Line:
     kind = plain.pop("kind", None)
     if kind not in list(_KINDS):
         raise RecipeError(f"kind: {show(kind)} is not known; a line is a start or a step", "kind")
-    return typed.build(_KINDS[kind], plain)
+    found = typed.build(_KINDS[kind], plain)
+    if isinstance(found, Step):
+        _check_numbers(found)
+    return found
+
+
+def _check_numbers(step: Step) -> None:
+    """What is drawn and added up must be a number that a run can have."""
+    numbers = {typed.child("terms", name): value for name, value in step.terms.items()}
+    numbers |= {"grad_norm": step.grad_norm, "learning_rate": step.learning_rate}
+    for key, value in numbers.items():
+        if finite(value) != value:
+            raise typed.fail(key, value, "is beyond what float32 holds", _AGAIN)
+    if not 0 <= step.seconds <= _LONGEST:
+        raise typed.fail("seconds", step.seconds, "is no time that a step takes", _AGAIN)

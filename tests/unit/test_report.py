@@ -1,7 +1,10 @@
 """``moe-inject report`` on invented lists: what the page has, leaves out, escapes and refuses."""
 
 import html.parser
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from megatron_moe_inject.experts.profile_file import write_profile
 from megatron_moe_inject.metrics.evaluation_file import append_line
 from megatron_moe_inject.metrics.line_charts import thinned
 from megatron_moe_inject.metrics.report_charts import gain_charts, term_charts, weights
-from megatron_moe_inject.metrics.run_file import append, write_run
+from megatron_moe_inject.metrics.run_file import LARGEST, append, write_run
 from megatron_moe_inject.recipe import dump_recipe, recipe_from_yaml
 from tests.unit.evaluations import evaluation
 from tests.unit.profiles import from_counts
@@ -137,6 +140,65 @@ def test_the_evaluations_may_lie_elsewhere(tmp_path):
     for i in range(2):
         append_line(other, evaluation({"loss": 3.0 - i}, {}, iteration=i))
     assert "-1.0000" in report(tmp_path).text
+
+
+def test_the_largest_numbers_that_a_list_may_hold_are_drawn(tmp_path):
+    big = {"terms": {"lm loss": LARGEST, "kd loss/code": -LARGEST}, "grad_norm": LARGEST}
+    small = {"terms": {"lm loss": -LARGEST, "kd loss/code": 1e-300}, "grad_norm": 5e-324}
+    numbers = {"steps": 10**18, "samples": 10**18, "seconds": 1e10}
+    lines = [step(1, **big), step(2, **numbers, **small), step(2**59, **big, learning_rate=0.0)]
+    write_run(tmp_path / "inject_run.jsonl", [start(train_iters=2**59), *lines])
+    for i in range(2):
+        losses = {"loss": (3e36, -3e36)[i], "teacher": 1e36}
+        line = evaluation(losses, {"loss": 1e36}, iteration=i * 2**59)
+        append_line(tmp_path / "inject_evaluation.jsonl", line)
+    assert len(report(tmp_path).pictures) == 5
+
+
+@pytest.mark.parametrize("line", [{"seconds": 1e308}, {"terms": {"lm loss": 1e308}}])
+def test_numbers_of_no_run_are_one_error(tmp_path, capsys, line):
+    write_run(tmp_path / "inject_run.jsonl", [start(), step(1, **line), step(2, **line)])
+    assert main(["report", str(tmp_path)]) == 2
+    message = capsys.readouterr().err
+    assert "inject_run.jsonl, line 2: " in message
+    assert message.count("\n") == 1
+
+
+def test_text_without_a_token_is_told(tmp_path):
+    for i in range(2):
+        found = evaluation({"n": 2}, {"n": 2}, iteration=i)
+        for of_class in found.classes.values():
+            for values in of_class.sums.values():
+                values[:] = 0
+        append_line(tmp_path / "inject_evaluation.jsonl", found)
+    assert "no class of the evaluations has a token" in report(tmp_path).text
+
+
+def test_nothing_foreign_is_said(tmp_path):
+    """Of matplotlib, say, where it may not write its caches, or of a library that is deprecated."""
+    fill(tmp_path)
+    (tmp_path / "home").touch()  # no folder
+    (tmp_path / "sitecustomize.py").write_text(SPEAKING)
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONWARNINGS", "MPLCONFIGDIR")}
+    env |= {"HOME": str(tmp_path / "home"), "XDG_CACHE_HOME": str(tmp_path / "home")}
+    env |= {"PYTHONPATH": f"{tmp_path}:{env.get('PYTHONPATH', '')}:{Path.cwd()}"}
+    command = [sys.executable, "-m", "megatron_moe_inject.cli", "report", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=Path.cwd())
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == (
+        f"report: {tmp_path}/inject_report.html (4 lines of steps, 3 evaluations)\n"
+    )
+
+
+SPEAKING = """
+import logging, sys, warnings
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "jinja2":
+            warnings.warn("a remark", UserWarning)
+            logging.getLogger("foreign").warning("another")
+sys.meta_path.insert(0, Finder())
+"""
 
 
 def test_everything_is_escaped(tmp_path):

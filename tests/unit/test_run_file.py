@@ -5,10 +5,12 @@ import json
 import pytest
 
 from megatron_moe_inject.metrics.run_file import (
+    LARGEST,
     Component,
     Start,
     Step,
     append,
+    finite,
     kept,
     read_run,
     write_run,
@@ -69,6 +71,12 @@ def test_the_beginning_of_a_line_is_left_out(tmp_path):
         ({"format": "other"}, "line 2: is no line of a run"),
         ({"terms": {"lm loss": "x"}}, "line 2: terms.'lm loss': 'x' is not a number"),
         ({"seconds": None}, "line 2: seconds"),
+        ({"seconds": 1e308}, "line 2: seconds: 1e+308 is no time that a step takes"),
+        ({"seconds": -1.0}, "line 2: seconds: -1.0 is no time that a step takes"),
+        ({"seconds": float("inf")}, "line 2: seconds: inf is not finite"),
+        ({"terms": {"lm loss": 1e308}}, "line 2: terms.'lm loss': 1e+308 is beyond what float32"),
+        ({"terms": {"lm loss": float("nan")}}, "line 2: terms.'lm loss': nan is not finite"),
+        ({"grad_norm": -1e39}, "line 2: grad_norm: -1e+39 is beyond what float32 holds"),
         ({"more": 1}, "line 2: more: unknown key"),
     ],
 )
@@ -90,6 +98,13 @@ def test_a_resumed_run_keeps_what_it_goes_on_from():
     assert kept(lines, 3) == lines[:5]
     assert kept(lines, 2) == lines[:3]
     assert kept(lines, 1) == lines[:2]
+
+
+def test_what_is_written_is_finite_in_float32():
+    for value in (0.0, -1.5, LARGEST, -LARGEST, None):
+        assert finite(value) == value
+    for value in (float("nan"), float("inf"), -float("inf"), 1e39, -1e308):
+        assert finite(value) is None
 
 
 def test_a_number_that_is_not_finite_is_never_written(tmp_path):
