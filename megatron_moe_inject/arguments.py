@@ -165,8 +165,14 @@ def recipe_from_args(args: Namespace, argv: Sequence[str] | None = None) -> Reci
     return recipe
 
 
-def recipe_for_student(args: Namespace) -> tuple[Recipe, StudentFacts] | None:
+def recipe_for_student(
+    args: Namespace, *, profiles_may_be_missing: bool = False
+) -> tuple[Recipe, StudentFacts] | None:
     """``recipe_from_args``, resolved and checked against the student of the same flags.
+
+    Args:
+        args: Megatron's namespace.
+        profiles_may_be_missing: see ``resolve_experts``.
 
     No collective and no CUDA; every rank reaches the same verdict from the same flags.
 
@@ -178,7 +184,7 @@ def recipe_for_student(args: Namespace) -> tuple[Recipe, StudentFacts] | None:
         return None
     facts = student_facts_from_args(args)
     try:
-        recipe = resolve_experts(recipe, facts)
+        recipe = resolve_experts(recipe, facts, may_be_missing=profiles_may_be_missing)
         check_recipe(recipe, facts)
     except RecipeError as error:
         raise name_error(error, args) from None

@@ -1,8 +1,9 @@
 """``moe-inject``: what can be done without starting a job.
 
 ``plan`` checks a recipe by itself and, with the flags of a training command after ``--``,
-against the student that they describe and the teachers' directories. Megatron's own parser
-reads those flags; nothing is built, no process group, no GPU, no weights read. ``select`` chooses
+against the student that they describe, the teachers' directories and the files of the data.
+A routing profile need not be there yet. Megatron's own parser reads those flags; nothing is built,
+no process group, no GPU, no weights read. ``select`` chooses
 experts from a routing profile and ``merge-profiles`` adds profiles up (``select_command``). A
 mistake is one line on stderr and exit status 2, and nobody else's remarks stand beside it.
 """
@@ -28,6 +29,7 @@ from megatron_moe_inject import (
     select_command,
 )
 from megatron_moe_inject.arguments import add_inject_arguments, name_error, recipe_for_student
+from megatron_moe_inject.data.files_there import check_data_files
 from megatron_moe_inject.experts.choice import resolve_experts
 from megatron_moe_inject.plan import Plan, TeacherRow, render_plan
 from megatron_moe_inject.recipe import Recipe, RecipeError, load_recipe, located
@@ -89,7 +91,8 @@ def _parser() -> argparse.ArgumentParser:
         "plan",
         help="check a recipe and print what it would do",
         description="Check a recipe and print what it would do. With the flags of a training "
-        "command after --, check it against that student and the teachers' files as well.",
+        "command after --, check it against that student, the teachers' files and the data as "
+        "well. A routing profile that it names need not be there yet.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -117,7 +120,7 @@ def _plan(options: argparse.Namespace, flags: list[str] | None) -> Plan:
     if not flags:
         recipe = load_recipe(options.recipe, overrides)
         try:
-            return Plan(resolve_experts(recipe))
+            return Plan(resolve_experts(recipe, may_be_missing=True))
         except RecipeError as error:
             raise located(error, options.recipe, overrides) from None
     from megatron.training.arguments import add_megatron_arguments
@@ -131,10 +134,11 @@ def _plan(options: argparse.Namespace, flags: list[str] | None) -> Plan:
         raise RecipeError("--inject-recipe: the recipe is already named; leave it out after --")
     args.inject_recipe = options.recipe
     args.inject_set = [overrides, *(args.inject_set or [])]
-    found = recipe_for_student(args)
+    found = recipe_for_student(args, profiles_may_be_missing=True)
     assert found is not None
     recipe, facts = found
     teachers = _teacher_rows(recipe, args)
+    check_data_files(args, facts)
     remarks = [f"not Megatron flags, ignored: {' '.join(unknown)}"] if unknown else []
     return Plan(recipe, facts, teachers=teachers, warnings=remarks)
 

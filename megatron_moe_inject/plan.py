@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_moe_inject.recipe import GENERAL, Recipe
+from megatron_moe_inject.experts.choice import describe_choice
+from megatron_moe_inject.recipe import GENERAL, Domain, Recipe
 from megatron_moe_inject.recipe_retention import keeps_originals
 from megatron_moe_inject.recipe_steering import weighed_by_mean, weighed_by_token
 from megatron_moe_inject.schedule import ever_positive, show_weight
@@ -66,7 +68,8 @@ class Plan:
     """Everything a plan shows; what is None or empty is left out of the text.
 
     Attributes:
-        recipe: with its experts resolved (``experts.choice.resolve_experts``).
+        recipe: with its experts resolved (``experts.choice.resolve_experts``) as far as their
+            profiles are there.
         boundary: first layer whose backward runs, agreed over all ranks; None when not known.
         imitation: which layers imitate which, where known.
         warnings: remarks of the caller, shown after ``recipe_warnings``.
@@ -118,6 +121,12 @@ def recipe_warnings(recipe: Recipe) -> list[str]:
     for names, layers in shared.items():
         where = listing((f"layer {la}: {ranges(ids)}" for la, ids in layers.items()), limit=4)
         warnings.append(f"{' and '.join(names)} share experts ({where})")
+    for domain in _undecided(recipe):
+        file = domain.experts.profile
+        warnings.append(
+            f"{file} is no file yet (in {Path.cwd()}): training needs it, to choose the experts of "
+            f"{domain.name}; moe-inject profile records it"
+        )
     if recipe.teachers and not any(ever_positive(recipe.alpha(d)) for d in recipe.domains):
         warnings.append("alpha is 0: teachers run for the reported losses only")
     if owners and recipe.train.experts == "none":
@@ -209,7 +218,15 @@ def _expert_lines(plan: Plan) -> list[str]:
             total = sum(len(ids) for _, ids in rest)
             rows.append((domain.name, ranges([layer for layer, _ in rest]), f"{total} in all"))
     origins = [f"{d.name}: {d.experts.origin}" for d in plan.recipe.domains if d.experts.origin]
+    for domain in _undecided(plan.recipe):
+        rule = describe_choice(domain.experts, domain.experts.domain or domain.name, None)
+        origins.append(f"{domain.name}: still to be chosen by {rule}")
     return (table(rows, right=(1,)) if len(rows) > 1 else []) + origins
+
+
+def _undecided(recipe: Recipe) -> list[Domain]:
+    """Domains whose profile is not there yet."""
+    return [domain for domain in recipe.domains if domain.experts.profile is not None]
 
 
 def _loss_lines(recipe: Recipe) -> list[str]:
@@ -254,10 +271,11 @@ def _steering_lines(recipe: Recipe) -> list[str]:
     if steering.steers:
         layers = {la for d in recipe.domains for la in d.experts.layers}
         layers = sorted(layers & set(steering.layers)) if steering.layers else sorted(layers)
+        where = f"layers {ranges(layers)}"
+        if _undecided(recipe):
+            where = f"layers {ranges(steering.layers)}" if steering.layers else "all their layers"
         coeff, mass = show_weight(steering.coeff), f"{steering.target_mass:g}"
-        lines.append(
-            f"{coeff} * relu(log {mass} - log mass) on a domain's experts, layers {ranges(layers)}"
-        )
+        lines.append(f"{coeff} * relu(log {mass} - log mass) on a domain's experts, {where}")
         for names, how in (
             (weighed_by_token(recipe), "of each token"),
             (weighed_by_mean(recipe), "its mean over earlier steps, as the teacher has a window"),
@@ -327,9 +345,11 @@ def _train_lines(plan: Plan) -> list[str]:
 
 
 def _trained_experts(plan: Plan) -> str:
-    chosen = plan.recipe.experts_by_layer()
     if plan.recipe.train.experts == "all":
         return "all experts"
+    if _undecided(plan.recipe):
+        return "experts still to be chosen"
+    chosen = plan.recipe.experts_by_layer()
     total = sum(len(ids) for ids in chosen.values())
     text = f"{_some(total, 'expert')} in {_some(len(chosen), 'layer')}"
     facts = plan.facts

@@ -204,7 +204,7 @@ def _data_paths(args: Namespace) -> dict[str, tuple[str, ...]]:
 
 
 def check_recipe(recipe: Recipe, facts: StudentFacts) -> None:
-    """Check the recipe, its experts resolved, against the student.
+    """Check the recipe, its experts resolved (but for a plan), against the student.
 
     Raises:
         RecipeError: a Megatron option that the plugin does not work with, a dataset, layer or
@@ -350,7 +350,6 @@ def check_options(recipe: Recipe, facts: StudentFacts) -> None:
 def _check_layers(recipe: Recipe, facts: StudentFacts) -> None:
     count = facts.num_moe_experts
     for i, domain in enumerate(recipe.domains):
-        assert domain.experts.profile is None, "resolve_experts comes first"
         for layer, ids in domain.experts.layers.items():
             key = f"domains[{i}].experts.layers.{layer}"
             if count is None:

@@ -10,6 +10,7 @@ Shapes: L MoE layers, E experts.
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
@@ -33,11 +34,14 @@ from megatron_moe_inject.typed import RecipeError, child, fail
 _SCORE_NAMES = {"token": "token share", "gate": "gate share", "contrast": "contrast with general"}
 
 
-def resolve_experts(recipe: Recipe, facts: StudentFacts | None = None) -> Recipe:
+def resolve_experts(
+    recipe: Recipe, facts: StudentFacts | None = None, *, may_be_missing: bool = False
+) -> Recipe:
     """The recipe with every profile replaced by the experts that it gives.
 
     Args:
         facts: the student that every profile must be of; None skips that check.
+        may_be_missing: leave the choice of a profile that is not there yet as it is, for a plan.
 
     Returns:
         The same recipe where no domain names a profile.
@@ -50,7 +54,10 @@ def resolve_experts(recipe: Recipe, facts: StudentFacts | None = None) -> Recipe
     domains = []
     for i, domain in enumerate(recipe.domains):
         choice, path = domain.experts, f"domains[{i}].experts"
-        if choice.profile is not None:
+        if choice.profile is not None and may_be_missing and not Path(choice.profile).exists():
+            if facts is not None:
+                _check_asked(choice, facts, path)
+        elif choice.profile is not None:
             key = f"{path}.profile"
             if choice.profile not in profiles:
                 try:
@@ -72,6 +79,22 @@ def resolve_experts(recipe: Recipe, facts: StudentFacts | None = None) -> Recipe
             )
         domains.append(domain)
     return replace(recipe, domains=domains)
+
+
+def _check_asked(choice: ExpertChoice, facts: StudentFacts, path: str) -> None:
+    """What can be said of a choice without its profile."""
+    count = facts.num_moe_experts
+    if count is None:
+        remedy = "set --num-experts"
+        raise fail(path, choice.profile, "is to choose experts of a dense student", remedy)
+    for layer in choice.only_layers:
+        if layer not in facts.moe_layers:
+            remedy = f"MoE layers: {ranges(facts.moe_layers)}"
+            raise fail(f"{path}.only_layers", layer, "is no MoE layer of the student", remedy)
+    for name in ("n", "at_least"):
+        if (getattr(choice, name) or 0) > count:
+            problem = "is more than a layer has"
+            raise fail(f"{path}.{name}", getattr(choice, name), problem, f"write {count} or less")
 
 
 def check_student(profile: RoutingProfile, facts: StudentFacts, key: str, file: str) -> None:
@@ -152,8 +175,8 @@ def affordable(choice: ExpertChoice, profile: RoutingProfile) -> int:
     return int(choice.budget * total / found.expert_parameters + 1e-9)
 
 
-def describe_choice(choice: ExpertChoice, domain: str, checksum: str) -> str:
-    """How experts were chosen, on one line."""
+def describe_choice(choice: ExpertChoice, domain: str, checksum: str | None) -> str:
+    """How experts were chosen, on one line; without a checksum, how they will be."""
     method = choice.method
     score = _SCORE_NAMES[method if method in _SCORE_NAMES else choice.score or "token"]
     rule = {"top_n": f"{choice.n} per layer", "budget": f"{choice.budget} of"}.get(
@@ -170,7 +193,8 @@ def describe_choice(choice: ExpertChoice, domain: str, checksum: str) -> str:
     if choice.only_layers:
         limits.append(f"layers {ranges(choice.only_layers)}")
     parts = [score + joint + rule, *limits, f"class {domain} of {choice.profile}"]
-    return f"{', '.join(parts)} (sha256 {checksum[:12]})"
+    known = "not there yet" if checksum is None else f"sha256 {checksum[:12]}"
+    return f"{', '.join(parts)} ({known})"
 
 
 def contrast_scores(profile: RoutingProfile, domain: ClassStatistics) -> np.ndarray:

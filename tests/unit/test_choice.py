@@ -226,11 +226,51 @@ def test_every_mistake_names_the_recipe(file, tmp_path, choice, parts):
     recipe = load_recipe("r.yaml")
     for part in parts:
         assert part in message_of(lambda: resolve_experts(recipe))
-    for arguments in (["plan", "r.yaml"], ["plan", "r.yaml", "--", *flags]):
-        assert main(arguments) == 2
+    missing = choice["profile"] == "none.json"  # which a plan only says
+    assert main(["plan", "r.yaml"]) == (0 if missing else 2)
+    write_data(tmp_path, "en", "code")
+    assert main(["plan", "r.yaml", "--", *flags]) == (0 if missing else 2)
+
+
+def write_data(folder, *prefixes):
+    for prefix in prefixes:
+        for suffix in (".bin", ".idx"):
+            (folder / f"{prefix}{suffix}").touch()
+
+
+def test_a_plan_before_its_profile(file, tmp_path, capsys):
+    """It says what will be chosen, and everything else is checked."""
+    options = {"profile": "later.json", **TOKEN, "at_most": 3}
+    (tmp_path / "r.yaml").write_text(recipe_text(**options))
+    write_data(tmp_path, "en", "code")
+    flags = ["--num-layers", "4", "--num-experts", "8", "--moe-layer-freq", "[0]+[1]*3"]
+    flags += ["--data-path", "1", "en", "1", "code"]
+    steered = ["--inject-set", "steering.coeff=0.01"]
+    for arguments in (["plan", "r.yaml", *steered], ["plan", "r.yaml", *steered, "--", *flags]):
+        assert main(arguments) == 0
+        out = capsys.readouterr().out
+        assert (
+            "  code: still to be chosen by token share until 0.5, at most 3, class code of "
+            "later.json (not there yet)" in out
+        )
+        assert "  experts still to be chosen; everything else is frozen" in out
+        assert "on a domain's experts, all their layers" in out
+        assert f"  later.json is no file yet (in {tmp_path}): training needs it" in out
+    many = {"method": "top_n", "n": 9, "threshold": None, "at_most": None}
+    for choice, more, part in (
+        ({"only_layers": [0]}, [], "domains[0].experts.only_layers: 0 is no MoE layer of"),
+        (many, [], "domains[0].experts.n: 9 is more than a layer has"),
+        ({}, ["--num-experts", "0"], "domains[0].experts: 'later.json' is to choose experts of a"),
+        ({}, ["--data-path", "1", "en", "1", "cod"], "--data-path: 'cod' has no cod.bin, cod.idx"),
+    ):
+        kept = {k: v for k, v in (options | choice).items() if v is not None}
+        (tmp_path / "r.yaml").write_text(recipe_text(**kept))
+        assert main(["plan", "r.yaml", "--", *flags, *more]) == 2
+        assert part in capsys.readouterr().err
 
 
 def test_plan_on_the_command_line(file, tmp_path, capsys):
+    write_data(tmp_path, "en", "code")
     (tmp_path / "r.yaml").write_text(recipe_text(profile=file, **TOKEN))
     expected = chosen(profile(), **TOKEN)
     total = sum(map(len, expected.values()))

@@ -1,11 +1,14 @@
 """``moe-inject`` and the text of a plan."""
 
+from argparse import ArgumentParser
 from types import SimpleNamespace
 
 import pytest
+from megatron.training.arguments import add_megatron_arguments
 
-from megatron_moe_inject import __version__, teachers
+from megatron_moe_inject import __version__, cli, teachers
 from megatron_moe_inject.cli import main
+from megatron_moe_inject.data.files_there import check_data_files
 from megatron_moe_inject.imitation.terms import ImitationTerm
 from megatron_moe_inject.plan import (
     ParameterRow,
@@ -16,8 +19,8 @@ from megatron_moe_inject.plan import (
     recipe_warnings,
     render_plan,
 )
-from megatron_moe_inject.recipe import recipe_from_yaml
-from megatron_moe_inject.student import ParallelFacts, StudentFacts
+from megatron_moe_inject.recipe import RecipeError, recipe_from_yaml
+from megatron_moe_inject.student import ParallelFacts, StudentFacts, student_facts_from_args
 
 RECIPE = """
 domains:
@@ -77,6 +80,7 @@ def test_plan_of_a_recipe_alone(recipe_file, capsys):
 
 def test_plan_against_a_student(recipe_file, capsys, monkeypatch):
     """The teacher's own checks have their own tests; here it is whatever its files say."""
+    monkeypatch.setattr(cli, "check_data_files", lambda args, facts: None)
     found = SimpleNamespace(kind="hf", architecture="LlamaForCausalLM", parameters=1_234_567)
     seen = []
     monkeypatch.setattr(
@@ -121,6 +125,36 @@ def test_mistakes_are_one_line_and_status_2(recipe_file, capsys, arguments, expe
     assert captured.out == ""
     assert captured.err.startswith("moe-inject: " + expected.format(path=recipe_file))
     assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--data-path 8 {0}/en 1 {0}/none", "--data-path: '{0}/none' has no {0}/none.bin, "),
+        ("--data-path {0}/half", "--data-path: '{0}/half' has no {0}/half.idx; correct"),
+        ("--data-path {0}/en.bin", "without its ending, as in '{0}/en'"),
+        ("--train-data-path {0}/en --valid-data-path {0}/no", "--valid-data-path: '{0}/no' has"),
+        ("--data-path {0}/chat.jsonl --sft", None),
+        ("--data-path {0}/en --sft", "--data-path: '{0}/en' has no {0}/en; correct"),
+        ("--data-path s3://bucket/en", None),
+        ("--data-path {0}/x --dataloader-type external", None),
+        ("--mock-data", None),
+        ("--data-path 8 {0}/en 1 {0}/en", None),
+    ],
+)
+def test_the_files_of_the_data_are_looked_for(tmp_path, flags, message):
+    for name in ("en.bin", "en.idx", "half.bin", "chat.jsonl"):
+        (tmp_path / name).touch()
+    parser = ArgumentParser()
+    add_megatron_arguments(parser)
+    args = parser.parse_args(["--num-layers", "2", *flags.format(tmp_path).split()])
+    facts = student_facts_from_args(args)
+    if message is None:
+        check_data_files(args, facts)
+    else:
+        with pytest.raises(RecipeError) as error:
+            check_data_files(args, facts)
+        assert message.format(tmp_path) in str(error.value)
 
 
 def test_missing_file(capsys):

@@ -1,0 +1,47 @@
+"""Whether the files of a student's data are where its flags say, for a plan.
+
+Megatron looks for them when the job runs; here nothing is opened. What is in an object store, or
+read by a loader of the script's own, is left to that.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+from megatron_moe_inject.student import StudentFacts
+from megatron_moe_inject.typed import RecipeError, listing, show
+
+_REMOTE = ("s3://", "msc://")
+
+
+def check_data_files(args: Namespace, facts: StudentFacts) -> None:
+    """Check that each entry of each blend has its files: ``.bin`` and ``.idx``, or with ``--sft``
+    the file itself.
+
+    Raises:
+        RecipeError: the first entry that lacks one, with its flag.
+    """
+    if getattr(args, "dataloader_type", None) == "external":
+        return
+    suffixes = ("",) if getattr(args, "sft", False) else (".bin", ".idx")
+    for split, entries in facts.data_paths.items():
+        for prefix in entries:
+            files = [f"{prefix}{suffix}" for suffix in suffixes]
+            missing = [file for file in files if not Path(file).is_file()]
+            if missing and not prefix.startswith(_REMOTE):
+                given = show(prefix)
+                if prefix.endswith((".bin", ".idx")) and Path(prefix).is_file():
+                    remedy = f"write it without its ending, as in {show(prefix[:-4])}"
+                else:
+                    remedy = "correct the path or prepare the data first"
+                raise RecipeError(
+                    f"{_flag(args, split)}: {given} has no {listing(missing)}; {remedy}"
+                )
+
+
+def _flag(args: Namespace, split: str) -> str:
+    """Where the blend of a split is named."""
+    names = ("data_path", "data_args_path", f"{split}_data_path", "per_split_data_args_path")
+    name = next((name for name in names if getattr(args, name, None)), names[0])
+    return f"--{name.replace('_', '-')}"
