@@ -40,6 +40,7 @@ from megatron_moe_inject.metrics.evaluation_file import (
 from megatron_moe_inject.metrics.gate import teacher_gate
 from megatron_moe_inject.metrics.losses import LossReport
 from megatron_moe_inject.metrics.measurement import Collected, Measurement
+from megatron_moe_inject.metrics.term_log import TermLog
 from megatron_moe_inject.recipe import GENERAL, Recipe, RecipeError
 from megatron_moe_inject.step import SplitRegistry, StepHook
 from megatron_moe_inject.student import (
@@ -304,6 +305,7 @@ class EvaluationRun(Evaluator):
         mix_held_out(recipe, args, facts)
         super().__init__(recipe, args, facts, valid_vocab_size, origin=flag)
         self.dry_run = False
+        self.terms = TermLog(args)
         checked_teachers(recipe, args)
         self.splits = SplitRegistry({s: split_labels(recipe, facts, s) for s in SPLITS})
         self.step_hook: StepHook | None = None
@@ -336,6 +338,8 @@ class EvaluationRun(Evaluator):
             loss_hook,
             lambda: compat.optimizer_steps(self.args),
             measurement=self.measurement,
+            terms=self.terms,
+            groups=groups,
         )
 
     def _loss_hook(self, chunk: torch.nn.Module, groups: Any) -> LossHook:

@@ -45,6 +45,7 @@ from megatron_moe_inject.losses.spec import Divergence, TokenWeighting
 from megatron_moe_inject.metrics.finite import FiniteWatch
 from megatron_moe_inject.metrics.losses import LossReport
 from megatron_moe_inject.metrics.measurement import Measurement
+from megatron_moe_inject.metrics.term_log import TermLog
 from megatron_moe_inject.original_pass import OriginalPass
 from megatron_moe_inject.plan import Plan, TeacherRow
 from megatron_moe_inject.profile_run import ProfileSetup
@@ -167,9 +168,10 @@ class Injection:
         self.evaluator: TrainingEvaluator | None = None
         if recipe.evaluation is not None and not args.skip_train:
             self.evaluator = TrainingEvaluator(recipe, args, self.facts, valid_vocab_size)
+        self.terms = TermLog(args)
         self.run_log: RunLog | None = None
         if self.evaluator is not None and args.save:
-            self.run_log = RunLog(recipe, args, self.evaluator.path)
+            self.run_log = RunLog(recipe, args, self.evaluator.path, self.terms.interval())
         self.imitation = ImitationSetup(recipe, args, self.facts, self.teacher_infos)
         rows = recipe.experts_by_layer() if recipe.train.router_rows else {}
         self._rows = RouterRows(rows, args)
@@ -250,6 +252,8 @@ class Injection:
             measurement=self._measurement,
             watch=self._watch,
             retention=retention_step(self.recipe, self.chunks, groups, self.originals, optimizer),
+            terms=self.terms,
+            groups=groups,
         )
         self.plan = Plan(
             self.recipe,

@@ -13,6 +13,7 @@
 | ``training.evaluate_and_print_results`` | ... and what was measured on it |
 | ``training.get_forward_backward_func`` | the step hook |
 | ``training.train`` | the first evaluation; the proof of what is frozen; the routing profile |
+| ``training.training_log``, ``training.evaluate`` | our terms, as sums over the interval |
 | ``training.training_log`` | with ``evaluation``: the run's list, for ``moe-inject report`` |
 | ``training.get_megatron_optimizer`` | the optimizer can be saved where little trains |
 
@@ -74,6 +75,7 @@ def install() -> None:
     for name, symbol in _HELD_OUT.items():
         _wrap(training, symbol, functools.partial(run.held_out, name))
     _wrap(training, "evaluate_and_print_results", run.evaluate)
+    _wrap(training, "evaluate", run.evaluate_terms)
     _wrap(training, "get_forward_backward_func", run.get_forward_backward_func)
     _wrap(training, "train", run.train)
     _wrap(training, "training_log", run.training_log)
@@ -85,7 +87,7 @@ def _wrap(module: ModuleType, name: str, around: Callable) -> None:
 
     @functools.wraps(stock)
     def wrapper(*args, **kwargs):
-        return around(stock, *args, **kwargs)
+        return around(wrapper.__wrapped__, *args, **kwargs)
 
     setattr(wrapper, _MARK, True)
     setattr(module, name, wrapper)
@@ -219,10 +221,20 @@ class _Run:
         _print_rank_0(injection.end_training())
         return result
 
-    def training_log(self, stock, *args, **kwargs):
-        if self._injection is None or self._injection.run_log is None:
+    def evaluate_terms(self, stock, *args, **kwargs):
+        terms = None if self._injection is None else self._injection.terms
+        if terms is None:
             return stock(*args, **kwargs)
-        return self._injection.run_log.log(stock, *args, **kwargs)
+        return terms.evaluate(stock, *args, **kwargs)
+
+    def training_log(self, stock, *args, **kwargs):
+        if self._injection is None or self._injection.terms is None:
+            return stock(*args, **kwargs)
+        given = compat.bound_arguments(stock, args, kwargs)
+        result, read = self._injection.terms.log(stock, given)
+        if self._injection.run_log is not None:
+            self._injection.run_log.log(given, read)
+        return result
 
 
 def _print_rank_0(text: str | None) -> None:

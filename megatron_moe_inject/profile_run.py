@@ -156,6 +156,7 @@ class ProfileRun:
     evaluator = None
     run_log = None
     blend = None
+    terms = None
 
     def __init__(self, recipe: Recipe, args: Namespace) -> None:
         self.dry_run = False
