@@ -22,6 +22,7 @@ from megatron_moe_inject.agreement import agree, on_first_rank
 from megatron_moe_inject.data.held_out import HeldOutText
 from megatron_moe_inject.data.labels import HostGroup
 from megatron_moe_inject.data.mixing import mix_held_out
+from megatron_moe_inject.data.read_once import MeasuredText
 from megatron_moe_inject.loss_hook import LossHook
 from megatron_moe_inject.losses.objective import TermWeights
 from megatron_moe_inject.metrics.evaluation import (
@@ -307,7 +308,9 @@ class EvaluationRun(Evaluator):
         self.dry_run = False
         self.terms = TermLog(args)
         checked_teachers(recipe, args)
-        self.splits = SplitRegistry({s: split_labels(recipe, facts, s) for s in SPLITS})
+        labels = {s: split_labels(recipe, facts, s) for s in SPLITS}
+        self.splits = SplitRegistry(labels)
+        self.measured_text = MeasuredText(args, facts, labels, ("valid",), flag)
         self.step_hook: StepHook | None = None
         self._said = ""
 

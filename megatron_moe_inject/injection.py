@@ -20,6 +20,7 @@ from megatron_moe_inject import compat
 from megatron_moe_inject.agreement import agree
 from megatron_moe_inject.data.labels import HostGroup
 from megatron_moe_inject.data.mixing import mix
+from megatron_moe_inject.data.read_once import MeasuredText
 from megatron_moe_inject.data.scheduled_blend import BlendSchedule
 from megatron_moe_inject.evaluation_run import TrainingEvaluator
 from megatron_moe_inject.experts.boundary import GradientBoundary, agree_boundary
@@ -168,6 +169,8 @@ class Injection:
         self.evaluator: TrainingEvaluator | None = None
         if recipe.evaluation is not None and not args.skip_train:
             self.evaluator = TrainingEvaluator(recipe, args, self.facts, valid_vocab_size)
+        measured = ("valid",) if self.evaluator is not None else ()
+        self.measured_text = MeasuredText(args, self.facts, self._labels, measured)
         self.terms = TermLog(args)
         self.run_log: RunLog | None = None
         if self.evaluator is not None and args.save:
@@ -406,7 +409,10 @@ class Injection:
 
         Collectives: those of ``ProfileSetup.write`` and ``FrozenCheck.verify``.
         """
-        said = [] if self._profile is None else [self._profile.write(self._recorder)]
+        said = []
+        if self._profile is not None:
+            repeated = self.measured_text.repeated_in_training()
+            said.append(self._profile.write(self._recorder, repeated))
         if self._frozen is not None:
             said.append(self._frozen.verify())
         return "\n".join(said) or None

@@ -8,6 +8,7 @@
 | ``training.build_train_valid_test_data_iterators`` | which split each iterator reads |
 | ``training.get_train_valid_test_num_samples`` | with ``evaluation``: how much text is held out |
 | ``training.build_train_valid_test_datasets`` | ... which data set that is |
+| the same | that what is measured on is there and read once |
 | the same | where shares of the training blend change, the order of its samples |
 | ``training.build_pretraining_data_loader`` | ... and that it is read from its beginning |
 | ``training.evaluate_and_print_results`` | ... and what was measured on it |
@@ -167,6 +168,7 @@ class _Run:
             return iterators
         if self._injection.blend is not None:
             self._injection.blend.check()
+        self._injection.measured_text.check()
         if self._evaluator is not None:
             iterators = self._evaluator.text.iterators(compat.validation_loader, iterators)
         self._injection.splits.register(*iterators)
@@ -189,6 +191,7 @@ class _Run:
         built = stock(*args, **kwargs)
         if self._injection is None:
             return built
+        self._injection.measured_text.datasets(built)
         if self._injection.blend is not None:
             built = self._injection.blend.datasets(built)
         return built if self._evaluator is None else self._evaluator.text.datasets(built)
