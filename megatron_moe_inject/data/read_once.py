@@ -182,8 +182,9 @@ def _parts(dataset: Any) -> list[Any]:
 
 def _samples_once(part: Any) -> int:
     """How many samples there are before a dataset repeats itself."""
-    if not hasattr(part, "_get_num_tokens_per_epoch"):
-        return len(part)  # such as SFTDataset: a sample for each of its own
+    if not hasattr(part, "_get_num_tokens_per_epoch"):  # such as SFTDataset: one for each index
+        indices = getattr(part, "indices", None)
+        return len(part) if indices is None else len(indices)
     extra = part.config.add_extra_token_to_sequence
     return max(0, (part._get_num_tokens_per_epoch() - extra) // part.config.sequence_length)
 
