@@ -20,6 +20,7 @@ from megatron_moe_inject import compat
 from megatron_moe_inject.agreement import agree
 from megatron_moe_inject.data.labels import HostGroup
 from megatron_moe_inject.data.mixing import mix
+from megatron_moe_inject.data.packed import check_packed
 from megatron_moe_inject.data.read_once import MeasuredText
 from megatron_moe_inject.data.scheduled_blend import BlendSchedule
 from megatron_moe_inject.evaluation_run import TrainingEvaluator
@@ -144,6 +145,15 @@ class Injection:
         self.facts: StudentFacts = student_facts_from_args(args)
         self.recipe = recipe = resolve_experts(recipe, self.facts)
         check_recipe(recipe, self.facts)
+        check_packed(
+            args,
+            max(args.micro_batch_size or 1, getattr(args, "eval_micro_batch_size", None) or 1),
+            {
+                "steering": recipe.steering.watches,
+                "objective.retention.experts": ever_positive(recipe.objective.retention.experts),
+                "--inject-profile": args.inject_profile is not None,
+            },
+        )
         order = mix(recipe, args, self.facts)
         self.blend: BlendSchedule | None = None
         if order is not None:
@@ -377,6 +387,8 @@ class Injection:
             measurement=self._measurement,
             watch=self._watch,
             running_confidence=self._steering.running,
+            cp_group=groups.cp,
+            by_document=bool(getattr(self._args, "sft", False)),
         )
 
     @property

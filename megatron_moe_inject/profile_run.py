@@ -20,6 +20,7 @@ import torch.distributed as dist
 from megatron_moe_inject import compat
 from megatron_moe_inject.data.labels import HostGroup
 from megatron_moe_inject.data.mixing import mix_held_out
+from megatron_moe_inject.data.packed import check_packed
 from megatron_moe_inject.data.read_once import MeasuredText
 from megatron_moe_inject.experts.census import parameter_rows
 from megatron_moe_inject.experts.freeze import EXPERTS
@@ -175,6 +176,7 @@ class ProfileRun:
                 "out --skip-train or --inject-dry-run"
             )
         facts = student_facts_from_args(args)
+        check_packed(args, args.eval_micro_batch_size, {"--inject-profile": True})
         mix_held_out(recipe, args, facts)
         self._args = args
         self._setup = ProfileSetup(recipe, args, facts, SPLITS[1:])
