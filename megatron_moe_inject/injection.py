@@ -338,7 +338,8 @@ class Injection:
         if self.originals is None or not ever_positive(self.recipe.objective.gamma):
             return None
         interleaved = len(self.chunks) > 1
-        multiple = groups.pp.size() if interleaved else 1
+        stages = groups.pp.size() if interleaved else 1
+        config = self.chunks[0].config
         everyone = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
         resets = {
             "position_ids": self._args.reset_position_ids,
@@ -347,7 +348,8 @@ class Injection:
         return OriginalPass(
             self.originals,
             loss_hook,
-            multiple=multiple,
+            stages=stages,
+            group=config.microbatch_group_size_per_vp_stage if interleaved else 1,
             host_group=everyone,
             whole=groups.tp.size() > 1,
             same=[key for key, reset in resets.items() if not reset],
