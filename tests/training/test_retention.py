@@ -53,6 +53,16 @@ def test_evaluation_reports_it_too(single):
     assert single.evaluations[-1]["retention loss"] > 1e-5
 
 
+def test_evaluations_may_have_micro_batches_of_another_size(material, single):
+    """The original's pass of a training step has training's size, with the model in eval mode."""
+    sizes = ("--eval-micro-batch-size", "4", "--eval-global-batch-size", "8")
+    run = inject(material, GAMMA, nproc=2, tp=2, extra=sizes)
+    for term in TERMS:
+        assert run.losses(term) == pytest.approx(single.losses(term), rel=2e-5, abs=1e-6), term
+    for ours, theirs in zip(run.evaluations, single.evaluations, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_the_curve_does_not_depend_on_the_layout(material, single, layout):
     run = inject(material, GAMMA, **copy.deepcopy(layout))
