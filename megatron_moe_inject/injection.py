@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_moe_inject import compat
-from megatron_moe_inject.agreement import agree
+from megatron_moe_inject.agreement import agree, on_first_rank
 from megatron_moe_inject.data.labels import HostGroup
 from megatron_moe_inject.data.mixing import mix
 from megatron_moe_inject.data.packed import check_packed
@@ -56,6 +56,7 @@ from megatron_moe_inject.retention.setup import kept_components, retention_step
 from megatron_moe_inject.routing.rows import RouterRows
 from megatron_moe_inject.routing.setup import SteeringSetup
 from megatron_moe_inject.run_log import RunLog
+from megatron_moe_inject.save_lock import SaveLock
 from megatron_moe_inject.schedule import ever_positive, value_at
 from megatron_moe_inject.step import SplitRegistry, StepHook
 from megatron_moe_inject.student import (
@@ -197,6 +198,19 @@ class Injection:
         self._watch = FiniteWatch()
         self.step_hook: StepHook | None = None
         self._frozen: FrozenCheck | None = None
+        self._save_lock: SaveLock | None = None
+
+    def claim_folder(self) -> None:
+        """Keep other runs out of the folder that this one saves to.
+
+        Collectives: those of ``on_first_rank``, where it saves.
+
+        Raises:
+            RecipeError: on every rank, where another run holds it or it cannot be written to.
+        """
+        if self._args.save and not self.dry_run and not self._args.skip_train:
+            self._save_lock = SaveLock(self._args.save)
+            on_first_rank(self._save_lock.take)
 
     def building(self) -> contextlib.AbstractContextManager[None]:
         """Inside, Megatron builds the student."""

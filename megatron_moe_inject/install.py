@@ -5,6 +5,7 @@
 | ``arguments.add_megatron_arguments`` | the ``--inject-*`` flags |
 | ``training.pretrain`` | reads and checks the recipe before anything is built |
 | ``training.setup_model_and_optimizer`` | freezing before DDP; hooks, boundary, teachers after |
+| the same | the lock on ``--save`` |
 | ``training.build_train_valid_test_data_iterators`` | which split each iterator reads |
 | ``training.get_train_valid_test_num_samples`` | with ``evaluation``: how much text is held out |
 | ``training.build_train_valid_test_datasets`` | ... which data set that is |
@@ -146,6 +147,7 @@ class _Run:
         injection = self._injection
         if injection is None:
             return stock(*args, **kwargs)
+        injection.claim_folder()
         with injection.building():
             built = compat.call_with_pre_wrap_hook(stock, args, kwargs, injection.freeze)
         injection.attach(compat.bare_chunks(built[0]), built[1])

@@ -187,6 +187,9 @@ class ProfileRun:
         self._recorder: RoutingRecorder | None = None
         self._progress: StepProgress | None = None
 
+    def claim_folder(self) -> None:
+        """Nothing is saved."""
+
     building = staticmethod(contextlib.nullcontext)
     """What surrounds the building of the student: nothing."""
 

@@ -43,6 +43,8 @@ def data_paths(args: Namespace) -> dict[str, tuple[str, ...]]:
         raise fail(
             flag, path, f"cannot be read ({show(error)})", "it lists the student's datasets"
         ) from None
+    if blend is not None:
+        _check_documents(args.split or "969, 30, 1", blend[0])
     blends = per_split if per_split is not None else [blend] * len(SPLITS)
     for split, entries in zip(SPLITS, blends, strict=True):
         _check_weights(args, split if per_split is not None else "", *(entries or ((), None)))
@@ -51,6 +53,41 @@ def data_paths(args: Namespace) -> dict[str, tuple[str, ...]]:
         for split, entries in zip(SPLITS, blends, strict=True)
         if entries is not None
     }
+
+
+def _check_documents(split: str, paths: Sequence[str]) -> None:
+    """Megatron counts for ever how often it has to repeat no document at all.
+
+    Args:
+        split: ``--split``; its default is that of Megatron's flag.
+        paths: entries of the one blend; those that are no indexed data sets here are left out.
+    """
+    from megatron.core.datasets import blended_megatron_dataset_config as config
+
+    shares = config.parse_and_normalize_split(split)
+    matrix = config.convert_split_vector_to_split_matrix(shares)
+    for path in paths:
+        documents = _documents(path)
+        for part, name in zip(matrix, ("training", "validation", "test"), strict=True):
+            if documents is None or part is None:
+                continue
+            if round(part[0] * documents) == round(part[1] * documents):
+                raise fail(
+                    "--split", split, f"leaves {path}, of {documents} documents, none for {name}",
+                    "give each a share that has some, or 0, or a --valid-data-path of its own",
+                )  # fmt: skip
+
+
+def _documents(path: str) -> int | None:
+    """How many documents Megatron splits an indexed data set into, by the header of its index."""
+    magic = b"MMIDIDX\x00\x00"
+    try:
+        with open(f"{path}.idx", "rb") as file:
+            header = file.read(len(magic) + 17)  # version, kind of tokens, number of sequences
+    except OSError:
+        return None
+    whole = header.startswith(magic) and len(header) == len(magic) + 17
+    return int.from_bytes(header[-8:], "little") if whole else None
 
 
 def _check_weights(
