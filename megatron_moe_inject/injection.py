@@ -152,7 +152,7 @@ class Injection:
             {
                 "steering": recipe.steering.watches,
                 "objective.retention.experts": ever_positive(recipe.objective.retention.experts),
-                "--inject-profile": args.inject_profile is not None,
+                "--inject-profile": getattr(args, "inject_profile", None) is not None,
             },
         )
         order = mix(recipe, args, self.facts)
