@@ -22,6 +22,7 @@ from megatron_moe_inject.agreement import agree, on_first_rank
 from megatron_moe_inject.data.held_out import HeldOutText
 from megatron_moe_inject.data.labels import HostGroup
 from megatron_moe_inject.data.mixing import mix_held_out
+from megatron_moe_inject.data.read_once import MeasuredText
 from megatron_moe_inject.loss_hook import LossHook
 from megatron_moe_inject.losses.objective import TermWeights
 from megatron_moe_inject.metrics.evaluation import (
@@ -40,6 +41,7 @@ from megatron_moe_inject.metrics.evaluation_file import (
 from megatron_moe_inject.metrics.gate import teacher_gate
 from megatron_moe_inject.metrics.losses import LossReport
 from megatron_moe_inject.metrics.measurement import Collected, Measurement
+from megatron_moe_inject.metrics.term_log import TermLog
 from megatron_moe_inject.recipe import GENERAL, Recipe, RecipeError
 from megatron_moe_inject.step import SplitRegistry, StepHook
 from megatron_moe_inject.student import (
@@ -304,8 +306,11 @@ class EvaluationRun(Evaluator):
         mix_held_out(recipe, args, facts)
         super().__init__(recipe, args, facts, valid_vocab_size, origin=flag)
         self.dry_run = False
+        self.terms = TermLog(args)
         checked_teachers(recipe, args)
-        self.splits = SplitRegistry({s: split_labels(recipe, facts, s) for s in SPLITS})
+        labels = {s: split_labels(recipe, facts, s) for s in SPLITS}
+        self.splits = SplitRegistry(labels)
+        self.measured_text = MeasuredText(args, facts, labels, ("valid",), flag)
         self.step_hook: StepHook | None = None
         self._said = ""
 
@@ -313,6 +318,9 @@ class EvaluationRun(Evaluator):
     def evaluator(self) -> EvaluationRun:
         """Itself."""
         return self
+
+    def claim_folder(self) -> None:
+        """Nothing is saved."""
 
     building = staticmethod(contextlib.nullcontext)
     """What surrounds the building of the student: nothing."""
@@ -336,6 +344,8 @@ class EvaluationRun(Evaluator):
             loss_hook,
             lambda: compat.optimizer_steps(self.args),
             measurement=self.measurement,
+            terms=self.terms,
+            groups=groups,
         )
 
     def _loss_hook(self, chunk: torch.nn.Module, groups: Any) -> LossHook:

@@ -72,7 +72,8 @@ def forward_step(data_iterator: Any, model: Any, return_schedule_plan: bool = Fa
     timers("batch-generator", log_level=2).start()
     with straggler(bdata=True):
         vp_stage = get_attr_wrapped_model(model, "vp_stage")
-        batch = get_batch(data_iterator, get_model_config(model), vp_stage)
+        config = get_model_config(model)
+        batch = get_batch(data_iterator, config, vp_stage, training=model.training)
     packing = packed_seq_params(batch, args.seq_length)
     timers("batch-generator").stop()
 

@@ -17,9 +17,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_moe_inject import compat
-from megatron_moe_inject.agreement import agree
+from megatron_moe_inject.agreement import agree, on_first_rank
 from megatron_moe_inject.data.labels import HostGroup
 from megatron_moe_inject.data.mixing import mix
+from megatron_moe_inject.data.packed import check_packed
+from megatron_moe_inject.data.read_once import MeasuredText
 from megatron_moe_inject.data.scheduled_blend import BlendSchedule
 from megatron_moe_inject.evaluation_run import TrainingEvaluator
 from megatron_moe_inject.experts.boundary import GradientBoundary, agree_boundary
@@ -45,6 +47,7 @@ from megatron_moe_inject.losses.spec import Divergence, TokenWeighting
 from megatron_moe_inject.metrics.finite import FiniteWatch
 from megatron_moe_inject.metrics.losses import LossReport
 from megatron_moe_inject.metrics.measurement import Measurement
+from megatron_moe_inject.metrics.term_log import TermLog
 from megatron_moe_inject.original_pass import OriginalPass
 from megatron_moe_inject.plan import Plan, TeacherRow
 from megatron_moe_inject.profile_run import ProfileSetup
@@ -53,6 +56,7 @@ from megatron_moe_inject.retention.setup import kept_components, retention_step
 from megatron_moe_inject.routing.rows import RouterRows
 from megatron_moe_inject.routing.setup import SteeringSetup
 from megatron_moe_inject.run_log import RunLog
+from megatron_moe_inject.save_lock import SaveLock
 from megatron_moe_inject.schedule import ever_positive, value_at
 from megatron_moe_inject.step import SplitRegistry, StepHook
 from megatron_moe_inject.student import (
@@ -142,6 +146,15 @@ class Injection:
         self.facts: StudentFacts = student_facts_from_args(args)
         self.recipe = recipe = resolve_experts(recipe, self.facts)
         check_recipe(recipe, self.facts)
+        check_packed(
+            args,
+            max(args.micro_batch_size or 1, getattr(args, "eval_micro_batch_size", None) or 1),
+            {
+                "steering": recipe.steering.watches,
+                "objective.retention.experts": ever_positive(recipe.objective.retention.experts),
+                "--inject-profile": getattr(args, "inject_profile", None) is not None,
+            },
+        )
         order = mix(recipe, args, self.facts)
         self.blend: BlendSchedule | None = None
         if order is not None:
@@ -167,9 +180,12 @@ class Injection:
         self.evaluator: TrainingEvaluator | None = None
         if recipe.evaluation is not None and not args.skip_train:
             self.evaluator = TrainingEvaluator(recipe, args, self.facts, valid_vocab_size)
+        measured = ("valid",) if self.evaluator is not None else ()
+        self.measured_text = MeasuredText(args, self.facts, self._labels, measured)
+        self.terms = TermLog(args)
         self.run_log: RunLog | None = None
         if self.evaluator is not None and args.save:
-            self.run_log = RunLog(recipe, args, self.evaluator.path)
+            self.run_log = RunLog(recipe, args, self.evaluator.path, self.terms.interval())
         self.imitation = ImitationSetup(recipe, args, self.facts, self.teacher_infos)
         rows = recipe.experts_by_layer() if recipe.train.router_rows else {}
         self._rows = RouterRows(rows, args)
@@ -182,6 +198,19 @@ class Injection:
         self._watch = FiniteWatch()
         self.step_hook: StepHook | None = None
         self._frozen: FrozenCheck | None = None
+        self._save_lock: SaveLock | None = None
+
+    def claim_folder(self) -> None:
+        """Keep other runs out of the folder that this one saves to.
+
+        Collectives: those of ``on_first_rank``, where it saves.
+
+        Raises:
+            RecipeError: on every rank, where another run holds it or it cannot be written to.
+        """
+        if self._args.save and not self.dry_run and not self._args.skip_train:
+            self._save_lock = SaveLock(self._args.save)
+            on_first_rank(self._save_lock.take)
 
     def building(self) -> contextlib.AbstractContextManager[None]:
         """Inside, Megatron builds the student."""
@@ -250,6 +279,8 @@ class Injection:
             measurement=self._measurement,
             watch=self._watch,
             retention=retention_step(self.recipe, self.chunks, groups, self.originals, optimizer),
+            terms=self.terms,
+            groups=groups,
         )
         self.plan = Plan(
             self.recipe,
@@ -321,7 +352,8 @@ class Injection:
         if self.originals is None or not ever_positive(self.recipe.objective.gamma):
             return None
         interleaved = len(self.chunks) > 1
-        multiple = groups.pp.size() if interleaved else 1
+        stages = groups.pp.size() if interleaved else 1
+        config = self.chunks[0].config
         everyone = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
         resets = {
             "position_ids": self._args.reset_position_ids,
@@ -330,7 +362,8 @@ class Injection:
         return OriginalPass(
             self.originals,
             loss_hook,
-            multiple=multiple,
+            stages=stages,
+            group=config.microbatch_group_size_per_vp_stage if interleaved else 1,
             host_group=everyone,
             whole=groups.tp.size() > 1,
             same=[key for key, reset in resets.items() if not reset],
@@ -370,6 +403,8 @@ class Injection:
             measurement=self._measurement,
             watch=self._watch,
             running_confidence=self._steering.running,
+            cp_group=groups.cp,
+            by_document=bool(getattr(self._args, "sft", False)),
         )
 
     @property
@@ -402,7 +437,10 @@ class Injection:
 
         Collectives: those of ``ProfileSetup.write`` and ``FrozenCheck.verify``.
         """
-        said = [] if self._profile is None else [self._profile.write(self._recorder)]
+        said = []
+        if self._profile is not None:
+            repeated = self.measured_text.repeated_in_training()
+            said.append(self._profile.write(self._recorder, repeated))
         if self._frozen is not None:
             said.append(self._frozen.verify())
         return "\n".join(said) or None

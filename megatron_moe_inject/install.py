@@ -5,14 +5,17 @@
 | ``arguments.add_megatron_arguments`` | the ``--inject-*`` flags |
 | ``training.pretrain`` | reads and checks the recipe before anything is built |
 | ``training.setup_model_and_optimizer`` | freezing before DDP; hooks, boundary, teachers after |
+| the same | the lock on ``--save`` |
 | ``training.build_train_valid_test_data_iterators`` | which split each iterator reads |
 | ``training.get_train_valid_test_num_samples`` | with ``evaluation``: how much text is held out |
 | ``training.build_train_valid_test_datasets`` | ... which data set that is |
+| the same | that what is measured on is there and read once |
 | the same | where shares of the training blend change, the order of its samples |
 | ``training.build_pretraining_data_loader`` | ... and that it is read from its beginning |
 | ``training.evaluate_and_print_results`` | ... and what was measured on it |
 | ``training.get_forward_backward_func`` | the step hook |
 | ``training.train`` | the first evaluation; the proof of what is frozen; the routing profile |
+| ``training.training_log``, ``training.evaluate`` | our terms, as sums over the interval |
 | ``training.training_log`` | with ``evaluation``: the run's list, for ``moe-inject report`` |
 | ``training.get_megatron_optimizer`` | the optimizer can be saved where little trains |
 
@@ -74,6 +77,7 @@ def install() -> None:
     for name, symbol in _HELD_OUT.items():
         _wrap(training, symbol, functools.partial(run.held_out, name))
     _wrap(training, "evaluate_and_print_results", run.evaluate)
+    _wrap(training, "evaluate", run.evaluate_terms)
     _wrap(training, "get_forward_backward_func", run.get_forward_backward_func)
     _wrap(training, "train", run.train)
     _wrap(training, "training_log", run.training_log)
@@ -85,7 +89,7 @@ def _wrap(module: ModuleType, name: str, around: Callable) -> None:
 
     @functools.wraps(stock)
     def wrapper(*args, **kwargs):
-        return around(stock, *args, **kwargs)
+        return around(wrapper.__wrapped__, *args, **kwargs)
 
     setattr(wrapper, _MARK, True)
     setattr(module, name, wrapper)
@@ -143,6 +147,7 @@ class _Run:
         injection = self._injection
         if injection is None:
             return stock(*args, **kwargs)
+        injection.claim_folder()
         with injection.building():
             built = compat.call_with_pre_wrap_hook(stock, args, kwargs, injection.freeze)
         injection.attach(compat.bare_chunks(built[0]), built[1])
@@ -165,6 +170,7 @@ class _Run:
             return iterators
         if self._injection.blend is not None:
             self._injection.blend.check()
+        self._injection.measured_text.check()
         if self._evaluator is not None:
             iterators = self._evaluator.text.iterators(compat.validation_loader, iterators)
         self._injection.splits.register(*iterators)
@@ -187,6 +193,7 @@ class _Run:
         built = stock(*args, **kwargs)
         if self._injection is None:
             return built
+        self._injection.measured_text.datasets(built)
         if self._injection.blend is not None:
             built = self._injection.blend.datasets(built)
         return built if self._evaluator is None else self._evaluator.text.datasets(built)
@@ -219,10 +226,20 @@ class _Run:
         _print_rank_0(injection.end_training())
         return result
 
-    def training_log(self, stock, *args, **kwargs):
-        if self._injection is None or self._injection.run_log is None:
+    def evaluate_terms(self, stock, *args, **kwargs):
+        terms = None if self._injection is None else self._injection.terms
+        if terms is None:
             return stock(*args, **kwargs)
-        return self._injection.run_log.log(stock, *args, **kwargs)
+        return terms.evaluate(stock, *args, **kwargs)
+
+    def training_log(self, stock, *args, **kwargs):
+        if self._injection is None or self._injection.terms is None:
+            return stock(*args, **kwargs)
+        given = compat.bound_arguments(stock, args, kwargs)
+        result, read = self._injection.terms.log(stock, given)
+        if self._injection.run_log is not None:
+            self._injection.run_log.log(given, read)
+        return result
 
 
 def _print_rank_0(text: str | None) -> None:

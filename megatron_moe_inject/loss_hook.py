@@ -25,6 +25,7 @@ import torch
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
 from megatron_moe_inject import compat
+from megatron_moe_inject.data.packed import segments
 from megatron_moe_inject.experts.original import OriginalParameters
 from megatron_moe_inject.indices import index as positions
 from megatron_moe_inject.losses.objective import SampleGroup, TermWeights, injection_loss
@@ -58,6 +59,8 @@ class LossHook:
         only_measures: the run trains nothing: the output is the measured cross-entropy.
         watch: is shown the states that the loss is computed from, and the loss.
         running_confidence: gets the micro-batches of training steps.
+        cp_group: group that divides sequences.
+        by_document: packed rows were divided among it document by document; see ``data.packed``.
     """
 
     def __init__(
@@ -76,7 +79,11 @@ class LossHook:
         only_measures: bool = False,
         watch: FiniteWatch | None = None,
         running_confidence: RunningConfidence | None = None,
+        cp_group: torch.distributed.ProcessGroup | None = None,
+        by_document: bool = False,
     ) -> None:
+        self._cp_group = cp_group
+        self._by_document = by_document
         self._watch = watch
         self._running_confidence = running_confidence
         self._measurement = measurement
@@ -215,6 +222,11 @@ class LossHook:
             hidden_states = gather_from_sequence_parallel_region(
                 hidden_states, tensor_parallel_output_grad=True, group=self._tp_group
             )
+        row = labels.shape
+        if len(labels) != len(domains):
+            hidden_states, labels, loss_mask, domains = self._by_segment(
+                hidden_states, labels, loss_mask, domains
+            )
         self._see("states before the output layer", hidden_states)
         groups = self._groups(index, domains, head, config.sequence_parallel)
         running = self._running_confidence
@@ -255,7 +267,24 @@ class LossHook:
             self._watch.see_gradient(name, hidden_states)
         values |= self._report.values(terms, loss_mask, domains)
         self._pending.append((values, upstream_mask))
-        return terms.total
+        return terms.total.view(row)
+
+    def _by_segment(
+        self,
+        hidden: torch.Tensor,
+        labels: torch.Tensor,
+        loss_mask: torch.Tensor,
+        domains: Sequence[int],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int]]:
+        """A packed row, states ``[t, 1, h]`` and ``[1, t]``, as k segments of one sample each."""
+        assert len(labels) == 1, (labels.shape, len(domains))
+        size, rank = 1, 0
+        if self._cp_group is not None:
+            size, rank = self._cp_group.size(), self._cp_group.rank()
+        own = segments(len(domains), labels.numel(), size, rank, by_document=self._by_document)
+        hidden = hidden.view(len(own), -1, hidden.shape[-1]).transpose(0, 1)
+        labels, loss_mask = (x.reshape(len(own), -1) for x in (labels, loss_mask))
+        return hidden, labels, loss_mask, [domains[sample] for sample in own]
 
     def _see(self, name: str, tensor: torch.Tensor) -> None:
         if self._watch is not None:

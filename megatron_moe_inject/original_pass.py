@@ -30,8 +30,9 @@ class OriginalPass:
     Args:
         originals: the original parameters of this rank.
         loss_hook: keeps the hidden states on the last stage, ``None`` on other stages.
-        multiple: number of micro-batches that the schedule wants a multiple of: the pipeline size
-            under interleaving, else 1.
+        stages: pipeline size under interleaving, else 1.
+        group: micro-batches that an interleaved schedule runs through a chunk at a time
+            (``--microbatch-group-size-per-virtual-pipeline-stage``), else 1.
         host_group: all ranks, over gloo, to agree on the number of micro-batches; None = one rank.
         whole: micro-batches keep their size, because ranks that read no data (tensor parallelism)
             expect it.
@@ -44,7 +45,8 @@ class OriginalPass:
         originals: OriginalParameters,
         loss_hook: LossHook | None,
         *,
-        multiple: int,
+        stages: int,
+        group: int,
         host_group: dist.ProcessGroup | None,
         whole: bool = True,
         same: Collection[str] = (),
@@ -53,7 +55,8 @@ class OriginalPass:
         self._whole = whole
         self._same = frozenset(same)
         self._loss_hook = loss_hook
-        self._multiple = multiple
+        self._stages = stages
+        self._group = group
         self._host_group = host_group
 
     def run(
@@ -80,10 +83,9 @@ class OriginalPass:
         """
         general = labels == GENERAL
         count, size = self._agree(int(general.sum())), labels.shape[1]
-        rounds = -(-count // size)
-        rounds = -(-rounds // self._multiple) * self._multiple
-        if rounds == 0:
+        if count == 0:
             return
+        rounds = allowed_rounds(-(-count // size), self._stages, self._group)
         if not self._whole:
             size = -(-count // rounds)
         packed = [_packed(chunk, general, rounds, size, self._same) for chunk in batches]
@@ -108,6 +110,16 @@ class OriginalPass:
         largest = torch.tensor([count])
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._host_group)
         return int(largest)
+
+
+def allowed_rounds(least: int, stages: int, group: int) -> int:
+    """The smallest number of micro-batches, from ``least`` on, that Megatron's schedules take.
+
+    An interleaved one wants at least one whole group, and of the last group nothing or at least as
+    many as there are stages. So the number is no larger than that of the step's micro-batches.
+    """
+    rounds = max(least, group)
+    return rounds + max(0, stages - rounds % group) if rounds % group else rounds
 
 
 def _packed(

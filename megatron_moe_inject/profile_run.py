@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from megatron_moe_inject import compat
 from megatron_moe_inject.agreement import agree
 from megatron_moe_inject.data.labels import HostGroup
 from megatron_moe_inject.data.mixing import mix_held_out
+from megatron_moe_inject.data.packed import check_packed
+from megatron_moe_inject.data.read_once import MeasuredText
 from megatron_moe_inject.experts.census import parameter_rows
 from megatron_moe_inject.experts.freeze import EXPERTS
 from megatron_moe_inject.experts.profile_file import write_profile
@@ -119,14 +122,22 @@ class ProfileSetup:
             )
         )
 
-    def write(self, recorder: RoutingRecorder) -> str:
+    def write(self, recorder: RoutingRecorder, repeated: Collection[int] = ()) -> str:
         """Write the profile on the first rank; what to say about it.
+
+        Args:
+            repeated: labels of classes whose text was read more than once, so that its sequences
+                are not as many as they seem: they get no spread. Needed on the first rank.
 
         Collectives: those of ``RoutingRecorder.statistics`` and ``sampled_logits``, one barrier.
         """
         found = recorder.statistics(self._data)
         sampled = recorder.sampled_logits()
         classes = {n: s for n, s in zip(self._names, found, strict=True) if s is not None}
+        counts = ", ".join(f"{n} {s.spread.sequences} sequences" for n, s in classes.items())
+        again = [self._names[label + 1] for label in sorted(repeated)]
+        again = [name for name in again if name in classes]
+        classes |= {name: replace(classes[name], spread=None) for name in again}
         if not classes:
             return f"routing profile: no step was recorded, {self._path} is not written"
         args = self._args
@@ -159,14 +170,13 @@ class ProfileSetup:
                 logits = write_logits(self._path, samples)
             write_profile(self._path, RoutingProfile(provenance, classes, logits=logits))
         dist.barrier()
-        counts = ", ".join(
-            f"{name} {statistics.spread.sequences} sequences"
-            for name, statistics in classes.items()
-        )
         beside = ""
         if args.inject_profile_logits is not None:
             beside = f", router logits to {logit_path(self._path)}"
-        return f"routing profile: {counts}, written to {self._path}{beside}"
+        said = f"routing profile: {counts}, written to {self._path}{beside}"
+        for name in again:
+            said += f"\nrouting profile: {name} was read more than once, so it has no spread"
+        return said
 
 
 class ProfileRun:
@@ -181,6 +191,7 @@ class ProfileRun:
     evaluator = None
     run_log = None
     blend = None
+    terms = None
 
     def __init__(self, recipe: Recipe, args: Namespace) -> None:
         self.dry_run = False
@@ -190,13 +201,19 @@ class ProfileRun:
                 "out --skip-train or --inject-dry-run"
             )
         facts = student_facts_from_args(args)
+        check_packed(args, args.eval_micro_batch_size, {"--inject-profile": True})
         mix_held_out(recipe, args, facts)
         self._args = args
         self._setup = ProfileSetup(recipe, args, facts, SPLITS[1:])
-        self.splits = SplitRegistry({s: split_labels(recipe, facts, s) for s in SPLITS})
+        labels = {s: split_labels(recipe, facts, s) for s in SPLITS}
+        self.splits = SplitRegistry(labels)
+        self.measured_text = MeasuredText(args, facts, labels, SPLITS[1:], "--inject-profile")
         self.step_hook: StepHook | None = None
         self._recorder: RoutingRecorder | None = None
         self._progress: StepProgress | None = None
+
+    def claim_folder(self) -> None:
+        """Nothing is saved."""
 
     building = staticmethod(contextlib.nullcontext)
     """What surrounds the building of the student: nothing."""

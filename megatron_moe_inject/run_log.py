@@ -1,15 +1,14 @@
 """Writes a run's list (``metrics.run_file``) beside the checkpoints, for ``moe-inject report``.
 
 It has what Megatron logs, when Megatron logs it: the sums that ``training_log`` divides for its
-line are remembered as it reads them. So nothing is computed twice and no collective is added. The
-last rank writes, which has the losses; of these one more copy to the host is made per line.
+line, as it read them, and our terms. So nothing is computed twice and no collective is added. The
+last rank writes, which has the losses; of these two more copies to the host are made per line.
 """
 
 from __future__ import annotations
 
 import platform
 from argparse import Namespace
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,25 +29,11 @@ from megatron_moe_inject.metrics.run_file import (
     read_run,
     write_run,
 )
+from megatron_moe_inject.metrics.term_log import Interval
 from megatron_moe_inject.plan import Plan, render_plan
 from megatron_moe_inject.recipe import Recipe, RecipeError, dump_recipe
 
 _TAKEN, _SKIPPED, _NAN = "advanced iterations", "skipped iterations", "nan iterations"
-
-
-class _Sums(dict):
-    """Megatron's sums since its last line; remembers what was read of them last.
-
-    A line resets each sum right after reading it, so afterwards only ``read`` has it.
-    """
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.read: dict[str, Any] = {}
-
-    def __getitem__(self, key: str) -> Any:
-        self.read[key] = value = super().__getitem__(key)
-        return value
 
 
 class RunLog:
@@ -58,12 +43,14 @@ class RunLog:
         recipe: with its experts resolved.
         args: Megatron's arguments; ``save`` is the run's folder.
         evaluations: where the run's evaluations go.
+        terms: sums of our terms, for this list alone.
     """
 
-    def __init__(self, recipe: Recipe, args: Namespace, evaluations: Path) -> None:
+    def __init__(self, recipe: Recipe, args: Namespace, evaluations: Path, terms: Interval) -> None:
         self._recipe = recipe
         self._args = args
         self._evaluations = evaluations
+        self._terms = terms
         self.path = Path(args.save) / FILE
         self._writes = False
         self._seconds = 0.0
@@ -102,31 +89,33 @@ class RunLog:
         write_run(self.path, [*(kept(read_run(self.path), now) if now else []), start])
         self._seconds = compat.seconds_in_steps()
 
-    def log(self, stock: Callable, *args: Any, **kwargs: Any) -> Any:
-        """Megatron's ``training_log``, and a line where it prints one. No collective is added."""
-        if not self._writes:
-            return stock(*args, **kwargs)
-        given = compat.bound_arguments(stock, args, kwargs)
-        sums = _Sums(given["total_loss_dict"])
-        result = stock(**{**given, "total_loss_dict": sums})
-        given["total_loss_dict"].clear()
-        given["total_loss_dict"].update(sums)
-        first = bool(given.get("is_first_iteration"))
-        if first or given["iteration"] % self._args.log_interval == 0:
-            step = self._step(given, sums.read)
-            # Megatron's first line leaves the sums as they are, for those of the second.
-            self._shown = _numbers(sums.read) if first else {}
-            try:
-                append(self.path, step)
-            except RecipeError as error:
-                print(f"megatron_moe_inject: warning: report: {error}", flush=True)
-        return result
+    def log(self, given: dict[str, Any], read: dict[str, Any] | None) -> None:
+        """Add a line where Megatron has printed one. No collective.
 
-    def _step(self, given: dict[str, Any], read: dict[str, Any]) -> Step:
+        Args:
+            given: what ``training_log`` got, by name.
+            read: Megatron's sums as it printed them, None without a line.
+        """
+        if read is None:
+            return
+        means = self._terms.read() if self._writes else {}
+        self._terms.clear()
+        if not self._writes:
+            return
+        step = self._step(given, read, means)
+        # Megatron's first line leaves the sums as they are, for those of the second.
+        self._shown = _numbers(read) if given.get("is_first_iteration") else {}
+        try:
+            append(self.path, step)
+        except RecipeError as error:
+            print(f"megatron_moe_inject: warning: report: {error}", flush=True)
+
+    def _step(self, given: dict[str, Any], read: dict[str, Any], means: dict[str, float]) -> Step:
         now = _numbers(read)
         since = {name: value - self._shown.get(name, 0.0) for name, value in now.items()}
         taken, skipped = int(since.pop(_TAKEN)), int(since.pop(_SKIPPED))
         since.pop(_NAN, None)
+        stock = {name: value / taken for name, value in since.items()} if taken else {}
         seconds = compat.seconds_in_steps()
         steps, spent = max(1, taken + skipped), seconds - self._seconds
         self._seconds = seconds
@@ -136,7 +125,7 @@ class RunLog:
             steps=steps,
             skipped=skipped,
             seconds=spent / steps,
-            terms={name: finite(value / taken) for name, value in since.items()} if taken else {},
+            terms={name: finite(value) for name, value in (means | stock).items()},
             grad_norm=_number(given["grad_norm"]),
             learning_rate=_number(given["learning_rate"]),
         )

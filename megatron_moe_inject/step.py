@@ -25,6 +25,7 @@ from megatron_moe_inject.imitation.hook import ImitationHook
 from megatron_moe_inject.loss_hook import LossHook
 from megatron_moe_inject.metrics.finite import FiniteWatch
 from megatron_moe_inject.metrics.measurement import Measurement
+from megatron_moe_inject.metrics.term_log import TermLog
 from megatron_moe_inject.original_pass import OriginalPass
 from megatron_moe_inject.retention.setup import RetentionStep
 from megatron_moe_inject.routing.setup import RoutingStep
@@ -72,6 +73,8 @@ class StepHook:
         communicator: what pipeline stages talk through in training steps, ``None`` for Megatron's.
         measurement: measures evaluations, ``None`` without.
         watch: says in an error of the step what was not finite.
+        terms: logs what the parts above report, ``None`` where they report nothing.
+        groups: the student's ``ProcessGroupCollection``, with ``terms``.
 
     Attributes:
         after_step: called when a step has ended.
@@ -92,7 +95,11 @@ class StepHook:
         measurement: Measurement | None = None,
         watch: FiniteWatch | None = None,
         retention: RetentionStep | None = None,
+        terms: TermLog | None = None,
+        groups: Any = None,
     ) -> None:
+        self._terms = terms
+        self._groups = groups
         self._watch = watch
         self._splits = splits
         self._host_group = host_group
@@ -184,6 +191,8 @@ class StepHook:
                 self._routing.end(reports, trained=not evaluation)
             if self._retention is not None:
                 self._retention.end(reports, trained=not evaluation)
+            if self._terms is not None:
+                self._terms.end_step(reports, self._groups, evaluation=evaluation)
             if recorder is not None:
                 recorder.end()
             self.after_step()

@@ -6,13 +6,13 @@ after it is pure, so that the same checks serve a training job, ``moe-inject pla
 
 from __future__ import annotations
 
-import difflib
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
+from megatron_moe_inject.data.entries import SPLITS, data_paths, split_labels
 from megatron_moe_inject.recipe import GENERAL, Recipe, RecipeError
 from megatron_moe_inject.recipe_rules import FP8_SCALINGS, validate
 from megatron_moe_inject.refused_options import (
@@ -28,9 +28,7 @@ from megatron_moe_inject.refused_options import (
     Refusal,
 )
 from megatron_moe_inject.schedule import Schedule, ever_positive
-from megatron_moe_inject.typed import fail, listing, show
-
-SPLITS = ("train", "valid", "test")
+from megatron_moe_inject.typed import fail, listing
 
 
 @dataclass(frozen=True)
@@ -123,7 +121,7 @@ def student_facts_from_args(args: Namespace) -> StudentFacts:
         moe_layers=_moe_layers(args) if experts else (),
         shared_experts=bool(getattr(args, "moe_shared_expert_intermediate_size", None)),
         tied_embeddings=not getattr(args, "untie_embeddings_and_output_weights", False),
-        data_paths={} if mock else _data_paths(args),
+        data_paths={} if mock else data_paths(args),
         mock_data=mock,
         hidden_size=getattr(args, "hidden_size", None),
         padded_vocab_size=getattr(args, "padded_vocab_size", None),
@@ -176,31 +174,6 @@ def _moe_layers(args: Namespace) -> tuple[int, ...]:
             "--moe-layer-freq", freq, f"has {len(freq)} entries", f"--num-layers is {layers}"
         )
     return tuple(i for i, is_moe in enumerate(freq) if is_moe)
-
-
-def _data_paths(args: Namespace) -> dict[str, tuple[str, ...]]:
-    from megatron.training.utils import get_blend_and_blend_per_split
-
-    try:
-        blend, per_split = get_blend_and_blend_per_split(args)
-    except (OSError, ValueError, KeyError, AssertionError) as error:
-        flag, path = next(
-            (
-                (f"--{name.replace('_', '-')}", getattr(args, name))
-                for name in ("data_args_path", "per_split_data_args_path")
-                if getattr(args, name, None)
-            ),
-            ("--data-path", args.data_path),
-        )
-        raise fail(
-            flag, path, f"cannot be read ({show(error)})", "it lists the student's datasets"
-        ) from None
-    blends = per_split if per_split is not None else [blend] * len(SPLITS)
-    return {
-        split: tuple(entries[0])
-        for split, entries in zip(SPLITS, blends, strict=True)
-        if entries is not None
-    }
 
 
 def check_recipe(recipe: Recipe, facts: StudentFacts) -> None:
@@ -408,87 +381,3 @@ def ranges(ids: tuple[int, ...] | list[int]) -> str:
         else:
             runs.append([i, i])
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-
-
-def split_labels(recipe: Recipe, facts: StudentFacts, split: str) -> list[int]:
-    """Domain index of each blend entry of ``split``, ``GENERAL`` (-1) for the rest.
-
-    Entry ``i`` is the sample's ``dataset_id``; a blend of one dataset has one label. An entry
-    of a validation or test blend of its own is known by its prefix in the recipe, by the same
-    prefix in the training blend, or, where both blends have equally many entries, by position.
-
-    Raises:
-        RecipeError: a claimed entry that no blend has, an entry claimed twice, a domain
-            without training data, or an entry that cannot be matched.
-    """
-    train, named = _train_labels(recipe, facts)
-    entries, train_entries = _entries(facts, split), _entries(facts, "train")
-    if entries == train_entries:
-        return train
-    by_prefix = {**dict(zip(train_entries, train, strict=True)), **named}
-    known = [by_prefix.get(entry) for entry in entries]
-    unknown = [entry for entry, label in zip(entries, known, strict=True) if label is None]
-    if not unknown:
-        return known
-    aligned = len(entries) == len(train) and all(
-        label in (None, at) for label, at in zip(known, train, strict=True)
-    )
-    if not aligned:
-        raise RecipeError(
-            f"--{split}-data-path: {show(unknown[0])} cannot be matched to a domain, since the "
-            f"blend has {len(entries)} entries and training has {len(train)} in another order; "
-            "name it in a domain's data or in general_data, or list the blends in one order"
-        )
-    return [at if label is None else label for label, at in zip(known, train, strict=True)]
-
-
-def _train_labels(recipe: Recipe, facts: StudentFacts) -> tuple[list[int], dict[str, int]]:
-    """Labels of the training blend, and the label of every prefix that the recipe names."""
-    entries = _entries(facts, "train")
-    if not entries:
-        raise RecipeError("--data-path: missing; a recipe needs training data or --mock-data")
-    everywhere = [entry for split in SPLITS for entry in _entries(facts, split)]
-    owners: list[str | None] = [None] * len(entries)
-    labels = [GENERAL] * len(entries)
-    named: dict[str, int] = {}
-    claims = [(f"domains[{i}].data", i, domain.data) for i, domain in enumerate(recipe.domains)]
-    for path, label, data in [*claims, ("general_data", GENERAL, recipe.general_data)]:
-        for j, entry in enumerate(data):
-            key = f"{path}[{j}]"
-            positions = _positions(key, entry, entries, everywhere)
-            if isinstance(entry, str):
-                named[entry] = label
-            for position in positions:
-                if owners[position] is not None:
-                    what = f"is entry {position}, already claimed by {owners[position]}"
-                    raise fail(key, entry, what, "each entry has one owner")
-                owners[position], labels[position] = key, label
-    for path, label, data in claims:
-        if label not in labels:
-            raise fail(path, data, "has no training data", f"training has {_described(entries)}")
-    return labels, named
-
-
-def _positions(
-    key: str, entry: int | str, entries: tuple[str, ...], everywhere: list[str]
-) -> list[int]:
-    if isinstance(entry, int):
-        if entry >= len(entries):
-            raise fail(key, entry, "is not in the training blend", f"it has {_described(entries)}")
-        return [entry]
-    if entry not in everywhere:
-        close = difflib.get_close_matches(entry, everywhere, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]}? " if close else ""
-        if entry.isdigit():
-            hint = "a position is written without quotes; "
-        remedy = f"{hint}the training blend has {_described(entries)}"
-        raise fail(key, entry, "is no prefix of the student's data", remedy)
-    return [i for i, known in enumerate(entries) if known == entry]
-
-
-def _entries(facts: StudentFacts, split: str) -> tuple[str, ...]:
-    return ("(mock data)",) if facts.mock_data else tuple(facts.data_paths.get(split, ()))
-
-
-def _described(entries: tuple[str, ...]) -> str:
-    return listing((f"{i}: {entry}" for i, entry in enumerate(entries)), limit=6)

@@ -26,6 +26,7 @@ from pathlib import Path
 
 from step_overhead import WARM_UP, model_flags, train
 
+BATCH, SEQUENCE, DOCUMENT = 20, 256, 4096
 FEATURES = {
     "gamma": "gamma: 10.0",
     "expert-retention": "retention: {experts: 1.0}",
@@ -64,7 +65,7 @@ objective:
 """
 
 
-def write_corpora(folder: Path, vocabulary: int) -> list[str]:
+def write_corpora(folder: Path, vocabulary: int, documents: int) -> list[str]:
     """Two datasets of random tokens; their prefixes."""
     import numpy as np
     import torch
@@ -73,8 +74,8 @@ def write_corpora(folder: Path, vocabulary: int) -> list[str]:
     generator, prefixes = np.random.default_rng(0), []
     for name in ("general", "domain"):
         builder = IndexedDatasetBuilder(f"{folder}/{name}.bin", dtype=np.uint16)
-        for _ in range(64):
-            tokens = generator.integers(vocabulary - 1, size=4096)
+        for _ in range(documents):
+            tokens = generator.integers(vocabulary - 1, size=DOCUMENT)
             builder.add_document(torch.from_numpy(tokens), [len(tokens)])
         builder.finalize(f"{folder}/{name}.idx")
         prefixes.append(f"{folder}/{name}")
@@ -93,7 +94,9 @@ def parent(options: argparse.Namespace) -> None:
             module="-m megatron_moe_inject.pretrain",
             environment=environment,
         )
-        general, domain = write_corpora(Path(folder), options.vocab)
+        steps = 2 * options.steps + WARM_UP
+        held_out = BATCH * (steps + 1) * SEQUENCE // DOCUMENT + 1  # each sample is read once
+        general, domain = write_corpora(Path(folder), options.vocab, 5 * held_out)
         recipe, times = Path(folder, "recipe.yaml"), Path(folder, "times.json")
         layers = ", ".join(f"{layer}: [0, 1]" for layer in range(options.layers))
         recipe.write_text(
@@ -105,14 +108,13 @@ def parent(options: argparse.Namespace) -> None:
             )
         )
         flags = [f for f in model_flags(options, options.hidden) if f != "--mock-data"]
-        steps = 2 * options.steps + WARM_UP
         share = options.general
         flags += (
             "--num-experts 8 --moe-router-topk 2 --moe-token-dispatcher-type alltoall "
             f"--moe-ffn-hidden-size {options.hidden} --moe-router-load-balancing-type none "
             f"--data-path {share} {general} {1 - share} {domain} --split 80,20,0 "
             f"--inject-recipe {recipe} --train-iters {steps} --eval-iters {steps} "
-            "--micro-batch-size 1 --global-batch-size 20"
+            f"--micro-batch-size 1 --global-batch-size {BATCH}"
         ).split()
         if options.feature in READS_ONLY:
             flags += ["--skip-train", READS_ONLY[options.feature], f"{folder}/found.json"]

@@ -59,11 +59,19 @@ def has_mtp(config: Any, vp_stage: int | None) -> bool:
     )
 
 
-def get_batch(data_iterator: Any, config: Any, vp_stage: int | None = None) -> Batch:
+def get_batch(
+    data_iterator: Any, config: Any, vp_stage: int | None = None, *, training: bool = True
+) -> Batch:
     """Next micro-batch, broadcast over tensor parallelism and sliced over context parallelism.
 
     Every rank of a tensor-parallel group calls it; rank 0 of the group reads the iterator.
     Middle pipeline stages get an empty batch, or the packing metadata when documents are packed.
+
+    Args:
+        training: the model is in training mode, so that the micro-batch is one of training.
+
+    Collectives: those of Megatron's broadcast over the tensor-parallel group, and of
+    ``_micro_batch_size``.
     """
     args = get_args()
     packed = is_packed(args)
@@ -79,6 +87,9 @@ def get_batch(data_iterator: Any, config: Any, vp_stage: int | None = None) -> B
         for key in Batch._fields:
             value = sample.get(key)
             batch[key] = None if value is None else value.cuda(non_blocking=True)
+    size = args.micro_batch_size
+    if not training:
+        size = _micro_batch_size(args, batch)
     batch = compat.batch_on_this_tp_rank(
         batch,
         packed=packed,
@@ -88,7 +99,7 @@ def get_batch(data_iterator: Any, config: Any, vp_stage: int | None = None) -> B
         broadcast_group=mpu.get_tensor_model_parallel_group(),
         cp_size=args.context_parallel_size,
         tp_rank=tp_rank,
-        micro_batch_size=args.micro_batch_size,
+        micro_batch_size=size,
         seq_length=args.seq_length,
         mtp_on_this_rank=mtp,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
@@ -107,6 +118,24 @@ def get_batch(data_iterator: Any, config: Any, vp_stage: int | None = None) -> B
         hybrid_cp_group_func=get_hybrid_data_context_parallel_groups,
     )
     return Batch(**{key: batch.get(key) for key in Batch._fields})
+
+
+def _micro_batch_size(args: Any, batch: dict[str, Any]) -> int:
+    """Samples of a micro-batch that is not trained on, on ranks that do not read it too.
+
+    It is one of an evaluation, or one of training whose samples run through a model in evaluation
+    mode. Only who reads it knows which.
+
+    Collectives: one broadcast of one number over the tensor-parallel group, where the sizes differ.
+    """
+    sizes = (args.micro_batch_size, args.eval_micro_batch_size)
+    group = mpu.get_tensor_model_parallel_group()
+    if sizes[0] == sizes[1] or group.size() == 1:
+        return sizes[0]
+    known = [len(value) for name in ("tokens", "labels") if (value := batch.get(name)) is not None]
+    size = torch.tensor(known[:1] or [0], device=torch.cuda.current_device())
+    torch.distributed.broadcast(size, mpu.get_tensor_model_parallel_src_rank(), group=group)
+    return int(size)
 
 
 def packed_seq_params(batch: Batch, tokens_per_sample: int) -> PackedSeqParams | None:

@@ -1,9 +1,9 @@
 """Loss terms for Megatron's log line, TensorBoard and W&B.
 
-Megatron sums two-element report values ``[sum, count]`` over micro-batches and all-reduces them
-over DP x CP; every rank and micro-batch must report the same keys in the same order, with no
-sample of a domain too. ``lm loss`` keeps its stock meaning; what the stock loss function
-reported under it, the optimised loss, becomes ``total loss``.
+Each is a value ``[sum, count]`` of a micro-batch. ``term_log`` sums them over micro-batches and
+DP x CP; every rank must report the same terms in the same order, with no sample of a domain too.
+``lm loss`` keeps its stock meaning; what the stock loss function reported under it, the optimised
+loss, becomes ``total loss``, and stays Megatron's to log.
 
 Shapes: b batch, s sequence, C classes (general data and each domain).
 """
@@ -26,9 +26,9 @@ RETENTION = "retention loss"
 TOTAL_LOSS = "total loss"
 SHARE = "data share"
 
-_NO_TOKENS = 1e-9
-"""Added to every count: a class without tokens in a step reports 0, not 0/0. It vanishes in the
-fp32 sum with any real count."""
+_OWN, _OF_STEP = "megatron_moe_inject", "megatron_moe_inject step"
+"""Our terms in the report of a micro-batch, a dictionary beside Megatron's values; and in the first
+report those of a whole step."""
 
 
 class LossReport:
@@ -100,27 +100,48 @@ class LossReport:
 
 
 def sum_and_count(total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """A report value, ``[2]``, from two scalars; Megatron logs their quotient."""
-    return torch.stack([total, count + _NO_TOKENS])
+    """A report value, ``[2]``, from two scalars; what is logged is a quotient of sums of them."""
+    return torch.stack([total, count])
 
 
-def merge(stock: dict[str, torch.Tensor], ours: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The report of a micro-batch: stock's optimised loss as ``total loss`` beside our terms."""
-    merged = dict(stock)
+def merge(stock: dict[str, torch.Tensor], ours: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """The report of a micro-batch: stock's optimised loss as ``total loss``, and our terms."""
+    merged: dict[str, Any] = dict(stock)
     merged[TOTAL_LOSS] = merged.pop(LM_LOSS)
-    return ours | merged
+    return {**merged, _OWN: ours}
 
 
 def add_reports(reports: Any, values: Mapping[str, torch.Tensor]) -> None:
-    """Add values of a whole step, ``[sum, count]`` each, to the reports of its micro-batches.
+    """Add terms of a whole step, ``[sum, count]`` each, to the reports of its micro-batches.
 
     Args:
         reports: what a schedule returned; anything but a list of dictionaries (other stages, or
             collected outputs) is left alone.
-        values: counted once, in the first micro-batch.
+        values: counted once.
     """
-    if not (isinstance(reports, list) and all(isinstance(r, dict) for r in reports)):
-        return
-    for position, report in enumerate(reports):
-        for name, value in values.items():
-            report[name] = value if position == 0 else torch.zeros_like(value)
+    if reports and _are_reports(reports):
+        reports[0].setdefault(_OF_STEP, {}).update(values)
+
+
+def take_terms(reports: Any) -> tuple[list[str], torch.Tensor | None]:
+    """Take our terms out of the reports of a step: K names, and their sums ``[K, 2]`` in fp32.
+
+    Args:
+        reports: as for ``add_reports``; without any there are no terms.
+    """
+    if not (reports and _are_reports(reports)):
+        return [], None
+    own = [report.pop(_OWN, {}) for report in reports]
+    of_step = reports[0].pop(_OF_STEP, {})
+    assert all(list(terms) == list(own[0]) for terms in own), "micro-batches report other terms"
+    sums = []
+    if own[0]:
+        sums.append(torch.stack([v for terms in own for v in terms.values()]).float())
+        sums[0] = sums[0].view(len(own), -1, 2).sum(0)
+    if of_step:
+        sums.append(torch.stack(list(of_step.values())).float())
+    return [*own[0], *of_step], torch.cat(sums) if sums else None
+
+
+def _are_reports(reports: Any) -> bool:
+    return isinstance(reports, list) and all(isinstance(report, dict) for report in reports)

@@ -152,25 +152,26 @@ def layer_shares(sums: torch.Tensor, targets: torch.Tensor, index: int) -> dict[
 
     Returns:
         ``target share``, ``target gates``, ``target mass`` and ``general on targets``: shares of
-        choices, gate weights, probabilities and general choices. ``balance within`` and ``balance
+        choices, gate weights, probabilities and general choices; each is left out where there were
+        none, as in a step without a sample of the domain. ``balance within`` and ``balance
         outside``: entropy of all tokens' choices over the experts of the set and over the others,
         in units of its maximum. ``dead within``, ``dead outside``: experts that nobody chose.
         ``entropy``: that of the domain's mean distribution, in nats.
     """
     chosen, gates, probs, dropped = sums[:, index].double()
     general, everybody = sums[0, 0].double(), sums[0].double().sum(0)
-    mean = probs / probs.sum().clamp(min=1e-9)
     values = {
-        "target share": _share(chosen, targets),
-        "target gates": _share(gates, targets),
-        "target mass": _share(probs, targets),
-        "general on targets": _share(general, targets),
+        **_share("target share", chosen, targets),
+        **_share("target gates", gates, targets),
+        **_share("target mass", probs, targets),
+        **_share("general on targets", general, targets),
         "balance within": _evenness(everybody[targets]),
         "balance outside": _evenness(everybody[~targets]),
         "dead within": float((everybody[targets] == 0).sum()),
         "dead outside": float((everybody[~targets] == 0).sum()),
-        "entropy": float(torch.special.entr(mean).sum()),
     }
+    if probs.any():
+        values["entropy"] = float(torch.special.entr(probs / probs.sum()).sum())
     if dropped.any():
         values["dropped on targets"] = float((dropped * targets).sum()) / max(
             float((chosen * targets).sum()), 1.0
@@ -178,8 +179,9 @@ def layer_shares(sums: torch.Tensor, targets: torch.Tensor, index: int) -> dict[
     return values
 
 
-def _share(values: torch.Tensor, targets: torch.Tensor) -> float:
-    return float((values * targets).sum() / values.sum().clamp(min=1e-9))
+def _share(name: str, values: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
+    whole = float(values.sum())
+    return {name: float((values * targets).sum()) / whole} if whole else {}
 
 
 def _evenness(counts: torch.Tensor) -> float:

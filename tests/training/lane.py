@@ -24,6 +24,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
+
 from tests.training import zygote
 from tests.training.runner import PREFIX
 
@@ -67,9 +69,15 @@ class Run:
     evaluations: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
 
-    def losses(self, name: str = "lm loss") -> list[float]:
-        """One value per iteration of a loss, ``grad norm``, or any number of Megatron's log."""
-        return [iteration[name] for iteration in self.iterations]
+    def losses(self, name: str = "lm loss") -> list[float | None]:
+        """One value per iteration of a loss, ``grad norm``, or any number of Megatron's log.
+
+        A class without a token in an iteration has None; a name that no iteration has is an error.
+        """
+        found = [iteration.get(name) for iteration in self.iterations]
+        if not any(value is not None for value in found):
+            raise KeyError(name)
+        return found
 
     def tail(self, lines: int = 60) -> str:
         """The end of the output, for failure messages."""
@@ -241,17 +249,31 @@ def _zygote(pythonpath: tuple[str, ...]) -> _Zygote:
 
 
 def _parse(result: Run) -> None:
-    """Fill in the iterations and evaluations: Megatron's log line, and exact values over it."""
+    """Fill in the iterations and evaluations: Megatron's log line, and exact values over it.
+
+    What is known exactly of any step is taken from exact values alone: Megatron's second line has
+    the first step in it too, and with it terms that the second step has nothing of.
+    """
     logged: dict[int, dict[str, float]] = {}
+    printed: dict[int, dict[str, float]] = {}
     for line in result.output.splitlines():
         if match := re.search(r"iteration\s+(\d+)/\s*\d+ \|(.*)", line):
             numbers = re.findall(r"([^|:]+):\s*([-+.\dE]+|nan|inf)\s*\|", match[2])
             values = {name.strip(): float(value) for name, value in numbers}
-            logged.setdefault(int(match[1]), {}).update({**values, **logged.get(int(match[1]), {})})
+            printed.setdefault(int(match[1]), {}).update(values)
         elif line.startswith(PREFIX):
             record = json.loads(line[len(PREFIX) :])
             if "evaluation" in record:
                 result.evaluations.append(record["evaluation"])
             else:
                 logged.setdefault(record["iteration"], {}).update(record)
+    known = {name for values in logged.values() for name in values}
+    for iteration, values in printed.items():
+        own = logged.setdefault(iteration, {})
+        own |= {n: v for n, v in values.items() if n not in own and (not own or n not in known)}
     result.iterations = [{"iteration": i, **logged[i]} for i in sorted(logged)]
+
+
+def approx(values: Sequence[float | None], **tolerances: float) -> list:
+    """``pytest.approx`` of each value of ``Run.losses``; a value that is not there stays None."""
+    return [v if v is None else pytest.approx(v, **tolerances) for v in values]

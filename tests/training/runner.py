@@ -27,8 +27,9 @@ def _print_exact(record: dict) -> None:
 
 
 def _report_steps(training) -> None:
-    """Losses and grad norm of each step, as ``training_log`` gets them."""
-    stock = training.training_log
+    """Losses and grad norm of each step, as Megatron's own ``training_log`` gets them."""
+    ours = training.training_log if hasattr(training.training_log, "__wrapped__") else None
+    stock = training.training_log if ours is None else ours.__wrapped__
     signature = inspect.signature(stock)
 
     @functools.wraps(stock)
@@ -40,7 +41,10 @@ def _report_steps(training) -> None:
         _print_exact({"iteration": int(given["iteration"]), **losses})
         return stock(*args, **kwargs)
 
-    training.training_log = training_log
+    if ours is None:
+        training.training_log = training_log
+    else:
+        ours.__wrapped__ = training_log
 
 
 def _report_evaluations(training) -> None:

@@ -189,3 +189,21 @@ def test_unsupported_flags_end_in_one_message():
     assert run.returncode == 1
     assert "moe-inject: not on the CPU lane: --multi-latent-attention (is True): " in run.output
     assert "Traceback" not in run.output
+
+
+@pytest.mark.parametrize(
+    "layout", [dict(tp=2), pytest.param(dict(tp=2, pp=2), marks=pytest.mark.slow)], ids=str
+)
+def test_evaluation_in_micro_batches_of_another_size(material, layout):
+    """Ranks that read no data are told how many samples come; the numbers are the same."""
+    sizes = ("--eval-micro-batch-size", "4", "--eval-global-batch-size", "8", "--eval-iters", "2")
+    nproc = 2 * layout.get("pp", 1)
+    runs = [
+        lane.run(material.flags(*extra, "--eval-interval", "2", **layout), nproc=nproc)
+        for extra in (("--eval-iters", "2"), sizes)
+    ]
+    alike, other = runs
+    assert other.losses("lm loss") == alike.losses("lm loss")
+    assert len(other.evaluations) == len(alike.evaluations) == 4
+    for ours, theirs in zip(other.evaluations, alike.evaluations, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)

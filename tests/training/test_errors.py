@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_moe_inject.save_lock import SaveLock
 from tests.training.test_injection import RECIPE, inject
 
 WRONG = {
@@ -45,6 +46,39 @@ def assert_clean_end(run, fragments):
 def test_a_wrong_recipe_ends_at_start(material, recipe, fragments):
     assert recipe != RECIPE
     assert_clean_end(inject(material, recipe, check=False), fragments)
+
+
+DATA = {
+    "no validation data": (
+        ("--split", "1,0,0"),
+        ("--eval-iters 1", "no validation data", "--valid-data-path"),
+    ),
+    "a share of no document": (
+        ("--split", "99,0.5,0.5"),
+        ("--split", "99,0.5,0.5", "of 40 documents, none for validation"),
+    ),
+    "a weight of zero": (
+        ("--data-path", "0", "{general}", "1", "{domain}"),
+        ("--data-path: 0.0 is no weight of {general}", "a weight is above 0"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("flags", "fragments"), DATA.values(), ids=DATA)
+def test_data_that_cannot_be_read_to_the_end_ends_at_start(material, flags, fragments):
+    flags, fragments = (
+        [x.format(general=material.general, domain=material.domain) for x in given]
+        for given in (flags, fragments)
+    )
+    assert_clean_end(inject(material, nproc=2, pp=2, extra=flags, check=False), fragments)
+
+
+def test_two_runs_do_not_save_into_one_folder(material, tmp_path):
+    lock = SaveLock(tmp_path)
+    lock.take()
+    extra = ("--save", str(tmp_path), "--save-interval", "100")
+    run = inject(material, nproc=2, ep=2, extra=extra, check=False)
+    assert_clean_end(run, ("--save", str(tmp_path), "in use by another run"))
 
 
 def test_a_teacher_that_only_the_last_stage_finds_broken_ends_every_rank(material, tmp_path):

@@ -286,6 +286,20 @@ def test_a_run_without_validation_data(material, tmp_path, none):
     assert "evaluation: there is no validation data to measure on" in run.output
 
 
+@pytest.mark.parametrize("layout", ["tp2-sp", "pp2-vpp2"])
+def test_text_that_would_count_twice_is_an_error(material, tmp_path, layout):
+    """Each entry holds 18 samples out: 3 batches read 10 and 15, 4 would read 13 and 20."""
+    options = copy.deepcopy(LAYOUTS[layout])
+    extra = ("--save", str(tmp_path), *KEEP, *options.pop("extra", ()), "--eval-iters", "200")
+    run = inject(material, MEASURED, extra=extra, check=False, **options)
+    assert run.returncode == 2, run.tail()
+    assert "--eval-iters 200: takes 1600 samples of validation text" in run.output
+    assert f"18 of {material.general}, 18 of {material.domain}" in run.output
+    assert "set it to 3 or less" in run.output
+    assert "Traceback" not in run.output
+    assert not run.iterations
+
+
 def test_a_run_without_a_place_to_write_to(material):
     run = inject(material, MEASURED, check=False)
     assert run.returncode == 2, run.tail()

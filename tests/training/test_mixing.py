@@ -107,7 +107,7 @@ def test_the_curve_of_a_schedule_does_not_depend_on_the_layout(material, falling
     extra = (*without_weights(material), *layout.pop("extra", ()))
     run = inject(material, FALLING, extra=extra, **layout)
     for term in (*TERMS, "data share/general", "load_balancing_loss"):
-        assert run.losses(term) == pytest.approx(falling.losses(term), rel=2e-5, abs=1e-7), term
+        assert run.losses(term) == lane.approx(falling.losses(term), rel=2e-5, abs=1e-7), term
 
 
 @pytest.mark.parametrize("tp", [pytest.param(1, marks=pytest.mark.slow), 2])
@@ -116,7 +116,7 @@ def test_a_script_of_the_site_gets_the_schedule_too(material, falling, tp):
     ours = ("--inject-recipe", recipe_file(material, FALLING), *without_weights(material))
     run = lane.run(material.flags(*ours, tp=tp), nproc=2, script=lane.MINIMAL_GPT)
     for term in TERMS:
-        assert run.losses(term) == pytest.approx(falling.losses(term), rel=2e-5), term
+        assert run.losses(term) == lane.approx(falling.losses(term), rel=2e-5), term
 
 
 @pytest.mark.slow
@@ -163,7 +163,7 @@ def test_a_resumed_run_goes_on_with_the_order_it_would_have_had(material, fallin
         assert resumed.losses(term) == falling.losses(term)[2:], term
     wider = resume(material, half, nproc=2)
     for term in (*TERMS, "data share/general"):
-        assert wider.losses(term) == pytest.approx(falling.losses(term)[2:], rel=2e-5), term
+        assert wider.losses(term) == lane.approx(falling.losses(term)[2:], rel=2e-5), term
 
 
 def test_batches_of_another_size_than_before_are_an_error_on_every_rank(material, half):
@@ -232,4 +232,4 @@ def test_another_megatron_follows_the_schedule(tmp_path):
     )
     assert one.losses("data share/general") == pytest.approx([0.75, 0.5, 0.25, 0], abs=1e-6)
     for term in TERMS:
-        assert two.losses(term) == pytest.approx(one.losses(term), rel=2e-5), term
+        assert two.losses(term) == lane.approx(one.losses(term), rel=2e-5), term

@@ -136,6 +136,29 @@ def test_in_training_each_token_is_counted_once(material, tmp_path, recompute):
     assert run.losses("total loss") == plain.losses("total loss")
 
 
+def test_a_class_whose_text_training_reads_again_has_no_spread(material, tmp_path):
+    """37 samples of each entry: ten steps take 32 of one and 48 of the other."""
+    path = tmp_path / "trained.json"
+    extra = ("--split", "10,80,10", "--train-iters", "10", "--inject-profile", str(path))
+    run = inject(material, extra=extra)
+    classes = read_profile(path).classes
+    assert classes["general"].spread.sequences == 32
+    assert classes["code"].spread is None
+    assert "routing profile: code was read more than once, so it has no spread" in run.output
+
+
+def test_held_out_text_is_counted_once(material, tmp_path):
+    path = tmp_path / "p.json"
+    extra = ("--inject-profile", str(path), "--skip-train", "--eval-iters")
+    run = inject(material, UNKNOWN, extra=(*extra, "4"), check=False)
+    assert run.returncode == 2, run.tail()
+    assert "would count twice (--inject-profile); set it to 3 or less" in run.output
+    nothing = inject(material, UNKNOWN, extra=(*extra, "1", "--split", "1,0,0"), check=False)
+    assert nothing.returncode == 2, nothing.tail()
+    assert "--inject-profile: there is no validation or test data to measure on" in nothing.output
+    assert not path.exists()
+
+
 def test_capacity_drops_are_counted_apart(material, tmp_path, single):
     extra = ("--moe-expert-capacity-factor", "0.5")
     profile = record(material, tmp_path / "p.json", *extra)

@@ -53,12 +53,41 @@ def test_evaluation_reports_it_too(single):
     assert single.evaluations[-1]["retention loss"] > 1e-5
 
 
+def test_evaluations_may_have_micro_batches_of_another_size(material, single):
+    """The original's pass of a training step has training's size, with the model in eval mode."""
+    sizes = ("--eval-micro-batch-size", "4", "--eval-global-batch-size", "8")
+    run = inject(material, GAMMA, nproc=2, tp=2, extra=sizes)
+    for term in TERMS:
+        assert run.losses(term) == pytest.approx(single.losses(term), rel=2e-5, abs=1e-6), term
+    for ours, theirs in zip(run.evaluations, single.evaluations, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_the_curve_does_not_depend_on_the_layout(material, single, layout):
     run = inject(material, GAMMA, **copy.deepcopy(layout))
     for term in TERMS:
         assert run.losses(term) == pytest.approx(single.losses(term), rel=2e-5, abs=1e-6), term
     assert PROVEN.search(run.output)
+
+
+@pytest.mark.parametrize("group", ["3", pytest.param("6", marks=pytest.mark.slow)])
+def test_groups_of_an_interleaved_schedule_larger_than_the_pipeline(material, group):
+    """Twelve micro-batches, of which general samples fill some of one to twelve."""
+    steps = ("--global-batch-size", "24", "--train-iters", "6", "--eval-iters", "1")
+    blends = [("0.1", "0.9"), ("0.33", "0.67"), ("0.9", "0.1")]
+    for general, domain in blends if group == "3" else blends[1:2]:
+        blend = ("--data-path", general, material.general, domain, material.domain)
+        extra = (*steps, *blend)
+        interleaved = (
+            *("--num-layers-per-virtual-pipeline-stage", "1"),
+            *("--microbatch-group-size-per-virtual-pipeline-stage", group),
+        )
+        one = inject(material, GAMMA, extra=extra)
+        run = inject(material, GAMMA, nproc=2, pp=2, extra=(*extra, *interleaved))
+        for term in TERMS:
+            expected = lane.approx(one.losses(term), rel=2e-5, abs=1e-6)
+            assert run.losses(term) == expected, (term, general)
 
 
 @pytest.mark.parametrize("layout", [{}, dict(nproc=2, tp=2), dict(nproc=2, pp=2)], ids=str)

@@ -283,10 +283,10 @@ def test_ranks_without_a_domain_token(material, confidence):
     more = (*rare, "--train-iters", "6")
     one = inject(material, recipe, extra=more)
     two = inject(material, recipe, nproc=2, ep=2, extra=more)
-    assert 0 in one.losses("steering loss")
-    assert max(one.losses("steering loss")) > 0
+    assert None in one.losses("steering loss")
+    assert any(one.losses("steering loss"))
     for term in TERMS:
-        assert two.losses(term) == pytest.approx(one.losses(term), rel=2e-5, abs=1e-6), term
+        assert two.losses(term) == lane.approx(one.losses(term), rel=2e-5, abs=1e-6), term
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import torch
 
 from megatron_moe_inject.experts.borrowed import units
 from megatron_moe_inject.experts.original import OriginalParameters
-from megatron_moe_inject.original_pass import _packed
+from megatron_moe_inject.original_pass import _packed, allowed_rounds
 from megatron_moe_inject.recipe import GENERAL
 
 
@@ -154,3 +154,17 @@ def test_what_is_the_same_for_all_samples_is_not_copied():
         for batch in packed:
             assert torch.equal(batch["attention_mask"], mask)
             assert (batch["attention_mask"].data_ptr() != mask.data_ptr()) == copied
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3, 4])
+@pytest.mark.parametrize("more", [0, 1, 2, 4, 5])
+def test_the_original_runs_as_many_micro_batches_as_megatrons_schedule_takes(stages, more):
+    group = stages + more
+
+    def takes(number):  # schedules.forward_backward_pipelining_with_interleaving
+        return group <= number and not 0 < number % group < stages
+
+    for least in range(1, 60):
+        expected = next(n for n in range(least, 200) if takes(n))
+        assert allowed_rounds(least, stages, group) == expected
+    assert allowed_rounds(7, 1, 1) == 7

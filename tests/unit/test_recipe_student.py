@@ -458,6 +458,38 @@ def test_validation_that_cannot_be_matched(data, valid):
     assert "general_data" in message
 
 
+def test_a_prefix_that_training_has_in_two_classes():
+    """Its held-out text belongs to the class of its position, or the user has to say."""
+    train = ["/a", "/a", "/b"]
+
+    def labels(valid):
+        found = facts(train, data_paths={"valid": tuple(valid), "test": None})
+        return split_labels(two_domains([1], [2]), found, "valid")
+
+    assert labels(train) == [GENERAL, 0, 1]
+    assert labels(["/a", "/a", "/v_b"]) == [GENERAL, 0, 1]
+    assert labels(["/v_a", "/a", "/b"]) == [GENERAL, 0, 1]
+    for valid in (["/a"], ["/a", "/b"], ["/a", "/b", "/a"], ["/b", "/a", "/a"]):
+        message = message_of(lambda valid=valid: labels(valid))
+        assert message.startswith("--valid-data-path: '/a' cannot be matched to a domain")
+        assert "in several classes" in message
+    same = facts(["/a", "/a", "/b"], data_paths={"valid": ("/a",), "test": None})
+    assert split_labels(two_domains(["/a"], [2]), same, "valid") == [0]
+
+
+def test_weights_that_are_none(parse):
+    def paths(flags):
+        return student_facts_from_args(parse(f"--num-layers 2 {flags}")).data_paths
+
+    assert paths("--data-path 0.1 a 0.9 b")["valid"] == ("a", "b")
+    assert paths("--data-path a b")["test"] == ("a", "b")
+    for weight in ("0", "0.0", "1e-400", "nan", "inf"):
+        message = message_of(lambda weight=weight: paths(f"--data-path 1 a {weight} b"))
+        assert message.startswith(f"--data-path: {float(weight)} is no weight of b")
+    flags = "--train-data-path 1 a --valid-data-path 0 b 1 c"
+    assert message_of(lambda: paths(flags)).startswith("--valid-data-path: 0.0 is no weight of b")
+
+
 def test_domain_with_validation_data_only():
     found = facts(data_paths={"valid": ("/d/en", "/v_code")})
     message = message_of(lambda: check_recipe(two_domains([1], ["/v_code"]), found))

@@ -7,6 +7,7 @@ import torch
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import compute_routing_scores_for_aux_loss
 
+from megatron_moe_inject.metrics.losses import take_terms
 from megatron_moe_inject.routing import steering_loss
 from megatron_moe_inject.routing.balance import GeneralBalance
 from megatron_moe_inject.routing.losses import (
@@ -162,7 +163,8 @@ def stepped(
     (waiting.pop(0).sum() * 0).backward()
     reports = [{}, {}, {}]
     hook.end(reports)
-    return {name: (sum(r[name] for r in reports)).tolist() for name in reports[0]}
+    names, sums = take_terms(reports)
+    return dict(zip(names, sums.tolist(), strict=True))
 
 
 def expected_losses(chunk, weights=WEIGHTS, labels=LABELS, target_mass=0.6):
