@@ -28,8 +28,9 @@ from megatron_moe_inject.experts.choice import resolve_experts
 from megatron_moe_inject.experts.freeze import FreezePolicy, places
 from megatron_moe_inject.experts.frozen_fp8 import FrozenFp8, drop_transposes
 from megatron_moe_inject.experts.grouped import train_grouped_experts
+from megatron_moe_inject.experts.lineage import Lineage
 from megatron_moe_inject.experts.native_fp8 import NativeFp8
-from megatron_moe_inject.experts.original import FOLDER, OriginalParameters
+from megatron_moe_inject.experts.original import OriginalParameters
 from megatron_moe_inject.experts.pipeline import (
     agree_forward_stages,
     boundary_communicator,
@@ -175,6 +176,7 @@ class Injection:
         self._rows = RouterRows(rows, args)
         self.chunks: list[torch.nn.Module] = []
         self.originals: OriginalParameters | None = None
+        self._lineage = Lineage(args)
         remark = begin_or_resume(self.policy, args, self.imitation.projections)
         self._warnings = [] if remark is None else [remark]
         self._steering.begin_or_resume(args)
@@ -225,6 +227,7 @@ class Injection:
         for i, chunk in enumerate(self.chunks):
             GradientBoundary(chunk, boundary, cut=gets_no_graph(i, forward_stages, groups.pp))
         host_group = HostGroup.create(groups.mp)
+        self._lineage.agree()
         self.originals = self._keep_originals()
         routing = self._steering.step(
             self.chunks, groups, boundary, None if self.originals is None else self.originals.of
@@ -299,21 +302,12 @@ class Injection:
         if components == []:
             return None
         args = self._args
-        trains = self.policy.described()
+        trains = {name: of for name, of in args.inject_policy.items() if name != "projections"}
         on_host = self.recipe.objective.retention.originals == "host"
         originals = OriginalParameters(self.chunks, trains, components, on_host=on_host)
-        metadata = compat.sharded_state_metadata(args)
-        if not args.finetune and args.iteration and args.load:
-            stored = Path(args.load) / FOLDER
-            if stored.is_dir():
-                agree(lambda: originals.load(stored, metadata))
-                return originals
-            self._warnings.append(
-                f"retention: {stored} does not exist, so the original is the model as loaded, "
-                f"after {args.iteration} iterations"
-            )
-        if args.save and not self.dry_run:
-            originals.save(Path(args.save) / FOLDER, metadata)
+        save = Path(args.save) if args.save and not self.dry_run else None
+        remark = originals.carry(self._lineage, save, compat.sharded_state_metadata(args))
+        self._warnings += [] if remark is None else [remark]
         return originals
 
     def _original_pass(self, loss_hook: LossHook | None, groups: Any) -> OriginalPass | None:
