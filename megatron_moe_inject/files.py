@@ -10,9 +10,11 @@ writer. A killed writer can leave its ``.part`` file behind, nothing else.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,27 @@ def replace_file(path: str | Path, content: bytes) -> None:
         reason = error.strerror or type(error).__name__
         raise RecipeError(
             f"{show(str(path))} cannot be written ({reason}); name a file in a folder that exists"
+        ) from None
+
+
+def try_file(path: Path) -> None:
+    """See whether ``replace_file`` can write ``path``; the folders above it are made.
+
+    Raises:
+        RecipeError: it cannot.
+    """
+    try:
+        target = Path(os.path.realpath(path))
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        named = {"prefix": f".{target.name[:80]}.", "suffix": ".part"}
+        with tempfile.NamedTemporaryFile(dir=target.parent, **named) as file:
+            file.write(b"tried")
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise RecipeError(
+            f"{show(str(path))} cannot be written ({reason}); name a file in a folder that takes it"
         ) from None
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,8 @@ from megatron_moe_inject.experts.pipeline import (
 )
 from megatron_moe_inject.experts.recorder import RoutingRecorder
 from megatron_moe_inject.experts.resume import begin_or_resume
-from megatron_moe_inject.experts.verify import FrozenCheck
+from megatron_moe_inject.experts.verify import FrozenChangedError, FrozenCheck
+from megatron_moe_inject.files import try_file
 from megatron_moe_inject.imitation.setup import ImitationSetup
 from megatron_moe_inject.loss_hook import LossHook
 from megatron_moe_inject.losses.objective import TermWeights
@@ -164,19 +165,19 @@ class Injection:
         self._recorder: RoutingRecorder | None = None
         if args.inject_profile is not None:
             self._profile = ProfileSetup(recipe, args, self.facts, SPLITS[:1])
+        self._lineage = Lineage(args)
         self._steering = SteeringSetup(recipe, self.facts)
         self.evaluator: TrainingEvaluator | None = None
         if recipe.evaluation is not None and not args.skip_train:
             self.evaluator = TrainingEvaluator(recipe, args, self.facts, valid_vocab_size)
         self.run_log: RunLog | None = None
         if self.evaluator is not None and args.save:
-            self.run_log = RunLog(recipe, args, self.evaluator.path)
+            self.run_log = RunLog(recipe, args, self.evaluator.path, self._lineage)
         self.imitation = ImitationSetup(recipe, args, self.facts, self.teacher_infos)
         rows = recipe.experts_by_layer() if recipe.train.router_rows else {}
         self._rows = RouterRows(rows, args)
         self.chunks: list[torch.nn.Module] = []
         self.originals: OriginalParameters | None = None
-        self._lineage = Lineage(args)
         remark = begin_or_resume(self.policy, args, self.imitation.projections)
         self._warnings = [] if remark is None else [remark]
         self._steering.begin_or_resume(args)
@@ -236,6 +237,8 @@ class Injection:
             self._recorder = self._profile.recorder(self.chunks, groups)
         if self.evaluator is not None:
             self.evaluator.prepare(self.chunks[0])
+            remark = self.evaluator.adopt(self._lineage)
+            self._warnings += [] if remark is None else [remark]
         last = next((c for c in self.chunks if c.post_process), None)
         loss_hook = agree(lambda: None if last is None else self._loss_hook(last, groups))
         if self.facts.precision.fp8 is not None:
@@ -391,15 +394,56 @@ class Injection:
         if self.recipe.verify_frozen:
             self._frozen = FrozenCheck(self.chunks)
 
-    def end_training(self) -> str | None:
-        """Write the routing profile and check what must not have changed; what to say of both.
+    def finish(self) -> Iterator[str]:
+        """Once Megatron's last checkpoint is saved: write the routing profile, check what must not
+        have changed, and say how evaluations failed; yields what to say, rank by rank the same.
 
         Collectives: those of ``ProfileSetup.write`` and ``FrozenCheck.verify``.
-        """
-        said = [] if self._profile is None else [self._profile.write(self._recorder)]
-        if self._frozen is not None:
-            said.append(self._frozen.verify())
-        return "\n".join(said) or None
 
-    def finish(self) -> None:
-        """Nothing is left to do when ``pretrain`` returns."""
+        Raises:
+            RecipeError: on every rank, after everything was tried: all that failed.
+        """
+        failed: list[str] = []
+        for step in (self._write_profile, self._verify_frozen, self._check_evaluations):
+            try:
+                said = step()
+            except (RecipeError, FrozenChangedError) as error:
+                failed.append(str(error))
+            else:
+                if said is not None:
+                    yield said
+        if failed:
+            save = self._args.save
+            saved = f"; what was trained is saved in {save}" if save else ""
+            raise RecipeError("; ".join(failed) + saved)
+
+    def _write_profile(self) -> str | None:
+        return None if self._profile is None else self._profile.write(self._recorder)
+
+    def _verify_frozen(self) -> str | None:
+        return None if self._frozen is None else self._frozen.verify()
+
+    def _check_evaluations(self) -> None:
+        if self.evaluator is not None:
+            self.evaluator.finish()
+
+    def try_outputs(self) -> None:
+        """See that what the run is to write can be written, before anything is built.
+
+        Collectives: those of ``agree``.
+
+        Raises:
+            RecipeError: on every rank: something cannot.
+        """
+        agree(self._try_own_outputs)
+
+    def _try_own_outputs(self) -> None:
+        """Those that this rank writes."""
+        if self.dry_run:
+            return
+        if self._profile is not None and dist.get_rank() == 0:
+            self._profile.try_output()
+        if self.evaluator is not None and dist.get_rank() == 0:
+            try_file(self.evaluator.path)
+        if self.run_log is not None and dist.get_rank() == dist.get_world_size() - 1:
+            try_file(self.run_log.path)

@@ -125,8 +125,18 @@ class Lineage:
             What to say of it.
 
         Raises:
-            OSError: it cannot be moved.
+            RecipeError: something cannot be moved, or no folder be made for it.
         """
+        try:
+            return self._make_room(path)
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            raise RecipeError(
+                f"{one_line(str(path), 200)} cannot be replaced ({reason}); move it away"
+            ) from None
+
+    def _make_room(self, path: Path) -> str | None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             return None
         try:
