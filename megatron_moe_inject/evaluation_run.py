@@ -453,7 +453,7 @@ class EvaluationRun(Evaluator):
         Raises:
             RecipeError: on every rank: it cannot.
         """
-        on_first_rank(lambda: try_file(self._path))
+        on_first_rank(lambda: try_file(self._path, "--inject-evaluate"))
 
     def finish(self) -> Iterator[str]:
         """What was found.

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_moe_inject.typed import RecipeError, show
+from megatron_moe_inject.typed import RecipeError, one_line, show
 
 
 def replace_file(path: str | Path, content: bytes) -> None:
@@ -49,8 +49,11 @@ def replace_file(path: str | Path, content: bytes) -> None:
         ) from None
 
 
-def try_file(path: Path) -> None:
+def try_file(path: Path, origin: str) -> None:
     """See whether ``replace_file`` can write ``path``; the folders above it are made.
+
+    Args:
+        origin: the flag or key that asks for it, which the message names.
 
     Raises:
         RecipeError: it cannot.
@@ -66,7 +69,9 @@ def try_file(path: Path) -> None:
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
         reason = getattr(error, "strerror", None) or type(error).__name__
         raise RecipeError(
-            f"{show(str(path))} cannot be written ({reason}); name a file in a folder that takes it"
+            f"{origin}: {one_line(str(path), 200)} cannot be written ({reason}); name a place that "
+            "takes files",
+            origin,
         ) from None
 
 

@@ -444,6 +444,7 @@ class Injection:
         if self._profile is not None and dist.get_rank() == 0:
             self._profile.try_output()
         if self.evaluator is not None and dist.get_rank() == 0:
-            try_file(self.evaluator.path)
+            named = self.recipe.evaluation.file is not None
+            try_file(self.evaluator.path, "evaluation.file" if named else "--save")
         if self.run_log is not None and dist.get_rank() == dist.get_world_size() - 1:
-            try_file(self.run_log.path)
+            try_file(self.run_log.path, "--save")

@@ -84,10 +84,7 @@ class ProfileSetup:
         """
         beside = [] if self._args.inject_profile_logits is None else [logit_path(self._path)]
         for path in (self._path, *beside):
-            try:
-                try_file(Path(path))
-            except RecipeError as error:
-                raise RecipeError(f"--inject-profile: {error}") from error
+            try_file(path, "--inject-profile")
 
     def recorder(self, chunks: Sequence[torch.nn.Module], groups: Any) -> RoutingRecorder:
         """The recorder of this rank.
