@@ -24,7 +24,6 @@ from megatron_moe_inject.data.held_out import HeldOutText
 from megatron_moe_inject.data.labels import HostGroup
 from megatron_moe_inject.data.mixing import mix_held_out
 from megatron_moe_inject.experts.lineage import Lineage
-from megatron_moe_inject.experts.resume import stored_argument
 from megatron_moe_inject.files import try_file
 from megatron_moe_inject.loss_hook import LossHook
 from megatron_moe_inject.losses.objective import TermWeights
@@ -41,7 +40,7 @@ from megatron_moe_inject.metrics.evaluation_file import (
     write_evaluation,
     write_list,
 )
-from megatron_moe_inject.metrics.gate import KEPT, TeacherGate
+from megatron_moe_inject.metrics.gate import judge
 from megatron_moe_inject.metrics.losses import LossReport
 from megatron_moe_inject.metrics.measurement import Collected, Measurement
 from megatron_moe_inject.recipe import GENERAL, Recipe, RecipeError
@@ -267,12 +266,16 @@ class TrainingEvaluator(Evaluator):
         compat.evaluate_before_training(train, args, kwargs)
         self._training = True
         if self._measured is not None:
-            begins = self._lineage.begins
-            stored = None if begins else stored_argument(self.args, KEPT)[1]
-            gate = TeacherGate(self.recipe, self.args)
-            if self._lineage.identity:
-                first = None  # then the checkpoint has the verdict, if the beginning was measured
-            said = gate.ask(self._measured, begins=begins, stored=stored, first=first)
+            lineage = self._lineage
+            said, verdict = judge(
+                self._measured,
+                self.recipe,
+                begins=lineage.begins,
+                verdict=lineage.verdict,
+                # With an identity the checkpoint has a verdict, if the beginning was measured.
+                first=None if lineage.identity else first,
+            )
+            lineage.judge(verdict)
             if said and dist.get_rank() == 0:
                 print("\n".join(said), flush=True)
         elif self._lineage.begins and self.recipe.evaluation.gate:

@@ -21,15 +21,16 @@ import secrets
 import shutil
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 from megatron_moe_inject.agreement import on_first_rank
 from megatron_moe_inject.experts.resume import stored_argument
 from megatron_moe_inject.files import whole_lines
 from megatron_moe_inject.typed import RecipeError, one_line
 
-IDENTITY = "inject_identity"
-KEPT = "inject_kept"
-"""Names in Megatron's arguments: the identity; absolute paths of what belongs to it, by name."""
+STORED = "inject_lineage"
+"""Name in Megatron's arguments: ``identity``; ``kept``, absolute paths of what belongs to it, by
+name; and ``gate``, the teacher gate's verdict (``metrics.gate``)."""
 CARD = "trains.json"
 """The file that describes a folder, with its identity."""
 _EARLIER, _UNREADABLE = "earlier", "unreadable"
@@ -46,6 +47,7 @@ class Lineage:
         identity: of the injection; ``None`` of one that begins, until ``agree``.
         begins: whether no checkpoint of the injection is loaded.
         checkpoint: the folder of the checkpoint whose training goes on, ``None`` without one.
+        verdict: the teacher gate's, ``None`` without one.
 
     Raises:
         RecipeError: the checkpoint cannot be read.
@@ -53,12 +55,12 @@ class Lineage:
 
     def __init__(self, args: Namespace) -> None:
         self._args = args
-        self.checkpoint, stored = stored_argument(args, IDENTITY)
-        _, policy = stored_argument(args, "inject_policy")
-        self.begins = stored is None and policy is None
-        self.identity: str | None = None if self.begins else stored or ""
-        kept = None if self.begins else stored_argument(args, KEPT)[1]
-        self._kept: dict[str, str] = dict(kept or {})
+        self.checkpoint, stored = stored_argument(args, STORED)
+        earlier = stored is None and stored_argument(args, "inject_policy")[1] is not None
+        self.begins = stored is None and not earlier
+        self.identity: str | None = stored["identity"] if stored else "" if earlier else None
+        self._kept: dict[str, str] = dict(stored["kept"]) if stored else {}
+        self.verdict: dict[str, Any] | None = stored["gate"] if stored else None
 
     def agree(self) -> None:
         """Give an injection that begins its identity, the same on every rank.
@@ -67,12 +69,21 @@ class Lineage:
         """
         if self.identity is None:
             self.identity = on_first_rank(lambda: secrets.token_hex(16))
-        setattr(self._args, IDENTITY, self.identity)
-        setattr(self._args, KEPT, self._kept)
+        self._store()
 
     def keep(self, name: str, path: Path) -> None:
         """Let checkpoints to come say where this run keeps what has this name."""
         self._kept[name] = str(path.absolute())
+        self._store()
+
+    def judge(self, verdict: dict[str, Any] | None) -> None:
+        """Let checkpoints to come have the teacher gate's verdict."""
+        self.verdict = verdict
+        self._store()
+
+    def _store(self) -> None:
+        stored = {"identity": self.identity, "kept": dict(self._kept), "gate": self.verdict}
+        setattr(self._args, STORED, stored)
 
     def find(self, own: Path, name: str, *, own_first: bool = False) -> Path | None:
         """Where a run that goes on finds what an earlier one kept.

@@ -6,14 +6,13 @@ switched off rather than read.
 
 A teacher is compared with the student as its injection began, also in a run that goes on: what the
 student has learned since is no reason to stop it. What that student's losses were, on which text,
-and which teachers have passed is kept in Megatron's arguments, and so in every checkpoint. A run
-that goes on asks only teachers that have not passed; a run that was refused leaves no checkpoint,
-and is refused again.
+and which teachers have passed is the verdict, which every checkpoint holds (``experts.lineage``). A
+run that goes on asks only teachers that have not passed; a run that was refused leaves no
+checkpoint, and is refused again.
 """
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
@@ -23,80 +22,66 @@ from megatron_moe_inject.metrics.evaluation import Evaluation
 from megatron_moe_inject.recipe import Domain, Recipe
 from megatron_moe_inject.typed import RecipeError
 
-KEPT = "inject_gate"
-"""Name in Megatron's arguments: ``text``, its hash; ``student``, mean loss by domain; ``passed``,
-the teacher by domain."""
+Verdict = dict[str, Any]
+"""In plain values: ``text``, its hash; ``student``, the mean loss of its beginning by class;
+``passed``, the teacher by domain."""
 
 
-class TeacherGate:
-    """Asks the teachers of one run, and keeps what they were compared with.
+def judge(
+    now: Evaluation,
+    recipe: Recipe,
+    *,
+    begins: bool,
+    verdict: Verdict | None = None,
+    first: Evaluation | None = None,
+) -> tuple[list[str], Verdict | None]:
+    """Compare teachers that have not passed, unless the recipe leaves the gate open.
 
     Args:
-        recipe: names domains and teachers, and whether to ask.
-        args: Megatron's arguments, where the verdict is kept.
+        now: measured before the first step of this run.
+        recipe: names domains and teachers.
+        begins: whether the injection begins with this run.
+        verdict: of the checkpoint that the run goes on from.
+        first: the first line of the injection's list, where an earlier version left no verdict.
+
+    Returns:
+        What to say of it, a line each; and the verdict of checkpoints to come, ``None`` where the
+        student was not measured as its injection began.
+
+    Raises:
+        RecipeError: a teacher that is not better on one of its domains.
     """
-
-    def __init__(self, recipe: Recipe, args: Namespace) -> None:
-        self._recipe = recipe
-        self._args = args
-
-    def ask(
-        self,
-        now: Evaluation,
-        *,
-        begins: bool,
-        stored: dict[str, Any] | None = None,
-        first: Evaluation | None = None,
-    ) -> list[str]:
-        """Compare teachers that have not passed; what to say of it, a line each.
-
-        Args:
-            now: measured before the first step of this run.
-            begins: whether the injection begins with this run.
-            stored: the verdict in the checkpoint that the run goes on from.
-            first: the first line of the injection's list, where a checkpoint has no verdict.
-
-        Raises:
-            RecipeError: a teacher that is not better on one of its domains.
-        """
-        verdict = _begun(now) if begins else stored
-        if verdict is None and first is not None:
-            passed = {domain.name: self._teacher(domain, first) for domain in self._taught}
-            verdict = _begun(first) | {"passed": passed}
-        passed = {} if verdict is None else dict(verdict["passed"])
-        teachers = {domain.name: self._teacher(domain, now) for domain in self._taught}
-        asked = {
-            n for n, teacher in teachers.items() if teacher is None or teacher != passed.get(n)
-        }
-        said = []
-        if self._recipe.evaluation.gate:
-            start = None
-            if not begins:
-                same = verdict is not None and verdict["text"] == now.text()
-                start = verdict["student"] if same else {}
-            said = teacher_gate(now, self._recipe.domains, asked, start)
-            compared = asked if start is None else asked & start.keys()
-            passed |= {name: teachers[name] for name in compared if teachers[name] is not None}
-        setattr(self._args, KEPT, None if verdict is None else verdict | {"passed": passed})
-        return said
-
-    @property
-    def _taught(self) -> list[Domain]:
-        return [domain for domain in self._recipe.domains if domain.teacher is not None]
-
-    def _teacher(self, domain: Domain, evaluation: Evaluation) -> dict[str, Any] | None:
-        """Who taught the domain when it was measured, and where from; None where nobody did."""
-        found = evaluation.classes.get(domain.name)
-        if found is None or found.teacher is None:
-            return None
-        sources = evaluation.provenance.teachers
-        return {
-            "teacher": found.teacher,
-            "sources": {name: sources.get(name) for name in domain.teacher_weights},
-        }
+    taught = [domain for domain in recipe.domains if domain.teacher is not None]
+    if begins:
+        verdict = _begun(now)
+    elif verdict is None and first is not None:
+        verdict = _begun(first) | {"passed": {d.name: _teacher(d, first) for d in taught}}
+    passed = {} if verdict is None else dict(verdict["passed"])
+    teachers = {domain.name: _teacher(domain, now) for domain in taught}
+    asked = {name for name, own in teachers.items() if own is None or own != passed.get(name)}
+    said = []
+    if recipe.evaluation.gate:
+        start = None
+        if not begins:
+            same = verdict is not None and verdict["text"] == now.text()
+            start = verdict["student"] if same else {}
+        said = teacher_gate(now, recipe.domains, asked, start)
+        compared = asked if start is None else asked & start.keys()
+        passed |= {name: teachers[name] for name in compared if teachers[name] is not None}
+    return said, None if verdict is None else verdict | {"passed": passed}
 
 
-def _begun(evaluation: Evaluation) -> dict[str, Any]:
+def _teacher(domain: Domain, evaluation: Evaluation) -> dict[str, Any] | None:
+    """Who taught the domain when it was measured, and where from; None where nobody did."""
+    found = evaluation.classes.get(domain.name)
+    if found is None or found.teacher is None:
+        return None
+    sources = evaluation.provenance.teachers
+    names = {name: sources.get(name) for name in domain.teacher_weights}
+    return {"teacher": found.teacher, "sources": names}
+
+
+def _begun(evaluation: Evaluation) -> Verdict:
     student = {name: found.mean("loss") for name, found in evaluation.classes.items()}
     return {"text": evaluation.text(), "student": student, "passed": {}}
 
