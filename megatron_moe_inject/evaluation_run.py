@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import contextlib
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from megatron_moe_inject.data.held_out import HeldOutText
 from megatron_moe_inject.data.labels import HostGroup
 from megatron_moe_inject.data.mixing import mix_held_out
 from megatron_moe_inject.data.read_once import MeasuredText
+from megatron_moe_inject.experts.lineage import Lineage
+from megatron_moe_inject.files import try_file
 from megatron_moe_inject.loss_hook import LossHook
 from megatron_moe_inject.losses.objective import TermWeights
 from megatron_moe_inject.metrics.evaluation import (
@@ -38,7 +41,7 @@ from megatron_moe_inject.metrics.evaluation_file import (
     write_evaluation,
     write_list,
 )
-from megatron_moe_inject.metrics.gate import teacher_gate
+from megatron_moe_inject.metrics.gate import judge
 from megatron_moe_inject.metrics.losses import LossReport
 from megatron_moe_inject.metrics.measurement import Collected, Measurement
 from megatron_moe_inject.metrics.term_log import TermLog
@@ -138,8 +141,12 @@ class Evaluator:
             result = stock(*args, **kwargs)
             collected = self.measurement.collect()
         if sum(map(len, collected.rows.values())) == self.samples:  # else the time was up
-            self.record(self._evaluation(collected, self.iteration(given["iteration"])))
+            self.measured(collected, self.iteration(given["iteration"]))
         return result
+
+    def measured(self, collected: Collected, iteration: int) -> None:
+        """Make an evaluation of what was measured; called on every rank with the same."""
+        self.record(self._evaluation(collected, iteration))
 
     def _on_any_rank(self, mine: bool) -> bool:
         flag = torch.tensor([int(mine)], device=self._device)
@@ -197,8 +204,9 @@ class Evaluator:
 class TrainingEvaluator(Evaluator):
     """Measures before the first step and whenever Megatron evaluates, into a list on disk.
 
-    The list has one line for an iteration. A resumed run goes on with it: lines beyond the
-    iteration that it resumes from are dropped, since they will be measured again.
+    The list has one line for an iteration and belongs to one injection. A run that goes on, from
+    whatever folder, goes on with it: lines beyond the iteration that it resumes from are dropped,
+    since they will be measured again.
 
     Args:
         arguments: as for ``Evaluator``.
@@ -220,6 +228,27 @@ class TrainingEvaluator(Evaluator):
         self._seen: set[int] = set()
         self._text: str | None = None
         self._training = False
+        self._failed: RecipeError | None = None
+
+    def adopt(self, lineage: Lineage) -> str | None:
+        """Find the list of the injection that goes on; a remark for the plan where there is none.
+
+        Collectives: those of ``on_first_rank``.
+
+        Raises:
+            RecipeError: on every rank: what may be it is damaged.
+        """
+        self._lineage = lineage
+        self._source = on_first_rank(lambda: lineage.find(self.path, LIST))
+        if lineage.begins or self._source is not None:
+            return None
+        where = "was not measured from its beginning on"
+        if lineage.was_kept(LIST):
+            where = f"has a list that is in none of {lineage.sought(self.path, LIST)}"
+        return (
+            f"evaluation: the injection that goes on from {lineage.checkpoint} {where}; gains are "
+            "counted from here"
+        )
 
     def before_training(self, train: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         """Measure with what ``train`` will be called with, and ask the teacher gate.
@@ -232,25 +261,63 @@ class TrainingEvaluator(Evaluator):
         """
         if not self._on_any_rank(self.text.exists):
             raise RecipeError(_NO_DATA.format("evaluation"))
-        self._seen, self._text = on_first_rank(self._continued)
-        first = not self._seen
+        self._seen, first = on_first_rank(self._continued)
+        self._lineage.keep(LIST, self.path)
+        self._text = None if first is None else first.text()
         self._measured: Evaluation | None = None
         compat.evaluate_before_training(train, args, kwargs)
         self._training = True
-        if first and self.recipe.evaluation.gate and self._measured is not None:
-            said = teacher_gate(self._measured, self.recipe.domains)
+        if self._measured is not None:
+            lineage = self._lineage
+            said, verdict = judge(
+                self._measured,
+                self.recipe,
+                begins=lineage.begins,
+                verdict=lineage.verdict,
+                # With an identity the checkpoint has a verdict, if the beginning was measured.
+                first=None if lineage.identity else first,
+            )
+            lineage.judge(verdict)
             if said and dist.get_rank() == 0:
                 print("\n".join(said), flush=True)
+        elif self._lineage.begins and self.recipe.evaluation.gate:
+            raise RecipeError(
+                "evaluation: the held-out text was not read to the end, so that no teacher was "
+                "compared with the student; give --exit-duration-in-mins enough time"
+            )
         self._measured = None
 
-    def _continued(self) -> tuple[set[int], str | None]:
-        """Iterations that the list keeps, and the hash of their text."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+    def _continued(self) -> tuple[set[int], Evaluation | None]:
+        """Iterations that the list keeps, and its first line."""
         now = compat.optimizer_steps(self.args)
-        found = [e for e in read_list(self.path) if e.provenance.iteration <= now] if now else []
+        found = [] if self._source is None else read_list(self._source)
+        found = [e for e in found if e.provenance.iteration <= now]
+        moved = self._lineage.make_room(self.path)
+        if moved is not None:
+            print(f"evaluation: {moved}", flush=True)
         write_list(self.path, found)
-        seen = {evaluation.provenance.iteration for evaluation in found}
-        return seen, found[-1].text() if found else None
+        return {e.provenance.iteration for e in found}, found[0] if found else None
+
+    def measured(self, collected: Collected, iteration: int) -> None:
+        """Make a line of what was measured. In training, what is wrong with it is said, and is the
+        run's error when its last checkpoint is saved (``finish``)."""
+        try:
+            super().measured(collected, iteration)
+        except RecipeError as error:
+            if not self._training:
+                raise
+            self._failed = self._failed or error
+            if dist.get_rank() == 0:
+                print(f"megatron_moe_inject: warning: {error}", flush=True)
+
+    def finish(self) -> None:
+        """The first error of an evaluation in training; found on every rank alike.
+
+        Raises:
+            RecipeError: there was one.
+        """
+        if self._failed is not None:
+            raise self._failed
 
     def record(self, evaluation: Evaluation) -> None:
         """Add a line where the iteration has none yet.
@@ -258,7 +325,8 @@ class TrainingEvaluator(Evaluator):
         Collectives: before training those of ``agree``; none later, when a full disk is worth a
         warning and not the run.
         """
-        self._measured = evaluation
+        provenance = replace(evaluation.provenance, injection=self._lineage.identity)
+        evaluation = self._measured = replace(evaluation, provenance=provenance)
         if self._text is not None and evaluation.text() != self._text:
             raise RecipeError(
                 f"evaluation: {self.path} was measured on other text than this run reads; keep "
@@ -390,10 +458,17 @@ class EvaluationRun(Evaluator):
     def begin_training(self) -> None:
         """Never called: ``--skip-train``."""
 
-    def end_training(self) -> str | None:
-        """Never called: ``--skip-train``."""
+    def try_outputs(self) -> None:
+        """See that the file can be written, before anything is built.
 
-    def finish(self) -> str:
+        Collectives: those of ``on_first_rank``.
+
+        Raises:
+            RecipeError: on every rank: it cannot.
+        """
+        on_first_rank(lambda: try_file(self._path, "--inject-evaluate"))
+
+    def finish(self) -> Iterator[str]:
         """What was found.
 
         Raises:
@@ -405,7 +480,7 @@ class EvaluationRun(Evaluator):
                 "not written; give --split or --valid-data-path some, and "
                 "--exit-duration-in-mins enough time"
             )
-        return self._said
+        yield self._said
 
 
 def describe(evaluation: Evaluation) -> str:

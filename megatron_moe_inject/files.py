@@ -14,6 +14,7 @@ A name that a file gives for another file is a plain name in the same folder, or
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -21,6 +22,7 @@ import platform
 import re
 import secrets
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -69,6 +71,32 @@ def replace_file(path: str | Path, content: bytes) -> None:
         raise RecipeError(
             f"{show(str(path))} cannot be written ({_reason(error)}); "
             "name a file in a folder that exists"
+        ) from None
+
+
+def try_file(path: Path, origin: str) -> None:
+    """See whether ``replace_file`` can write ``path``; the folders above it are made.
+
+    Args:
+        origin: the flag or key that asks for it, which the message names.
+
+    Raises:
+        RecipeError: it cannot.
+    """
+    try:
+        target = Path(os.path.realpath(path))
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        named = {"prefix": f".{target.name[:80]}.", "suffix": ".part"}
+        with tempfile.NamedTemporaryFile(dir=target.parent, **named) as file:
+            file.write(b"tried")
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise RecipeError(
+            f"{origin}: {one_line(str(path), 200)} cannot be written ({reason}); name a place that "
+            "takes files",
+            origin,
         ) from None
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,9 @@ from megatron_moe_inject.experts.choice import resolve_experts
 from megatron_moe_inject.experts.freeze import FreezePolicy, places
 from megatron_moe_inject.experts.frozen_fp8 import FrozenFp8, drop_transposes
 from megatron_moe_inject.experts.grouped import train_grouped_experts
+from megatron_moe_inject.experts.lineage import Lineage
 from megatron_moe_inject.experts.native_fp8 import NativeFp8
-from megatron_moe_inject.experts.original import FOLDER, OriginalParameters
+from megatron_moe_inject.experts.original import OriginalParameters
 from megatron_moe_inject.experts.pipeline import (
     agree_forward_stages,
     boundary_communicator,
@@ -39,7 +40,8 @@ from megatron_moe_inject.experts.pipeline import (
 )
 from megatron_moe_inject.experts.recorder import RoutingRecorder
 from megatron_moe_inject.experts.resume import begin_or_resume
-from megatron_moe_inject.experts.verify import FrozenCheck
+from megatron_moe_inject.experts.verify import FrozenChangedError, FrozenCheck
+from megatron_moe_inject.files import try_file
 from megatron_moe_inject.imitation.setup import ImitationSetup
 from megatron_moe_inject.loss_hook import LossHook
 from megatron_moe_inject.losses.objective import TermWeights
@@ -176,6 +178,7 @@ class Injection:
         self._recorder: RoutingRecorder | None = None
         if args.inject_profile is not None:
             self._profile = ProfileSetup(recipe, args, self.facts, SPLITS[:1])
+        self._lineage = Lineage(args)
         self._steering = SteeringSetup(recipe, self.facts)
         self.evaluator: TrainingEvaluator | None = None
         if recipe.evaluation is not None and not args.skip_train:
@@ -185,7 +188,9 @@ class Injection:
         self.terms = TermLog(args)
         self.run_log: RunLog | None = None
         if self.evaluator is not None and args.save:
-            self.run_log = RunLog(recipe, args, self.evaluator.path, self.terms.interval())
+            self.run_log = RunLog(
+                recipe, args, self.evaluator.path, self._lineage, self.terms.interval()
+            )
         self.imitation = ImitationSetup(recipe, args, self.facts, self.teacher_infos)
         rows = recipe.experts_by_layer() if recipe.train.router_rows else {}
         self._rows = RouterRows(rows, args)
@@ -254,6 +259,7 @@ class Injection:
         for i, chunk in enumerate(self.chunks):
             GradientBoundary(chunk, boundary, cut=gets_no_graph(i, forward_stages, groups.pp))
         host_group = HostGroup.create(groups.mp)
+        self._lineage.agree()
         self.originals = self._keep_originals()
         routing = self._steering.step(
             self.chunks, groups, boundary, None if self.originals is None else self.originals.of
@@ -262,6 +268,8 @@ class Injection:
             self._recorder = self._profile.recorder(self.chunks, groups)
         if self.evaluator is not None:
             self.evaluator.prepare(self.chunks[0])
+            remark = self.evaluator.adopt(self._lineage)
+            self._warnings += [] if remark is None else [remark]
         last = next((c for c in self.chunks if c.post_process), None)
         loss_hook = agree(lambda: None if last is None else self._loss_hook(last, groups))
         if self.facts.precision.fp8 is not None:
@@ -330,21 +338,12 @@ class Injection:
         if components == []:
             return None
         args = self._args
-        trains = self.policy.described()
+        trains = {name: of for name, of in args.inject_policy.items() if name != "projections"}
         on_host = self.recipe.objective.retention.originals == "host"
         originals = OriginalParameters(self.chunks, trains, components, on_host=on_host)
-        metadata = compat.sharded_state_metadata(args)
-        if not args.finetune and args.iteration and args.load:
-            stored = Path(args.load) / FOLDER
-            if stored.is_dir():
-                agree(lambda: originals.load(stored, metadata))
-                return originals
-            self._warnings.append(
-                f"retention: {stored} does not exist, so the original is the model as loaded, "
-                f"after {args.iteration} iterations"
-            )
-        if args.save and not self.dry_run:
-            originals.save(Path(args.save) / FOLDER, metadata)
+        save = Path(args.save) if args.save and not self.dry_run else None
+        remark = originals.carry(self._lineage, save, compat.sharded_state_metadata(args))
+        self._warnings += [] if remark is None else [remark]
         return originals
 
     def _original_pass(self, loss_hook: LossHook | None, groups: Any) -> OriginalPass | None:
@@ -432,18 +431,59 @@ class Injection:
         if self.recipe.verify_frozen:
             self._frozen = FrozenCheck(self.chunks)
 
-    def end_training(self) -> str | None:
-        """Write the routing profile and check what must not have changed; what to say of both.
+    def finish(self) -> Iterator[str]:
+        """Once Megatron's last checkpoint is saved: write the routing profile, check what must not
+        have changed, and say how evaluations failed; yields what to say, rank by rank the same.
 
         Collectives: those of ``ProfileSetup.write`` and ``FrozenCheck.verify``.
-        """
-        said = []
-        if self._profile is not None:
-            repeated = self.measured_text.repeated_in_training()
-            said.append(self._profile.write(self._recorder, repeated))
-        if self._frozen is not None:
-            said.append(self._frozen.verify())
-        return "\n".join(said) or None
 
-    def finish(self) -> None:
-        """Nothing is left to do when ``pretrain`` returns."""
+        Raises:
+            RecipeError: on every rank, after everything was tried: all that failed.
+        """
+        failed: list[str] = []
+        for step in (self._write_profile, self._verify_frozen, self._check_evaluations):
+            try:
+                said = step()
+            except (RecipeError, FrozenChangedError) as error:
+                failed.append(str(error))
+            else:
+                if said is not None:
+                    yield said
+        if failed:
+            save = self._args.save
+            saved = f"; what was trained is saved in {save}" if save else ""
+            raise RecipeError("; ".join(failed) + saved)
+
+    def _write_profile(self) -> str | None:
+        if self._profile is None:
+            return None
+        return self._profile.write(self._recorder, self.measured_text.repeated_in_training())
+
+    def _verify_frozen(self) -> str | None:
+        return None if self._frozen is None else self._frozen.verify()
+
+    def _check_evaluations(self) -> None:
+        if self.evaluator is not None:
+            self.evaluator.finish()
+
+    def try_outputs(self) -> None:
+        """See that what the run is to write can be written, before anything is built.
+
+        Collectives: those of ``agree``.
+
+        Raises:
+            RecipeError: on every rank: something cannot.
+        """
+        agree(self._try_own_outputs)
+
+    def _try_own_outputs(self) -> None:
+        """Those that this rank writes."""
+        if self.dry_run:
+            return
+        if self._profile is not None and dist.get_rank() == 0:
+            self._profile.try_output()
+        if self.evaluator is not None and dist.get_rank() == 0:
+            named = self.recipe.evaluation.file is not None
+            try_file(self.evaluator.path, "evaluation.file" if named else "--save")
+        if self.run_log is not None and dist.get_rank() == dist.get_world_size() - 1:
+            try_file(self.run_log.path, "--save")

@@ -4,6 +4,7 @@
 |---|---|
 | ``arguments.add_megatron_arguments`` | the ``--inject-*`` flags |
 | ``training.pretrain`` | reads and checks the recipe before anything is built |
+| the same | when all is saved: the proof of what is frozen; the routing profile |
 | ``training.setup_model_and_optimizer`` | freezing before DDP; hooks, boundary, teachers after |
 | the same | the lock on ``--save`` |
 | ``training.build_train_valid_test_data_iterators`` | which split each iterator reads |
@@ -14,7 +15,7 @@
 | ``training.build_pretraining_data_loader`` | ... and that it is read from its beginning |
 | ``training.evaluate_and_print_results`` | ... and what was measured on it |
 | ``training.get_forward_backward_func`` | the step hook |
-| ``training.train`` | the first evaluation; the proof of what is frozen; the routing profile |
+| ``training.train`` | the first evaluation; what must not change is remembered |
 | ``training.training_log``, ``training.evaluate`` | our terms, as sums over the interval |
 | ``training.training_log`` | with ``evaluation``: the run's list, for ``moe-inject report`` |
 | ``training.get_megatron_optimizer`` | the optimizer can be saved where little trains |
@@ -118,7 +119,7 @@ class _Run:
                 return stock(*args, **kwargs)
             self._injection = self._made(recipe, options)
             result = stock(*args, **kwargs)
-            _print_rank_0(self._injection.finish())
+            self._finish()
             return result
         except RecipeError as error:
             # One message per node and no traceback: every rank found the same mistake.
@@ -148,6 +149,7 @@ class _Run:
         if injection is None:
             return stock(*args, **kwargs)
         injection.claim_folder()
+        injection.try_outputs()
         with injection.building():
             built = compat.call_with_pre_wrap_hook(stock, args, kwargs, injection.freeze)
         injection.attach(compat.bare_chunks(built[0]), built[1])
@@ -219,12 +221,15 @@ class _Run:
         if injection.run_log is not None:
             injection.run_log.begin(injection.plan)
         try:
-            result = stock(*args, **kwargs)
-        except SystemExit:  # --exit-interval and the like leave the loop this way
-            _print_rank_0(injection.end_training())
+            return stock(*args, **kwargs)
+        except SystemExit:  # --exit-interval and the like leave this way, with everything saved
+            self._finish()
             raise
-        _print_rank_0(injection.end_training())
-        return result
+
+    def _finish(self) -> None:
+        """What is left to do when all is saved, so that its failure costs no checkpoint."""
+        for said in self._injection.finish():
+            _print_rank_0(said)
 
     def evaluate_terms(self, stock, *args, **kwargs):
         terms = None if self._injection is None else self._injection.terms

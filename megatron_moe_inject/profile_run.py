@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from argparse import Namespace
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_moe_inject import compat
-from megatron_moe_inject.agreement import agree
+from megatron_moe_inject.agreement import agree, on_first_rank
 from megatron_moe_inject.data.labels import HostGroup
 from megatron_moe_inject.data.mixing import mix_held_out
 from megatron_moe_inject.data.packed import check_packed
@@ -39,6 +39,7 @@ from megatron_moe_inject.experts.routing_profile import (
     RouterSettings,
     RoutingProfile,
 )
+from megatron_moe_inject.files import try_file
 from megatron_moe_inject.plan import memory_text
 from megatron_moe_inject.progress import StepProgress
 from megatron_moe_inject.recipe import GENERAL, Recipe, RecipeError
@@ -97,6 +98,16 @@ class ProfileSetup:
         found = split_labels(recipe, self._facts, split) if entries else []
         return [entry for entry, own in zip(entries, found, strict=True) if own == label]
 
+    def try_output(self) -> None:
+        """See that the profile, and what goes beside it, can be written; on the first rank.
+
+        Raises:
+            RecipeError: it cannot.
+        """
+        beside = [] if self._args.inject_profile_logits is None else [logit_path(self._path)]
+        for path in (self._path, *beside):
+            try_file(path, "--inject-profile")
+
     def recorder(self, chunks: Sequence[torch.nn.Module], groups: Any) -> RoutingRecorder:
         """The recorder of this rank.
 
@@ -129,7 +140,11 @@ class ProfileSetup:
             repeated: labels of classes whose text was read more than once, so that its sequences
                 are not as many as they seem: they get no spread. Needed on the first rank.
 
-        Collectives: those of ``RoutingRecorder.statistics`` and ``sampled_logits``, one barrier.
+        Collectives: those of ``RoutingRecorder.statistics``, ``sampled_logits`` and
+        ``on_first_rank``.
+
+        Raises:
+            RecipeError: on every rank: it cannot be written.
         """
         found = recorder.statistics(self._data)
         sampled = recorder.sampled_logits()
@@ -163,13 +178,18 @@ class ProfileSetup:
                 expert_capacity_factor=args.moe_expert_capacity_factor,
             ),
         )
-        if dist.get_rank() == 0:
+
+        def write() -> None:
             logits = None
             if sampled is not None:
                 samples = {n: s for n, s in zip(self._names, sampled, strict=True) if n in classes}
                 logits = write_logits(self._path, samples)
             write_profile(self._path, RoutingProfile(provenance, classes, logits=logits))
-        dist.barrier()
+
+        try:
+            on_first_rank(write)
+        except RecipeError as error:
+            raise RecipeError(f"--inject-profile: {error}") from error
         beside = ""
         if args.inject_profile_logits is not None:
             beside = f", router logits to {logit_path(self._path)}"
@@ -249,10 +269,17 @@ class ProfileRun:
     def begin_training(self) -> None:
         """Never called: ``--skip-train``."""
 
-    def end_training(self) -> str | None:
-        """Never called: ``--skip-train``."""
+    def try_outputs(self) -> None:
+        """See that the profile can be written, before anything is built.
 
-    def finish(self) -> str:
+        Collectives: those of ``on_first_rank``.
+
+        Raises:
+            RecipeError: on every rank: it cannot.
+        """
+        on_first_rank(self._setup.try_output)
+
+    def finish(self) -> Iterator[str]:
         """Write the profile; see ``ProfileSetup.write``."""
         self._progress.close()
-        return self._setup.write(self._recorder)
+        yield self._setup.write(self._recorder)

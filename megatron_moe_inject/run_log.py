@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from megatron_moe_inject import __version__, compat
 from megatron_moe_inject.agreement import agree
+from megatron_moe_inject.experts.lineage import Lineage
 from megatron_moe_inject.metrics.run_file import (
     FILE,
     Component,
@@ -43,13 +44,22 @@ class RunLog:
         recipe: with its experts resolved.
         args: Megatron's arguments; ``save`` is the run's folder.
         evaluations: where the run's evaluations go.
+        lineage: which injection the run begins or goes on with.
         terms: sums of our terms, for this list alone.
     """
 
-    def __init__(self, recipe: Recipe, args: Namespace, evaluations: Path, terms: Interval) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        args: Namespace,
+        evaluations: Path,
+        lineage: Lineage,
+        terms: Interval,
+    ) -> None:
         self._recipe = recipe
         self._args = args
         self._evaluations = evaluations
+        self._lineage = lineage
         self._terms = terms
         self.path = Path(args.save) / FILE
         self._writes = False
@@ -57,7 +67,8 @@ class RunLog:
         self._shown: dict[str, float] = {}
 
     def begin(self, plan: Plan) -> None:
-        """Begin the list, or go on with it from the iteration that the run resumes from.
+        """Begin the list, or go on with it from the iteration that the run resumes from, wherever
+        it was kept.
 
         Collectives: those of ``agree``.
 
@@ -66,6 +77,7 @@ class RunLog:
         """
         self._writes = dist.get_rank() == dist.get_world_size() - 1
         agree(lambda: self._begin(plan) if self._writes else None)
+        self._lineage.keep(FILE, self.path)
 
     def _begin(self, plan: Plan) -> None:
         now = compat.optimizer_steps(self._args)
@@ -84,9 +96,12 @@ class RunLog:
             world_size=dist.get_world_size(),
             evaluations=str(self._evaluations.absolute()),
             train_iters=int(self._args.train_iters or 0),
+            injection=self._lineage.identity,
         )
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_run(self.path, [*(kept(read_run(self.path), now) if now else []), start])
+        source = self._lineage.find(self.path, FILE)
+        before = [] if source is None else kept(read_run(source), now)
+        self._lineage.make_room(self.path)
+        write_run(self.path, [*before, start])
         self._seconds = compat.seconds_in_steps()
 
     def log(self, given: dict[str, Any], read: dict[str, Any] | None) -> None:

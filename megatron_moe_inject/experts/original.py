@@ -10,29 +10,28 @@ layer is there twice, for one transfer of all that trains per micro-batch of the
 
 The copies are what was loaded when the injection began. A run that may be resumed keeps them on
 disk beside its checkpoints, as tensors with keys of their own that can be read at any parallel
-layout.
+layout, with the identity of their injection (``lineage``).
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
-import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from megatron_moe_inject.agreement import agree, on_first_rank
 from megatron_moe_inject.experts.borrowed import borrowing, units
 from megatron_moe_inject.experts.freeze import places
+from megatron_moe_inject.experts.lineage import CARD, Lineage
 from megatron_moe_inject.experts.optimizer_state import with_own_keys
-from megatron_moe_inject.typed import RecipeError
+from megatron_moe_inject.files import new_folder, replace_file
+from megatron_moe_inject.typed import RecipeError, one_line
 
 FOLDER = "inject_original"
-_TRAINS = "trains.json"
 
 
 class OriginalParameters:
@@ -106,32 +105,111 @@ class OriginalParameters:
         with _exchanged({parameter: value_of(parameter) for parameter in wanted}):
             yield
 
-    def save(self, folder: Path, metadata: dict[str, Any]) -> None:
-        """Write the copies to ``folder``, whole or not at all; what was there is replaced.
+    def carry(self, lineage: Lineage, save: Path | None, metadata: dict[str, Any]) -> str | None:
+        """Read the originals of an injection that goes on, and see that they lie in ``save``.
+
+        Args:
+            lineage: which injection.
+            save: the folder of checkpoints to come, which every rank sees; ``None``: nothing is
+                written.
+            metadata: how Megatron builds sharded state (``compat.sharded_state_metadata``).
+
+        Returns:
+            A remark for the plan, or None.
+
+        Collectives: those of ``on_first_rank``, ``load`` and ``save``.
+
+        Raises:
+            RecipeError: on every rank: the originals of an injection that goes on are missing,
+                damaged or of other parameters, or they cannot be written.
+        """
+        own = None if save is None else save / FOLDER
+        found, remarks = on_first_rank(lambda: self._sought(lineage, own or Path(FOLDER)))
+        if found is not None:
+            agree(lambda: self.load(found, metadata))
+        if own is None:
+            return "; ".join(remarks) or None
+        if found is not None and found.parent.resolve() == save.resolve():
+            lineage.keep(FOLDER, found)
+            return "; ".join(remarks) or None
+        lineage.keep(FOLDER, own)
+        moved = self.save(own, metadata, lineage.identity, lambda: lineage.make_room(own))
+        return "; ".join([*remarks, *([moved] if moved else [])]) or None
+
+    @staticmethod
+    def _sought(lineage: Lineage, own: Path) -> tuple[Path | None, list[str]]:
+        if lineage.begins:
+            known = lineage.checkpoint
+            remark = (
+                f"retention: {known} is of no injection, so the original is the model as loaded"
+            )
+            return None, [] if known is None else [remark]
+        found = lineage.find(own, FOLDER, own_first=True)
+        if found is None:
+            remedy = (
+                f"copy {FOLDER} of that run beside the checkpoint"
+                if lineage.was_kept(FOLDER) or not lineage.identity
+                else "the checkpoint's run kept none, as it had no retention: train without"
+            )
+            raise RecipeError(
+                f"retention: the original parameters of the injection that goes on from "
+                f"{lineage.checkpoint} are in none of {lineage.sought(own, FOLDER)}; {remedy}, or "
+                "start an injection of its own with --finetune"
+            )
+        if lineage.identity:
+            return found, []
+        return found, [
+            f"retention: {lineage.checkpoint} was saved by a version that gave injections no "
+            f"identity, so {found} is taken for its original"
+        ]
+
+    def save(
+        self,
+        folder: Path,
+        metadata: dict[str, Any],
+        injection: str = "",
+        make_room: Callable[[], str | None] = lambda: None,
+    ) -> str | None:
+        """Write the copies to ``folder``, whole or not at all.
 
         Args:
             folder: a path that every rank sees.
             metadata: how Megatron builds sharded state (``compat.sharded_state_metadata``).
+            injection: the identity that the folder is to carry.
+            make_room: called on the first rank when all is written, to make the name free.
 
-        Collectives: those of ``dist_checkpointing.save`` and two barriers, over the whole world.
+        Returns:
+            What ``make_room`` said.
+
+        Collectives: those of ``dist_checkpointing.save``, ``agree`` and ``on_first_rank``, over the
+        whole world.
+
+        Raises:
+            RecipeError: on every rank: something cannot be written.
         """
         from megatron.core import dist_checkpointing
 
-        beside, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-        if dist.get_rank() == 0:
-            for leftover in (beside, old):
-                shutil.rmtree(leftover, ignore_errors=True)
-            beside.mkdir(parents=True)
-        dist.barrier()
-        with _exchanged(self._copies):
-            dist_checkpointing.save(self._sharded(metadata), str(beside))
-        dist.barrier()
-        if dist.get_rank() == 0:
-            (beside / _TRAINS).write_text(json.dumps(self._trains), encoding="utf-8")
-            if folder.exists():
-                os.rename(folder, old)
-            os.rename(beside, folder)
-            shutil.rmtree(old, ignore_errors=True)
+        with contextlib.ExitStack() as stack:
+
+            def begin() -> Path:
+                with _writing(folder):
+                    return stack.enter_context(new_folder(folder))
+
+            def write() -> None:
+                with _writing(folder), _exchanged(self._copies):
+                    dist_checkpointing.save(self._sharded(metadata), str(beside))
+
+            def end() -> str | None:
+                with _writing(folder):
+                    card = {"injection": injection, "trains": self._trains}
+                    replace_file(beside / CARD, json.dumps(card).encode())
+                    said = make_room()
+                    stack.close()
+                    return said
+
+            beside = on_first_rank(begin)
+            agree(write)
+            return on_first_rank(end)
 
     def load(self, folder: Path, metadata: dict[str, Any]) -> None:
         """Read the copies that ``save`` wrote, at this run's layout.
@@ -152,28 +230,57 @@ class OriginalParameters:
             try:
                 state = dist_checkpointing.load(self._sharded(metadata), str(folder))
             except (CheckpointException, CheckpointingException, OSError, ValueError) as error:
-                reason = str(error).strip().splitlines()[-1]
-                raise _unfit(folder, f"cannot be read ({reason[:160]})") from error
-            for index, chunk in enumerate(self._chunks):
-                own = dict(chunk.named_parameters())
-                for name, value in state[f"chunk{index}"].items():
-                    own[name].data.copy_(value)
+                raise _unfit(folder, f"cannot be read ({_reason(error)})") from error
+            for name, parameter in self._kept():
+                parameter.data.copy_(state[name])
 
     @staticmethod
     def _read_trains(folder: Path) -> Any:
         try:
-            return json.loads((folder / _TRAINS).read_text(encoding="utf-8"))
+            card = json.loads((folder / CARD).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise _unfit(folder, f"is damaged ({error})") from error
+        # Before folders had an identity, what trains stood alone.
+        return card["trains"] if isinstance(card, dict) and "trains" in card else card
+
+    def _kept(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """Parameters with an original, by a name that is theirs on this rank alone."""
+        for index, chunk in enumerate(self._chunks):
+            for name, parameter in chunk.named_parameters():
+                if parameter in self._copies:
+                    yield f"{index}.{name}", parameter
 
     def _sharded(self, metadata: dict[str, Any]) -> dict[str, Any]:
-        """Sharded state of the trainable parameters, by chunk and local name."""
+        """Sharded state of the parameters with an original.
+
+        Flat, and nothing but tensors: what else there is, Megatron stores as the first rank has it
+        and gives to every rank, whatever the layout.
+        """
         state: dict[str, Any] = {}
         for index, chunk in enumerate(self._chunks):
             names = [name for name, p in chunk.named_parameters() if p in self._copies]
             whole = chunk.sharded_state_dict(metadata=metadata) if names else {}
-            state[f"chunk{index}"] = {name: with_own_keys(whole[name]) for name in names}
+            state |= {f"{index}.{name}": with_own_keys(whole[name]) for name in names}
         return state
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except (CheckpointException, CheckpointingException, OSError) as error:
+        raise RecipeError(
+            f"retention: the original parameters cannot be written to {folder} "
+            f"({_reason(error)}); give --save a folder with room for them"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return one_line(lines[-1], 160) if lines else type(error).__name__
 
 
 @contextlib.contextmanager

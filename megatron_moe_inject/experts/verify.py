@@ -66,6 +66,10 @@ def fingerprint(tensor: torch.Tensor) -> torch.Tensor:
     return total
 
 
+class FrozenChangedError(RuntimeError):
+    """Something that is frozen is not what it was."""
+
+
 class FrozenCheck:
     """Remembers the fingerprints of all frozen tensors of this rank.
 
@@ -98,7 +102,7 @@ class FrozenCheck:
         Collectives: one all-gather of name lists over the whole world.
 
         Raises:
-            RuntimeError: on every rank, if any rank holds a changed frozen tensor.
+            FrozenChangedError: on every rank, if any rank holds a changed frozen tensor.
         """
         reports: list[tuple[int, list[str]]] = [(0, [])] * dist.get_world_size()
         dist.all_gather_object(reports, (len(self._before), self.changed()))
@@ -106,7 +110,7 @@ class FrozenCheck:
         if broken:
             rank, names = next(iter(broken.items()))
             shown = ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
-            raise RuntimeError(
+            raise FrozenChangedError(
                 f"{sum(map(len, broken.values()))} frozen tensors changed during training on "
                 f"ranks {sorted(broken)}; first on rank {rank}: {shown}"
             )

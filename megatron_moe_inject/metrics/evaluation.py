@@ -95,6 +95,7 @@ class Provenance:
         teachers: source by name of the recipe.
         tokenizer: ``--tokenizer-type`` and model, as on the command line.
         evaluated_batches: ``--eval-iters``, of ``batch_size`` sequences each.
+        injection: identity of the injection whose list this is a line of (``experts.lineage``).
     """
 
     checkpoint: str
@@ -105,6 +106,7 @@ class Provenance:
     evaluated_batches: int
     batch_size: int
     teachers: dict[str, str] = field(default_factory=dict)
+    injection: str = ""
 
 
 @dataclass(frozen=True)

@@ -3,21 +3,101 @@
 Judged by the mean loss over the held-out text of a domain. The paired interval is shown but does
 not decide: with little held-out text it is wide, and a gate that then stopped every run would be
 switched off rather than read.
+
+A teacher is compared with the student as its injection began, also in a run that goes on: what the
+student has learned since is no reason to stop it. What that student's losses were, on which text,
+and which teachers have passed is the verdict, which every checkpoint holds (``experts.lineage``). A
+run that goes on asks only teachers that have not passed; a run that was refused leaves no
+checkpoint, and is refused again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
+from typing import Any
 
 from megatron_moe_inject.metrics.bootstrap import paired_difference
 from megatron_moe_inject.metrics.comparison import show_interval
 from megatron_moe_inject.metrics.evaluation import Evaluation
-from megatron_moe_inject.recipe import Domain
+from megatron_moe_inject.recipe import Domain, Recipe
 from megatron_moe_inject.typed import RecipeError
 
+Verdict = dict[str, Any]
+"""In plain values: ``text``, its hash; ``student``, the mean loss of its beginning by class;
+``passed``, the teacher by domain."""
 
-def teacher_gate(evaluation: Evaluation, domains: Sequence[Domain]) -> list[str]:
+
+def judge(
+    now: Evaluation,
+    recipe: Recipe,
+    *,
+    begins: bool,
+    verdict: Verdict | None = None,
+    first: Evaluation | None = None,
+) -> tuple[list[str], Verdict | None]:
+    """Compare teachers that have not passed, unless the recipe leaves the gate open.
+
+    Args:
+        now: measured before the first step of this run.
+        recipe: names domains and teachers.
+        begins: whether the injection begins with this run.
+        verdict: of the checkpoint that the run goes on from.
+        first: the first line of the injection's list, where an earlier version left no verdict.
+
+    Returns:
+        What to say of it, a line each; and the verdict of checkpoints to come, ``None`` where the
+        student was not measured as its injection began.
+
+    Raises:
+        RecipeError: a teacher that is not better on one of its domains.
+    """
+    taught = [domain for domain in recipe.domains if domain.teacher is not None]
+    if begins:
+        verdict = _begun(now)
+    elif verdict is None and first is not None:
+        verdict = _begun(first) | {"passed": {d.name: _teacher(d, first) for d in taught}}
+    passed = {} if verdict is None else dict(verdict["passed"])
+    teachers = {domain.name: _teacher(domain, now) for domain in taught}
+    asked = {name for name, own in teachers.items() if own is None or own != passed.get(name)}
+    said = []
+    if recipe.evaluation.gate:
+        start = None
+        if not begins:
+            same = verdict is not None and verdict["text"] == now.text()
+            start = verdict["student"] if same else {}
+        said = teacher_gate(now, recipe.domains, asked, start)
+        compared = asked if start is None else asked & start.keys()
+        passed |= {name: teachers[name] for name in compared if teachers[name] is not None}
+    return said, None if verdict is None else verdict | {"passed": passed}
+
+
+def _teacher(domain: Domain, evaluation: Evaluation) -> dict[str, Any] | None:
+    """Who taught the domain when it was measured, and where from; None where nobody did."""
+    found = evaluation.classes.get(domain.name)
+    if found is None or found.teacher is None:
+        return None
+    sources = evaluation.provenance.teachers
+    names = {name: sources.get(name) for name in domain.teacher_weights}
+    return {"teacher": found.teacher, "sources": names}
+
+
+def _begun(evaluation: Evaluation) -> Verdict:
+    student = {name: found.mean("loss") for name, found in evaluation.classes.items()}
+    return {"text": evaluation.text(), "student": student, "passed": {}}
+
+
+def teacher_gate(
+    evaluation: Evaluation,
+    domains: Sequence[Domain],
+    asked: Container[str] | None = None,
+    start: Mapping[str, float | None] | None = None,
+) -> list[str]:
     """Compare each teacher with the student on its domains; what to say of it, a line each.
+
+    Args:
+        asked: names of the domains whose teachers are compared; ``None`` = all.
+        start: mean loss of the student as its injection began, by domain; ``None``: it begins now,
+            so that it is what ``evaluation`` says.
 
     Raises:
         RecipeError: a teacher that is not better on one of its domains. The message shows every
@@ -25,7 +105,7 @@ def teacher_gate(evaluation: Evaluation, domains: Sequence[Domain]) -> list[str]
     """
     said, worse, key = [], [], None
     for index, domain in enumerate(domains):
-        if domain.teacher is None:
+        if domain.teacher is None or (asked is not None and domain.name not in asked):
             continue
         found = evaluation.classes.get(domain.name)
         if found is None or not found.sums["tokens"].sum():
@@ -34,20 +114,30 @@ def teacher_gate(evaluation: Evaluation, domains: Sequence[Domain]) -> list[str]
                 f"{domain.taught_by} was not compared with the student"
             )
             continue
-        tokens = found.sums["tokens"]
-        lead = paired_difference(found.sums["teacher_loss"], found.sums["loss"], tokens)
-        told = (
-            f"{domain.name}: loss of teacher {domain.taught_by} {found.mean('teacher_loss'):.4f}, "
-            f"of the student {found.mean('loss'):.4f} nats per token, lead {show_interval(lead)} "
-            f"on {len(found.sequences)} sequences"
-        )
-        if not lead.value > 0:
+        if start is not None and start.get(domain.name) is None:
+            said.append(
+                f"teacher gate: {domain.name}: the student was not measured on this text as its "
+                f"injection began, so that teacher {domain.taught_by} was not compared with it"
+            )
+            continue
+        teacher, chance = found.mean("teacher_loss"), False
+        told = f"{domain.name}: loss of teacher {domain.taught_by} {teacher:.4f}, "
+        if start is None:
+            sums = (found.sums[name] for name in ("teacher_loss", "loss", "tokens"))
+            interval = paired_difference(*sums)
+            lead, chance = interval.value, interval.low <= 0
+            told += f"of the student {found.mean('loss'):.4f} nats per token, lead "
+            told += show_interval(interval)
+        else:
+            lead = start[domain.name] - teacher
+            told += f"of the student as its injection began {start[domain.name]:.4f} nats per "
+            told += f"token, lead {lead:+.4f}"
+        told += f" on {len(found.sequences)} sequences"
+        if not lead > 0:
             worse.append(told)
             key = key or f"domains[{index}].teacher"
-        elif lead.low <= 0:
-            said.append(f"teacher gate: {told}; so small a lead may be chance")
         else:
-            said.append(f"teacher gate: {told}")
+            said.append(f"teacher gate: {told}{'; so small a lead may be chance' * chance}")
     if worse:
         raise RecipeError(
             f"{key}: does not predict its domain better than its student ({'; '.join(worse)}); "

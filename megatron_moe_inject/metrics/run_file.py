@@ -47,6 +47,7 @@ class Start:
         world_size: processes.
         evaluations: the list of evaluations (``evaluation_file``).
         train_iters: iterations that the run is to take in all.
+        injection: identity of the injection that it is part of (``experts.lineage``).
     """
 
     iteration: int = field(metadata=_NEEDED)
@@ -58,6 +59,7 @@ class Start:
     world_size: int = field(metadata=_NEEDED)
     evaluations: str = field(metadata=_NEEDED)
     train_iters: int = field(metadata=_NEEDED)
+    injection: str = ""
 
 
 @dataclass(frozen=True)

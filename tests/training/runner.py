@@ -100,6 +100,36 @@ def _poison(training, layer: int) -> None:
     training.train_step = train_step
 
 
+def _fail_at_the_end(training, removed: str) -> None:
+    """After the second step that folder is gone, and a frozen tensor of the last rank has moved."""
+    import shutil
+
+    from megatron_moe_inject import compat
+
+    stock, steps = training.train_step, []
+
+    @functools.wraps(stock)
+    def train_step(*args, **kwargs):
+        result = stock(*args, **kwargs)
+        steps.append(1)
+        if len(steps) == 2:
+            shutil.rmtree(removed, ignore_errors=True)
+            if os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1):
+                model = inspect.signature(stock).bind(*args, **kwargs).arguments["model"]
+                chunk = compat.bare_chunks(model)[0]
+                chunk.decoder.layers[0].pre_mlp_layernorm.weight.data.add_(1)
+        return result
+
+    training.train_step = train_step
+
+
+def _forget_identities() -> None:
+    """Save what versions before injections had an identity saved."""
+    from megatron_moe_inject.experts.lineage import Lineage
+
+    Lineage.agree = lambda self: setattr(self, "identity", "")
+
+
 def _report_host_syncs(training) -> None:
     """From the third step on, say where the package's code makes the host wait for the device.
 
@@ -183,6 +213,10 @@ def main() -> None:
     _report_evaluations(training)
     if os.environ.get("TESTS_POISON_LAYER"):
         _poison(training, int(os.environ["TESTS_POISON_LAYER"]))
+    if os.environ.get("TESTS_FAIL_AT_THE_END"):
+        _fail_at_the_end(training, os.environ["TESTS_FAIL_AT_THE_END"])
+    if os.environ.get("TESTS_BEFORE_IDENTITIES"):
+        _forget_identities()
     if os.environ.get("TESTS_REPORT_SYNCS"):
         _report_host_syncs(training)
     launch.main()
