@@ -42,6 +42,7 @@ from megatron_moe_inject.metrics.losses import LossReport
 from megatron_moe_inject.metrics.measurement import Collected, Measurement
 from megatron_moe_inject.recipe import GENERAL, Recipe, RecipeError
 from megatron_moe_inject.step import SplitRegistry, StepHook
+from megatron_moe_inject.stored_checkpoint import checkpoint_to_load
 from megatron_moe_inject.student import (
     SPLITS,
     StudentFacts,
@@ -360,8 +361,8 @@ class EvaluationRun(Evaluator):
 
     def iteration(self, told: int) -> int:
         """The checkpoint's iteration, also where ``--finetune`` makes Megatron count from 0."""
-        found = compat.stored_iteration(self.args)
-        return told if found is None else found
+        found = checkpoint_to_load(self.args)
+        return told if found is None or found.iteration is None else found.iteration
 
     def other_data(self, evaluate: Callable[[], Any]) -> None:
         """The test data are not read."""

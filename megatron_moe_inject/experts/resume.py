@@ -9,22 +9,12 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_moe_inject import compat
 from megatron_moe_inject.experts.freeze import FreezePolicy
-from megatron_moe_inject.torch_dist import TorchDistCheckpoint
+from megatron_moe_inject.stored_checkpoint import checkpoint_to_load
 from megatron_moe_inject.typed import RecipeError
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    path: Path
-
-    def error(self, problem: str, remedy: str) -> RecipeError:
-        return RecipeError(f"--load {self.path} {problem}; {remedy}")
 
 
 def begin_or_resume(
@@ -44,12 +34,12 @@ def begin_or_resume(
         A remark for the plan where the optimizer starts anew, else None.
 
     Raises:
-        RecipeError: the checkpoint holds the optimizer state of another policy.
+        RecipeError: the checkpoint cannot be read, or holds the optimizer state of another policy.
     """
     args.inject_policy = policy.described()
     if projections:
         args.inject_policy["projections"] = list(projections)
-    if args.no_load_optim or args.ckpt_format != "torch_dist":
+    if args.no_load_optim:
         return None
     folder, stored = stored_argument(args, "inject_policy")
     if folder is None:
@@ -69,20 +59,19 @@ def begin_or_resume(
 
 
 def stored_argument(args: Namespace, name: str) -> tuple[Path | None, Any]:
-    """An argument of the run whose training goes on, as its checkpoint stores it.
+    """An argument of the run whose training goes on, as its checkpoint stores it. No collective.
 
     Returns:
-        The checkpoint's folder, ``None`` where a run starts anew or the checkpoint is damaged
-        (Megatron's own loading says what is wrong with it); and the value, ``None`` where the run
-        had none, or the checkpoint has another format than ``torch_dist``.
+        The checkpoint's folder, ``None`` where a run starts anew; and the value, ``None`` where the
+        run had none.
+
+    Raises:
+        RecipeError: the checkpoint is damaged, or of a kind that cannot be read.
     """
-    folder = compat.checkpoint_to_resume(args)
-    if folder is None or args.ckpt_format != "torch_dist":
-        return folder, None
-    try:
-        return folder, vars(TorchDistCheckpoint.open(_Loaded(folder)).args).get(name)
-    except RecipeError:
+    checkpoint = checkpoint_to_load(args)
+    if checkpoint is None or not checkpoint.resumes:
         return None, None
+    return checkpoint.folder, checkpoint.argument(name)
 
 
 def _shown(policy: dict) -> str:
