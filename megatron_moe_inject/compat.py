@@ -47,6 +47,7 @@ REQUIRED_SYMBOLS = {
     "megatron.training.checkpointing": (
         "_build_sharded_state_dict_metadata",
         "_get_checkpoint_format",
+        "_load_base_checkpoint",
         "_NON_PERSISTENT_CKPT_SUBDIR",
         "checkpoint_exists",
         "find_checkpoint_rank_0",
@@ -70,6 +71,7 @@ REQUIRED_PARAMETERS = {
         "grad_norm",
         "is_first_iteration",
     ),
+    ("megatron.training.checkpointing", "_load_base_checkpoint"): ("rank0", "sharded_state_dict"),
     ("megatron.core.tensor_parallel", "gather_from_sequence_parallel_region"): (
         "tensor_parallel_output_grad",
         "group",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import platform
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from megatron_moe_inject.agreement import agree
 from megatron_moe_inject.metrics.run_file import (
     FILE,
     Component,
+    Loaded,
     Start,
     Step,
     append,
@@ -32,6 +34,7 @@ from megatron_moe_inject.metrics.run_file import (
 )
 from megatron_moe_inject.plan import Plan, render_plan
 from megatron_moe_inject.recipe import Recipe, RecipeError, dump_recipe
+from megatron_moe_inject.student_load import Origin
 
 _TAKEN, _SKIPPED, _NAN = "advanced iterations", "skipped iterations", "nan iterations"
 
@@ -58,6 +61,9 @@ class RunLog:
         recipe: with its experts resolved.
         args: Megatron's arguments; ``save`` is the run's folder.
         evaluations: where the run's evaluations go.
+
+    Attributes:
+        origin: what was loaded, to be set before ``begin``.
     """
 
     def __init__(self, recipe: Recipe, args: Namespace, evaluations: Path) -> None:
@@ -65,6 +71,7 @@ class RunLog:
         self._args = args
         self._evaluations = evaluations
         self.path = Path(args.save) / FILE
+        self.origin = Origin()
         self._writes = False
         self._seconds = 0.0
         self._shown: dict[str, float] = {}
@@ -97,6 +104,7 @@ class RunLog:
             world_size=dist.get_world_size(),
             evaluations=str(self._evaluations.absolute()),
             train_iters=int(self._args.train_iters or 0),
+            loaded=Loaded(**asdict(self.origin)),
         )
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_run(self.path, [*(kept(read_run(self.path), now) if now else []), start])

@@ -11,19 +11,48 @@ Trust: Megatron's own readers read it, with Megatron's own rules for pickles.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_moe_inject.torch_dist import stored_shapes
+from megatron_moe_inject.agreement import agree
+from megatron_moe_inject.torch_dist import is_training_state, read_metadata, stored_shapes
 from megatron_moe_inject.typed import RecipeError, fail, one_line
 
 FORMATS = ("torch_dist", "torch")
 """Formats that a student can be loaded from."""
+_BLOCK = 1 << 24
+_READERS = 8
+
+
+class Part(NamedTuple):
+    """A range of bytes in a file."""
+
+    name: str
+    path: Path
+    offset: int
+    length: int
+
+    def digest(self) -> bytes:
+        """Their SHA-256."""
+        found, rest = hashlib.sha256(), self.length
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            while rest:
+                block = file.read(min(rest, _BLOCK))
+                if not block:
+                    raise EOFError(f"{self.path} ends {rest} bytes too early")
+                found.update(block)
+                rest -= len(block)
+        return found.digest()
 
 
 @dataclass(frozen=True)
@@ -70,6 +99,48 @@ class StoredCheckpoint:
             return stored_shapes(self.folder, part)
         except Exception as error:  # a pickle, in which anything can be wrong
             raise self.damaged(error) from error
+
+    def names(self) -> dict[str, tuple[int, ...] | None]:
+        """Everything that a ``torch_dist`` checkpoint holds in parts: shapes of tensors by name,
+        ``None`` of other objects. No collective.
+
+        Raises:
+            RecipeError: the checkpoint cannot be read.
+        """
+        try:
+            stored = read_metadata(self.folder).state_dict_metadata
+        except Exception as error:  # a pickle, in which anything can be wrong
+            raise self.damaged(error) from error
+        return {
+            name.partition("/shard_")[0]: tuple(value.size) if hasattr(value, "size") else None
+            for name, value in stored.items()
+        }
+
+    def parts(self) -> list[Part]:
+        """The stored bytes of the model; of the old format whole files. No collective.
+
+        Raises:
+            RecipeError: the checkpoint cannot be read.
+        """
+        try:
+            if self.format != "torch_dist":
+                files = sorted(self.folder.glob("mp_rank_*/model_optim_rng.pt"))
+                return [Part(file.parent.name, file, 0, file.stat().st_size) for file in files]
+            stored = read_metadata(self.folder)
+            found = [
+                Part(
+                    f"{index.fqn}@{'.'.join(map(str, index.offset or ()))}",
+                    self.folder / info.relative_path,
+                    info.offset,
+                    info.length,
+                )
+                for index, info in stored.storage_data.items()
+                if isinstance(stored.state_dict_metadata[index.fqn], TensorStorageMetadata)
+                and not is_training_state(index.fqn)
+            ]
+        except Exception as error:  # a pickle, in which anything can be wrong
+            raise self.damaged(error) from error
+        return sorted(found, key=lambda part: (part.path, part.offset))
 
     def damaged(self, error: BaseException) -> RecipeError:
         """The error that says why it cannot be read."""
@@ -140,6 +211,39 @@ def checkpoint_to_load(args: Namespace) -> StoredCheckpoint | None:
         _format(args, flag, folder),
         resumes=not (args.finetune or release or flag == "--pretrained-checkpoint"),
     )
+
+
+def model_checksum(checkpoint: StoredCheckpoint) -> str:
+    """SHA-256 over the stored bytes of a checkpoint's model, the same whatever ranks read them.
+
+    Each rank reads an even share of them, several parts at a time.
+
+    Collectives over the whole world: those of ``agree``, and one all-gather of a checksum for each
+    part.
+
+    Raises:
+        RecipeError: on every rank, if a file cannot be read.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+
+    def read() -> list[tuple[str, bytes]]:
+        parts = checkpoint.parts()
+        total, before, own = max(1, sum(part.length for part in parts)), 0, []
+        for part in parts:
+            own += [part] if before * world // total == rank else []
+            before += part.length
+        try:
+            with ThreadPoolExecutor(_READERS) as pool:
+                return [(p.name, d) for p, d in zip(own, pool.map(Part.digest, own), strict=True)]
+        except (OSError, EOFError) as error:
+            raise checkpoint.damaged(error) from error
+
+    ranks: list[Any] = [None] * world
+    dist.all_gather_object(ranks, agree(read))
+    found = hashlib.sha256()
+    for name, digest in sorted(pair for own in ranks for pair in own):
+        found.update(f"{name}:{digest.hex()};".encode())
+    return found.hexdigest()
 
 
 def _wrong(flag: str, path: str | Path, problem: str, remedy: str) -> RecipeError:

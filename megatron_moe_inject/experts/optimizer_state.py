@@ -20,6 +20,7 @@ that it can still be loaded at another parallel layout.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +29,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import (
     LocalNonpersistentObject,
+    ShardedObject,
     ShardedTensorFactory,
 )
 
@@ -101,15 +103,25 @@ def _unstacked(tensor: ShardedTensor) -> ShardedTensor:
 
 def with_own_keys(state: Any) -> Any:
     """Unstack every tensor of a sharded state dict, also those that a factory builds later."""
-    if isinstance(state, ShardedTensor):
-        return _unstacked(state)
+    return changed_shards(
+        state, lambda shard: _unstacked(shard) if isinstance(shard, ShardedTensor) else shard
+    )
+
+
+def changed_shards(
+    state: Any, change: Callable[[ShardedTensor | ShardedObject], ShardedTensor | ShardedObject]
+) -> Any:
+    """A sharded state dict with another shard for each, also for those that a factory builds
+    later."""
+    if isinstance(state, (ShardedTensor, ShardedObject)):
+        return change(state)
     if isinstance(state, ShardedTensorFactory):
         build = state.build_fn
-        return replace(state, build_fn=lambda *args: with_own_keys(build(*args)))
+        return replace(state, build_fn=lambda *args: changed_shards(build(*args), change))
     if isinstance(state, dict):
-        return {key: with_own_keys(value) for key, value in state.items()}
+        return {key: changed_shards(value, change) for key, value in state.items()}
     if isinstance(state, list):
-        return [with_own_keys(value) for value in state]
+        return [changed_shards(value, change) for value in state]
     return state
 
 

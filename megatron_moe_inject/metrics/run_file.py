@@ -34,6 +34,15 @@ class Component:
 
 
 @dataclass(frozen=True)
+class Loaded:
+    """What was loaded when a run began or was resumed, see ``student_load.Origin``."""
+
+    checkpoint: str = field(metadata=_NEEDED)
+    iteration: int | None = None
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
 class Start:
     """A run that began or was resumed.
 
@@ -47,6 +56,7 @@ class Start:
         world_size: processes.
         evaluations: the list of evaluations (``evaluation_file``).
         train_iters: iterations that the run is to take in all.
+        loaded: into the student; ``None`` in lines of earlier versions.
     """
 
     iteration: int = field(metadata=_NEEDED)
@@ -58,6 +68,7 @@ class Start:
     world_size: int = field(metadata=_NEEDED)
     evaluations: str = field(metadata=_NEEDED)
     train_iters: int = field(metadata=_NEEDED)
+    loaded: Loaded | None = None
 
 
 @dataclass(frozen=True)
