@@ -77,8 +77,13 @@ def freeze_policy(recipe: Recipe) -> FreezePolicy:
     elif recipe.train.experts == "selected":
         experts = {layer: frozenset(ids) for layer, ids in recipe.experts_by_layer().items()}
     train = recipe.train
+    chosen = recipe.experts_by_layer() if train.router_rows else {}
     return FreezePolicy(
-        experts, frozenset(train.components()), frozenset(train.layers), tuple(train.patterns)
+        experts,
+        frozenset(train.components()),
+        frozenset(train.layers),
+        tuple(train.patterns),
+        {layer: frozenset(ids) for layer, ids in chosen.items()},
     )
 
 
@@ -172,9 +177,8 @@ class Injection:
         if self.evaluator is not None and args.save:
             self.run_log = RunLog(recipe, args, self.evaluator.path)
         self.imitation = ImitationSetup(recipe, args, self.facts, self.teacher_infos)
-        rows = recipe.experts_by_layer() if recipe.train.router_rows else {}
         self.student_load = StudentLoad(args)
-        self._rows = RouterRows(rows, args)
+        self._rows = RouterRows(self.policy.rows, args)
         self.chunks: list[torch.nn.Module] = []
         self.originals: OriginalParameters | None = None
         remark = begin_or_resume(self.policy, args, self.imitation.projections)

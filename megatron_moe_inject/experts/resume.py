@@ -49,7 +49,7 @@ def begin_or_resume(
         return (
             f"{folder} was saved without injection: its optimizer state is left, ours starts anew"
         )
-    if stored != args.inject_policy:
+    if _as_now(stored) != args.inject_policy:
         raise RecipeError(
             f"train: {folder} holds the optimizer state of {_shown(stored)}, but now "
             f"{_shown(args.inject_policy)} trains; add --no-load-optim to start the optimizer "
@@ -74,14 +74,32 @@ def stored_argument(args: Namespace, name: str) -> tuple[Path | None, Any]:
     return checkpoint.folder, checkpoint.argument(name)
 
 
+def _as_now(policy: dict) -> dict:
+    """A stored policy as it would be described now.
+
+    Earlier versions did not store which rows of routers train. Beside selected experts they are
+    theirs, and otherwise unknown, so that the policies differ.
+    """
+    experts = policy["experts"]
+    if "router_rows" in policy["components"] and isinstance(experts, dict) and experts:
+        return {"router_rows": experts} | policy
+    return policy
+
+
 def _shown(policy: dict) -> str:
     experts = policy["experts"]
     if isinstance(experts, dict):
-        layers = (f"{layer}: {ids}" for layer, ids in experts.items())
-        experts = f"experts {{{', '.join(layers)}}}" if experts else ""
+        experts = f"experts {_by_layer(experts)}" if experts else ""
     else:
         experts = f"{experts} experts"
     layers = [f"layers {policy['layers']}"] if "layers" in policy else []
-    named = [*policy["components"], *layers, *policy.get("patterns", ())]
+    rows = policy.get("router_rows")
+    named = [n for n in policy["components"] if n != "router_rows" or rows is None]
+    named += [f"router rows {_by_layer(rows)}"] if rows else []
+    named += [*layers, *policy.get("patterns", ())]
     named += [f"projection {name}" for name in policy.get("projections", ())]
     return " and ".join(part for part in (experts, ", ".join(named)) if part)
+
+
+def _by_layer(experts: dict) -> str:
+    return f"{{{', '.join(f'{layer}: {ids}' for layer, ids in experts.items())}}}"

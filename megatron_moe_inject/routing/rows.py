@@ -13,7 +13,7 @@ Shapes: l this rank's part of the sequence, b samples, h hidden, E experts, r ro
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -42,7 +42,7 @@ class TrainedRows:
     """
 
     def __init__(
-        self, router: torch.nn.Module, layer: int, experts: Sequence[int], *, stored: bool
+        self, router: torch.nn.Module, layer: int, experts: Collection[int], *, stored: bool
     ) -> None:
         self._router = router
         self._layer = layer
@@ -115,7 +115,7 @@ class RouterRows:
             rows.
     """
 
-    def __init__(self, experts: Mapping[int, Sequence[int]], args: Namespace) -> None:
+    def __init__(self, experts: Mapping[int, Collection[int]], args: Namespace) -> None:
         self._experts = experts
         self._args = args
         self._all: list[TrainedRows] = []
