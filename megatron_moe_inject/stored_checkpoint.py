@@ -305,10 +305,10 @@ def _format(args: Namespace, flag: str, folder: str) -> str:
             f"is a {found} checkpoint, which a student is not loaded from",
             f"convert it to {FORMATS[0]} with Megatron's --ckpt-convert-format",
         )
-    read = args.ckpt_format == "torch_dist" or getattr(args, "auto_detect_ckpt_format", False)
-    if found == "torch_dist" and not read:
+    # With --auto-detect-ckpt-format Megatron reads it, and asks it for no weights.
+    if found == "torch_dist" != args.ckpt_format:
         raise fail(
             "--ckpt-format", args.ckpt_format, f"does not load {folder}, a {found} checkpoint",
-            f"use {found}, or add --auto-detect-ckpt-format",
+            f"use {found}",
         )  # fmt: skip
     return found

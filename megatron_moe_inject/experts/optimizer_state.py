@@ -1,6 +1,6 @@
 """Checkpoints of the optimizer when little trains.
 
-Megatron (0.18.2 to 0.19.2) cannot save its chained optimizer in three cases that freezing brings:
+Megatron (0.18.2 to 0.19.2) cannot save its chained optimizer in four cases that freezing brings:
 
 - No dense parameter trains anywhere. The dense part of the chain is then a stub without an inner
   optimizer, and saving reads the inner optimizer's groups.
@@ -11,6 +11,7 @@ Megatron (0.18.2 to 0.19.2) cannot save its chained optimizer in three cases tha
 - Experts train, but not all of a layer or not in all layers. A checkpoint stacks a parameter over
   layers and experts into one tensor, and the state of the frozen ones is a hole in it, which
   saving refuses.
+- So little trains that a rank's share of it is padding, see ``empty_shares``.
 
 All are mended on the optimizer that was built, not in Megatron's classes: a stub saves and loads
 nothing, an empty inner optimizer reports the step that the other ranks are at, and the state of a
@@ -32,6 +33,8 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedObject,
     ShardedTensorFactory,
 )
+
+from megatron_moe_inject.experts.empty_shares import EmptyShares, has_empty_share
 
 
 class _NoInnerOptimizer:
@@ -132,7 +135,7 @@ def make_checkpointable(optimizer: Any) -> Any:
         optimizer: what ``get_megatron_optimizer`` returned; changed in place and returned.
 
     Collectives: none here; each later ``sharded_state_dict`` (every rank calls it, on save and
-    load) adds one all-gather of a few numbers over the whole world.
+    load) adds one all-gather of a few numbers over the whole world, and those of ``EmptyShares``.
     """
     empty: dict[int, _EmptyState] = {}
     for index, part in enumerate(optimizer.chained_optimizers):
@@ -143,6 +146,9 @@ def make_checkpointable(optimizer: Any) -> Any:
             part.sharded_state_dict = lambda *args, **kwargs: {}
         elif _is_empty(part.optimizer):
             empty[index] = part.optimizer.state_dict = _EmptyState(part.optimizer)
+
+        if hasattr(part, "gbuf_ranges") and has_empty_share(part):
+            EmptyShares(part)
 
     stock = optimizer.sharded_state_dict
 

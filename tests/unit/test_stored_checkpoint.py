@@ -54,10 +54,7 @@ KINDS = {
     "torch_dist": ("torch_dist", {}),
     "torch": ("torch", {"ckpt_format": "torch"}),
     "torch under --ckpt-format torch_dist": ("torch", {}),
-    "torch_dist, detected": (
-        "torch_dist",
-        {"ckpt_format": "torch", "auto_detect_ckpt_format": True},
-    ),
+    "torch, detected": ("torch", {"auto_detect_ckpt_format": True}),
 }
 
 
@@ -144,6 +141,11 @@ BROKEN = {
         "is a torch_dcp checkpoint",
     ),
     "another --ckpt-format": (lambda folder: None, {"ckpt_format": "torch"}, "does not load"),
+    "another --ckpt-format, detected": (
+        lambda folder: None,
+        {"ckpt_format": "torch", "auto_detect_ckpt_format": True},
+        "does not load",
+    ),
     "local": (lambda folder: None, {"non_persistent_ckpt_type": "local"}, "'local' keeps"),
     "no --pretrained-checkpoint": (
         lambda folder: (folder.parent / TRACKER).unlink(),
