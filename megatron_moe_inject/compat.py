@@ -44,7 +44,17 @@ REQUIRED_SYMBOLS = {
         "get_current_running_global_batch_size",
     ),
     "megatron.core.datasets.blended_dataset": ("BlendedDataset",),
-    "megatron.training.checkpointing": ("_build_sharded_state_dict_metadata",),
+    "megatron.training.checkpointing": (
+        "_build_sharded_state_dict_metadata",
+        "_get_checkpoint_format",
+        "_load_base_checkpoint",
+        "_NON_PERSISTENT_CKPT_SUBDIR",
+        "checkpoint_exists",
+        "find_checkpoint_rank_0",
+        "get_checkpoint_name",
+        "get_checkpoint_tracker_filename",
+        "read_metadata",
+    ),
     "megatron.training": ("pretrain", "get_args", "print_rank_0"),
     "megatron.core.models.gpt.gpt_model": ("GPTModel",),
     "megatron.core.tensor_parallel": ("gather_from_sequence_parallel_region",),
@@ -61,6 +71,7 @@ REQUIRED_PARAMETERS = {
         "grad_norm",
         "is_first_iteration",
     ),
+    ("megatron.training.checkpointing", "_load_base_checkpoint"): ("rank0", "sharded_state_dict"),
     ("megatron.core.tensor_parallel", "gather_from_sequence_parallel_region"): (
         "tensor_parallel_output_grad",
         "group",
@@ -393,27 +404,6 @@ def runs_in_high_precision(config: Any, layer: int) -> bool:
 def logit_scale(config: Any) -> float:
     """What a GPT model with this ``TransformerConfig`` multiplies its logits by (MuP)."""
     return float(config.mup_output_mult) if getattr(config, "use_mup", False) else 1.0
-
-
-def checkpoint_to_resume(args: Any) -> Path | None:
-    """The folder of the checkpoint whose training goes on, None where a run starts anew."""
-    step = None if args.finetune else stored_iteration(args)
-    if step is None:
-        return None
-    folder = Path(args.load) / f"iter_{step:07d}"
-    return folder if folder.is_dir() else None
-
-
-def stored_iteration(args: Any) -> int | None:
-    """Iteration of the checkpoint that is loaded, None without one or where it does not say."""
-    if not args.load:
-        return None
-    step = getattr(args, "ckpt_step", None)
-    if step is not None:
-        return int(step)
-    tracker = Path(args.load) / "latest_checkpointed_iteration.txt"
-    text = tracker.read_text().strip() if tracker.is_file() else ""
-    return int(text) if text.isdigit() else None
 
 
 def optimizer_steps(args: Any) -> int:

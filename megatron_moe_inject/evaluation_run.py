@@ -54,6 +54,7 @@ from megatron_moe_inject.student import (
     split_labels,
     student_facts_from_args,
 )
+from megatron_moe_inject.student_load import Origin, StudentLoad
 from megatron_moe_inject.teachers.setup import by_domain, checked_teachers, teacher_pass
 
 _NO_DATA = (
@@ -78,7 +79,10 @@ class Evaluator:
         args: Megatron's arguments.
         facts: the student.
         valid_vocab_size: ids of the student's tokenizer.
-        origin: what messages name as the reason, such as ``evaluation``.
+        reason: what messages name as the reason, such as ``evaluation``.
+
+    Attributes:
+        origin: what was loaded, to be set before anything is measured.
 
     Raises:
         RecipeError: there is nothing to evaluate on, or an option that would not read it once.
@@ -90,23 +94,24 @@ class Evaluator:
         args: Namespace,
         facts: StudentFacts,
         valid_vocab_size: int,
-        origin: str = "evaluation",
+        reason: str = "evaluation",
     ) -> None:
         self.recipe = recipe
         self.args = args
         self._facts = facts
         self._valid_vocab_size = valid_vocab_size
-        for name, reason in _ONE_PASS.items():
+        for name, problem in _ONE_PASS.items():
             if getattr(args, name, None):
                 flag = "--" + name.replace("_", "-")
-                raise RecipeError(f"{flag}: {reason}; remove it, or measure nothing ({origin})")
+                raise RecipeError(f"{flag}: {problem}; remove it, or measure nothing ({reason})")
         if args.dataloader_type == "external":
             raise RecipeError(
                 f"--dataloader-type external: cannot be read from its beginning again; use "
-                f"Megatron's loaders, or measure nothing ({origin})"
+                f"Megatron's loaders, or measure nothing ({reason})"
             )
         if not args.eval_iters or not (facts.mock_data or facts.data_paths.get("valid")):
-            raise RecipeError(_NO_DATA.format(origin))
+            raise RecipeError(_NO_DATA.format(reason))
+        self.origin = Origin()
         self.samples = args.eval_iters * args.eval_global_batch_size
         self.text = HeldOutText(self.samples)
         self._names = {label: domain.name for label, domain in enumerate(recipe.domains)}
@@ -169,7 +174,9 @@ class Evaluator:
         args = self.args
         model = args.tokenizer_model or args.vocab_file or args.vocab_size or ""
         provenance = Provenance(
-            checkpoint=str(args.load or ""),
+            checkpoint=self.origin.checkpoint,
+            checkpoint_iteration=self.origin.iteration,
+            checkpoint_sha256=self.origin.sha256,
             iteration=iteration,
             megatron_version=compat.megatron_version(),
             tokenizer=f"{args.tokenizer_type} {model}".strip(),
@@ -372,9 +379,10 @@ class EvaluationRun(Evaluator):
         facts = student_facts_from_args(args)
         check_options(recipe, facts)
         mix_held_out(recipe, args, facts)
-        super().__init__(recipe, args, facts, valid_vocab_size, origin=flag)
+        super().__init__(recipe, args, facts, valid_vocab_size, reason=flag)
         self.dry_run = False
         self.terms = TermLog(args)
+        self.student_load = StudentLoad(args)
         checked_teachers(recipe, args)
         labels = {s: split_labels(recipe, facts, s) for s in SPLITS}
         self.splits = SplitRegistry(labels)
@@ -394,14 +402,18 @@ class EvaluationRun(Evaluator):
     """What surrounds the building of the student: nothing."""
 
     def freeze(self, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
-        """Nothing is frozen."""
+        """Nothing is frozen; what is loaded is watched."""
+        self.student_load.watch(chunks)
         return chunks
 
     def attach(self, chunks: Sequence[torch.nn.Module], optimizer: Any = None) -> None:
         """Attach to a student that is built and loaded.
 
-        Collectives: group creation for the labels, and those of ``agree``.
+        Collectives: those of ``StudentLoad.verify`` and ``origin``, group creation for the labels,
+        and those of ``agree``.
         """
+        self.student_load.verify()
+        self.origin = self.student_load.origin()
         groups = compat.process_groups(chunks[0])
         self.prepare(chunks[0])
         last = next((chunk for chunk in chunks if chunk.post_process), None)
@@ -438,8 +450,7 @@ class EvaluationRun(Evaluator):
 
     def iteration(self, told: int) -> int:
         """The checkpoint's iteration, also where ``--finetune`` makes Megatron count from 0."""
-        found = compat.stored_iteration(self.args)
-        return told if found is None else found
+        return told if self.origin.iteration is None else self.origin.iteration
 
     def other_data(self, evaluate: Callable[[], Any]) -> None:
         """The test data are not read."""

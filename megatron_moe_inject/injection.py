@@ -68,6 +68,7 @@ from megatron_moe_inject.student import (
     split_labels,
     student_facts_from_args,
 )
+from megatron_moe_inject.student_load import StudentLoad
 from megatron_moe_inject.teachers import states_dtype
 from megatron_moe_inject.teachers.setup import by_domain, checked_teachers, teacher_pass
 from megatron_moe_inject.teachers.step_pass import TeacherPass
@@ -82,8 +83,13 @@ def freeze_policy(recipe: Recipe) -> FreezePolicy:
     elif recipe.train.experts == "selected":
         experts = {layer: frozenset(ids) for layer, ids in recipe.experts_by_layer().items()}
     train = recipe.train
+    chosen = recipe.experts_by_layer() if train.router_rows else {}
     return FreezePolicy(
-        experts, frozenset(train.components()), frozenset(train.layers), tuple(train.patterns)
+        experts,
+        frozenset(train.components()),
+        frozenset(train.layers),
+        tuple(train.patterns),
+        {layer: frozenset(ids) for layer, ids in chosen.items()},
     )
 
 
@@ -192,8 +198,8 @@ class Injection:
                 recipe, args, self.evaluator.path, self._lineage, self.terms.interval()
             )
         self.imitation = ImitationSetup(recipe, args, self.facts, self.teacher_infos)
-        rows = recipe.experts_by_layer() if recipe.train.router_rows else {}
-        self._rows = RouterRows(rows, args)
+        self.student_load = StudentLoad(args)
+        self._rows = RouterRows(self.policy.rows, args)
         self.chunks: list[torch.nn.Module] = []
         self.originals: OriginalParameters | None = None
         remark = begin_or_resume(self.policy, args, self.imitation.projections)
@@ -222,8 +228,10 @@ class Injection:
         return contextlib.nullcontext() if self._fp8 is None else self._fp8.while_building()
 
     def freeze(self, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
-        """``pre_wrap_hooks`` entry: apply the policy to bare chunks, let grouped experts that are
-        frozen in part train, and add projections and router rows that train. No collective."""
+        """``pre_wrap_hooks`` entry: watch what bare chunks are given, apply the policy to them, let
+        grouped experts that are frozen in part train, and add projections and router rows that
+        train. No collective."""
+        self.student_load.watch(chunks)
         self.policy.apply(chunks)
         train_grouped_experts(chunks)
         drop_transposes(chunks)
@@ -238,15 +246,18 @@ class Injection:
             chunks: this rank's bare model chunks.
             optimizer: Megatron's, ``None`` in a run that only evaluates.
 
-        Collectives, over the whole world: one all-reduce for the boundary, group creation for
-        the labels, one all-gather each for agreement on the teachers and for the plan; over the
-        pipeline, one all-gather for the stages that run forward only.
+        Collectives, over the whole world: those of ``StudentLoad.verify`` and, where files are
+        written about the student, of its ``origin``; one all-reduce for the boundary, group
+        creation for the labels, one all-gather each for agreement on the teachers and for the
+        plan; over the pipeline, one all-gather for the stages that run forward only.
 
         Raises:
             RecipeError: on every rank, if a teacher cannot be loaded, nothing trains, or a layer
                 that imitates a teacher lies below everything that trains.
         """
         self.chunks = list(chunks)
+        self.student_load.verify()
+        self._say_origin()
         self._rows.loaded()
         if self._fp8 is not None:
             agree(self._fp8.check)
@@ -298,6 +309,7 @@ class Injection:
             boundary=boundary,
             imitation=self.imitation.terms,
             warnings=self._warnings
+            + self.student_load.remarks
             + self.imitation.warnings
             + self._steering.warnings
             + [
@@ -306,6 +318,17 @@ class Injection:
                 if info.vocabulary.startswith("not compared")
             ],
         )
+
+    def _say_origin(self) -> None:
+        """Tell what writes files about the student what was loaded; nothing where none is written.
+
+        Collectives: those of ``StudentLoad.origin``.
+        """
+        writers = [w for w in (self._profile, self.evaluator, self.run_log) if w is not None]
+        if writers and not self.dry_run:
+            origin = self.student_load.origin()
+            for writer in writers:
+                writer.origin = origin
 
     def _check_patterns(self) -> None:
         """Every pattern of ``train.patterns`` must name a parameter of some rank, and none one

@@ -18,6 +18,7 @@
 | ``training.train`` | the first evaluation; what must not change is remembered |
 | ``training.training_log``, ``training.evaluate`` | our terms, as sums over the interval |
 | ``training.training_log`` | with ``evaluation``: the run's list, for ``moe-inject report`` |
+| ``checkpointing._load_base_checkpoint`` | what is asked of the student's checkpoint, and lacks |
 | ``training.get_megatron_optimizer`` | the optimizer can be saved where little trains |
 
 Not patched: the optimizer's maths, DDP, schedules, the checkpoint format, and any class of the
@@ -63,7 +64,7 @@ def install() -> None:
     """
     compat.require_symbols()
     import megatron.training
-    from megatron.training import arguments, training
+    from megatron.training import arguments, checkpointing, training
 
     if hasattr(training.pretrain, _MARK):
         return
@@ -72,6 +73,7 @@ def install() -> None:
     _wrap(training, "pretrain", run.pretrain)
     megatron.training.pretrain = training.pretrain
     _wrap(training, "setup_model_and_optimizer", run.setup_model_and_optimizer)
+    _wrap(checkpointing, "_load_base_checkpoint", run.load_base_checkpoint)
     _wrap(training, "get_megatron_optimizer", run.get_megatron_optimizer)
     _wrap(training, "build_train_valid_test_data_iterators", run.build_data_iterators)
     _wrap(training, "build_train_valid_test_datasets", run.datasets)
@@ -157,6 +159,11 @@ class _Run:
         if injection.dry_run:
             _leave(0)
         return built
+
+    def load_base_checkpoint(self, stock, *args, **kwargs):
+        if self._injection is None:
+            return stock(*args, **kwargs)
+        return self._injection.student_load.read(stock, *args, **kwargs)
 
     def get_megatron_optimizer(self, stock, *args, **kwargs):
         optimizer = stock(*args, **kwargs)

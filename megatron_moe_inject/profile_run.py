@@ -45,6 +45,7 @@ from megatron_moe_inject.progress import StepProgress
 from megatron_moe_inject.recipe import GENERAL, Recipe, RecipeError
 from megatron_moe_inject.step import SplitRegistry, StepHook
 from megatron_moe_inject.student import SPLITS, StudentFacts, split_labels, student_facts_from_args
+from megatron_moe_inject.student_load import Origin, StudentLoad
 
 
 class ProfileSetup:
@@ -55,6 +56,9 @@ class ProfileSetup:
         args: Megatron's arguments.
         facts: the student.
         splits: which splits are recorded.
+
+    Attributes:
+        origin: what was loaded, to be set before ``recorder``.
 
     Raises:
         RecipeError: a dense student, a place that cannot be written to, or more router logits
@@ -73,6 +77,7 @@ class ProfileSetup:
             raise RecipeError(
                 f"--inject-profile: {self._path.absolute().parent} is no folder; create it first"
             )
+        self.origin = Origin()
         self._names = [GENERAL_CLASS, *(domain.name for domain in recipe.domains)]
         self._check_logits()
         self._data = [
@@ -122,6 +127,8 @@ class ProfileSetup:
         count = len(self._facts.moe_layers) * self._facts.num_moe_experts
         self._expert_parameters = experts // count
         self._first_iteration = compat.optimizer_steps(self._args)
+        if self._args.skip_train and self.origin.iteration is not None:
+            self._first_iteration = self.origin.iteration  # also where --finetune counts from 0
         return agree(
             lambda: RoutingRecorder(
                 chunks,
@@ -157,7 +164,9 @@ class ProfileSetup:
             return f"routing profile: no step was recorded, {self._path} is not written"
         args = self._args
         provenance = Provenance(
-            checkpoint=str(args.load or ""),
+            checkpoint=self.origin.checkpoint,
+            checkpoint_iteration=self.origin.iteration,
+            checkpoint_sha256=self.origin.sha256,
             first_iteration=self._first_iteration,
             last_iteration=self._first_iteration + (0 if args.skip_train else recorder.steps),
             megatron_version=compat.megatron_version(),
@@ -223,6 +232,7 @@ class ProfileRun:
         facts = student_facts_from_args(args)
         check_packed(args, args.eval_micro_batch_size, {"--inject-profile": True})
         mix_held_out(recipe, args, facts)
+        self.student_load = StudentLoad(args)
         self._args = args
         self._setup = ProfileSetup(recipe, args, facts, SPLITS[1:])
         labels = {s: split_labels(recipe, facts, s) for s in SPLITS}
@@ -239,14 +249,18 @@ class ProfileRun:
     """What surrounds the building of the student: nothing."""
 
     def freeze(self, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
-        """Nothing is frozen."""
+        """Nothing is frozen; what is loaded is watched."""
+        self.student_load.watch(chunks)
         return chunks
 
     def attach(self, chunks: Sequence[torch.nn.Module], optimizer: Any = None) -> None:
         """Watch the routers of a student that is built and loaded.
 
-        Collectives: group creation for the labels, and those of ``ProfileSetup.recorder``.
+        Collectives: those of ``StudentLoad.verify`` and ``origin``, group creation for the labels,
+        and those of ``ProfileSetup.recorder``.
         """
+        self.student_load.verify()
+        self._setup.origin = self.student_load.origin()
         groups = compat.process_groups(chunks[0])
         self._recorder = self._setup.recorder(chunks, groups)
         self.step_hook = StepHook(

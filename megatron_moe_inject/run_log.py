@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import platform
 from argparse import Namespace
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from megatron_moe_inject.experts.lineage import Lineage
 from megatron_moe_inject.metrics.run_file import (
     FILE,
     Component,
+    Loaded,
     Start,
     Step,
     append,
@@ -33,6 +35,7 @@ from megatron_moe_inject.metrics.run_file import (
 from megatron_moe_inject.metrics.term_log import Interval
 from megatron_moe_inject.plan import Plan, render_plan
 from megatron_moe_inject.recipe import Recipe, RecipeError, dump_recipe
+from megatron_moe_inject.student_load import Origin
 
 _TAKEN, _SKIPPED, _NAN = "advanced iterations", "skipped iterations", "nan iterations"
 
@@ -46,6 +49,9 @@ class RunLog:
         evaluations: where the run's evaluations go.
         lineage: which injection the run begins or goes on with.
         terms: sums of our terms, for this list alone.
+
+    Attributes:
+        origin: what was loaded, to be set before ``begin``.
     """
 
     def __init__(
@@ -62,6 +68,7 @@ class RunLog:
         self._lineage = lineage
         self._terms = terms
         self.path = Path(args.save) / FILE
+        self.origin = Origin()
         self._writes = False
         self._seconds = 0.0
         self._shown: dict[str, float] = {}
@@ -97,6 +104,7 @@ class RunLog:
             evaluations=str(self._evaluations.absolute()),
             train_iters=int(self._args.train_iters or 0),
             injection=self._lineage.identity,
+            loaded=Loaded(**asdict(self.origin)),
         )
         source = self._lineage.find(self.path, FILE)
         before = [] if source is None else kept(read_run(source), now)

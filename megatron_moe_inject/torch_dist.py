@@ -300,19 +300,30 @@ class TorchDistCheckpoint:
             raise _damaged(self.source, path, error) from error
 
 
-def stored_shapes(folder: Path, part: str) -> dict[str, tuple[int, ...]]:
+def read_metadata(folder: Path) -> Metadata:
+    """Which file of a checkpoint's folder holds which part of which tensor.
+
+    Raises:
+        OSError, pickle.UnpicklingError: it cannot be read.
+    """
+    return _Reader(str(folder)).read_metadata()
+
+
+def is_training_state(name: str) -> bool:
+    """Whether a stored name is one of the optimizer's, say, and none of the model's."""
+    return bool(_TRAINING_STATE.match(name))
+
+
+def stored_shapes(folder: Path, part: str = "") -> dict[str, tuple[int, ...]]:
     """Shapes of the model's tensors in a checkpoint's folder with ``part`` in their names.
 
     Raises:
         OSError, pickle.UnpicklingError: it cannot be read.
     """
-    stored = _Reader(str(folder)).read_metadata().state_dict_metadata
     return {
         name: tuple(value.size)
-        for name, value in stored.items()
-        if part in name
-        and not _TRAINING_STATE.match(name)
-        and isinstance(value, TensorStorageMetadata)
+        for name, value in read_metadata(folder).state_dict_metadata.items()
+        if part in name and not is_training_state(name) and isinstance(value, TensorStorageMetadata)
     }
 
 

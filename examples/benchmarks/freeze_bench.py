@@ -109,6 +109,7 @@ def start(name: str, layout: str, port: int, options: argparse.Namespace, folder
         which, rest = ("all", EVERYTHING) if experts is None else ("selected", "")
         recipe.write_text(RECIPE.format(experts=by_layer, which=which, rest=rest))
         flags = [*(["--cpu"] if options.cpu else []), *flags, "--inject-recipe", str(recipe)]
+        flags += ["--inject-from-scratch"]
     spec = {
         "port": port,
         "arm": name,

@@ -90,6 +90,7 @@ def parent(options: argparse.Namespace) -> None:
         moe = "--num-experts 8 --moe-router-topk 2 --moe-token-dispatcher-type alltoall "
         moe += f"--moe-ffn-hidden-size {options.hidden} --moe-router-load-balancing-type none "
         moe += f"--expert-model-parallel-size {options.nproc} --inject-recipe {recipe} "
+        moe += "--inject-from-scratch "
         moe += f"--train-iters {2 * options.steps + WARM_UP}"
         environment["STEP_OVERHEAD_TIMES"] = str(times)
         flags = [*model_flags(options, options.hidden), *moe.split()]

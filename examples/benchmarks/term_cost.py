@@ -114,7 +114,7 @@ def parent(options: argparse.Namespace) -> None:
             f"--moe-ffn-hidden-size {options.hidden} --moe-router-load-balancing-type none "
             f"--data-path {share} {general} {1 - share} {domain} --split 80,20,0 "
             f"--inject-recipe {recipe} --train-iters {steps} --eval-iters {steps} "
-            f"--micro-batch-size 1 --global-batch-size {BATCH}"
+            f"--inject-from-scratch --micro-batch-size 1 --global-batch-size {BATCH}"
         ).split()
         if options.feature in READS_ONLY:
             flags += ["--skip-train", READS_ONLY[options.feature], f"{folder}/found.json"]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -151,22 +151,25 @@ class FreezePolicy:
         components: other components that train whole, from ``COMPONENTS``.
         layers: 0-based global layers that train whole.
         patterns: shell patterns over ``ParameterPlace.global_name`` that train.
+        rows: rows of routers that train, expert ids by 0-based global layer.
     """
 
     experts: Mapping[int, frozenset[int]] | None
     components: frozenset[str]
     layers: frozenset[int] = frozenset()
     patterns: tuple[str, ...] = ()
+    rows: Mapping[int, frozenset[int]] = field(default_factory=dict)
 
     def described(self) -> dict[str, Any]:
-        """The policy in plain JSON values; equal for equal policies."""
-        experts: Any = "all"
-        if self.experts is not None:
-            experts = {
-                str(layer): sorted(ids) for layer, ids in sorted(self.experts.items()) if ids
-            }
+        """The policy in plain JSON values; equal for equal policies, and for no others, since the
+        state of an optimizer is told apart by nothing else."""
+        experts: Any = "all" if self.experts is None else _plain(self.experts)
         described = {"experts": experts, "components": sorted(self.components)}
-        more = {"layers": sorted(self.layers), "patterns": sorted(self.patterns)}
+        more: dict[str, Any] = {
+            "layers": sorted(self.layers),
+            "patterns": sorted(self.patterns),
+            "router_rows": _plain(self.rows),
+        }
         return described | {name: value for name, value in more.items() if value}
 
     def trains(self, place: ParameterPlace) -> bool:
@@ -208,6 +211,10 @@ class FreezePolicy:
                 if hasattr(module, "frozen_expert_bias"):
                     trains = any(p.requires_grad for p in module.parameters(recurse=False))
                     module.frozen_expert_bias = not trains
+
+
+def _plain(by_layer: Mapping[int, Iterable[int]]) -> dict[str, list[int]]:
+    return {str(layer): sorted(ids) for layer, ids in sorted(by_layer.items()) if ids}
 
 
 def first_trainable_layer(chunks: Iterable[torch.nn.Module], num_layers: int) -> int:

@@ -1,6 +1,6 @@
 """Checkpoints of the optimizer when little trains.
 
-Megatron (0.18.2 to 0.19.2) cannot save its chained optimizer in three cases that freezing brings:
+Megatron (0.18.2 to 0.19.2) cannot save its chained optimizer in four cases that freezing brings:
 
 - No dense parameter trains anywhere. The dense part of the chain is then a stub without an inner
   optimizer, and saving reads the inner optimizer's groups.
@@ -11,6 +11,7 @@ Megatron (0.18.2 to 0.19.2) cannot save its chained optimizer in three cases tha
 - Experts train, but not all of a layer or not in all layers. A checkpoint stacks a parameter over
   layers and experts into one tensor, and the state of the frozen ones is a hole in it, which
   saving refuses.
+- So little trains that a rank's share of it is padding, see ``empty_shares``.
 
 All are mended on the optimizer that was built, not in Megatron's classes: a stub saves and loads
 nothing, an empty inner optimizer reports the step that the other ranks are at, and the state of a
@@ -20,6 +21,7 @@ that it can still be loaded at another parallel layout.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -28,8 +30,11 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import (
     LocalNonpersistentObject,
+    ShardedObject,
     ShardedTensorFactory,
 )
+
+from megatron_moe_inject.experts.empty_shares import EmptyShares, has_empty_share
 
 
 class _NoInnerOptimizer:
@@ -101,15 +106,25 @@ def _unstacked(tensor: ShardedTensor) -> ShardedTensor:
 
 def with_own_keys(state: Any) -> Any:
     """Unstack every tensor of a sharded state dict, also those that a factory builds later."""
-    if isinstance(state, ShardedTensor):
-        return _unstacked(state)
+    return changed_shards(
+        state, lambda shard: _unstacked(shard) if isinstance(shard, ShardedTensor) else shard
+    )
+
+
+def changed_shards(
+    state: Any, change: Callable[[ShardedTensor | ShardedObject], ShardedTensor | ShardedObject]
+) -> Any:
+    """A sharded state dict with another shard for each, also for those that a factory builds
+    later."""
+    if isinstance(state, (ShardedTensor, ShardedObject)):
+        return change(state)
     if isinstance(state, ShardedTensorFactory):
         build = state.build_fn
-        return replace(state, build_fn=lambda *args: with_own_keys(build(*args)))
+        return replace(state, build_fn=lambda *args: changed_shards(build(*args), change))
     if isinstance(state, dict):
-        return {key: with_own_keys(value) for key, value in state.items()}
+        return {key: changed_shards(value, change) for key, value in state.items()}
     if isinstance(state, list):
-        return [with_own_keys(value) for value in state]
+        return [changed_shards(value, change) for value in state]
     return state
 
 
@@ -120,7 +135,7 @@ def make_checkpointable(optimizer: Any) -> Any:
         optimizer: what ``get_megatron_optimizer`` returned; changed in place and returned.
 
     Collectives: none here; each later ``sharded_state_dict`` (every rank calls it, on save and
-    load) adds one all-gather of a few numbers over the whole world.
+    load) adds one all-gather of a few numbers over the whole world, and those of ``EmptyShares``.
     """
     empty: dict[int, _EmptyState] = {}
     for index, part in enumerate(optimizer.chained_optimizers):
@@ -131,6 +146,9 @@ def make_checkpointable(optimizer: Any) -> Any:
             part.sharded_state_dict = lambda *args, **kwargs: {}
         elif _is_empty(part.optimizer):
             empty[index] = part.optimizer.state_dict = _EmptyState(part.optimizer)
+
+        if hasattr(part, "gbuf_ranges") and has_empty_share(part):
+            EmptyShares(part)
 
     stock = optimizer.sharded_state_dict
 

@@ -125,8 +125,11 @@ def _parts(profile: RoutingProfile) -> tuple[str, ...]:
 
 def _check_same_student(first: str, a: Provenance, name: str, b: Provenance) -> None:
     ours, theirs = _flat(asdict(a)), _flat(asdict(b))
+    apart = {"megatron_version", "checkpoint_iteration", "checkpoint_sha256"}
+    if a.checkpoint_sha256 and b.checkpoint_sha256:  # the same one may lie in two places
+        apart = {"megatron_version", "checkpoint"}
     for key, value in theirs.items():
-        if value != ours[key] and key != "megatron_version":
+        if value != ours[key] and key not in apart:
             raise RecipeError(
                 f"{name}: {key} is {show(value)}, but {show(ours[key])} in {first}; "
                 "merge profiles of one student recorded with the same settings"
@@ -173,10 +176,17 @@ def _content(profile: RoutingProfile) -> dict[str, Any]:
     """Everything the checksum covers, in plain values."""
     content = {
         "parts": list(profile.parts),
-        "provenance": asdict(profile.provenance),
+        "provenance": _plain_provenance(profile.provenance),
         "classes": {name: _plain_class(found) for name, found in profile.classes.items()},
     }
     return content if profile.logits is None else content | {"logits": asdict(profile.logits)}
+
+
+def _plain_provenance(provenance: Provenance) -> dict[str, Any]:
+    """Without what files of earlier versions did not have, whose checksums stay theirs."""
+    later = ("checkpoint_iteration", "checkpoint_sha256")
+    found = asdict(provenance).items()
+    return {name: value for name, value in found if value is not None or name not in later}
 
 
 def _plain_class(found: ClassStatistics) -> dict[str, Any]:

@@ -9,22 +9,12 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_moe_inject import compat
 from megatron_moe_inject.experts.freeze import FreezePolicy
-from megatron_moe_inject.torch_dist import TorchDistCheckpoint
+from megatron_moe_inject.stored_checkpoint import checkpoint_to_load
 from megatron_moe_inject.typed import RecipeError
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    path: Path
-
-    def error(self, problem: str, remedy: str) -> RecipeError:
-        return RecipeError(f"--load {self.path} {problem}; {remedy}")
 
 
 def begin_or_resume(
@@ -44,12 +34,12 @@ def begin_or_resume(
         A remark for the plan where the optimizer starts anew, else None.
 
     Raises:
-        RecipeError: the checkpoint holds the optimizer state of another policy.
+        RecipeError: the checkpoint cannot be read, or holds the optimizer state of another policy.
     """
     args.inject_policy = policy.described()
     if projections:
         args.inject_policy["projections"] = list(projections)
-    if args.no_load_optim or args.ckpt_format != "torch_dist":
+    if args.no_load_optim:
         return None
     folder, stored = stored_argument(args, "inject_policy")
     if folder is None:
@@ -59,7 +49,7 @@ def begin_or_resume(
         return (
             f"{folder} was saved without injection: its optimizer state is left, ours starts anew"
         )
-    if stored != args.inject_policy:
+    if _as_now(stored) != args.inject_policy:
         raise RecipeError(
             f"train: {folder} holds the optimizer state of {_shown(stored)}, but now "
             f"{_shown(args.inject_policy)} trains; add --no-load-optim to start the optimizer "
@@ -69,30 +59,47 @@ def begin_or_resume(
 
 
 def stored_argument(args: Namespace, name: str) -> tuple[Path | None, Any]:
-    """An argument of the run whose training goes on, as its checkpoint stores it.
+    """An argument of the run whose training goes on, as its checkpoint stores it. No collective.
 
     Returns:
-        The checkpoint's folder, ``None`` where a run starts anew or the checkpoint is damaged
-        (Megatron's own loading says what is wrong with it); and the value, ``None`` where the run
-        had none, or the checkpoint has another format than ``torch_dist``.
+        The checkpoint's folder, ``None`` where a run starts anew; and the value, ``None`` where the
+        run had none.
+
+    Raises:
+        RecipeError: the checkpoint is damaged, or of a kind that cannot be read.
     """
-    folder = compat.checkpoint_to_resume(args)
-    if folder is None or args.ckpt_format != "torch_dist":
-        return folder, None
-    try:
-        return folder, vars(TorchDistCheckpoint.open(_Loaded(folder)).args).get(name)
-    except RecipeError:
+    checkpoint = checkpoint_to_load(args)
+    if checkpoint is None or not checkpoint.resumes:
         return None, None
+    return checkpoint.folder, checkpoint.argument(name)
+
+
+def _as_now(policy: dict) -> dict:
+    """A stored policy as it would be described now.
+
+    Earlier versions did not store which rows of routers train. Beside selected experts they are
+    theirs, and otherwise unknown, so that the policies differ.
+    """
+    experts = policy["experts"]
+    if "router_rows" in policy["components"] and isinstance(experts, dict) and experts:
+        return {"router_rows": experts} | policy
+    return policy
 
 
 def _shown(policy: dict) -> str:
     experts = policy["experts"]
     if isinstance(experts, dict):
-        layers = (f"{layer}: {ids}" for layer, ids in experts.items())
-        experts = f"experts {{{', '.join(layers)}}}" if experts else ""
+        experts = f"experts {_by_layer(experts)}" if experts else ""
     else:
         experts = f"{experts} experts"
     layers = [f"layers {policy['layers']}"] if "layers" in policy else []
-    named = [*policy["components"], *layers, *policy.get("patterns", ())]
+    rows = policy.get("router_rows")
+    named = [n for n in policy["components"] if n != "router_rows" or rows is None]
+    named += [f"router rows {_by_layer(rows)}"] if rows else []
+    named += [*layers, *policy.get("patterns", ())]
     named += [f"projection {name}" for name in policy.get("projections", ())]
     return " and ".join(part for part in (experts, ", ".join(named)) if part)
+
+
+def _by_layer(experts: dict) -> str:
+    return f"{{{', '.join(f'{layer}: {ids}' for layer, ids in experts.items())}}}"

@@ -51,6 +51,8 @@ class Provenance:
 
     Attributes:
         checkpoint: directory the student was loaded from; empty for a random start.
+        checkpoint_iteration, checkpoint_sha256: see ``student_load.Origin``; ``None`` in files of
+            earlier versions, too.
         first_iteration, last_iteration: the student's iteration when recording began and ended;
             they differ only where it trained meanwhile.
         megatron_version: of Megatron-Core; several, joined by commas, after merging.
@@ -72,6 +74,8 @@ class Provenance:
     parameters: int = field(metadata=_MISSING)
     expert_parameters: int = field(metadata=_MISSING)
     router: RouterSettings = field(metadata=_MISSING)
+    checkpoint_iteration: int | None = None
+    checkpoint_sha256: str | None = None
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,9 +17,9 @@ from megatron_moe_inject.imitation.projections import Projections
 from megatron_moe_inject.imitation.terms import imitation_terms
 from megatron_moe_inject.recipe import Recipe, RecipeError
 from megatron_moe_inject.schedule import value_at
+from megatron_moe_inject.stored_checkpoint import checkpoint_to_load
 from megatron_moe_inject.student import StudentFacts
 from megatron_moe_inject.teachers import Teacher, TeacherInfo, states_dtype
-from megatron_moe_inject.torch_dist import stored_shapes
 from megatron_moe_inject.typed import listing
 
 
@@ -74,13 +73,10 @@ class ImitationSetup:
                 f"--ckpt-format {self._args.ckpt_format} cannot leave projections out where plain "
                 "Megatron loads the student; use torch_dist, or a teacher of the student's width"
             )
-        folder = compat.checkpoint_to_resume(self._args)
-        if folder is None or not needed:
+        checkpoint = checkpoint_to_load(self._args) if needed else None
+        if checkpoint is None or not checkpoint.resumes:
             return False
-        try:
-            found = stored_shapes(folder, f"{PROJECTIONS}.")
-        except (OSError, pickle.UnpicklingError, AttributeError, ValueError):
-            return True  # Megatron's own loading says what is wrong with it.
+        folder, found = checkpoint.folder, checkpoint.shapes(f"{PROJECTIONS}.")
         if not found:
             self.warnings.append(
                 f"features: {folder} holds no projections, so they start anew in a run that goes on"

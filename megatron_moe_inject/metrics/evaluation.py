@@ -90,7 +90,9 @@ class Provenance:
     """What was measured, and how.
 
     Attributes:
-        checkpoint: what the run loaded, as on the command line.
+        checkpoint: the directory that the run loaded; empty for a random start.
+        checkpoint_iteration, checkpoint_sha256: see ``student_load.Origin``; ``None`` in files of
+            earlier versions, too.
         iteration: optimiser steps that the student has taken.
         teachers: source by name of the recipe.
         tokenizer: ``--tokenizer-type`` and model, as on the command line.
@@ -107,6 +109,8 @@ class Provenance:
     batch_size: int
     teachers: dict[str, str] = field(default_factory=dict)
     injection: str = ""
+    checkpoint_iteration: int | None = None
+    checkpoint_sha256: str | None = None
 
 
 @dataclass(frozen=True)

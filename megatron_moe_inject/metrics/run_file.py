@@ -34,6 +34,15 @@ class Component:
 
 
 @dataclass(frozen=True)
+class Loaded:
+    """What was loaded when a run began or was resumed, see ``student_load.Origin``."""
+
+    checkpoint: str = field(metadata=_NEEDED)
+    iteration: int | None = None
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
 class Start:
     """A run that began or was resumed.
 
@@ -48,6 +57,7 @@ class Start:
         evaluations: the list of evaluations (``evaluation_file``).
         train_iters: iterations that the run is to take in all.
         injection: identity of the injection that it is part of (``experts.lineage``).
+        loaded: into the student; ``None`` in lines of earlier versions.
     """
 
     iteration: int = field(metadata=_NEEDED)
@@ -60,6 +70,7 @@ class Start:
     evaluations: str = field(metadata=_NEEDED)
     train_iters: int = field(metadata=_NEEDED)
     injection: str = ""
+    loaded: Loaded | None = None
 
 
 @dataclass(frozen=True)

@@ -12,21 +12,18 @@ Shapes: l this rank's part of the sequence, b samples, h hidden, E experts, r ro
 
 from __future__ import annotations
 
-import pickle
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_moe_inject import compat
 from megatron_moe_inject.experts.freeze import ROWS
 from megatron_moe_inject.experts.optimizer_state import with_own_keys
 from megatron_moe_inject.recipe import RecipeError
 from megatron_moe_inject.routing.watch import routers
-from megatron_moe_inject.torch_dist import stored_shapes
+from megatron_moe_inject.stored_checkpoint import checkpoint_to_load
 from megatron_moe_inject.typed import listing
 
 _ROW_IDS = f"{ROWS}_ids"
@@ -45,7 +42,7 @@ class TrainedRows:
     """
 
     def __init__(
-        self, router: torch.nn.Module, layer: int, experts: Sequence[int], *, stored: bool
+        self, router: torch.nn.Module, layer: int, experts: Collection[int], *, stored: bool
     ) -> None:
         self._router = router
         self._layer = layer
@@ -118,7 +115,7 @@ class RouterRows:
             rows.
     """
 
-    def __init__(self, experts: Mapping[int, Sequence[int]], args: Namespace) -> None:
+    def __init__(self, experts: Mapping[int, Collection[int]], args: Namespace) -> None:
         self._experts = experts
         self._args = args
         self._all: list[TrainedRows] = []
@@ -144,18 +141,15 @@ class RouterRows:
                 f"train.router_rows: --ckpt-format {self._args.ckpt_format} cannot leave rows out "
                 "where plain Megatron loads the student; use torch_dist or train.router"
             )
-        folder = compat.checkpoint_to_resume(self._args)
-        if folder is None:
+        checkpoint = checkpoint_to_load(self._args)
+        if checkpoint is None or not checkpoint.resumes:
             return False
-        try:
-            stored = stored_shapes(Path(folder), f".router.{ROWS}.")
-        except (OSError, pickle.UnpicklingError, AttributeError, ValueError):
-            return True  # Megatron's own loading says what is wrong with it.
+        stored = checkpoint.shapes(f".router.{ROWS}.")
         found = {int(name.rpartition(".")[2]): shape for name, shape in stored.items()}
         needed = {layer: (len(ids), self._args.hidden_size) for layer, ids in self._experts.items()}
         if not found.items() <= needed.items():
             raise RecipeError(
-                f"train.router_rows: {folder} holds {_described(found)}, but now "
+                f"train.router_rows: {checkpoint.folder} holds {_described(found)}, but now "
                 f"{_described(needed)} train; keep what the run began with, or start an injection "
                 "of its own with --finetune"
             )

@@ -29,6 +29,7 @@ import torch
 
 from megatron_moe_inject import compat
 from megatron_moe_inject.losses.spec import LogitTransform
+from megatron_moe_inject.norm_names import stored_name
 from megatron_moe_inject.rng import untouched_rng
 from megatron_moe_inject.teachers import megatron_args, vocabulary
 from megatron_moe_inject.teachers.base import Source, Teacher, TeacherInfo, padded_rows
@@ -301,7 +302,10 @@ def _fill(checkpoint: TorchDistCheckpoint, model: torch.nn.Module) -> None:
         for parameter in model.parameters():
             parameter.fill_(float("nan"))
     stored = {key: tuple(t.size) for key, t in checkpoint.tensors.items() if _is_own(key)}
-    pieces = _best_pieces(model, checkpoint, stored)
+    pieces = [
+        piece._replace(key=stored_name(piece.key, stored))
+        for piece in _best_pieces(model, checkpoint, stored)
+    ]
     wanted = {piece.key: tuple(piece.global_shape) for piece in pieces}
     missing = sorted(wanted.keys() - stored.keys())
     unexpected = sorted(stored.keys() - wanted.keys())

@@ -38,8 +38,10 @@ SIZES = shlex.split(
     "--seq-length 128 --max-position-embeddings 128 --tokenizer-type NullTokenizer "
     "--vocab-size 61 --make-vocab-size-divisible-by 64 --lr 2e-3 --weight-decay 0.1 "
     "--global-batch-size 8 --train-iters 6 --no-gradient-accumulation-fusion "
-    "--distributed-timeout-minutes 3 --dist-ckpt-strictness log_unexpected"
+    "--distributed-timeout-minutes 3"
 )
+LENIENT = ("--dist-ckpt-strictness", "log_unexpected")
+"""What stock Megatron needs to load the student, which was saved without TE, into TE's layers."""
 TE = ("--transformer-impl", "transformer_engine", "--moe-grouped-gemm", "--attention-backend")
 BF16 = ("--bf16", *TE, "unfused")
 FP8 = {
@@ -208,4 +210,5 @@ class Runs:
         path = self.folder / f"{name.replace(' ', '-')}.yaml"
         path.write_text(recipe.replace("{teacher}", self.teacher))
         ours = ("--inject-recipe", str(path), "--inject-verify-frozen")
+        ours += () if student or "--load" in extra else ("--inject-from-scratch",)
         self.start(name, self.flags(*ours, *extra, student=student), **options)

@@ -329,7 +329,8 @@ def test_bytes_are_those_of_the_labels_as_text(material, tmp_path):
     recipe = no_teacher + "train: {{experts: all}}\n"
     flags = [f for f in student_flags(*material.blend) if f not in ("--vocab-size", "61", "127")]
     ours = ("--inject-recipe", recipe_file(material, recipe), "--inject-evaluate", str(path))
-    lane.run([*flags, *tokens, "--skip-train", "--eval-iters", str(BATCHES), *ours])
+    ours += ("--inject-from-scratch", "--skip-train", "--eval-iters", str(BATCHES))
+    lane.run([*flags, *tokens, *ours])
     found = read_evaluation(path)
     logits = tmp_path / "logits.pt"
     data = plain(material, logits, [*flags, *tokens])

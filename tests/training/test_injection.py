@@ -172,7 +172,8 @@ def test_cross_entropy_with_everything_training_is_stock_training(material, layo
     nproc = layout.pop("nproc", 1)
     fresh = student_flags(*material.blend, "--vocab-size", "64", "--train-iters", "4", **layout)
     stock = lane.run(fresh, nproc=nproc)
-    ours = lane.run([*fresh, "--inject-recipe", recipe_file(material, CE_ONLY)], nproc=nproc)
+    anew = ("--inject-from-scratch", "--inject-recipe", recipe_file(material, CE_ONLY))
+    ours = lane.run([*fresh, *anew], nproc=nproc)
     assert ours.losses("lm loss") == pytest.approx(stock.losses("lm loss"), rel=2e-5)
     assert ours.losses("total loss") == pytest.approx(stock.losses("lm loss"), rel=2e-5)
     assert ours.losses("grad norm") == pytest.approx(stock.losses("grad norm"), rel=2e-4)
@@ -332,7 +333,7 @@ def test_a_deepseek_like_student_with_mtp_trains_and_keeps_its_router_bias(mater
     like = (*lane.DEEPSEEK_ROUTER, "--mtp-num-layers", "1", "--moe-router-topk", "1")
     flags = student_flags(
         *(*material.blend, "--train-iters", "3", *like, "--inject-verify-frozen"),
-        *("--inject-recipe", recipe_file(material)),
+        *("--inject-recipe", recipe_file(material), "--inject-from-scratch"),
         ep=2,
     )
     run = lane.run(flags, nproc=2)

@@ -176,6 +176,7 @@ def test_a_sigmoid_router_with_groups_and_bias(material, tmp_path):
         *lane.DEEPSEEK_ROUTER,
         *("--moe-router-topk", "1", "--skip-train", "--eval-iters", "2"),
         *("--inject-recipe", recipe_file(material, UNKNOWN), "--inject-profile", str(path)),
+        "--inject-from-scratch",
     )
     lane.run(flags)
     router = read_profile(path).provenance.router

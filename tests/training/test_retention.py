@@ -110,7 +110,8 @@ def test_a_vanishing_gamma_changes_nothing_else(material):
     """The pass of the original leaves no trace: its weight is what acts, not its running."""
     router = (*lane.DEEPSEEK_ROUTER, "--moe-router-topk", "1", "--mtp-num-layers", "1", "--bf16")
     watched = GAMMA.replace("gamma: 2.0", "gamma: {{points: {{100: 0.0, 200: 1.0}}}}")
-    fresh = student_flags(*material.blend, "--train-iters", "4", *router, ep=2)
+    start = ("--train-iters", "4", "--inject-from-scratch")
+    fresh = student_flags(*material.blend, *start, *router, ep=2)
     runs = [
         lane.run([*fresh, "--inject-recipe", recipe_file(material, recipe)], nproc=2)
         for recipe in (RECIPE, watched)

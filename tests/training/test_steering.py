@@ -246,7 +246,8 @@ def test_expert_bias_counts_general_tokens_only(material, tmp_path, layout):
     for kind, own in (("general", recipe), ("all", recipe.replace("balance: 0.1", KEEP_STOCK))):
         save = str(tmp_path / kind)
         flags = student_flags(*alone, "--save", save, **_sizes(layout))
-        ours = ("--inject-recipe", recipe_file(material, own), "--save-interval", "100")
+        ours = ("--inject-recipe", recipe_file(material, own), "--inject-from-scratch")
+        ours += ("--save-interval", "100")
         lane.run([*flags, *ours], nproc=layout.get("nproc", 1))
         checkpoint = CheckpointPlace("--load", Path(save)).open()
         bias = whole(checkpoint, "decoder.layers.mlp.router.expert_bias")

@@ -56,7 +56,7 @@ def start(arm: str, folder: Path, work: Path, steps: int) -> subprocess.Popen:
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"),
         *("-m", "megatron_moe_inject.pretrain", *flags("STUDENT", "BOTH", "TRAINING")),
         *shlex.split(own),
-        *("--no-gradient-accumulation-fusion", "--dist-ckpt-strictness", "log_unexpected"),
+        "--no-gradient-accumulation-fusion",
         *("--inject-recipe", str(HERE.parents[1] / "quickstart" / "recipe.yaml")),
         *("--inject-verify-frozen", "--inject-set", *sets),
         *("--train-data-path", "0.9", f"{data}/code_slice", "0.1", f"{data}/english_slice"),

@@ -242,7 +242,8 @@ def start(
         flags = student_flags(o, ["0.1", data[0], "0.9", data[1]], precision)
         if arm.fields is not None:
             recipe = str(folder / f"recipe-{arm.taught}.yaml")
-            flags += ["--inject-recipe", recipe, "--inject-set", *arm.fields]
+            flags += ["--inject-recipe", recipe, "--inject-from-scratch"]
+            flags += ["--inject-set", *arm.fields]
         if o.cpu and arm.plugin:
             flags = ["--cpu", *flags]
         spec = {"port": port, "arm": title, "cpu": o.cpu, "plugin": arm.plugin, "flags": None}

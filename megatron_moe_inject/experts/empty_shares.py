@@ -1,0 +1,89 @@
+"""Ranks of a distributed optimizer whose share of a bucket holds no parameter.
+
+Megatron (0.18.2 to 0.19.2) cuts each bucket of gradients into equal shares, aligned and padded, one
+for a rank. Where little trains, some shares are padding alone: one norm, or a few rows of routers.
+Such a run trains, and its first save in the default format (``dp_reshardable``) stops at an
+assertion ("empty bucket encountered"), since the share's padding is stored with the dtypes of a
+parameter that is not there. Here the other ranks say which state a parameter has. What lies within
+the stored length is then written as the padding that it is, as at the end of any other share, and
+what lies beyond it is not written; neither is read into anything.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def has_empty_share(optimizer: Any) -> bool:
+    """Whether some rank of a ``DistributedOptimizer``, not only this one, has such a share. No
+    collective: every rank knows how all of them are cut."""
+    ranks = optimizer.data_parallel_group.size()
+    for buffer in optimizer.buffers:
+        for bucket in buffer.buckets:
+            size, used = bucket.grad_data.numel() // ranks, set()
+            for parameter in bucket.params:
+                start, end, _ = buffer.param_index_map[parameter]
+                first, last = start - bucket.offset, end - bucket.offset - 1
+                used.update(range(first // size, last // size + 1))
+            if len(used) < ranks:
+                return True
+    return False
+
+
+class EmptyShares:
+    """Lets a ``DistributedOptimizer`` with such shares be saved and loaded; changed in place.
+
+    Collectives: none here; each later ``sharded_state_dict`` in the format ``dp_reshardable`` adds
+    one all-gather of a few names over the optimizer's data-parallel group.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+        self._stock_state = optimizer.get_parameter_state_dp_reshardable
+        self._stock_shards = optimizer.sharded_param_state_dp_reshardable
+        optimizer.get_parameter_state_dp_reshardable = self._state
+        optimizer.sharded_param_state_dp_reshardable = self._shards
+
+    def _state(self) -> dict[Any, Any]:
+        """Stock's state, with a place of length 0 in each share without a parameter."""
+        state = self._stock_state()
+        buckets = [
+            (found, bucket.grad_data.device)
+            for index, buffer in enumerate(self._optimizer.buffers)
+            for all_found in state[index].values()
+            for found, bucket in zip(all_found, buffer.buckets, strict=True)
+        ]
+        own = next((_dtypes(found[0]) for found, _ in buckets if found), None)
+        group = self._optimizer.data_parallel_group
+        ranks: list[Any] = [None] * group.size()
+        dist.all_gather_object(ranks, own, group=group)
+        dtypes = next(found for found in ranks if found is not None)
+        for found, device in buckets:
+            if not found:
+                nothing = {k: torch.empty(0, dtype=d, device=device) for k, d in dtypes.items()}
+                found.append(
+                    nothing | {"gbuf_local_start": 0, "gbuf_local_end": 0, "padding": True}
+                )
+        return state
+
+    def _shards(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        """Stock's sharded state, without those places; where a share has nothing else, one that
+        says that it is padding stays."""
+        state = self._stock_shards(*args, **kwargs)
+        for index in range(len(self._optimizer.buffers)):
+            for buckets in state[index].values():
+                for found in buckets:
+                    kept = [
+                        {k: v for k, v in place.items() if getattr(v, "local_shape", None) != (0,)}
+                        for place in found
+                    ]
+                    found[:] = [place for place in kept if len(place) > 1] or kept
+        return state
+
+
+def _dtypes(tensors: dict[str, Any]) -> dict[str, torch.dtype]:
+    """Of one parameter's main copy and optimizer state; a step is no part of the bucket."""
+    return {k: v.dtype for k, v in tensors.items() if torch.is_tensor(v) and k != "step"}
