@@ -73,10 +73,10 @@ def test_the_curve_does_not_depend_on_the_layout(material, single, layout):
 
 @pytest.mark.parametrize("group", ["3", pytest.param("6", marks=pytest.mark.slow)])
 def test_groups_of_an_interleaved_schedule_larger_than_the_pipeline(material, group):
-    """Twelve micro-batches, of which general samples fill some of one to twelve."""
+    """Twelve micro-batches, of which general samples fill one or two, or about four."""
     steps = ("--global-batch-size", "24", "--train-iters", "6", "--eval-iters", "1")
-    blends = [("0.1", "0.9"), ("0.33", "0.67"), ("0.9", "0.1")]
-    for general, domain in blends if group == "3" else blends[1:2]:
+    blends = [("0.1", "0.9"), ("0.33", "0.67")]
+    for general, domain in blends if group == "3" else blends[1:]:
         blend = ("--data-path", general, material.general, domain, material.domain)
         extra = (*steps, *blend)
         interleaved = (

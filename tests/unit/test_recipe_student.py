@@ -458,25 +458,6 @@ def test_validation_that_cannot_be_matched(data, valid):
     assert "general_data" in message
 
 
-def test_a_prefix_that_training_has_in_two_classes():
-    """Its held-out text belongs to the class of its position, or the user has to say."""
-    train = ["/a", "/a", "/b"]
-
-    def labels(valid):
-        found = facts(train, data_paths={"valid": tuple(valid), "test": None})
-        return split_labels(two_domains([1], [2]), found, "valid")
-
-    assert labels(train) == [GENERAL, 0, 1]
-    assert labels(["/a", "/a", "/v_b"]) == [GENERAL, 0, 1]
-    assert labels(["/v_a", "/a", "/b"]) == [GENERAL, 0, 1]
-    for valid in (["/a"], ["/a", "/b"], ["/a", "/b", "/a"], ["/b", "/a", "/a"]):
-        message = message_of(lambda valid=valid: labels(valid))
-        assert message.startswith("--valid-data-path: '/a' cannot be matched to a domain")
-        assert "in several classes" in message
-    same = facts(["/a", "/a", "/b"], data_paths={"valid": ("/a",), "test": None})
-    assert split_labels(two_domains(["/a"], [2]), same, "valid") == [0]
-
-
 def test_weights_that_are_none(parse):
     def paths(flags):
         return student_facts_from_args(parse(f"--num-layers 2 {flags}")).data_paths
