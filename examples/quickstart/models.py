@@ -43,16 +43,11 @@ def start_megatron(flags: list[str]):
     return args
 
 
-def build_model(args):
-    """Megatron's GPTModel for these args, whole, in eval mode."""
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.training.argument_utils import gpt_config_from_args
+def build_model():
+    """Megatron's GPTModel for the args that it was started with, whole, in eval mode."""
+    from megatron_moe_inject.gpt_entry import model_provider
 
-    config = gpt_config_from_args(args)
-    model = config.get_builder_cls()(config).build_model(
-        ProcessGroupCollection.use_mpu_process_groups(), pre_process=True, post_process=True
-    )
-    return model.eval()
+    return model_provider().eval()
 
 
 def weights_of(model) -> dict:
@@ -88,10 +83,10 @@ def unpack(name: str, folder: Path, models: Path, flags: list[str]) -> None:
     """Writes the shipped model as a Megatron checkpoint; the folder is used only when complete."""
     from megatron.training.checkpointing import save_checkpoint
 
-    args = start_megatron(
+    start_megatron(
         [*flags, "--ckpt-format", "torch_dist", "--save", str(folder), "--save-interval", "1"]
     )
-    model = build_model(args)
+    model = build_model()
     description = load_shipped(name, model, models)
     save_checkpoint(description["training"]["iterations"], [model], None, None, 0)
 
@@ -103,7 +98,7 @@ def pack(name: str, folder: Path, log: Path, models: Path, made_by: str, flags: 
     from safetensors.torch import save_file
 
     args = start_megatron(flags)
-    model = build_model(args)
+    model = build_model()
     iteration = int((folder / "latest_checkpointed_iteration.txt").read_text())
     wanted = {"model": model.sharded_state_dict()}
     loaded = dist_checkpointing.load(wanted, str(folder / f"iter_{iteration:07d}"))

@@ -187,23 +187,36 @@ def test_damaged_model_is_refused(tmp_path, monkeypatch):
         models.load_shipped("teacher", torch.nn.Linear(1, 1))
 
 
-def test_unpacked_checkpoint_is_megatrons_and_holds_the_shipped_weights(tmp_path):
+OTHER = os.environ.get("MEGATRON_OTHER")
+
+
+@pytest.mark.parametrize(
+    ("name", "megatron"),
+    [
+        ("teacher", None),
+        pytest.param(
+            *("student", OTHER),
+            marks=pytest.mark.skipif(not OTHER, reason="MEGATRON_OTHER names no second Megatron"),
+        ),
+    ],
+)
+def test_unpacked_checkpoint_is_megatrons_and_holds_the_shipped_weights(tmp_path, name, megatron):
     from safetensors.torch import load_file
 
     script = (
-        f'source "{QUICKSTART}/flags.sh"; "$PYTHON" "$HERE/models.py" unpack teacher "$1"'
-        ' -- "${TEACHER[@]}" "${BOTH[@]}"'
+        f'source "{QUICKSTART}/flags.sh"; "$PYTHON" "$HERE/models.py" unpack {name} "$1"'
+        f' -- "${{{name.upper()}[@]}}" "${{BOTH[@]}}"'
     )
     environment = os.environ | {
         "PYTHON": sys.executable,
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join(map(str, filter(None, (megatron, ROOT)))),
         "OMP_NUM_THREADS": "1",
     }
-    command = ["bash", "-c", script, "bash", str(tmp_path / "teacher")]
+    command = ["bash", "-c", script, "bash", str(tmp_path / name)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr[-3000:]
-    stored = report.read_weights(tmp_path / "teacher")
-    shipped = load_file(models.MODELS / "teacher.safetensors")
+    stored = report.read_weights(tmp_path / name)
+    shipped = load_file(models.MODELS / f"{name}.safetensors")
     assert sum(v.numel() for v in stored.values()) == sum(v.numel() for v in shipped.values())
     embedding = "embedding.word_embeddings.weight"
     found = next(v for k, v in stored.items() if k.endswith(embedding))
