@@ -48,7 +48,7 @@ def test_a_place_is_tried_without_a_trace(tmp_path):
     assert os.listdir(tmp_path / "a" / "b") == []
     for path, reason in (
         (tmp_path / "a", "Is a directory"),
-        (tmp_path / "file" / "new.json", "Not a directory"),
+        (tmp_path / "file" / "new.json", "File exists"),
         (tmp_path / "nu\0ll", "ValueError"),
     ):
         with pytest.raises(RecipeError) as caught:
