@@ -8,7 +8,13 @@ import textwrap
 
 import pytest
 
-from megatron_moe_inject.files import append_line, is_plain_name, new_folder, replace_file
+from megatron_moe_inject.files import (
+    append_line,
+    is_plain_name,
+    new_folder,
+    replace_file,
+    try_file,
+)
 from megatron_moe_inject.typed import RecipeError
 
 
@@ -39,6 +45,23 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch, step, error):
     assert os.listdir(tmp_path) == ["a.bin"]
 
 
+def test_a_place_is_tried_without_a_trace(tmp_path):
+    (tmp_path / "file").write_bytes(b"here")
+    for path in (tmp_path / "file", tmp_path / "new.json", tmp_path / "a" / "b" / "new.json"):
+        try_file(path, "--flag")
+    assert sorted(os.listdir(tmp_path)) == ["a", "file"]
+    assert (tmp_path / "file").read_bytes() == b"here"
+    assert os.listdir(tmp_path / "a" / "b") == []
+    for path, reason in (
+        (tmp_path / "a", "Is a directory"),
+        (tmp_path / "file" / "new.json", "File exists"),
+        (tmp_path / "nu\0ll", "ValueError"),
+    ):
+        with pytest.raises(RecipeError) as caught:
+            try_file(path, "--flag")
+        assert str(caught.value).startswith(f"--flag: {path} cannot be written ({reason})")
+
+
 @pytest.mark.parametrize(("step", "left"), [("fsync", b"old"), ("replace", b"old")])
 def test_killed_writer_leaves_the_old_file(tmp_path, step, left):
     path = tmp_path / "a.bin"
@@ -46,7 +69,7 @@ def test_killed_writer_leaves_the_old_file(tmp_path, step, left):
     script = textwrap.dedent(
         f"""
         import os, signal
-        from megatron_moe_inject.files import append_line, is_plain_name, new_folder, replace_file
+        from megatron_moe_inject.files import replace_file
         os.{step} = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
         replace_file({str(path)!r}, b"new" * 1000)
         """
