@@ -149,14 +149,20 @@ def test_alone_it_does_not_depend_on_the_layout(material, single, tmp_path, layo
 def test_the_command_measures_the_same(material, single, tmp_path):
     path = tmp_path / "e.json"
     flags = student_flags(
-        *material.blend, "--load", material.student, "--eval-iters", str(BATCHES), cp=2
+        *(*material.blend, "--load", str(tmp_path / "nothing yet")),
+        *("--pretrained-checkpoint", material.student, "--eval-iters", str(BATCHES)),
+        cp=2,
     )
     at = flags.index("--train-iters")
     del flags[at : at + 2]
     ours = ["evaluate", recipe_file(material), "--output", str(path)]
     run = lane.run(flags, nproc=2, script=("-m", "megatron_moe_inject.cli", *ours, "--cpu", "--"))
     assert "no bits per byte" in run.output
-    assert_same(read_evaluation(path), single)
+    found = read_evaluation(path)
+    assert_same(found, single)
+    assert found.provenance == single.provenance
+    assert single.provenance.checkpoint == material.student
+    assert single.provenance.checkpoint_iteration == 3
 
 
 def test_a_run_measures_before_between_and_after(trained, single):
@@ -164,6 +170,8 @@ def test_a_run_measures_before_between_and_after(trained, single):
     assert [e.provenance.iteration for e in found] == [0, 2, 4]
     assert len({e.text() for e in found}) == 1
     assert single.provenance.iteration == 3  # the student's own
+    told = [e.provenance.checkpoint_sha256 for e in (*found, single)]
+    assert told == 4 * [single.provenance.checkpoint_sha256] != 4 * [None]
     # Before the first step it is what a run that only evaluates finds.
     before, after = found[0].classes, found[-1].classes
     for name, alone in single.classes.items():

@@ -30,6 +30,7 @@ def record(material, path, *extra, nproc=1, recipe=UNKNOWN, **layout):
 
 
 def assert_same(found, expected):
+    assert found.provenance.checkpoint_sha256 == expected.provenance.checkpoint_sha256
     assert found.classes.keys() == expected.classes.keys()
     for name, ours in found.classes.items():
         theirs = expected.classes[name]
@@ -46,12 +47,15 @@ def assert_same(found, expected):
 
 @pytest.fixture(scope="module")
 def single(material, tmp_path_factory):
-    return record(material, tmp_path_factory.mktemp("profile") / "one.json")
+    return record(material, tmp_path_factory.mktemp("profile") / "one.json", "--finetune")
 
 
 def test_it_counts_every_token_of_every_class(single, material):
     assert single.provenance.moe_layers == [0, 1, 2, 3]
-    assert single.provenance.checkpoint == material.student
+    found = single.provenance
+    assert (found.checkpoint, found.checkpoint_iteration) == (material.student, 3)
+    assert found.first_iteration == found.last_iteration == 3, "the student's own"
+    assert len(found.checkpoint_sha256) == 64
     assert set(single.classes) == {"general", "code"}
     assert single.classes["code"].data == (material.domain,)
     sequences = sum(found.spread.sequences for found in single.classes.values())

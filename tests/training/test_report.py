@@ -29,6 +29,9 @@ def test_a_run_that_was_stopped_and_resumed(material, tmp_path):
     starts = [line for line in lines if isinstance(line, Start)]
     steps = [line for line in lines if isinstance(line, Step)]
     assert [start.iteration for start in starts] == [0, 3]
+    places = [(start.loaded.checkpoint, start.loaded.iteration) for start in starts]
+    assert places == [(material.student, 3), (str(folder), 3)]
+    assert starts[0].loaded.sha256 != starts[1].loaded.sha256 is not None
     assert [step.iteration for step in steps] == [1, 2, 3, 4, 6]
     assert [step.steps for step in steps] == [1, 1, 1, 1, 2]
     assert [step.samples for step in steps] == [8, 16, 24, 32, 48]

@@ -391,6 +391,26 @@ def test_other_students_are_refused(change, part):
     assert "one student" in message
 
 
+def test_a_checkpoint_is_told_by_what_it_holds_where_both_say():
+    """Wherever it lies; files of earlier versions say where alone."""
+    a = profile(1, checkpoint_sha256="a" * 64, checkpoint_iteration=3)
+    moved = profile(2, checkpoint="/copy", checkpoint_sha256="a" * 64, checkpoint_iteration=3)
+    assert merge_profiles({"a": a, "b": moved}).provenance.checkpoint == "/ckpt/student"
+    other = profile(2, checkpoint_sha256="b" * 64, checkpoint_iteration=3)
+    assert "checkpoint_sha256" in message_of(lambda: merge_profiles({"a": a, "b": other}))
+    merge_profiles({"a": a, "b": profile(2)})
+    away = profile(2, checkpoint="/copy")
+    assert "checkpoint is '/copy'" in message_of(lambda: merge_profiles({"a": a, "b": away}))
+
+
+def test_files_of_earlier_versions_keep_their_checksum(tmp_path):
+    write_profile(tmp_path / "new.json", profile(1, checkpoint_sha256="a" * 64))
+    write_profile(tmp_path / "old.json", profile(1))
+    assert "checkpoint_sha256" in (tmp_path / "new.json").read_text()
+    assert "checkpoint_sha256" not in (tmp_path / "old.json").read_text()
+    assert read_profile(tmp_path / "new.json").provenance.checkpoint_sha256 == "a" * 64
+
+
 def test_megatron_versions_are_joined():
     a = profile(1, megatron_version="0.19.2")
     b = profile(2, megatron_version="0.18.2")

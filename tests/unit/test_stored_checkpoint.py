@@ -68,6 +68,32 @@ def test_the_policy_is_read_whatever_the_format(tmp_path, kind, flags):
     assert stored_argument(arguments(tmp_path, finetune=True, **flags), "x") == (None, None)
 
 
+def rows(experts, **by_layer) -> FreezePolicy:
+    chosen = {int(layer[1:]): frozenset(ids) for layer, ids in by_layer.items()}
+    return FreezePolicy(experts, frozenset(["router_rows"]), rows=chosen)
+
+
+@pytest.mark.parametrize("experts", [None, {}], ids=["all", "none"])
+def test_rows_of_routers_are_told_apart(tmp_path, experts):
+    write(tmp_path, 3, inject_policy=rows(experts, l2=[3, 0]).described())
+    assert begin_or_resume(rows(experts, l2=[0, 3]), arguments(tmp_path)) is None
+    for other in (rows(experts, l2=[0, 1]), rows(experts, l3=[0, 3]), rows(experts)):
+        with pytest.raises(RecipeError, match=r"router rows \{2: \[0, 3\]\}.*, but now"):
+            begin_or_resume(other, arguments(tmp_path))
+
+
+def test_rows_that_an_earlier_version_did_not_store(tmp_path):
+    """They were those of the chosen experts, if any were chosen."""
+    chosen = {2: frozenset([3])}
+    described = rows(chosen, l2=[3]).described()
+    del described["router_rows"]
+    write(tmp_path, 3, inject_policy=described)
+    assert begin_or_resume(rows(chosen, l2=[3]), arguments(tmp_path)) is None
+    write(tmp_path / "none", 3, inject_policy={"experts": {}, "components": ["router_rows"]})
+    with pytest.raises(RecipeError, match="but now router rows"):
+        begin_or_resume(rows({}, l2=[3]), arguments(tmp_path / "none"))
+
+
 @pytest.mark.parametrize("kind", ["torch_dist", "torch"])
 def test_a_stock_checkpoint_starts_the_optimizer_anew(tmp_path, kind):
     folder = write(tmp_path, 3, kind)
