@@ -233,7 +233,9 @@ class TrainingEvaluator(Evaluator):
         self._seen, self._text = on_first_rank(self._continued)
         first = not self._seen
         self._measured: Evaluation | None = None
-        compat.evaluate_before_training(train, args, kwargs)
+        asks = first and self.recipe.evaluation.gate
+        with self.measurement.comparing_prefix() if asks else contextlib.nullcontext():
+            compat.evaluate_before_training(train, args, kwargs)
         self._training = True
         if first and self.recipe.evaluation.gate and self._measured is not None:
             said = teacher_gate(self._measured, self.recipe.domains)
@@ -304,7 +306,7 @@ class EvaluationRun(Evaluator):
         mix_held_out(recipe, args, facts)
         super().__init__(recipe, args, facts, valid_vocab_size, origin=flag)
         self.dry_run = False
-        checked_teachers(recipe, args)
+        self._infos = checked_teachers(recipe, args)
         self.splits = SplitRegistry({s: split_labels(recipe, facts, s) for s in SPLITS})
         self.step_hook: StepHook | None = None
         self._said = ""
@@ -341,8 +343,8 @@ class EvaluationRun(Evaluator):
     def _loss_hook(self, chunk: torch.nn.Module, groups: Any) -> LossHook:
         recipe, size = self.recipe, self._valid_vocab_size
         passes = {
-            name: teacher_pass(recipe, name, self.args, chunk, groups, valid_vocab_size=size)
-            for name in recipe.teachers
+            name: teacher_pass(recipe, info, self.args, chunk, groups, valid_vocab_size=size)
+            for name, info in self._infos.items()
         }
         taught = by_domain(recipe, passes)
         report = LossReport([d.name for d in recipe.domains], list(taught), by_class=True)

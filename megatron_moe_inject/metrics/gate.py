@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from megatron_moe_inject.metrics.bootstrap import paired_difference
 from megatron_moe_inject.metrics.comparison import show_interval
-from megatron_moe_inject.metrics.evaluation import Evaluation
+from megatron_moe_inject.metrics.evaluation import BARE, Evaluation
 from megatron_moe_inject.recipe import Domain
 from megatron_moe_inject.typed import RecipeError
 
@@ -34,13 +34,24 @@ def teacher_gate(evaluation: Evaluation, domains: Sequence[Domain]) -> list[str]
                 f"{domain.taught_by} was not compared with the student"
             )
             continue
-        tokens = found.sums["tokens"]
-        lead = paired_difference(found.sums["teacher_loss"], found.sums["loss"], tokens)
+        loss, tokens = found.loss_beside_teacher()
+        if not tokens.sum():
+            said.append(
+                f"teacher gate: teacher {domain.taught_by} can read none of the held-out text of "
+                f"{domain.name}, so that it was not compared with the student"
+            )
+            continue
+        lead = paired_difference(found.sums["teacher_loss"], loss, tokens)
+        bare = found.mean(BARE)
+        without = "" if bare is None else f" ({bare:.4f} without its prefix)"
         told = (
-            f"{domain.name}: loss of teacher {domain.taught_by} {found.mean('teacher_loss'):.4f}, "
-            f"of the student {found.mean('loss'):.4f} nats per token, lead {show_interval(lead)} "
-            f"on {len(found.sequences)} sequences"
+            f"{domain.name}: loss of teacher {domain.taught_by} {found.mean('teacher_loss'):.4f}"
+            f"{without}, of the student {loss.sum() / tokens.sum():.4f} nats per token, lead "
+            f"{show_interval(lead)} on {len(found.sequences)} sequences"
         )
+        if tokens is not found.sums["tokens"]:
+            share = tokens.sum() / found.sums["tokens"].sum()
+            told += f", {100 * share:.1f} % of whose tokens the teacher can be asked about"
         if not lead.value > 0:
             worse.append(told)
             key = key or f"domains[{index}].teacher"

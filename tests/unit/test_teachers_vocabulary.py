@@ -124,7 +124,7 @@ def test_gpt2_flags_read_the_vocab_file(tmp_path):
 def test_equal_tokens_pass_whatever_the_padding(tmp_path):
     student = flags(write_tokenizer(tmp_path / "s", TOKENS), padded_vocab_size=8).vocabulary()
     teacher = flags(write_tokenizer(tmp_path / "t", TOKENS), padded_vocab_size=4096).vocabulary()
-    assert "the same 4 tokens" in check_vocabulary(student, teacher, source(tmp_path))
+    assert "the same 4 tokens" in check_vocabulary(student, teacher, source(tmp_path)).told
 
 
 def test_differing_tokens_are_named(tmp_path):
@@ -168,7 +168,7 @@ UNREAD = Vocabulary("Tik", unreadable="vocabularies of Tik cannot be read")
 def test_sizes_agree_up_to_padding(student, teacher, same):
     student, teacher = replace(UNREAD, **student), replace(UNREAD, **teacher)
     if same:
-        told = check_vocabulary(student, teacher, source("/t"))
+        told = check_vocabulary(student, teacher, source("/t")).told
         assert told.startswith("sizes agree")
         assert told.endswith("tokens not compared: vocabularies of Tik cannot be read")
     else:
@@ -177,7 +177,7 @@ def test_sizes_agree_up_to_padding(student, teacher, same):
 
 
 def test_without_any_size_nothing_is_compared_and_told_so():
-    told = check_vocabulary(UNREAD, replace(UNREAD, rows=8), source("/t"))
+    told = check_vocabulary(UNREAD, replace(UNREAD, rows=8), source("/t")).told
     assert told == "not compared: vocabularies of Tik cannot be read"
 
 
