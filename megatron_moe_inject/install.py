@@ -4,7 +4,8 @@
 |---|---|
 | ``arguments.add_megatron_arguments`` | the ``--inject-*`` flags |
 | ``training.pretrain`` | reads and checks the recipe before anything is built |
-| ``training.setup_model_and_optimizer`` | freezing before DDP; hooks, boundary, teachers after |
+| ``training.setup_model_and_optimizer`` | before: checksums of inputs, freezing before DDP |
+| the same | after: hooks, boundary, teachers |
 | ``training.build_train_valid_test_data_iterators`` | which split each iterator reads |
 | ``training.get_train_valid_test_num_samples`` | with ``evaluation``: how much text is held out |
 | ``training.build_train_valid_test_datasets`` | ... which data set that is |
@@ -96,6 +97,7 @@ class _Run:
 
     def __init__(self) -> None:
         self._injection: Injection | ProfileRun | EvaluationRun | None = None
+        self._verify: Callable[[], str] | None = None
 
     def add_arguments(self, stock, parser):
         from megatron_moe_inject.arguments import add_inject_arguments
@@ -113,6 +115,10 @@ class _Run:
             if recipe is None:
                 return stock(*args, **kwargs)
             self._injection = self._made(recipe, options)
+            if options.inject_verify_inputs:
+                from megatron_moe_inject.verify_inputs import verify_inputs
+
+                self._verify = functools.partial(verify_inputs, recipe, options)
             result = stock(*args, **kwargs)
             _print_rank_0(self._injection.finish())
             return result
@@ -123,7 +129,7 @@ class _Run:
                 print(message, file=sys.stderr, flush=True)
             _leave(2)
         finally:
-            self._injection = None
+            self._injection = self._verify = None
 
     @staticmethod
     def _made(recipe: Recipe, options: Namespace) -> Injection | ProfileRun | EvaluationRun:
@@ -143,6 +149,8 @@ class _Run:
         injection = self._injection
         if injection is None:
             return stock(*args, **kwargs)
+        if self._verify is not None:
+            _print_rank_0(self._verify())
         with injection.building():
             built = compat.call_with_pre_wrap_hook(stock, args, kwargs, injection.freeze)
         injection.attach(compat.bare_chunks(built[0]), built[1])
