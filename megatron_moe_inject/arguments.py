@@ -29,7 +29,7 @@ from megatron_moe_inject.typed import RecipeError
 _OBJECTIVE = ("alpha", "beta", "general_beta", "gamma", "temperature", "divergence")
 _PLAIN = ("teacher", "domain_data", "domain_name", "experts", *_OBJECTIVE, "train_router")
 _PROFILE = ("profile", "profile_coselections", "profile_logits")
-_RUN = ("dry_run", "from_scratch", "verify_frozen", *_PROFILE, "evaluate")
+_RUN = ("dry_run", "from_scratch", "verify_frozen", "verify_inputs", *_PROFILE, "evaluate")
 _FLAG_OF_KEY = (
     (r"domains\[0\]\.experts\.layers\.(\d+)", r"--inject-experts (layer \1)"),
     (r"domains\[0\]\.experts(\.layers)?", "--inject-experts"),
@@ -60,6 +60,11 @@ def add_inject_arguments(parser: ArgumentParser) -> ArgumentParser:
         ("dry-run", "Build everything, print the plan and exit."),
         ("from-scratch", "Let the student begin with random weights where --load has none."),
         ("verify-frozen", "At the end, prove by checksums that frozen parameters are unchanged."),
+        (
+            "verify-inputs",
+            "At start, check the files of teachers against SHA256SUMS in their folders or "
+            "FILE.sha256 beside them; the student's checkpoint too, where it has some.",
+        ),
         ("train-router", "Without a recipe: train the routers as well."),
     ):
         group.add_argument(f"--inject-{flag}", action="store_true", default=None, help=text)

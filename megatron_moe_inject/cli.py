@@ -137,26 +137,31 @@ def _plan(options: argparse.Namespace, flags: list[str] | None) -> Plan:
     found = recipe_for_student(args, profiles_may_be_missing=True)
     assert found is not None
     recipe, facts = found
-    teachers = _teacher_rows(recipe, args)
+    teachers, remarks = _teacher_rows(recipe, args)
     check_data_files(args, facts)
-    remarks = [f"not Megatron flags, ignored: {' '.join(unknown)}"] if unknown else []
+    if unknown:
+        remarks.append(f"not Megatron flags, ignored: {' '.join(unknown)}")
     return Plan(recipe, facts, teachers=teachers, warnings=remarks)
 
 
-def _teacher_rows(recipe: Recipe, args: argparse.Namespace) -> list[TeacherRow]:
-    """What the teachers' files say; RecipeError where a run would refuse them at start."""
+def _teacher_rows(recipe: Recipe, args: argparse.Namespace) -> tuple[list[TeacherRow], list[str]]:
+    """What the teachers' files say, and remarks on it; RecipeError where a run would refuse them
+    at start."""
     from megatron_moe_inject.teachers import StudentTokenizer, check_teacher
+    from megatron_moe_inject.teachers.setup import check_fit, remarks
 
     tokenizer = StudentTokenizer.from_args(args)
-    rows = []
+    rows, said = [], []
     for name, spec in recipe.teachers.items():
         try:
-            info = check_teacher(name, spec.source, student_tokenizer=tokenizer)
+            info = check_teacher(name, spec.source, student_tokenizer=tokenizer, prefix=spec.prefix)
+            check_fit(recipe, {name: info}, args.seq_length)
         except RecipeError as error:
             raise name_error(error, args) from None
+        said += remarks({name: info}, args.seq_length, {})
         kind = f"{info.kind} ({info.architecture})"
         rows.append(TeacherRow(name, kind, info.parameters))
-    return rows
+    return rows, said
 
 
 @contextlib.contextmanager

@@ -272,7 +272,9 @@ class TrainingEvaluator(Evaluator):
         self._lineage.keep(LIST, self.path)
         self._text = None if first is None else first.text()
         self._measured: Evaluation | None = None
-        compat.evaluate_before_training(train, args, kwargs)
+        asks = self._lineage.begins and self.recipe.evaluation.gate
+        with self.measurement.comparing_prefix() if asks else contextlib.nullcontext():
+            compat.evaluate_before_training(train, args, kwargs)
         self._training = True
         if self._measured is not None:
             lineage = self._lineage
@@ -383,7 +385,7 @@ class EvaluationRun(Evaluator):
         self.dry_run = False
         self.terms = TermLog(args)
         self.student_load = StudentLoad(args)
-        checked_teachers(recipe, args)
+        self._infos = checked_teachers(recipe, args)
         labels = {s: split_labels(recipe, facts, s) for s in SPLITS}
         self.splits = SplitRegistry(labels)
         self.measured_text = MeasuredText(args, facts, labels, ("valid",), flag)
@@ -431,8 +433,8 @@ class EvaluationRun(Evaluator):
     def _loss_hook(self, chunk: torch.nn.Module, groups: Any) -> LossHook:
         recipe, size = self.recipe, self._valid_vocab_size
         passes = {
-            name: teacher_pass(recipe, name, self.args, chunk, groups, valid_vocab_size=size)
-            for name in recipe.teachers
+            name: teacher_pass(recipe, info, self.args, chunk, groups, valid_vocab_size=size)
+            for name, info in self._infos.items()
         }
         taught = by_domain(recipe, passes)
         report = LossReport([d.name for d in recipe.domains], list(taught), by_class=True)

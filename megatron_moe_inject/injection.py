@@ -70,7 +70,7 @@ from megatron_moe_inject.student import (
 )
 from megatron_moe_inject.student_load import StudentLoad
 from megatron_moe_inject.teachers import states_dtype
-from megatron_moe_inject.teachers.setup import by_domain, checked_teachers, teacher_pass
+from megatron_moe_inject.teachers.setup import by_domain, checked_teachers, remarks, teacher_pass
 from megatron_moe_inject.teachers.step_pass import TeacherPass
 from megatron_moe_inject.typed import fail
 
@@ -312,11 +312,7 @@ class Injection:
             + self.student_load.remarks
             + self.imitation.warnings
             + self._steering.warnings
-            + [
-                f"teacher {name}: {info.vocabulary}"
-                for name, info in self.teacher_infos.items()
-                if info.vocabulary.startswith("not compared")
-            ],
+            + remarks(self.teacher_infos, self._args.seq_length, self._texts_by_teacher()),
         )
 
     def _say_origin(self) -> None:
@@ -329,6 +325,16 @@ class Injection:
             origin = self.student_load.origin()
             for writer in writers:
                 writer.origin = origin
+
+    def _texts_by_teacher(self) -> dict[str, list[str]]:
+        """Training text that each teacher reads, on the rank that prints the plan."""
+        paths = [] if dist.get_rank() else self.facts.data_paths.get("train") or []
+        labelled = list(zip(paths, self._labels["train"], strict=False))
+        found: dict[str, list[str]] = {}
+        for index, domain in enumerate(self.recipe.domains):
+            for name in domain.teacher_weights:
+                found.setdefault(name, []).extend(p for p, label in labelled if label == index)
+        return found
 
     def _check_patterns(self) -> None:
         """Every pattern of ``train.patterns`` must name a parameter of some rank, and none one
@@ -441,7 +447,7 @@ class Injection:
     def _teacher_pass(self, name: str, chunk: torch.nn.Module, groups: Any) -> TeacherPass:
         return teacher_pass(
             self.recipe,
-            name,
+            self.teacher_infos[name],
             self._args,
             chunk,
             groups,

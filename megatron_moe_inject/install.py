@@ -5,8 +5,8 @@
 | ``arguments.add_megatron_arguments`` | the ``--inject-*`` flags |
 | ``training.pretrain`` | reads and checks the recipe before anything is built |
 | the same | when all is saved: the proof of what is frozen; the routing profile |
-| ``training.setup_model_and_optimizer`` | freezing before DDP; hooks, boundary, teachers after |
-| the same | the lock on ``--save`` |
+| ``training.setup_model_and_optimizer`` | before: checksums of inputs, freezing before DDP |
+| the same | after: hooks, boundary, teachers; the lock on ``--save`` |
 | ``training.build_train_valid_test_data_iterators`` | which split each iterator reads |
 | ``training.get_train_valid_test_num_samples`` | with ``evaluation``: how much text is held out |
 | ``training.build_train_valid_test_datasets`` | ... which data set that is |
@@ -103,6 +103,7 @@ class _Run:
 
     def __init__(self) -> None:
         self._injection: Injection | ProfileRun | EvaluationRun | None = None
+        self._verify: Callable[[], str] | None = None
 
     def add_arguments(self, stock, parser):
         from megatron_moe_inject.arguments import add_inject_arguments
@@ -120,6 +121,10 @@ class _Run:
             if recipe is None:
                 return stock(*args, **kwargs)
             self._injection = self._made(recipe, options)
+            if options.inject_verify_inputs:
+                from megatron_moe_inject.verify_inputs import verify_inputs
+
+                self._verify = functools.partial(verify_inputs, recipe, options)
             result = stock(*args, **kwargs)
             self._finish()
             return result
@@ -130,7 +135,7 @@ class _Run:
                 print(message, file=sys.stderr, flush=True)
             _leave(2)
         finally:
-            self._injection = None
+            self._injection = self._verify = None
 
     @staticmethod
     def _made(recipe: Recipe, options: Namespace) -> Injection | ProfileRun | EvaluationRun:
@@ -150,6 +155,8 @@ class _Run:
         injection = self._injection
         if injection is None:
             return stock(*args, **kwargs)
+        if self._verify is not None:
+            _print_rank_0(self._verify())
         injection.claim_folder()
         injection.try_outputs()
         with injection.building():

@@ -17,6 +17,7 @@ Shapes: s sequence, b batch, h hidden, v vocabulary, p tensor-parallel size.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -111,6 +112,11 @@ class LossHook:
     def teachers(self) -> list[TeacherPass]:
         """The teachers in use, each once."""
         return list(dict.fromkeys(t for own in self._teachers.values() for t in own.passes))
+
+    @property
+    def compares_prefix(self) -> bool:
+        """Whether teachers are also to run without their prefix in the step that comes."""
+        return self._measurement is not None and self._measurement.compares_prefix
 
     def taught_by(self, teacher: TeacherPass) -> list[int]:
         """Indices of the domains that ``teacher`` teaches."""
@@ -228,7 +234,7 @@ class LossHook:
                 hidden_states, labels, loss_mask, domains
             )
         self._see("states before the output layer", hidden_states)
-        groups = self._groups(index, domains, head, config.sequence_parallel)
+        groups = self._groups(index, domains, labels, head, config.sequence_parallel)
         running = self._running_confidence
         if running is not None and torch.is_grad_enabled():
             running.add(
@@ -291,7 +297,12 @@ class LossHook:
             self._watch.see(name, tensor)
 
     def _groups(
-        self, index: int, domains: Sequence[int], head: torch.Tensor, sequence_parallel: bool
+        self,
+        index: int,
+        domains: Sequence[int],
+        labels: torch.Tensor,
+        head: torch.Tensor,
+        sequence_parallel: bool,
     ) -> list[SampleGroup]:
         """Partition of a micro-batch into groups of equal weights and teacher.
 
@@ -302,6 +313,7 @@ class LossHook:
             kind = (domain == GENERAL, self._weights[domain], self._teachers.get(domain))
             members.setdefault(kind, []).append(position)
         states = {t: self._states_by_sample(t, index, domains) for t in self.teachers}
+        bare_states = {t: t.bare_states(index) for t in self.teachers if t.ran_bare}
         for own, (_, hidden) in states.items():
             self._see(f"states of teacher {own.teacher.name}", hidden)
         groups = []
@@ -318,14 +330,52 @@ class LossHook:
                 continue
             hidden = [_of_samples(states[own], samples) for own in teacher.passes]
             if isinstance(teacher, CommitteePass):
-                groups.append(SampleGroup(samples, weights, committee=teacher.committee(hidden)))
-                continue
-            groups.append(
-                SampleGroup(
-                    samples, weights, hidden[0], teacher.head, teacher.teacher.logit_transform
-                )
-            )
+                group = SampleGroup(samples, weights, committee=teacher.committee(hidden))
+            else:
+                group = SampleGroup(samples, weights, hidden[0], teacher.head, teacher.transform)
+            readable = self._readable(teacher, index, domains, samples, labels)
+            bare = self._bare(teacher, group, states, bare_states)
+            groups.append(dataclasses.replace(group, readable=readable, bare=bare))
         return groups
+
+    def _readable(
+        self,
+        teacher: TeacherPass | CommitteePass,
+        index: int,
+        domains: Sequence[int],
+        samples: Sequence[int],
+        labels: torch.Tensor,
+    ) -> torch.Tensor | None:
+        """Where all of a domain's teachers know the text of ``samples`` and the label, ``[k, s]``;
+        None where they know it all."""
+        found = None
+        for own in teacher.passes:
+            if own.unknown is None:
+                continue
+            taught = [i for i, d in enumerate(domains) if d in self.taught_by(own)]
+            known = _of_samples((taught, own.readable(index)), samples)
+            targets = labels.index_select(0, positions(samples, labels.device))
+            known = known & ~torch.isin(targets, own.unknown)
+            found = known if found is None else found & known
+        return found
+
+    @staticmethod
+    def _bare(
+        teacher: TeacherPass | CommitteePass,
+        group: SampleGroup,
+        states: Mapping[TeacherPass, tuple[Sequence[int], torch.Tensor]],
+        bare_states: Mapping[TeacherPass, torch.Tensor],
+    ) -> SampleGroup | None:
+        """The group with teachers that read no prefix, where any did so in this step."""
+        if not any(own in bare_states for own in teacher.passes):
+            return None
+        hidden = [
+            _of_samples((states[own][0], bare_states.get(own, states[own][1])), group.samples)
+            for own in teacher.passes
+        ]
+        if isinstance(teacher, CommitteePass):
+            return dataclasses.replace(group, committee=teacher.committee(hidden))
+        return dataclasses.replace(group, teacher_hidden=hidden[0])
 
     def _original_hidden(
         self, index: int, samples: Sequence[int], sequence_parallel: bool

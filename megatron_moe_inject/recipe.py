@@ -111,6 +111,8 @@ class TeacherSpec:
             layers where none are chosen), each with the teacher's layer at the same relative depth.
         fp8: ``none``, or how a ``megatron`` teacher's layers run in FP8, ``tensorwise`` or
             ``blockwise``, with scales from the values at hand, apart from the student's.
+        prefix: what it reads in front of each text: ``auto``, what its own tokenizer puts there,
+            ``none``, ``bos``, or ids.
     """
 
     source: str = field(metadata={"remedy": "write source: megatron:/dir or source: hf:/dir"})
@@ -119,6 +121,7 @@ class TeacherSpec:
     window: int = 0
     layers: dict[int, int] = field(default_factory=dict)
     fp8: str = "none"
+    prefix: str | list[int] = "auto"
 
     @property
     def kind(self) -> str:

@@ -52,6 +52,7 @@ TEACHER_KINDS = ("megatron", "hf")
 TEACHER_DTYPES = ("params", "fp32", "bf16")
 FP8_SCALINGS = ("blockwise", "tensorwise")
 """Values of ``--fp8-recipe`` whose weights need no history."""
+PREFIXES = ("auto", "none", "bos")
 TEACHER_FP8 = ("none", *FP8_SCALINGS)
 FROZEN_EXPERTS = ("params", "fp8")
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -246,6 +247,7 @@ def _check_teachers(recipe: Recipe) -> None:
                 f"{path}.fp8", spec.fp8, f"is not for a teacher of {spec.kind}, {spec.dtype}",
                 "FP8 is for megatron: teachers with dtype params or bf16; write none",
             )  # fmt: skip
+        _check_prefix(f"{path}.prefix", spec.prefix)
         if spec.window < 0:
             raise fail(f"{path}.window", spec.window, "is negative", "0 keeps the whole step")
         for student, teacher in spec.layers.items():
@@ -256,6 +258,17 @@ def _check_teachers(recipe: Recipe) -> None:
                 )  # fmt: skip
         if name not in used:
             raise fail(path, spec.source, "is used by no domain", f"write teacher: {name} in one")
+
+
+def _check_prefix(path: str, prefix: str | list[int]) -> None:
+    if isinstance(prefix, str):
+        _check_choice(path, prefix, PREFIXES)
+        return
+    if not prefix:
+        raise fail(path, prefix, "is empty", "write none, or list ids, such as [1]")
+    for i, token in enumerate(prefix):
+        if token < 0:
+            raise fail(f"{path}[{i}]", token, "is negative", "ids count from 0")
 
 
 def _check_temperature(path: str, value: float | None) -> None:

@@ -234,7 +234,10 @@ class StepHook:
         own = _first(batches)
         for teacher in self._loss_hook.teachers:
             domains = torch.tensor(self._loss_hook.taught_by(teacher))
-            teacher.begin(own, torch.isin(labels, domains), sequence_length)
+            teacher.begin(
+                own, torch.isin(labels, domains), sequence_length,
+                bare=self._loss_hook.compares_prefix,
+            )  # fmt: skip
 
     def _begin_imitation(
         self,

@@ -183,7 +183,7 @@ class TorchDistCheckpoint:
         Raises:
             RecipeError: not a ``torch_dist`` checkpoint, or a damaged one.
         """
-        folder = _iteration_folder(source)
+        folder = iteration_folder(source)
         _check_format(source, folder)
         reader = _Reader(str(folder))
         try:
@@ -327,7 +327,7 @@ def stored_shapes(folder: Path, part: str = "") -> dict[str, tuple[int, ...]]:
     }
 
 
-def _iteration_folder(source: CheckpointSource) -> Path:
+def iteration_folder(source: CheckpointSource) -> Path:
     """The directory of the iteration that a ``--save`` directory points to, or itself."""
     root = source.path
     if (root / _INDEX).is_file() or (root / "metadata.json").is_file():

@@ -291,10 +291,13 @@ def _build_union(kind: Any, value: Any, path: str) -> Any:
         mapping = dataclasses.is_dataclass(member) or get_origin(member) is dict
         if mapping and isinstance(value, dict):
             return build(member, value, path)
+        if get_origin(member) is list and isinstance(value, list):
+            return build(member, value, path)
     names = [_NOUNS[m] for m in members if m in _NOUNS]
     sections = [m for m in members if dataclasses.is_dataclass(m)]
     names += map(_noun, sections)
     names += ["a mapping" for m in members if get_origin(m) is dict]
+    names += ["a list" for m in members if get_origin(m) is list]
     if type(None) in members:
         names.append("null")
     remedy = f"it is a {type(value).__name__}"

@@ -11,7 +11,7 @@ sequence, l this rank's part of it, h_t teacher hidden.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -36,11 +36,14 @@ class StepTargets(NamedTuple):
         tokens: ``[n]`` float32, tokens of each micro-batch that count, on this context-parallel
             rank: what Megatron's loss function returns as their number.
         states: ``[k, l, h_t]`` by teacher and layer.
+        readable: ``[k, l]`` float32 by teacher, 1 where it knows every token so far; teachers that
+            know all tokens are left out.
     """
 
     mask: torch.Tensor
     tokens: torch.Tensor
     states: dict[LayerStates, torch.Tensor]
+    readable: dict[str, torch.Tensor]
 
 
 class FeatureExchange:
@@ -51,6 +54,7 @@ class FeatureExchange:
             every rank.
         widths: h_t by teacher.
         dtypes: type of its states by teacher.
+        partly: teachers that lack some of the student's tokens.
         groups: the student's ``ProcessGroupCollection``.
         sequence_parallel: whether hidden states are split over the tensor-parallel group.
         device: where states live.
@@ -65,6 +69,7 @@ class FeatureExchange:
         groups: object,
         sequence_parallel: bool,
         device: torch.device,
+        partly: Collection[str] = (),
     ) -> None:
         self._wanted = wanted
         self._widths = widths
@@ -73,6 +78,10 @@ class FeatureExchange:
         self._cp = (groups.cp.rank(), groups.cp.size())
         self._parts = (groups.tp.rank(), groups.tp.size()) if sequence_parallel else (0, 1)
         self._device = device
+        self._partly = [
+            [name for name in sorted(partly) if any(wish.teacher == name for wish in wishes)]
+            for wishes in wanted
+        ]
 
     def run(
         self,
@@ -101,8 +110,10 @@ class FeatureExchange:
                 wish: self._slice(passes[wish.teacher].take_layer(wish.layer))
                 for wish in dict.fromkeys(wish for stage in self._wanted for wish in stage)
             }
-            self._send(mask, tokens, states)
-            return StepTargets(mask, tokens, states) if self._wanted[own] else None
+            names = dict.fromkeys(name for stage in self._partly for name in stage)
+            readable = {name: self._readable(passes[name]) for name in names}
+            self._send(mask, tokens, states, readable)
+            return StepTargets(mask, tokens, states, readable) if self._wanted[own] else None
         if not self._wanted[own]:
             return None
         n, b = labels_shape
@@ -117,18 +128,33 @@ class FeatureExchange:
             )
             for wish in self._wanted[own]
         }
+        readable = {
+            name: torch.empty(taught[name], length, device=self._device)
+            for name in self._partly[own]
+        }
         peer = dist.get_global_rank(self._pp, last)
-        tensors = [mask, tokens, *states.values()]
+        tensors = [mask, tokens, *states.values(), *readable.values()]
         _exchange([dist.P2POp(dist.irecv, t, peer, self._pp) for t in tensors if t.numel()])
-        return StepTargets(mask, tokens, states)
+        return StepTargets(mask, tokens, states, readable)
 
-    def _send(self, mask, tokens, states: Mapping[LayerStates, torch.Tensor]) -> None:
+    def _readable(self, teacher: TeacherPass) -> torch.Tensor:
+        """``[k, l]`` float32 of the step's samples."""
+        return self._slice(teacher.readable().float().unsqueeze(-1)).squeeze(-1).contiguous()
+
+    def _send(
+        self,
+        mask: torch.Tensor,
+        tokens: torch.Tensor,
+        states: Mapping[LayerStates, torch.Tensor],
+        readable: Mapping[str, torch.Tensor],
+    ) -> None:
         operations = []
         for stage, wishes in enumerate(self._wanted[:-1]):
             if not wishes:
                 continue
             peer = dist.get_global_rank(self._pp, stage)
             tensors = [mask, tokens, *(states[wish] for wish in wishes)]
+            tensors += [readable[name] for name in self._partly[stage]]
             operations += [dist.P2POp(dist.isend, t, peer, self._pp) for t in tensors if t.numel()]
         _exchange(operations)
 

@@ -248,6 +248,9 @@ class ImitationHook:
         losses = feature_loss(student, target, self._loss)
         mask = self._targets.mask[micro_batch]
         weight = mask.index_select(0, positions(samples, mask.device)).t()
+        readable = self._targets.readable.get(term.teacher)
+        if readable is not None:
+            weight = weight * self._of_samples(term, readable, micro_batch, samples).t()
         if reached is not None:
             weight = weight * reached
         by_sample = (losses * weight).sum(0)
@@ -264,14 +267,24 @@ class ImitationHook:
         self, term: ImitationTerm, micro_batch: int, samples: Sequence[int]
     ) -> torch.Tensor:
         """The teacher's states of some samples of a micro-batch, ``[l, k, h_t]``."""
-        taught = self._taught[term.teacher]
         states = self._targets.states[LayerStates(term.teacher, term.teacher_layer)]
+        return self._of_samples(term, states, micro_batch, samples).transpose(0, 1)
+
+    def _of_samples(
+        self,
+        term: ImitationTerm,
+        states: torch.Tensor,
+        micro_batch: int,
+        samples: Sequence[int],
+    ) -> torch.Tensor:
+        """Of the step's ``[k, ...]`` that a teacher gives, some samples of a micro-batch."""
+        taught = self._taught[term.teacher]
         before = sum(d in taught for labels in self._labels[:micro_batch] for d in labels)
         order = [i for i, d in enumerate(self._labels[micro_batch]) if d in taught]
         states = states[before : before + len(order)]
         if order != list(samples):
             states = states[[order.index(sample) for sample in samples]]
-        return states.transpose(0, 1)
+        return states
 
 
 class _ExpertOutputs:

@@ -48,6 +48,7 @@ class ImitationSetup:
         self._args = args
         self.warnings: list[str] = []
         self._widths = {name: info.hidden_size for name, info in teachers.items()}
+        self._partly = [name for name, info in teachers.items() if info.shared.unknown]
         layers = {name: info.num_layers for name, info in teachers.items()}
         self.terms = imitation_terms(recipe, layers, facts.num_layers)
         self._hidden_size = facts.hidden_size
@@ -164,6 +165,7 @@ class ImitationSetup:
             groups=groups,
             sequence_parallel=chunks[0].config.sequence_parallel,
             device=device,
+            partly=self._partly,
         )
         return ImitationHook(
             chunks,

@@ -50,6 +50,9 @@ class SampleGroup:
         teacher_transform: what the teacher does to its logits.
         committee: several teachers in place of one, each with hidden states
             ``[len(samples), s, h_k]``.
+        readable: ``[len(samples), s]`` bool, where the teachers can be asked: they know every token
+            so far and the label. None where they can everywhere.
+        bare: the same with teachers that read the text without their prefix, for a comparison.
     """
 
     samples: Sequence[int]
@@ -58,6 +61,8 @@ class SampleGroup:
     teacher_head: torch.Tensor | None = None
     teacher_transform: LogitTransform | None = None
     committee: Committee | None = None
+    readable: torch.Tensor | None = None
+    bare: SampleGroup | None = None
 
     @property
     def taught(self) -> bool:
@@ -70,13 +75,15 @@ class LossTerms:
     """Per-token losses ``[b, s]`` in fp32; ``total`` carries the graph, the others are detached.
 
     ``kd`` is T^2 * D, unweighted and 0 for samples without a teacher; ``ce`` is unweighted.
-    ``kd_factor`` is what the token weighting left of the distillation, 1 without one.
+    ``kd_factor`` is what the token weighting left of the distillation, 1 without one. Both are 0
+    where ``readable`` is False, which is None where teachers can be asked everywhere.
     """
 
     total: torch.Tensor
     ce: torch.Tensor
     kd: torch.Tensor
     kd_factor: torch.Tensor
+    readable: torch.Tensor | None = None
 
 
 def injection_loss(
@@ -114,7 +121,7 @@ def injection_loss(
     """
     order = [i for group in groups for i in group.samples]
     assert sorted(order) == list(range(labels.shape[0])), "groups must partition the batch"
-    parts = []
+    parts, limited = [], any(group.readable is not None for group in groups)
     for group in groups:
         rows, targets, mask = hidden, labels, upstream_mask
         if len(groups) > 1:
@@ -128,6 +135,10 @@ def injection_loss(
             teacher_rows = _by_position(group.teacher_hidden)
         if committee is not None:
             committee = committee.changed(_by_position)
+        alpha = group.weights.alpha
+        readable = None if group.readable is None else group.readable.t().flatten()
+        if readable is not None and alpha != 0:
+            alpha = alpha * readable.float()
         loss = fused_linear_distillation(
             rows.flatten(0, 1),
             head,
@@ -142,7 +153,7 @@ def injection_loss(
             teacher_transform=group.teacher_transform,
             committee=committee,
             temperature=group.weights.temperature,
-            alpha=group.weights.alpha,
+            alpha=alpha,
             beta=group.weights.beta,
             tp_group=tp_group,
             valid_vocab_size=valid_vocab_size,
@@ -153,9 +164,13 @@ def injection_loss(
             kernels=kernels,
         )
         shape = (hidden.shape[0], len(group.samples))
-        parts.append(
-            [term.view(shape).t() for term in (loss.total, loss.ce, loss.kd, loss.kd_factor)]
-        )
+        terms = [loss.total, loss.ce, loss.kd, loss.kd_factor]
+        if readable is not None:
+            terms[2:] = [term.masked_fill(~readable, 0) for term in terms[2:]]
+        if limited:
+            asked = torch.ones_like(loss.ce, dtype=torch.bool) if readable is None else readable
+            terms.append(asked)
+        parts.append([term.view(shape).t() for term in terms])
     if len(parts) == 1:
         total, *others = parts[0]
         return LossTerms(total.contiguous(), *others)

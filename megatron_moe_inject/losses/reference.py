@@ -117,12 +117,15 @@ def mixture(teachers, weights, labels, temperature, *, by="fixed", valid_vocab_s
 
 
 def transformed(logits: Tensor, transform) -> Tensor:
-    """softcap tanh(scale logits / softcap), see ``spec.LogitTransform``."""
+    """softcap tanh(scale logits / softcap), -inf where excluded; see ``spec.LogitTransform``."""
     if transform is None:
         return logits
     logits = transform.scale * logits
     cap = transform.softcap
-    return logits if cap is None else cap * torch.tanh(logits / cap)
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    if transform.excluded is None:
+        return logits
+    return logits.index_fill(-1, transform.excluded, -torch.inf)
 
 
 @torch.no_grad()

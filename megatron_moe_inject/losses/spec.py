@@ -1,8 +1,9 @@
 """What a loss compares and which part of the vocabulary this rank holds."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
+import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -41,10 +42,14 @@ class LogitTransform:
     z = softcap * tanh(scale * (head @ hidden) / softcap), without the tanh where ``softcap`` is
     None. ``scale`` is MuP's output multiplier, Cohere's logit_scale, 1 / Granite's logits_scaling;
     ``softcap`` is Gemma's final_logit_softcapping.
+
+    ``excluded`` [e] int64 are columns of these logits that the model has no id for: they become
+    -inf, so that they get no probability.
     """
 
     scale: float = 1.0
     softcap: float | None = None
+    excluded: Tensor | None = field(default=None, compare=False)
 
     def __post_init__(self):
         if not 0 < self.scale < float("inf"):
@@ -53,16 +58,24 @@ class LogitTransform:
             raise ValueError(f"softcap={self.softcap} of the logits must be positive and finite")
 
     def __bool__(self) -> bool:
-        return self.scale != 1 or self.softcap is not None
+        return self.scale != 1 or self.softcap is not None or self.excluded is not None
 
     def apply_(self, logits: Tensor) -> Tensor:
         """Transform ``head @ hidden`` [..., v] in place, in its own dtype."""
-        if self.softcap is None:
-            return logits.mul_(self.scale)
-        return logits.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap)
+        if self.softcap is not None:
+            logits.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap)
+        elif self.scale != 1:
+            logits.mul_(self.scale)
+        if self.excluded is not None:
+            logits.index_fill_(-1, self.excluded, -torch.inf)
+        return logits
 
     def pull_back_(self, gradient: Tensor, logits: Tensor) -> None:
-        """Turn a gradient by the transformed ``logits`` into one by ``head @ hidden``, in place."""
+        """Turn a gradient by the transformed ``logits`` into one by ``head @ hidden``, in place.
+
+        Only models that have all ids train.
+        """
+        assert self.excluded is None, "a student has all of its ids"
         if self.softcap is not None:
             gradient.mul_((logits / self.softcap).square_().neg_().add_(1))
         if self.scale != 1:

@@ -12,7 +12,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_moe_inject.metrics.bootstrap import Interval, paired_difference
-from megatron_moe_inject.metrics.evaluation import ClassEvaluation, Evaluation, same_text
+from megatron_moe_inject.metrics.evaluation import (
+    PARTLY,
+    TAUGHT,
+    ClassEvaluation,
+    Evaluation,
+    same_text,
+)
 
 _HEADER = ("class", "", "before", "after", "teacher", "change (95 % interval)", "of the lead")
 
@@ -60,10 +66,17 @@ def lead_taken_over(before: ClassEvaluation, after: ClassEvaluation) -> float | 
     """Share of the teacher's lead in loss that the student has taken over; None where the teacher
     was not measured or had no lead."""
     source = after if "teacher_loss" in after.sums else before
-    start, teacher = before.mean("loss"), source.mean("teacher_loss")
-    if teacher is None or start is None or teacher >= start:
+    start, end = (_beside_teacher(found) for found in (before, after))
+    teacher = source.mean("teacher_loss")
+    if teacher is None or start is None or end is None or teacher >= start:
         return None
-    return (start - after.mean("loss")) / (start - teacher)
+    return (start - end) / (start - teacher)
+
+
+def _beside_teacher(found: ClassEvaluation) -> float | None:
+    """The student's loss per token where its teacher can be asked."""
+    loss, tokens = found.loss_beside_teacher()
+    return float(loss.sum() / tokens.sum()) if tokens.sum() else None
 
 
 def _class_rows(name: str, before: ClassEvaluation, after: ClassEvaluation) -> list[Sequence[str]]:
@@ -96,8 +109,10 @@ def _class_rows(name: str, before: ClassEvaluation, after: ClassEvaluation) -> l
         ("agreement with the teacher", "agreement"),
         ("KL to the original", "original_kl"),
     ):
-        if key in before.sums and key in after.sums:
-            rows.append(_row(title, key, before, after, None, ""))
+        partly = key in TAUGHT and PARTLY[0] in before.sums
+        per = PARTLY[0] if partly else "tokens"
+        if key in before.sums and key in after.sums and before.sums[per].sum():
+            rows.append(_row(title, key, before, after, None, "", per=per))
     return [(name if i == 0 else "", *row) for i, row in enumerate(rows)]
 
 

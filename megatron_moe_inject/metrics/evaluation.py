@@ -26,12 +26,16 @@ BINS = 15
 GENERAL_CLASS = "general"
 ALWAYS = ("tokens", "loss", "correct")
 TAUGHT = ("teacher_loss", "teacher_kl", "agreement")
-SUMS = (*ALWAYS, *TAUGHT, "original_kl", "bytes")
+PARTLY = ("taught_tokens", "taught_loss")
+BARE = "teacher_loss_bare"
+SUMS = (*ALWAYS, *TAUGHT, *PARTLY, BARE, "original_kl", "bytes")
 """Sums over the unmasked tokens of a sequence: their number, the student's cross-entropy in nats,
 how often its most likely token was the label; the teacher's cross-entropy, KL(teacher || student),
-how often both find the same token most likely; KL(original || student); and the length of the
-labels as UTF-8 text. Only ``ALWAYS`` are always there."""
-COUNTS = ("tokens", "correct", "agreement", "bytes")
+how often both find the same token most likely; where the teacher lacks tokens of the text, the
+tokens that those three are of and the student's cross-entropy there; the teacher's cross-entropy
+without its prefix; KL(original || student); and the length of the labels as UTF-8 text. Only
+``ALWAYS`` are always there."""
+COUNTS = ("tokens", "correct", "agreement", "taught_tokens", "bytes")
 """Of them, those that count."""
 
 
@@ -54,11 +58,23 @@ class ClassEvaluation:
     data: tuple[str, ...] = ()
 
     def mean(self, name: str, per: str = "tokens") -> float | None:
-        """A sum of ``SUMS`` per token, or per another sum; None where it was not measured."""
+        """A sum of ``SUMS`` per token, or per another sum; None where it was not measured.
+
+        What is of the teacher is per token that it was asked about.
+        """
+        partly = PARTLY[0] in self.sums and name in (*TAUGHT, PARTLY[1], BARE)
+        if partly and per not in ("tokens", PARTLY[0]):
+            return None
+        per = PARTLY[0] if partly else per
         if name not in self.sums or per not in self.sums:
             return None
         count = self.sums[per].sum()
         return float(self.sums[name].sum() / count) if count else None
+
+    def loss_beside_teacher(self) -> tuple[np.ndarray, np.ndarray]:
+        """``[n]`` the student's loss and tokens, where the teacher was asked."""
+        loss, tokens = reversed(PARTLY) if PARTLY[0] in self.sums else ("loss", "tokens")
+        return self.sums[loss], self.sums[tokens]
 
     def summary(self) -> dict[str, float | None]:
         """The class in a few numbers: per token, in nats unless the name says otherwise."""

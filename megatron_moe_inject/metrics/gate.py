@@ -18,7 +18,7 @@ from typing import Any
 
 from megatron_moe_inject.metrics.bootstrap import paired_difference
 from megatron_moe_inject.metrics.comparison import show_interval
-from megatron_moe_inject.metrics.evaluation import Evaluation
+from megatron_moe_inject.metrics.evaluation import BARE, Evaluation
 from megatron_moe_inject.recipe import Domain, Recipe
 from megatron_moe_inject.typed import RecipeError
 
@@ -114,25 +114,38 @@ def teacher_gate(
                 f"{domain.taught_by} was not compared with the student"
             )
             continue
-        if start is not None and start.get(domain.name) is None:
+        loss, tokens = found.loss_beside_teacher()
+        partly = tokens is not found.sums["tokens"]
+        if not tokens.sum():
             said.append(
-                f"teacher gate: {domain.name}: the student was not measured on this text as its "
-                f"injection began, so that teacher {domain.taught_by} was not compared with it"
+                f"teacher gate: teacher {domain.taught_by} can read none of the held-out text of "
+                f"{domain.name}, so that it was not compared with the student"
+            )
+            continue
+        if start is not None and (partly or start.get(domain.name) is None):
+            said.append(
+                f"teacher gate: {domain.name}: the student was not measured on what teacher "
+                f"{domain.taught_by} reads of this text as its injection began, so that they were "
+                "not compared"
             )
             continue
         teacher, chance = found.mean("teacher_loss"), False
-        told = f"{domain.name}: loss of teacher {domain.taught_by} {teacher:.4f}, "
+        bare = found.mean(BARE)
+        told = f"{domain.name}: loss of teacher {domain.taught_by} {teacher:.4f}"
+        told += ", " if bare is None else f" ({bare:.4f} without its prefix), "
         if start is None:
-            sums = (found.sums[name] for name in ("teacher_loss", "loss", "tokens"))
-            interval = paired_difference(*sums)
+            interval = paired_difference(found.sums["teacher_loss"], loss, tokens)
             lead, chance = interval.value, interval.low <= 0
-            told += f"of the student {found.mean('loss'):.4f} nats per token, lead "
+            told += f"of the student {loss.sum() / tokens.sum():.4f} nats per token, lead "
             told += show_interval(interval)
         else:
             lead = start[domain.name] - teacher
             told += f"of the student as its injection began {start[domain.name]:.4f} nats per "
             told += f"token, lead {lead:+.4f}"
         told += f" on {len(found.sequences)} sequences"
+        if partly:
+            share = tokens.sum() / found.sums["tokens"].sum()
+            told += f", {100 * share:.1f} % of whose tokens the teacher can be asked about"
         if not lead > 0:
             worse.append(told)
             key = key or f"domains[{index}].teacher"

@@ -22,16 +22,16 @@ import torch
 import torch.distributed as dist
 
 from megatron_moe_inject.data.labels import MicroBatch
-from megatron_moe_inject.losses.measure import measure_tokens
+from megatron_moe_inject.losses.measure import TokenMeasures, measure_tokens
 from megatron_moe_inject.losses.objective import LossTerms, SampleGroup
 from megatron_moe_inject.losses.rows import RowKernels
 from megatron_moe_inject.losses.spec import LogitTransform
 from megatron_moe_inject.losses.triton_rows import AUTO
-from megatron_moe_inject.metrics.evaluation import ALWAYS, BINS, TAUGHT
+from megatron_moe_inject.metrics.evaluation import ALWAYS, BARE, BINS, PARTLY, TAUGHT
 from megatron_moe_inject.metrics.losses import sum_and_count
 from megatron_moe_inject.recipe import GENERAL
 
-_COLUMNS = (*ALWAYS, *TAUGHT)
+_COLUMNS = (*ALWAYS, *TAUGHT, *PARTLY, BARE)
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ class _Part:
     bins: torch.Tensor | None = None  # [C, 3, B] float64
     domains: list[int] = field(default_factory=list)
     against: list[str | None] = field(default_factory=list)  # "teacher", "original" or None
+    partly: list[bool] = field(default_factory=list)  # whether the teacher may lack tokens
+    bare: list[bool] = field(default_factory=list)  # whether it also ran without its prefix
     hashes: list[str] = field(default_factory=list)
     bytes: list[int | None] = field(default_factory=list)
 
@@ -83,6 +85,7 @@ class Measurement:
         text_length: Callable[[list[int]], int] | None,
     ) -> None:
         self.active = False
+        self.compares_prefix = False
         self._names = names
         self._reported = reported
         self._taught = taught
@@ -95,6 +98,15 @@ class Measurement:
         self._lengths: dict[str, int] = {}
         self._part = _Part()
         self._batches: list[MicroBatch] | None = None
+
+    @contextlib.contextmanager
+    def comparing_prefix(self) -> Iterator[None]:
+        """Inside, teachers with a prefix are also measured without it, at twice their cost."""
+        self.compares_prefix = True
+        try:
+            yield
+        finally:
+            self.compares_prefix = False
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -146,31 +158,27 @@ class Measurement:
         ce = labels.new_zeros(labels.shape, dtype=torch.float32)
         kl = torch.zeros_like(ce)
         against: list[str | None] = [None] * len(domains)
+        partly, bare = [False] * len(domains), [False] * len(domains)
         for group in groups:
             samples = list(group.samples)
             targets, mask = labels[samples], loss_mask[samples].double()
-            teacher, committee = group.teacher_hidden, group.committee
-            if committee is not None:
-                committee = committee.blind().changed(lambda hidden: hidden.flatten(0, 1))
-            found = measure_tokens(
-                hidden[:, samples].transpose(0, 1).flatten(0, 1),
-                head,
-                None if teacher is None else teacher.flatten(0, 1),
-                group.teacher_head,
-                targets.flatten(),
-                tp_group=self._tp_group,
-                valid_vocab_size=self._valid_vocab_size,
-                student_transform=transform,
-                teacher_transform=group.teacher_transform,
-                committee=committee,
-                kernels=kernels,
-            )
+            found = self._measure(group, hidden, head, targets, transform, kernels)
             correct = found.top == targets.flatten()
             tokens = [torch.ones_like(found.loss), found.loss, correct]
             if group.taught:
                 same = found.top == found.teacher_top
-                tokens += [found.teacher_loss, found.kl, same]
-                kl[samples] = found.kl.view(targets.shape).to(kl.dtype)
+                asked = torch.ones_like(found.loss)
+                if group.readable is not None:
+                    asked = group.readable.flatten().to(asked.dtype)
+                taught = [found.teacher_loss, found.kl, same, asked, found.loss]
+                if group.bare is not None:
+                    other = self._measure(group.bare, hidden, head, targets, transform, kernels)
+                    taught.append(other.teacher_loss)
+                # Where it cannot be asked, the teacher's loss may be infinite.
+                tokens += [torch.where(asked > 0, value, 0) for value in taught]
+                kl[samples] = tokens[len(ALWAYS) + 1].view(targets.shape).to(kl.dtype)
+                for i in samples:
+                    partly[i], bare[i] = group.readable is not None, group.bare is not None
                 for i in samples:
                     against[i] = "original" if domains[i] == GENERAL else "teacher"
             values = torch.stack([value.double() for value in tokens]).view(-1, *targets.shape)
@@ -183,9 +191,38 @@ class Measurement:
             self._part.sums.append(sums)
             self._part.domains += domains
             self._part.against += against
+            self._part.partly += partly
+            self._part.bare += bare
             self._name_sequences(index)
         factor = torch.ones_like(ce)
         return LossTerms(ce, ce, kl, factor), self._report(sums, domains)
+
+    def _measure(
+        self,
+        group: SampleGroup,
+        hidden: torch.Tensor,
+        head: torch.Tensor,
+        targets: torch.Tensor,
+        transform: LogitTransform,
+        kernels: RowKernels | str | None,
+    ) -> TokenMeasures:
+        """Measure a group's samples, of ``hidden`` ``[s, b, h]`` and labels ``[k, s]``."""
+        teacher, committee = group.teacher_hidden, group.committee
+        if committee is not None:
+            committee = committee.blind().changed(lambda hidden: hidden.flatten(0, 1))
+        return measure_tokens(
+            hidden[:, list(group.samples)].transpose(0, 1).flatten(0, 1),
+            head,
+            None if teacher is None else teacher.flatten(0, 1),
+            group.teacher_head,
+            targets.flatten(),
+            tp_group=self._tp_group,
+            valid_vocab_size=self._valid_vocab_size,
+            student_transform=transform,
+            teacher_transform=group.teacher_transform,
+            committee=committee,
+            kernels=kernels,
+        )
 
     def _add_bins(
         self,
@@ -226,17 +263,17 @@ class Measurement:
     def _report(self, sums: torch.Tensor, domains: Sequence[int]) -> dict[str, torch.Tensor]:
         """Values for Megatron's validation log, the same keys in every micro-batch."""
         report = {}
-        tokens, _, correct, teacher_loss, _, same = sums.float()
+        values = dict(zip(_COLUMNS, sums.float(), strict=True))
         for label in self._reported:
             member = torch.tensor([float(domain == label) for domain in domains])
             member = member.to(sums.device, non_blocking=True)
-            count = (tokens * member).sum()
-            terms = {"accuracy": correct}
+            terms = {"accuracy": ("correct", "tokens")}
             if label in self._taught:
-                terms |= {"teacher loss": teacher_loss, "teacher agreement": same}
-            for name, values in terms.items():
-                key = f"{name}/{self._names[label]}"
-                report[key] = sum_and_count((values * member).sum(), count)
+                terms["teacher loss"] = ("teacher_loss", "taught_tokens")
+                terms["teacher agreement"] = ("agreement", "taught_tokens")
+            for name, pair in terms.items():
+                total, count = ((values[column] * member).sum() for column in pair)
+                report[f"{name}/{self._names[label]}"] = sum_and_count(total, count)
         return report
 
     def collect(self) -> Collected:
@@ -257,7 +294,10 @@ class Measurement:
             same = [part["sums"] for part in parts if part["place"] == named["place"]]
             total = np.sum(same, axis=0)
             for i, domain in enumerate(named["domains"]):
-                sums = _named_sums(total[:, i], named["against"][i], named["bytes"][i])
+                extra = (*PARTLY,) if named["partly"][i] else ()
+                extra += (BARE,) if named["bare"][i] else ()
+                told = named["against"][i], extra, named["bytes"][i]
+                sums = _named_sums(total[:, i], *told)
                 rows.setdefault(domain, []).append((named["hashes"][i], sums))
         return Collected(rows, bins)
 
@@ -271,16 +311,20 @@ class Measurement:
             "bins": part.bins.cpu().numpy(),
             "domains": part.domains,
             "against": part.against,
+            "partly": part.partly,
+            "bare": part.bare,
             "hashes": part.hashes,
             "bytes": part.bytes,
         }
 
 
-def _named_sums(values: np.ndarray, against: str | None, length: int | None) -> dict[str, float]:
+def _named_sums(
+    values: np.ndarray, against: str | None, extra: Sequence[str], length: int | None
+) -> dict[str, float]:
     found = dict(zip(_COLUMNS, values.tolist(), strict=True))
     sums = {name: found[name] for name in ALWAYS}
     if against == "teacher":
-        sums |= {name: found[name] for name in TAUGHT}
+        sums |= {name: found[name] for name in (*TAUGHT, *extra)}
     if against == "original":
         sums["original_kl"] = found["teacher_kl"]
     if length is not None:

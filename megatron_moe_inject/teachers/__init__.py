@@ -1,15 +1,20 @@
 """Teachers: dense models that run beside training and hand out pre-head hidden states.
 
 ``base`` says what a teacher is, ``megatron`` and ``huggingface`` are the two kinds,
-``vocabulary`` compares tokenizers, and ``forward`` shares a step's work between ranks.
+``vocabulary`` compares tokenizers, ``prefix`` puts in front of a text what a teacher was trained
+behind, and ``forward`` shares a step's work between ranks.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
 from megatron_moe_inject.teachers.base import Source, Teacher, TeacherInfo
 from megatron_moe_inject.teachers.forward import shared_forward
+from megatron_moe_inject.teachers.fp8 import LENGTH_MULTIPLE as FP8_LENGTH
+from megatron_moe_inject.teachers.prefix import PrefixedTeacher
 from megatron_moe_inject.teachers.vocabulary import TokenizerFlags as StudentTokenizer
 
 __all__ = [
@@ -44,7 +49,13 @@ def _kind(source: Source):
     return huggingface
 
 
-def check_teacher(name: str, source: str, *, student_tokenizer: StudentTokenizer) -> TeacherInfo:
+def check_teacher(
+    name: str,
+    source: str,
+    *,
+    student_tokenizer: StudentTokenizer,
+    prefix: str | Sequence[int] = "auto",
+) -> TeacherInfo:
     """What can be known of a teacher without loading it; cheap, every rank may call it.
 
     Args:
@@ -52,14 +63,16 @@ def check_teacher(name: str, source: str, *, student_tokenizer: StudentTokenizer
         source: ``megatron:/dir`` (a ``--save`` directory or one of its iterations) or
             ``hf:/dir``.
         student_tokenizer: the student's tokenizer flags.
+        prefix: ``TeacherSpec.prefix``.
 
     Raises:
-        RecipeError: no such source, an incomplete or unsupported model, another vocabulary.
+        RecipeError: no such source, an incomplete or unsupported model, another vocabulary, a
+            prefix that it does not have.
 
     No collective, no random numbers, no weights read.
     """
     parsed = Source.parse(name, source)
-    return _kind(parsed).check(parsed, student_tokenizer.vocabulary())
+    return _kind(parsed).check(parsed, student_tokenizer.vocabulary(), prefix)
 
 
 def load_teacher(
@@ -70,6 +83,7 @@ def load_teacher(
     device: torch.device | str,
     resets_documents: bool = False,
     fp8: str = "none",
+    prefix: Sequence[int] = (),
 ) -> Teacher:
     """Load a whole teacher on this rank, outside every module of the student.
 
@@ -81,6 +95,7 @@ def load_teacher(
         resets_documents: whether it will be given positions and masks that start anew at each
             document; not every Hugging Face architecture takes them.
         fp8: ``TeacherSpec.fp8``, for ``megatron:`` teachers.
+        prefix: ids that it reads in front of every text, ``TeacherInfo.prefix``.
 
     Raises:
         RecipeError: it cannot be read, does not hold every weight, cannot take what
@@ -91,10 +106,13 @@ def load_teacher(
     """
     parsed = Source.parse(name, source)
     own = {} if fp8 == "none" else {"fp8": fp8}
-    return _kind(parsed).load(
+    teacher = _kind(parsed).load(
         parsed,
         params_dtype=params_dtype,
         device=torch.device(device),
         resets_documents=resets_documents,
         **own,
     )
+    if not prefix:
+        return teacher
+    return PrefixedTeacher(teacher, prefix, multiple=1 if fp8 == "none" else FP8_LENGTH)

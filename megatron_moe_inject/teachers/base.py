@@ -10,7 +10,7 @@ Shapes: n sequences, s sequence length, h_t teacher hidden, v vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -83,6 +83,25 @@ class Teacher(Protocol):
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """What student and teacher share.
+
+    Attributes:
+        told: one sentence that says how they were compared.
+        by_token: whether every id was.
+        student_size: the student's largest id and 1; None where it cannot be read.
+        unknown: added tokens of the student that the teacher has no id for, by id.
+        dropped: tokens of the teacher that the student has no id for, by id.
+    """
+
+    told: str
+    by_token: bool = False
+    student_size: int | None = None
+    unknown: Mapping[int, str] = field(default_factory=dict)
+    dropped: Mapping[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class TeacherInfo:
     """What is known about a teacher before it is loaded.
 
@@ -98,7 +117,12 @@ class TeacherInfo:
         vocab_size: rows that stand for tokens; equal to ``vocab_rows`` where unknown.
         parameters: number of parameters, head and embedding included.
         max_positions: longest sequence that learned positions allow; None without such a limit.
+        trained_positions: longest sequence that rotary positions were made for, as far as its files
+            say; None without rotary positions or where unknown.
         vocabulary: one sentence that says how the vocabularies were compared.
+        shared: what the comparison found.
+        prefix: ids that stand in front of what it reads, see ``prefix``.
+        prefix_told: one clause that says where they are from.
         config: sizes and switches of the architecture, for a report.
     """
 
@@ -115,6 +139,10 @@ class TeacherInfo:
     max_positions: int | None
     vocabulary: str
     config: dict[str, Any] = field(default_factory=dict)
+    shared: Comparison = Comparison("not compared")
+    trained_positions: int | None = None
+    prefix: tuple[int, ...] = ()
+    prefix_told: str = ""
 
 
 @dataclass(frozen=True)

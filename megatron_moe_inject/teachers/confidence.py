@@ -43,7 +43,8 @@ def confidences(
     Args:
         own: the teacher or teachers.
         kind: ``label``, the probability of the next token, 0 at the last position, where the
-            teacher's input does not hold that; or ``top``, that of the most likely token.
+            teacher's input does not hold that; or ``top``, that of the most likely token. Both are
+            0 where a teacher lacks a token of the text so far.
         wanted: ``[n, b]`` bool on the host, samples of the step; all that they teach or fewer.
         valid_vocab_size: number of ids that are not padding.
         kernels: see ``fused_linear_distillation``.
@@ -56,17 +57,21 @@ def confidences(
     first = own.passes[0]
     found = [teacher.of_step(wanted) for teacher in own.passes]
     hidden = [states for _, states in found]
-    return _sure(
+    sure = _sure(
         kind,
         hidden[0],
         first.head,
         first.next_tokens(found[0][0]).view(hidden[0].shape[:2]),
         first.tp_group,
         valid_vocab_size,
-        first.teacher.logit_transform,
+        first.transform,
         own.committee(hidden) if isinstance(own, CommitteePass) else None,
         kernels,
     )
+    for teacher in own.passes:
+        readable = teacher.readable_of_step(wanted)
+        sure = sure if readable is None else sure * readable
+    return sure
 
 
 def _sure(
@@ -197,11 +202,11 @@ class RunningConfidence:
         if self._sums is None:
             self._sums = sure.new_zeros(len(self._domains), 2, dtype=torch.float64)
         rows = {domain: row for row, domain in enumerate(self._domains)}
-        for sample, value in zip(samples, sure.double().sum(1), strict=True):
+        asked = torch.ones_like(sure) if group.readable is None else group.readable
+        sums = torch.stack([(sure * asked).double().sum(1), asked.double().sum(1)], dim=1)
+        for sample, value in zip(samples, sums, strict=True):
             if domains[sample] in rows:
-                row = self._sums[rows[domains[sample]]]
-                row[0] += value
-                row[1] += sure.shape[1]
+                self._sums[rows[domains[sample]]] += value
 
     def end(self, device: torch.device) -> None:
         """Finish a training step: agree on what was measured, for the next one.

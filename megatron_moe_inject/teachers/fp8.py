@@ -21,6 +21,8 @@ from megatron_moe_inject.typed import fail
 
 _MULTIPLES = {"tensorwise": 16, "blockwise": 128}
 """What must divide the widths of layers, by kind of scaling."""
+LENGTH_MULTIPLE = 16
+"""What divides the length of sequences in FP8, so that it divides the tokens of every pass."""
 
 
 def fp8_context(

@@ -27,6 +27,7 @@ from megatron_moe_inject.losses.spec import LogitTransform
 from megatron_moe_inject.rng import untouched_rng
 from megatron_moe_inject.teachers import vocabulary
 from megatron_moe_inject.teachers.base import Source, Teacher, TeacherInfo, padded_rows
+from megatron_moe_inject.teachers.prefix import resolved_prefix
 from megatron_moe_inject.typed import listing, show
 
 _LOG = logging.getLogger(__name__)
@@ -107,7 +108,9 @@ class HuggingFaceTeacher(Teacher):
         return mask.expand(count, -1, -1, -1)
 
 
-def check(source: Source, student: vocabulary.Vocabulary) -> TeacherInfo:
+def check(
+    source: Source, student: vocabulary.Vocabulary, prefix: str | Sequence[int]
+) -> TeacherInfo:
     """What the folder says about itself; see ``teachers.check_teacher``."""
     config = _config(source)
     text = config.get_text_config()
@@ -117,6 +120,10 @@ def check(source: Source, student: vocabulary.Vocabulary) -> TeacherInfo:
     rotary = getattr(text, "rope_parameters", None) or getattr(text, "rope_theta", None)
     names = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "hidden_act")
     details = {name: getattr(text, name) for name in names if hasattr(text, name)}
+    shared = vocabulary.check_vocabulary(student, own, source)
+    front, told = resolved_prefix(
+        source, prefix, files=source.path, ids=own.ids, rows=text.vocab_size
+    )
     return TeacherInfo(
         name=source.name,
         source=source.text,
@@ -129,8 +136,12 @@ def check(source: Source, student: vocabulary.Vocabulary) -> TeacherInfo:
         vocab_size=own.size or text.vocab_size,
         parameters=sum(math.prod(shape) for shape in shapes.values()),
         max_positions=None if rotary else positions,
-        vocabulary=vocabulary.check_vocabulary(student, own, source),
+        vocabulary=shared.told,
         config={"model_type": config.model_type, **details},
+        shared=shared,
+        trained_positions=positions if rotary else None,
+        prefix=front,
+        prefix_told=told,
     )
 
 
@@ -161,6 +172,7 @@ def _config(source: Source) -> Any:
         raise source.error("needs the transformers package", "pip install megatron-moe-inject[hf]")
     import transformers
 
+    _refuse_gguf(source)
     if not (source.path / "config.json").is_file():
         raise source.error(
             "is no Hugging Face model folder: config.json is not there",
@@ -187,9 +199,27 @@ def _config(source: Source) -> Any:
             "use a causal language model",
         )
     if getattr(config, "quantization_config", None) is not None:
-        raise source.error("is quantized", "use the unquantized model")
+        raise source.error(
+            "is quantized",
+            "use the unquantized model, or load this one with transformers, dequantize() it and "
+            "save that",
+        )
     _logit_transform(source, config)
     return config
+
+
+def _refuse_gguf(source: Source) -> None:
+    """A folder whose only weights are GGUF files, which llama.cpp and its like quantise."""
+    found = sorted(path.name for path in source.path.glob("*.gguf"))
+    if not found or any(source.path.glob("*.safetensors")):
+        return
+    raise source.error(
+        f"holds its weights as GGUF ({listing(found, 2)})",
+        "dequantise them into another folder OUT: transformers.AutoModelForCausalLM"
+        f".from_pretrained(FOLDER, gguf_file={found[0]!r}, dtype='bfloat16').save_pretrained(OUT), "
+        "and the same with AutoTokenizer (both need pip install gguf); then name hf:OUT. Better, "
+        "use the model that it was quantised from",
+    )
 
 
 def _logit_transform(source: Source, config: Any) -> LogitTransform:
@@ -243,12 +273,8 @@ def _stored_shapes(source: Source) -> dict[str, tuple[int, ...]]:
 def _vocabulary(source: Source, rows: int) -> vocabulary.Vocabulary:
     origin = f"tokenizer of {source.path.name}"
     own = vocabulary.vocabulary_of_files(source.path, origin=origin, rows=rows)
-    if own.size is not None and own.size > rows:
-        raise source.error(
-            f"has {rows} embedding rows for a tokenizer with {own.size} ids",
-            "resize the embedding or restore the tokenizer that it was trained with",
-        )
-    return own
+    remedy = "resize the embedding or restore the tokenizer that it was trained with"
+    return vocabulary.within_rows(own, source, remedy)
 
 
 def _load_model(source: Source, params_dtype: torch.dtype) -> torch.nn.Module:

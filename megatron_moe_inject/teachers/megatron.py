@@ -34,6 +34,7 @@ from megatron_moe_inject.rng import untouched_rng
 from megatron_moe_inject.teachers import megatron_args, vocabulary
 from megatron_moe_inject.teachers.base import Source, Teacher, TeacherInfo, padded_rows
 from megatron_moe_inject.teachers.fp8 import fp8_context
+from megatron_moe_inject.teachers.prefix import resolved_prefix
 from megatron_moe_inject.torch_dist import Piece, TorchDistCheckpoint
 from megatron_moe_inject.typed import listing
 
@@ -118,16 +119,30 @@ def _keep_hidden_states(*, hidden_states: torch.Tensor, **_: Any) -> torch.Tenso
     return hidden_states
 
 
-def check(source: Source, student: vocabulary.Vocabulary) -> TeacherInfo:
+def check(
+    source: Source, student: vocabulary.Vocabulary, prefix: str | Sequence[int]
+) -> TeacherInfo:
     """What the checkpoint says about itself; see ``teachers.check_teacher``."""
     checkpoint = TorchDistCheckpoint.open(source)
     args = checkpoint.args
     megatron_args.refuse_unsupported(source, args)
     rows = _rows(checkpoint)
     own = _vocabulary(checkpoint, rows)
-    learned = getattr(args, "position_embedding_type", None) == "learned_absolute"
+    kind = getattr(args, "position_embedding_type", None)
+    learned, rotary = kind == "learned_absolute", kind == "rope"
     sizes = [tensor.size.numel() for key, tensor in checkpoint.tensors.items() if _is_own(key)]
     iteration = checkpoint.common.get("iteration", checkpoint.folder.name)
+    shared = vocabulary.check_vocabulary(student, own, source)
+    flags = vocabulary.TokenizerFlags.from_args(args)
+    front, told = resolved_prefix(
+        source,
+        prefix,
+        files=flags.files(checkpoint.folder / "tokenizer"),
+        ids=own.ids,
+        rows=rows,
+        adds=not getattr(args, "tokenizer_hf_no_include_special_tokens", False),
+    )
+    positions = getattr(args, "max_position_embeddings", None)
     return TeacherInfo(
         name=source.name,
         source=source.text,
@@ -139,9 +154,13 @@ def check(source: Source, student: vocabulary.Vocabulary) -> TeacherInfo:
         vocab_rows=rows,
         vocab_size=own.size or rows,
         parameters=sum(sizes),
-        max_positions=args.max_position_embeddings if learned else None,
-        vocabulary=vocabulary.check_vocabulary(student, own, source),
+        max_positions=positions if learned else None,
+        vocabulary=shared.told,
         config=megatron_args.describe(args) | {"iteration": iteration},
+        shared=shared,
+        trained_positions=positions if rotary else None,
+        prefix=front,
+        prefix_told=told,
     )
 
 
@@ -197,12 +216,8 @@ def _rows(checkpoint: TorchDistCheckpoint) -> int:
 def _vocabulary(checkpoint: TorchDistCheckpoint, rows: int) -> vocabulary.Vocabulary:
     flags = vocabulary.TokenizerFlags.from_args(checkpoint.args)
     own = dataclasses.replace(flags.vocabulary(checkpoint.folder / "tokenizer"), rows=rows)
-    if own.size is not None and own.size > rows:
-        raise checkpoint.source.error(
-            f"has {rows} embedding rows for a tokenizer with {own.size} ids",
-            "its tokenizer files were replaced since it was trained",
-        )
-    return own
+    remedy = "its tokenizer files were replaced since it was trained"
+    return vocabulary.within_rows(own, checkpoint.source, remedy)
 
 
 def _build(

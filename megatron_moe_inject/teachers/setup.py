@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,7 +17,10 @@ from megatron_moe_inject.teachers import (
     states_dtype,
 )
 from megatron_moe_inject.teachers.base import Teacher, TeacherInfo
+from megatron_moe_inject.teachers.occurrences import occurrences
+from megatron_moe_inject.teachers.prefix import words
 from megatron_moe_inject.teachers.step_pass import CommitteePass, TeacherPass
+from megatron_moe_inject.typed import fail, listing
 
 
 def checked_teachers(recipe: Recipe, args: Namespace) -> dict[str, TeacherInfo]:
@@ -27,22 +31,96 @@ def checked_teachers(recipe: Recipe, args: Namespace) -> dict[str, TeacherInfo]:
     """
     tokenizer = StudentTokenizer.from_args(args)
     infos = {
-        name: check_teacher(name, spec.source, student_tokenizer=tokenizer)
+        name: check_teacher(name, spec.source, student_tokenizer=tokenizer, prefix=spec.prefix)
         for name, spec in recipe.teachers.items()
     }
-    for name, info in infos.items():
-        if info.max_positions is not None and args.seq_length > info.max_positions:
-            raise RecipeError(
-                f"teachers.{name}.source: {info.source} has positions up to "
-                f"{info.max_positions}, but --seq-length is {args.seq_length}; use a teacher "
-                "with longer positions or shorter sequences"
-            )
+    check_fit(recipe, infos, args.seq_length)
     return infos
+
+
+def check_fit(recipe: Recipe, infos: Mapping[str, TeacherInfo], length: int | None) -> None:
+    """Refuse teachers that cannot read sequences of this length, or that the objective cannot use.
+
+    Raises:
+        RecipeError: positions that do not reach, or a divergence without a finite value.
+    """
+    for name, info in infos.items():
+        if length is not None:
+            _check_length(name, info, length)
+        _check_divergence(recipe, name, info)
+
+
+def _check_length(name: str, info: TeacherInfo, length: int) -> None:
+    """Learned positions must reach as far as the prefix and the text."""
+    if info.max_positions is None or length + len(info.prefix) <= info.max_positions:
+        return
+    limit = f"{info.source} has positions up to {info.max_positions}, but --seq-length is {length}"
+    if length > info.max_positions:
+        raise RecipeError(
+            f"teachers.{name}.source: {limit}; use a teacher with longer positions or shorter "
+            "sequences"
+        )
+    key = f"teachers.{name}.prefix"
+    raise RecipeError(
+        f"{key}: {limit} and ids {list(info.prefix)} stand in front; write prefix: none, or use "
+        "shorter sequences",
+        key,
+    )
+
+
+def _check_divergence(recipe: Recipe, name: str, info: TeacherInfo) -> None:
+    """Reverse KL is infinite where the teacher gives an id of the student's no probability."""
+    if recipe.objective.divergence != "reverse_kl" or not excluded_ids(info):
+        return
+    ids = sorted(excluded_ids(info))
+    raise fail(
+        "objective.divergence", "reverse_kl",
+        f"is infinite where a teacher gives no probability, and teacher {name} has no "
+        f"{listing(ids, 4)} of the student's ids",
+        "use forward_kl, jsd or skew_kl, or a teacher with the student's tokenizer",
+    )  # fmt: skip
+
+
+def excluded_ids(info: TeacherInfo) -> set[int]:
+    """Ids of the student's tokenizer, or within their range, that mean nothing to a teacher or
+    something else than to the student."""
+    size = info.shared.student_size
+    return {i for i in (*info.shared.unknown, *info.shared.dropped) if size is None or i < size}
+
+
+def remarks(
+    infos: Mapping[str, TeacherInfo], length: int | None, texts: Mapping[str, Sequence[str]]
+) -> list[str]:
+    """What a plan says of the teachers besides their sizes, a line each; no collective.
+
+    Args:
+        length: ``--seq-length``.
+        texts: path prefixes of the training text that each teacher reads; tokens that it lacks are
+            counted there.
+    """
+    said = []
+    for name, info in infos.items():
+        if not info.shared.by_token and info.vocabulary.startswith("not compared"):
+            said.append(f"teacher {name}: {info.vocabulary}")
+        if info.shared.dropped or info.shared.unknown:
+            said.append(f"teacher {name} has {info.vocabulary}")
+        if info.shared.unknown:
+            found = occurrences(texts.get(name, ()), info.shared.unknown)
+            said.append(f"teacher {name}: nothing is taught from such a token on; {found}")
+        if info.prefix or info.prefix_told.startswith("its "):
+            said.append(f"teacher {name} {words(info.prefix, info.prefix_told)}")
+        reads = (length or 0) + len(info.prefix)
+        if info.trained_positions is not None and reads > info.trained_positions:
+            said.append(
+                f"teacher {name} has rotary positions for {info.trained_positions} tokens and "
+                f"reads {reads}: it may predict badly beyond the first {info.trained_positions}"
+            )
+    return said
 
 
 def teacher_pass(
     recipe: Recipe,
-    name: str,
+    info: TeacherInfo,
     args: Namespace,
     chunk: torch.nn.Module,
     groups: Any,
@@ -53,12 +131,13 @@ def teacher_pass(
     """Load a teacher beside the student's chunk with the output layer; no collective.
 
     Args:
+        info: of ``checked_teachers``.
         layers_of: the teacher's layers whose states are wanted besides.
 
     Raises:
         RecipeError: it cannot be loaded, or knows fewer tokens than the student's tokenizer.
     """
-    spec = recipe.teachers[name]
+    name, spec = info.name, recipe.teachers[info.name]
     head_weight = chunk.shared_embedding_or_output_weight()  # for its type, place and rows
     resets = args.reset_position_ids or args.reset_attention_mask
     teacher = load_teacher(
@@ -68,8 +147,9 @@ def teacher_pass(
         device=head_weight.device,
         resets_documents=resets,
         fp8=spec.fp8,
+        prefix=info.prefix,
     )
-    if teacher.vocab_size < valid_vocab_size:
+    if teacher.vocab_size < valid_vocab_size and not info.shared.by_token:
         raise RecipeError(
             f"teachers.{name}.source: {spec.source} knows {teacher.vocab_size} tokens, but the "
             f"student's tokenizer has {valid_vocab_size}; use a teacher that was trained "
@@ -77,6 +157,13 @@ def teacher_pass(
         )
     rows = head_weight.shape[0]
     start = groups.tp.rank() * rows
+    excluded = excluded_ids(info) | set(range(teacher.vocab_size, valid_vocab_size))
+    stop = min(start + rows, valid_vocab_size)
+    columns = sorted(i - start for i in excluded if start <= i < stop)
+    transform = teacher.logit_transform
+    if columns:
+        here = torch.tensor(columns, device=head_weight.device)
+        transform = dataclasses.replace(transform, excluded=here)
     return TeacherPass(
         teacher,
         teacher.head_weight(start, start + rows),
@@ -86,6 +173,8 @@ def teacher_pass(
         window=spec.window,
         layers=layers_of(teacher),
         resets_documents=resets,
+        transform=transform,
+        unknown=sorted(info.shared.unknown),
     )
 
 

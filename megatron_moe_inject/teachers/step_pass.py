@@ -4,6 +4,10 @@ Only samples of the teacher's domains are run. The TP x CP ranks of the stage ho
 samples, so they share them (``forward.shared_forward``) instead of repeating them. What is kept
 is the pre-head hidden state of each sample, sliced to this rank's context-parallel part.
 
+A teacher may lack some of the student's added tokens. It cannot read one, so from the first of them
+on nothing in the window is taught by it, later documents included; states are there, as if the text
+had gone on in another way, and ``readable`` says which to use.
+
 Shapes: n micro-batches, b samples each, s sequence, c context-parallel size, h_t teacher hidden.
 """
 
@@ -18,8 +22,10 @@ import torch.distributed as dist
 from megatron_moe_inject.data.labels import MicroBatch, samples_of
 from megatron_moe_inject.indices import index
 from megatron_moe_inject.losses.committee import Committee, Member
+from megatron_moe_inject.losses.spec import LogitTransform
 from megatron_moe_inject.teachers.base import Teacher
 from megatron_moe_inject.teachers.forward import shared_forward
+from megatron_moe_inject.teachers.prefix import PrefixedTeacher
 
 
 def context_parallel_slice(states: torch.Tensor, rank: int, size: int) -> torch.Tensor:
@@ -49,6 +55,8 @@ class TeacherPass:
         resets_documents: whether positions and attention start anew at each document
             (``--reset-position-ids``, ``--reset-attention-mask``), so that the teacher must see
             the batch's own ``position_ids`` and ``attention_mask``.
+        transform: what makes its logits; by default the teacher's own.
+        unknown: ids of the student that the teacher lacks.
     """
 
     def __init__(
@@ -62,10 +70,16 @@ class TeacherPass:
         window: int,
         layers: Sequence[int] = (),
         resets_documents: bool = False,
+        transform: LogitTransform | None = None,
+        unknown: Sequence[int] = (),
     ) -> None:
         assert not (window and layers), "layer states are shared once per step"
         self.teacher = teacher
         self.head = head
+        self.transform = teacher.logit_transform if transform is None else transform
+        self.unknown = None
+        if unknown:
+            self.unknown = torch.tensor(sorted(unknown), device=head.device)
         self._tp_group = tp_group
         self._cp = (cp_group.rank(), cp_group.size())
         self._share_group = share_group if share_group.size() > 1 else None
@@ -76,12 +90,17 @@ class TeacherPass:
             self._input_names += ("position_ids", "attention_mask")
         self._states: dict[int, torch.Tensor] = {}
         self._layer_states: dict[int, torch.Tensor] = {}
+        self._bare = False
+        self._bare_states: dict[int, torch.Tensor] = {}
+        self._readable: torch.Tensor | None = None
 
     def begin(
         self,
         batches: Sequence[MicroBatch] | None,
         selected: torch.Tensor,
         sequence_length: int,
+        *,
+        bare: bool = False,
     ) -> None:
         """Start a step: share the inputs of the selected samples and run the first window.
 
@@ -92,16 +111,37 @@ class TeacherPass:
                 of what is in use are copied: a mask has s times the size of its tokens.
             selected: ``[n, b]`` bool on the host, the samples this teacher teaches.
             sequence_length: s.
+            bare: also run a teacher with a prefix without it.
 
         Collectives: one broadcast over the TP group per input that is in use; those of
-        ``shared_forward`` once per window.
+        ``shared_forward`` once per window, with ``bare`` twice.
         """
+        self._bare = bare and isinstance(self.teacher, PrefixedTeacher)
         self._selected = selected
         self._rows = selected.sum(dim=1).tolist()
         self._states.clear()
         self._layer_states.clear()
+        self._bare_states.clear()
         self._inputs = self._share_inputs(batches, selected, sequence_length)
+        self._read(self._inputs["tokens"])
         self._run_window(0)
+
+    def _read(self, tokens: torch.Tensor) -> None:
+        """Find what can be read of ``[k, s]`` tokens, and stand something in for the rest."""
+        self._known = tokens
+        if self.unknown is None:
+            return
+        lacking = torch.isin(tokens, self.unknown)
+        self._known = tokens.masked_fill(lacking, 0)
+        readable = lacking.cumsum(1) == 0
+        self._readable = context_parallel_slice(readable.unsqueeze(-1), *self._cp).squeeze(-1)
+
+    def readable(self, micro_batch: int | None = None) -> torch.Tensor | None:
+        """Where the teacher knows every token so far, ``[k, s/c]`` bool of a micro-batch's
+        selected samples or of the step's; None where it knows them all."""
+        if self.unknown is None or micro_batch is None:
+            return self._readable
+        return self._readable.split(self._rows)[micro_batch]
 
     def _share_inputs(self, batches, selected, length) -> dict[str, torch.Tensor | None]:
         count = int(selected.sum())
@@ -129,15 +169,14 @@ class TeacherPass:
     def _run_window(self, first: int) -> None:
         stop = len(self._rows) if not self._window else min(len(self._rows), first + self._window)
         begin, end = sum(self._rows[:first]), sum(self._rows[:stop])
-        part = {k: None if v is None else v[begin:end] for k, v in self._inputs.items()}
-        kept = shared_forward(
-            self.teacher,
-            part["tokens"],
-            part["position_ids"],
-            part["attention_mask"],
-            group=self._share_group,
-            layers=self.layers,
-        )
+        inputs = self._inputs | {"tokens": self._known}
+        part = [inputs[name] for name in ("tokens", "position_ids", "attention_mask")]
+        part = [None if value is None else value[begin:end] for value in part]
+        kept = shared_forward(self.teacher, *part, group=self._share_group, layers=self.layers)
+        if self._bare:
+            (bare,) = shared_forward(self.teacher.bare, *part, group=self._share_group)
+            bare = context_parallel_slice(bare, *self._cp).split(self._rows[first:stop])
+            self._bare_states |= dict(enumerate(bare, start=first))
         states, *others = (context_parallel_slice(found, *self._cp) for found in kept)
         self._layer_states = dict(zip(self.layers, others, strict=True))
         for i, rows in enumerate(states.split(self._rows[first:stop]), start=first):
@@ -148,6 +187,15 @@ class TeacherPass:
         if micro_batch not in self._states:
             self._run_window(micro_batch)
         return self._states.pop(micro_batch)
+
+    @property
+    def ran_bare(self) -> bool:
+        """Whether the step began ``bare`` and the teacher has a prefix."""
+        return self._bare
+
+    def bare_states(self, micro_batch: int) -> torch.Tensor:
+        """``states`` without the prefix, after those with it, in a step that began ``bare``."""
+        return self._bare_states.pop(micro_batch)
 
     @property
     def passes(self) -> tuple[TeacherPass, ...]:
@@ -161,7 +209,7 @@ class TeacherPass:
 
     def member(self, hidden: torch.Tensor) -> Member:
         """The teacher as a committee has it, with these of its states."""
-        return Member(hidden, self.head, self.teacher.logit_transform)
+        return Member(hidden, self.head, self.transform)
 
     def of_step(self, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens ``[k, s]`` and states ``[k, s/c, h_t]`` of some of the step's samples.
@@ -176,6 +224,13 @@ class TeacherPass:
         kept = wanted[self._selected].nonzero().flatten().tolist()
         kept = index(kept, states.device)
         return self._inputs["tokens"][kept], states[kept]
+
+    def readable_of_step(self, wanted: torch.Tensor) -> torch.Tensor | None:
+        """``readable`` of the samples of ``of_step``."""
+        if self._readable is None:
+            return None
+        kept = wanted[self._selected].nonzero().flatten().tolist()
+        return self._readable[index(kept, self._readable.device)]
 
     def next_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         """The next token of each position of ``[k, s]``, -1 at the last; this rank's, flat."""

@@ -32,6 +32,41 @@ def read_token_ids(path: Path) -> dict[str, int]:
     raise UnreadableTokenizer(f"{path} is not there")
 
 
+def read_added_tokens(path: Path) -> frozenset[str]:
+    """Tokens that a tokenizer has beside those of its model, such as chat, pad and image tokens.
+
+    They stand for themselves: ordinary text is cut into tokens in the same way without them.
+    Understood: ``added_tokens`` of ``tokenizer.json``, ``added_tokens.json`` and
+    ``special_tokens_map.json``, and control and user-defined pieces of SentencePiece. Empty where
+    ``read_token_ids`` finds nothing.
+    """
+    folder = path if path.is_dir() else path.parent
+    try:
+        found = set(_added_tokens(folder)) | set(named_tokens(folder).values())
+        if (folder / "tokenizer.json").is_file() and path.suffix not in (".model", ".txt"):
+            content = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+            found |= {entry["content"] for entry in content.get("added_tokens") or []}
+        elif path.suffix == ".model" or (path.is_dir() and (folder / "tokenizer.model").is_file()):
+            found |= _control_pieces(folder / "tokenizer.model" if path.is_dir() else path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, UnreadableTokenizer):
+        return frozenset()  # what is damaged is reported by read_token_ids
+    return frozenset(found)
+
+
+def named_tokens(folder: Path) -> dict[str, str]:
+    """Tokens with a role, such as ``bos_token``, from ``special_tokens_map.json`` and
+    ``tokenizer_config.json``, which wins."""
+    found: dict[str, str] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if not (folder / name).is_file():
+            continue
+        for role, token in json.loads((folder / name).read_text("utf-8")).items():
+            text = token.get("content") if isinstance(token, dict) else token
+            if role.endswith("_token") and isinstance(text, str):
+                found[role] = text
+    return found
+
+
 def with_special_tokens(ids: dict[str, int], special_tokens: Iterable[str]) -> dict[str, int]:
     """``ids`` with new tokens numbered on, as tokenizers add them at run time."""
     ids = dict(ids)
@@ -80,12 +115,22 @@ def _as_ids(content: Any) -> dict[str, int]:
 
 
 def _sentencepiece(path: Path) -> dict[str, int]:
+    model = _processor(path)
+    return {model.id_to_piece(index): index for index in range(model.get_piece_size())}
+
+
+def _control_pieces(path: Path) -> set[str]:
+    model = _processor(path)
+    every = range(model.get_piece_size())
+    return {model.id_to_piece(i) for i in every if model.is_control(i) or model.is_unknown(i)}
+
+
+def _processor(path: Path) -> Any:
     if importlib.util.find_spec("sentencepiece") is None:
         raise UnreadableTokenizer("the sentencepiece package is not installed")
     import sentencepiece
 
     try:
-        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        return sentencepiece.SentencePieceProcessor(model_file=str(path))
     except RuntimeError as error:
         raise UnreadableTokenizer(f"{path} is damaged ({error})") from error
-    return {model.id_to_piece(index): index for index in range(model.get_piece_size())}

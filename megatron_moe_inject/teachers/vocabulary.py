@@ -1,9 +1,13 @@
 """Whether student and teacher speak of the same tokens.
 
-Distillation compares the two distributions id by id, so the tokenizers must be the same; only
-the padding of the tables may differ. Where both vocabularies can be read they are compared
-token by token. Otherwise sizes are all there is: they must agree as far as they are known, and
-a size that is known only with padding stands for the range that this padding leaves open.
+Distillation compares the two distributions id by id, so an id must stand for the same text on both
+sides. Where both vocabularies can be read they are compared token by token. The teacher may have
+ids that the student lacks: their rows take no part. The student may have added tokens that the
+teacher lacks (ordinary ones not, since the same text would then be cut in other ways): the teacher
+gives them no probability and cannot read what comes after one (``step_pass``).
+
+Where a vocabulary cannot be read, sizes are all there is: they must agree as far as they are known,
+and a size that is known only with padding stands for the range that this padding leaves open.
 """
 
 from __future__ import annotations
@@ -11,13 +15,14 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_moe_inject.teachers.base import Source
+from megatron_moe_inject.teachers.base import Comparison, Source
 from megatron_moe_inject.teachers.tokenizer_files import (
     UnreadableTokenizer,
+    read_added_tokens,
     read_token_ids,
     with_special_tokens,
 )
@@ -46,6 +51,7 @@ class Vocabulary:
         rows: size of the embedding, padding included; None where unknown.
         padding: how many rows padding may add, at most, plus one.
         ids: token to id; None where the tokenizer cannot be read.
+        added: of ``ids``, the tokens without which ordinary text is cut in the same way.
         unreadable: why ``ids`` is None.
     """
 
@@ -54,6 +60,7 @@ class Vocabulary:
     rows: int | None = None
     padding: int = COMMON_PADDING
     ids: Mapping[str, int] | None = None
+    added: frozenset[str] = frozenset()
     unreadable: str = ""
 
     def sizes(self) -> range | None:
@@ -79,7 +86,25 @@ def vocabulary_of_files(path: Path, *, origin: str, **known) -> Vocabulary:
         ids = read_token_ids(path)
     except UnreadableTokenizer as error:
         return Vocabulary(origin, unreadable=str(error), **known)
-    return Vocabulary(origin, size=max(ids.values()) + 1, ids=ids, **known)
+    added = read_added_tokens(path)
+    return Vocabulary(origin, size=max(ids.values()) + 1, ids=ids, added=added, **known)
+
+
+def within_rows(own: Vocabulary, source: Source, remedy: str) -> Vocabulary:
+    """A teacher's vocabulary without added tokens that its embedding has no row for.
+
+    Raises:
+        RecipeError: an ordinary token has no row, so that model and tokenizer do not belong
+            together; ``remedy`` says what to do.
+    """
+    if own.size is None or own.rows is None or own.size <= own.rows:
+        return own
+    if own.ids is None or any(i >= own.rows and t not in own.added for t, i in own.ids.items()):
+        raise source.error(
+            f"has {own.rows} embedding rows for a tokenizer with {own.size} ids", remedy
+        )
+    ids = {token: index for token, index in own.ids.items() if index < own.rows}
+    return dataclasses.replace(own, ids=ids, size=max(ids.values()) + 1)
 
 
 @dataclass(frozen=True)
@@ -131,9 +156,7 @@ class TokenizerFlags:
         if self.type in ("NullTokenizer", "NullMultimodalTokenizer"):
             why = "NullTokenizer has no tokens"
             return Vocabulary(origin, size=self.vocab_size, unreadable=why, **known)
-        path = self._path()
-        if (path is None or not path.exists()) and saved_with_model is not None:
-            path = saved_with_model if saved_with_model.is_dir() else path
+        path = self.files(saved_with_model)
         if path is None:
             why = f"vocabularies of {self.type} cannot be read"
             return Vocabulary(origin, unreadable=why, **known)
@@ -141,7 +164,15 @@ class TokenizerFlags:
         if found.ids is None:
             return found
         ids = with_special_tokens(found.ids, self.special_tokens)
-        return dataclasses.replace(found, ids=ids, size=max(ids.values()) + 1)
+        added = found.added | set(self.special_tokens)
+        return dataclasses.replace(found, ids=ids, size=max(ids.values()) + 1, added=added)
+
+    def files(self, saved_with_model: Path | None = None) -> Path | None:
+        """The folder or file that ``vocabulary`` reads; None where there is none."""
+        path = self._path()
+        if (path is None or not path.exists()) and saved_with_model is not None:
+            path = saved_with_model if saved_with_model.is_dir() else path
+        return path
 
     def _path(self) -> Path | None:
         if self.type in _VOCAB_FILE_TYPES and self.vocab_file:
@@ -168,35 +199,64 @@ def _cached_hub_file(name: str) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def check_vocabulary(student: Vocabulary, teacher: Vocabulary, source: Source) -> str:
-    """Compare the two and say in one sentence what was compared.
+def check_vocabulary(student: Vocabulary, teacher: Vocabulary, source: Source) -> Comparison:
+    """Compare the two.
 
     Raises:
-        RecipeError: they differ; the message shows the first tokens or the sizes that do.
+        RecipeError: an id stands for another text, the teacher lacks an ordinary token of the
+            student's, or sizes differ where they are all that is known; the message shows the
+            first tokens or the sizes that do.
     """
     if student.ids is not None and teacher.ids is not None:
-        _compare_tokens(student.ids, teacher.ids, source)
-        compared = f"the same {len(teacher.ids)} tokens as the student's"
-    else:
-        unread = [v for v in (student, teacher) if v.ids is None]
-        why = "; ".join(dict.fromkeys(v.unreadable for v in unread if v.unreadable))
-        if student.sizes() is None or teacher.sizes() is None:
-            return f"not compared: {why or 'no size is known'}"
-        _compare_sizes(student, teacher, source)
-        compared = f"sizes agree ({teacher.extent()}), tokens not compared: {why}"
-    if student.size is not None and teacher.rows is not None and teacher.rows < student.size:
+        found = _compare_tokens(student, teacher, source)
+        _check_rows(student, teacher, source, found.unknown)
+        return found
+    unread = [v for v in (student, teacher) if v.ids is None]
+    why = "; ".join(dict.fromkeys(v.unreadable for v in unread if v.unreadable))
+    if student.sizes() is None or teacher.sizes() is None:
+        return Comparison(f"not compared: {why or 'no size is known'}")
+    _compare_sizes(student, teacher, source)
+    _check_rows(student, teacher, source)
+    return Comparison(f"sizes agree ({teacher.extent()}), tokens not compared: {why}")
+
+
+def _check_rows(
+    student: Vocabulary, teacher: Vocabulary, source: Source, unknown: Container[int] = ()
+) -> None:
+    """Every id of the student but those in ``unknown`` must have a row."""
+    if student.size is None or teacher.rows is None:
+        return
+    if any(index not in unknown for index in range(teacher.rows, student.size)):
         raise source.error(
             f"has {teacher.rows} embedding rows for the student's {student.size} ids",
             "use a teacher with the student's tokenizer",
         )
-    return compared
 
 
-def _compare_tokens(student: Mapping[str, int], teacher: Mapping[str, int], source: Source) -> None:
-    differing = set(student.items()) ^ set(teacher.items())
-    if not differing:
-        return
-    ids = sorted({index for _, index in differing})
+def _compare_tokens(student: Vocabulary, teacher: Vocabulary, source: Source) -> Comparison:
+    ours, theirs = set(student.ids.items()), set(teacher.ids.items())
+    used, known = set(student.ids.values()), set(teacher.ids.values())
+    shared = {index for _, index in ours & theirs}
+    clash = any(student.ids.get(token, index) != index for token, index in theirs)
+    if clash or (used & known) - shared:
+        _refuse(student.ids, teacher.ids, source, "has another tokenizer, {} ids differ")
+    unknown = {index: token for token, index in ours if index not in known}
+    ordinary = {token: index for index, token in unknown.items() if token not in student.added}
+    if ordinary:
+        _refuse(ordinary, {}, source, "lacks {} ordinary tokens of the student's")
+    dropped = {index: token for token, index in theirs if index not in used}
+    told = f"the same {len(ours & theirs)} tokens as the student's"
+    if dropped:
+        told += f"; {_some(dropped)} that the student lacks take no part"
+    if unknown:
+        told += f"; it lacks {_some(unknown)} of the student's"
+    return Comparison(told, True, student.size, unknown, dropped)
+
+
+def _refuse(
+    student: Mapping[str, int], teacher: Mapping[str, int], source: Source, problem: str
+) -> None:
+    ids = sorted({index for _, index in set(student.items()) ^ set(teacher.items())})
     by_id = [
         {index: token for token, index in side.items() if index in ids[:_SHOWN]}
         for side in (student, teacher)
@@ -207,9 +267,15 @@ def _compare_tokens(student: Mapping[str, int], teacher: Mapping[str, int], sour
         for index in ids[:_SHOWN]
     )
     raise source.error(
-        f"has another tokenizer, {len(ids)} ids differ: {shown}",
-        "use a teacher with the student's tokenizer",
+        f"{problem.format(len(ids))}: {shown}", "use a teacher with the student's tokenizer"
     )
+
+
+def _some(tokens: Mapping[int, str]) -> str:
+    """The number of tokens, and the first of them."""
+    shown = ", ".join(f"{i} {tokens[i]!r}" for i in sorted(tokens)[:_SHOWN])
+    more = ", ..." if len(tokens) > _SHOWN else ""
+    return f"{len(tokens)} tokens ({shown}{more})"
 
 
 def _quoted(token: str | None) -> str:

@@ -64,18 +64,33 @@ class FusedCase:
         )
 
     def shard(self, rank: int, size: int) -> "FusedCase":
-        """The heads cut to this rank's rows, with NaN where the vocabulary is padding."""
+        """The heads cut to this rank's rows, with NaN where the vocabulary is padding, and excluded
+        ids as this rank's columns."""
         width = len(self.weight) // size
         ids = torch.arange(rank * width, (rank + 1) * width)
+
+        def cut_transform(transform):
+            if transform is None or transform.excluded is None:
+                return transform
+            here = transform.excluded[torch.isin(transform.excluded, ids)] - rank * width
+            return replace(transform, excluded=here)
+
         padding = (ids >= (self.options["valid_vocab_size"] or len(self.weight)))[:, None]
         cut = dict(vars(self))
         for name in ("weight", "teacher_weight"):
             if cut[name] is not None:
                 cut[name] = cut[name][ids].masked_fill(padding, torch.nan)
+        if self.options.get("teacher_transform") is not None:
+            own = cut_transform(self.options["teacher_transform"])
+            cut["options"] = self.options | {"teacher_transform": own}
         committee = self.options.get("committee")
         if committee is not None:
             members = tuple(
-                replace(member, head=member.head[ids].masked_fill(padding, torch.nan))
+                replace(
+                    member,
+                    head=member.head[ids].masked_fill(padding, torch.nan),
+                    transform=cut_transform(member.transform),
+                )
                 for member in committee.members
             )
             cut["options"] = self.options | {"committee": replace(committee, members=members)}

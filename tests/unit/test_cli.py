@@ -1,7 +1,6 @@
 """``moe-inject`` and the text of a plan."""
 
 from argparse import ArgumentParser
-from types import SimpleNamespace
 
 import pytest
 from megatron.training.arguments import add_megatron_arguments
@@ -21,6 +20,7 @@ from megatron_moe_inject.plan import (
 )
 from megatron_moe_inject.recipe import RecipeError, recipe_from_yaml
 from megatron_moe_inject.student import ParallelFacts, StudentFacts, student_facts_from_args
+from megatron_moe_inject.teachers.base import TeacherInfo
 
 RECIPE = """
 domains:
@@ -81,12 +81,17 @@ def test_plan_of_a_recipe_alone(recipe_file, capsys):
 def test_plan_against_a_student(recipe_file, capsys, monkeypatch):
     """The teacher's own checks have their own tests; here it is whatever its files say."""
     monkeypatch.setattr(cli, "check_data_files", lambda args, facts: None)
-    found = SimpleNamespace(kind="hf", architecture="LlamaForCausalLM", parameters=1_234_567)
+    found = TeacherInfo(
+        name="coder", source="hf:/models/coder", kind="hf", path="", num_layers=2, hidden_size=8,
+        architecture="LlamaForCausalLM", parameters=1_234_567, vocab_rows=9, vocab_size=9,
+        max_positions=None, vocabulary="not compared: no size is known", prefix=(2,),
+        prefix_told="as its tokenizer does", trained_positions=4,
+    )  # fmt: skip
     seen = []
     monkeypatch.setattr(
         teachers,
         "check_teacher",
-        lambda name, source, student_tokenizer: seen.append((name, source)) or found,
+        lambda name, source, student_tokenizer, prefix: seen.append((name, source)) or found,
     )
     flags = f"{STUDENT} --expert-model-parallel-size 4 --moe-layer-freq [0]*2+[1]*6 --mine 3"
     assert main(["plan", recipe_file, "--", *flags.split()]) == 0
@@ -101,6 +106,8 @@ def test_plan_against_a_student(recipe_file, capsys, monkeypatch):
         "  8 layers, 16 experts in layers 2-7",
         "  layout: EP=4",
         "  not Megatron flags, ignored: --mine 3",
+        "  teacher coder: not compared: no size is known",
+        "  teacher coder reads id 2 in front of the text (as its tokenizer does)",
     ):
         assert line in captured.out.splitlines()
 

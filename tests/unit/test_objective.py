@@ -1,5 +1,7 @@
 """The objective on a micro-batch of mixed samples, against per-token references."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -175,3 +177,33 @@ def test_stock_loss_becomes_the_total():
         "other": [1.0, 1.0],
         "total loss": [9.0, 3.0],
     }
+
+
+def test_where_a_teacher_cannot_be_asked_nothing_is_distilled_or_counted(tensors):
+    """What its states say there changes neither loss nor gradient nor report."""
+    readable = torch.tensor([[True, True, False, False, False], [True] * S])
+    found = []
+    for noise in (0.0, 3.0):
+        own = groups(tensors)
+        states = own[0].teacher_hidden + noise * ~readable[..., None]
+        own[0] = dataclasses.replace(own[0], teacher_hidden=states, readable=readable)
+        hidden = tensors["hidden"].detach().clone().requires_grad_(True)
+        terms = injection_loss(hidden, tensors["head"], tensors["labels"], own, **ONE_PROCESS)
+        terms.total.sum().backward()
+        report = LossReport(["a", "b"], [0, 1], by_class=True, weighted=True)
+        values = report.values(terms, torch.ones(B, S), [0, GENERAL, 1, 0])
+        found.append((terms, hidden.grad, values))
+    (terms, gradient, values), (others, other_gradient, other_values) = found
+    for name, value in vars(terms).items():
+        assert torch.equal(value, getattr(others, name)), name
+    assert torch.equal(gradient, other_gradient)
+    assert all(torch.equal(values[name], other_values[name]) for name in values)
+    assert torch.equal(terms.readable[[0, 3]], readable)
+    assert terms.readable[1:3].all()
+    assert not terms.kd[0, 2:].any()
+    assert not terms.kd_factor[0, 2:].any()
+    assert torch.equal(terms.total[0, 2:], 0.3 * terms.ce[0, 2:])
+    assert values["kd loss/a"][1].item() == pytest.approx(2 + S)
+    assert values["lm loss/a"][1].item() == pytest.approx(2 * S)
+    assert values["kd loss"][1].item() == pytest.approx(2 + 2 * S)
+    assert values["kd factor/a"][0].item() == pytest.approx(2 + S)

@@ -93,6 +93,10 @@ def recipes(draw):
             draw(st.none() | temperatures),
             draw(st.sampled_from(["params", "fp32", "bf16"])),
             draw(st.integers(0, 9)),
+            prefix=draw(
+                st.sampled_from(["auto", "none", "bos"])
+                | st.lists(st.integers(0, 300_000), min_size=1, max_size=3)
+            ),
         )
         for name in teachers
     }

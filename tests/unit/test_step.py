@@ -27,12 +27,15 @@ class Teacher:
     def __init__(self):
         self.begun = []
 
-    def begin(self, batches, selected, length):
+    def begin(self, batches, selected, length, *, bare):
+        assert not bare
         self.begun.append(([b["tokens"] for b in batches], selected.tolist(), length))
 
 
 class LossHook:
     """Records what the step hook tells the loss."""
+
+    compares_prefix = False
 
     def __init__(self, teacher=None, domains=()):
         self.teachers = [] if teacher is None else [teacher]

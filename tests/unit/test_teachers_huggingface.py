@@ -113,6 +113,17 @@ def test_facts_of_a_folder(llama):
     assert "sizes agree" in info.vocabulary
 
 
+def test_gguf_is_refused_with_the_way_out(tmp_path):
+    (tmp_path / "model-Q4_K_M.gguf").write_bytes(b"GGUF")
+    with pytest.raises(RecipeError) as caught:
+        check(tmp_path)
+    message = str(caught.value)
+    assert message.startswith(f"teachers.coder.source: 'hf:{tmp_path}' holds its weights as GGUF")
+    for part in ("model-Q4_K_M.gguf", "from_pretrained(FOLDER, gguf_file='model-Q4_K_M.gguf'"):
+        assert part in message
+    assert "save_pretrained(OUT)" in message
+
+
 def test_learned_positions_limit_the_length(tmp_path):
     save(tmp_path, transformers.GPT2Config(**GPT2))
     assert check(tmp_path).max_positions == 64

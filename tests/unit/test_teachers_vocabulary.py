@@ -4,13 +4,24 @@ import json
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_moe_inject.recipe import RecipeError
 from megatron_moe_inject.teachers.base import Source, padded_rows
-from megatron_moe_inject.teachers.tokenizer_files import UnreadableTokenizer, read_token_ids
-from megatron_moe_inject.teachers.vocabulary import TokenizerFlags, Vocabulary, check_vocabulary
+from megatron_moe_inject.teachers.setup import excluded_ids
+from megatron_moe_inject.teachers.tokenizer_files import (
+    UnreadableTokenizer,
+    read_added_tokens,
+    read_token_ids,
+)
+from megatron_moe_inject.teachers.vocabulary import (
+    TokenizerFlags,
+    Vocabulary,
+    check_vocabulary,
+    within_rows,
+)
 
 TOKENS = {"a": 0, "b": 1, "ab": 2, "<eod>": 3}
 
@@ -124,7 +135,7 @@ def test_gpt2_flags_read_the_vocab_file(tmp_path):
 def test_equal_tokens_pass_whatever_the_padding(tmp_path):
     student = flags(write_tokenizer(tmp_path / "s", TOKENS), padded_vocab_size=8).vocabulary()
     teacher = flags(write_tokenizer(tmp_path / "t", TOKENS), padded_vocab_size=4096).vocabulary()
-    assert "the same 4 tokens" in check_vocabulary(student, teacher, source(tmp_path))
+    assert "the same 4 tokens" in check_vocabulary(student, teacher, source(tmp_path)).told
 
 
 def test_differing_tokens_are_named(tmp_path):
@@ -168,7 +179,7 @@ UNREAD = Vocabulary("Tik", unreadable="vocabularies of Tik cannot be read")
 def test_sizes_agree_up_to_padding(student, teacher, same):
     student, teacher = replace(UNREAD, **student), replace(UNREAD, **teacher)
     if same:
-        told = check_vocabulary(student, teacher, source("/t"))
+        told = check_vocabulary(student, teacher, source("/t")).told
         assert told.startswith("sizes agree")
         assert told.endswith("tokens not compared: vocabularies of Tik cannot be read")
     else:
@@ -177,7 +188,7 @@ def test_sizes_agree_up_to_padding(student, teacher, same):
 
 
 def test_without_any_size_nothing_is_compared_and_told_so():
-    told = check_vocabulary(UNREAD, replace(UNREAD, rows=8), source("/t"))
+    told = check_vocabulary(UNREAD, replace(UNREAD, rows=8), source("/t")).told
     assert told == "not compared: vocabularies of Tik cannot be read"
 
 
@@ -198,3 +209,83 @@ def test_head_rows_are_views_inside_and_zero_beyond_the_vocabulary():
     assert across.shape == (6, 2)
     assert not across[1:].any()
     assert not padded_rows(head, 4, 5, 8).any()
+
+
+def test_more_tokens_of_the_teacher_take_no_part(tmp_path):
+    """As every instruct model has them: behind the student's, or where the student has no token."""
+    student = flags(write_tokenizer(tmp_path / "s", TOKENS, {"<z>": 6})).vocabulary()
+    more = {"<z>": 6, "<chat>": 4, "<pad>": 7, "<end>": 8, "<x>": 9}
+    teacher = flags(write_tokenizer(tmp_path / "t", TOKENS, more)).vocabulary()
+    found = check_vocabulary(student, replace(teacher, rows=16), source(tmp_path))
+    assert found.by_token
+    assert not found.unknown
+    assert found.dropped == {i: token for token, i in more.items() if token != "<z>"}
+    assert found.told == (
+        "the same 5 tokens as the student's; 4 tokens (4 '<chat>', 7 '<pad>', 8 '<end>', ...) that "
+        "the student lacks take no part"
+    )
+    info = SimpleNamespace(shared=found)
+    assert excluded_ids(info) == {4}
+
+
+def test_added_tokens_that_the_teacher_lacks_are_named(tmp_path):
+    added = {"<tool>": 4, "<image>": 5}
+    student = flags(write_tokenizer(tmp_path / "s", TOKENS, added), special_tokens=("<x>",))
+    teacher = flags(write_tokenizer(tmp_path / "t", TOKENS, {"<tool>": 4})).vocabulary()
+    found = check_vocabulary(student.vocabulary(), replace(teacher, rows=5), source(tmp_path))
+    assert found.unknown == {5: "<image>", 6: "<x>"}
+    assert "it lacks 2 tokens (5 '<image>', 6 '<x>') of the student's" in found.told
+    assert excluded_ids(SimpleNamespace(shared=found)) == {5, 6}
+
+
+def test_ordinary_tokens_that_the_teacher_lacks_are_refused(tmp_path):
+    """Without them the same text is cut in other ways."""
+    student = flags(write_tokenizer(tmp_path / "s", TOKENS | {"ba": 4})).vocabulary()
+    teacher = flags(write_tokenizer(tmp_path / "t", TOKENS)).vocabulary()
+    with pytest.raises(RecipeError, match="lacks 1 ordinary tokens of the student's: id 4 is 'ba'"):
+        check_vocabulary(student, teacher, source(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "added",
+    [
+        pytest.param({"<eod2>": 3}, id="another token of the same id"),
+        pytest.param({"<eod>": 5}, id="the same token of another id"),
+    ],
+)
+def test_an_id_must_stand_for_one_text(tmp_path, added):
+    base = {token: i for token, i in TOKENS.items() if i < 3}
+    student = flags(write_tokenizer(tmp_path / "s", base, {"<eod>": 3})).vocabulary()
+    teacher = flags(write_tokenizer(tmp_path / "t", base, added)).vocabulary()
+    with pytest.raises(RecipeError, match=r"has another tokenizer, \d ids differ: id 3 is '<eod>'"):
+        check_vocabulary(student, teacher, source(tmp_path))
+
+
+def test_added_tokens_without_a_row_are_left_out(tmp_path):
+    """Published Gemma 3 text models: 262,144 rows, and id 262,144 in the tokenizer."""
+    own = flags(write_tokenizer(tmp_path / "t", TOKENS, {"<image>": 4})).vocabulary()
+    within = within_rows(replace(own, rows=4), source(tmp_path), "restore it")
+    assert (within.ids, within.size) == (TOKENS, 4)
+    with pytest.raises(RecipeError, match="has 3 embedding rows for a tokenizer with 5 ids; rest"):
+        within_rows(replace(own, rows=3), source(tmp_path), "restore it")
+    assert check_vocabulary(own, within, source(tmp_path)).unknown == {4: "<image>"}
+
+
+def test_added_tokens_of_every_kind_of_file(tmp_path):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    (tmp_path / "text").write_text("the cat sat on the mat\n" * 20)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"), vocab_size=15, minloglevel=2,
+        model_prefix=str(tmp_path / "tokenizer"),
+    )  # fmt: skip
+    assert read_added_tokens(tmp_path / "tokenizer.model") == {"<unk>", "<s>", "</s>"}
+    gpt2 = tmp_path / "gpt2"
+    gpt2.mkdir()
+    (gpt2 / "vocab.json").write_text(json.dumps({"a": 0, "<|endoftext|>": 1}))
+    (gpt2 / "added_tokens.json").write_text(json.dumps({"<eod>": 2}))
+    (gpt2 / "special_tokens_map.json").write_text(
+        json.dumps(
+            {"eos_token": {"content": "<|endoftext|>"}, "additional_special_tokens": ["<y>"]}
+        )
+    )
+    assert read_added_tokens(gpt2) == {"<eod>", "<|endoftext|>"}
