@@ -66,7 +66,7 @@ def judge(
             same = verdict is not None and verdict["text"] == now.text()
             start = verdict["student"] if same else {}
         said = teacher_gate(now, recipe.domains, asked, start)
-        compared = asked if start is None else asked & start.keys()
+        compared = asked if start is None else asked & start.keys() - _read_in_part(now)
         passed |= {name: teachers[name] for name in compared if teachers[name] is not None}
     return said, None if verdict is None else verdict | {"passed": passed}
 
@@ -79,6 +79,12 @@ def _teacher(domain: Domain, evaluation: Evaluation) -> dict[str, Any] | None:
     sources = evaluation.provenance.teachers
     names = {name: sources.get(name) for name in domain.teacher_weights}
     return {"teacher": found.teacher, "sources": names}
+
+
+def _read_in_part(evaluation: Evaluation) -> set[str]:
+    """Classes of which the teacher can be asked about some tokens only."""
+    found = evaluation.classes.items()
+    return {name for name, own in found if own.loss_beside_teacher()[1] is not own.sums["tokens"]}
 
 
 def _begun(evaluation: Evaluation) -> Verdict:
@@ -123,10 +129,10 @@ def teacher_gate(
             )
             continue
         if start is not None and (partly or start.get(domain.name) is None):
+            what = f"what teacher {domain.taught_by} reads of this text" if partly else "this text"
             said.append(
-                f"teacher gate: {domain.name}: the student was not measured on what teacher "
-                f"{domain.taught_by} reads of this text as its injection began, so that they were "
-                "not compared"
+                f"teacher gate: {domain.name}: the student was not measured on {what} as its "
+                f"injection began, so that teacher {domain.taught_by} was not compared with it"
             )
             continue
         teacher, chance = found.mean("teacher_loss"), False
