@@ -171,8 +171,8 @@ class Injection:
         if self.evaluator is not None and args.save:
             self.run_log = RunLog(recipe, args, self.evaluator.path)
         self.imitation = ImitationSetup(recipe, args, self.facts, self.teacher_infos)
-        rows = recipe.experts_by_layer() if recipe.train.router_rows else {}
-        self._rows = RouterRows(rows, args)
+        self._row_ids = recipe.experts_by_layer() if recipe.train.router_rows else {}
+        self._rows = RouterRows(self._row_ids, args)
         self.chunks: list[torch.nn.Module] = []
         self.originals: OriginalParameters | None = None
         remark = begin_or_resume(self.policy, args, self.imitation.projections)
@@ -395,7 +395,7 @@ class Injection:
     def begin_training(self) -> None:
         """Remember what must not change, if ``--inject-verify-frozen`` asks for the proof."""
         if self.recipe.verify_frozen:
-            self._frozen = FrozenCheck(self.chunks)
+            self._frozen = FrozenCheck(self.chunks, self.policy, self._row_ids)
 
     def end_training(self) -> str | None:
         """Write the routing profile and check what must not have changed; what to say of both.
