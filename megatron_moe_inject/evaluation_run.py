@@ -41,6 +41,7 @@ from megatron_moe_inject.metrics.gate import teacher_gate
 from megatron_moe_inject.metrics.losses import LossReport
 from megatron_moe_inject.metrics.measurement import Collected, Measurement
 from megatron_moe_inject.recipe import GENERAL, Recipe, RecipeError
+from megatron_moe_inject.rng import untouched_rng
 from megatron_moe_inject.step import SplitRegistry, StepHook
 from megatron_moe_inject.student import (
     SPLITS,
@@ -126,13 +127,15 @@ class Evaluator:
     def evaluate(self, stock: Callable, *args, **kwargs) -> Any:
         """Megatron's ``evaluate_and_print_results``, measured where it reads the held-out text.
 
+        Training goes on with the random numbers that it would have had without.
+
         Collectives: one all-reduce of one number over the whole world, and where it is measured
         those of ``Measurement.collect`` and ``record``.
         """
         given = compat.bound_arguments(stock, args, kwargs)
         if not self._on_any_rank(self.text.restart(given["data_iterator"])):
             return self.other_data(lambda: stock(*args, **kwargs))
-        with self.measurement.running():
+        with self.measurement.running(), untouched_rng(self._device):
             result = stock(*args, **kwargs)
             collected = self.measurement.collect()
         if sum(map(len, collected.rows.values())) == self.samples:  # else the time was up
