@@ -307,7 +307,7 @@ class EvaluationRun(Evaluator):
         mix_held_out(recipe, args, facts)
         super().__init__(recipe, args, facts, valid_vocab_size, origin=flag)
         self.dry_run = False
-        checked_teachers(recipe, args)
+        self.teacher_infos = checked_teachers(recipe, args)
         self.splits = SplitRegistry({s: split_labels(recipe, facts, s) for s in SPLITS})
         self.step_hook: StepHook | None = None
         self._said = ""

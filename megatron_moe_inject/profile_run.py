@@ -166,6 +166,7 @@ class ProfileRun:
             )
         facts = student_facts_from_args(args)
         mix_held_out(recipe, args, facts)
+        self.recipe = recipe
         self._args = args
         self._setup = ProfileSetup(recipe, args, facts, SPLITS[1:])
         self.splits = SplitRegistry({s: split_labels(recipe, facts, s) for s in SPLITS})
