@@ -46,6 +46,7 @@ from megatron_moe_inject.metrics.losses import LossReport
 from megatron_moe_inject.metrics.measurement import Collected, Measurement
 from megatron_moe_inject.metrics.term_log import TermLog
 from megatron_moe_inject.recipe import GENERAL, Recipe, RecipeError
+from megatron_moe_inject.rng import untouched_rng
 from megatron_moe_inject.step import SplitRegistry, StepHook
 from megatron_moe_inject.student import (
     SPLITS,
@@ -136,13 +137,15 @@ class Evaluator:
     def evaluate(self, stock: Callable, *args, **kwargs) -> Any:
         """Megatron's ``evaluate_and_print_results``, measured where it reads the held-out text.
 
+        Training goes on with the random numbers that it would have had without.
+
         Collectives: one all-reduce of one number over the whole world, and where it is measured
         those of ``Measurement.collect`` and ``record``.
         """
         given = compat.bound_arguments(stock, args, kwargs)
         if not self._on_any_rank(self.text.restart(given["data_iterator"])):
             return self.other_data(lambda: stock(*args, **kwargs))
-        with self.measurement.running():
+        with self.measurement.running(), untouched_rng(self._device):
             result = stock(*args, **kwargs)
             collected = self.measurement.collect()
         if sum(map(len, collected.rows.values())) == self.samples:  # else the time was up
@@ -385,7 +388,7 @@ class EvaluationRun(Evaluator):
         self.dry_run = False
         self.terms = TermLog(args)
         self.student_load = StudentLoad(args)
-        self._infos = checked_teachers(recipe, args)
+        self.teacher_infos = checked_teachers(recipe, args)
         labels = {s: split_labels(recipe, facts, s) for s in SPLITS}
         self.splits = SplitRegistry(labels)
         self.measured_text = MeasuredText(args, facts, labels, ("valid",), flag)
@@ -434,7 +437,7 @@ class EvaluationRun(Evaluator):
         recipe, size = self.recipe, self._valid_vocab_size
         passes = {
             name: teacher_pass(recipe, info, self.args, chunk, groups, valid_vocab_size=size)
-            for name, info in self._infos.items()
+            for name, info in self.teacher_infos.items()
         }
         taught = by_domain(recipe, passes)
         report = LossReport([d.name for d in recipe.domains], list(taught), by_class=True)

@@ -458,7 +458,7 @@ class Injection:
     def begin_training(self) -> None:
         """Remember what must not change, if ``--inject-verify-frozen`` asks for the proof."""
         if self.recipe.verify_frozen:
-            self._frozen = FrozenCheck(self.chunks)
+            self._frozen = FrozenCheck(self.chunks, self.policy, self.policy.rows)
 
     def finish(self) -> Iterator[str]:
         """Once Megatron's last checkpoint is saved: write the routing profile, check what must not

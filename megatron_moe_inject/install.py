@@ -30,8 +30,6 @@ wrapper keeps the stock function in ``__wrapped__`` and calls it untouched when 
 from __future__ import annotations
 
 import functools
-import os
-import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, NoReturn
@@ -113,14 +111,28 @@ class _Run:
     def pretrain(self, stock, *args, **kwargs):
         from megatron.training import get_args
 
+        from megatron_moe_inject import failure
         from megatron_moe_inject.arguments import name_error, recipe_from_args
+        from megatron_moe_inject.meeting import Meeting
+        from megatron_moe_inject.same_recipe import begin_alike
 
-        options = get_args()
+        options, recipe, mistake = get_args(), None, None
         try:
             recipe = recipe_from_args(options)
-            if recipe is None:
-                return stock(*args, **kwargs)
-            self._injection = self._made(recipe, options)
+        except RecipeError as error:
+            mistake = error
+        if recipe is None and mistake is None:
+            return stock(*args, **kwargs)
+
+        def make():
+            if mistake is not None:
+                raise mistake
+            made = self._made(recipe, options)
+            return made.recipe, made
+
+        meeting = Meeting.of_job(options, kwargs.get("store"))
+        try:
+            self._injection = begin_alike(meeting, options, make)
             if options.inject_verify_inputs:
                 from megatron_moe_inject.verify_inputs import verify_inputs
 
@@ -129,11 +141,8 @@ class _Run:
             self._finish()
             return result
         except RecipeError as error:
-            # One message per node and no traceback: every rank found the same mistake.
-            if os.environ.get("LOCAL_RANK", "0") == "0":
-                message = f"megatron_moe_inject: {name_error(error, options)}"
-                print(message, file=sys.stderr, flush=True)
-            _leave(2)
+            # One message per node and no traceback, whether every rank came here or one.
+            failure.end(str(name_error(error, options)), meeting)
         finally:
             self._injection = self._verify = None
 

@@ -22,6 +22,7 @@ from megatron_moe_inject.data.labels import MicroBatch, samples_of
 from megatron_moe_inject.experts.original import OriginalParameters
 from megatron_moe_inject.loss_hook import LossHook
 from megatron_moe_inject.recipe import GENERAL
+from megatron_moe_inject.rng import untouched_rng
 
 
 class OriginalPass:
@@ -69,7 +70,8 @@ class OriginalPass:
         model: Any,
         **arguments: Any,
     ) -> None:
-        """One forward-only pass; nothing runs where no rank has a general sample.
+        """One forward-only pass; nothing runs where no rank has a general sample. Random numbers
+        that it draws are not missing in training.
 
         Args:
             forward_backward: Megatron's schedule.
@@ -94,7 +96,9 @@ class OriginalPass:
         kept = contextlib.nullcontext()
         if self._loss_hook is not None:
             kept = self._loss_hook.keeping_original_states()
-        with torch.no_grad(), _evaluating(chunks), self.originals.running(), kept:
+        device = next(chunks[0].parameters()).device
+        alone = untouched_rng(device)
+        with torch.no_grad(), alone, _evaluating(chunks), self.originals.running(), kept:
             forward_backward(
                 forward_step_func=_without_loss(forward_step_func),
                 data_iterator=replay if len(replay) > 1 else replay[0],

@@ -233,6 +233,7 @@ class ProfileRun:
         check_packed(args, args.eval_micro_batch_size, {"--inject-profile": True})
         mix_held_out(recipe, args, facts)
         self.student_load = StudentLoad(args)
+        self.recipe = recipe
         self._args = args
         self._setup = ProfileSetup(recipe, args, facts, SPLITS[1:])
         labels = {s: split_labels(recipe, facts, s) for s in SPLITS}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,26 +15,42 @@ class Refusal:
     Attributes:
         value: the option's refused value; None refuses every value that is set.
         with_teacher: refused only where some domain has a teacher.
+        unset: a value that is as good as none.
+        written: the flag that sets the option, where it has another name.
     """
 
     name: str
     reason: str
     value: str | None = None
     with_teacher: bool = False
+    unset: int | None = None
+    written: str | None = None
 
     @property
     def flag(self) -> str:
         flag = "--" + {"fp8": "fp8-format", "fp4": "fp4-format"}.get(self.name, self.name)
-        flag = flag.replace("_", "-")
+        flag = self.written or flag.replace("_", "-")
         return flag if self.value is None else f"{flag} {self.value}"
 
     def matches(self, options: Mapping[str, Any]) -> bool:
         found = options.get(self.name)
         if self.value is not None:
             return found == self.value or (isinstance(found, list) and self.value in found)
-        return bool(found) and found != "none"
+        return bool(found) and found != "none" and found != self.unset
 
 
+_ORIGINALS_LOGITS = "also counts the attention of the original model, which runs in between"
+CLIPS = Refusal(
+    "qk_clip",
+    "changes the weights of attention after the optimizer's step, and attention is frozen",
+)
+COUNTS_ATTENTION = (
+    Refusal("qk_clip", _ORIGINALS_LOGITS),
+    Refusal("log_max_attention_logit", _ORIGINALS_LOGITS),
+)
+_OUTPUT_LAYER = "the output layer's own forward pass, in whose place the loss is computed"
+_LOGITS = "saves logits, which the loss never forms whole"
+_SHARDS_WEIGHTS = "stores each weight in parts that only its own layer's forward pass puts together"
 _SHARDS = "shards the parameters before they can be frozen"
 _PACKED = "packs documents into one sequence, which a teacher's forward does not follow yet"
 _HYBRID = "builds a hybrid model, whose forward has no output_processor for the loss"
@@ -106,4 +123,38 @@ REFUSED = (
         "multiple_validation_sets", "yields samples that do not say which dataset they are from"
     ),
     Refusal("cuda_graph_impl", "captures the whole step, teacher included", value="full_iteration"),
-)
+    Refusal("freeze_all_layers", "freezes what the recipe trains"),
+    Refusal("defer_embedding_wgrad_compute", f"is part of {_OUTPUT_LAYER}"),
+    Refusal("fp8_output_proj", f"puts into FP8 {_OUTPUT_LAYER}"),
+    Refusal("save_activations_interval", f"records {_OUTPUT_LAYER}"),
+    Refusal("save_dgrads_interval", f"records {_OUTPUT_LAYER}"),
+    Refusal("logits_save_dir", _LOGITS),
+    Refusal("config_logger_dir", _LOGITS),
+    Refusal(
+        "gtp_weight_remat_size", _SHARDS_WEIGHTS, unset=1,
+        written="--tensor-parallel-num-weight-shards",
+    ),
+    Refusal(
+        "expert_gtp_weight_remat_size", _SHARDS_WEIGHTS, unset=1,
+        written="--expert-tensor-parallel-num-weight-shards",
+    ),
+)  # fmt: skip
+
+
+def in_use(args: Namespace) -> dict[str, Any]:
+    """Options that are refused, always or beside some part of a recipe, with their values."""
+    return {
+        option.name: getattr(args, option.name)
+        for option in (
+            *REFUSED,
+            GRAPHS,
+            *NO_SECOND_COMBINE,
+            *(option for option in NO_SECOND_RUN if option not in NO_PARTS),
+            *NO_STEERING,
+            FP8_PARAMETERS,
+            *COUNTS_ATTENTION,
+            *NO_SCHEDULED_MIXING,
+            *(NO_PARTS if getattr(args, "moe_grouped_gemm", False) else ()),
+        )
+        if option.matches(vars(args))
+    }

@@ -1,8 +1,9 @@
-"""Random number generators that what is built beside the student must leave as they are.
+"""Random number generators that what is built or runs beside training must leave as they are.
 
 Building a module draws initial weights, Megatron's attention enters its RNG tracker, and fused
-attention kernels advance the CUDA generator's offset even without dropout. The student's
-dropout masks would then depend on what stands beside it.
+attention kernels advance the CUDA generator's offset even without dropout. Routers draw in eval
+mode, too, with ``--moe-input-jitter-eps`` and where balance is forced. The student's dropout masks
+and noise would then depend on what stands beside it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 import torch
 
 _TRACKER_MODULE = "megatron.core.tensor_parallel.random"
+_ROUTER_MODULE = "megatron.core.transformer.moe.moe_utils"
 
 
 def _tracker():
@@ -24,13 +26,23 @@ def _tracker():
     return module.get_cuda_rng_tracker()
 
 
+def _biases() -> dict:
+    """Each layer's random bias that ``--moe-router-force-biased`` with a negative value draws once;
+    drawn anew, it moves Megatron's tracker."""
+    shared = getattr(sys.modules.get(_ROUTER_MODULE), "RandomSTEShared", None)
+    return {} if shared is None else shared._cache
+
+
 @contextlib.contextmanager
 def untouched_rng(device: torch.device) -> Iterator[None]:
     """Put torch's CPU generator, that of ``device`` and Megatron's tracker back at the end.
 
     Graph-safe trackers hold generators instead of states; these are set back in place, because
-    captured CUDA graphs refer to the objects. No collective.
+    captured CUDA graphs refer to the objects. States lie on the host: no device is waited for, and
+    there is no collective.
     """
+    biases = _biases()
+    known = dict(biases)
     cuda = device if device.type == "cuda" else None
     cpu_state = torch.get_rng_state()
     cuda_state = None if cuda is None else torch.cuda.get_rng_state(cuda)
@@ -43,6 +55,8 @@ def untouched_rng(device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
+        biases.clear()
+        biases.update(known)
         for name, state in inner.items():
             if isinstance(states[name], torch.Generator):
                 states[name].set_state(state)

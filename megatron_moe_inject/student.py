@@ -16,6 +16,8 @@ from megatron_moe_inject.data.entries import SPLITS, data_paths, split_labels
 from megatron_moe_inject.recipe import GENERAL, Recipe, RecipeError
 from megatron_moe_inject.recipe_rules import FP8_SCALINGS, validate
 from megatron_moe_inject.refused_options import (
+    CLIPS,
+    COUNTS_ATTENTION,
     FP8_PARAMETERS,
     GRAPHS,
     GRAPHS_OF_LAYERS,
@@ -26,6 +28,7 @@ from megatron_moe_inject.refused_options import (
     NO_STEERING,
     REFUSED,
     Refusal,
+    in_use,
 )
 from megatron_moe_inject.schedule import Schedule, ever_positive
 from megatron_moe_inject.typed import fail, listing
@@ -147,20 +150,7 @@ def student_facts_from_args(args: Namespace) -> StudentFacts:
             transformer_engine=getattr(args, "transformer_impl", None) == "transformer_engine",
             grouped_gemm=bool(getattr(args, "moe_grouped_gemm", False)),
         ),
-        options={
-            option.name: getattr(args, option.name)
-            for option in (
-                *REFUSED,
-                GRAPHS,
-                *NO_SECOND_COMBINE,
-                *(option for option in NO_SECOND_RUN if option not in NO_PARTS),
-                *NO_STEERING,
-                FP8_PARAMETERS,
-                *NO_SCHEDULED_MIXING,
-                *(NO_PARTS if getattr(args, "moe_grouped_gemm", False) else ()),
-            )
-            if option.matches(vars(args))
-        },
+        options=in_use(args),
     )
 
 
@@ -187,6 +177,7 @@ def check_recipe(recipe: Recipe, facts: StudentFacts) -> None:
     check_options(recipe, facts)
     _check_layers(recipe, facts)
     _check_components(recipe, facts)
+    _check_clipping(recipe, facts)
     for split in ("train", *(s for s in SPLITS[1:] if s in facts.data_paths)):
         split_labels(recipe, facts, split)
     _check_retention(recipe, facts)
@@ -275,7 +266,7 @@ def _check_retention(recipe: Recipe, facts: StudentFacts) -> None:
         _refuse((FP8_PARAMETERS,), facts, "objective.retention.originals", "device")
     packed = (option for option in REFUSED if option.with_teacher)
     for key, weight, options in (
-        ("objective.gamma", recipe.objective.gamma, (*packed, GRAPHS)),
+        ("objective.gamma", recipe.objective.gamma, (*packed, GRAPHS, *COUNTS_ATTENTION)),
         ("objective.retention.experts", recipe.objective.retention.experts, NO_SECOND_RUN),
     ):
         if ever_positive(weight):
@@ -369,6 +360,15 @@ def _check_components(recipe: Recipe, facts: StudentFacts) -> None:
             "disagree about one matrix, which the student shares between both; set both alike "
             "or use --untie-embeddings-and-output-weights",
             "train.embedding",
+        )
+
+
+def _check_clipping(recipe: Recipe, facts: StudentFacts) -> None:
+    """Options that change parameters outside the optimizer may do so where these train whole."""
+    whole = recipe.train.attention or set(recipe.train.layers) >= set(range(facts.num_layers))
+    if CLIPS.matches(facts.options) and not whole:
+        raise RecipeError(
+            f"{CLIPS.flag}: {CLIPS.reason}; remove it, or set train.attention: true", CLIPS.flag
         )
 
 

@@ -181,6 +181,8 @@ class FreezePolicy:
         """
         if place.layer in self.layers or self.matches(place):
             return True
+        if place.component == "projections":
+            return True
         if place.component == "router" and place.name.endswith(f".{ROWS}"):
             return True
         if place.component != EXPERTS:
@@ -208,9 +210,26 @@ class FreezePolicy:
             for place, parameter in places(chunk):
                 parameter.requires_grad_(self.trains(place))
             for module in chunk.modules():
-                if hasattr(module, "frozen_expert_bias"):
-                    trains = any(p.requires_grad for p in module.parameters(recurse=False))
-                    module.frozen_expert_bias = not trains
+                trains = any(p.requires_grad for p in module.parameters(recurse=False))
+                freeze_expert_bias(module, not trains)
+
+
+def freeze_expert_bias(router: torch.nn.Module, frozen: bool) -> None:
+    """Let Megatron update a router's ``expert_bias`` after each step, or leave it bitwise as it is.
+
+    0.19 leaves it where ``frozen_expert_bias`` says so. 0.18 updates that of every router, by the
+    sign of how far each expert's count of tokens is from the mean: there a frozen router counts
+    nothing, so that its bias gets 0 added. Modules without an expert bias are left alone.
+    """
+    if hasattr(router, "frozen_expert_bias"):
+        router.frozen_expert_bias = frozen
+    elif frozen and getattr(router, "expert_bias", None) is not None:
+        router.frozen_expert_bias = True
+        router._apply_expert_bias = _count_nothing
+
+
+def _count_nothing(routing_map: torch.Tensor, padding_mask: torch.Tensor | None = None) -> None:
+    """In the place of ``TopKRouter._apply_expert_bias``, which counts ``[t, E]`` choices."""
 
 
 def _plain(by_layer: Mapping[int, Iterable[int]]) -> dict[str, list[int]]:

@@ -6,46 +6,74 @@ with wrap-around int64 arithmetic, so it costs one pass over the parameters and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
 
 from megatron_moe_inject.experts import fp8_weights
+from megatron_moe_inject.experts.freeze import ROWS, FreezePolicy, places
 
 _BLOCK = 1 << 22
 _ODD = (0x9E3779B97F4A7C15 - (1 << 64), 0x2545F4914F6CDD1D)
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def frozen_tensors(chunks: Iterable[torch.nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Frozen parameters, and the ``expert_bias`` buffers of frozen routers, by unique name.
+MAY_CHANGE = {
+    "local_tokens_per_expert": "a router's counts of a step, zeroed after it",
+    "global_tokens_per_expert": "a router's counts of a batch for the global balance loss",
+    "ga_steps": "how many micro-batches those counts are of",
+    "qb_beta_accum": "a router's sums for quantile balancing, zeroed after each step",
+    "qb_beta_count": "how many micro-batches those sums are of",
+    "cos_cached": "YaRN's cosines, made anew for longer sequences",
+    "sin_cached": "its sines",
+}
+"""Buffers that may differ beside frozen parameters, and what they are; no other may.
 
-    Of a router with trained rows, the others.
+What Transformer Engine keeps to scale by (histories of the largest values) lies in no buffer.
+"""
+
+
+def frozen_tensors(
+    chunks: Iterable[torch.nn.Module],
+    policy: FreezePolicy,
+    rows: Mapping[int, Collection[int]] | None = None,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """All parameters and buffers that the recipe freezes, by unique name.
+
+    What is frozen is asked of the policy, never of flags on parameters or modules. A buffer is
+    frozen where none of its module's own parameters trains; those of ``MAY_CHANGE`` are left out.
+
+    Args:
+        chunks: bare model chunks.
+        policy: what trains.
+        rows: of routers that are frozen otherwise, the rows that train, by 0-based global layer;
+            the others are frozen.
     """
+    rows = rows or {}
     for index, chunk in enumerate(chunks):
-        routers = {
-            id(module.weight): module
-            for module in chunk.modules()
-            if hasattr(module, "trained_row_ids")
-        }
-        for name, parameter in chunk.named_parameters():
-            if id(parameter) in routers:
-                kept = torch.ones(len(parameter), dtype=torch.bool, device=parameter.device)
-                kept[routers[id(parameter)].trained_row_ids] = False
-                yield f"chunk{index}.{name}", parameter.detach()[kept]
-            elif parameter.requires_grad:
+        trained = set()
+        for place, parameter in places(chunk):
+            if policy.trains(place):
+                # A router's frozen matrix stands beside its rows that train, and so does its bias.
+                if not place.name.endswith(f".{ROWS}"):
+                    trained.add(place.name.rpartition(".")[0])
                 continue
-            elif fp8_weights.is_fp8(parameter):
+            name, value = f"chunk{index}.{place.name}", parameter.detach()
+            if fp8_weights.is_fp8(parameter):
                 stored = fp8_weights.stored(parameter)
-                yield f"chunk{index}.{name}", stored.codes
-                yield f"chunk{index}.{name} scales", stored.scales
+                yield name, stored.codes
+                yield f"{name} scales", stored.scales
+            elif place.name.endswith(".mlp.router.weight") and place.layer in rows:
+                kept = torch.ones(len(value), dtype=torch.bool, device=value.device)
+                kept[sorted(rows[place.layer])] = False
+                yield name, value[kept]
             else:
-                yield f"chunk{index}.{name}", parameter.detach()
-        for name, module in chunk.named_modules():
-            bias = getattr(module, "expert_bias", None)
-            if bias is not None and getattr(module, "frozen_expert_bias", False):
-                yield f"chunk{index}.{name}.expert_bias", bias.detach()
+                yield name, value
+        for name, buffer in chunk.named_buffers():
+            module, _, own = name.rpartition(".")
+            if module not in trained and own not in MAY_CHANGE:
+                yield f"chunk{index}.{name}", buffer.detach()
 
 
 def fingerprint(tensor: torch.Tensor) -> torch.Tensor:
@@ -75,14 +103,23 @@ class FrozenCheck:
 
     Args:
         chunks: bare model chunks, at the moment from which nothing frozen may change.
+        policy, rows: what the recipe freezes; see ``frozen_tensors``.
     """
 
-    def __init__(self, chunks: Iterable[torch.nn.Module]) -> None:
+    def __init__(
+        self,
+        chunks: Iterable[torch.nn.Module],
+        policy: FreezePolicy,
+        rows: Mapping[int, Collection[int]] | None = None,
+    ) -> None:
         self._chunks = list(chunks)
+        self._policy = policy
+        self._rows = rows
         self._before = self._fingerprints()
 
     def _fingerprints(self) -> dict[str, torch.Tensor]:
-        return {name: fingerprint(t).cpu() for name, t in frozen_tensors(self._chunks)}
+        frozen = frozen_tensors(self._chunks, self._policy, self._rows)
+        return {name: fingerprint(tensor).cpu() for name, tensor in frozen}
 
     def changed(self) -> list[str]:
         """Names of frozen tensors of this rank whose bits differ from the start."""

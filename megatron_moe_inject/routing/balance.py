@@ -117,7 +117,8 @@ class GeneralBalance:
     ) -> None:
         """Counts ``[l b, E]`` choices, those of domain samples by their weight."""
         router, mixed = self._router, self._mixed()
-        if mixed is None or padding_mask is not None:
+        frozen = getattr(router, "frozen_expert_bias", False)
+        if mixed is None or padding_mask is not None or frozen:
             self._stock_bias(routing_map, padding_mask=padding_mask)
             return
         if router.enable_expert_bias and torch.is_grad_enabled():

@@ -1,12 +1,16 @@
 """Mistakes end at start: one message, the same exit on every rank, no traceback, no hang."""
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from megatron_moe_inject.save_lock import SaveLock
-from tests.training.test_injection import RECIPE, inject
+from tests.training import lane
+from tests.training.test_injection import RECIPE, inject, recipe_file
 
 WRONG = {
     "an expert the student lacks": (
@@ -93,13 +97,53 @@ def test_a_teacher_that_only_the_last_stage_finds_broken_ends_every_rank(materia
     assert_clean_end(run, ("teachers.coder.source", str(broken)))
 
 
+RANK = "${{oc.env:RANK}}"
+"""In a recipe: another value on every rank."""
+
+
+def teacher_of_the_first_rank(material):
+    """A recipe whose teacher has the rank in its name; only the first rank's is there."""
+    first = Path(f"{material.teacher}0")
+    if not first.exists():
+        first.symlink_to(material.teacher)
+    return RECIPE.replace("{teacher}", "{teacher}" + RANK)
+
+
+def test_what_only_some_ranks_read_ends_every_rank_with_one_message(material):
+    decoded = "gamma: '${{oc.decode:" + RANK + "}}', temperature"
+    for recipe, fragments in (
+        (RECIPE.replace("temperature", decoded), ("gamma: 1.0 on rank 1, but 0.0 on rank 0",)),
+        (teacher_of_the_first_rank(material), ("1' is no directory", "found on rank 1 of 2")),
+    ):
+        run = inject(material, recipe, nproc=2, ep=2, check=False)
+        assert_clean_end(run, fragments)
+        assert run.output.count("megatron_moe_inject: error: ") == 1
+
+
+def test_a_mistake_is_the_last_thing_on_the_screen_also_under_torchrun(material):
+    """Of a rank that is not the first of its node: nothing of it was seen."""
+    recipe = recipe_file(material, teacher_of_the_first_rank(material))
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    command = [
+        sys.executable, *torchrun, "-m", "megatron_moe_inject.pretrain", "--cpu",
+        *material.flags("--inject-recipe", recipe, ep=2),
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(lane.ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode != 0
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    said = [line for line in lines if line.startswith("megatron_moe_inject: error: ")]
+    assert len(said) == 2, done.stderr  # by the rank, and in torchrun's block
+    assert said[0] == said[1] == lines[-2]
+    assert "found on rank 1 of 2" in said[0]
+    assert set(lines[-1]) == {"="}
+
+
 def test_plain_flags_are_enough_and_their_mistakes_name_the_flag(material):
     flags = (
         *("--inject-teacher", f"megatron:{material.teacher}", "--inject-domain-data", "1"),
         *("--inject-experts", "2:3;3:3", "--inject-alpha", "0.7", "--inject-beta", "0.3"),
     )
-    from tests.training import lane
-
     good = lane.run(material.flags(*flags, "--inject-temperature", "2.0"))
     same = inject(material)
     assert good.losses("total loss") == same.losses("total loss")

@@ -10,6 +10,13 @@ from megatron_moe_inject.experts.freeze import (
     first_trainable_layer,
     places,
 )
+from tests.unit.routers import Chunk, inputs
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    """Routers ask for the current device for their buffers."""
+    monkeypatch.setattr("torch.cuda.current_device", lambda: torch.device("cpu"))
 
 
 class Bag(nn.Module):
@@ -101,6 +108,23 @@ def test_frozen_router_keeps_its_bias_and_a_trained_one_does_not():
         router.frozen_expert_bias = False
         FreezePolicy({4: frozenset({6})}, components).apply([chunk])
         assert router.frozen_expert_bias is frozen
+
+
+def test_a_frozen_routers_bias_is_held_where_megatron_cannot():
+    """0.18 updates every bias, by counts that a frozen router then does not make."""
+    for components, counted in ((frozenset(), 0), (frozenset({"router"}), 10 * 2)):
+        chunk = Chunk(moe_router_enable_expert_bias=True, moe_router_score_function="sigmoid")
+        for router in chunk.routers:
+            del router.frozen_expert_bias
+        FreezePolicy({}, components).apply([chunk])
+        chunk(inputs(1)[0])
+        for router in chunk.routers:
+            assert router.local_tokens_per_expert.sum() == counted
+            assert getattr(router, "frozen_expert_bias", False) is (counted == 0)
+    plain = Chunk()
+    del plain.routers[0].frozen_expert_bias
+    FreezePolicy({}, frozenset()).apply([plain])
+    assert not hasattr(plain.routers[0], "frozen_expert_bias")
 
 
 def test_grouped_experts_have_a_parameter_each():

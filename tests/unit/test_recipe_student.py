@@ -305,6 +305,14 @@ REFUSED = [
     ("--hybrid-override-pattern M*M*", False),
     ("--multiple-validation-sets", False),
     ("--cuda-graph-impl full_iteration", False),
+    ("--freeze-all-layers", False),
+    ("--defer-embedding-wgrad-compute", False),
+    ("--fp8-output-proj", False),
+    ("--save-activations-interval 5", False),
+    ("--save-dgrads-interval 5", False),
+    ("--logits-save-dir /x", False),
+    ("--config-logger-dir /x", False),
+    ("--qk-clip", False),
 ]
 
 

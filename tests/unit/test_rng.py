@@ -70,3 +70,12 @@ def test_a_tracker_that_nobody_seeded_is_not_made(tracker, monkeypatch):
     monkeypatch.setattr(module, "get_cuda_rng_tracker", make)
     with untouched_rng(CPU):
         pass
+
+
+def test_biases_that_forced_routers_draw_once_are_drawn_again(monkeypatch):
+    known = {3: torch.ones(2)}
+    shared = SimpleNamespace(RandomSTEShared=SimpleNamespace(_cache=dict(known)))
+    monkeypatch.setitem(sys.modules, "megatron.core.transformer.moe.moe_utils", shared)
+    with untouched_rng(CPU):
+        shared.RandomSTEShared._cache[4] = torch.zeros(2)
+    assert shared.RandomSTEShared._cache == known

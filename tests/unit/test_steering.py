@@ -7,6 +7,7 @@ import torch
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import compute_routing_scores_for_aux_loss
 
+from megatron_moe_inject.experts.freeze import FreezePolicy
 from megatron_moe_inject.metrics.losses import take_terms
 from megatron_moe_inject.routing import steering_loss
 from megatron_moe_inject.routing.balance import GeneralBalance
@@ -323,6 +324,21 @@ def test_expert_bias_counts_weigh_domain_tokens(weight):
     with torch.no_grad():
         router(hidden)
     assert router.local_tokens_per_expert.sum() == 0
+
+
+@pytest.mark.parametrize("knows", [True, False], ids=["0.19", "0.18"])
+def test_a_frozen_routers_bias_is_not_moved_by_steering(knows):
+    """Where Megatron does not know frozen biases, what it is updated by stays 0."""
+    chunk = Chunk(moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True)
+    router = chunk.routers[0]
+    if not knows:
+        del router.frozen_expert_bias
+    FreezePolicy({}, frozenset()).apply([chunk])
+    balance = GeneralBalance(router, 0.25)
+    balance.general = ([0, 2], 3)
+    router(inputs(1, samples=3)[0])
+    assert router.frozen_expert_bias
+    assert bool(router.local_tokens_per_expert.any()) is knows
 
 
 def test_details_go_to_tensorboard_and_wandb(monkeypatch):

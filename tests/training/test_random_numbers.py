@@ -1,0 +1,30 @@
+"""Routers that draw random numbers in eval mode too: training goes on as if nothing had run beside.
+
+The original's pass runs in every step with weight 0, and each step is evaluated.
+"""
+
+import pytest
+
+from tests.training.test_injection import inject
+
+PLAIN = """
+domains:
+  - {{name: code, data: [1], experts: {{layers: {{1: [0], 3: [3]}}}}}}
+objective: {{alpha: 0.0, beta: 1.0, gamma: {gamma}}}
+"""
+BESIDE = PLAIN.replace("{gamma}", "{{points: {{0: 0.0, 8: 0.0, 9: 1.0}}}}") + "evaluation: {{}}\n"
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [("--moe-input-jitter-eps", "0.3"), ("--moe-router-force-load-balancing",)],
+    ids=["jitter", "forced"],
+)
+def test_neither_gammas_pass_nor_evaluation_leaves_a_trace(material, tmp_path, noise):
+    noise = (*noise, "--hidden-dropout", "0.1")
+    plain = inject(material, PLAIN.replace("{gamma}", "0.0"), extra=noise)
+    file = ("--inject-set", f"evaluation.file={tmp_path / 'list.jsonl'}", "--eval-interval", "1")
+    beside = inject(material, BESIDE, extra=(*noise, *file))
+    assert len(beside.evaluations) > 3
+    assert beside.losses("lm loss") == pytest.approx(plain.losses("lm loss"), rel=1e-6)
+    assert beside.losses("grad norm") == pytest.approx(plain.losses("grad norm"), rel=1e-6)

@@ -1,0 +1,204 @@
+"""What Megatron's source does where the plugin steps in: an addition there must be looked at.
+
+The loss takes the place of the end of ``GPTModel.forward``: the output layer's own forward pass and
+the cross-entropy behind it. Whatever these read, the plugin serves, refuses or has no use for; a
+name that stands in none of these tables is new, and this test fails until somebody has decided.
+The same for what ``train_step`` calls from the optimizer's step on, which could move frozen
+parameters. Sources are read, not imported, so that one run looks at all versions that are there.
+"""
+
+import ast
+import os
+from pathlib import Path
+
+import megatron.core
+import pytest
+
+from megatron_moe_inject.refused_options import CLIPS, REFUSED
+
+HERE = Path(megatron.core.__file__).resolve().parents[1]
+OTHER = os.environ.get("MEGATRON_OTHER")
+ROOTS = [HERE, *([Path(OTHER, "megatron")] if OTHER else [])]
+VERSIONS = pytest.mark.parametrize("root", ROOTS, ids=["this", "other"][: len(ROOTS)])
+
+GPT = ("core/models/gpt/gpt_model.py", "GPTModel._postprocess")
+CROSS_ENTROPY = (
+    "core/models/common/language_module/language_module.py",
+    "LanguageModule.compute_language_model_loss",
+)
+SCALE = (CROSS_ENTROPY[0], "LanguageModule._scale_logits")
+OUTPUT_LAYER = ("core/tensor_parallel/layers.py", "ColumnParallelLinear.forward")
+FROZEN_PRODUCT = (OUTPUT_LAYER[0], "linear_with_frozen_weight")
+TRAINED_PRODUCT = (OUTPUT_LAYER[0], "linear_with_grad_accumulation_and_async_allreduce")
+
+CONFIG = {
+    "use_mup": "served: compat.logit_scale",
+    "mup_output_mult": "served: compat.logit_scale",
+    "mtp_num_layers": "multi-token prediction runs before the output processor",
+    "defer_embedding_wgrad_compute": "refused",
+    "wgrad_deferral_limit": "only with defer_embedding_wgrad_compute",
+    "cross_entropy_loss_fusion": "another way to the same cross-entropy",
+    "cross_entropy_fusion_impl": "another way to the same cross-entropy",
+    "cuda_graph_impl": "refused for whole steps",
+    "_cpu_offloading_context": "is entered inside the decoder alone",
+    "cpu_offloading": "inside _cpu_offloading_context",
+    "cpu_offloading_activations": "inside _cpu_offloading_context",
+    "materialize_only_last_token_logits": "inference's",
+    "inference_cuda_graph_scope": "inference's",
+}
+"""What these functions read of configs, and what the plugin makes of it."""
+OF_LAYER = {
+    "allreduce_dgrad": "served: reduce_hidden_grad",
+    "sequence_parallel": "served: the states are gathered",
+    "gradient_accumulation_fusion": "served: accumulate_main_grad",
+    "tp_group": "served",
+    "weight": "served",
+    "bias": "a GPT model's output layer has none",
+    "skip_bias_add": "a GPT model's output layer has none",
+    "gather_output": "whole logits, which never exist",
+    "gtp_remat_size": "refused: gtp_weight_remat_size",
+    "embedding_activation_buffer": "defer_embedding_wgrad_compute",
+    "grad_output_buffer": "defer_embedding_wgrad_compute",
+    "explicit_expert_comm": "of layers in experts",
+    "disable_grad_reduce": "of adapters",
+    "input_size": "sizes",
+    "output_size_per_partition": "sizes",
+    "use_inference_optimized_all_gather": "inference's",
+    "training": "inference's",
+    "config": "see CONFIG",
+    "_forward_impl": "the two products",
+}
+CALLED = {
+    GPT: {
+        "process_mtp_loss", "self.mtp", "output_processor", "self.output_layer",
+        "self._scale_logits", "self.compute_language_model_loss",
+        "self.shared_embedding_or_output_weight",
+        *("has_config_logger_enabled", "log_config_to_disk", "OrderedDict"),  # refused
+        *("InferenceMode.is_active", "gather_from_sequence_parallel_region"),  # inference
+    },
+    OUTPUT_LAYER: {
+        "self._forward_impl", "copy_to_tensor_model_parallel_region",
+        "gather_from_tensor_model_parallel_region", "RuntimeError", "len", "tuple",
+        "inference_all_gather_from_tensor_model_parallel_region",
+        "self.embedding_activation_buffer.append",
+    },
+    FROZEN_PRODUCT: {
+        "LinearWithFrozenWeight.apply", "gather_from_sequence_parallel_region",
+        "get_tensor_model_parallel_group_if_none", "weight.all_gather_and_prefetch",
+    },
+    TRAINED_PRODUCT: {
+        "LinearWithGradAccumulationAndAsyncCommunication.apply", "os.environ.get",
+        "warnings.warn", "get_tensor_model_parallel_group_if_none",
+    },
+    CROSS_ENTROPY: {
+        "fused_vocab_parallel_cross_entropy", "te_parallel_cross_entropy",
+        "tensor_parallel.vocab_parallel_cross_entropy", "torch.as_strided", "hasattr",
+        *("is_te_min_version", "get_te_version", "AssertionError", "RuntimeError"),
+    },
+    SCALE: set(),
+}  # fmt: skip
+"""What each of them calls, methods of tensors and of inference's contexts left out."""
+OUTPUT_LAYERS = {"TELMHeadColumnParallelLinear", "tensor_parallel.ColumnParallelLinear"}
+"""What a GPT model's output layer can be; the first is refused as ``fp8_output_proj``."""
+AFTER_THE_STEP = {
+    "optimizer.step": "moves what trains",
+    "clip_qk": "moves attention: refused where it is frozen",
+    "unwrapped_model.update_momentum": "of vision models",
+    "unwrap_model": "of vision models",
+    "opt_param_scheduler.step": "moves learning rates",
+    "_save_state_dict": "reads",
+    "logical_and_across_model_parallel_group": "numbers",
+    "reduce_max_stat_across_model_parallel_group": "numbers",
+    "torch.distributed.all_reduce": "of losses",
+    "torch.cat": "losses",
+    "torch.vstack": "losses",
+    "torch.cuda.empty_cache": "memory",
+    "timers": "times",
+    "ValueError": "errors",
+    "getattr": "looks",
+    "get_num_microbatches": "numbers",
+    "get_attr_wrapped_model": "groups",
+    "ProcessGroupCollection.use_mpu_process_groups": "groups",
+    "is_pp_last_stage": "groups",
+    "mpu.is_pipeline_last_stage": "groups",
+    "mpu.get_data_parallel_group": "groups",
+}
+"""What ``train_step`` calls from ``optimizer.step()`` on, and what that can move."""
+
+
+def function(root, file, name):
+    tree = ast.parse((root / file).read_text())
+    for part in name.split("."):
+        tree = next(
+            node
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == part
+        )
+    return tree
+
+
+def dotted(node):
+    """``a.b.c`` as written; "" where it begins with something else than a name."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute) and (before := dotted(node.value)):
+        return f"{before}.{node.attr}"
+    return ""
+
+
+def called(nodes, objects=()):
+    """What is called in ``nodes``, but for methods of those ``objects``."""
+    calls = (c for node in nodes for c in ast.walk(node) if isinstance(c, ast.Call))
+    names = {dotted(call.func) for call in calls} - {""}
+    return {name for name in names if name.split(".")[0] not in objects or "." not in name}
+
+
+def read_of(tree, owner):
+    """Attributes of ``owner`` that are read or set."""
+    nodes = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute))
+    return {node.attr for node in nodes if dotted(node.value) in owner}
+
+
+@VERSIONS
+@pytest.mark.parametrize("where", CALLED, ids=[name for _, name in CALLED])
+def test_what_the_loss_stands_in_for_does_nothing_unknown(root, where):
+    tree = function(root, *where)
+    objects = {"hidden_states", "logits", "labels", "loss", "inference_context"}
+    assert called([tree], objects) - CALLED[where] == set()
+    configs = read_of(tree, {"config", "self.config", "inference_context.config"})
+    assert configs - set(CONFIG) == set()
+    if where == OUTPUT_LAYER:
+        assert read_of(tree, {"self"}) - set(OF_LAYER) == set()
+
+
+@VERSIONS
+def test_the_output_layer_is_one_that_is_known_and_has_no_bias(root):
+    tree = function(root, "core/models/gpt/gpt_model.py", "GPTModel.__init__")
+    made = [
+        node for node in ast.walk(tree)
+        if isinstance(node, ast.Assign) and dotted(node.targets[0]) == "self.output_layer"
+    ]  # fmt: skip
+    assert len(made) == 1
+    given = {word.arg: word.value for word in made[0].value.keywords}
+    assert given["bias"].value is False
+    chosen = [
+        node for node in ast.walk(tree)
+        if isinstance(node, ast.Assign) and dotted(node.targets[0]) == "output_layer_cls"
+    ]  # fmt: skip
+    kinds = [node for c in chosen for node in (c.value.body, c.value.orelse)]
+    assert {dotted(kind) for kind in kinds} == OUTPUT_LAYERS
+
+
+@VERSIONS
+def test_after_the_optimizers_step_nothing_unknown_moves_parameters(root):
+    body = function(root, "training/training.py", "train_step").body
+    names = [called([statement]) for statement in body]
+    start = next(i for i, found in enumerate(names) if "optimizer.step" in found)
+    assert called(body[start:], {"val", "losses_reduced"}) - set(AFTER_THE_STEP) == set()
+
+
+def test_what_is_said_to_be_refused_is():
+    names = {option.name for option in REFUSED}
+    said = {key for key, what in CONFIG.items() if what == "refused"}
+    assert said | {"gtp_weight_remat_size", "fp8_output_proj", "config_logger_dir"} <= names
+    assert CLIPS.name == "qk_clip"
