@@ -36,7 +36,9 @@ def test_a_prefix_needs_a_position_of_its_own():
         "teachers.teacher.prefix: hf:/t has positions up to 64, but --seq-length is 64 and ids [2] "
         "stand in front; write prefix: none, or use shorter sequences"
     )
-    with pytest.raises(RecipeError, match=r"teachers\.teacher\.source: hf:/t has positions up to 64"):
+    with pytest.raises(
+        RecipeError, match=r"teachers\.teacher\.source: hf:/t has positions up to 64"
+    ):
         check_fit(recipe(), exact, 65)
 
 
