@@ -159,6 +159,7 @@ class Measurement:
         kl = torch.zeros_like(ce)
         against: list[str | None] = [None] * len(domains)
         partly, bare = [False] * len(domains), [False] * len(domains)
+        readable = torch.ones_like(ce, dtype=torch.bool)
         for group in groups:
             samples = list(group.samples)
             targets, mask = labels[samples], loss_mask[samples].double()
@@ -169,6 +170,7 @@ class Measurement:
                 same = found.top == found.teacher_top
                 asked = torch.ones_like(found.loss)
                 if group.readable is not None:
+                    readable[samples] = group.readable
                     asked = group.readable.flatten().to(asked.dtype)
                 taught = [found.teacher_loss, found.kl, same, asked, found.loss]
                 if group.bare is not None:
@@ -195,7 +197,8 @@ class Measurement:
             self._part.bare += bare
             self._name_sequences(index)
         factor = torch.ones_like(ce)
-        return LossTerms(ce, ce, kl, factor), self._report(sums, domains)
+        limited = readable if any(partly) else None
+        return LossTerms(ce, ce, kl, factor, limited), self._report(sums, domains)
 
     def _measure(
         self,

@@ -128,8 +128,8 @@ def test_a_checkpoint_that_is_not_the_trained_model_is_refused(alone, name, mess
     assert alone["errors"][name].startswith("teachers.coder.source: 'megatron:")
 
 
-def check(folder: Path, student: StudentTokenizer = STUDENT):
-    return check_teacher("coder", f"megatron:{folder}", student_tokenizer=student)
+def check(folder: Path, student: StudentTokenizer = STUDENT, **more):
+    return check_teacher("coder", f"megatron:{folder}", student_tokenizer=student, **more)
 
 
 def test_check_reads_the_architecture(folder):
@@ -146,6 +146,18 @@ def test_check_reads_the_architecture(folder):
     assert gpt2.config["tied_embeddings"]
     layer = 24 * 72 + 72 + 24 * 24 + 24 + 2 * 24 * 96 + 96 + 24 + 4 * 24
     assert gpt2.parameters == ROWS * 24 + 16 * 24 + 2 * 24 + 2 * layer
+
+
+def test_check_finds_the_prefix(folder):
+    """A NullTokenizer has nothing to put in front, so only ids can be named."""
+    info = check(folder / "llama-tp1")
+    assert info.prefix == ()
+    assert "its tokenizer cannot be read" in info.prefix_told
+    assert check(folder / "llama-tp1", prefix=[3, 4]).prefix == (3, 4)
+    with pytest.raises(RecipeError, match=r"teachers\.coder\.prefix: 'bos' is not named"):
+        check(folder / "llama-tp1", prefix="bos")
+    with pytest.raises(RecipeError, match=f"holds the id {ROWS}"):
+        check(folder / "llama-tp1", prefix=[ROWS])
 
 
 @pytest.mark.parametrize(

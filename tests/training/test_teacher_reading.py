@@ -16,9 +16,9 @@ import torch
 from megatron_moe_inject.losses import reference
 from megatron_moe_inject.metrics.evaluation_file import read_evaluation, read_list
 from tests.training import lane
-from tests.training.conftest import student_flags
+from tests.training.conftest import make_material, student_flags
 from tests.training.test_evaluation import BATCHES, plain
-from tests.training.test_injection import PROVEN, inject, recipe_file
+from tests.training.test_injection import OTHER, PROVEN, inject, recipe_file
 from tests.unit.test_verify_inputs import write_sums
 
 transformers = pytest.importorskip("transformers")
@@ -197,6 +197,28 @@ def test_one_curve_at_every_layout(text, single, layout):
     for term in TERMS:
         assert run.losses(term) == pytest.approx(single.losses(term), rel=3e-5), term
     assert PROVEN.search(run.output)
+
+
+def reads_its_prefix(material, path=()):
+    losses = []
+    for prefix in ("none", "[3]", "[3,5]"):
+        extra = ("--inject-set", f"teachers.coder.prefix={prefix}", *RESETS)
+        run = inject(material, extra=(*extra, "--train-iters", "1"), path=path)
+        losses.append(run.losses("kd loss")[0])
+        assert ("reads id 3" in run.output) == (prefix != "none")
+    assert len({f"{loss:.5f}" for loss in losses}) == 3
+    assert all(0 < loss < 10 for loss in losses)
+
+
+def test_a_megatron_teacher_reads_its_prefix_too(material):
+    """Also with positions and masks of documents; another prefix gives other losses."""
+    reads_its_prefix(material)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not OTHER, reason="MEGATRON_OTHER names no second Megatron-Core")
+def test_a_teacher_of_the_other_megatron_reads_its_prefix_too(tmp_path):
+    reads_its_prefix(make_material(tmp_path, [OTHER]), path=[OTHER])
 
 
 def test_the_plan_says_what_the_teacher_lacks_and_reads(single):
