@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_moe_inject.typed import RecipeError, one_line, show
+from megatron_moe_inject.typed import RecipeError, one_line, show_path
 
 _ABANDONED_SECONDS = 24 * 3600
 """A part that nobody has touched for so long is nobody's, whoever began it."""
@@ -69,7 +69,7 @@ def replace_file(path: str | Path, content: bytes) -> None:
         _sync_folder(target.parent)
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
         raise RecipeError(
-            f"{show(str(path))} cannot be written ({_reason(error)}); "
+            f"{show_path(path)} cannot be written ({_reason(error)}); "
             "name a file in a folder that exists"
         ) from None
 
@@ -120,7 +120,7 @@ def append_line(path: str | Path, line: bytes) -> None:
         finally:
             os.close(handle)
     except (OSError, ValueError) as error:
-        raise RecipeError(f"{show(str(path))} cannot be written ({_reason(error)})") from None
+        raise RecipeError(f"{show_path(path)} cannot be written ({_reason(error)})") from None
 
 
 def whole_lines(text: str) -> list[str]:
@@ -169,7 +169,7 @@ def new_folder(path: Path) -> Iterator[Path]:
             os.close(handle)
     except OSError as error:
         raise RecipeError(
-            f"{show(str(path))} cannot be written ({_reason(error)}); "
+            f"{show_path(path)} cannot be written ({_reason(error)}); "
             "name a new folder in one that takes it"
         ) from None
 

@@ -27,7 +27,7 @@ from megatron_moe_inject.recipe_retention import Retention
 from megatron_moe_inject.recipe_rules import CONFIDENCES, DIVERGENCES, EXPERT_MODES, validate
 from megatron_moe_inject.recipe_steering import Steering
 from megatron_moe_inject.schedule import Schedule, Weight, ever_positive
-from megatron_moe_inject.typed import RecipeError, fail, show, suggest
+from megatron_moe_inject.typed import RecipeError, fail, show_path, suggest
 
 __all__ = [
     "CONFIDENCES",
@@ -340,7 +340,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     except (OSError, UnicodeDecodeError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise RecipeError(
-            f"--inject-recipe {show(str(path))} cannot be read ({reason}); give a YAML file"
+            f"--inject-recipe {show_path(path)} cannot be read ({reason}); give a YAML file"
         ) from None
     try:
         return recipe_from_yaml(text, overrides)

@@ -32,7 +32,7 @@ from megatron_moe_inject.metrics.run_file import FILE, Start, Step, read_run
 from megatron_moe_inject.recipe import Recipe, recipe_from_yaml
 from megatron_moe_inject.routing_report import check_same_student, layer_table, picture
 from megatron_moe_inject.schedule import show_weight
-from megatron_moe_inject.typed import RecipeError, show
+from megatron_moe_inject.typed import RecipeError, show, show_path
 
 OUTPUT = "inject_report.html"
 _LAST_LINES = 20
@@ -90,7 +90,7 @@ def read_folder(folder: str | Path) -> RunData:
     found = next((place for place in places if place.exists()), places[0])
     if not lines and not found.exists():
         raise RecipeError(
-            f"{show(str(folder))} has no {FILE} and no {LIST}; give the --save folder of a "
+            f"{show_path(folder)} has no {FILE} and no {LIST}; give the --save folder of a "
             "run whose recipe has evaluation: {}"
         )
     recipe = None
@@ -333,4 +333,4 @@ def _refuse_overwriting(output: Path, folder: Path, data: RunData, profiles: Seq
     read = [folder / FILE, folder / LIST, *profiles]
     read += [start.evaluations for start in data.starts]
     if os.path.realpath(output) in map(os.path.realpath, read):
-        raise RecipeError(f"--output: {show(str(output))} is what the report is made from")
+        raise RecipeError(f"--output: {show_path(output)} is what the report is made from")

@@ -18,7 +18,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from megatron_moe_inject.typed import RecipeError, one_line, show
+from megatron_moe_inject.typed import RecipeError, one_line, show_path
 
 FILE = "inject_run.lock"
 LEASE_SECONDS = 100.0
@@ -52,7 +52,7 @@ class SaveLock:
             handle = os.open(self._folder / FILE, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise RecipeError(
-                f"--save: {show(str(self._folder))} cannot be written to ({error.strerror})"
+                f"--save: {show_path(self._folder)} cannot be written to ({error.strerror})"
             ) from None
         until = time.monotonic() + self._lease
         while True:
@@ -72,7 +72,7 @@ class SaveLock:
             if _host(holder) in (None, socket.gethostname()) or time.monotonic() > until:
                 os.close(handle)
                 raise RecipeError(
-                    f"--save: {show(str(self._folder))} is in use by another run "
+                    f"--save: {show_path(self._folder)} is in use by another run "
                     f"({one_line(holder)}); end that one, or give each run a folder of its own"
                 )
             time.sleep(min(5.0, self._lease / 10))

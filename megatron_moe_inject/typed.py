@@ -54,6 +54,11 @@ def show(value: Any) -> str:
         return f"this {type(value).__name__}"
 
 
+def show_path(path: Any) -> str:
+    """A path on one line, quoted, and whole unless it is very long."""
+    return one_line(repr(str(path)), 300)
+
+
 def one_line(text: str, limit: int = 80) -> str:
     """Text with its white space collapsed, cut to ``limit`` characters."""
     text = " ".join(text.split())

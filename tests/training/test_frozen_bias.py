@@ -42,7 +42,8 @@ def test_frozen_routers_keep_their_bias_and_the_one_that_trains_does_not(materia
     recipe = STEERED.replace("{more}", ", layers: [2]")
     ours = ("--inject-recipe", recipe_file(material, recipe), "--inject-verify-frozen")
     save = ("--save", str(tmp_path), "--save-interval", "3")
-    flags = student_flags(*material.blend, *shlex.split(ROUTERS), *ours, *save, ep=2)
+    anew = ("--inject-from-scratch",)
+    flags = student_flags(*material.blend, *shlex.split(ROUTERS), *ours, *save, *anew, ep=2)
     run = lane.run(flags, nproc=2, pythonpath=other)
     assert PROVEN.search(run.output)
     assert biases(tmp_path).any(dim=1).tolist() == [False, False, True, False]

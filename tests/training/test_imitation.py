@@ -195,7 +195,7 @@ def test_layers_that_cannot_be(material, override, message):
         (("--moe-latent-size", "16"), "--moe-latent-size"),
         (
             ("--ckpt-format", "torch", "--save", "unused", "--save-interval", "9"),
-            "--ckpt-format torch",
+            "--ckpt-format: 'torch' does not load",
         ),
     ],
     ids=str,
