@@ -7,7 +7,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_moe_inject.typed import RecipeError
+from megatron_moe_inject.host.errors import (
+    RecipeError,
+)
 
 
 def agree(action: Callable[[], Any]) -> Any:

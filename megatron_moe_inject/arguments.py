@@ -15,16 +15,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_moe_inject import typed
-from megatron_moe_inject.experts.choice import resolve_experts
+from megatron_moe_inject.host.errors import (
+    RecipeError,
+)
 from megatron_moe_inject.recipe import (
     DIVERGENCES,
     Recipe,
+)
+from megatron_moe_inject.recipe_load import (
     load_recipe,
     located,
     recipe_from_flags,
 )
-from megatron_moe_inject.student import StudentFacts, check_recipe, student_facts_from_args
-from megatron_moe_inject.typed import RecipeError
 
 _OBJECTIVE = ("alpha", "beta", "general_beta", "gamma", "temperature", "divergence")
 _PLAIN = ("teacher", "domain_data", "domain_name", "experts", *_OBJECTIVE, "train_router")
@@ -169,32 +171,6 @@ def recipe_from_args(args: Namespace, argv: Sequence[str] | None = None) -> Reci
         recipe = _recipe_from_plain_flags(args, overrides)
     recipe.verify_frozen = recipe.verify_frozen or bool(args.inject_verify_frozen)
     return recipe
-
-
-def recipe_for_student(
-    args: Namespace, *, profiles_may_be_missing: bool = False
-) -> tuple[Recipe, StudentFacts] | None:
-    """``recipe_from_args``, resolved and checked against the student of the same flags.
-
-    Args:
-        args: Megatron's namespace.
-        profiles_may_be_missing: see ``resolve_experts``.
-
-    No collective and no CUDA; every rank reaches the same verdict from the same flags.
-
-    Raises:
-        RecipeError: any mistake, in terms of flags where the recipe came from flags.
-    """
-    recipe = recipe_from_args(args)
-    if recipe is None:
-        return None
-    facts = student_facts_from_args(args)
-    try:
-        recipe = resolve_experts(recipe, facts, may_be_missing=profiles_may_be_missing)
-        check_recipe(recipe, facts)
-    except RecipeError as error:
-        raise name_error(error, args) from None
-    return recipe, facts
 
 
 def name_error(error: RecipeError, args: Namespace) -> RecipeError:

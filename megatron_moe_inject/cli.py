@@ -16,6 +16,7 @@ import logging
 import os
 import sys
 import warnings
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
@@ -28,11 +29,24 @@ from megatron_moe_inject import (
     routing_report,
     select_command,
 )
-from megatron_moe_inject.arguments import add_inject_arguments, name_error, recipe_for_student
+from megatron_moe_inject.arguments import (
+    add_inject_arguments,
+    name_error,
+    recipe_from_args,
+)
 from megatron_moe_inject.data.files_there import check_data_files
 from megatron_moe_inject.experts.choice import resolve_experts
 from megatron_moe_inject.plan import Plan, TeacherRow, render_plan
-from megatron_moe_inject.recipe import Recipe, RecipeError, load_recipe, located
+from megatron_moe_inject.recipe import (
+    Recipe,
+    RecipeError,
+)
+from megatron_moe_inject.recipe_facts import StudentFacts
+from megatron_moe_inject.recipe_load import (
+    load_recipe,
+    located,
+)
+from megatron_moe_inject.student import check_recipe, student_facts_from_args
 
 _EXAMPLES = """examples:
   moe-inject plan recipe.yaml
@@ -181,3 +195,29 @@ def _quiet() -> Iterator[None]:
 
 if __name__ == "__main__":
     sys.exit(main())
+
+
+def recipe_for_student(
+    args: Namespace, *, profiles_may_be_missing: bool = False
+) -> tuple[Recipe, StudentFacts] | None:
+    """``recipe_from_args``, resolved and checked against the student of the same flags.
+
+    Args:
+        args: Megatron's namespace.
+        profiles_may_be_missing: see ``resolve_experts``.
+
+    No collective and no CUDA; every rank reaches the same verdict from the same flags.
+
+    Raises:
+        RecipeError: any mistake, in terms of flags where the recipe came from flags.
+    """
+    recipe = recipe_from_args(args)
+    if recipe is None:
+        return None
+    facts = student_facts_from_args(args)
+    try:
+        recipe = resolve_experts(recipe, facts, may_be_missing=profiles_may_be_missing)
+        check_recipe(recipe, facts)
+    except RecipeError as error:
+        raise name_error(error, args) from None
+    return recipe, facts

@@ -10,7 +10,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from megatron_moe_inject.plan import memory_text, table
+from megatron_moe_inject.host.text import (
+    memory_text,
+    table,
+)
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:

@@ -8,11 +8,9 @@ files side by side.
 from __future__ import annotations
 
 import argparse
-import os
-import sys
-from collections.abc import Sequence
 
 from megatron_moe_inject.files import replace_file
+from megatron_moe_inject.launch import only_evaluate
 from megatron_moe_inject.metrics.comparison import compare
 from megatron_moe_inject.metrics.evaluation_file import read_evaluation
 
@@ -29,13 +27,6 @@ _COMPARE_EXAMPLES = """examples:
 
 Of a run's list (.jsonl), BEFORE is its first line and AFTER its last.
 """
-_ALONE = {
-    "RANK": "0",
-    "WORLD_SIZE": "1",
-    "LOCAL_RANK": "0",
-    "MASTER_ADDR": "127.0.0.1",
-    "MASTER_PORT": "0",  # any: nobody else connects
-}
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
@@ -82,23 +73,3 @@ def _compare(options: argparse.Namespace) -> str:
     if options.output is not None:
         replace_file(options.output, (text + "\n").encode())
     return text
-
-
-def only_evaluate(flags: Sequence[str], ours: Sequence[str], *, cpu: bool) -> None:
-    """Become a run of a training command's ``flags`` and ``ours`` that only evaluates.
-
-    Raises:
-        SystemExit: 2 with one line for a mistake in the recipe or the flags.
-    """
-    for name, value in _ALONE.items():
-        os.environ.setdefault(name, value)
-    needed = []
-    if "--train-iters" not in flags and "--train-samples" not in flags:
-        needed = ["--train-iters", "1"]  # Megatron wants to know, also where nothing trains
-    sys.argv[1:] = [*(["--cpu"] if cpu else []), *flags, *ours, *needed, "--skip-train"]
-    from megatron_moe_inject import launch
-
-    launch.prepare()
-    from megatron_moe_inject import gpt_entry
-
-    gpt_entry.main()

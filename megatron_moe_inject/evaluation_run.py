@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_moe_inject import compat
-from megatron_moe_inject.agreement import agree, on_first_rank
+from megatron_moe_inject.agreement import on_first_rank
 from megatron_moe_inject.data.held_out import HeldOutText
-from megatron_moe_inject.data.labels import HostGroup
-from megatron_moe_inject.data.mixing import mix_held_out
-from megatron_moe_inject.data.read_once import MeasuredText
 from megatron_moe_inject.experts.lineage import Lineage
-from megatron_moe_inject.files import try_file
-from megatron_moe_inject.loss_hook import LossHook
-from megatron_moe_inject.losses.objective import TermWeights
+from megatron_moe_inject.host.labels import (
+    GENERAL,
+)
 from megatron_moe_inject.metrics.evaluation import (
     GENERAL_CLASS,
     Evaluation,
@@ -38,25 +35,22 @@ from megatron_moe_inject.metrics.evaluation_file import (
     LIST,
     append_line,
     read_list,
-    write_evaluation,
     write_list,
 )
 from megatron_moe_inject.metrics.gate import judge
-from megatron_moe_inject.metrics.losses import LossReport
 from megatron_moe_inject.metrics.measurement import Collected, Measurement
-from megatron_moe_inject.metrics.term_log import TermLog
-from megatron_moe_inject.recipe import GENERAL, Recipe, RecipeError
-from megatron_moe_inject.rng import untouched_rng
-from megatron_moe_inject.step import SplitRegistry, StepHook
-from megatron_moe_inject.student import (
-    SPLITS,
-    StudentFacts,
-    check_options,
-    split_labels,
-    student_facts_from_args,
+from megatron_moe_inject.recipe import (
+    Recipe,
+    RecipeError,
 )
-from megatron_moe_inject.student_load import Origin, StudentLoad
-from megatron_moe_inject.teachers.setup import by_domain, checked_teachers, teacher_pass
+from megatron_moe_inject.recipe_facts import (
+    StudentFacts,
+)
+from megatron_moe_inject.rng import untouched_rng
+from megatron_moe_inject.student import (
+    split_labels,
+)
+from megatron_moe_inject.student_load import Origin
 
 _NO_DATA = (
     "{}: there is no validation data to measure on; set --eval-iters above 0, and a --split or "
@@ -359,149 +353,11 @@ class TrainingEvaluator(Evaluator):
                 print(f"megatron_moe_inject: warning: evaluation: {error}", flush=True)
 
 
-class EvaluationRun(Evaluator):
-    """A run that only measures; see ``injection.Injection`` for its part in it.
-
-    Args:
-        recipe: names the classes and teachers; what trains is not used.
-        args: Megatron's arguments.
-        valid_vocab_size: ids of the student's tokenizer.
-    """
-
-    plan = None
-    run_log = None
-    blend = None
-
-    def __init__(self, recipe: Recipe, args: Namespace, valid_vocab_size: int) -> None:
-        flag = "--inject-evaluate"
-        if args.inject_dry_run:
-            raise RecipeError(
-                "--inject-dry-run: a run that only measures has no plan to show; leave it out"
-            )
-        self._path = Path(args.inject_evaluate)
-        if not self._path.absolute().parent.is_dir():
-            raise RecipeError(f"{flag}: {self._path.absolute().parent} is no folder")
-        facts = student_facts_from_args(args)
-        check_options(recipe, facts)
-        mix_held_out(recipe, args, facts)
-        super().__init__(recipe, args, facts, valid_vocab_size, reason=flag)
-        self.dry_run = False
-        self.terms = TermLog(args)
-        self.student_load = StudentLoad(args)
-        self.teacher_infos = checked_teachers(recipe, args)
-        labels = {s: split_labels(recipe, facts, s) for s in SPLITS}
-        self.splits = SplitRegistry(labels)
-        self.measured_text = MeasuredText(args, facts, labels, ("valid",), flag)
-        self.step_hook: StepHook | None = None
-        self._said = ""
-
-    @property
-    def evaluator(self) -> EvaluationRun:
-        """Itself."""
-        return self
-
-    def claim_folder(self) -> None:
-        """Nothing is saved."""
-
-    building = staticmethod(contextlib.nullcontext)
-    """What surrounds the building of the student: nothing."""
-
-    def freeze(self, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
-        """Nothing is frozen; what is loaded is watched."""
-        self.student_load.watch(chunks)
-        return chunks
-
-    def attach(self, chunks: Sequence[torch.nn.Module], optimizer: Any = None) -> None:
-        """Attach to a student that is built and loaded.
-
-        Collectives: those of ``StudentLoad.verify`` and ``origin``, group creation for the labels,
-        and those of ``agree``.
-        """
-        self.student_load.verify()
-        self.origin = self.student_load.origin()
-        groups = compat.process_groups(chunks[0])
-        self.prepare(chunks[0])
-        last = next((chunk for chunk in chunks if chunk.post_process), None)
-        loss_hook = agree(lambda: None if last is None else self._loss_hook(last, groups))
-        self.step_hook = StepHook(
-            self.splits,
-            HostGroup.create(groups.mp),
-            loss_hook,
-            lambda: compat.optimizer_steps(self.args),
-            measurement=self.measurement,
-            terms=self.terms,
-            groups=groups,
-        )
-
-    def _loss_hook(self, chunk: torch.nn.Module, groups: Any) -> LossHook:
-        recipe, size = self.recipe, self._valid_vocab_size
-        passes = {
-            name: teacher_pass(recipe, info, self.args, chunk, groups, valid_vocab_size=size)
-            for name, info in self.teacher_infos.items()
-        }
-        taught = by_domain(recipe, passes)
-        report = LossReport([d.name for d in recipe.domains], list(taught), by_class=True)
-        weights = dict.fromkeys((GENERAL, *range(len(recipe.domains))), TermWeights(0.0, 1.0))
-        return LossHook(
-            chunk,
-            lambda iteration: weights,
-            taught,
-            report,
-            tp_group=groups.tp,
-            valid_vocab_size=size,
-            measurement=self.measurement,
-            only_measures=True,
-        )
-
-    def iteration(self, told: int) -> int:
-        """The checkpoint's iteration, also where ``--finetune`` makes Megatron count from 0."""
-        return told if self.origin.iteration is None else self.origin.iteration
-
-    def other_data(self, evaluate: Callable[[], Any]) -> None:
-        """The test data are not read."""
-
-    def record(self, evaluation: Evaluation) -> None:
-        """Write the file.
-
-        Collectives: those of ``on_first_rank``.
-        """
-        on_first_rank(lambda: write_evaluation(self._path, evaluation))
-        self._said = f"evaluation: written to {self._path}\n" + describe(evaluation)
-
-    def before_training(self, *_: Any) -> None:
-        """Never called: ``--skip-train``."""
-
-    def begin_training(self) -> None:
-        """Never called: ``--skip-train``."""
-
-    def try_outputs(self) -> None:
-        """See that the file can be written, before anything is built.
-
-        Collectives: those of ``on_first_rank``.
-
-        Raises:
-            RecipeError: on every rank: it cannot.
-        """
-        on_first_rank(lambda: try_file(self._path, "--inject-evaluate"))
-
-    def finish(self) -> Iterator[str]:
-        """What was found.
-
-        Raises:
-            RecipeError: nothing was, or not all of the text was read in time.
-        """
-        if not self._said:
-            raise RecipeError(
-                f"--inject-evaluate: the validation data were not read to the end, {self._path} is "
-                "not written; give --split or --valid-data-path some, and "
-                "--exit-duration-in-mins enough time"
-            )
-        yield self._said
-
-
 def describe(evaluation: Evaluation) -> str:
     """An evaluation as a table, a line for each class."""
-    from megatron_moe_inject.plan import table
+    from megatron_moe_inject.host.text import (
+        table,
+    )
 
     shown = {
         "tokens": "{:,d}", "loss": "{:.4f}", "bits_per_byte": "{:.4f}", "accuracy": "{:.4f}",

@@ -28,7 +28,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_moe_inject.typed import RecipeError, one_line, show_path
+from megatron_moe_inject.host.errors import (
+    RecipeError,
+    one_line,
+    show_path,
+)
 
 _ABANDONED_SECONDS = 24 * 3600
 """A part that nobody has touched for so long is nobody's, whoever began it."""

@@ -27,7 +27,9 @@ from megatron_moe_inject.evaluation_run import TrainingEvaluator
 from megatron_moe_inject.experts.boundary import GradientBoundary, agree_boundary
 from megatron_moe_inject.experts.census import parameter_rows
 from megatron_moe_inject.experts.choice import resolve_experts
-from megatron_moe_inject.experts.freeze import FreezePolicy, places
+from megatron_moe_inject.experts.freeze import (
+    FreezePolicy,
+)
 from megatron_moe_inject.experts.frozen_fp8 import FrozenFp8, drop_transposes
 from megatron_moe_inject.experts.grouped import train_grouped_experts
 from megatron_moe_inject.experts.lineage import Lineage
@@ -42,6 +44,15 @@ from megatron_moe_inject.experts.recorder import RoutingRecorder
 from megatron_moe_inject.experts.resume import begin_or_resume
 from megatron_moe_inject.experts.verify import FrozenChangedError, FrozenCheck
 from megatron_moe_inject.files import try_file
+from megatron_moe_inject.host.errors import (
+    fail,
+)
+from megatron_moe_inject.host.labels import (
+    GENERAL,
+)
+from megatron_moe_inject.host.model_parts import (
+    places,
+)
 from megatron_moe_inject.imitation.setup import ImitationSetup
 from megatron_moe_inject.loss_hook import LossHook
 from megatron_moe_inject.losses.objective import TermWeights
@@ -53,7 +64,13 @@ from megatron_moe_inject.metrics.term_log import TermLog
 from megatron_moe_inject.original_pass import OriginalPass
 from megatron_moe_inject.plan import Plan, TeacherRow
 from megatron_moe_inject.profile_run import ProfileSetup
-from megatron_moe_inject.recipe import GENERAL, Recipe, RecipeError
+from megatron_moe_inject.recipe import (
+    Recipe,
+    RecipeError,
+)
+from megatron_moe_inject.recipe_facts import (
+    StudentFacts,
+)
 from megatron_moe_inject.retention.setup import kept_components, retention_step
 from megatron_moe_inject.routing.rows import RouterRows
 from megatron_moe_inject.routing.setup import SteeringSetup
@@ -63,7 +80,6 @@ from megatron_moe_inject.schedule import ever_positive, value_at
 from megatron_moe_inject.step import SplitRegistry, StepHook
 from megatron_moe_inject.student import (
     SPLITS,
-    StudentFacts,
     check_recipe,
     split_labels,
     student_facts_from_args,
@@ -72,7 +88,6 @@ from megatron_moe_inject.student_load import StudentLoad
 from megatron_moe_inject.teachers import states_dtype
 from megatron_moe_inject.teachers.setup import by_domain, checked_teachers, remarks, teacher_pass
 from megatron_moe_inject.teachers.step_pass import TeacherPass
-from megatron_moe_inject.typed import fail
 
 
 def freeze_policy(recipe: Recipe) -> FreezePolicy:

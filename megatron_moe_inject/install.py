@@ -41,10 +41,15 @@ from megatron_moe_inject.recipe import RecipeError
 if TYPE_CHECKING:
     from argparse import Namespace
 
-    from megatron_moe_inject.evaluation_run import EvaluationRun, Evaluator
+    from megatron_moe_inject.evaluation_run import (
+        Evaluator,
+    )
     from megatron_moe_inject.injection import Injection
-    from megatron_moe_inject.profile_run import ProfileRun
     from megatron_moe_inject.recipe import Recipe
+    from megatron_moe_inject.runs import (
+        EvaluationRun,
+        ProfileRun,
+    )
 
 _MARK = "_megatron_moe_inject"
 _HELD_OUT = {
@@ -149,11 +154,15 @@ class _Run:
     @staticmethod
     def _made(recipe: Recipe, options: Namespace) -> Injection | ProfileRun | EvaluationRun:
         if options.inject_evaluate is not None:
-            from megatron_moe_inject.evaluation_run import EvaluationRun
+            from megatron_moe_inject.runs import (
+                EvaluationRun,
+            )
 
             return EvaluationRun(recipe, options, compat.tokenizer_vocab_size())
         if options.inject_profile is not None and options.skip_train:
-            from megatron_moe_inject.profile_run import ProfileRun
+            from megatron_moe_inject.runs import (
+                ProfileRun,
+            )
 
             return ProfileRun(recipe, options)
         from megatron_moe_inject.injection import Injection

@@ -12,6 +12,7 @@ import importlib.util
 import os
 import runpy
 import sys
+from collections.abc import Sequence
 
 USAGE = "usage: python -m megatron_moe_inject.launch [--cpu] [--cpu-force] (SCRIPT | -m MODULE) ..."
 
@@ -78,3 +79,32 @@ def _module_exists(name: str) -> bool:
 
 if __name__ == "__main__":
     main()
+
+
+_ALONE = {
+    "RANK": "0",
+    "WORLD_SIZE": "1",
+    "LOCAL_RANK": "0",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "0",  # any: nobody else connects
+}
+
+
+def only_evaluate(flags: Sequence[str], ours: Sequence[str], *, cpu: bool) -> None:
+    """Become a run of a training command's ``flags`` and ``ours`` that only evaluates.
+
+    Raises:
+        SystemExit: 2 with one line for a mistake in the recipe or the flags.
+    """
+    for name, value in _ALONE.items():
+        os.environ.setdefault(name, value)
+    needed = []
+    if "--train-iters" not in flags and "--train-samples" not in flags:
+        needed = ["--train-iters", "1"]  # Megatron wants to know, also where nothing trains
+    sys.argv[1:] = [*(["--cpu"] if cpu else []), *flags, *ours, *needed, "--skip-train"]
+    from megatron_moe_inject import launch
+
+    launch.prepare()
+    from megatron_moe_inject import gpt_entry
+
+    gpt_entry.main()

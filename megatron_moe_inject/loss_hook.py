@@ -28,6 +28,9 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron_moe_inject import compat
 from megatron_moe_inject.data.packed import segments
 from megatron_moe_inject.experts.original import OriginalParameters
+from megatron_moe_inject.host.labels import (
+    GENERAL,
+)
 from megatron_moe_inject.indices import index as positions
 from megatron_moe_inject.losses.objective import SampleGroup, TermWeights, injection_loss
 from megatron_moe_inject.losses.spec import LogitTransform
@@ -36,7 +39,6 @@ from megatron_moe_inject.losses.upstream import common_factor
 from megatron_moe_inject.metrics.finite import FiniteWatch
 from megatron_moe_inject.metrics.losses import LossReport, merge
 from megatron_moe_inject.metrics.measurement import Measurement
-from megatron_moe_inject.recipe import GENERAL
 from megatron_moe_inject.teachers.confidence import RunningConfidence, confidences
 from megatron_moe_inject.teachers.step_pass import CommitteePass, TeacherPass
 

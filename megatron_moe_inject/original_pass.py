@@ -20,8 +20,10 @@ import torch.distributed as dist
 
 from megatron_moe_inject.data.labels import MicroBatch, samples_of
 from megatron_moe_inject.experts.original import OriginalParameters
+from megatron_moe_inject.host.labels import (
+    GENERAL,
+)
 from megatron_moe_inject.loss_hook import LossHook
-from megatron_moe_inject.recipe import GENERAL
 from megatron_moe_inject.rng import untouched_rng
 
 

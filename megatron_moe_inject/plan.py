@@ -12,13 +12,39 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_moe_inject.experts.choice import describe_choice
-from megatron_moe_inject.recipe import GENERAL, Domain, Recipe
-from megatron_moe_inject.recipe_retention import keeps_originals
-from megatron_moe_inject.recipe_steering import weighed_by_mean, weighed_by_token
+from megatron_moe_inject.host.errors import (
+    listing,
+)
+from megatron_moe_inject.host.labels import (
+    GENERAL,
+)
+from megatron_moe_inject.host.text import (
+    count,
+    memory_text,
+    ranges,
+    table,
+)
+from megatron_moe_inject.recipe import (
+    Domain,
+    Recipe,
+)
+from megatron_moe_inject.recipe_experts import (
+    describe_choice,
+)
+from megatron_moe_inject.recipe_facts import (
+    StudentFacts,
+)
+from megatron_moe_inject.recipe_retention_rules import (
+    keeps_originals,
+)
+from megatron_moe_inject.recipe_steering_rules import (
+    weighed_by_mean,
+    weighed_by_token,
+)
 from megatron_moe_inject.schedule import ever_positive, show_weight
-from megatron_moe_inject.student import StudentFacts, ranges, split_labels
-from megatron_moe_inject.typed import listing
+from megatron_moe_inject.student import (
+    split_labels,
+)
 
 if TYPE_CHECKING:
     from megatron_moe_inject.imitation.terms import ImitationTerm
@@ -141,35 +167,6 @@ def recipe_warnings(recipe: Recipe) -> list[str]:
     if not any(map(ever_positive, held)):
         warnings.append("general tokens have no loss: nothing holds general ability")
     return warnings
-
-
-def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
-    """Rows of cells as aligned lines; columns in ``right`` are flush right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.rjust(width) if i in right else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-
-
-def count(value: int) -> str:
-    """A number of parameters in three digits: 12,345,678 -> "12.3 M"."""
-    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
-        if value >= size:
-            digits = max(0, 3 - len(str(value // size)))
-            return f"{value / size:.{digits}f} {unit}"
-    return str(value)
-
-
-def memory_text(size: int) -> str:
-    """Bytes in binary units: 3221225472 -> "3.0 GiB"."""
-    for unit, power in (("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)):
-        if size >= 1 << power:
-            return f"{size / (1 << power):.1f} {unit}"
-    return f"{size} B"
 
 
 def _domain_lines(plan: Plan) -> list[str]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_moe_inject.evaluate_command import only_evaluate
+from megatron_moe_inject.launch import (
+    only_evaluate,
+)
 
 _EXAMPLES = """examples:
   moe-inject profile recipe.yaml --output code.json -- <flags of the training command>

@@ -7,24 +7,17 @@ profile that such a run is to write.
 
 from __future__ import annotations
 
-import contextlib
 from argparse import Namespace
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_moe_inject import compat
 from megatron_moe_inject.agreement import agree, on_first_rank
-from megatron_moe_inject.data.labels import HostGroup
-from megatron_moe_inject.data.mixing import mix_held_out
-from megatron_moe_inject.data.packed import check_packed
-from megatron_moe_inject.data.read_once import MeasuredText
 from megatron_moe_inject.experts.census import parameter_rows
-from megatron_moe_inject.experts.freeze import EXPERTS
 from megatron_moe_inject.experts.profile_file import write_profile
 from megatron_moe_inject.experts.recorder import RoutingRecorder
 from megatron_moe_inject.experts.router_logits import (
@@ -40,12 +33,26 @@ from megatron_moe_inject.experts.routing_profile import (
     RoutingProfile,
 )
 from megatron_moe_inject.files import try_file
-from megatron_moe_inject.plan import memory_text
-from megatron_moe_inject.progress import StepProgress
-from megatron_moe_inject.recipe import GENERAL, Recipe, RecipeError
-from megatron_moe_inject.step import SplitRegistry, StepHook
-from megatron_moe_inject.student import SPLITS, StudentFacts, split_labels, student_facts_from_args
-from megatron_moe_inject.student_load import Origin, StudentLoad
+from megatron_moe_inject.host.labels import (
+    GENERAL,
+)
+from megatron_moe_inject.host.model_parts import (
+    EXPERTS,
+)
+from megatron_moe_inject.host.text import (
+    memory_text,
+)
+from megatron_moe_inject.recipe import (
+    Recipe,
+    RecipeError,
+)
+from megatron_moe_inject.recipe_facts import (
+    StudentFacts,
+)
+from megatron_moe_inject.student import (
+    split_labels,
+)
+from megatron_moe_inject.student_load import Origin
 
 
 class ProfileSetup:
@@ -206,95 +213,3 @@ class ProfileSetup:
         for name in again:
             said += f"\nrouting profile: {name} was read more than once, so it has no spread"
         return said
-
-
-class ProfileRun:
-    """A run that only evaluates and records; see ``injection.Injection`` for its part in it.
-
-    Args:
-        recipe: names the classes of data; the rest of it is not used.
-        args: Megatron's arguments.
-    """
-
-    plan = None
-    evaluator = None
-    run_log = None
-    blend = None
-    terms = None
-
-    def __init__(self, recipe: Recipe, args: Namespace) -> None:
-        self.dry_run = False
-        if args.inject_dry_run:
-            raise RecipeError(
-                "--inject-dry-run: a run that only records a profile has no plan to show; leave "
-                "out --skip-train or --inject-dry-run"
-            )
-        facts = student_facts_from_args(args)
-        check_packed(args, args.eval_micro_batch_size, {"--inject-profile": True})
-        mix_held_out(recipe, args, facts)
-        self.student_load = StudentLoad(args)
-        self.recipe = recipe
-        self._args = args
-        self._setup = ProfileSetup(recipe, args, facts, SPLITS[1:])
-        labels = {s: split_labels(recipe, facts, s) for s in SPLITS}
-        self.splits = SplitRegistry(labels)
-        self.measured_text = MeasuredText(args, facts, labels, SPLITS[1:], "--inject-profile")
-        self.step_hook: StepHook | None = None
-        self._recorder: RoutingRecorder | None = None
-        self._progress: StepProgress | None = None
-
-    def claim_folder(self) -> None:
-        """Nothing is saved."""
-
-    building = staticmethod(contextlib.nullcontext)
-    """What surrounds the building of the student: nothing."""
-
-    def freeze(self, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
-        """Nothing is frozen; what is loaded is watched."""
-        self.student_load.watch(chunks)
-        return chunks
-
-    def attach(self, chunks: Sequence[torch.nn.Module], optimizer: Any = None) -> None:
-        """Watch the routers of a student that is built and loaded.
-
-        Collectives: those of ``StudentLoad.verify`` and ``origin``, group creation for the labels,
-        and those of ``ProfileSetup.recorder``.
-        """
-        self.student_load.verify()
-        self._setup.origin = self.student_load.origin()
-        groups = compat.process_groups(chunks[0])
-        self._recorder = self._setup.recorder(chunks, groups)
-        self.step_hook = StepHook(
-            self.splits,
-            HostGroup.create(groups.mp),
-            None,
-            lambda: compat.optimizer_steps(self._args),
-            recorder=self._recorder,
-            records_evaluation=True,
-        )
-        self._progress = StepProgress(dist.get_rank())
-        self.step_hook.after_step = lambda: self._progress.step(self._steps())
-
-    def _steps(self) -> int | None:
-        """How many steps Megatron evaluates, None where it reads all of the data."""
-        splits = [getattr(self._args, name, True) for name in ("do_valid", "do_test")]
-        iterations = self._args.eval_iters
-        return sum(map(bool, splits)) * iterations if iterations and iterations > 0 else None
-
-    def begin_training(self) -> None:
-        """Never called: ``--skip-train``."""
-
-    def try_outputs(self) -> None:
-        """See that the profile can be written, before anything is built.
-
-        Collectives: those of ``on_first_rank``.
-
-        Raises:
-            RecipeError: on every rank: it cannot.
-        """
-        on_first_rank(self._setup.try_output)
-
-    def finish(self) -> Iterator[str]:
-        """Write the profile; see ``ProfileSetup.write``."""
-        self._progress.close()
-        yield self._setup.write(self._recorder)

@@ -6,7 +6,11 @@ import re
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from megatron_moe_inject.typed import fail, show
+from megatron_moe_inject.host.errors import (
+    fail,
+    show,
+)
+from megatron_moe_inject.host.text import ranges
 
 
 @dataclass
@@ -74,3 +78,28 @@ def parse_experts(text: str, key: str = "experts") -> dict[int, list[int]]:
             raise fail(key, text, f"names layer {layer} twice", "join its ids with commas")
         layers[layer] = [int(i) for i in ids]
     return layers
+
+
+_SCORE_NAMES = {"token": "token share", "gate": "gate share", "contrast": "contrast with general"}
+
+
+def describe_choice(choice: ExpertChoice, domain: str, checksum: str | None) -> str:
+    """How experts were chosen, on one line; without a checksum, how they will be."""
+    method = choice.method
+    score = _SCORE_NAMES[method if method in _SCORE_NAMES else choice.score or "token"]
+    rule = {"top_n": f"{choice.n} per layer", "budget": f"{choice.budget} of"}.get(
+        method, f"until {choice.threshold}"
+    )
+    joint = " " if method in _SCORE_NAMES else ", "
+    if method == "budget":
+        rule += " all parameters" if choice.budget_of == "all" else " the routed parameters"
+    limits = [
+        f"{name.replace('_', ' ')} {value}"
+        for name in ("at_least", "at_most", "ep")
+        if (value := getattr(choice, name)) is not None
+    ]
+    if choice.only_layers:
+        limits.append(f"layers {ranges(choice.only_layers)}")
+    parts = [score + joint + rule, *limits, f"class {domain} of {choice.profile}"]
+    known = "not there yet" if checksum is None else f"sha256 {checksum[:12]}"
+    return f"{', '.join(parts)} ({known})"

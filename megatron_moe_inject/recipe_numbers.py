@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from megatron_moe_inject.host.errors import (
+    fail,
+)
 from megatron_moe_inject.schedule import Schedule, Weight
-from megatron_moe_inject.typed import fail
 
 WEIGHTS = 1e-12, 1e9
 """Of a loss term, or of a teacher among others."""

@@ -12,7 +12,16 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from megatron_moe_inject.files import is_file_path
-from megatron_moe_inject.recipe_committee import check_committee
+from megatron_moe_inject.host.errors import (
+    RecipeError,
+    child,
+    fail,
+    listing,
+    suggest,
+)
+from megatron_moe_inject.recipe_committee_rules import (
+    check_committee,
+)
 from megatron_moe_inject.recipe_numbers import (
     MIXTURES,
     SHARES,
@@ -20,10 +29,17 @@ from megatron_moe_inject.recipe_numbers import (
     check_bounds,
     check_weight_bounds,
 )
-from megatron_moe_inject.recipe_retention import PLACES, check_retention
+from megatron_moe_inject.recipe_retention import (
+    PLACES,
+)
+from megatron_moe_inject.recipe_retention_rules import (
+    check_retention,
+)
 from megatron_moe_inject.recipe_steering import (
     STEERING_CONFIDENCES,
     STOCK_BALANCES,
+)
+from megatron_moe_inject.recipe_steering_rules import (
     check_steering,
 )
 from megatron_moe_inject.schedule import (
@@ -35,7 +51,6 @@ from megatron_moe_inject.schedule import (
     lowest,
     value_at,
 )
-from megatron_moe_inject.typed import RecipeError, child, fail, listing, suggest
 
 if TYPE_CHECKING:
     from megatron_moe_inject.recipe import Domain, ExpertChoice, Objective, Recipe

@@ -16,6 +16,11 @@ from pathlib import Path
 from megatron_moe_inject.experts.profile_file import read_profile
 from megatron_moe_inject.experts.routing_profile import GENERAL_CLASS, RoutingProfile
 from megatron_moe_inject.files import replace_file
+from megatron_moe_inject.host.errors import (
+    RecipeError,
+    show,
+    show_path,
+)
 from megatron_moe_inject.metrics.comparison import comparison
 from megatron_moe_inject.metrics.evaluation import Evaluation
 from megatron_moe_inject.metrics.evaluation_file import LIST, read_list
@@ -29,10 +34,14 @@ from megatron_moe_inject.metrics.report_charts import (
 )
 from megatron_moe_inject.metrics.report_page import Code, Picture, Section, Table, render_page
 from megatron_moe_inject.metrics.run_file import FILE, Start, Step, read_run
-from megatron_moe_inject.recipe import Recipe, recipe_from_yaml
+from megatron_moe_inject.recipe import (
+    Recipe,
+)
+from megatron_moe_inject.recipe_load import (
+    recipe_from_yaml,
+)
 from megatron_moe_inject.routing_report import check_same_student, layer_table, picture
 from megatron_moe_inject.schedule import show_weight
-from megatron_moe_inject.typed import RecipeError, show, show_path
 
 OUTPUT = "inject_report.html"
 _LAST_LINES = 20

@@ -23,10 +23,21 @@ from megatron_moe_inject.experts.routing_profile import (
     RoutingProfile,
 )
 from megatron_moe_inject.files import replace_file
+from megatron_moe_inject.host.errors import (
+    RecipeError,
+    listing,
+    show,
+)
+from megatron_moe_inject.host.text import (
+    table,
+)
 from megatron_moe_inject.metrics.heat_map import Panel, heat_map
-from megatron_moe_inject.plan import table
-from megatron_moe_inject.recipe import load_recipe, parse_experts
-from megatron_moe_inject.typed import RecipeError, listing, show
+from megatron_moe_inject.recipe import (
+    parse_experts,
+)
+from megatron_moe_inject.recipe_load import (
+    load_recipe,
+)
 
 _EXAMPLES = """examples:
   moe-inject routing-report before.json after.json --recipe recipe.yaml --heat-map moved.png

@@ -34,7 +34,13 @@ from megatron_moe_inject.metrics.run_file import (
 )
 from megatron_moe_inject.metrics.term_log import Interval
 from megatron_moe_inject.plan import Plan, render_plan
-from megatron_moe_inject.recipe import Recipe, RecipeError, dump_recipe
+from megatron_moe_inject.recipe import (
+    Recipe,
+    RecipeError,
+)
+from megatron_moe_inject.recipe_load import (
+    dump_recipe,
+)
 from megatron_moe_inject.student_load import Origin
 
 _TAKEN, _SKIPPED, _NAN = "advanced iterations", "skipped iterations", "nan iterations"

@@ -18,10 +18,15 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from megatron_moe_inject.arguments import name_error
+from megatron_moe_inject.host.errors import (
+    child,
+    show,
+)
+from megatron_moe_inject.host.text import (
+    ranges,
+)
 from megatron_moe_inject.meeting import Meeting
 from megatron_moe_inject.recipe import Recipe, RecipeError
-from megatron_moe_inject.student import ranges
-from megatron_moe_inject.typed import child, show
 
 _READ = ("inject_recipe", "inject_set")
 """Flags whose content is in the recipe; the paths may differ."""

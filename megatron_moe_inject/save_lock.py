@@ -18,7 +18,11 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from megatron_moe_inject.typed import RecipeError, one_line, show_path
+from megatron_moe_inject.host.errors import (
+    RecipeError,
+    one_line,
+    show_path,
+)
 
 FILE = "inject_run.lock"
 LEASE_SECONDS = 100.0

@@ -12,7 +12,10 @@ import re
 from pathlib import Path
 
 from megatron_moe_inject import select_report
-from megatron_moe_inject.experts.choice import choose_experts, describe_choice, shortened
+from megatron_moe_inject.experts.choice import (
+    choose_experts,
+    shortened,
+)
 from megatron_moe_inject.experts.profile_file import (
     merge_profiles,
     profile_checksum,
@@ -21,10 +24,20 @@ from megatron_moe_inject.experts.profile_file import (
 )
 from megatron_moe_inject.experts.routing_profile import GENERAL_CLASS, RoutingProfile
 from megatron_moe_inject.files import replace_file
-from megatron_moe_inject.plan import count, table
+from megatron_moe_inject.host.errors import (
+    RecipeError,
+    listing,
+    show,
+)
+from megatron_moe_inject.host.text import (
+    count,
+    table,
+)
 from megatron_moe_inject.recipe import ExpertChoice
+from megatron_moe_inject.recipe_experts import (
+    describe_choice,
+)
 from megatron_moe_inject.recipe_rules import BUDGETS, METHODS, SCORES, check_profile_choice
-from megatron_moe_inject.typed import RecipeError, listing, show
 
 _OPTIONS = (
     *("domain", "method", "threshold", "n", "budget", "budget_of", "score"),

@@ -18,10 +18,15 @@ from megatron_moe_inject.experts.routing_profile import (
     RoutingProfile,
 )
 from megatron_moe_inject.experts.select import contrast_error
+from megatron_moe_inject.host.errors import (
+    listing,
+)
+from megatron_moe_inject.host.text import (
+    count,
+    ranges,
+    table,
+)
 from megatron_moe_inject.metrics.heat_map import Panel, heat_map
-from megatron_moe_inject.plan import count, table
-from megatron_moe_inject.student import ranges
-from megatron_moe_inject.typed import listing
 
 _SHOWN = 12
 

@@ -24,8 +24,12 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_moe_inject.agreement import agree
+from megatron_moe_inject.host.errors import (
+    RecipeError,
+    fail,
+    one_line,
+)
 from megatron_moe_inject.torch_dist import is_training_state, read_metadata, stored_shapes
-from megatron_moe_inject.typed import RecipeError, fail, one_line
 
 FORMATS = ("torch_dist", "torch")
 """Formats that a student can be loaded from."""

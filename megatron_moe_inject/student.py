@@ -7,13 +7,28 @@ after it is pure, so that the same checks serve a training job, ``moe-inject pla
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
-from typing import Any
 
 from megatron_moe_inject.data.entries import SPLITS, data_paths, split_labels
-from megatron_moe_inject.recipe import GENERAL, Recipe, RecipeError
+from megatron_moe_inject.host.errors import (
+    fail,
+    listing,
+)
+from megatron_moe_inject.host.labels import (
+    GENERAL,
+)
+from megatron_moe_inject.host.text import ranges
+from megatron_moe_inject.recipe import (
+    Recipe,
+    RecipeError,
+)
+from megatron_moe_inject.recipe_facts import (
+    ParallelFacts,
+    PrecisionFacts,
+    StudentFacts,
+    TokenizerFacts,
+)
 from megatron_moe_inject.recipe_rules import FP8_SCALINGS, validate
 from megatron_moe_inject.refused_options import (
     CLIPS,
@@ -31,79 +46,6 @@ from megatron_moe_inject.refused_options import (
     in_use,
 )
 from megatron_moe_inject.schedule import Schedule, ever_positive
-from megatron_moe_inject.typed import fail, listing
-
-
-@dataclass(frozen=True)
-class TokenizerFacts:
-    """The student's tokenizer as named on the command line; nothing is loaded."""
-
-    kind: str | None = None
-    model: str | None = None
-    vocab_file: str | None = None
-    merge_file: str | None = None
-
-
-@dataclass(frozen=True)
-class ParallelFacts:
-    """Sizes of the student's parallel layout; ``vpp`` is None without virtual stages."""
-
-    tp: int = 1
-    pp: int = 1
-    vpp: int | None = None
-    cp: int = 1
-    ep: int = 1
-    etp: int = 1
-    sequence_parallel: bool = False
-
-
-@dataclass(frozen=True)
-class PrecisionFacts:
-    """How the student multiplies; ``fp8`` is Megatron's ``--fp8-format``, None without FP8."""
-
-    fp8: str | None = None
-    fp8_recipe: str | None = None
-    transformer_engine: bool = False
-    grouped_gemm: bool = False
-
-    @property
-    def groups_with_histories(self) -> bool:
-        """Whether grouped experts carry histories of what they have seen, by delayed scaling."""
-        return self.grouped_gemm and self.fp8 is not None and self.fp8_recipe == "delayed"
-
-
-@dataclass(frozen=True)
-class StudentFacts:
-    """The student as the recipe sees it.
-
-    Attributes:
-        num_layers: decoder layers, multi-token-prediction layers not counted.
-        num_moe_experts: experts of each MoE layer; None for a dense student.
-        router_topk: experts per token; None for a dense student.
-        moe_layers: 0-based global ids of the MoE layers.
-        data_paths: split -> blend entries in order; a split without data is absent. Under
-            ``--data-path`` all three splits have the same entries.
-        shared_experts: the MoE layers have shared experts.
-        tied_embeddings: embedding and output layer are one matrix.
-        mock_data: ``--mock-data``: one dataset at position 0, whatever the paths.
-        padded_vocab_size: None before Megatron has built its tokenizer.
-        options: flags in use that ``check_recipe`` refuses, with their values.
-    """
-
-    num_layers: int
-    num_moe_experts: int | None = None
-    router_topk: int | None = None
-    moe_layers: tuple[int, ...] = ()
-    shared_experts: bool = False
-    tied_embeddings: bool = False
-    data_paths: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    mock_data: bool = False
-    hidden_size: int | None = None
-    padded_vocab_size: int | None = None
-    tokenizer: TokenizerFacts = TokenizerFacts()
-    parallel: ParallelFacts = ParallelFacts()
-    precision: PrecisionFacts = PrecisionFacts()
-    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def student_facts_from_args(args: Namespace) -> StudentFacts:
@@ -370,14 +312,3 @@ def _check_clipping(recipe: Recipe, facts: StudentFacts) -> None:
         raise RecipeError(
             f"{CLIPS.flag}: {CLIPS.reason}; remove it, or set train.attention: true", CLIPS.flag
         )
-
-
-def ranges(ids: tuple[int, ...] | list[int]) -> str:
-    """``(0, 2, 3, 4)`` as "0, 2-4"."""
-    runs: list[list[int]] = []
-    for i in sorted(ids):
-        if runs and runs[-1][1] == i - 1:
-            runs[-1][1] = i
-        else:
-            runs.append([i, i])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)

@@ -25,11 +25,16 @@ import torch.distributed as dist
 
 from megatron_moe_inject import compat
 from megatron_moe_inject.agreement import agree, on_first_rank
-from megatron_moe_inject.experts.freeze import is_own
+from megatron_moe_inject.host.errors import (
+    RecipeError,
+    listing,
+)
+from megatron_moe_inject.host.model_parts import (
+    is_own,
+)
 from megatron_moe_inject.norm_names import stored_name
 from megatron_moe_inject.stored_checkpoint import checkpoint_to_load, model_checksum
 from megatron_moe_inject.torch_dist import is_training_state
-from megatron_moe_inject.typed import RecipeError, listing
 
 _EXTRA = "_extra_state"
 _MTP = "mtp."
@@ -208,7 +213,9 @@ def fit(state: dict[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
         The same with the stored names of norms, and without the ``_extra_state`` of modules of
         which none is stored.
     """
-    from megatron_moe_inject.experts.optimizer_state import changed_shards
+    from megatron_moe_inject.host.own_keys import (
+        changed_shards,
+    )
 
     def renamed(shard: Any) -> Any:
         name = stored_name(shard.key, stored)

@@ -45,7 +45,10 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadIte
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_moe_inject.files import is_plain_name
-from megatron_moe_inject.typed import RecipeError, show
+from megatron_moe_inject.host.errors import (
+    RecipeError,
+    show,
+)
 
 _INDEX = ".metadata"
 _COMMON_OBJECT = "common_state/shard_0_1"

@@ -24,8 +24,12 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_moe_inject.agreement import agree
+from megatron_moe_inject.host.errors import (
+    RecipeError,
+    fail,
+    listing,
+)
 from megatron_moe_inject.recipe import Recipe
-from megatron_moe_inject.typed import RecipeError, fail, listing
 
 FLAG = "--inject-verify-inputs"
 SUMS = "SHA256SUMS"

@@ -148,7 +148,9 @@ def held(chunks: list[Any], optimizer: Any) -> dict[str, int]:
 
 def set_flags(chunks: list[Any], chosen: dict[str, list[int]]) -> list[Any]:
     """``requires_grad`` of the chosen experts alone, as a training script without plugin can."""
-    from megatron_moe_inject.experts.freeze import places
+    from megatron_moe_inject.host.model_parts import (
+        places,
+    )
 
     for chunk in chunks:
         for place, parameter in places(chunk):

@@ -157,8 +157,10 @@ def child() -> None:
     launch.prepare()
     import runpy
 
+    from megatron_moe_inject.host.labels import (
+        GENERAL,
+    )
     from megatron_moe_inject.losses.objective import TermWeights
-    from megatron_moe_inject.recipe import GENERAL
     from megatron_moe_inject.step import StepHook
 
     times: dict[str, list[float]] = {"without": [], "with": []}

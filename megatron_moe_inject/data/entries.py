@@ -12,11 +12,23 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from megatron_moe_inject.recipe import GENERAL, Recipe, RecipeError
-from megatron_moe_inject.typed import fail, listing, show
+from megatron_moe_inject.host.errors import (
+    fail,
+    listing,
+    show,
+)
+from megatron_moe_inject.host.labels import (
+    GENERAL,
+)
+from megatron_moe_inject.recipe import (
+    Recipe,
+    RecipeError,
+)
 
 if TYPE_CHECKING:
-    from megatron_moe_inject.student import StudentFacts
+    from megatron_moe_inject.recipe_facts import (
+        StudentFacts,
+    )
 
 SPLITS = ("train", "valid", "test")
 

@@ -9,8 +9,14 @@ from __future__ import annotations
 from argparse import Namespace
 from pathlib import Path
 
-from megatron_moe_inject.student import StudentFacts
-from megatron_moe_inject.typed import RecipeError, listing, show
+from megatron_moe_inject.host.errors import (
+    RecipeError,
+    listing,
+    show,
+)
+from megatron_moe_inject.recipe_facts import (
+    StudentFacts,
+)
 
 _REMOTE = ("s3://", "msc://")
 

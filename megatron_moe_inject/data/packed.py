@@ -14,7 +14,9 @@ import math
 from argparse import Namespace
 from collections.abc import Mapping
 
-from megatron_moe_inject.typed import RecipeError
+from megatron_moe_inject.host.errors import (
+    RecipeError,
+)
 
 FLAGS = ("sft", "dataloader_inter_document_masking")
 

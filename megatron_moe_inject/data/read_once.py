@@ -21,7 +21,12 @@ from typing import Any
 
 from megatron_moe_inject.agreement import on_first_rank
 from megatron_moe_inject.recipe import RecipeError
-from megatron_moe_inject.student import SPLITS, StudentFacts
+from megatron_moe_inject.recipe_facts import (
+    StudentFacts,
+)
+from megatron_moe_inject.student import (
+    SPLITS,
+)
 
 _FLAGS = {"valid": "--valid-data-path", "test": "--test-data-path"}
 _TEXT = {"valid": "validation", "test": "test"}

@@ -26,7 +26,9 @@ import torch
 from megatron_moe_inject.agreement import agree
 from megatron_moe_inject.data.apportion import dealt, diffuse, spread, to_units
 from megatron_moe_inject.data.labels import DATASET_ID
-from megatron_moe_inject.typed import RecipeError
+from megatron_moe_inject.host.errors import (
+    RecipeError,
+)
 
 
 class SampleOrder:

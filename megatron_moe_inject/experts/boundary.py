@@ -31,8 +31,15 @@ import torch
 import torch.distributed as dist
 from megatron.core.fp8_utils import get_fp8_context
 
-from megatron_moe_inject.experts.freeze import decoder_layers, first_trainable_layer
-from megatron_moe_inject.typed import RecipeError
+from megatron_moe_inject.experts.freeze import (
+    first_trainable_layer,
+)
+from megatron_moe_inject.host.errors import (
+    RecipeError,
+)
+from megatron_moe_inject.host.model_parts import (
+    decoder_layers,
+)
 
 _OFFLOADING = ("cpu_offloading", "fine_grained_activation_offloading")
 

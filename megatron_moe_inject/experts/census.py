@@ -9,28 +9,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_moe_inject.experts.freeze import COMPONENTS, ParameterPlace, places
+from megatron_moe_inject.host.model_parts import (
+    COMPONENTS,
+    ParameterPlace,
+    counts_here,
+    places,
+)
 from megatron_moe_inject.plan import ParameterRow
-
-
-def counts_here(parameter: torch.nn.Parameter, groups: Any, *, replicated: bool = True) -> bool:
-    """Whether this rank's copy is the one that counts.
-
-    Data-parallel replicas and tensor-parallel duplicates count on the first rank of their group;
-    the embedding's copy on the last pipeline stage (Megatron marks it ``shared``) does not.
-
-    Args:
-        parameter: of a model chunk.
-        groups: the student's ``ProcessGroupCollection``.
-        replicated: over data-parallel ranks; else each of them counts a part of its own.
-    """
-    expert = not getattr(parameter, "allreduce", True)
-    replicas = groups.expt_dp if expert else groups.dp_cp
-    sharding = groups.expt_tp if expert else groups.tp
-    sharded = getattr(parameter, "tensor_model_parallel", False)
-    first = not replicated or replicas.rank() == 0
-    first = first and (sharded or sharding.rank() == 0)
-    return first and not getattr(parameter, "shared", False)
 
 
 def _all_places(

@@ -27,11 +27,19 @@ from megatron_moe_inject.experts.select import (
     by_threshold,
     contrast,
 )
+from megatron_moe_inject.host.errors import (
+    RecipeError,
+    child,
+    fail,
+)
+from megatron_moe_inject.host.text import (
+    ranges,
+)
 from megatron_moe_inject.recipe import ExpertChoice, Recipe
-from megatron_moe_inject.student import StudentFacts, ranges
-from megatron_moe_inject.typed import RecipeError, child, fail
-
-_SCORE_NAMES = {"token": "token share", "gate": "gate share", "contrast": "contrast with general"}
+from megatron_moe_inject.recipe_experts import describe_choice
+from megatron_moe_inject.recipe_facts import (
+    StudentFacts,
+)
 
 
 def resolve_experts(
@@ -173,28 +181,6 @@ def affordable(choice: ExpertChoice, profile: RoutingProfile) -> int:
     if choice.budget_of == "all":
         total = found.parameters
     return int(choice.budget * total / found.expert_parameters + 1e-9)
-
-
-def describe_choice(choice: ExpertChoice, domain: str, checksum: str | None) -> str:
-    """How experts were chosen, on one line; without a checksum, how they will be."""
-    method = choice.method
-    score = _SCORE_NAMES[method if method in _SCORE_NAMES else choice.score or "token"]
-    rule = {"top_n": f"{choice.n} per layer", "budget": f"{choice.budget} of"}.get(
-        method, f"until {choice.threshold}"
-    )
-    joint = " " if method in _SCORE_NAMES else ", "
-    if method == "budget":
-        rule += " all parameters" if choice.budget_of == "all" else " the routed parameters"
-    limits = [
-        f"{name.replace('_', ' ')} {value}"
-        for name in ("at_least", "at_most", "ep")
-        if (value := getattr(choice, name)) is not None
-    ]
-    if choice.only_layers:
-        limits.append(f"layers {ranges(choice.only_layers)}")
-    parts = [score + joint + rule, *limits, f"class {domain} of {choice.profile}"]
-    known = "not there yet" if checksum is None else f"sha256 {checksum[:12]}"
-    return f"{', '.join(parts)} ({known})"
 
 
 def contrast_scores(profile: RoutingProfile, domain: ClassStatistics) -> np.ndarray:

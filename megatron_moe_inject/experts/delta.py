@@ -30,10 +30,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megatron_moe_inject import typed
-from megatron_moe_inject.experts.freeze import is_own
 from megatron_moe_inject.files import is_plain_name, new_folder
+from megatron_moe_inject.host.errors import (
+    RecipeError,
+    listing,
+    one_line,
+    show,
+)
+from megatron_moe_inject.host.model_parts import (
+    is_own,
+)
 from megatron_moe_inject.torch_dist import Piece, TorchDistCheckpoint, rewritten_copy
-from megatron_moe_inject.typed import RecipeError, listing, one_line, show
 
 FORMAT, VERSION = "megatron_moe_inject.delta", 1
 INDEX = "delta.json"

@@ -10,136 +10,13 @@ outside the optimizer.
 from __future__ import annotations
 
 import fnmatch
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-EXPERTS = "experts"
-OWN_PREFIX = "inject_"
-"""Names of what the plugin adds to checkpoints begin so."""
-ROWS = "inject_rows"
-"""Parameter of a router of which only some rows train."""
-PROJECTIONS = f"{OWN_PREFIX}projections"
-"""Name in a model chunk of the projections to teachers' widths, which always train."""
-
-
-def is_own(name: str) -> bool:
-    """Whether a tensor of a checkpoint is one that the plugin added to the student."""
-    return any(part.startswith(OWN_PREFIX) for part in name.split("."))
-
-
-COMPONENTS = (
-    EXPERTS,
-    "router",
-    "shared_experts",
-    "attention",
-    "norms",
-    "mlp",
-    "embedding",
-    "output_layer",
-    "mtp",
-    "projections",
-    "other",
-)
-"""Every parameter belongs to exactly one of these; the names are those of ``recipe.Train``."""
-
-_LAYER = re.compile(r"(?:^|\.)decoder\.layers\.(\d+)\.(.*)")
-_LOCAL_EXPERT = re.compile(
-    r"mlp\.experts\.(?:local_experts\.(\d+)\.|linear_fc[12]\.(?:weight|bias)(\d+)$)"
-)
-_NORM = re.compile(r"(^|[._])(layer_?norm|input_layernorm|q_layernorm|k_layernorm|norm)(_|\.|$)")
-
-
-@dataclass(frozen=True)
-class ParameterPlace:
-    """Where a parameter sits in the student.
-
-    Attributes:
-        name: its name in the model chunk.
-        component: one of ``COMPONENTS``.
-        layer: 0-based global decoder layer, ``None`` outside the decoder's layers.
-        expert: global expert id for a parameter of one expert, ``None`` otherwise.
-        global_name: its name with global layer and expert numbers, the same at every layout.
-    """
-
-    name: str
-    component: str
-    layer: int | None
-    expert: int | None
-    global_name: str
-
-
-def _component(name: str, in_layer: str | None) -> str:
-    """Component of a parameter; ``in_layer`` is its name inside its decoder layer."""
-    if name.startswith(f"{PROJECTIONS}."):
-        return "projections"
-    if re.search(r"(^|\.)mtp\.", name):
-        return "mtp"
-    if in_layer is None:
-        if "output_layer." in name:
-            return "output_layer"
-        if "embedding." in name:
-            return "embedding"
-        return "norms" if "norm" in name else "other"
-    if in_layer.startswith("mlp.experts."):
-        return EXPERTS
-    if in_layer.startswith("mlp.shared_experts."):
-        return "shared_experts"
-    if in_layer.startswith("mlp.router."):
-        return "router"
-    if _NORM.search(in_layer):
-        return "norms"
-    if in_layer.startswith(("self_attention.", "cross_attention.")):
-        return "attention"
-    return "mlp" if in_layer.startswith("mlp.") else "other"
-
-
-def decoder_layers(chunk: torch.nn.Module) -> list[torch.nn.Module]:
-    """The chunk's decoder layers; each has a 1-based global ``layer_number``."""
-    decoder = getattr(chunk, "decoder", None)
-    return [] if decoder is None else list(decoder.layers)
-
-
-def grouped_linears(experts: torch.nn.Module) -> list[torch.nn.Module]:
-    """The two grouped linear layers of Megatron's ``TEGroupedMLP``; none of other experts."""
-    linears = [getattr(experts, name, None) for name in ("linear_fc1", "linear_fc2")]
-    found = [linear for linear in linears if linear is not None and hasattr(linear, "weight0")]
-    return found if len(found) == 2 else []
-
-
-def local_weights(linear: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """Weights of a grouped linear layer in the order of local experts."""
-    weights = []
-    while (weight := linear._parameters.get(f"weight{len(weights)}")) is not None:
-        weights.append(weight)
-    return weights
-
-
-def places(chunk: torch.nn.Module) -> Iterator[tuple[ParameterPlace, torch.nn.Parameter]]:
-    """Place of every parameter of a bare model chunk (no DDP or Float16 wrapper)."""
-    layers = decoder_layers(chunk)
-    for name, parameter in chunk.named_parameters():
-        match = _LAYER.search(name) if not re.search(r"(^|\.)mtp\.", name) else None
-        if match is None:
-            yield ParameterPlace(name, _component(name, None), None, None, name), parameter
-            continue
-        module, in_layer = layers[int(match[1])], match[2]
-        expert = None
-        if local := _LOCAL_EXPERT.match(in_layer):
-            expert = module.mlp.local_expert_indices[int(local[1] or local[2])]
-        number = module.layer_number - 1
-        rest = in_layer if expert is None else _with_global_expert(in_layer, expert)
-        whole = f"decoder.layers.{number}.{rest}"
-        yield ParameterPlace(name, _component(name, in_layer), number, expert, whole), parameter
-
-
-def _with_global_expert(in_layer: str, expert: int) -> str:
-    """The same name for an expert of its own and for one of a grouped MLP."""
-    one = re.sub(r"experts\.local_experts\.\d+\.", f"experts.{expert}.", in_layer)
-    return re.sub(r"experts\.(linear_fc[12]\.(?:weight|bias))\d+$", rf"experts.{expert}.\1", one)
+from megatron_moe_inject.host.model_parts import EXPERTS, ROWS, ParameterPlace, places
 
 
 @dataclass(frozen=True)

@@ -25,14 +25,18 @@ from megatron_moe_inject import compat
 from megatron_moe_inject.experts import fp8_weights
 from megatron_moe_inject.experts.fp8_weights import Fp8Weight
 from megatron_moe_inject.experts.freeze import (
-    EXPERTS,
     FreezePolicy,
+)
+from megatron_moe_inject.host.errors import (
+    RecipeError,
+)
+from megatron_moe_inject.host.model_parts import (
+    EXPERTS,
     ParameterPlace,
     decoder_layers,
     grouped_linears,
     local_weights,
 )
-from megatron_moe_inject.typed import RecipeError
 
 LINEARS = ("linear_fc1", "linear_fc2")
 

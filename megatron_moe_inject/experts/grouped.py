@@ -31,7 +31,11 @@ from torch.autograd.function import once_differentiable
 
 from megatron_moe_inject.accumulate import multiply_into, placeholder
 from megatron_moe_inject.experts import fp8_weights
-from megatron_moe_inject.experts.freeze import decoder_layers, grouped_linears, local_weights
+from megatron_moe_inject.host.model_parts import (
+    decoder_layers,
+    grouped_linears,
+    local_weights,
+)
 
 
 def train_grouped_experts(chunks: Sequence[torch.nn.Module]) -> int:

@@ -24,9 +24,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moe_inject.agreement import on_first_rank
-from megatron_moe_inject.experts.resume import stored_argument
 from megatron_moe_inject.files import whole_lines
-from megatron_moe_inject.typed import RecipeError, one_line
+from megatron_moe_inject.host.errors import (
+    RecipeError,
+    one_line,
+)
+from megatron_moe_inject.host.run_arguments import (
+    stored_argument,
+)
 
 STORED = "inject_lineage"
 """Name in Megatron's arguments: ``identity``; ``kept``, absolute paths of what belongs to it, by

@@ -20,7 +20,12 @@ from safetensors import SafetensorError, safe_open
 from megatron_moe_inject.experts import fp8_blocks
 from megatron_moe_inject.experts.fp8_weights import Fp8Weight
 from megatron_moe_inject.files import is_plain_name
-from megatron_moe_inject.typed import RecipeError, fail, listing, show
+from megatron_moe_inject.host.errors import (
+    RecipeError,
+    fail,
+    listing,
+    show,
+)
 
 KEY = "train.fp8_source"
 _INDEX = "model.safetensors.index.json"

@@ -25,11 +25,18 @@ import torch
 
 from megatron_moe_inject.agreement import agree, on_first_rank
 from megatron_moe_inject.experts.borrowed import borrowing, units
-from megatron_moe_inject.experts.freeze import places
 from megatron_moe_inject.experts.lineage import CARD, Lineage
-from megatron_moe_inject.experts.optimizer_state import with_own_keys
 from megatron_moe_inject.files import new_folder, replace_file
-from megatron_moe_inject.typed import RecipeError, one_line
+from megatron_moe_inject.host.errors import (
+    RecipeError,
+    one_line,
+)
+from megatron_moe_inject.host.model_parts import (
+    places,
+)
+from megatron_moe_inject.host.own_keys import (
+    with_own_keys,
+)
 
 FOLDER = "inject_original"
 

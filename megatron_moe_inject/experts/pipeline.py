@@ -24,8 +24,12 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import get_schedule_table
 
 from megatron_moe_inject import compat
-from megatron_moe_inject.experts.freeze import decoder_layers
-from megatron_moe_inject.typed import RecipeError
+from megatron_moe_inject.host.errors import (
+    RecipeError,
+)
+from megatron_moe_inject.host.model_parts import (
+    decoder_layers,
+)
 
 
 def agree_forward_stages(

@@ -35,7 +35,11 @@ from megatron_moe_inject.experts.routing_profile import (
     check_provenance,
 )
 from megatron_moe_inject.files import readable_json, replace_file
-from megatron_moe_inject.typed import RecipeError, listing, show
+from megatron_moe_inject.host.errors import (
+    RecipeError,
+    listing,
+    show,
+)
 
 FORMAT = "megatron_moe_inject.routing_profile"
 VERSION = 1

@@ -18,7 +18,10 @@ import torch.distributed as dist
 
 from megatron_moe_inject.experts.router_logits import LogitSample, LogitSampler
 from megatron_moe_inject.experts.routing_profile import ClassStatistics, Spread
-from megatron_moe_inject.routing.watch import SUMS, RoutingWatch
+from megatron_moe_inject.host.routing_watch import (
+    SUMS,
+    RoutingWatch,
+)
 
 
 class RoutingRecorder:

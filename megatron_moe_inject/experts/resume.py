@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 from megatron_moe_inject.experts.freeze import FreezePolicy
-from megatron_moe_inject.stored_checkpoint import checkpoint_to_load
-from megatron_moe_inject.typed import RecipeError
+from megatron_moe_inject.host.errors import (
+    RecipeError,
+)
+from megatron_moe_inject.host.run_arguments import stored_argument
 
 
 def begin_or_resume(
@@ -56,22 +56,6 @@ def begin_or_resume(
             "anew, or train what was trained"
         )
     return None
-
-
-def stored_argument(args: Namespace, name: str) -> tuple[Path | None, Any]:
-    """An argument of the run whose training goes on, as its checkpoint stores it. No collective.
-
-    Returns:
-        The checkpoint's folder, ``None`` where a run starts anew; and the value, ``None`` where the
-        run had none.
-
-    Raises:
-        RecipeError: the checkpoint is damaged, or of a kind that cannot be read.
-    """
-    checkpoint = checkpoint_to_load(args)
-    if checkpoint is None or not checkpoint.resumes:
-        return None, None
-    return checkpoint.folder, checkpoint.argument(name)
 
 
 def _as_now(policy: dict) -> dict:

@@ -25,8 +25,13 @@ from safetensors.numpy import load, save
 
 from megatron_moe_inject.experts.routing_profile import LogitFile, RoutingProfile
 from megatron_moe_inject.files import replace_file
-from megatron_moe_inject.teachers.step_pass import context_parallel_slice
-from megatron_moe_inject.typed import RecipeError, one_line
+from megatron_moe_inject.host.context_parallel import (
+    context_parallel_slice,
+)
+from megatron_moe_inject.host.errors import (
+    RecipeError,
+    one_line,
+)
 
 POSITIONS = 8
 """Tokens of one sequence, which resemble each other: more sequences are worth more."""

@@ -20,7 +20,10 @@ from typing import Any
 import numpy as np
 
 from megatron_moe_inject.files import is_plain_name
-from megatron_moe_inject.typed import RecipeError, suggest
+from megatron_moe_inject.host.errors import (
+    RecipeError,
+    suggest,
+)
 
 GENERAL_CLASS = "general"
 """Name of the class that belongs to no domain."""

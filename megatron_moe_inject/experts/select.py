@@ -24,7 +24,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_moe_inject.typed import RecipeError, fail, show
+from megatron_moe_inject.host.errors import (
+    RecipeError,
+    fail,
+    show,
+)
 
 _UNIT = 10_000
 """Shares are rounded to 1 / _UNIT before they are compared with a threshold."""

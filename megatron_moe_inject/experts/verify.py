@@ -12,7 +12,13 @@ import torch
 import torch.distributed as dist
 
 from megatron_moe_inject.experts import fp8_weights
-from megatron_moe_inject.experts.freeze import ROWS, FreezePolicy, places
+from megatron_moe_inject.experts.freeze import (
+    FreezePolicy,
+)
+from megatron_moe_inject.host.model_parts import (
+    ROWS,
+    places,
+)
 
 _BLOCK = 1 << 22
 _ODD = (0x9E3779B97F4A7C15 - (1 << 64), 0x2545F4914F6CDD1D)

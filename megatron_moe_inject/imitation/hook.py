@@ -21,13 +21,21 @@ import torch.distributed as dist
 from megatron.core.utils import make_viewless_tensor
 
 from megatron_moe_inject.clock import ChunkClock, Passages
-from megatron_moe_inject.experts.freeze import decoder_layers
+from megatron_moe_inject.host.attached_loss import (
+    add_reports,
+    attach_loss,
+    sum_and_count,
+)
+from megatron_moe_inject.host.model_parts import (
+    decoder_layers,
+)
 from megatron_moe_inject.imitation.exchange import FeatureExchange, LayerStates, StepTargets
 from megatron_moe_inject.imitation.projections import Projections
 from megatron_moe_inject.imitation.terms import ImitationTerm
 from megatron_moe_inject.indices import index as positions
-from megatron_moe_inject.losses.features import attach_loss, feature_loss
-from megatron_moe_inject.metrics.losses import add_reports, sum_and_count
+from megatron_moe_inject.losses.features import (
+    feature_loss,
+)
 
 REPORTED = {"hidden": "feature loss", "experts": "expert feature loss"}
 

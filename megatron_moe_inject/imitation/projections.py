@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
-from megatron_moe_inject.experts.freeze import PROJECTIONS
+from megatron_moe_inject.host.model_parts import (
+    PROJECTIONS,
+)
 from megatron_moe_inject.imitation.terms import ImitationTerm
 
 

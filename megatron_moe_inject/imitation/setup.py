@@ -10,17 +10,24 @@ import torch
 import torch.distributed as dist
 
 from megatron_moe_inject import compat
-from megatron_moe_inject.experts.freeze import PROJECTIONS, decoder_layers
+from megatron_moe_inject.host.errors import (
+    listing,
+)
+from megatron_moe_inject.host.model_parts import (
+    PROJECTIONS,
+    decoder_layers,
+)
 from megatron_moe_inject.imitation.exchange import FeatureExchange, LayerStates
 from megatron_moe_inject.imitation.hook import ImitationHook
 from megatron_moe_inject.imitation.projections import Projections
 from megatron_moe_inject.imitation.terms import imitation_terms
 from megatron_moe_inject.recipe import Recipe, RecipeError
+from megatron_moe_inject.recipe_facts import (
+    StudentFacts,
+)
 from megatron_moe_inject.schedule import value_at
 from megatron_moe_inject.stored_checkpoint import checkpoint_to_load
-from megatron_moe_inject.student import StudentFacts
 from megatron_moe_inject.teachers import Teacher, TeacherInfo, states_dtype
-from megatron_moe_inject.typed import listing
 
 
 class ImitationSetup:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from megatron_moe_inject.host.errors import (
+    fail,
+)
 from megatron_moe_inject.losses.features import proportional_layer
 from megatron_moe_inject.recipe import Domain, Recipe
-from megatron_moe_inject.typed import fail
 
 
 @dataclass(frozen=True)

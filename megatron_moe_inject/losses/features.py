@@ -11,8 +11,6 @@ leaves the length of the states free (DistilBERT, 1910.01108).
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -47,34 +45,6 @@ def feature_loss(student: Tensor, teacher: Tensor, kind: str) -> Tensor:
     if kind == "mse":
         return error.mean(-1)
     return error.sum(-1) / teacher.square().sum(-1).clamp(min=_TINY)
-
-
-class _Attach(torch.autograd.Function):
-    """Passes a tensor on and adds a loss, whose gradient is ``scale``, to the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(scale)
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        (scale,) = ctx.saved_tensors
-        return grad, scale, None
-
-
-def attach_loss(tensor: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
-    """``tensor``, with ``scale * loss`` added to whatever is minimised through it.
-
-    The idea of Megatron's ``MoEAuxLossAutoScaler``, with the scale as an argument. The result is a
-    view of ``tensor``.
-
-    Args:
-        tensor: a state on the way to the loss; it must require grad for the loss to be seen.
-        loss: scalar.
-        scale: scalar, a constant.
-    """
-    return _Attach.apply(tensor, loss, scale)
 
 
 def proportional_layer(student_layer: int, student_layers: int, teacher_layers: int) -> int:

@@ -18,7 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from megatron_moe_inject.typed import RecipeError
+from megatron_moe_inject.host.errors import (
+    RecipeError,
+)
 
 BINS = 15
 """Bins of equal width that the expected calibration error sorts confidences into."""
@@ -211,3 +213,7 @@ def _reasons(before: Evaluation, after: Evaluation) -> str:
     ]
     told = [f"{name} was {a} and is {b}" for name, a, b in pairs if a != b]
     return f" {'; '.join(told)};" if told else ""
+
+
+LARGEST = 3.4028234663852886e38
+"""Of float32, in which a run computes."""

@@ -22,17 +22,20 @@ import numpy as np
 
 from megatron_moe_inject import files, typed
 from megatron_moe_inject.files import readable_json, replace_file
+from megatron_moe_inject.host.errors import (
+    RecipeError,
+    show,
+)
 from megatron_moe_inject.metrics.evaluation import (
     ALWAYS,
     BINS,
     COUNTS,
+    LARGEST,
     SUMS,
     ClassEvaluation,
     Evaluation,
     Provenance,
 )
-from megatron_moe_inject.metrics.run_file import LARGEST
-from megatron_moe_inject.typed import RecipeError, show
 
 FORMAT = "megatron_moe_inject.evaluation"
 VERSION = 1

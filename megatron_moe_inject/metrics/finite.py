@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 
-from megatron_moe_inject.experts.freeze import decoder_layers
+from megatron_moe_inject.host.model_parts import (
+    decoder_layers,
+)
 
 
 class FiniteWatch:

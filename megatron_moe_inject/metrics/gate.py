@@ -16,11 +16,13 @@ from __future__ import annotations
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
+from megatron_moe_inject.host.errors import (
+    RecipeError,
+)
 from megatron_moe_inject.metrics.bootstrap import paired_difference
 from megatron_moe_inject.metrics.comparison import show_interval
 from megatron_moe_inject.metrics.evaluation import BARE, Evaluation
 from megatron_moe_inject.recipe import Domain, Recipe
-from megatron_moe_inject.typed import RecipeError
 
 Verdict = dict[str, Any]
 """In plain values: ``text``, its hash; ``student``, the mean loss of its beginning by class;

@@ -18,7 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from megatron_moe_inject.typed import RecipeError
+from megatron_moe_inject.host.errors import (
+    RecipeError,
+)
 
 _DPI = 150
 _SMALL_CELL = 0.09

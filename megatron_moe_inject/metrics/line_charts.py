@@ -13,8 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_moe_inject.host.errors import (
+    RecipeError,
+)
 from megatron_moe_inject.metrics.bootstrap import Interval
-from megatron_moe_inject.typed import RecipeError
 
 _DPI = 110
 _MOST = 1000

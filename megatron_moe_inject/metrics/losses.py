@@ -10,14 +10,17 @@ Shapes: b batch, s sequence, C classes (general data and each domain).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from megatron_moe_inject.host.attached_loss import _OWN, sum_and_count
+from megatron_moe_inject.host.labels import (
+    GENERAL,
+)
 from megatron_moe_inject.indices import index
 from megatron_moe_inject.losses.objective import LossTerms
-from megatron_moe_inject.recipe import GENERAL
 
 LM_LOSS = "lm loss"
 KD_LOSS = "kd loss"
@@ -25,10 +28,6 @@ KD_FACTOR = "kd factor"
 RETENTION = "retention loss"
 TOTAL_LOSS = "total loss"
 SHARE = "data share"
-
-_OWN, _OF_STEP = "megatron_moe_inject", "megatron_moe_inject step"
-"""Our terms in the report of a micro-batch, a dictionary beside Megatron's values; and in the first
-report those of a whole step."""
 
 
 class LossReport:
@@ -100,49 +99,8 @@ class LossReport:
         return report
 
 
-def sum_and_count(total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """A report value, ``[2]``, from two scalars; what is logged is a quotient of sums of them."""
-    return torch.stack([total, count])
-
-
 def merge(stock: dict[str, torch.Tensor], ours: dict[str, torch.Tensor]) -> dict[str, Any]:
     """The report of a micro-batch: stock's optimised loss as ``total loss``, and our terms."""
     merged: dict[str, Any] = dict(stock)
     merged[TOTAL_LOSS] = merged.pop(LM_LOSS)
     return {**merged, _OWN: ours}
-
-
-def add_reports(reports: Any, values: Mapping[str, torch.Tensor]) -> None:
-    """Add terms of a whole step, ``[sum, count]`` each, to the reports of its micro-batches.
-
-    Args:
-        reports: what a schedule returned; anything but a list of dictionaries (other stages, or
-            collected outputs) is left alone.
-        values: counted once.
-    """
-    if reports and _are_reports(reports):
-        reports[0].setdefault(_OF_STEP, {}).update(values)
-
-
-def take_terms(reports: Any) -> tuple[list[str], torch.Tensor | None]:
-    """Take our terms out of the reports of a step: K names, and their sums ``[K, 2]`` in fp32.
-
-    Args:
-        reports: as for ``add_reports``; without any there are no terms.
-    """
-    if not (reports and _are_reports(reports)):
-        return [], None
-    own = [report.pop(_OWN, {}) for report in reports]
-    of_step = reports[0].pop(_OF_STEP, {})
-    assert all(list(terms) == list(own[0]) for terms in own), "micro-batches report other terms"
-    sums = []
-    if own[0]:
-        sums.append(torch.stack([v for terms in own for v in terms.values()]).float())
-        sums[0] = sums[0].view(len(own), -1, 2).sum(0)
-    if of_step:
-        sums.append(torch.stack(list(of_step.values())).float())
-    return [*own[0], *of_step], torch.cat(sums) if sums else None
-
-
-def _are_reports(reports: Any) -> bool:
-    return isinstance(reports, list) and all(isinstance(report, dict) for report in reports)

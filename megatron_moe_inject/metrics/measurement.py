@@ -22,14 +22,18 @@ import torch
 import torch.distributed as dist
 
 from megatron_moe_inject.data.labels import MicroBatch
+from megatron_moe_inject.host.attached_loss import (
+    sum_and_count,
+)
+from megatron_moe_inject.host.labels import (
+    GENERAL,
+)
 from megatron_moe_inject.losses.measure import TokenMeasures, measure_tokens
 from megatron_moe_inject.losses.objective import LossTerms, SampleGroup
 from megatron_moe_inject.losses.rows import RowKernels
 from megatron_moe_inject.losses.spec import LogitTransform
 from megatron_moe_inject.losses.triton_rows import AUTO
 from megatron_moe_inject.metrics.evaluation import ALWAYS, BARE, BINS, PARTLY, TAUGHT
-from megatron_moe_inject.metrics.losses import sum_and_count
-from megatron_moe_inject.recipe import GENERAL
 
 _COLUMNS = (*ALWAYS, *TAUGHT, *PARTLY, BARE)
 

@@ -10,7 +10,9 @@ import base64
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from megatron_moe_inject.typed import RecipeError
+from megatron_moe_inject.host.errors import (
+    RecipeError,
+)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from megatron_moe_inject import files, typed
-from megatron_moe_inject.typed import RecipeError, show
+from megatron_moe_inject.host.errors import (
+    RecipeError,
+    show,
+)
+from megatron_moe_inject.metrics.evaluation import LARGEST
 
 FILE = "inject_run.jsonl"
 FORMAT = "megatron_moe_inject.run"
@@ -97,8 +101,6 @@ class Step:
     learning_rate: float | None = None
 
 
-LARGEST = 3.4028234663852886e38
-"""Of float32, in which a run computes."""
 _LONGEST = 1e10
 """Seconds: some centuries."""
 

@@ -19,7 +19,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_moe_inject.metrics.losses import take_terms
+from megatron_moe_inject.host.attached_loss import (
+    take_terms,
+)
 
 _TAKEN = "advanced iterations"
 

@@ -29,12 +29,24 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 
 from megatron_moe_inject.clock import ChunkClock, Passages
-from megatron_moe_inject.experts.freeze import EXPERTS, decoder_layers, places
 from megatron_moe_inject.experts.original import OriginalParameters
-from megatron_moe_inject.losses.features import attach_loss
-from megatron_moe_inject.metrics.losses import add_reports, sum_and_count
-from megatron_moe_inject.recipe import GENERAL, RecipeError
-from megatron_moe_inject.retention.scale import step_scale
+from megatron_moe_inject.host.attached_loss import (
+    add_reports,
+    attach_loss,
+    step_scale,
+    sum_and_count,
+)
+from megatron_moe_inject.host.labels import (
+    GENERAL,
+)
+from megatron_moe_inject.host.model_parts import (
+    EXPERTS,
+    decoder_layers,
+    places,
+)
+from megatron_moe_inject.recipe import (
+    RecipeError,
+)
 
 REPORTED = "expert retention"
 _LATER = "overlap_dispatch_backward_with_experts_wgrad"

@@ -17,10 +17,15 @@ import torch
 import torch.distributed as dist
 
 from megatron_moe_inject import compat
-from megatron_moe_inject.experts.census import counts_here
 from megatron_moe_inject.experts.original import OriginalParameters
-from megatron_moe_inject.metrics.losses import add_reports, sum_and_count
-from megatron_moe_inject.retention.scale import loss_scale
+from megatron_moe_inject.host.attached_loss import (
+    add_reports,
+    loss_scale,
+    sum_and_count,
+)
+from megatron_moe_inject.host.model_parts import (
+    counts_here,
+)
 
 REPORTED = "l2 to start"
 

@@ -13,25 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_moe_inject.host.routing_watch import router_distribution
+
 SCORE_FUNCTIONS = ("softmax", "sigmoid", "sqrtsoftplus")
-
-
-def router_distribution(logits: Tensor, score_function: str) -> Tensor:
-    """Scores of a router as a distribution over all experts, as Megatron's balance losses take it.
-
-    Args:
-        logits: ``[..., E]`` in any floating type.
-        score_function: ``moe_router_score_function``, one of ``SCORE_FUNCTIONS``.
-
-    Returns:
-        fp32 ``[..., E]``, 1 per token in sum. Source: ``compute_routing_scores_for_aux_loss`` in
-        ``megatron/core/transformer/moe/moe_utils.py``.
-    """
-    logits = logits.float()
-    if score_function == "softmax":
-        return logits.softmax(-1)
-    scores = logits.sigmoid() if score_function == "sigmoid" else F.softplus(logits).sqrt()
-    return scores / (scores.sum(-1, keepdim=True) + 1e-20)
 
 
 def steering_losses(

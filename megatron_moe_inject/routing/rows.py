@@ -19,12 +19,18 @@ from typing import Any
 
 import torch
 
-from megatron_moe_inject.experts.freeze import ROWS
-from megatron_moe_inject.experts.optimizer_state import with_own_keys
+from megatron_moe_inject.host.errors import (
+    listing,
+)
+from megatron_moe_inject.host.model_parts import (
+    ROWS,
+    routers,
+)
+from megatron_moe_inject.host.own_keys import (
+    with_own_keys,
+)
 from megatron_moe_inject.recipe import RecipeError
-from megatron_moe_inject.routing.watch import routers
 from megatron_moe_inject.stored_checkpoint import checkpoint_to_load
-from megatron_moe_inject.typed import listing
 
 _ROW_IDS = f"{ROWS}_ids"
 

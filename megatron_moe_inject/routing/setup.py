@@ -9,15 +9,27 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_moe_inject.experts.freeze import decoder_layers
-from megatron_moe_inject.experts.resume import stored_argument
+from megatron_moe_inject.host.model_parts import (
+    decoder_layers,
+    routers,
+)
+from megatron_moe_inject.host.routing_watch import (
+    RoutingWatch,
+)
+from megatron_moe_inject.host.run_arguments import (
+    stored_argument,
+)
 from megatron_moe_inject.recipe import Recipe, RecipeError
-from megatron_moe_inject.recipe_steering import weighed_by_mean, weighed_by_token
+from megatron_moe_inject.recipe_facts import (
+    StudentFacts,
+)
+from megatron_moe_inject.recipe_steering_rules import (
+    weighed_by_mean,
+    weighed_by_token,
+)
 from megatron_moe_inject.routing.shares import RoutingShares
 from megatron_moe_inject.routing.steering import SteeringHook, SteeringWeights
-from megatron_moe_inject.routing.watch import RoutingWatch, routers
 from megatron_moe_inject.schedule import value_at
-from megatron_moe_inject.student import StudentFacts
 from megatron_moe_inject.teachers.confidence import RunningConfidence
 
 KEPT = "inject_confidence"

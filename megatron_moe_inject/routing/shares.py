@@ -17,8 +17,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_moe_inject.metrics.losses import add_reports, sum_and_count
-from megatron_moe_inject.routing.watch import SUMS, RoutingWatch
+from megatron_moe_inject.host.attached_loss import (
+    add_reports,
+    sum_and_count,
+)
+from megatron_moe_inject.host.routing_watch import (
+    SUMS,
+    RoutingWatch,
+)
 
 Write = Callable[[Mapping[str, float], int], None]
 """Gets scalars by name and the iteration."""

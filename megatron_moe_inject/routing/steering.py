@@ -27,18 +27,28 @@ import torch.distributed as dist
 from megatron.core.transformer.moe.moe_utils import router_gating_linear
 
 from megatron_moe_inject.clock import ChunkClock, Passages
-from megatron_moe_inject.losses.features import attach_loss
-from megatron_moe_inject.metrics.losses import add_reports, sum_and_count
-from megatron_moe_inject.recipe import GENERAL
+from megatron_moe_inject.host.attached_loss import (
+    add_reports,
+    attach_loss,
+    sum_and_count,
+)
+from megatron_moe_inject.host.labels import (
+    GENERAL,
+)
+from megatron_moe_inject.host.model_parts import (
+    routers,
+)
+from megatron_moe_inject.host.routing_watch import (
+    chosen_before_dropping,
+    router_distribution,
+)
 from megatron_moe_inject.routing.balance import GeneralBalance
 from megatron_moe_inject.routing.losses import (
-    router_distribution,
     router_divergences,
     steering_losses,
     target_balance_losses,
 )
 from megatron_moe_inject.routing.rows import original_weight
-from megatron_moe_inject.routing.watch import chosen_before_dropping, routers
 
 TERMS = STEERING, WITHIN, RETENTION = "steering loss", "target balance loss", "router retention"
 

@@ -17,9 +17,11 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from megatron_moe_inject.host.errors import (
+    fail,
+)
 from megatron_moe_inject.losses.spec import LogitTransform
 from megatron_moe_inject.recipe import RecipeError
-from megatron_moe_inject.typed import fail
 
 KINDS = ("megatron", "hf")
 

@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 
+from megatron_moe_inject.host.errors import (
+    fail,
+)
 from megatron_moe_inject.teachers.base import Source
-from megatron_moe_inject.typed import fail
 
 _MULTIPLES = {"tensorwise": 16, "blockwise": 128}
 """What must divide the widths of layers, by kind of scaling."""

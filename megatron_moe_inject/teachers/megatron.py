@@ -28,6 +28,9 @@ from typing import Any
 import torch
 
 from megatron_moe_inject import compat
+from megatron_moe_inject.host.errors import (
+    listing,
+)
 from megatron_moe_inject.losses.spec import LogitTransform
 from megatron_moe_inject.norm_names import stored_name
 from megatron_moe_inject.rng import untouched_rng
@@ -36,7 +39,6 @@ from megatron_moe_inject.teachers.base import Source, Teacher, TeacherInfo, padd
 from megatron_moe_inject.teachers.fp8 import fp8_context
 from megatron_moe_inject.teachers.prefix import resolved_prefix
 from megatron_moe_inject.torch_dist import Piece, TorchDistCheckpoint
-from megatron_moe_inject.typed import listing
 
 EMBEDDING = "embedding.word_embeddings.weight"
 

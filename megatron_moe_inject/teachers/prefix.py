@@ -25,9 +25,12 @@ from typing import Any
 
 import torch
 
+from megatron_moe_inject.host.errors import (
+    fail,
+    listing,
+)
 from megatron_moe_inject.teachers.base import Source, Teacher
 from megatron_moe_inject.teachers.tokenizer_files import named_tokens
-from megatron_moe_inject.typed import fail, listing
 
 _ADD_BOS = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
 """Tokenizers without ``tokenizer.json`` that put a ``<bos>`` in front unless told otherwise."""

@@ -9,6 +9,10 @@ from typing import Any
 
 import torch
 
+from megatron_moe_inject.host.errors import (
+    fail,
+    listing,
+)
 from megatron_moe_inject.recipe import Recipe, RecipeError
 from megatron_moe_inject.teachers import (
     StudentTokenizer,
@@ -20,7 +24,6 @@ from megatron_moe_inject.teachers.base import Teacher, TeacherInfo
 from megatron_moe_inject.teachers.occurrences import occurrences
 from megatron_moe_inject.teachers.prefix import words
 from megatron_moe_inject.teachers.step_pass import CommitteePass, TeacherPass
-from megatron_moe_inject.typed import fail, listing
 
 
 def checked_teachers(recipe: Recipe, args: Namespace) -> dict[str, TeacherInfo]:

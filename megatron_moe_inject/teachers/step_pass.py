@@ -20,25 +20,13 @@ import torch
 import torch.distributed as dist
 
 from megatron_moe_inject.data.labels import MicroBatch, samples_of
+from megatron_moe_inject.host.context_parallel import context_parallel_slice
 from megatron_moe_inject.indices import index
 from megatron_moe_inject.losses.committee import Committee, Member
 from megatron_moe_inject.losses.spec import LogitTransform
 from megatron_moe_inject.teachers.base import Teacher
 from megatron_moe_inject.teachers.forward import shared_forward
 from megatron_moe_inject.teachers.prefix import PrefixedTeacher
-
-
-def context_parallel_slice(states: torch.Tensor, rank: int, size: int) -> torch.Tensor:
-    """This rank's part of full sequences, ``[k, s, h_t] -> [k, s/c, h_t]``.
-
-    Megatron's zigzag layout (``get_batch_on_this_cp_rank``): of 2c equal pieces, rank r holds
-    pieces r and 2c-1-r.
-    """
-    if size == 1:
-        return states
-    count, length, width = states.shape
-    pieces = states.view(count, 2 * size, length // (2 * size), width)
-    return pieces[:, [rank, 2 * size - 1 - rank]].reshape(count, length // size, width)
 
 
 class TeacherPass:

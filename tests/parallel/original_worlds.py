@@ -12,7 +12,9 @@ import torch.distributed as dist
 
 from megatron_moe_inject.experts.freeze import FreezePolicy
 from megatron_moe_inject.experts.original import OriginalParameters
-from megatron_moe_inject.typed import RecipeError
+from megatron_moe_inject.host.errors import (
+    RecipeError,
+)
 from tests.parallel import teacher_worlds
 from tests.parallel.teacher_worlds import LLAMA, ROWS
 

@@ -7,8 +7,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_moe_inject.metrics.losses import take_terms
-from megatron_moe_inject.recipe import GENERAL
+from megatron_moe_inject.host.attached_loss import (
+    take_terms,
+)
+from megatron_moe_inject.host.labels import (
+    GENERAL,
+)
 from tests.parallel import gloo
 from tests.parallel.test_imitation_experts import (
     BATCH,

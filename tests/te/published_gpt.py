@@ -15,7 +15,10 @@ from safetensors.torch import save_file
 
 from megatron_moe_inject import compat, gpt_entry
 from megatron_moe_inject.experts import fp8_blocks
-from megatron_moe_inject.experts.freeze import decoder_layers, local_weights
+from megatron_moe_inject.host.model_parts import (
+    decoder_layers,
+    local_weights,
+)
 
 PARTS = {"linear_fc1": ("gate_proj", "up_proj"), "linear_fc2": ("down_proj",)}
 

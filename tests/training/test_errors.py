@@ -167,7 +167,12 @@ def test_flags_that_would_go_wrong_silently_are_refused_by_name(flag):
     from megatron.training.arguments import add_megatron_arguments
 
     from megatron_moe_inject.injection import Injection
-    from megatron_moe_inject.recipe import RecipeError, recipe_from_flags
+    from megatron_moe_inject.recipe import (
+        RecipeError,
+    )
+    from megatron_moe_inject.recipe_load import (
+        recipe_from_flags,
+    )
 
     common = "--num-layers 4 --num-experts 4 --mock-data --moe-grouped-gemm --fp8-format hybrid"
     command = f"{common} --fp8-recipe tensorwise {flag}"

@@ -9,8 +9,10 @@ import pytest
 from megatron_moe_inject.arguments import (
     add_inject_arguments,
     name_error,
-    recipe_for_student,
     recipe_from_args,
+)
+from megatron_moe_inject.cli import (
+    recipe_for_student,
 )
 from megatron_moe_inject.recipe import (
     Domain,

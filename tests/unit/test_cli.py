@@ -8,18 +8,31 @@ from megatron.training.arguments import add_megatron_arguments
 from megatron_moe_inject import __version__, cli, teachers
 from megatron_moe_inject.cli import main
 from megatron_moe_inject.data.files_there import check_data_files
+from megatron_moe_inject.host.text import (
+    count,
+    memory_text,
+)
 from megatron_moe_inject.imitation.terms import ImitationTerm
 from megatron_moe_inject.plan import (
     ParameterRow,
     Plan,
     TeacherRow,
-    count,
-    memory_text,
     recipe_warnings,
     render_plan,
 )
-from megatron_moe_inject.recipe import RecipeError, recipe_from_yaml
-from megatron_moe_inject.student import ParallelFacts, StudentFacts, student_facts_from_args
+from megatron_moe_inject.recipe import (
+    RecipeError,
+)
+from megatron_moe_inject.recipe_facts import (
+    ParallelFacts,
+    StudentFacts,
+)
+from megatron_moe_inject.recipe_load import (
+    recipe_from_yaml,
+)
+from megatron_moe_inject.student import (
+    student_facts_from_args,
+)
 from megatron_moe_inject.teachers.base import TeacherInfo
 
 RECIPE = """

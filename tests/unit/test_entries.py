@@ -3,8 +3,12 @@
 import pytest
 
 from megatron_moe_inject.data.entries import _check_documents, _documents, split_labels
-from megatron_moe_inject.recipe import GENERAL
-from megatron_moe_inject.typed import RecipeError
+from megatron_moe_inject.host.errors import (
+    RecipeError,
+)
+from megatron_moe_inject.host.labels import (
+    GENERAL,
+)
 from tests.training.corpus import write_corpora
 from tests.unit.test_recipe_student import facts, message_of, two_domains
 

@@ -6,6 +6,9 @@ import os
 import numpy as np
 import pytest
 
+from megatron_moe_inject.host.errors import (
+    RecipeError,
+)
 from megatron_moe_inject.metrics.evaluation_file import (
     append_line,
     read_evaluation,
@@ -13,7 +16,6 @@ from megatron_moe_inject.metrics.evaluation_file import (
     write_evaluation,
     write_list,
 )
-from megatron_moe_inject.typed import RecipeError
 from tests.unit.evaluations import evaluation
 
 

@@ -6,7 +6,9 @@ import pytest
 
 from megatron_moe_inject import evaluation_run
 from megatron_moe_inject.evaluation_run import Evaluator, TrainingEvaluator
-from megatron_moe_inject.typed import RecipeError
+from megatron_moe_inject.host.errors import (
+    RecipeError,
+)
 
 
 @pytest.fixture

@@ -7,6 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_moe_inject.host.attached_loss import (
+    attach_loss,
+    take_terms,
+)
 from megatron_moe_inject.imitation.exchange import FeatureExchange, LayerStates
 from megatron_moe_inject.imitation.hook import ImitationHook
 from megatron_moe_inject.imitation.projections import Projections
@@ -14,11 +18,9 @@ from megatron_moe_inject.imitation.terms import ImitationTerm
 from megatron_moe_inject.losses import reference
 from megatron_moe_inject.losses.features import (
     FEATURE_LOSSES,
-    attach_loss,
     feature_loss,
     proportional_layer,
 )
-from megatron_moe_inject.metrics.losses import take_terms
 from megatron_moe_inject.recipe_rules import FEATURE_LOSSES as RECIPE_LOSSES
 
 

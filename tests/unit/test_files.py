@@ -15,7 +15,9 @@ from megatron_moe_inject.files import (
     replace_file,
     try_file,
 )
-from megatron_moe_inject.typed import RecipeError
+from megatron_moe_inject.host.errors import (
+    RecipeError,
+)
 
 
 def test_new_content_and_nothing_else(tmp_path):

@@ -5,9 +5,11 @@ import torch
 from torch import nn
 
 from megatron_moe_inject.experts.freeze import (
-    COMPONENTS,
     FreezePolicy,
     first_trainable_layer,
+)
+from megatron_moe_inject.host.model_parts import (
+    COMPONENTS,
     places,
 )
 from tests.unit.routers import Chunk, inputs

@@ -5,7 +5,12 @@ import json
 import pytest
 
 from megatron_moe_inject.imitation.terms import ImitationTerm, imitation_terms
-from megatron_moe_inject.recipe import RecipeError, recipe_from_yaml
+from megatron_moe_inject.recipe import (
+    RecipeError,
+)
+from megatron_moe_inject.recipe_load import (
+    recipe_from_yaml,
+)
 
 
 def recipe(domains, features, **teachers):

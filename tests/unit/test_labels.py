@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from megatron_moe_inject.data.labels import HostGroup, domains_of, pull, without_dataset_id
-from megatron_moe_inject.recipe import GENERAL
+from megatron_moe_inject.host.labels import (
+    GENERAL,
+)
 
 
 def batches(*ids):

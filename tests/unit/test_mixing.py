@@ -9,9 +9,23 @@ from hypothesis import strategies as st
 
 from megatron_moe_inject import compat
 from megatron_moe_inject.data.mixing import blend_weights, mix
+from megatron_moe_inject.host.labels import (
+    GENERAL,
+)
 from megatron_moe_inject.plan import Plan, render_plan
-from megatron_moe_inject.recipe import GENERAL, RecipeError, dump_recipe, recipe_from_yaml
-from megatron_moe_inject.student import StudentFacts, check_recipe
+from megatron_moe_inject.recipe import (
+    RecipeError,
+)
+from megatron_moe_inject.recipe_facts import (
+    StudentFacts,
+)
+from megatron_moe_inject.recipe_load import (
+    dump_recipe,
+    recipe_from_yaml,
+)
+from megatron_moe_inject.student import (
+    check_recipe,
+)
 
 BLEND = {"train": ("text", "code", "web", "law")}
 

@@ -5,6 +5,12 @@ import dataclasses
 import pytest
 import torch
 
+from megatron_moe_inject.host.attached_loss import (
+    take_terms,
+)
+from megatron_moe_inject.host.labels import (
+    GENERAL,
+)
 from megatron_moe_inject.losses import reference
 from megatron_moe_inject.losses.objective import (
     LossTerms,
@@ -13,8 +19,10 @@ from megatron_moe_inject.losses.objective import (
     injection_loss,
 )
 from megatron_moe_inject.losses.spec import Divergence, LogitTransform, TokenWeighting
-from megatron_moe_inject.metrics.losses import LossReport, merge, take_terms
-from megatron_moe_inject.recipe import GENERAL
+from megatron_moe_inject.metrics.losses import (
+    LossReport,
+    merge,
+)
 
 S, B, H, HT, V, VALID = 5, 4, 8, 6, 16, 13
 ONE_PROCESS = {"tp_group": None, "valid_vocab_size": VALID, "reduce_hidden_grad": True}

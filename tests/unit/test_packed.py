@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from megatron_moe_inject.data.packed import check_packed, segments
-from megatron_moe_inject.typed import RecipeError
+from megatron_moe_inject.host.errors import (
+    RecipeError,
+)
 
 LENGTH = 24
 

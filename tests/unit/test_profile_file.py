@@ -17,7 +17,9 @@ from megatron_moe_inject.experts.profile_file import (
     write_profile,
 )
 from megatron_moe_inject.experts.routing_profile import RouterSettings, RoutingProfile, Spread
-from megatron_moe_inject.typed import RecipeError
+from megatron_moe_inject.host.errors import (
+    RecipeError,
+)
 from tests.unit.profiles import changed, profile, provenance, statistics
 
 ARRAYS = ("tokens", "selections", "gate_sums", "prob_sums", "dropped", "coselections")

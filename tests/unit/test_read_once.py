@@ -8,9 +8,15 @@ import pytest
 
 from megatron_moe_inject.data import read_once
 from megatron_moe_inject.data.read_once import MeasuredText
-from megatron_moe_inject.recipe import GENERAL
-from megatron_moe_inject.student import StudentFacts
-from megatron_moe_inject.typed import RecipeError
+from megatron_moe_inject.host.errors import (
+    RecipeError,
+)
+from megatron_moe_inject.host.labels import (
+    GENERAL,
+)
+from megatron_moe_inject.recipe_facts import (
+    StudentFacts,
+)
 
 BATCH, LENGTH = 8, 32
 

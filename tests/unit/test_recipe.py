@@ -15,9 +15,11 @@ from megatron_moe_inject.recipe import (
     Schedule,
     TeacherSpec,
     Train,
+    parse_experts,
+)
+from megatron_moe_inject.recipe_load import (
     dump_recipe,
     load_recipe,
-    parse_experts,
     recipe_from_yaml,
 )
 

@@ -2,7 +2,10 @@
 
 import pytest
 
-from megatron_moe_inject.recipe import dump_recipe, recipe_from_yaml
+from megatron_moe_inject.recipe_load import (
+    dump_recipe,
+    recipe_from_yaml,
+)
 from tests.unit.test_recipe import message_of, text_with
 
 

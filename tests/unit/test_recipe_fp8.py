@@ -5,10 +5,17 @@ import dataclasses
 import pytest
 
 from megatron_moe_inject.plan import Plan, render_plan
-from megatron_moe_inject.recipe import RecipeError, recipe_from_flags
-from megatron_moe_inject.student import (
+from megatron_moe_inject.recipe import (
+    RecipeError,
+)
+from megatron_moe_inject.recipe_facts import (
     ParallelFacts,
     PrecisionFacts,
+)
+from megatron_moe_inject.recipe_load import (
+    recipe_from_flags,
+)
+from megatron_moe_inject.student import (
     check_recipe,
     student_facts_from_args,
 )

@@ -16,9 +16,11 @@ from megatron_moe_inject.recipe import (
     Steering,
     TeacherSpec,
     Train,
+    validate,
+)
+from megatron_moe_inject.recipe_load import (
     dump_recipe,
     recipe_from_yaml,
-    validate,
 )
 from tests.unit.test_recipe import text_with
 

@@ -6,15 +6,28 @@ from argparse import ArgumentParser
 
 import pytest
 
-from megatron_moe_inject.recipe import GENERAL, RecipeError, recipe_from_flags, recipe_from_yaml
-from megatron_moe_inject.refused_options import NO_PARTS
-from megatron_moe_inject.student import (
+from megatron_moe_inject.host.labels import (
+    GENERAL,
+)
+from megatron_moe_inject.host.text import (
+    ranges,
+)
+from megatron_moe_inject.recipe import (
+    RecipeError,
+)
+from megatron_moe_inject.recipe_facts import (
     ParallelFacts,
     PrecisionFacts,
     StudentFacts,
     TokenizerFacts,
+)
+from megatron_moe_inject.recipe_load import (
+    recipe_from_flags,
+    recipe_from_yaml,
+)
+from megatron_moe_inject.refused_options import NO_PARTS
+from megatron_moe_inject.student import (
     check_recipe,
-    ranges,
     split_labels,
     student_facts_from_args,
 )

@@ -18,8 +18,15 @@ from megatron_moe_inject.experts.router_logits import (
     write_logits,
 )
 from megatron_moe_inject.profile_run import ProfileSetup
-from megatron_moe_inject.recipe import RecipeError, recipe_from_yaml
-from megatron_moe_inject.student import StudentFacts
+from megatron_moe_inject.recipe import (
+    RecipeError,
+)
+from megatron_moe_inject.recipe_facts import (
+    StudentFacts,
+)
+from megatron_moe_inject.recipe_load import (
+    recipe_from_yaml,
+)
 from tests.unit.profiles import profile
 from tests.unit.test_recipe import text_with
 

@@ -4,8 +4,13 @@ import json
 
 import pytest
 
-from megatron_moe_inject.metrics.run_file import (
+from megatron_moe_inject.host.errors import (
+    RecipeError,
+)
+from megatron_moe_inject.metrics.evaluation import (
     LARGEST,
+)
+from megatron_moe_inject.metrics.run_file import (
     Component,
     Start,
     Step,
@@ -15,7 +20,6 @@ from megatron_moe_inject.metrics.run_file import (
     read_run,
     write_run,
 )
-from megatron_moe_inject.typed import RecipeError
 
 
 def start(iteration=0, **changed) -> Start:

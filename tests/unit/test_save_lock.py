@@ -9,8 +9,10 @@ import time
 
 import pytest
 
+from megatron_moe_inject.host.errors import (
+    RecipeError,
+)
 from megatron_moe_inject.save_lock import FILE, SaveLock
-from megatron_moe_inject.typed import RecipeError
 
 HOLD = """
 import os, sys, time

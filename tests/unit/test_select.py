@@ -18,7 +18,9 @@ from megatron_moe_inject.experts.select import (
     contrast,
     contrast_error,
 )
-from megatron_moe_inject.typed import RecipeError
+from megatron_moe_inject.host.errors import (
+    RecipeError,
+)
 from tests.unit.profiles import ESFT
 
 matrices = st.integers(1, 12).flatmap(

@@ -8,12 +8,16 @@ from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import compute_routing_scores_for_aux_loss
 
 from megatron_moe_inject.experts.freeze import FreezePolicy
-from megatron_moe_inject.metrics.losses import take_terms
+from megatron_moe_inject.host.attached_loss import (
+    take_terms,
+)
+from megatron_moe_inject.host.routing_watch import (
+    router_distribution,
+)
 from megatron_moe_inject.routing import steering_loss
 from megatron_moe_inject.routing.balance import GeneralBalance
 from megatron_moe_inject.routing.losses import (
     SCORE_FUNCTIONS,
-    router_distribution,
     router_divergences,
     steering_losses,
     target_balance_losses,

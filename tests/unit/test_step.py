@@ -10,7 +10,9 @@ from megatron.core.rerun_state_machine import (
 )
 
 from megatron_moe_inject.data.labels import HostGroup
-from megatron_moe_inject.recipe import GENERAL
+from megatron_moe_inject.host.labels import (
+    GENERAL,
+)
 from megatron_moe_inject.step import SplitRegistry, StepHook
 
 SPLITS = ("train", "valid", "test")

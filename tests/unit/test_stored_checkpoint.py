@@ -8,7 +8,12 @@ import pytest
 import torch
 
 from megatron_moe_inject.experts.freeze import FreezePolicy
-from megatron_moe_inject.experts.resume import begin_or_resume, stored_argument
+from megatron_moe_inject.experts.resume import (
+    begin_or_resume,
+)
+from megatron_moe_inject.host.run_arguments import (
+    stored_argument,
+)
 from megatron_moe_inject.recipe import RecipeError
 from megatron_moe_inject.stored_checkpoint import checkpoint_to_load
 

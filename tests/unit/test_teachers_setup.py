@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_moe_inject.recipe import RecipeError, recipe_from_flags
+from megatron_moe_inject.recipe import (
+    RecipeError,
+)
+from megatron_moe_inject.recipe_load import (
+    recipe_from_flags,
+)
 from megatron_moe_inject.teachers.base import Comparison, TeacherInfo
 from megatron_moe_inject.teachers.occurrences import occurrences
 from megatron_moe_inject.teachers.setup import check_fit, remarks

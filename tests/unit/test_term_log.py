@@ -6,7 +6,13 @@ from argparse import Namespace
 import pytest
 import torch
 
-from megatron_moe_inject.metrics.losses import add_reports, merge, take_terms
+from megatron_moe_inject.host.attached_loss import (
+    add_reports,
+    take_terms,
+)
+from megatron_moe_inject.metrics.losses import (
+    merge,
+)
 from megatron_moe_inject.metrics.term_log import Interval, TermLog
 
 

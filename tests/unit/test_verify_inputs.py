@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 
 from megatron_moe_inject import verify_inputs as module
-from megatron_moe_inject.recipe import RecipeError, recipe_from_flags
+from megatron_moe_inject.recipe import (
+    RecipeError,
+)
+from megatron_moe_inject.recipe_load import (
+    recipe_from_flags,
+)
 
 READ = ("model.safetensors", "config.json", "tokenizer.json")
 
