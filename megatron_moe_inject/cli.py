@@ -20,33 +20,21 @@ from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
-from megatron_moe_inject import (
-    __version__,
-    delta_command,
-    evaluate_command,
-    profile_command,
-    report_command,
-    routing_report,
-    select_command,
-)
-from megatron_moe_inject.arguments import (
-    add_inject_arguments,
-    name_error,
-    recipe_from_args,
-)
+from megatron_moe_inject import __version__
 from megatron_moe_inject.data.files_there import check_data_files
-from megatron_moe_inject.experts.choice import resolve_experts
-from megatron_moe_inject.plan import Plan, TeacherRow, render_plan
-from megatron_moe_inject.recipe import (
-    Recipe,
-    RecipeError,
-)
-from megatron_moe_inject.recipe_facts import StudentFacts
-from megatron_moe_inject.recipe_load import (
-    load_recipe,
-    located,
-)
-from megatron_moe_inject.student import check_recipe, student_facts_from_args
+from megatron_moe_inject.evaluation import command as evaluate_command
+from megatron_moe_inject.evaluation.report import command as report_command
+from megatron_moe_inject.experts.choose import profile_command, select_command
+from megatron_moe_inject.experts.choose.choice import resolve_experts
+from megatron_moe_inject.experts.delta import command as delta_command
+from megatron_moe_inject.host.errors import RecipeError
+from megatron_moe_inject.recipe.facts import StudentFacts
+from megatron_moe_inject.recipe.flags import add_inject_arguments, name_error, recipe_from_args
+from megatron_moe_inject.recipe.load import load_recipe, located
+from megatron_moe_inject.recipe.plan import Plan, TeacherRow, render_plan
+from megatron_moe_inject.recipe.schema import Recipe
+from megatron_moe_inject.recipe.student import check_recipe, student_facts_from_args
+from megatron_moe_inject.routing import report as routing_report
 
 _EXAMPLES = """examples:
   moe-inject plan recipe.yaml

@@ -16,76 +16,66 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_moe_inject import compat
-from megatron_moe_inject.agreement import agree, on_first_rank
 from megatron_moe_inject.data.labels import HostGroup
 from megatron_moe_inject.data.mixing import mix
 from megatron_moe_inject.data.packed import check_packed
 from megatron_moe_inject.data.read_once import MeasuredText
 from megatron_moe_inject.data.scheduled_blend import BlendSchedule
-from megatron_moe_inject.evaluation_run import TrainingEvaluator
-from megatron_moe_inject.experts.boundary import GradientBoundary, agree_boundary
-from megatron_moe_inject.experts.census import parameter_rows
-from megatron_moe_inject.experts.choice import resolve_experts
-from megatron_moe_inject.experts.freeze import (
-    FreezePolicy,
-)
-from megatron_moe_inject.experts.frozen_fp8 import FrozenFp8, drop_transposes
-from megatron_moe_inject.experts.grouped import train_grouped_experts
-from megatron_moe_inject.experts.lineage import Lineage
-from megatron_moe_inject.experts.native_fp8 import NativeFp8
-from megatron_moe_inject.experts.original import OriginalParameters
-from megatron_moe_inject.experts.pipeline import (
+from megatron_moe_inject.evaluation.evaluator import TrainingEvaluator
+from megatron_moe_inject.evaluation.measurement import Measurement
+from megatron_moe_inject.evaluation.report.run_log import RunLog
+from megatron_moe_inject.experts.choose.choice import resolve_experts
+from megatron_moe_inject.experts.choose.profile_setup import ProfileSetup
+from megatron_moe_inject.experts.choose.recorder import RoutingRecorder
+from megatron_moe_inject.experts.fp8.native import NativeFp8
+from megatron_moe_inject.experts.train.boundary import GradientBoundary, agree_boundary
+from megatron_moe_inject.experts.train.census import parameter_rows
+from megatron_moe_inject.experts.train.freeze import FreezePolicy
+from megatron_moe_inject.experts.train.frozen_fp8 import FrozenFp8, drop_transposes
+from megatron_moe_inject.experts.train.grouped import train_grouped_experts
+from megatron_moe_inject.experts.train.pipeline import (
     agree_forward_stages,
     boundary_communicator,
     gets_no_graph,
 )
-from megatron_moe_inject.experts.recorder import RoutingRecorder
-from megatron_moe_inject.experts.resume import begin_or_resume
-from megatron_moe_inject.experts.verify import FrozenChangedError, FrozenCheck
-from megatron_moe_inject.files import try_file
+from megatron_moe_inject.experts.train.resume import begin_or_resume
+from megatron_moe_inject.experts.train.verify import FrozenChangedError, FrozenCheck
+from megatron_moe_inject.host import compat
+from megatron_moe_inject.host.agreement import agree, on_first_rank
 from megatron_moe_inject.host.errors import (
+    RecipeError,
     fail,
 )
+from megatron_moe_inject.host.files import try_file
+from megatron_moe_inject.host.finite import FiniteWatch
 from megatron_moe_inject.host.labels import (
     GENERAL,
 )
+from megatron_moe_inject.host.lineage import Lineage
 from megatron_moe_inject.host.model_parts import (
     places,
 )
-from megatron_moe_inject.imitation.setup import ImitationSetup
+from megatron_moe_inject.host.save_lock import SaveLock
+from megatron_moe_inject.host.student_load import StudentLoad
+from megatron_moe_inject.host.term_log import TermLog
 from megatron_moe_inject.loss_hook import LossHook
 from megatron_moe_inject.losses.objective import TermWeights
+from megatron_moe_inject.losses.report import LossReport
 from megatron_moe_inject.losses.spec import Divergence, TokenWeighting
-from megatron_moe_inject.metrics.finite import FiniteWatch
-from megatron_moe_inject.metrics.losses import LossReport
-from megatron_moe_inject.metrics.measurement import Measurement
-from megatron_moe_inject.metrics.term_log import TermLog
-from megatron_moe_inject.original_pass import OriginalPass
-from megatron_moe_inject.plan import Plan, TeacherRow
-from megatron_moe_inject.profile_run import ProfileSetup
-from megatron_moe_inject.recipe import (
-    Recipe,
-    RecipeError,
-)
-from megatron_moe_inject.recipe_facts import (
-    StudentFacts,
-)
+from megatron_moe_inject.recipe.entries import SPLITS, split_labels
+from megatron_moe_inject.recipe.facts import StudentFacts
+from megatron_moe_inject.recipe.plan import Plan, TeacherRow
+from megatron_moe_inject.recipe.schedule import ever_positive, value_at
+from megatron_moe_inject.recipe.schema import Recipe
+from megatron_moe_inject.recipe.student import check_recipe, student_facts_from_args
+from megatron_moe_inject.retention.original_pass import OriginalPass
+from megatron_moe_inject.retention.originals import OriginalParameters
 from megatron_moe_inject.retention.setup import kept_components, retention_step
 from megatron_moe_inject.routing.rows import RouterRows
 from megatron_moe_inject.routing.setup import SteeringSetup
-from megatron_moe_inject.run_log import RunLog
-from megatron_moe_inject.save_lock import SaveLock
-from megatron_moe_inject.schedule import ever_positive, value_at
 from megatron_moe_inject.step import SplitRegistry, StepHook
-from megatron_moe_inject.student import (
-    SPLITS,
-    check_recipe,
-    split_labels,
-    student_facts_from_args,
-)
-from megatron_moe_inject.student_load import StudentLoad
 from megatron_moe_inject.teachers import states_dtype
+from megatron_moe_inject.teachers.imitation.setup import ImitationSetup
 from megatron_moe_inject.teachers.setup import by_domain, checked_teachers, remarks, teacher_pass
 from megatron_moe_inject.teachers.step_pass import TeacherPass
 

@@ -34,18 +34,16 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, NoReturn
 
-from megatron_moe_inject import compat
-from megatron_moe_inject.plan import render_plan
-from megatron_moe_inject.recipe import RecipeError
+from megatron_moe_inject.host import compat
+from megatron_moe_inject.host.errors import RecipeError
+from megatron_moe_inject.recipe.plan import render_plan
 
 if TYPE_CHECKING:
     from argparse import Namespace
 
-    from megatron_moe_inject.evaluation_run import (
-        Evaluator,
-    )
+    from megatron_moe_inject.evaluation.evaluator import Evaluator
     from megatron_moe_inject.injection import Injection
-    from megatron_moe_inject.recipe import Recipe
+    from megatron_moe_inject.recipe.schema import Recipe
     from megatron_moe_inject.runs import (
         EvaluationRun,
         ProfileRun,
@@ -109,17 +107,17 @@ class _Run:
         self._verify: Callable[[], str] | None = None
 
     def add_arguments(self, stock, parser):
-        from megatron_moe_inject.arguments import add_inject_arguments
+        from megatron_moe_inject.recipe.flags import add_inject_arguments
 
         return add_inject_arguments(stock(parser))
 
     def pretrain(self, stock, *args, **kwargs):
         from megatron.training import get_args
 
-        from megatron_moe_inject import failure
-        from megatron_moe_inject.arguments import name_error, recipe_from_args
-        from megatron_moe_inject.meeting import Meeting
-        from megatron_moe_inject.same_recipe import begin_alike
+        from megatron_moe_inject.host import failure
+        from megatron_moe_inject.host.meeting import Meeting
+        from megatron_moe_inject.recipe.flags import name_error, recipe_from_args
+        from megatron_moe_inject.recipe.same_recipe import begin_alike
 
         options, recipe, mistake = get_args(), None, None
         try:
@@ -139,7 +137,7 @@ class _Run:
         try:
             self._injection = begin_alike(meeting, options, make)
             if options.inject_verify_inputs:
-                from megatron_moe_inject.verify_inputs import verify_inputs
+                from megatron_moe_inject.teachers.verify_inputs import verify_inputs
 
                 self._verify = functools.partial(verify_inputs, recipe, options)
             result = stock(*args, **kwargs)
@@ -194,7 +192,7 @@ class _Run:
         optimizer = stock(*args, **kwargs)
         if self._injection is None:
             return optimizer
-        from megatron_moe_inject.experts.optimizer_state import make_checkpointable
+        from megatron_moe_inject.experts.train.optimizer_state import make_checkpointable
 
         return make_checkpointable(optimizer)
 

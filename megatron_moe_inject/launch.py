@@ -26,7 +26,8 @@ def prepare() -> None:
     Raises:
         SystemExit: with one line, when the CPU lane refuses this machine.
     """
-    from megatron_moe_inject import compat, cpu_lane, install
+    from megatron_moe_inject import install
+    from megatron_moe_inject.host import compat, cpu_lane
 
     wanted = set()
     while len(sys.argv) > 1 and sys.argv[1] in ("--cpu", "--cpu-force"):
@@ -105,6 +106,6 @@ def only_evaluate(flags: Sequence[str], ours: Sequence[str], *, cpu: bool) -> No
     from megatron_moe_inject import launch
 
     launch.prepare()
-    from megatron_moe_inject import gpt_entry
+    from megatron_moe_inject.host import gpt_entry
 
     gpt_entry.main()

@@ -25,20 +25,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
-from megatron_moe_inject import compat
 from megatron_moe_inject.data.packed import segments
-from megatron_moe_inject.experts.original import OriginalParameters
+from megatron_moe_inject.evaluation.measurement import Measurement
+from megatron_moe_inject.host import compat
+from megatron_moe_inject.host.finite import FiniteWatch
+from megatron_moe_inject.host.indices import index as positions
 from megatron_moe_inject.host.labels import (
     GENERAL,
 )
-from megatron_moe_inject.indices import index as positions
 from megatron_moe_inject.losses.objective import SampleGroup, TermWeights, injection_loss
+from megatron_moe_inject.losses.report import LossReport, merge
 from megatron_moe_inject.losses.spec import LogitTransform
 from megatron_moe_inject.losses.triton_rows import AUTO
 from megatron_moe_inject.losses.upstream import common_factor
-from megatron_moe_inject.metrics.finite import FiniteWatch
-from megatron_moe_inject.metrics.losses import LossReport, merge
-from megatron_moe_inject.metrics.measurement import Measurement
+from megatron_moe_inject.retention.originals import OriginalParameters
 from megatron_moe_inject.teachers.confidence import RunningConfidence, confidences
 from megatron_moe_inject.teachers.step_pass import CommitteePass, TeacherPass
 

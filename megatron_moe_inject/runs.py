@@ -11,30 +11,30 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_moe_inject import compat
-from megatron_moe_inject.agreement import agree, on_first_rank
-from megatron_moe_inject.data.entries import SPLITS, split_labels
 from megatron_moe_inject.data.labels import HostGroup
 from megatron_moe_inject.data.mixing import mix_held_out
 from megatron_moe_inject.data.packed import check_packed
 from megatron_moe_inject.data.read_once import MeasuredText
-from megatron_moe_inject.evaluation_run import Evaluator, describe
-from megatron_moe_inject.experts.recorder import RoutingRecorder
-from megatron_moe_inject.files import try_file
+from megatron_moe_inject.evaluation.evaluation import Evaluation
+from megatron_moe_inject.evaluation.evaluation_file import write_evaluation
+from megatron_moe_inject.evaluation.evaluator import Evaluator, describe
+from megatron_moe_inject.experts.choose.profile_setup import ProfileSetup
+from megatron_moe_inject.experts.choose.recorder import RoutingRecorder
+from megatron_moe_inject.host import compat
+from megatron_moe_inject.host.agreement import agree, on_first_rank
 from megatron_moe_inject.host.errors import RecipeError
+from megatron_moe_inject.host.files import try_file
 from megatron_moe_inject.host.labels import GENERAL
+from megatron_moe_inject.host.progress import StepProgress
+from megatron_moe_inject.host.student_load import StudentLoad
+from megatron_moe_inject.host.term_log import TermLog
 from megatron_moe_inject.loss_hook import LossHook
 from megatron_moe_inject.losses.objective import TermWeights
-from megatron_moe_inject.metrics.evaluation import Evaluation
-from megatron_moe_inject.metrics.evaluation_file import write_evaluation
-from megatron_moe_inject.metrics.losses import LossReport
-from megatron_moe_inject.metrics.term_log import TermLog
-from megatron_moe_inject.profile_run import ProfileSetup
-from megatron_moe_inject.progress import StepProgress
-from megatron_moe_inject.recipe import Recipe
+from megatron_moe_inject.losses.report import LossReport
+from megatron_moe_inject.recipe.entries import SPLITS, split_labels
+from megatron_moe_inject.recipe.schema import Recipe
+from megatron_moe_inject.recipe.student import check_options, student_facts_from_args
 from megatron_moe_inject.step import SplitRegistry, StepHook
-from megatron_moe_inject.student import check_options, student_facts_from_args
-from megatron_moe_inject.student_load import StudentLoad
 from megatron_moe_inject.teachers.setup import by_domain, checked_teachers, teacher_pass
 
 

@@ -16,19 +16,19 @@ from typing import Any
 
 import torch
 
-from megatron_moe_inject import compat
 from megatron_moe_inject.data import labels as domain_labels
 from megatron_moe_inject.data.labels import HostGroup, MicroBatch
-from megatron_moe_inject.experts.pipeline import BoundaryCommunicator
-from megatron_moe_inject.experts.recorder import RoutingRecorder
-from megatron_moe_inject.imitation.hook import ImitationHook
+from megatron_moe_inject.evaluation.measurement import Measurement
+from megatron_moe_inject.experts.choose.recorder import RoutingRecorder
+from megatron_moe_inject.experts.train.pipeline import BoundaryCommunicator
+from megatron_moe_inject.host import compat
+from megatron_moe_inject.host.finite import FiniteWatch
+from megatron_moe_inject.host.term_log import TermLog
 from megatron_moe_inject.loss_hook import LossHook
-from megatron_moe_inject.metrics.finite import FiniteWatch
-from megatron_moe_inject.metrics.measurement import Measurement
-from megatron_moe_inject.metrics.term_log import TermLog
-from megatron_moe_inject.original_pass import OriginalPass
+from megatron_moe_inject.retention.original_pass import OriginalPass
 from megatron_moe_inject.retention.setup import RetentionStep
 from megatron_moe_inject.routing.setup import RoutingStep
+from megatron_moe_inject.teachers.imitation.hook import ImitationHook
 
 
 class SplitRegistry:

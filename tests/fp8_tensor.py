@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch.utils._pytree import tree_map
 
-from megatron_moe_inject.experts import fp8_blocks, fp8_weights
+from megatron_moe_inject.experts.fp8 import blocks as fp8_blocks
+from megatron_moe_inject.experts.fp8 import weights as fp8_weights
 
 
 class BlockwiseTensor(torch.Tensor):

@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupedMLP
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
-from megatron_moe_inject.experts.fp8_weights import is_fp8
+from megatron_moe_inject.experts.fp8.weights import is_fp8
 from tests.fp8_tensor import BlockwiseTensor
 
 

@@ -163,7 +163,8 @@ def main() -> None:
     """Train as the environment says."""
     spec = json.loads(os.environ[SPECIFICATION])
     turns = Turns(spec["port"], {"arm": spec["arm"], "rank": int(os.environ["RANK"])})
-    from megatron_moe_inject import compat, cpu_lane, launch
+    from megatron_moe_inject import launch
+    from megatron_moe_inject.host import compat, cpu_lane
 
     if spec["plugin"]:
         launch.prepare()
@@ -218,7 +219,7 @@ def main() -> None:
         build, args, kwargs, bare
     )
     training.train_step = timed_step
-    from megatron_moe_inject import gpt_entry
+    from megatron_moe_inject.host import gpt_entry
 
     gpt_entry.main()
 

@@ -30,7 +30,7 @@ def start_megatron(flags: list[str]):
 
     Runs the collectives of Megatron's start in a world of one process.
     """
-    from megatron_moe_inject import cpu_lane
+    from megatron_moe_inject.host import cpu_lane
 
     os.environ.update(ONE_PROCESS)
     cpu_lane.enable()
@@ -45,7 +45,7 @@ def start_megatron(flags: list[str]):
 
 def build_model():
     """Megatron's GPTModel for the args that it was started with, whole, in eval mode."""
-    from megatron_moe_inject.gpt_entry import model_provider
+    from megatron_moe_inject.host.gpt_entry import model_provider
 
     return model_provider().eval()
 

@@ -23,9 +23,9 @@ import domains
 import tables
 from domains import runner
 
-from megatron_moe_inject import files
-from megatron_moe_inject.metrics.evaluation_file import read_list
-from megatron_moe_inject.metrics.run_file import Start, Step, read_run
+from megatron_moe_inject.evaluation.evaluation_file import read_list
+from megatron_moe_inject.evaluation.report.run_file import Start, Step, read_run
+from megatron_moe_inject.host import files
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SEEDS = (1234, 1, 2)

@@ -14,9 +14,7 @@ from megatron_moe_inject.host.errors import (
     listing,
     show,
 )
-from megatron_moe_inject.recipe_facts import (
-    StudentFacts,
-)
+from megatron_moe_inject.recipe.facts import StudentFacts
 
 _REMOTE = ("s3://", "msc://")
 

@@ -16,25 +16,19 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from megatron_moe_inject import compat
 from megatron_moe_inject.data.scheduled_blend import SampleOrder
+from megatron_moe_inject.host import compat
 from megatron_moe_inject.host.errors import (
+    RecipeError,
     fail,
 )
 from megatron_moe_inject.host.labels import (
     GENERAL,
 )
-from megatron_moe_inject.recipe import (
-    Recipe,
-    RecipeError,
-)
-from megatron_moe_inject.recipe_facts import (
-    StudentFacts,
-)
-from megatron_moe_inject.schedule import Schedule, value_at
-from megatron_moe_inject.student import (
-    split_labels,
-)
+from megatron_moe_inject.recipe.entries import split_labels
+from megatron_moe_inject.recipe.facts import StudentFacts
+from megatron_moe_inject.recipe.schedule import Schedule, value_at
+from megatron_moe_inject.recipe.schema import Recipe
 
 TOLERANCE = 0.005
 """How far a blend's share may be from the recipe's."""

@@ -19,14 +19,10 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_moe_inject.agreement import on_first_rank
-from megatron_moe_inject.recipe import RecipeError
-from megatron_moe_inject.recipe_facts import (
-    StudentFacts,
-)
-from megatron_moe_inject.student import (
-    SPLITS,
-)
+from megatron_moe_inject.host.agreement import on_first_rank
+from megatron_moe_inject.host.errors import RecipeError
+from megatron_moe_inject.recipe.entries import SPLITS
+from megatron_moe_inject.recipe.facts import StudentFacts
 
 _FLAGS = {"valid": "--valid-data-path", "test": "--test-data-path"}
 _TEXT = {"valid": "validation", "test": "test"}

@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_moe_inject.agreement import agree
 from megatron_moe_inject.data.apportion import dealt, diffuse, spread, to_units
 from megatron_moe_inject.data.labels import DATASET_ID
+from megatron_moe_inject.host.agreement import agree
 from megatron_moe_inject.host.errors import (
     RecipeError,
 )

@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_moe_inject.clock import ChunkClock
+from megatron_moe_inject.host.clock import ChunkClock
 from megatron_moe_inject.host.model_parts import routers
 
 SUMS = ("selections", "gate_sums", "prob_sums", "dropped")

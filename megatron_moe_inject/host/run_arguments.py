@@ -6,7 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from megatron_moe_inject.stored_checkpoint import checkpoint_to_load
+from megatron_moe_inject.host.stored_checkpoint import checkpoint_to_load
 
 
 def stored_argument(args: Namespace, name: str) -> tuple[Path | None, Any]:

@@ -13,7 +13,7 @@ either case: one more of ``main_grad``'s size, as long as the factor is not know
 import torch
 from torch import Tensor
 
-from megatron_moe_inject.accumulate import in_one_pass, multiply_into, placeholder
+from megatron_moe_inject.host.accumulate import in_one_pass, multiply_into, placeholder
 from megatron_moe_inject.losses.products import pieces, whole
 from megatron_moe_inject.losses.rows import maths_dtype
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_moe_inject.indices import index
+from megatron_moe_inject.host.indices import index
 from megatron_moe_inject.losses.committee import Committee
 from megatron_moe_inject.losses.fused import fused_linear_distillation
 from megatron_moe_inject.losses.rows import RowKernels

@@ -15,7 +15,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from megatron_moe_inject.accumulate import in_one_pass, multiply_into
+from megatron_moe_inject.host.accumulate import in_one_pass, multiply_into
 
 _BYTES = 16
 # Terms of a sum that are copied to float32 at once where a product cannot give it.

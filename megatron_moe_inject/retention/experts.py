@@ -28,14 +28,14 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 
-from megatron_moe_inject.clock import ChunkClock, Passages
-from megatron_moe_inject.experts.original import OriginalParameters
 from megatron_moe_inject.host.attached_loss import (
     add_reports,
     attach_loss,
     step_scale,
     sum_and_count,
 )
+from megatron_moe_inject.host.clock import ChunkClock, Passages
+from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.host.labels import (
     GENERAL,
 )
@@ -44,9 +44,7 @@ from megatron_moe_inject.host.model_parts import (
     decoder_layers,
     places,
 )
-from megatron_moe_inject.recipe import (
-    RecipeError,
-)
+from megatron_moe_inject.retention.originals import OriginalParameters
 
 REPORTED = "expert retention"
 _LATER = "overlap_dispatch_backward_with_experts_wgrad"

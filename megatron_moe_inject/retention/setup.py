@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from megatron_moe_inject.experts.original import OriginalParameters
-from megatron_moe_inject.recipe import Recipe
+from megatron_moe_inject.recipe.schedule import ever_positive, value_at
+from megatron_moe_inject.recipe.schema import Recipe
 from megatron_moe_inject.retention.experts import ExpertRetention
+from megatron_moe_inject.retention.originals import OriginalParameters
 from megatron_moe_inject.retention.start import PullToStart
-from megatron_moe_inject.schedule import ever_positive, value_at
 
 
 def kept_components(recipe: Recipe) -> list[str] | None:

@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from megatron_moe_inject import compat
-from megatron_moe_inject.experts.original import OriginalParameters
+from megatron_moe_inject.host import compat
 from megatron_moe_inject.host.attached_loss import (
     add_reports,
     loss_scale,
@@ -26,6 +25,7 @@ from megatron_moe_inject.host.attached_loss import (
 from megatron_moe_inject.host.model_parts import (
     counts_here,
 )
+from megatron_moe_inject.retention.originals import OriginalParameters
 
 REPORTED = "l2 to start"
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from megatron_moe_inject.indices import index
+from megatron_moe_inject.host.indices import index
 
 SEQUENCE_LOCAL = ("_apply_aux_loss", "_apply_seq_aux_loss")
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from megatron_moe_inject.host.errors import (
+    RecipeError,
     listing,
 )
 from megatron_moe_inject.host.model_parts import (
@@ -29,8 +30,7 @@ from megatron_moe_inject.host.model_parts import (
 from megatron_moe_inject.host.own_keys import (
     with_own_keys,
 )
-from megatron_moe_inject.recipe import RecipeError
-from megatron_moe_inject.stored_checkpoint import checkpoint_to_load
+from megatron_moe_inject.host.stored_checkpoint import checkpoint_to_load
 
 _ROW_IDS = f"{ROWS}_ids"
 

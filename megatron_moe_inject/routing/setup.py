@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.host.model_parts import (
     decoder_layers,
     routers,
@@ -19,17 +20,12 @@ from megatron_moe_inject.host.routing_watch import (
 from megatron_moe_inject.host.run_arguments import (
     stored_argument,
 )
-from megatron_moe_inject.recipe import Recipe, RecipeError
-from megatron_moe_inject.recipe_facts import (
-    StudentFacts,
-)
-from megatron_moe_inject.recipe_steering_rules import (
-    weighed_by_mean,
-    weighed_by_token,
-)
+from megatron_moe_inject.recipe.facts import StudentFacts
+from megatron_moe_inject.recipe.schedule import value_at
+from megatron_moe_inject.recipe.schema import Recipe
+from megatron_moe_inject.recipe.steering_rules import weighed_by_mean, weighed_by_token
 from megatron_moe_inject.routing.shares import RoutingShares
 from megatron_moe_inject.routing.steering import SteeringHook, SteeringWeights
-from megatron_moe_inject.schedule import value_at
 from megatron_moe_inject.teachers.confidence import RunningConfidence
 
 KEPT = "inject_confidence"

@@ -26,12 +26,12 @@ import torch
 import torch.distributed as dist
 from megatron.core.transformer.moe.moe_utils import router_gating_linear
 
-from megatron_moe_inject.clock import ChunkClock, Passages
 from megatron_moe_inject.host.attached_loss import (
     add_reports,
     attach_loss,
     sum_and_count,
 )
+from megatron_moe_inject.host.clock import ChunkClock, Passages
 from megatron_moe_inject.host.labels import (
     GENERAL,
 )

@@ -18,10 +18,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from megatron_moe_inject.host.errors import (
+    RecipeError,
     fail,
 )
 from megatron_moe_inject.losses.spec import LogitTransform
-from megatron_moe_inject.recipe import RecipeError
 
 KINDS = ("megatron", "hf")
 

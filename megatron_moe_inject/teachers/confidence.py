@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_moe_inject.indices import index
+from megatron_moe_inject.host.indices import index
 from megatron_moe_inject.losses.committee import Committee
 from megatron_moe_inject.losses.measure import measure_tokens
 from megatron_moe_inject.losses.objective import SampleGroup

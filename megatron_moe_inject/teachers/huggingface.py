@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron_moe_inject.files import is_plain_name
 from megatron_moe_inject.host.errors import (
     listing,
     show,
 )
+from megatron_moe_inject.host.files import is_plain_name
+from megatron_moe_inject.host.rng import untouched_rng
 from megatron_moe_inject.losses.spec import LogitTransform
-from megatron_moe_inject.rng import untouched_rng
 from megatron_moe_inject.teachers import vocabulary
 from megatron_moe_inject.teachers.base import Source, Teacher, TeacherInfo, padded_rows
 from megatron_moe_inject.teachers.prefix import resolved_prefix

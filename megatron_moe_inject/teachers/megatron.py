@@ -27,18 +27,18 @@ from typing import Any
 
 import torch
 
-from megatron_moe_inject import compat
+from megatron_moe_inject.host import compat
 from megatron_moe_inject.host.errors import (
     listing,
 )
+from megatron_moe_inject.host.norm_names import stored_name
+from megatron_moe_inject.host.rng import untouched_rng
+from megatron_moe_inject.host.torch_dist import Piece, TorchDistCheckpoint
 from megatron_moe_inject.losses.spec import LogitTransform
-from megatron_moe_inject.norm_names import stored_name
-from megatron_moe_inject.rng import untouched_rng
 from megatron_moe_inject.teachers import megatron_args, vocabulary
 from megatron_moe_inject.teachers.base import Source, Teacher, TeacherInfo, padded_rows
 from megatron_moe_inject.teachers.fp8 import fp8_context
 from megatron_moe_inject.teachers.prefix import resolved_prefix
-from megatron_moe_inject.torch_dist import Piece, TorchDistCheckpoint
 
 EMBEDDING = "embedding.word_embeddings.weight"
 

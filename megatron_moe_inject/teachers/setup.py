@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from megatron_moe_inject.host.errors import (
+    RecipeError,
     fail,
     listing,
 )
-from megatron_moe_inject.recipe import Recipe, RecipeError
+from megatron_moe_inject.recipe.schema import Recipe
 from megatron_moe_inject.teachers import (
     StudentTokenizer,
     check_teacher,

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_moe_inject.experts.freeze import FreezePolicy
-from megatron_moe_inject.experts.original import OriginalParameters
+from megatron_moe_inject.experts.train.freeze import FreezePolicy
 from megatron_moe_inject.host.errors import (
     RecipeError,
 )
+from megatron_moe_inject.retention.originals import OriginalParameters
 from tests.parallel import teacher_worlds
 from tests.parallel.teacher_worlds import LLAMA, ROWS
 
@@ -42,7 +42,7 @@ def enter(rank: int, folder: Path) -> None:
     os.setpgrp()  # so that a rank ends together with the helper process of checkpoint writing
     os.environ |= {"OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    from megatron_moe_inject import cpu_lane
+    from megatron_moe_inject.host import cpu_lane
 
     cpu_lane.enable()
     if rank == 0:

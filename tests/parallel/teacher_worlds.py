@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from megatron_moe_inject.recipe import RecipeError
+from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.teachers import (
     StudentTokenizer,
     load_teacher,
@@ -69,7 +69,7 @@ def _enter(rank: int, folder: Path) -> None:
         "WORLD_SIZE": "2",
         "LOCAL_WORLD_SIZE": "2",
     }
-    from megatron_moe_inject import cpu_lane
+    from megatron_moe_inject.host import cpu_lane
 
     cpu_lane.enable()
     rendezvous = f"file://{folder / 'rendezvous'}"

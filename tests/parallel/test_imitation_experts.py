@@ -21,7 +21,7 @@ def processes():
 
 
 def _layer(expert_parallel, dispatcher, capacity):
-    from megatron_moe_inject import cpu_lane
+    from megatron_moe_inject.host import cpu_lane
 
     cpu_lane.enable(force=True)
     from megatron.core import parallel_state
@@ -68,7 +68,7 @@ def _random(seed, *shape):
 
 def _combined(expert_parallel, dispatcher, capacity=None):
     """Combined output of the chosen experts, and the gradients of its weighted sum."""
-    from megatron_moe_inject.imitation.hook import _ExpertOutputs
+    from megatron_moe_inject.teachers.imitation.hook import _ExpertOutputs
 
     layer = _layer(expert_parallel, dispatcher, capacity)
     kept = {}

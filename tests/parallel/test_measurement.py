@@ -7,14 +7,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_moe_inject.evaluation.evaluation import build_class
+from megatron_moe_inject.evaluation.measurement import Measurement
 from megatron_moe_inject.host.labels import (
     GENERAL,
 )
 from megatron_moe_inject.losses import reference
 from megatron_moe_inject.losses.objective import SampleGroup, TermWeights
 from megatron_moe_inject.losses.spec import LogitTransform
-from megatron_moe_inject.metrics.evaluation import build_class
-from megatron_moe_inject.metrics.measurement import Measurement
 from tests.parallel import gloo
 from tests.unit.losses_cases import VALID, V
 

@@ -71,9 +71,9 @@ def _held(expert_parallel, dispatcher, labels, recompute=False, capacity=None, m
     """What is reported, and all gradients of the retention alone."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    from megatron_moe_inject.experts.freeze import FreezePolicy
-    from megatron_moe_inject.experts.original import OriginalParameters
+    from megatron_moe_inject.experts.train.freeze import FreezePolicy
     from megatron_moe_inject.retention.experts import ExpertRetention
+    from megatron_moe_inject.retention.originals import OriginalParameters
 
     chunk = _Chunk(_layer(expert_parallel, dispatcher, capacity), recompute)
     moe = chunk.decoder.layers[0].mlp

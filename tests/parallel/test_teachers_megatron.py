@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_moe_inject.recipe import RecipeError
+from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.teachers import StudentTokenizer, check_teacher
 from tests.parallel.teacher_worlds import IDS, LENGTH, ROWS, SEQUENCES, STUDENT, run_worlds
 

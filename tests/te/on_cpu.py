@@ -15,8 +15,8 @@ _RUNS_ON_A_GPU = ("transformer_impl", "moe_grouped_gemm", "fp8", "multi_latent_a
 
 def allow() -> None:
     """Before the lane is enabled: TE can be imported, its flags pass, the device is a Hopper."""
-    from megatron_moe_inject import cpu_lane
-    from megatron_moe_inject.cpu_lane import flags, torch_device
+    from megatron_moe_inject.host import cpu_lane
+    from megatron_moe_inject.host.cpu_lane import flags, torch_device
 
     cpu_lane._FOR_GPUS = ()
     for name in _RUNS_ON_A_GPU:

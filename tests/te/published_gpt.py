@@ -13,8 +13,8 @@ import torch
 from megatron.training import training
 from safetensors.torch import save_file
 
-from megatron_moe_inject import compat, gpt_entry
-from megatron_moe_inject.experts import fp8_blocks
+from megatron_moe_inject.experts.fp8 import blocks as fp8_blocks
+from megatron_moe_inject.host import compat, gpt_entry
 from megatron_moe_inject.host.model_parts import (
     decoder_layers,
     local_weights,

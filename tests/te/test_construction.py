@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_moe_inject.experts.delta import CheckpointPlace, export_delta
-from megatron_moe_inject.recipe import RecipeError
+from megatron_moe_inject.experts.delta.delta import CheckpointPlace, export_delta
+from megatron_moe_inject.host.errors import RecipeError
 from tests.gpu.runs import BF16, FP8, Runs
 from tests.gpu.test_training import DISTRIBUTED, EP2, MLA, PP2, RECIPE, TP2
 

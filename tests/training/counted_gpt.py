@@ -19,7 +19,7 @@ from megatron.core.pipeline_parallel import schedules
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from megatron_moe_inject import gpt_entry
+from megatron_moe_inject.host import gpt_entry
 
 
 def count_messages() -> dict[str, int]:

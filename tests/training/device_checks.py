@@ -6,9 +6,9 @@ import torch
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 
-from megatron_moe_inject import cpu_lane
-from megatron_moe_inject.cpu_lane.context_parallel import zigzag_positions
-from megatron_moe_inject.cpu_lane.packed import hidden_pairs
+from megatron_moe_inject.host import cpu_lane
+from megatron_moe_inject.host.cpu_lane.context_parallel import zigzag_positions
+from megatron_moe_inject.host.cpu_lane.packed import hidden_pairs
 
 
 def check_random_states():

@@ -5,8 +5,10 @@ import os
 
 from megatron.core.transformer.module import MegatronModule
 
-from megatron_moe_inject import gpt_entry, injection, student
-from megatron_moe_inject.cpu_lane import flags
+from megatron_moe_inject import injection
+from megatron_moe_inject.host import gpt_entry
+from megatron_moe_inject.host.cpu_lane import flags
+from megatron_moe_inject.recipe import student
 from tests import fp8_tensor, grouped_linear
 
 

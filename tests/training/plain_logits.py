@@ -12,8 +12,8 @@ import torch
 def main() -> None:
     from megatron.core.utils import get_model_config
 
-    from megatron_moe_inject import gpt_entry
-    from megatron_moe_inject.data.batches import get_batch
+    from megatron_moe_inject.host import gpt_entry
+    from megatron_moe_inject.host.batches import get_batch
 
     kept = []
 

@@ -63,7 +63,7 @@ def _report_evaluations(training) -> None:
 
 def _run_stock() -> None:
     """The script with the plugin never installed, to compare with."""
-    from megatron_moe_inject import compat, cpu_lane
+    from megatron_moe_inject.host import compat, cpu_lane
 
     if "--cpu" in sys.argv:
         sys.argv.remove("--cpu")
@@ -84,7 +84,7 @@ def _run_stock() -> None:
 
 def _poison(training, layer: int) -> None:
     """An infinity in a norm of that decoder layer, from the third step on."""
-    from megatron_moe_inject import compat
+    from megatron_moe_inject.host import compat
 
     stock, steps = training.train_step, []
 
@@ -104,7 +104,7 @@ def _fail_at_the_end(training, removed: str) -> None:
     """After the second step that folder is gone, and a frozen tensor of the last rank has moved."""
     import shutil
 
-    from megatron_moe_inject import compat
+    from megatron_moe_inject.host import compat
 
     stock, steps = training.train_step, []
 
@@ -125,7 +125,7 @@ def _fail_at_the_end(training, removed: str) -> None:
 
 def _forget_identities() -> None:
     """Save what versions before injections had an identity saved."""
-    from megatron_moe_inject.experts.lineage import Lineage
+    from megatron_moe_inject.host.lineage import Lineage
 
     Lineage.agree = lambda self: setattr(self, "identity", "")
 
@@ -184,7 +184,7 @@ def _stand_in_for_fused_wgrad() -> None:
     module.wgrad_gemm_accum_fp32 = module.wgrad_gemm_accum_fp16 = accumulate
     sys.modules[module.__name__] = module
     if "--cpu" in sys.argv:
-        from megatron_moe_inject.cpu_lane import flags
+        from megatron_moe_inject.host.cpu_lane import flags
 
         flags.DEFAULTS.pop("gradient_accumulation_fusion")
 

@@ -21,6 +21,6 @@ def _sharded_state_dict(self, *args, **kwargs):
 
 if __name__ == "__main__":
     TransformerLayer.sharded_state_dict = _sharded_state_dict
-    from megatron_moe_inject import gpt_entry
+    from megatron_moe_inject.host import gpt_entry
 
     gpt_entry.main()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_moe_inject.save_lock import SaveLock
+from megatron_moe_inject.host.save_lock import SaveLock
 from tests.training import lane
 from tests.training.test_injection import RECIPE, inject, recipe_file
 
@@ -166,13 +166,9 @@ def test_flags_that_would_go_wrong_silently_are_refused_by_name(flag):
 
     from megatron.training.arguments import add_megatron_arguments
 
+    from megatron_moe_inject.host.errors import RecipeError
     from megatron_moe_inject.injection import Injection
-    from megatron_moe_inject.recipe import (
-        RecipeError,
-    )
-    from megatron_moe_inject.recipe_load import (
-        recipe_from_flags,
-    )
+    from megatron_moe_inject.recipe.load import recipe_from_flags
 
     common = "--num-layers 4 --num-experts 4 --mock-data --moe-grouped-gemm --fp8-format hybrid"
     command = f"{common} --fp8-recipe tensorwise {flag}"

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from megatron_moe_inject import cli
-from megatron_moe_inject.losses import reference
-from megatron_moe_inject.metrics.evaluation_file import (
+from megatron_moe_inject.evaluation.evaluation_file import (
     read_evaluation,
     read_list,
     write_evaluation,
     write_list,
 )
+from megatron_moe_inject.losses import reference
 from tests.training import lane
 from tests.training.conftest import make_material, student_flags
 from tests.training.test_injection import LAYOUTS, OTHER, RECIPE, inject, recipe_file

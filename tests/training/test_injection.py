@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_moe_inject.experts.profile_file import write_profile
+from megatron_moe_inject.experts.choose.profile_file import write_profile
 from tests.training import lane
 from tests.training.conftest import make_material, student_flags
 from tests.unit.profiles import from_counts

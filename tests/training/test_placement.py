@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_moe_inject.experts.delta import CheckpointPlace
+from megatron_moe_inject.experts.delta.delta import CheckpointPlace
 from tests.training.test_delta import SAVE, whole
 from tests.training.test_injection import RECIPE, inject
 

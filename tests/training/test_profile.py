@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from megatron_moe_inject.experts.profile_file import read_profile
-from megatron_moe_inject.experts.router_logits import read_logits
+from megatron_moe_inject.experts.choose.profile_file import read_profile
+from megatron_moe_inject.experts.choose.router_logits import read_logits
 from tests.training import lane
 from tests.training.conftest import student_flags
 from tests.training.test_injection import LAYOUTS, RECIPE, inject, recipe_file

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_moe_inject.evaluation.evaluation_file import read_evaluation, read_list
 from megatron_moe_inject.losses import reference
-from megatron_moe_inject.metrics.evaluation_file import read_evaluation, read_list
 from tests.training import lane
 from tests.training.conftest import make_material, student_flags
 from tests.training.test_evaluation import BATCHES, plain

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_moe_inject.metrics.evaluation_file import read_list
-from megatron_moe_inject.metrics.run_file import Step, read_run
+from megatron_moe_inject.evaluation.evaluation_file import read_list
+from megatron_moe_inject.evaluation.report.run_file import Step, read_run
 from tests.training import lane
 from tests.training.conftest import student_flags
 from tests.training.test_errors import assert_clean_end

@@ -97,7 +97,7 @@ def _import_everything() -> None:
     Megatron parses the sources of its configs for help texts, three times per run; the answers
     do not change.
     """
-    for module in ("megatron.core.tokenizers.text", "megatron_moe_inject.gpt_entry"):
+    for module in ("megatron.core.tokenizers.text", "megatron_moe_inject.host.gpt_entry"):
         importlib.import_module(module)
     from megatron.training import arguments
     from megatron.training.argument_utils import ArgumentGroupFactory

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from megatron_moe_inject.metrics.evaluation import BINS, Evaluation, Provenance, build_class
+from megatron_moe_inject.evaluation.evaluation import BINS, Evaluation, Provenance, build_class
 
 
 def provenance(**changed) -> Provenance:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_moe_inject.experts.routing_profile import (
+from megatron_moe_inject.experts.choose.routing_profile import (
     ClassStatistics,
     Provenance,
     RouterSettings,

@@ -6,23 +6,13 @@ from argparse import ArgumentParser
 
 import pytest
 
-from megatron_moe_inject.arguments import (
-    add_inject_arguments,
-    name_error,
-    recipe_from_args,
-)
 from megatron_moe_inject.cli import (
     recipe_for_student,
 )
-from megatron_moe_inject.recipe import (
-    Domain,
-    ExpertChoice,
-    Objective,
-    Recipe,
-    RecipeError,
-    TeacherSpec,
-    Train,
-)
+from megatron_moe_inject.host.errors import RecipeError
+from megatron_moe_inject.recipe.expert_choice import ExpertChoice
+from megatron_moe_inject.recipe.flags import add_inject_arguments, name_error, recipe_from_args
+from megatron_moe_inject.recipe.schema import Domain, Objective, Recipe, TeacherSpec, Train
 
 RECIPE = """
 domains: [{name: code, data: [1], teacher: coder, experts: {layers: {3: [0, 5]}}}]

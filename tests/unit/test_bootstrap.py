@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megatron_moe_inject.metrics.bootstrap import paired_difference
+from megatron_moe_inject.evaluation.bootstrap import paired_difference
 
 
 def drawn(generator, n, effect):
@@ -38,7 +38,7 @@ def test_the_width_is_that_of_the_differences():
 
 
 def test_the_same_seed_gives_the_same_interval_in_any_blocks(monkeypatch):
-    from megatron_moe_inject.metrics import bootstrap
+    from megatron_moe_inject.evaluation import bootstrap
 
     data = drawn(np.random.default_rng(0), 50, 0.1)
     first = paired_difference(*data)

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_moe_inject.experts import boundary as module
-from megatron_moe_inject.experts.boundary import GradientBoundary
-from megatron_moe_inject.recipe import RecipeError
+from megatron_moe_inject.experts.train import boundary as module
+from megatron_moe_inject.experts.train.boundary import GradientBoundary
+from megatron_moe_inject.host.errors import RecipeError
 
 
 class Layer(torch.nn.Module):

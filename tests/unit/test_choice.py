@@ -8,36 +8,20 @@ from argparse import ArgumentParser
 import numpy as np
 import pytest
 
-from megatron_moe_inject.arguments import (
-    add_inject_arguments,
-)
 from megatron_moe_inject.cli import (
     main,
     recipe_for_student,
 )
-from megatron_moe_inject.experts.choice import (
-    choose_experts,
-    resolve_experts,
-)
-from megatron_moe_inject.experts.profile_file import profile_checksum, write_profile
-from megatron_moe_inject.experts.select import contrast, select_experts
-from megatron_moe_inject.plan import Plan, render_plan
-from megatron_moe_inject.recipe import (
-    ExpertChoice,
-    RecipeError,
-)
-from megatron_moe_inject.recipe_experts import (
-    describe_choice,
-)
-from megatron_moe_inject.recipe_facts import (
-    StudentFacts,
-)
-from megatron_moe_inject.recipe_load import (
-    dump_recipe,
-    load_recipe,
-    recipe_from_yaml,
-)
-from megatron_moe_inject.recipe_rules import validate
+from megatron_moe_inject.experts.choose.choice import choose_experts, resolve_experts
+from megatron_moe_inject.experts.choose.profile_file import profile_checksum, write_profile
+from megatron_moe_inject.experts.choose.select import contrast, select_experts
+from megatron_moe_inject.host.errors import RecipeError
+from megatron_moe_inject.recipe.expert_choice import ExpertChoice, describe_choice
+from megatron_moe_inject.recipe.facts import StudentFacts
+from megatron_moe_inject.recipe.flags import add_inject_arguments
+from megatron_moe_inject.recipe.load import dump_recipe, load_recipe, recipe_from_yaml
+from megatron_moe_inject.recipe.plan import Plan, render_plan
+from megatron_moe_inject.recipe.rules import validate
 from tests.unit.profiles import from_counts, profile
 
 TOKEN = {"method": "token", "threshold": 0.5}

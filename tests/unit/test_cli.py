@@ -8,32 +8,23 @@ from megatron.training.arguments import add_megatron_arguments
 from megatron_moe_inject import __version__, cli, teachers
 from megatron_moe_inject.cli import main
 from megatron_moe_inject.data.files_there import check_data_files
+from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.host.text import (
     count,
     memory_text,
 )
-from megatron_moe_inject.imitation.terms import ImitationTerm
-from megatron_moe_inject.plan import (
+from megatron_moe_inject.recipe.facts import ParallelFacts, StudentFacts
+from megatron_moe_inject.recipe.load import recipe_from_yaml
+from megatron_moe_inject.recipe.plan import (
     ParameterRow,
     Plan,
     TeacherRow,
     recipe_warnings,
     render_plan,
 )
-from megatron_moe_inject.recipe import (
-    RecipeError,
-)
-from megatron_moe_inject.recipe_facts import (
-    ParallelFacts,
-    StudentFacts,
-)
-from megatron_moe_inject.recipe_load import (
-    recipe_from_yaml,
-)
-from megatron_moe_inject.student import (
-    student_facts_from_args,
-)
+from megatron_moe_inject.recipe.student import student_facts_from_args
 from megatron_moe_inject.teachers.base import TeacherInfo
+from megatron_moe_inject.teachers.imitation.terms import ImitationTerm
 
 RECIPE = """
 domains:

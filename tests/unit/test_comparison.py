@@ -3,13 +3,13 @@
 import pytest
 
 from megatron_moe_inject import cli
+from megatron_moe_inject.evaluation.comparison import compare, lead_taken_over
+from megatron_moe_inject.evaluation.evaluation_file import write_evaluation
+from megatron_moe_inject.evaluation.gate import teacher_gate
 from megatron_moe_inject.host.errors import (
     RecipeError,
 )
-from megatron_moe_inject.metrics.comparison import compare, lead_taken_over
-from megatron_moe_inject.metrics.evaluation_file import write_evaluation
-from megatron_moe_inject.metrics.gate import teacher_gate
-from megatron_moe_inject.recipe import Domain
+from megatron_moe_inject.recipe.schema import Domain
 from tests.unit.evaluations import evaluation
 
 NAMES = ("before.json", "after.json")

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_moe_inject import compat, install
+from megatron_moe_inject import install
+from megatron_moe_inject.host import compat
 
 ROOT = Path(__file__).resolve().parents[2]
 OTHER = os.environ.get("MEGATRON_OTHER")

@@ -6,19 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.losses.committee import Committee, Member
 from megatron_moe_inject.losses.objective import SampleGroup, TermWeights
-from megatron_moe_inject.plan import Plan, render_plan
-from megatron_moe_inject.recipe import (
-    RecipeError,
-)
-from megatron_moe_inject.recipe_load import (
-    recipe_from_yaml,
-)
-from megatron_moe_inject.recipe_steering_rules import (
-    weighed_by_mean,
-    weighed_by_token,
-)
+from megatron_moe_inject.recipe.load import recipe_from_yaml
+from megatron_moe_inject.recipe.plan import Plan, render_plan
+from megatron_moe_inject.recipe.steering_rules import weighed_by_mean, weighed_by_token
 from megatron_moe_inject.routing import setup
 from megatron_moe_inject.routing.setup import KEPT, SteeringSetup
 from megatron_moe_inject.teachers.confidence import LATEST, RunningConfidence

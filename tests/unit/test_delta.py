@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch.distributed import checkpoint as dcp
 
 from megatron_moe_inject.cli import main
-from megatron_moe_inject.experts.delta import CheckpointPlace
+from megatron_moe_inject.experts.delta.delta import CheckpointPlace
 from megatron_moe_inject.host.errors import (
     RecipeError,
 )
-from megatron_moe_inject.torch_dist import Piece
+from megatron_moe_inject.host.torch_dist import Piece
 
 EXPERTS = "decoder.layers.mlp.experts.experts.linear_fc1.weight"
 WEIGHTS = {

@@ -6,15 +6,15 @@ import os
 import numpy as np
 import pytest
 
-from megatron_moe_inject.host.errors import (
-    RecipeError,
-)
-from megatron_moe_inject.metrics.evaluation_file import (
+from megatron_moe_inject.evaluation.evaluation_file import (
     append_line,
     read_evaluation,
     read_list,
     write_evaluation,
     write_list,
+)
+from megatron_moe_inject.host.errors import (
+    RecipeError,
 )
 from tests.unit.evaluations import evaluation
 
@@ -96,7 +96,7 @@ def test_what_was_changed_is_refused(tmp_path, keys, value, message):
 
 
 def test_a_summary_that_was_changed_with_its_checksum_is_refused(tmp_path, monkeypatch):
-    from megatron_moe_inject.metrics import evaluation_file
+    from megatron_moe_inject.evaluation import evaluation_file
 
     path, content = tmp_path / "e.json", evaluation_file._content
 

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_moe_inject import evaluation_run
-from megatron_moe_inject.evaluation_run import Evaluator, TrainingEvaluator
+from megatron_moe_inject.evaluation import evaluator as evaluation_run
+from megatron_moe_inject.evaluation.evaluator import Evaluator, TrainingEvaluator
 from megatron_moe_inject.host.errors import (
     RecipeError,
 )

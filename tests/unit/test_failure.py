@@ -8,8 +8,8 @@ import pytest
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from megatron_moe_inject import failure, meeting
-from megatron_moe_inject.meeting import Meeting
+from megatron_moe_inject.host import failure, meeting
+from megatron_moe_inject.host.meeting import Meeting
 
 
 def ranks(size, seconds=5.0):

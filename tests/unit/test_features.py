@@ -11,17 +11,17 @@ from megatron_moe_inject.host.attached_loss import (
     attach_loss,
     take_terms,
 )
-from megatron_moe_inject.imitation.exchange import FeatureExchange, LayerStates
-from megatron_moe_inject.imitation.hook import ImitationHook
-from megatron_moe_inject.imitation.projections import Projections
-from megatron_moe_inject.imitation.terms import ImitationTerm
 from megatron_moe_inject.losses import reference
 from megatron_moe_inject.losses.features import (
     FEATURE_LOSSES,
     feature_loss,
     proportional_layer,
 )
-from megatron_moe_inject.recipe_rules import FEATURE_LOSSES as RECIPE_LOSSES
+from megatron_moe_inject.recipe.rules import FEATURE_LOSSES as RECIPE_LOSSES
+from megatron_moe_inject.teachers.imitation.exchange import FeatureExchange, LayerStates
+from megatron_moe_inject.teachers.imitation.hook import ImitationHook
+from megatron_moe_inject.teachers.imitation.projections import Projections
+from megatron_moe_inject.teachers.imitation.terms import ImitationTerm
 
 
 def random(seed, *shape, dtype=torch.float32):

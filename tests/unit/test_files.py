@@ -8,15 +8,15 @@ import textwrap
 
 import pytest
 
-from megatron_moe_inject.files import (
+from megatron_moe_inject.host.errors import (
+    RecipeError,
+)
+from megatron_moe_inject.host.files import (
     append_line,
     is_plain_name,
     new_folder,
     replace_file,
     try_file,
-)
-from megatron_moe_inject.host.errors import (
-    RecipeError,
 )
 
 

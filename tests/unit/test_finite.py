@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron_moe_inject.metrics.finite import FiniteWatch
+from megatron_moe_inject.host.finite import FiniteWatch
 
 
 def test_nothing_to_say():

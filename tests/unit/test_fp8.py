@@ -8,12 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from megatron_moe_inject.experts import fp8_blocks, fp8_weights
-from megatron_moe_inject.experts.fp8_blocks import BLOCK, CODES, LARGEST
-from megatron_moe_inject.experts.freeze import FreezePolicy
-from megatron_moe_inject.experts.frozen_fp8 import FrozenFp8, drop_transposes
-from megatron_moe_inject.experts.native_fp8 import NativeFp8
-from megatron_moe_inject.recipe import RecipeError
+from megatron_moe_inject.experts.fp8 import blocks as fp8_blocks
+from megatron_moe_inject.experts.fp8 import weights as fp8_weights
+from megatron_moe_inject.experts.fp8.blocks import BLOCK, CODES, LARGEST
+from megatron_moe_inject.experts.fp8.native import NativeFp8
+from megatron_moe_inject.experts.train.freeze import FreezePolicy
+from megatron_moe_inject.experts.train.frozen_fp8 import FrozenFp8, drop_transposes
+from megatron_moe_inject.host.errors import RecipeError
 from tests import fp8_tensor
 
 
@@ -165,7 +166,9 @@ def test_frozen_experts_are_encoded_as_they_are_built(stand_in):
 
 
 def test_layers_in_high_precision_stay_so(stand_in, monkeypatch):
-    monkeypatch.setattr("megatron_moe_inject.compat.runs_in_high_precision", lambda c, n: n == 5)
+    monkeypatch.setattr(
+        "megatron_moe_inject.host.compat.runs_in_high_precision", lambda c, n: n == 5
+    )
     _, chunk = _built()
     found = {fp8_weights.is_fp8(p) for p in chunk.decoder.layers[1].parameters()}
     assert found == {False}

@@ -4,10 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_moe_inject.experts.freeze import (
-    FreezePolicy,
-    first_trainable_layer,
-)
+from megatron_moe_inject.experts.train.freeze import FreezePolicy, first_trainable_layer
 from megatron_moe_inject.host.model_parts import (
     COMPONENTS,
     places,

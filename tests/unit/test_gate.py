@@ -2,11 +2,11 @@
 
 import pytest
 
+from megatron_moe_inject.evaluation.gate import judge
 from megatron_moe_inject.host.errors import (
     RecipeError,
 )
-from megatron_moe_inject.metrics.gate import judge
-from megatron_moe_inject.recipe import Domain, EvaluationSpec, Recipe
+from megatron_moe_inject.recipe.schema import Domain, EvaluationSpec, Recipe
 from tests.unit.evaluations import evaluation
 
 CODER, OTHER = {"coder": "megatron:/ckpt/coder"}, {"coder": "megatron:/ckpt/other"}

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from megatron_moe_inject.experts import fp8_weights
-from megatron_moe_inject.experts.grouped import train_some
+from megatron_moe_inject.experts.fp8 import weights as fp8_weights
+from megatron_moe_inject.experts.train.grouped import train_some
 from tests.fp8_tensor import BlockwiseTensor
 
 COUNTS = [3, 0, 2, 4, 1]

@@ -4,13 +4,9 @@ import json
 
 import pytest
 
-from megatron_moe_inject.imitation.terms import ImitationTerm, imitation_terms
-from megatron_moe_inject.recipe import (
-    RecipeError,
-)
-from megatron_moe_inject.recipe_load import (
-    recipe_from_yaml,
-)
+from megatron_moe_inject.host.errors import RecipeError
+from megatron_moe_inject.recipe.load import recipe_from_yaml
+from megatron_moe_inject.teachers.imitation.terms import ImitationTerm, imitation_terms
 
 
 def recipe(domains, features, **teachers):

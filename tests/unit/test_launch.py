@@ -12,8 +12,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_moe_inject import compat, cpu_lane, launch
-from megatron_moe_inject.cpu_lane import flags
+from megatron_moe_inject import launch
+from megatron_moe_inject.host import compat, cpu_lane
+from megatron_moe_inject.host.cpu_lane import flags
 
 PATCHES = Path(__file__).resolve().parents[2] / "patches"
 REPORT = """

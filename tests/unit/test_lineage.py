@@ -5,13 +5,13 @@ from argparse import Namespace
 
 import pytest
 
-from megatron_moe_inject.experts import lineage
-from megatron_moe_inject.experts.lineage import Lineage, identity_of
+from megatron_moe_inject.evaluation.evaluation_file import LIST, write_list
+from megatron_moe_inject.evaluation.report.run_file import FILE, write_run
+from megatron_moe_inject.host import lineage
 from megatron_moe_inject.host.errors import (
     RecipeError,
 )
-from megatron_moe_inject.metrics.evaluation_file import LIST, write_list
-from megatron_moe_inject.metrics.run_file import FILE, write_run
+from megatron_moe_inject.host.lineage import Lineage, identity_of
 from tests.unit.evaluations import evaluation
 from tests.unit.test_run_file import start
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import megatron.core
 import pytest
 
-from megatron_moe_inject.refused_options import CLIPS, REFUSED
+from megatron_moe_inject.recipe.refused_options import CLIPS, REFUSED
 
 HERE = Path(megatron.core.__file__).resolve().parents[1]
 OTHER = os.environ.get("MEGATRON_OTHER")

@@ -7,25 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_moe_inject import compat
 from megatron_moe_inject.data.mixing import blend_weights, mix
+from megatron_moe_inject.host import compat
+from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.host.labels import (
     GENERAL,
 )
-from megatron_moe_inject.plan import Plan, render_plan
-from megatron_moe_inject.recipe import (
-    RecipeError,
-)
-from megatron_moe_inject.recipe_facts import (
-    StudentFacts,
-)
-from megatron_moe_inject.recipe_load import (
-    dump_recipe,
-    recipe_from_yaml,
-)
-from megatron_moe_inject.student import (
-    check_recipe,
-)
+from megatron_moe_inject.recipe.facts import StudentFacts
+from megatron_moe_inject.recipe.load import dump_recipe, recipe_from_yaml
+from megatron_moe_inject.recipe.plan import Plan, render_plan
+from megatron_moe_inject.recipe.student import check_recipe
 
 BLEND = {"train": ("text", "code", "web", "law")}
 

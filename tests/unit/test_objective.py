@@ -18,11 +18,8 @@ from megatron_moe_inject.losses.objective import (
     TermWeights,
     injection_loss,
 )
+from megatron_moe_inject.losses.report import LossReport, merge
 from megatron_moe_inject.losses.spec import Divergence, LogitTransform, TokenWeighting
-from megatron_moe_inject.metrics.losses import (
-    LossReport,
-    merge,
-)
 
 S, B, H, HT, V, VALID = 5, 4, 8, 6, 16, 13
 ONE_PROCESS = {"tp_group": None, "valid_vocab_size": VALID, "reduce_hidden_grad": True}

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from megatron_moe_inject.experts.borrowed import units
-from megatron_moe_inject.experts.original import OriginalParameters
 from megatron_moe_inject.host.labels import (
     GENERAL,
 )
-from megatron_moe_inject.original_pass import _packed, allowed_rounds
+from megatron_moe_inject.retention.borrowed import units
+from megatron_moe_inject.retention.original_pass import _packed, allowed_rounds
+from megatron_moe_inject.retention.originals import OriginalParameters
 
 
 @pytest.fixture

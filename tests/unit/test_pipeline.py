@@ -6,8 +6,8 @@ import pytest
 import torch
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
-from megatron_moe_inject.experts.pipeline import BoundaryCommunicator, gets_no_graph, receives
-from megatron_moe_inject.recipe import RecipeError
+from megatron_moe_inject.experts.train.pipeline import BoundaryCommunicator, gets_no_graph, receives
+from megatron_moe_inject.host.errors import RecipeError
 
 
 def test_each_rank_but_the_last_gets_one_gradient_for_each_micro_batch():
@@ -59,7 +59,7 @@ def communicator(monkeypatch):
         return made
 
     monkeypatch.setattr("torch.distributed.get_global_rank", lambda group, rank: rank)
-    monkeypatch.setattr("megatron_moe_inject.compat.schedule_groups", lambda: "groups")
+    monkeypatch.setattr("megatron_moe_inject.host.compat.schedule_groups", lambda: "groups")
     return make
 
 

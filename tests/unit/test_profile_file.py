@@ -10,13 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_moe_inject.experts.profile_file import (
+from megatron_moe_inject.experts.choose.profile_file import (
     merge_profiles,
     profile_checksum,
     read_profile,
     write_profile,
 )
-from megatron_moe_inject.experts.routing_profile import RouterSettings, RoutingProfile, Spread
+from megatron_moe_inject.experts.choose.routing_profile import (
+    RouterSettings,
+    RoutingProfile,
+    Spread,
+)
 from megatron_moe_inject.host.errors import (
     RecipeError,
 )

@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from megatron_moe_inject.progress import StepProgress
+from megatron_moe_inject.host.progress import StepProgress
 
 
 class Terminal(io.StringIO):

@@ -13,9 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_moe_inject.recipe_load import (
-    load_recipe,
-)
+from megatron_moe_inject.recipe.load import load_recipe
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "examples" / "quickstart"

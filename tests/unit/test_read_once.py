@@ -14,9 +14,7 @@ from megatron_moe_inject.host.errors import (
 from megatron_moe_inject.host.labels import (
     GENERAL,
 )
-from megatron_moe_inject.recipe_facts import (
-    StudentFacts,
-)
+from megatron_moe_inject.recipe.facts import StudentFacts
 
 BATCH, LENGTH = 8, 32
 

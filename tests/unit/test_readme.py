@@ -37,7 +37,7 @@ def test_local_links_lead_somewhere():
 def test_every_flag_of_the_readme_exists():
     from argparse import ArgumentParser
 
-    from megatron_moe_inject.arguments import add_inject_arguments
+    from megatron_moe_inject.recipe.flags import add_inject_arguments
 
     known = {
         flag

@@ -6,22 +6,11 @@ import os
 import pytest
 import yaml
 
-from megatron_moe_inject.recipe import (
-    Domain,
-    ExpertChoice,
-    Objective,
-    Recipe,
-    RecipeError,
-    Schedule,
-    TeacherSpec,
-    Train,
-    parse_experts,
-)
-from megatron_moe_inject.recipe_load import (
-    dump_recipe,
-    load_recipe,
-    recipe_from_yaml,
-)
+from megatron_moe_inject.host.errors import RecipeError
+from megatron_moe_inject.recipe.expert_choice import ExpertChoice, parse_experts
+from megatron_moe_inject.recipe.load import dump_recipe, load_recipe, recipe_from_yaml
+from megatron_moe_inject.recipe.schedule import Schedule
+from megatron_moe_inject.recipe.schema import Domain, Objective, Recipe, TeacherSpec, Train
 
 GOOD = {
     "domains": [

@@ -2,10 +2,7 @@
 
 import pytest
 
-from megatron_moe_inject.recipe_load import (
-    dump_recipe,
-    recipe_from_yaml,
-)
+from megatron_moe_inject.recipe.load import dump_recipe, recipe_from_yaml
 from tests.unit.test_recipe import message_of, text_with
 
 

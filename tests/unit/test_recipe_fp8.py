@@ -4,21 +4,11 @@ import dataclasses
 
 import pytest
 
-from megatron_moe_inject.plan import Plan, render_plan
-from megatron_moe_inject.recipe import (
-    RecipeError,
-)
-from megatron_moe_inject.recipe_facts import (
-    ParallelFacts,
-    PrecisionFacts,
-)
-from megatron_moe_inject.recipe_load import (
-    recipe_from_flags,
-)
-from megatron_moe_inject.student import (
-    check_recipe,
-    student_facts_from_args,
-)
+from megatron_moe_inject.host.errors import RecipeError
+from megatron_moe_inject.recipe.facts import ParallelFacts, PrecisionFacts
+from megatron_moe_inject.recipe.load import recipe_from_flags
+from megatron_moe_inject.recipe.plan import Plan, render_plan
+from megatron_moe_inject.recipe.student import check_recipe, student_facts_from_args
 from tests.unit.test_recipe_student import facts, parse, recipe
 
 __all__ = ["parse"]  # a fixture

@@ -6,22 +6,13 @@ import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_moe_inject.recipe import (
-    Domain,
-    ExpertChoice,
-    Objective,
-    Recipe,
-    RecipeError,
-    Schedule,
-    Steering,
-    TeacherSpec,
-    Train,
-    validate,
-)
-from megatron_moe_inject.recipe_load import (
-    dump_recipe,
-    recipe_from_yaml,
-)
+from megatron_moe_inject.host.errors import RecipeError
+from megatron_moe_inject.recipe.expert_choice import ExpertChoice
+from megatron_moe_inject.recipe.load import dump_recipe, recipe_from_yaml
+from megatron_moe_inject.recipe.rules import validate
+from megatron_moe_inject.recipe.schedule import Schedule
+from megatron_moe_inject.recipe.schema import Domain, Objective, Recipe, TeacherSpec, Train
+from megatron_moe_inject.recipe.steering import Steering
 from tests.unit.test_recipe import text_with
 
 names = st.from_regex(r"[A-Za-z_-][A-Za-z0-9_-]{0,8}", fullmatch=True).filter(

@@ -4,10 +4,8 @@ import pytest
 import torch
 
 from megatron_moe_inject.losses import KINDS, fused_linear_distillation
-from megatron_moe_inject.recipe_load import (
-    recipe_from_yaml,
-)
-from megatron_moe_inject.recipe_numbers import MIXTURES, TEMPERATURES, WEIGHTS
+from megatron_moe_inject.recipe.load import recipe_from_yaml
+from megatron_moe_inject.recipe.numbers import MIXTURES, TEMPERATURES, WEIGHTS
 from tests.unit.test_recipe import message_of, text_with
 
 COMMITTEE = {"coder": 1e308, "prose": 1e308}

@@ -2,12 +2,9 @@
 
 import pytest
 
-from megatron_moe_inject.metrics.report_charts import weights
-from megatron_moe_inject.plan import Plan, render_plan
-from megatron_moe_inject.recipe_load import (
-    dump_recipe,
-    recipe_from_yaml,
-)
+from megatron_moe_inject.evaluation.report.charts import weights
+from megatron_moe_inject.recipe.load import dump_recipe, recipe_from_yaml
+from megatron_moe_inject.recipe.plan import Plan, render_plan
 from megatron_moe_inject.retention.setup import kept_components
 from tests.unit.test_recipe import message_of, text_with
 

@@ -6,31 +6,23 @@ from argparse import ArgumentParser
 
 import pytest
 
+from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.host.labels import (
     GENERAL,
 )
 from megatron_moe_inject.host.text import (
     ranges,
 )
-from megatron_moe_inject.recipe import (
-    RecipeError,
-)
-from megatron_moe_inject.recipe_facts import (
+from megatron_moe_inject.recipe.entries import split_labels
+from megatron_moe_inject.recipe.facts import (
     ParallelFacts,
     PrecisionFacts,
     StudentFacts,
     TokenizerFacts,
 )
-from megatron_moe_inject.recipe_load import (
-    recipe_from_flags,
-    recipe_from_yaml,
-)
-from megatron_moe_inject.refused_options import NO_PARTS
-from megatron_moe_inject.student import (
-    check_recipe,
-    split_labels,
-    student_facts_from_args,
-)
+from megatron_moe_inject.recipe.load import recipe_from_flags, recipe_from_yaml
+from megatron_moe_inject.recipe.refused_options import NO_PARTS
+from megatron_moe_inject.recipe.student import check_recipe, student_facts_from_args
 
 
 @pytest.fixture(scope="module")

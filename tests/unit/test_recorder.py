@@ -10,7 +10,7 @@ from megatron.core.transformer.moe.moe_utils import (
     topk_routing_with_score_function,
 )
 
-from megatron_moe_inject.experts.recorder import RoutingRecorder
+from megatron_moe_inject.experts.choose.recorder import RoutingRecorder
 from tests.unit.routers import GROUPS
 
 LENGTH, EXPERTS, TOPK = 5, 4, 2

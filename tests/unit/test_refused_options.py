@@ -2,8 +2,8 @@
 
 from argparse import Namespace
 
-from megatron_moe_inject.refused_options import in_use
-from megatron_moe_inject.student import check_recipe
+from megatron_moe_inject.recipe.refused_options import in_use
+from megatron_moe_inject.recipe.student import check_recipe
 from tests.unit.test_recipe_student import facts, message_of, recipe
 
 

@@ -10,21 +10,13 @@ import numpy as np
 import pytest
 
 from megatron_moe_inject.cli import main
-from megatron_moe_inject.experts.profile_file import write_profile
-from megatron_moe_inject.metrics.evaluation import (
-    LARGEST,
-)
-from megatron_moe_inject.metrics.evaluation_file import append_line
-from megatron_moe_inject.metrics.line_charts import thinned
-from megatron_moe_inject.metrics.report_charts import gain_charts, term_charts, weights
-from megatron_moe_inject.metrics.run_file import (
-    append,
-    write_run,
-)
-from megatron_moe_inject.recipe_load import (
-    dump_recipe,
-    recipe_from_yaml,
-)
+from megatron_moe_inject.evaluation.evaluation import LARGEST
+from megatron_moe_inject.evaluation.evaluation_file import append_line
+from megatron_moe_inject.evaluation.report.charts import gain_charts, term_charts, weights
+from megatron_moe_inject.evaluation.report.line_charts import thinned
+from megatron_moe_inject.evaluation.report.run_file import append, write_run
+from megatron_moe_inject.experts.choose.profile_file import write_profile
+from megatron_moe_inject.recipe.load import dump_recipe, recipe_from_yaml
 from tests.unit.evaluations import evaluation
 from tests.unit.profiles import from_counts
 from tests.unit.test_run_file import start, step

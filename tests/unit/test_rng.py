@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_moe_inject.rng import untouched_rng
+from megatron_moe_inject.host.rng import untouched_rng
 
 CPU = torch.device("cpu")
 

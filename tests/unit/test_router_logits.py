@@ -8,8 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_moe_inject.experts.profile_file import merge_profiles, read_profile, write_profile
-from megatron_moe_inject.experts.router_logits import (
+from megatron_moe_inject.experts.choose.profile_file import (
+    merge_profiles,
+    read_profile,
+    write_profile,
+)
+from megatron_moe_inject.experts.choose.profile_setup import ProfileSetup
+from megatron_moe_inject.experts.choose.router_logits import (
     LogitSample,
     LogitSampler,
     logit_path,
@@ -17,16 +22,9 @@ from megatron_moe_inject.experts.router_logits import (
     read_logits,
     write_logits,
 )
-from megatron_moe_inject.profile_run import ProfileSetup
-from megatron_moe_inject.recipe import (
-    RecipeError,
-)
-from megatron_moe_inject.recipe_facts import (
-    StudentFacts,
-)
-from megatron_moe_inject.recipe_load import (
-    recipe_from_yaml,
-)
+from megatron_moe_inject.host.errors import RecipeError
+from megatron_moe_inject.recipe.facts import StudentFacts
+from megatron_moe_inject.recipe.load import recipe_from_yaml
 from tests.unit.profiles import profile
 from tests.unit.test_recipe import text_with
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_moe_inject.cli import main
-from megatron_moe_inject.experts.profile_file import write_profile
+from megatron_moe_inject.experts.choose.profile_file import write_profile
 from tests.unit.profiles import from_counts, profile
 
 BEFORE = [[10, 50, 30, 10], [40, 20, 20, 20]]

@@ -4,13 +4,8 @@ import json
 
 import pytest
 
-from megatron_moe_inject.host.errors import (
-    RecipeError,
-)
-from megatron_moe_inject.metrics.evaluation import (
-    LARGEST,
-)
-from megatron_moe_inject.metrics.run_file import (
+from megatron_moe_inject.evaluation.evaluation import LARGEST
+from megatron_moe_inject.evaluation.report.run_file import (
     Component,
     Start,
     Step,
@@ -19,6 +14,9 @@ from megatron_moe_inject.metrics.run_file import (
     kept,
     read_run,
     write_run,
+)
+from megatron_moe_inject.host.errors import (
+    RecipeError,
 )
 
 

@@ -6,15 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_moe_inject.meeting import Meeting
-from megatron_moe_inject.recipe import (
-    RecipeError,
-)
-from megatron_moe_inject.recipe_load import (
-    recipe_from_flags,
-    recipe_from_yaml,
-)
-from megatron_moe_inject.same_recipe import begin_alike, description, judge
+from megatron_moe_inject.host.errors import RecipeError
+from megatron_moe_inject.host.meeting import Meeting
+from megatron_moe_inject.recipe.load import recipe_from_flags, recipe_from_yaml
+from megatron_moe_inject.recipe.same_recipe import begin_alike, description, judge
 from megatron_moe_inject.step import SplitRegistry
 from tests.unit.test_failure import all_at_once, ranks
 

@@ -12,7 +12,7 @@ import pytest
 from megatron_moe_inject.host.errors import (
     RecipeError,
 )
-from megatron_moe_inject.save_lock import FILE, SaveLock
+from megatron_moe_inject.host.save_lock import FILE, SaveLock
 
 HOLD = """
 import os, sys, time

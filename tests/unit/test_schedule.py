@@ -4,7 +4,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_moe_inject.schedule import SHAPES, Schedule, ever_positive, show_weight, value_at
+from megatron_moe_inject.recipe.schedule import (
+    SHAPES,
+    Schedule,
+    ever_positive,
+    show_weight,
+    value_at,
+)
 
 RAMP = Schedule({100: 0.0, 200: 1.0, 400: 0.5})
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from megatron.core import mpu, num_microbatches_calculator
 from megatron.core.datasets.blended_dataset import BlendedDataset
 
-from megatron_moe_inject import compat
 from megatron_moe_inject.data.scheduled_blend import BlendSchedule, SampleOrder, ScheduledBlend
-from megatron_moe_inject.recipe import RecipeError
+from megatron_moe_inject.host import compat
+from megatron_moe_inject.host.errors import RecipeError
 
 LABELS = (0, -1, 0, 1, -1)
 WEIGHTS = (0.2, 0.1, 0.1, 0.3, 0.3)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_moe_inject.experts import select_experts
-from megatron_moe_inject.experts.select import (
+from megatron_moe_inject.experts.choose.select import (
     Limits,
     by_budget,
     by_count,

@@ -8,19 +8,10 @@ import pytest
 import yaml
 
 from megatron_moe_inject.cli import main
-from megatron_moe_inject.experts.choice import (
-    choose_experts,
-)
-from megatron_moe_inject.experts.profile_file import profile_checksum, write_profile
-from megatron_moe_inject.recipe import (
-    ExpertChoice,
-)
-from megatron_moe_inject.recipe_experts import (
-    describe_choice,
-)
-from megatron_moe_inject.recipe_load import (
-    recipe_from_yaml,
-)
+from megatron_moe_inject.experts.choose.choice import choose_experts
+from megatron_moe_inject.experts.choose.profile_file import profile_checksum, write_profile
+from megatron_moe_inject.recipe.expert_choice import ExpertChoice, describe_choice
+from megatron_moe_inject.recipe.load import recipe_from_yaml
 from tests.unit.profiles import changed, from_counts, profile
 
 COUNTS = [[10, 50, 30, 10], [40, 20, 20, 20]]

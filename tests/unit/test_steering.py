@@ -7,7 +7,7 @@ import torch
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import compute_routing_scores_for_aux_loss
 
-from megatron_moe_inject.experts.freeze import FreezePolicy
+from megatron_moe_inject.experts.train.freeze import FreezePolicy
 from megatron_moe_inject.host.attached_loss import (
     take_terms,
 )

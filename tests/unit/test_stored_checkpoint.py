@@ -7,15 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_moe_inject.experts.freeze import FreezePolicy
-from megatron_moe_inject.experts.resume import (
-    begin_or_resume,
-)
+from megatron_moe_inject.experts.train.freeze import FreezePolicy
+from megatron_moe_inject.experts.train.resume import begin_or_resume
+from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.host.run_arguments import (
     stored_argument,
 )
-from megatron_moe_inject.recipe import RecipeError
-from megatron_moe_inject.stored_checkpoint import checkpoint_to_load
+from megatron_moe_inject.host.stored_checkpoint import checkpoint_to_load
 
 TRACKER = "latest_checkpointed_iteration.txt"
 

@@ -7,9 +7,9 @@ import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensorFactory
 
-from megatron_moe_inject.norm_names import stored_name
-from megatron_moe_inject.recipe import RecipeError
-from megatron_moe_inject.student_load import Request, StudentLoad, _ChunkLoad, fit, model_names
+from megatron_moe_inject.host.errors import RecipeError
+from megatron_moe_inject.host.norm_names import stored_name
+from megatron_moe_inject.host.student_load import Request, StudentLoad, _ChunkLoad, fit, model_names
 
 PRE = "decoder.layers.3.pre_mlp_layernorm.weight"
 IN_MLP = "decoder.layers.3.mlp.linear_fc1.layer_norm_weight"

@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_moe_inject.recipe_load import (
-    load_recipe,
-)
+from megatron_moe_inject.recipe.load import load_recipe
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples" / "study"))

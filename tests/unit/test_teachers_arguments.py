@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_moe_inject.recipe import RecipeError
+from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.teachers.base import Source
 from megatron_moe_inject.teachers.megatron_args import describe, refuse_unsupported
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.losses.spec import LogitTransform
-from megatron_moe_inject.recipe import RecipeError
 from megatron_moe_inject.teachers import (
     StudentTokenizer,
     Teacher,

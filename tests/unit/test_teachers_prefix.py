@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_moe_inject.recipe import RecipeError
+from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.teachers import load_teacher
 from megatron_moe_inject.teachers.base import Source
 from megatron_moe_inject.teachers.prefix import PrefixedTeacher, resolved_prefix, words

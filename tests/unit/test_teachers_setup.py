@@ -6,12 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_moe_inject.recipe import (
-    RecipeError,
-)
-from megatron_moe_inject.recipe_load import (
-    recipe_from_flags,
-)
+from megatron_moe_inject.host.errors import RecipeError
+from megatron_moe_inject.recipe.load import recipe_from_flags
 from megatron_moe_inject.teachers.base import Comparison, TeacherInfo
 from megatron_moe_inject.teachers.occurrences import occurrences
 from megatron_moe_inject.teachers.setup import check_fit, remarks

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_moe_inject.recipe import RecipeError
+from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.teachers.base import Source, padded_rows
 from megatron_moe_inject.teachers.setup import excluded_ids
 from megatron_moe_inject.teachers.tokenizer_files import (

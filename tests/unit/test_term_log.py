@@ -10,10 +10,8 @@ from megatron_moe_inject.host.attached_loss import (
     add_reports,
     take_terms,
 )
-from megatron_moe_inject.metrics.losses import (
-    merge,
-)
-from megatron_moe_inject.metrics.term_log import Interval, TermLog
+from megatron_moe_inject.host.term_log import Interval, TermLog
+from megatron_moe_inject.losses.report import merge
 
 
 class Alone:

@@ -11,8 +11,13 @@ from hypothesis import strategies as st
 from megatron.core.models.common.embeddings import yarn_rotary_pos_embedding
 from megatron.core.transformer.moe import router
 
-from megatron_moe_inject.experts.freeze import FreezePolicy
-from megatron_moe_inject.experts.verify import MAY_CHANGE, FrozenCheck, fingerprint, frozen_tensors
+from megatron_moe_inject.experts.train.freeze import FreezePolicy
+from megatron_moe_inject.experts.train.verify import (
+    MAY_CHANGE,
+    FrozenCheck,
+    fingerprint,
+    frozen_tensors,
+)
 from megatron_moe_inject.routing.rows import TrainedRows
 from tests.unit.routers import Chunk
 from tests.unit.test_freeze import student
@@ -46,7 +51,7 @@ def test_order_and_sign_of_zero_count():
 
 
 def test_large_tensors_are_hashed_across_blocks(monkeypatch):
-    monkeypatch.setattr("megatron_moe_inject.experts.verify._BLOCK", 8)
+    monkeypatch.setattr("megatron_moe_inject.experts.train.verify._BLOCK", 8)
     values = torch.randn(33)
     whole = fingerprint(values)
     values[32] += 1

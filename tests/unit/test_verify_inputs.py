@@ -6,13 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_moe_inject import verify_inputs as module
-from megatron_moe_inject.recipe import (
-    RecipeError,
-)
-from megatron_moe_inject.recipe_load import (
-    recipe_from_flags,
-)
+from megatron_moe_inject.host.errors import RecipeError
+from megatron_moe_inject.recipe.load import recipe_from_flags
+from megatron_moe_inject.teachers import verify_inputs as module
 
 READ = ("model.safetensors", "config.json", "tokenizer.json")
 

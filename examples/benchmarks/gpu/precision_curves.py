@@ -26,7 +26,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parents[1] / "quickstart")]
 
 from runner import flags  # noqa: E402
 
-from megatron_moe_inject.metrics.evaluation_file import read_list  # noqa: E402
+from megatron_moe_inject.evaluation.evaluation_file import read_list  # noqa: E402
 
 TE = "--transformer-impl transformer_engine --moe-grouped-gemm --bf16 --attention-backend unfused"
 LOCAL = "--transformer-impl local --no-persist-layer-norm"

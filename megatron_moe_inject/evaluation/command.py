@@ -1,0 +1,75 @@
+"""``moe-inject evaluate`` and ``moe-inject compare``.
+
+``evaluate`` becomes a run of the training command that only evaluates, in this process or, under
+``torchrun``, in all of them; ``evaluation_run`` says what is measured. ``compare`` sets two such
+files side by side.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from megatron_moe_inject.evaluation.comparison import compare
+from megatron_moe_inject.evaluation.evaluation_file import read_evaluation
+from megatron_moe_inject.host.files import replace_file
+from megatron_moe_inject.launch import only_evaluate
+
+_EXAMPLES = """examples:
+  moe-inject evaluate recipe.yaml --output before.json -- <flags of the training command>
+  torchrun --nproc-per-node 8 -m megatron_moe_inject.cli evaluate recipe.yaml --output e.json -- ...
+
+How much is read is Megatron's business: --eval-iters batches of --global-batch-size from the
+beginning of the validation data. Flags that train (--train-iters, --save ...) do nothing.
+"""
+_COMPARE_EXAMPLES = """examples:
+  moe-inject compare before.json after.json
+  moe-inject compare save/inject_evaluation.jsonl save/inject_evaluation.jsonl --output gain.md
+
+Of a run's list (.jsonl), BEFORE is its first line and AFTER its last.
+"""
+
+
+def add_commands(commands: argparse._SubParsersAction) -> None:
+    """Add both commands to ``moe-inject``; ``run_training`` takes the options and the flags, and
+    ``run`` the options, and returns the text."""
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="measure a student and its teachers on held-out text",
+        description="Measure the student of a training command, and the teachers of a recipe, on "
+        "the validation data of each domain and of general data. Nothing is trained.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    evaluate.set_defaults(run_training=_evaluate)
+    evaluate.add_argument("recipe", metavar="RECIPE", help="a recipe file (YAML)")
+    evaluate.add_argument("--output", metavar="FILE", required=True, help="the evaluation (JSON)")
+    evaluate.add_argument("--cpu", action="store_true", help="gloo processes without a GPU")
+
+    comparison = commands.add_parser(
+        "compare",
+        help="two evaluations of the same text side by side",
+        description="Set two evaluations of the same text side by side, with paired bootstrap "
+        "intervals and the share of the teacher's lead that was taken over.",
+        epilog=_COMPARE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    comparison.set_defaults(run=_compare)
+    comparison.add_argument("before", metavar="BEFORE", help="an evaluation (JSON), or a .jsonl")
+    comparison.add_argument("after", metavar="AFTER", help="an evaluation (JSON), or a .jsonl")
+    comparison.add_argument("--output", metavar="FILE", help="write the table (Markdown) here too")
+
+
+def _evaluate(options: argparse.Namespace, flags: list[str]) -> None:
+    ours = ["--inject-recipe", options.recipe, "--inject-evaluate", options.output]
+    only_evaluate(flags, ours, cpu=options.cpu)
+
+
+def _compare(options: argparse.Namespace) -> str:
+    before = read_evaluation(options.before, last=False)
+    after = read_evaluation(options.after)
+    text = compare(before, after, (options.before, options.after))
+    if options.output is not None:
+        replace_file(options.output, (text + "\n").encode())
+    return text

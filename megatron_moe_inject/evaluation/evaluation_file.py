@@ -1,0 +1,238 @@
+"""Evaluations as files: one JSON document, or one line of a run's growing list.
+
+Both hold the same: format, version, a SHA-256 over the canonical form of the content (sorted keys,
+shortest numbers), provenance, and for each class a summary to read and the sums of its sequences to
+compare by. The summary follows from the sums, and is checked against them.
+
+A document is replaced whole or not at all. A run's list (``inject_evaluation.jsonl``) grows by one
+write per line, so that a reader of a running run sees whole lines and perhaps the beginning of
+another, which has no line end and is left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_moe_inject.evaluation.evaluation import (
+    ALWAYS,
+    BINS,
+    COUNTS,
+    LARGEST,
+    SUMS,
+    ClassEvaluation,
+    Evaluation,
+    Provenance,
+)
+from megatron_moe_inject.host import files, typed
+from megatron_moe_inject.host.errors import (
+    RecipeError,
+    show,
+)
+from megatron_moe_inject.host.files import readable_json, replace_file
+
+FORMAT = "megatron_moe_inject.evaluation"
+VERSION = 1
+LIST = "inject_evaluation.jsonl"
+"""Name of a run's list of evaluations in ``<save>``."""
+_AGAIN = "measure again, or restore the file from a copy"
+_KEYS = ("format", "version", "sha256", "provenance", "text", "classes")
+_CLASS_KEYS = ("data", "teacher", "summary", "calibration", "sequences", "sums")
+
+
+def write_evaluation(path: str | Path, evaluation: Evaluation) -> str:
+    """Replace ``path`` by the evaluation, whole or not at all; returns its checksum.
+
+    Raises:
+        RecipeError: the file cannot be written.
+    """
+    plain = _plain(evaluation)
+    replace_file(path, (readable_json(plain) + "\n").encode())
+    return plain["sha256"]
+
+
+def read_evaluation(path: str | Path, *, last: bool = True) -> Evaluation:
+    """Read and check an evaluation; of a run's list, the last line or the first.
+
+    Raises:
+        RecipeError: the file cannot be read, is no evaluation, is of another version or damaged.
+            The message begins with the file.
+    """
+    if Path(path).suffix == ".jsonl":
+        found = read_list(path)
+        if not found:
+            raise RecipeError(f"{typed.one_line(str(path), 200)}: has no evaluation yet")
+        return found[-1 if last else 0]
+    try:
+        return _parse(_text(path))
+    except RecipeError as error:
+        raise RecipeError(f"{typed.one_line(str(path), 200)}: {error}", error.key) from None
+
+
+def read_list(path: str | Path) -> list[Evaluation]:
+    """The evaluations of a run so far, by rising iteration; empty where there is no file.
+
+    Raises:
+        RecipeError: a line is damaged. The message begins with file and line.
+    """
+    if not Path(path).exists():
+        return []
+    found, where = [], typed.one_line(str(path), 200)
+    try:
+        for number, line in enumerate(files.whole_lines(_text(path)), start=1):
+            where = f"{typed.one_line(str(path), 200)}, line {number}"
+            found.append(_parse(line))
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}", error.key) from None
+    return found
+
+
+def write_list(path: str | Path, evaluations: list[Evaluation]) -> None:
+    """Replace a run's list by ``evaluations``, whole or not at all."""
+    replace_file(path, b"".join(map(_line, evaluations)))
+
+
+def append_line(path: str | Path, evaluation: Evaluation) -> None:
+    """Add one evaluation to a run's list, forced to disk.
+
+    Raises:
+        RecipeError: the file cannot be written; what was begun is cut off again.
+    """
+    files.append_line(path, _line(evaluation))
+
+
+def _line(evaluation: Evaluation) -> bytes:
+    return (json.dumps(_plain(evaluation), separators=(",", ":"), allow_nan=False) + "\n").encode()
+
+
+def _plain(evaluation: Evaluation) -> dict[str, Any]:
+    content = _content(evaluation)
+    return {"format": FORMAT, "version": VERSION, "sha256": _checksum(content), **content}
+
+
+def _content(evaluation: Evaluation) -> dict[str, Any]:
+    """Everything that the checksum covers, in plain values."""
+    return {
+        "provenance": asdict(evaluation.provenance),
+        "text": evaluation.text(),
+        "classes": {
+            name: {
+                "data": list(found.data),
+                "teacher": found.teacher,
+                "summary": found.summary(),
+                "calibration": found.bins.tolist(),
+                "sequences": list(found.sequences),
+                "sums": {key: found.sums[key].tolist() for key in SUMS if key in found.sums},
+            }
+            for name, found in evaluation.classes.items()
+        },
+    }
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    try:
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except ValueError:
+        raise RecipeError(
+            "evaluation: a loss is not finite, which no file of evaluations holds; the model, a "
+            "teacher, or a label beyond the vocabulary gave it"
+        ) from None
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _text(path: str | Path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise RecipeError(
+            f"cannot be read ({reason}); give an evaluation, relative to {Path.cwd()}"
+        ) from None
+
+
+def _parse(text: str) -> Evaluation:
+    try:
+        plain = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = typed.one_line(str(error))
+        raise RecipeError(f"is damaged or no JSON ({reason}); {_AGAIN}") from None
+    if not isinstance(plain, dict) or plain.get("format") != FORMAT:
+        raise RecipeError(f"is no evaluation (its format is not {FORMAT!r})")
+    if type(plain.get("version")) is not int or plain["version"] != VERSION:
+        raise RecipeError(
+            f"version: {show(plain.get('version'))} is not known here; this package reads version "
+            f"{VERSION}: measure again, or use the package that wrote it",
+            "version",
+        )
+    typed.check_keys("", plain, _KEYS, _AGAIN)
+    provenance = typed.build(Provenance, plain["provenance"], "provenance")
+    if not isinstance(plain["classes"], dict):
+        raise _wrong("classes", "is not a mapping")
+    classes = {name: _class(f"classes.{name}", found) for name, found in plain["classes"].items()}
+    if plain["sha256"] != _checksum({key: plain[key] for key in ("provenance", "text", "classes")}):
+        raise RecipeError(f"sha256: does not fit the content, which was changed; {_AGAIN}")
+    evaluation = Evaluation(provenance, classes)
+    if plain["text"] != evaluation.text():
+        raise _wrong("text", "is not the hash of the sequences")
+    for name, found in classes.items():
+        _check_summary(f"classes.{name}.summary", plain["classes"][name]["summary"], found)
+    return evaluation
+
+
+def _check_summary(key: str, plain: Any, found: ClassEvaluation) -> None:
+    expected = found.summary()
+    typed.check_keys(key, plain, tuple(expected), _AGAIN)
+    for name, value in expected.items():
+        given = plain[name]
+        if value is None or given is None:
+            right = given is value
+        else:
+            number = type(given) in (int, float)
+            right = number and math.isclose(given, value, rel_tol=1e-9, abs_tol=1e-12)
+        if not right:
+            raise _wrong(f"{key}.{name}", "does not follow from the sums")
+
+
+def _class(key: str, plain: Any) -> ClassEvaluation:
+    typed.check_keys(key, plain, _CLASS_KEYS, _AGAIN)
+    sequences = typed.build(list[str], plain["sequences"], f"{key}.sequences")
+    if sequences != sorted(sequences):
+        raise _wrong(f"{key}.sequences", "is not sorted")
+    sums = typed.build(dict[str, list[float]], plain["sums"], f"{key}.sums")
+    for name in ALWAYS:
+        if name not in sums:
+            raise _wrong(f"{key}.sums.{name}", "is missing")
+    for name, values in sums.items():
+        if name not in SUMS:
+            raise _wrong(f"{key}.sums.{name}", "is not known in this version")
+        if len(values) != len(sequences):
+            raise _wrong(
+                f"{key}.sums.{name}",
+                f"has {len(values)} entries for {len(sequences)} sequences",
+            )
+        if max(map(abs, values), default=0) > LARGEST:
+            raise _wrong(f"{key}.sums.{name}", "has a number beyond what float32 holds")
+        if name in COUNTS and not all(value == 0 or 1e-3 <= value <= 2**53 for value in values):
+            raise _wrong(f"{key}.sums.{name}", "has a number that is no count")
+    bins = typed.build(list[list[float]], plain["calibration"], f"{key}.calibration")
+    if [len(row) for row in bins] != [BINS] * 3:
+        raise _wrong(f"{key}.calibration", f"is not three rows of {BINS}")
+    if any(not 0 <= number <= 2**53 for row in bins for number in row):
+        raise _wrong(f"{key}.calibration", "has a number that is no count")
+    return ClassEvaluation(
+        tuple(sequences),
+        {name: np.array(values) for name, values in sums.items()},
+        np.array(bins),
+        typed.build(str | None, plain["teacher"], f"{key}.teacher"),
+        tuple(typed.build(list[str], plain["data"], f"{key}.data")),
+    )
+
+
+def _wrong(key: str, problem: str) -> RecipeError:
+    return RecipeError(f"{key}: {problem}; {_AGAIN}", key)

@@ -1,0 +1,168 @@
+"""The teacher gate: a teacher has something to teach only where it predicts better.
+
+Judged by the mean loss over the held-out text of a domain. The paired interval is shown but does
+not decide: with little held-out text it is wide, and a gate that then stopped every run would be
+switched off rather than read.
+
+A teacher is compared with the student as its injection began, also in a run that goes on: what the
+student has learned since is no reason to stop it. What that student's losses were, on which text,
+and which teachers have passed is the verdict, which every checkpoint holds (``experts.lineage``). A
+run that goes on asks only teachers that have not passed; a run that was refused leaves no
+checkpoint, and is refused again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping, Sequence
+from typing import Any
+
+from megatron_moe_inject.evaluation.bootstrap import paired_difference
+from megatron_moe_inject.evaluation.comparison import show_interval
+from megatron_moe_inject.evaluation.evaluation import BARE, Evaluation
+from megatron_moe_inject.host.errors import (
+    RecipeError,
+)
+from megatron_moe_inject.recipe.schema import Domain, Recipe
+
+Verdict = dict[str, Any]
+"""In plain values: ``text``, its hash; ``student``, the mean loss of its beginning by class;
+``passed``, the teacher by domain."""
+
+
+def judge(
+    now: Evaluation,
+    recipe: Recipe,
+    *,
+    begins: bool,
+    verdict: Verdict | None = None,
+    first: Evaluation | None = None,
+) -> tuple[list[str], Verdict | None]:
+    """Compare teachers that have not passed, unless the recipe leaves the gate open.
+
+    Args:
+        now: measured before the first step of this run.
+        recipe: names domains and teachers.
+        begins: whether the injection begins with this run.
+        verdict: of the checkpoint that the run goes on from.
+        first: the first line of the injection's list, where an earlier version left no verdict.
+
+    Returns:
+        What to say of it, a line each; and the verdict of checkpoints to come, ``None`` where the
+        student was not measured as its injection began.
+
+    Raises:
+        RecipeError: a teacher that is not better on one of its domains.
+    """
+    taught = [domain for domain in recipe.domains if domain.teacher is not None]
+    if begins:
+        verdict = _begun(now)
+    elif verdict is None and first is not None:
+        verdict = _begun(first) | {"passed": {d.name: _teacher(d, first) for d in taught}}
+    passed = {} if verdict is None else dict(verdict["passed"])
+    teachers = {domain.name: _teacher(domain, now) for domain in taught}
+    asked = {name for name, own in teachers.items() if own is None or own != passed.get(name)}
+    said = []
+    if recipe.evaluation.gate:
+        start = None
+        if not begins:
+            same = verdict is not None and verdict["text"] == now.text()
+            start = verdict["student"] if same else {}
+        said = teacher_gate(now, recipe.domains, asked, start)
+        compared = asked if start is None else asked & start.keys() - _read_in_part(now)
+        passed |= {name: teachers[name] for name in compared if teachers[name] is not None}
+    return said, None if verdict is None else verdict | {"passed": passed}
+
+
+def _teacher(domain: Domain, evaluation: Evaluation) -> dict[str, Any] | None:
+    """Who taught the domain when it was measured, and where from; None where nobody did."""
+    found = evaluation.classes.get(domain.name)
+    if found is None or found.teacher is None:
+        return None
+    sources = evaluation.provenance.teachers
+    names = {name: sources.get(name) for name in domain.teacher_weights}
+    return {"teacher": found.teacher, "sources": names}
+
+
+def _read_in_part(evaluation: Evaluation) -> set[str]:
+    """Classes of which the teacher can be asked about some tokens only."""
+    found = evaluation.classes.items()
+    return {name for name, own in found if own.loss_beside_teacher()[1] is not own.sums["tokens"]}
+
+
+def _begun(evaluation: Evaluation) -> Verdict:
+    student = {name: found.mean("loss") for name, found in evaluation.classes.items()}
+    return {"text": evaluation.text(), "student": student, "passed": {}}
+
+
+def teacher_gate(
+    evaluation: Evaluation,
+    domains: Sequence[Domain],
+    asked: Container[str] | None = None,
+    start: Mapping[str, float | None] | None = None,
+) -> list[str]:
+    """Compare each teacher with the student on its domains; what to say of it, a line each.
+
+    Args:
+        asked: names of the domains whose teachers are compared; ``None`` = all.
+        start: mean loss of the student as its injection began, by domain; ``None``: it begins now,
+            so that it is what ``evaluation`` says.
+
+    Raises:
+        RecipeError: a teacher that is not better on one of its domains. The message shows every
+            comparison that failed.
+    """
+    said, worse, key = [], [], None
+    for index, domain in enumerate(domains):
+        if domain.teacher is None or (asked is not None and domain.name not in asked):
+            continue
+        found = evaluation.classes.get(domain.name)
+        if found is None or not found.sums["tokens"].sum():
+            said.append(
+                f"teacher gate: no held-out text of {domain.name}, so that teacher "
+                f"{domain.taught_by} was not compared with the student"
+            )
+            continue
+        loss, tokens = found.loss_beside_teacher()
+        partly = tokens is not found.sums["tokens"]
+        if not tokens.sum():
+            said.append(
+                f"teacher gate: teacher {domain.taught_by} can read none of the held-out text of "
+                f"{domain.name}, so that it was not compared with the student"
+            )
+            continue
+        if start is not None and (partly or start.get(domain.name) is None):
+            what = f"what teacher {domain.taught_by} reads of this text" if partly else "this text"
+            said.append(
+                f"teacher gate: {domain.name}: the student was not measured on {what} as its "
+                f"injection began, so that teacher {domain.taught_by} was not compared with it"
+            )
+            continue
+        teacher, chance = found.mean("teacher_loss"), False
+        bare = found.mean(BARE)
+        told = f"{domain.name}: loss of teacher {domain.taught_by} {teacher:.4f}"
+        told += ", " if bare is None else f" ({bare:.4f} without its prefix), "
+        if start is None:
+            interval = paired_difference(found.sums["teacher_loss"], loss, tokens)
+            lead, chance = interval.value, interval.low <= 0
+            told += f"of the student {loss.sum() / tokens.sum():.4f} nats per token, lead "
+            told += show_interval(interval)
+        else:
+            lead = start[domain.name] - teacher
+            told += f"of the student as its injection began {start[domain.name]:.4f} nats per "
+            told += f"token, lead {lead:+.4f}"
+        told += f" on {len(found.sequences)} sequences"
+        if partly:
+            share = tokens.sum() / found.sums["tokens"].sum()
+            told += f", {100 * share:.1f} % of whose tokens the teacher can be asked about"
+        if not lead > 0:
+            worse.append(told)
+            key = key or f"domains[{index}].teacher"
+        else:
+            said.append(f"teacher gate: {told}{'; so small a lead may be chance' * chance}")
+    if worse:
+        raise RecipeError(
+            f"{key}: does not predict its domain better than its student ({'; '.join(worse)}); "
+            "take another teacher, or go on with evaluation.gate: false",
+            key,
+        )
+    return said

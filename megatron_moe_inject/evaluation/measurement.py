@@ -1,0 +1,339 @@
+"""Collects sums for every held-out sequence while Megatron evaluates.
+
+The loss hook hands over each micro-batch of the last pipeline stage with the teacher's or the
+original's states beside it. Sums stay on the device until the evaluation is over; then one exchange
+brings the parts together: context-parallel ranks hold parts of the same sequences, data-parallel
+ranks sequences of their own, tensor-parallel ranks the same numbers.
+
+Shapes: s sequence (this context-parallel rank's part), b samples, h hidden, v vocabulary, p
+tensor-parallel size, t = b * s tokens, C classes (general data and each domain), B bins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_moe_inject.data.labels import MicroBatch
+from megatron_moe_inject.evaluation.evaluation import ALWAYS, BARE, BINS, PARTLY, TAUGHT
+from megatron_moe_inject.host.attached_loss import (
+    sum_and_count,
+)
+from megatron_moe_inject.host.labels import (
+    GENERAL,
+)
+from megatron_moe_inject.losses.measure import TokenMeasures, measure_tokens
+from megatron_moe_inject.losses.objective import LossTerms, SampleGroup
+from megatron_moe_inject.losses.rows import RowKernels
+from megatron_moe_inject.losses.spec import LogitTransform
+from megatron_moe_inject.losses.triton_rows import AUTO
+
+_COLUMNS = (*ALWAYS, *TAUGHT, *PARTLY, BARE)
+
+
+@dataclass(frozen=True)
+class Collected:
+    """An evaluation's sums from all ranks, by class label.
+
+    Attributes:
+        rows: hash and sums of each sequence, by class.
+        bins: ``[3, B]`` tokens, confidence and correct predictions, by class.
+    """
+
+    rows: Mapping[int, list[tuple[str, dict[str, float]]]]
+    bins: Mapping[int, np.ndarray]
+
+
+@dataclass
+class _Part:
+    """What this rank has measured since the evaluation began."""
+
+    sums: list[torch.Tensor] = field(default_factory=list)  # [k columns, b] float64 each
+    bins: torch.Tensor | None = None  # [C, 3, B] float64
+    domains: list[int] = field(default_factory=list)
+    against: list[str | None] = field(default_factory=list)  # "teacher", "original" or None
+    partly: list[bool] = field(default_factory=list)  # whether the teacher may lack tokens
+    bare: list[bool] = field(default_factory=list)  # whether it also ran without its prefix
+    hashes: list[str] = field(default_factory=list)
+    bytes: list[int | None] = field(default_factory=list)
+
+
+class Measurement:
+    """Measures held-out text on this rank, between ``running()`` and ``collect()``.
+
+    Args:
+        names: class names by label, ``GENERAL`` included.
+        reported: labels of the classes that the evaluation data has, for Megatron's log.
+        taught: labels of the domains with a teacher.
+        tp_group, cp_group: of the student's last stage.
+        valid_vocab_size: ids from here on are padding.
+        text_length: UTF-8 length of ids as text; None for a tokenizer without text.
+    """
+
+    def __init__(
+        self,
+        names: Mapping[int, str],
+        reported: Sequence[int],
+        taught: Sequence[int],
+        *,
+        tp_group: dist.ProcessGroup,
+        cp_group: dist.ProcessGroup,
+        valid_vocab_size: int,
+        text_length: Callable[[list[int]], int] | None,
+    ) -> None:
+        self.active = False
+        self.compares_prefix = False
+        self._names = names
+        self._reported = reported
+        self._taught = taught
+        self._tp_group = tp_group if tp_group.size() > 1 else None
+        self._reads = tp_group.rank() == 0
+        self._names_sequences = self._reads and cp_group.rank() == 0
+        self._place = min(dist.get_process_group_ranks(cp_group))
+        self._valid_vocab_size = valid_vocab_size
+        self._text_length = text_length
+        self._lengths: dict[str, int] = {}
+        self._part = _Part()
+        self._batches: list[MicroBatch] | None = None
+
+    @contextlib.contextmanager
+    def comparing_prefix(self) -> Iterator[None]:
+        """Inside, teachers with a prefix are also measured without it, at twice their cost."""
+        self.compares_prefix = True
+        try:
+            yield
+        finally:
+            self.compares_prefix = False
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Inside, evaluation steps are measured."""
+        self._part = _Part()
+        self.active = True
+        try:
+            yield
+        finally:
+            self.active = False
+            self._batches = None
+
+    def begin_step(self, batches: list[MicroBatch] | None) -> None:
+        """Remember the micro-batches of the step that comes, where this rank reads them."""
+        self._batches = batches
+
+    def micro_batch(
+        self,
+        index: int,
+        hidden: torch.Tensor,
+        head: torch.Tensor,
+        labels: torch.Tensor,
+        loss_mask: torch.Tensor,
+        domains: Sequence[int],
+        groups: Sequence[SampleGroup],
+        *,
+        transform: LogitTransform,
+        kernels: RowKernels | str | None = AUTO,
+    ) -> tuple[LossTerms, dict[str, torch.Tensor]]:
+        """Measure a micro-batch on the last stage.
+
+        Args:
+            index: its place in the step.
+            hidden: ``[s, b, h]``, not sequence-sharded.
+            head: ``[v/p, h]``.
+            labels, loss_mask: ``[b, s]``.
+            domains: class labels of the b samples.
+            groups: a partition of the samples; those of general data hold the original's states.
+            transform: what the student does to its logits.
+            kernels: see ``fused_linear_distillation``.
+
+        Returns:
+            Per-token terms, with cross-entropy as the total and KL(teacher || student) as ``kd``;
+            and values for Megatron's report.
+
+        Collectives: those of ``measure_tokens``, once per group.
+        """
+        sums = labels.new_zeros(len(_COLUMNS), len(domains), dtype=torch.float64)
+        ce = labels.new_zeros(labels.shape, dtype=torch.float32)
+        kl = torch.zeros_like(ce)
+        against: list[str | None] = [None] * len(domains)
+        partly, bare = [False] * len(domains), [False] * len(domains)
+        readable = torch.ones_like(ce, dtype=torch.bool)
+        for group in groups:
+            samples = list(group.samples)
+            targets, mask = labels[samples], loss_mask[samples].double()
+            found = self._measure(group, hidden, head, targets, transform, kernels)
+            correct = found.top == targets.flatten()
+            tokens = [torch.ones_like(found.loss), found.loss, correct]
+            if group.taught:
+                same = found.top == found.teacher_top
+                asked = torch.ones_like(found.loss)
+                if group.readable is not None:
+                    readable[samples] = group.readable
+                    asked = group.readable.flatten().to(asked.dtype)
+                taught = [found.teacher_loss, found.kl, same, asked, found.loss]
+                if group.bare is not None:
+                    other = self._measure(group.bare, hidden, head, targets, transform, kernels)
+                    taught.append(other.teacher_loss)
+                # Where it cannot be asked, the teacher's loss may be infinite.
+                tokens += [torch.where(asked > 0, value, 0) for value in taught]
+                kl[samples] = tokens[len(ALWAYS) + 1].view(targets.shape).to(kl.dtype)
+                for i in samples:
+                    partly[i], bare[i] = group.readable is not None, group.bare is not None
+                for i in samples:
+                    against[i] = "original" if domains[i] == GENERAL else "teacher"
+            values = torch.stack([value.double() for value in tokens]).view(-1, *targets.shape)
+            # A masked token may have any loss, an infinite one too.
+            values = torch.where(mask > 0, values * mask, 0.0)
+            sums[: len(values), samples] = values.sum(-1)
+            ce[samples] = found.loss.view(targets.shape).to(ce.dtype)
+            self._add_bins(found.confidence, correct, mask, [domains[i] for i in samples])
+        if self._reads:
+            self._part.sums.append(sums)
+            self._part.domains += domains
+            self._part.against += against
+            self._part.partly += partly
+            self._part.bare += bare
+            self._name_sequences(index)
+        factor = torch.ones_like(ce)
+        limited = readable if any(partly) else None
+        return LossTerms(ce, ce, kl, factor, limited), self._report(sums, domains)
+
+    def _measure(
+        self,
+        group: SampleGroup,
+        hidden: torch.Tensor,
+        head: torch.Tensor,
+        targets: torch.Tensor,
+        transform: LogitTransform,
+        kernels: RowKernels | str | None,
+    ) -> TokenMeasures:
+        """Measure a group's samples, of ``hidden`` ``[s, b, h]`` and labels ``[k, s]``."""
+        teacher, committee = group.teacher_hidden, group.committee
+        if committee is not None:
+            committee = committee.blind().changed(lambda hidden: hidden.flatten(0, 1))
+        return measure_tokens(
+            hidden[:, list(group.samples)].transpose(0, 1).flatten(0, 1),
+            head,
+            None if teacher is None else teacher.flatten(0, 1),
+            group.teacher_head,
+            targets.flatten(),
+            tp_group=self._tp_group,
+            valid_vocab_size=self._valid_vocab_size,
+            student_transform=transform,
+            teacher_transform=group.teacher_transform,
+            committee=committee,
+            kernels=kernels,
+        )
+
+    def _add_bins(
+        self,
+        confidence: torch.Tensor,
+        correct: torch.Tensor,
+        mask: torch.Tensor,
+        domains: Sequence[int],
+    ) -> None:
+        """Sort the tokens ``[t]`` of samples with mask ``[b, s]`` into bins."""
+        if self._part.bins is None:
+            shape = (len(self._names), 3, BINS)
+            self._part.bins = confidence.new_zeros(shape, dtype=torch.float64)
+        place = (confidence * BINS).long().clamp_(0, BINS - 1).view(mask.shape)
+        values = (torch.ones_like(confidence), confidence, correct)
+        stacked = torch.stack([value.double() for value in values]).view(3, *mask.shape) * mask
+        for sample, domain in enumerate(domains):  # labels are GENERAL = -1, then 0, 1, ...
+            bins = self._part.bins[domain + 1]
+            bins.index_add_(1, place[sample], stacked[:, sample])
+
+    def _name_sequences(self, index: int) -> None:
+        """Hash and text length of a micro-batch's sequences, from the whole samples."""
+        if not self._names_sequences:
+            return
+        batch = self._batches[index]
+        fields = [torch.as_tensor(batch[name]) for name in ("tokens", "labels", "loss_mask")]
+        for tokens, labels, mask in zip(*fields, strict=True):
+            counted = (mask > 0).cpu()
+            labels = labels.cpu().long()
+            found = hashlib.blake2b(digest_size=16)
+            for value in (tokens.cpu().long(), labels, counted):
+                found.update(value.contiguous().numpy().tobytes())
+            name = found.hexdigest()
+            self._part.hashes.append(name)
+            if self._text_length is not None and name not in self._lengths:
+                self._lengths[name] = self._text_length(labels[counted].tolist())
+            self._part.bytes.append(self._lengths.get(name))
+
+    def _report(self, sums: torch.Tensor, domains: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Values for Megatron's validation log, the same keys in every micro-batch."""
+        report = {}
+        values = dict(zip(_COLUMNS, sums.float(), strict=True))
+        for label in self._reported:
+            member = torch.tensor([float(domain == label) for domain in domains])
+            member = member.to(sums.device, non_blocking=True)
+            terms = {"accuracy": ("correct", "tokens")}
+            if label in self._taught:
+                terms["teacher loss"] = ("teacher_loss", "taught_tokens")
+                terms["teacher agreement"] = ("agreement", "taught_tokens")
+            for name, pair in terms.items():
+                total, count = ((values[column] * member).sum() for column in pair)
+                report[f"{name}/{self._names[label]}"] = sum_and_count(total, count)
+        return report
+
+    def collect(self) -> Collected:
+        """Everything that was measured since ``running()`` began, on every rank.
+
+        Collectives: one all-gather of this rank's sums as an object over the whole world.
+        """
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, self._plain())
+        self._part = _Part()
+        parts = [part for part in parts if part is not None]
+        rows: dict[int, list[tuple[str, dict[str, float]]]] = {}
+        bins = {label: np.zeros((3, BINS)) for label in self._names}
+        for part in parts:
+            for label in self._names:
+                bins[label] += part["bins"][label + 1]
+        for named in (part for part in parts if part["hashes"]):
+            same = [part["sums"] for part in parts if part["place"] == named["place"]]
+            total = np.sum(same, axis=0)
+            for i, domain in enumerate(named["domains"]):
+                extra = (*PARTLY,) if named["partly"][i] else ()
+                extra += (BARE,) if named["bare"][i] else ()
+                told = named["against"][i], extra, named["bytes"][i]
+                sums = _named_sums(total[:, i], *told)
+                rows.setdefault(domain, []).append((named["hashes"][i], sums))
+        return Collected(rows, bins)
+
+    def _plain(self) -> dict[str, Any] | None:
+        part = self._part
+        if not part.sums:
+            return None
+        return {
+            "place": self._place,
+            "sums": torch.cat(part.sums, dim=1).cpu().numpy(),
+            "bins": part.bins.cpu().numpy(),
+            "domains": part.domains,
+            "against": part.against,
+            "partly": part.partly,
+            "bare": part.bare,
+            "hashes": part.hashes,
+            "bytes": part.bytes,
+        }
+
+
+def _named_sums(
+    values: np.ndarray, against: str | None, extra: Sequence[str], length: int | None
+) -> dict[str, float]:
+    found = dict(zip(_COLUMNS, values.tolist(), strict=True))
+    sums = {name: found[name] for name in ALWAYS}
+    if against == "teacher":
+        sums |= {name: found[name] for name in (*TAUGHT, *extra)}
+    if against == "original":
+        sums["original_kl"] = found["teacher_kl"]
+    if length is not None:
+        sums["bytes"] = length
+    return sums

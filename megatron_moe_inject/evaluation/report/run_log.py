@@ -1,0 +1,168 @@
+"""Writes a run's list (``metrics.run_file``) beside the checkpoints, for ``moe-inject report``.
+
+It has what Megatron logs, when Megatron logs it: the sums that ``training_log`` divides for its
+line, as it read them, and our terms. So nothing is computed twice and no collective is added. The
+last rank writes, which has the losses; of these two more copies to the host are made per line.
+"""
+
+from __future__ import annotations
+
+import platform
+from argparse import Namespace
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_moe_inject import __version__
+from megatron_moe_inject.evaluation.report.run_file import (
+    FILE,
+    Component,
+    Loaded,
+    Start,
+    Step,
+    append,
+    finite,
+    kept,
+    read_run,
+    write_run,
+)
+from megatron_moe_inject.host import compat
+from megatron_moe_inject.host.agreement import agree
+from megatron_moe_inject.host.errors import RecipeError
+from megatron_moe_inject.host.lineage import Lineage
+from megatron_moe_inject.host.student_load import Origin
+from megatron_moe_inject.host.term_log import Interval
+from megatron_moe_inject.recipe.load import dump_recipe
+from megatron_moe_inject.recipe.plan import Plan, render_plan
+from megatron_moe_inject.recipe.schema import Recipe
+
+_TAKEN, _SKIPPED, _NAN = "advanced iterations", "skipped iterations", "nan iterations"
+
+
+class RunLog:
+    """The list of one run.
+
+    Args:
+        recipe: with its experts resolved.
+        args: Megatron's arguments; ``save`` is the run's folder.
+        evaluations: where the run's evaluations go.
+        lineage: which injection the run begins or goes on with.
+        terms: sums of our terms, for this list alone.
+
+    Attributes:
+        origin: what was loaded, to be set before ``begin``.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        args: Namespace,
+        evaluations: Path,
+        lineage: Lineage,
+        terms: Interval,
+    ) -> None:
+        self._recipe = recipe
+        self._args = args
+        self._evaluations = evaluations
+        self._lineage = lineage
+        self._terms = terms
+        self.path = Path(args.save) / FILE
+        self.origin = Origin()
+        self._writes = False
+        self._seconds = 0.0
+        self._shown: dict[str, float] = {}
+
+    def begin(self, plan: Plan) -> None:
+        """Begin the list, or go on with it from the iteration that the run resumes from, wherever
+        it was kept.
+
+        Collectives: those of ``agree``.
+
+        Raises:
+            RecipeError: on every rank: the list is damaged or cannot be written.
+        """
+        self._writes = dist.get_rank() == dist.get_world_size() - 1
+        agree(lambda: self._begin(plan) if self._writes else None)
+        self._lineage.keep(FILE, self.path)
+
+    def _begin(self, plan: Plan) -> None:
+        now = compat.optimizer_steps(self._args)
+        start = Start(
+            iteration=now,
+            time=datetime.now(UTC).isoformat(timespec="seconds"),
+            recipe=dump_recipe(self._recipe),
+            plan=render_plan(plan),
+            versions={
+                "megatron_moe_inject": __version__,
+                "megatron-core": compat.megatron_version(),
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+            parameters=[Component(r.component, r.trained, r.frozen) for r in plan.parameters],
+            world_size=dist.get_world_size(),
+            evaluations=str(self._evaluations.absolute()),
+            train_iters=int(self._args.train_iters or 0),
+            injection=self._lineage.identity,
+            loaded=Loaded(**asdict(self.origin)),
+        )
+        source = self._lineage.find(self.path, FILE)
+        before = [] if source is None else kept(read_run(source), now)
+        self._lineage.make_room(self.path)
+        write_run(self.path, [*before, start])
+        self._seconds = compat.seconds_in_steps()
+
+    def log(self, given: dict[str, Any], read: dict[str, Any] | None) -> None:
+        """Add a line where Megatron has printed one. No collective.
+
+        Args:
+            given: what ``training_log`` got, by name.
+            read: Megatron's sums as it printed them, None without a line.
+        """
+        if read is None:
+            return
+        means = self._terms.read() if self._writes else {}
+        self._terms.clear()
+        if not self._writes:
+            return
+        step = self._step(given, read, means)
+        # Megatron's first line leaves the sums as they are, for those of the second.
+        self._shown = _numbers(read) if given.get("is_first_iteration") else {}
+        try:
+            append(self.path, step)
+        except RecipeError as error:
+            print(f"megatron_moe_inject: warning: report: {error}", flush=True)
+
+    def _step(self, given: dict[str, Any], read: dict[str, Any], means: dict[str, float]) -> Step:
+        now = _numbers(read)
+        since = {name: value - self._shown.get(name, 0.0) for name, value in now.items()}
+        taken, skipped = int(since.pop(_TAKEN)), int(since.pop(_SKIPPED))
+        since.pop(_NAN, None)
+        stock = {name: value / taken for name, value in since.items()} if taken else {}
+        seconds = compat.seconds_in_steps()
+        steps, spent = max(1, taken + skipped), seconds - self._seconds
+        self._seconds = seconds
+        return Step(
+            iteration=int(given["iteration"]),
+            samples=int(self._args.consumed_train_samples),
+            steps=steps,
+            skipped=skipped,
+            seconds=spent / steps,
+            terms={name: finite(value) for name, value in (means | stock).items()},
+            grad_norm=_number(given["grad_norm"]),
+            learning_rate=_number(given["learning_rate"]),
+        )
+
+
+def _numbers(values: dict[str, Any]) -> dict[str, float]:
+    """Numbers and one-element tensors as floats, with one copy from the device."""
+    tensors = [v.detach().float().reshape(1) for v in values.values() if torch.is_tensor(v)]
+    numbers = iter(torch.cat(tensors).tolist() if tensors else ())
+    return {n: next(numbers) if torch.is_tensor(v) else float(v) for n, v in values.items()}
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else finite(float(value))

@@ -1,0 +1,69 @@
+"""``moe-inject export-delta`` and ``moe-inject apply-delta``.
+
+torch is imported when one of them runs: the other commands do without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from megatron_moe_inject.host.text import (
+    memory_text,
+    table,
+)
+
+
+def add_commands(commands: argparse._SubParsersAction) -> None:
+    """Add both commands to ``moe-inject``; ``run`` of the parsed options returns the text."""
+    export = commands.add_parser(
+        "export-delta",
+        help="write what training changed, as a folder of that size",
+        description="Compare a checkpoint with the one that training began from and write the "
+        "slices (experts, layers) that differ, with checksums of what the base held there.",
+        allow_abbrev=False,
+    )
+    export.set_defaults(run=_export)
+    export.add_argument("--trained", type=Path, required=True, help="the checkpoint after training")
+    apply = commands.add_parser(
+        "apply-delta",
+        help="write a base checkpoint with a delta applied",
+        description="Write the base checkpoint with a delta's slices in the place of its own. The "
+        "result holds weights and no optimizer state: load it with --finetune.",
+        allow_abbrev=False,
+    )
+    apply.set_defaults(run=_apply)
+    apply.add_argument("--delta", type=Path, required=True, help="a folder of export-delta")
+    for command in (export, apply):
+        command.add_argument("--base", type=Path, required=True, help="the checkpoint before")
+        command.add_argument("--output", type=Path, required=True, help="a folder to write")
+
+
+def _export(options: argparse.Namespace) -> str:
+    from megatron_moe_inject.experts.delta.delta import CheckpointPlace, export_delta
+
+    base = CheckpointPlace("--base", options.base)
+    trained = CheckpointPlace("--trained", options.trained)
+    summary = export_delta(base, trained, options.output, progress=_progress)
+    rows = [("changed tensor", "slices")]
+    rows += [(name, str(number)) for name, number in sorted(summary.changed.items())]
+    share = 100 * summary.bytes / summary.base_bytes
+    size = f"{memory_text(summary.bytes)}, {share:.3g} % of the base's weights"
+    return "\n".join([*table(rows, right=(1,)), f"{options.output}: {size}"])
+
+
+def _apply(options: argparse.Namespace) -> str:
+    from megatron_moe_inject.experts.delta.delta import CheckpointPlace, apply_delta
+
+    base = CheckpointPlace("--base", options.base)
+    summary = apply_delta(base, options.delta, options.output, progress=_progress)
+    number = sum(summary.changed.values())
+    return f"{options.output}: {number} slices ({memory_text(summary.bytes)}) replaced"
+
+
+def _progress(items: Iterable[Any], total: int) -> Iterable[Any]:
+    from tqdm import tqdm
+
+    return tqdm(items, total=total, disable=None, leave=False)

@@ -1,0 +1,419 @@
+"""Deltas: what training changed in a student, as a folder the size of that.
+
+A delta holds the new values of every slice that is not bitwise what it was in the base checkpoint:
+an expert's matrix, a layer's norm, a whole embedding. It is a folder of safetensors files and one
+``delta.json`` that names each slice, its file, and the checksum of what the base held there.
+Applying it to the base gives back the trained weights bitwise, and to anything else is an error.
+Both directions stream: memory is bounded by one file of the delta, whatever the student's size.
+
+Only weights count. Optimizer, RNG and the projections of feature imitation stay behind.
+
+A delta may come from anybody: nothing in it is code, its files are plain names in its folder that
+have a checksum, and what its slices are is held against the base before anything is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import operator
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from megatron_moe_inject.host import typed
+from megatron_moe_inject.host.errors import (
+    RecipeError,
+    listing,
+    one_line,
+    show,
+)
+from megatron_moe_inject.host.files import is_plain_name, new_folder
+from megatron_moe_inject.host.model_parts import (
+    is_own,
+)
+from megatron_moe_inject.host.torch_dist import Piece, TorchDistCheckpoint, rewritten_copy
+
+FORMAT, VERSION = "megatron_moe_inject.delta", 1
+INDEX = "delta.json"
+_FILE_BYTES = 4 << 30
+
+Progress = Callable[[Iterable[Any], int], Iterable[Any]]
+"""Wraps an iterable of known length to show how far it is, as ``tqdm`` does."""
+
+
+def _silent(items: Iterable[Any], total: int) -> Iterable[Any]:
+    return items
+
+
+@dataclass(frozen=True)
+class CheckpointPlace:
+    """A checkpoint named on the command line; see ``torch_dist.CheckpointSource``."""
+
+    flag: str
+    path: Path
+
+    def error(self, problem: str, remedy: str) -> RecipeError:
+        """The error "--flag path problem; remedy"."""
+        return RecipeError(f"{self.flag} {self.path} {problem}; {remedy}", self.flag)
+
+    def open(self) -> TorchDistCheckpoint:
+        """The checkpoint.
+
+        Raises:
+            RecipeError: it is not there, or no whole ``torch_dist`` checkpoint.
+        """
+        if not self.path.is_dir():
+            raise self.error("is no directory", "name a directory given to Megatron's --save")
+        return TorchDistCheckpoint.open(self)
+
+
+@dataclass(frozen=True)
+class DeltaSummary:
+    """What a delta holds.
+
+    Attributes:
+        changed: slices by the name of their tensor.
+        bytes: size of the values.
+        base_bytes: size of all weights of the base.
+    """
+
+    changed: Mapping[str, int]
+    bytes: int
+    base_bytes: int
+
+
+_NEEDED = {"remedy": "the index was changed"}
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One changed slice of a stored tensor.
+
+    Attributes:
+        tensor: name in the checkpoint.
+        place: indices on its leading axes.
+        base_sha256: of the bytes that the base holds there.
+        file: of the delta, which holds the new values under the slice's own name.
+    """
+
+    tensor: str = field(metadata=_NEEDED)
+    place: list[int] = field(metadata=_NEEDED)
+    base_sha256: str = field(metadata=_NEEDED)
+    file: str = field(metadata=_NEEDED)
+
+
+@dataclass(frozen=True)
+class DeltaIndex:
+    """What ``delta.json`` says.
+
+    Attributes:
+        model: fingerprint of names, shapes and types of the base's weights.
+        base_iteration, trained_iteration: folders that were compared.
+        bytes: size of the values.
+        files: SHA-256 of each file, by name.
+        slices: by their name in the files.
+    """
+
+    format: str = field(metadata=_NEEDED)
+    version: int = field(metadata=_NEEDED)
+    model: str = field(metadata=_NEEDED)
+    base_iteration: str = field(metadata=_NEEDED)
+    trained_iteration: str = field(metadata=_NEEDED)
+    bytes: int = field(metadata=_NEEDED)
+    files: dict[str, str] = field(metadata=_NEEDED)
+    slices: dict[str, Slice] = field(metadata=_NEEDED)
+
+
+def stacked_axes(name: str) -> int:
+    """Leading axes of a stored tensor that number layers and experts, not part of a weight.
+
+    Megatron stacks ``decoder.layers.3.x`` of all layers as ``decoder.layers.x``, and experts as
+    ``experts.experts.x``, unless the checkpoint says otherwise in the name.
+    """
+    layers = bool(re.search(r"(^|\.)layers\.(?!\d)", name))
+    experts = bool(re.search(r"\.experts\.experts\.(?!\d)", name))
+    return layers + experts
+
+
+def export_delta(
+    base: CheckpointPlace,
+    trained: CheckpointPlace,
+    output: Path,
+    *,
+    progress: Progress = _silent,
+    file_bytes: int = _FILE_BYTES,
+) -> DeltaSummary:
+    """Compare two checkpoints of one model and write what differs. No collective.
+
+    Args:
+        base: before training.
+        trained: after it, at any parallel layout.
+        output: a folder that does not exist; it appears whole or not at all.
+        progress: shows how far it is.
+        file_bytes: largest size of one file, and of what is held in memory.
+
+    Raises:
+        RecipeError: a checkpoint that cannot be read, two that are not of one model, an output
+            that exists, or nothing that changed.
+    """
+    _must_not_exist(output)
+    before, after = base.open(), trained.open()
+    names = _common_tensors(before, after)
+    slices = [(name, place) for name in names for place in _places(before, name)]
+    index: dict[str, Slice] = {}
+    with new_folder(output) as folder:
+        batch: dict[str, torch.Tensor] = {}
+        changed: dict[str, tuple[str, tuple[int, ...], str]] = {}
+        files = itertools.count(1)
+
+        def flush() -> None:
+            file = f"delta-{next(files):05d}.safetensors"
+            try:
+                save_file(batch, folder / file)
+            except SafetensorError as error:  # no space left, say
+                raise OSError(str(error)) from error
+            for name in batch:
+                tensor, place, checksum = changed[name]
+                index[name] = Slice(tensor, list(place), checksum, file)
+            batch.clear()
+
+        size = 0
+        for name, place in progress(slices, len(slices)):
+            old, new = _read(before, name, place), _read(after, name, place)
+            if torch.equal(_bytes(old), _bytes(new)):
+                continue
+            if batch and size + new.nbytes > file_bytes:
+                flush()
+                size = 0
+            entry = "@".join([name, ".".join(map(str, place))]) if place else name
+            changed[entry] = name, place, _checksum(old)
+            batch[entry] = new
+            size += new.nbytes
+        if not changed:
+            raise trained.error("does not differ from the base", "name the checkpoint after it")
+        flush()
+        summary = _summary(before, index)
+        described = DeltaIndex(
+            format=FORMAT,
+            version=VERSION,
+            model=_fingerprint(before),
+            base_iteration=before.folder.name,
+            trained_iteration=after.folder.name,
+            bytes=summary.bytes,
+            files={path.name: _file_checksum(path) for path in sorted(folder.iterdir())},
+            slices=index,
+        )
+        (folder / INDEX).write_text(json.dumps(asdict(described), indent=1), encoding="utf-8")
+    return summary
+
+
+def apply_delta(
+    base: CheckpointPlace, delta: Path, output: Path, *, progress: Progress = _silent
+) -> DeltaSummary:
+    """Write the base with a delta applied, as a checkpoint that Megatron loads. No collective.
+
+    The result holds weights and arguments, no optimizer state: load it with ``--finetune``.
+
+    Args:
+        base: the checkpoint that the delta was made from.
+        delta: what ``export_delta`` wrote.
+        output: a ``--save`` directory that does not exist; it appears whole or not at all.
+        progress: shows how far it is.
+
+    Raises:
+        RecipeError: a damaged delta, another base, or an output that exists.
+    """
+    _must_not_exist(output)
+    described = _read_index(delta)
+    before = base.open()
+    if _fingerprint(before) != described.model:
+        raise base.error("is another model than the delta's base", "name the base it was made from")
+    index = described.slices
+    changes = _changes(delta, index, before)
+    for entry in progress(index.values(), len(index)):
+        found = _checksum(_read(before, entry.tensor, tuple(entry.place)))
+        if found != entry.base_sha256:
+            raise base.error(
+                f"holds other values of {entry.tensor} {entry.place} than the delta's base",
+                "name the base it was made from",
+            )
+    with new_folder(output) as folder:
+        number = re.fullmatch(r"iter_(\d{7,})", before.folder.name)
+        name = before.folder.name if number else "release"
+        rewritten_copy(before, folder / name, changes, progress)
+        tracker = folder / "latest_checkpointed_iteration.txt"
+        tracker.write_text(str(int(number[1])) if number else "release")
+    return _summary(before, index)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """One slice of a delta, read when it is called for.
+
+    Raises:
+        RecipeError: it is not of the base's shape and type.
+    """
+
+    delta: Path
+    file: str
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __call__(self) -> torch.Tensor:
+        with safe_open(self.delta / self.file, framework="pt") as file:
+            found = file.get_tensor(self.name)
+        if (tuple(found.shape), found.dtype) != (self.shape, self.dtype):
+            raise _damaged(
+                self.delta,
+                f"holds {show(self.name)} as {list(found.shape)} {found.dtype}, which the base has "
+                f"as {list(self.shape)} {self.dtype}",
+            )
+        return found
+
+
+def _common_tensors(before: TorchDistCheckpoint, after: TorchDistCheckpoint) -> list[str]:
+    own = {name for name in after.tensors if not is_own(name)}
+    base = {name for name in before.tensors if not is_own(name)}
+    if own != base:
+        missing, more = sorted(base - own), sorted(own - base)
+        parts = [f"lacks {listing(missing, 4)}"] if missing else []
+        parts += [f"holds {listing(more, 4)} besides"] if more else []
+        raise after.source.error(
+            f"is another model than the base: it {' and '.join(parts)}",
+            "compare two checkpoints of one model",
+        )
+    for name in base:
+        old, new = before.tensors[name], after.tensors[name]
+        kinds = old.properties.dtype, new.properties.dtype
+        if old.size != new.size or kinds[0] != kinds[1]:
+            raise after.source.error(
+                f"has {name} as {list(new.size)} {kinds[1]}, the base as {list(old.size)} "
+                f"{kinds[0]}",
+                "compare two checkpoints of one model in one precision",
+            )
+    return sorted(base)
+
+
+def _places(checkpoint: TorchDistCheckpoint, name: str) -> Iterator[tuple[int, ...]]:
+    sizes = checkpoint.tensors[name].size[: stacked_axes(name)]
+    return itertools.product(*(range(size) for size in sizes))
+
+
+def _read(checkpoint: TorchDistCheckpoint, name: str, place: tuple[int, ...]) -> torch.Tensor:
+    stored = checkpoint.tensors[name]
+    rest = tuple(stored.size)[len(place) :]
+    target = torch.empty(rest, dtype=stored.properties.dtype)
+    offset = (*place, *(0 for _ in rest))
+    checkpoint.read([Piece(name, tuple(stored.size), offset, target)])
+    return target
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """So that NaN equals itself and 0.0 differs from -0.0."""
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def _checksum(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(_bytes(tensor).numpy()).hexdigest()
+
+
+def _file_checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fingerprint(checkpoint: TorchDistCheckpoint) -> str:
+    """Names, shapes and types of all weights."""
+    rows = sorted(
+        (name, tuple(stored.size), str(stored.properties.dtype))
+        for name, stored in checkpoint.tensors.items()
+        if not is_own(name)
+    )
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def _total_bytes(checkpoint: TorchDistCheckpoint) -> int:
+    return sum(s.size.numel() * s.properties.dtype.itemsize for s in checkpoint.tensors.values())
+
+
+def _summary(base: TorchDistCheckpoint, index: Mapping[str, Slice]) -> DeltaSummary:
+    size = 0
+    for entry in index.values():
+        stored = base.tensors[entry.tensor]
+        size += stored.size[len(entry.place) :].numel() * stored.properties.dtype.itemsize
+    counts = Counter(entry.tensor for entry in index.values())
+    return DeltaSummary(counts, size, _total_bytes(base))
+
+
+def _damaged(delta: Path, problem: object) -> RecipeError:
+    return RecipeError(f"--delta {delta} {problem}; copy or export it again", "--delta")
+
+
+def _read_index(delta: Path) -> DeltaIndex:
+    """The delta's description, checked against its files."""
+    path = delta / INDEX
+    if not path.is_file():
+        raise RecipeError(f"--delta {delta} holds no {INDEX}; name a folder of export-delta")
+    try:
+        plain = json.loads(path.read_text(encoding="utf-8"))
+        kind = plain["format"], plain["version"]
+        if kind != (FORMAT, VERSION):
+            raise RecipeError(
+                f"--delta {delta} is {one_line(str(kind[0]))} version {show(kind[1])}; this reads "
+                f"{FORMAT} "
+                f"version {VERSION}"
+            )
+        try:
+            described = typed.build(DeltaIndex, plain)
+        except RecipeError as error:
+            raise _damaged(delta, f"has an {INDEX} that cannot be: {error}") from None
+        names = [*described.files, *(entry.file for entry in described.slices.values())]
+        for name in names:
+            if not is_plain_name(name) or name not in described.files:
+                raise _damaged(delta, f"names a file {show(name)}, which is none of its own")
+        stored: dict[str, str] = {}
+        for name, checksum in described.files.items():
+            if _file_checksum(delta / name) != checksum:
+                raise _damaged(delta, f"is damaged: {name} is not what was written")
+            with safe_open(delta / name, framework="pt") as file:
+                stored |= dict.fromkeys(file.keys(), name)
+        if stored != {name: entry.file for name, entry in described.slices.items()}:
+            raise _damaged(delta, "does not hold the slices that it lists")
+        return described
+    except RecipeError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+        problem = f"cannot be read ({type(error).__name__}: {error})"
+        raise _damaged(delta, problem) from error
+
+
+def _changes(
+    delta: Path, index: Mapping[str, Slice], base: TorchDistCheckpoint
+) -> dict[str, dict[tuple[int, ...], _Stored]]:
+    """The new values by tensor and place; every slice must be one of the base's, once."""
+    changes: dict[str, dict[tuple[int, ...], _Stored]] = {}
+    for name, entry in index.items():
+        place, stored = tuple(entry.place), base.tensors.get(entry.tensor)
+        sizes = () if stored is None else stored.size[: stacked_axes(entry.tensor)]
+        exists = len(place) == len(sizes) and all(map(operator.contains, map(range, sizes), place))
+        if stored is None or not exists or place in changes.get(entry.tensor, {}):
+            raise _damaged(delta, f"has a slice {show(name)} that is none of the base's")
+        shape, dtype = stored.size[len(place) :], stored.properties.dtype
+        new = _Stored(delta, entry.file, name, tuple(shape), dtype)
+        changes.setdefault(entry.tensor, {})[place] = new
+    return changes
+
+
+def _must_not_exist(output: Path) -> None:
+    if output.exists():
+        raise RecipeError(f"--output {output} exists already; name another or remove it")

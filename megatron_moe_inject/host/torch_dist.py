@@ -1,0 +1,509 @@
+"""Reads and copies a Megatron ``torch_dist`` checkpoint on one rank, without ``torch.distributed``.
+
+Megatron's own loading entry agrees over the whole world, while only the ranks of the last
+pipeline stage want a teacher, and a delta is made where no job runs. The format does not ask for
+that: ``.metadata`` says which file holds which part of which tensor, so any process can read any
+slice, whatever layout wrote it.
+
+Trust: the format carries pickles. ``.metadata`` is read by an unpickler that knows the few
+classes of the format and refuses every other name; ``common.pt`` and stored objects go through
+``torch.load(weights_only=True)`` with the classes that Megatron registers as safe. The files that
+``.metadata`` names are plain names in its folder, or an error. Even so any such checkpoint deserves
+the trust that one gives to the student's own.
+
+Megatron is imported only for what needs its classes: the common state, and checkpoints of old.
+"""
+
+from __future__ import annotations
+
+import collections
+import copy
+import dataclasses
+import functools
+import io
+import json
+import pickle
+import re
+import shutil
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from megatron_moe_inject.host.errors import (
+    RecipeError,
+    show,
+)
+from megatron_moe_inject.host.files import is_plain_name
+
+_INDEX = ".metadata"
+_COMMON_OBJECT = "common_state/shard_0_1"
+_TRAINING_STATE = re.compile(
+    r"(chained_\d+\.)?optimizer\.|(.*\.)?rng_state/|rerun_state_machine_state/|common_state/"
+)
+_DAMAGED = (OSError, RuntimeError, ValueError, KeyError, EOFError, AssertionError)
+
+_FORMAT_CLASSES = {
+    "builtins": ("set", "frozenset", "slice"),
+    "collections": ("OrderedDict", "defaultdict"),
+    "pathlib": ("Path", "PosixPath"),
+    "torch": ("Size",),
+    "torch.serialization": ("_get_layout",),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.distributed.checkpoint.metadata": (
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    ),
+    "torch.distributed.checkpoint.planner": (
+        "BytesIOWriteData",
+        "SavePlan",
+        "TensorWriteData",
+        "WriteItem",
+        "WriteItemType",
+    ),
+    "megatron.core.dist_checkpointing.strategies.torch": ("MCoreMetadata", "MCoreSavePlan"),
+}
+
+
+class CheckpointSource(Protocol):
+    """Where a checkpoint is, and how to say that something is wrong with it.
+
+    Attributes:
+        path: a ``--save`` directory, or one iteration in it.
+    """
+
+    path: Path
+
+    def error(self, problem: str, remedy: str) -> RecipeError:
+        """The error "<what the user wrote> problem; remedy"."""
+        ...
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Unpickles what ``.metadata`` files are made of and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = name in _FORMAT_CLASSES.get(module, ())
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not known and not dtype:
+            raise pickle.UnpicklingError(f"refers to {module}.{name}, which is no part of it")
+        return super().find_class(module, name)
+
+
+class _Reader(FileSystemReader):
+    """The stock reader with the restricted unpickler."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with open(Path(self.path) / _INDEX, "rb") as file:
+            return _MetadataUnpickler(file).load()
+
+
+class Piece(NamedTuple):
+    """A slice of a stored tensor and where it goes.
+
+    Attributes:
+        key: name of the stored tensor.
+        global_shape: shape that the stored tensor must have.
+        offset: where the slice begins in it.
+        target: the slice's place in memory; leading axes of size 1 may be left out.
+    """
+
+    key: str
+    global_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    target: torch.Tensor
+
+    def view(self) -> torch.Tensor:
+        """``target`` with as many axes as the stored tensor."""
+        missing = len(self.global_shape) - self.target.dim()
+        return self.target.detach().view((1,) * missing + tuple(self.target.shape))
+
+
+class _Placer(DefaultLoadPlanner):
+    """Hands the reader the place of each read item; the reader copies, casts and moves."""
+
+    def __init__(self, pieces: Sequence[Piece]) -> None:
+        super().__init__()
+        self._views = {(piece.key, tuple(piece.offset)): piece.view() for piece in pieces}
+        self.objects: dict[str, io.BytesIO] = {}
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        index = read_item.dest_index
+        view = self._views[index.fqn, tuple(index.offset)]
+        for axis, (start, length) in enumerate(
+            zip(read_item.dest_offsets, read_item.lengths, strict=True)
+        ):
+            view = view.narrow(axis, start, length)
+        return view
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        """The reader has copied into the place itself."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        self.objects[read_item.dest_index.fqn] = value
+
+
+@dataclass
+class TorchDistCheckpoint:
+    """An opened checkpoint: what it holds, and tensor slices on demand.
+
+    Attributes:
+        source: what the user calls it.
+        folder: the directory of the iteration.
+        tensors: stored model tensors by name; optimizer and other training state is left out.
+    """
+
+    source: CheckpointSource
+    folder: Path
+    tensors: dict[str, TensorStorageMetadata]
+    _reader: _Reader
+    _metadata: Metadata
+
+    @classmethod
+    def open(cls, source: CheckpointSource) -> TorchDistCheckpoint:
+        """Read the metadata, and check that the files are in the folder and whole.
+
+        Raises:
+            RecipeError: not a ``torch_dist`` checkpoint, or a damaged one.
+        """
+        folder = iteration_folder(source)
+        _check_format(source, folder)
+        reader = _Reader(str(folder))
+        try:
+            metadata = reader.read_metadata()
+            reader.set_up_storage_reader(metadata, is_coordinator=False)
+            stored = metadata.state_dict_metadata
+        except (*_DAMAGED, pickle.UnpicklingError, AttributeError, ImportError) as error:
+            raise _damaged(source, folder / _INDEX, error) from error
+        tensors = {
+            key: value
+            for key, value in stored.items()
+            if isinstance(value, TensorStorageMetadata) and not _TRAINING_STATE.match(key)
+        }
+        checkpoint = cls(source, folder, tensors, reader, metadata)
+        checkpoint._check_files()
+        return checkpoint
+
+    @property
+    def args(self) -> Namespace:
+        """Megatron's arguments of the run that wrote the checkpoint."""
+        args = self.common.get("args")
+        if not isinstance(args, Namespace):
+            raise self.source.error(
+                f"holds no Megatron arguments in {self.folder}",
+                "only checkpoints that Megatron's training loop saved tell their architecture",
+            )
+        return args
+
+    def read(self, pieces: Sequence[Piece]) -> None:
+        """Copy slices of stored tensors into place, casting to the target's dtype and device.
+
+        Each piece's name must be in ``tensors`` and its shape must agree. No collective.
+
+        Raises:
+            RecipeError: a file that cannot be read.
+        """
+        by_key: dict[str, list[ChunkStorageMetadata]] = collections.defaultdict(list)
+        for piece in pieces:
+            assert tuple(self.tensors[piece.key].size) == tuple(piece.global_shape), piece.key
+            chunk = ChunkStorageMetadata(torch.Size(piece.offset), piece.view().shape)
+            by_key[piece.key].append(chunk)
+        items = [
+            item
+            for key, chunks in by_key.items()
+            for item in create_read_items_for_chunk_list(key, self.tensors[key], chunks)
+        ]
+        with torch.no_grad():
+            self._read_items(items, _Placer(pieces))
+
+    def _read_items(self, items: list[ReadItem], placer: _Placer) -> None:
+        try:
+            self._reader.read_data(LoadPlan(items), placer).wait()
+        except (*_DAMAGED, pickle.UnpicklingError) as error:
+            raise _damaged(self.source, self.folder, error) from error
+
+    def _check_files(self) -> None:
+        """Files have plain names, and every part of the model lies within one that exists."""
+        needed: dict[str, int] = {}
+        for index, info in self._metadata.storage_data.items():
+            name, *place = (getattr(info, a, None) for a in ("relative_path", "offset", "length"))
+            if not is_plain_name(name) or name == _INDEX:
+                raise self.source.error(
+                    f"names a file {show(name)} in {_INDEX}, which is none of its own",
+                    "take the checkpoint from its source again",
+                )
+            if not all(type(number) is int and number >= 0 for number in place):
+                where = f"{show(index.fqn)} is at {show(place)} of {name}"
+                raise _damaged(self.source, self.folder / _INDEX, ValueError(where))
+            if index.fqn in self.tensors or index.fqn == _COMMON_OBJECT:
+                needed[name] = max(sum(place), needed.get(name, 0))
+        for name, end in needed.items():
+            path = self.folder / name
+            size = path.stat().st_size if path.is_file() else None
+            if size is None or size < end:
+                found = "it is not there" if size is None else f"it has {size}"
+                raise self.source.error(
+                    f"is incomplete: {path} must have {end} bytes, {found}",
+                    "copy the checkpoint again or name another iteration",
+                )
+
+    @functools.cached_property
+    def common(self) -> dict[str, Any]:
+        """What Megatron stores once for all ranks: ``args``, ``iteration``, and so on.
+
+        Raises:
+            RecipeError: it cannot be read.
+        """
+        import megatron.core  # noqa: F401  registers the classes that torch.load may restore
+
+        path = self.folder / "common.pt"
+        try:
+            if path.is_file():
+                return torch.load(path, map_location="cpu", weights_only=True)
+            if not isinstance(
+                self._metadata.state_dict_metadata.get(_COMMON_OBJECT), BytesStorageMetadata
+            ):
+                return {}
+            index = MetadataIndex(_COMMON_OBJECT)
+            zero = torch.Size((0,))
+            item = ReadItem(LoadItemType.BYTE_IO, index, zero, index, zero, zero)
+            placer = _Placer([])
+            self._read_items([item], placer)
+            return torch.load(placer.objects[_COMMON_OBJECT], weights_only=True)[0]
+        except RecipeError:
+            raise
+        except pickle.UnpicklingError as error:
+            refused = re.search(r"global:? (?:GLOBAL )?([\w.]+)", str(error), re.IGNORECASE)
+            raise self.source.error(
+                "holds objects that this Megatron does not know as data: "
+                f"{refused[1] if refused else _first_line(error)}",
+                "load it with the Megatron version that saved it",
+            ) from error
+        except _DAMAGED as error:
+            raise _damaged(self.source, path, error) from error
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """Which file of a checkpoint's folder holds which part of which tensor.
+
+    Raises:
+        OSError, pickle.UnpicklingError: it cannot be read.
+    """
+    return _Reader(str(folder)).read_metadata()
+
+
+def is_training_state(name: str) -> bool:
+    """Whether a stored name is one of the optimizer's, say, and none of the model's."""
+    return bool(_TRAINING_STATE.match(name))
+
+
+def stored_shapes(folder: Path, part: str = "") -> dict[str, tuple[int, ...]]:
+    """Shapes of the model's tensors in a checkpoint's folder with ``part`` in their names.
+
+    Raises:
+        OSError, pickle.UnpicklingError: it cannot be read.
+    """
+    return {
+        name: tuple(value.size)
+        for name, value in read_metadata(folder).state_dict_metadata.items()
+        if part in name and not is_training_state(name) and isinstance(value, TensorStorageMetadata)
+    }
+
+
+def iteration_folder(source: CheckpointSource) -> Path:
+    """The directory of the iteration that a ``--save`` directory points to, or itself."""
+    root = source.path
+    if (root / _INDEX).is_file() or (root / "metadata.json").is_file():
+        return root
+    tracker = root / "latest_checkpointed_iteration.txt"
+    if not tracker.is_file():
+        found = sorted(path.name for path in root.glob("iter_*") if path.is_dir())
+        remedy = (
+            f"name one of its iterations, such as {root / found[-1]}"
+            if found
+            else "name a directory given to Megatron's --save, or an iter_* directory in it"
+        )
+        raise source.error("has no latest_checkpointed_iteration.txt", remedy)
+    text = tracker.read_bytes()[:80].decode(errors="replace").strip()
+    if text != "release" and not re.fullmatch("[0-9]{1,12}", text):
+        raise source.error(
+            f"has an unreadable {tracker.name}: {text[:40]!r}", "name the iter_* directory itself"
+        )
+    folder = root / ("release" if text == "release" else f"iter_{int(text):07d}")
+    if not folder.is_dir():
+        raise source.error(
+            f"points to {folder.name}, which is not there", "name an existing iter_* directory"
+        )
+    return folder
+
+
+def _check_format(source: CheckpointSource, folder: Path) -> None:
+    if any(folder.glob("mp_rank_*")):
+        raise source.error(
+            f"is a checkpoint in Megatron's old torch format ({folder.name}/mp_rank_*)",
+            "convert it with Megatron's --ckpt-convert-format torch_dist",
+        )
+    config = folder / "metadata.json"
+    try:
+        backend = json.loads(config.read_text())["sharded_backend"]
+    except FileNotFoundError:
+        raise source.error(
+            f"is no torch_dist checkpoint: {config} is not there",
+            "save it with --ckpt-format torch_dist",
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(source, config, error) from error
+    if backend != "torch_dist":
+        raise source.error(
+            f"is a checkpoint in format {backend!r}", "save it with --ckpt-format torch_dist"
+        )
+    if not (folder / _INDEX).is_file():
+        raise source.error(
+            f"is incomplete: {folder / _INDEX} is not there",
+            "copy the checkpoint again or name another iteration",
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:200]
+
+
+def _damaged(source: CheckpointSource, path: Path, error: Exception) -> RecipeError:
+    return source.error(
+        f"cannot be read at {path}: {_first_line(error)}",
+        "copy the checkpoint again or name another iteration",
+    )
+
+
+def rewritten_copy(
+    checkpoint: TorchDistCheckpoint,
+    folder: Path,
+    changes: Mapping[str, Mapping[tuple[int, ...], Callable[[], torch.Tensor]]],
+    progress: Callable[[Iterable[Any], int], Iterable[Any]],
+) -> None:
+    """A copy of a checkpoint without its training state and with some slices replaced.
+
+    What is stored stays as it is laid out; parts of tensors are read, changed and written one at a
+    time.
+
+    Args:
+        checkpoint: the original.
+        folder: where the copy goes; must not exist.
+        changes: by tensor and index on its leading axes, what gives the new values.
+        progress: wraps the stored parts to show how far it is.
+
+    Raises:
+        RecipeError: parts that are stored transformed, or cannot be read, or a symbolic link: what
+            it points to may be no part of the checkpoint.
+    """
+    metadata = copy.copy(checkpoint._metadata)
+    parts = [
+        (index, info)
+        for index, info in metadata.storage_data.items()
+        if index.fqn == _COMMON_OBJECT or not _TRAINING_STATE.match(index.fqn)
+    ]
+    parts.sort(key=lambda part: (part[1].relative_path, part[1].offset))
+    parted = {info.relative_path for _, info in parts}
+    others = [
+        path
+        for path in checkpoint.folder.iterdir()
+        if path.name not in parted and path.name != _INDEX and path.suffix != ".distcp"
+    ]
+    _refuse_links(checkpoint, [checkpoint.folder / name for name in parted] + others)
+    folder.mkdir(parents=True)
+    storage: dict[MetadataIndex, Any] = {}
+    for index, info in progress(parts, len(parts)):
+        if getattr(info, "transform_descriptors", None):
+            raise checkpoint.source.error(
+                "stores its tensors transformed (compressed, say)", "save it without"
+            )
+        blob = _stored_bytes(checkpoint, info)
+        if index.fqn in changes:
+            blob = _with_changes(checkpoint, index, blob, changes[index.fqn])
+        with (folder / info.relative_path).open("ab") as out:
+            storage[index] = dataclasses.replace(info, offset=out.tell(), length=len(blob))
+            out.write(blob)
+    kept = {index.fqn for index in storage}
+    metadata.storage_data = storage
+    metadata.state_dict_metadata = {
+        name: value for name, value in metadata.state_dict_metadata.items() if name in kept
+    }
+    metadata.planner_data = _only(metadata.planner_data, kept)
+    (folder / _INDEX).write_bytes(pickle.dumps(metadata))
+    for path in others:
+        (shutil.copytree if path.is_dir() else shutil.copyfile)(path, folder / path.name)
+
+
+def _refuse_links(checkpoint: TorchDistCheckpoint, paths: Iterable[Path]) -> None:
+    for path in paths:
+        inside = sorted(path.rglob("*")) if path.is_dir() and not path.is_symlink() else []
+        for entry in (path, *inside):
+            if entry.is_symlink():
+                raise checkpoint.source.error(
+                    f"holds {entry}, a symbolic link, which is not followed",
+                    "copy the checkpoint with the files themselves (cp -rL)",
+                )
+
+
+def _stored_bytes(checkpoint: TorchDistCheckpoint, info: Any) -> bytes:
+    path = checkpoint.folder / info.relative_path
+    try:
+        with path.open("rb") as file:
+            file.seek(info.offset)
+            return file.read(info.length)
+    except OSError as error:
+        raise _damaged(checkpoint.source, path, error) from error
+
+
+def _only(planner_data: Any, names: set[str]) -> Any:
+    """A plan's paths for the names that are left."""
+    if not isinstance(planner_data, dict):
+        return planner_data
+    return {name: value for name, value in planner_data.items() if name in names}
+
+
+def _with_changes(
+    checkpoint: TorchDistCheckpoint,
+    index: MetadataIndex,
+    blob: bytes,
+    changes: Mapping[tuple[int, ...], Callable[[], torch.Tensor]],
+) -> bytes:
+    """A stored part of a tensor, with the slices that lie in it replaced."""
+    try:
+        part = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
+    except (*_DAMAGED, pickle.UnpicklingError) as error:
+        raise _damaged(checkpoint.source, checkpoint.folder, error) from error
+    begin = tuple(index.offset)
+    touched = False
+    for place, new in changes.items():
+        inside = tuple(i - b for i, b in zip(place, begin, strict=False))
+        if not all(0 <= i < size for i, size in zip(inside, part.shape, strict=False)):
+            continue
+        rest = zip(begin[len(place) :], part.shape[len(place) :], strict=True)
+        part[inside] = new()[tuple(slice(b, b + size) for b, size in rest)]
+        touched = True
+    if not touched:
+        return blob
+    stream = io.BytesIO()
+    torch.save(part, stream)
+    return stream.getvalue()

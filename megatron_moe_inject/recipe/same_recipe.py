@@ -1,0 +1,163 @@
+"""All ranks of a job do the same: checked once, before anything is built.
+
+A stale file on one node, a variable in a recipe that differs by rank (``${oc.env:RANK}``), another
+profile: each rank would train something else, and nothing would say so. So every rank describes
+what it is going to do, its recipe with experts and overrides resolved, what it found in profiles
+and teachers' folders, its data's domains and its flags, and all descriptions must be equal.
+Mistakes that only some ranks find end all of them here as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from megatron_moe_inject.host.errors import (
+    RecipeError,
+    child,
+    show,
+)
+from megatron_moe_inject.host.meeting import Meeting
+from megatron_moe_inject.host.text import (
+    ranges,
+)
+from megatron_moe_inject.recipe.flags import name_error
+from megatron_moe_inject.recipe.schema import Recipe
+
+_READ = ("inject_recipe", "inject_set")
+"""Flags whose content is in the recipe; the paths may differ."""
+_WRITTEN = ("inject_profile", "inject_evaluate")
+"""Flags that name what the first rank writes; whether they are given must be the same."""
+_NOTHING = "nothing"
+
+
+def description(recipe: Recipe, args: Namespace, made: Any) -> dict[str, str]:
+    """What a rank is going to do: a value in JSON for each key of the recipe and each flag.
+
+    Args:
+        recipe: resolved as far as this run resolves it.
+        args: Megatron's arguments.
+        made: the run's ``Injection`` or what stands in its place.
+    """
+    found = dict(_leaves("", dataclasses.asdict(recipe)))
+    for name, value in sorted(vars(args).items()):
+        if name.startswith("inject_") and name not in _READ:
+            given = value is not None if name in _WRITTEN else value
+            found["--" + name.replace("_", "-")] = _short(given)
+    for name, info in getattr(made, "teacher_infos", {}).items():
+        for field, value in dataclasses.asdict(info).items():
+            found[f"teachers.{name}.source ({field})"] = _short(value)
+    for split, labels in made.splits.by_split.items():
+        found[f"--data-path (domains of {split})"] = _short(labels)
+    return found
+
+
+def _leaves(path: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Every value that is no mapping and no list of mappings, with its key."""
+    if isinstance(value, Mapping) and value:
+        for key, entry in value.items():
+            yield from _leaves(child(path, str(key)), entry)
+    elif isinstance(value, list) and any(isinstance(entry, Mapping) for entry in value):
+        for i, entry in enumerate(value):
+            yield from _leaves(f"{path}[{i}]", entry)
+    else:
+        yield path, _short(value)
+
+
+def _short(value: Any) -> str:
+    """The value in JSON, its hash where that is long."""
+    text = json.dumps(value, default=repr)
+    return text if len(text) <= 1000 else f"sha256 {hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def begin_alike[Made](
+    meeting: Meeting, args: Namespace, make: Callable[[], tuple[Recipe, Made]]
+) -> Made:
+    """What ``make`` gives, if all ranks can make it and are going to do the same.
+
+    Args:
+        meeting: all ranks.
+        args: Megatron's arguments.
+        make: gives the recipe, as far resolved as it gets, and the run's state.
+
+    Traffic: that of ``Meeting.decide``, some kilobytes from each rank.
+
+    Raises:
+        RecipeError: on every rank the same: the first failing rank's mistake, or the first key in
+            which ranks differ, with both values and the ranks.
+    """
+    made, own = None, {}
+    try:
+        recipe, made = make()
+        own["does"] = description(recipe, args, made)
+    except RecipeError as error:
+        named = name_error(error, args)
+        own |= {"error": str(named), "key": named.key}
+    try:
+        wrong = meeting.decide(own, lambda said: judge(said, meeting.size))
+    except RuntimeError:  # the others have gone
+        if "error" not in own:
+            raise
+        wrong = own
+    if wrong is not None:
+        raise RecipeError(wrong["error"], wrong["key"])
+    return made
+
+
+def judge(said: Mapping[int, Mapping[str, Any]], size: int) -> dict[str, Any] | None:
+    """What is wrong with what the ranks said, None where nothing is.
+
+    Args:
+        said: by rank, either ``does`` (``description``) or ``error`` and ``key``.
+        size: how many ranks there are.
+    """
+    failed = sorted(rank for rank, own in said.items() if "error" in own)
+    if failed:
+        first = said[failed[0]]
+        where = "" if len(failed) == size else f" (found on {_ranks(failed)} of {size})"
+        return {"error": first["error"] + where, "key": first["key"]}
+    silent = sorted(set(range(size)) - set(said))
+    if silent:
+        return _problem(
+            f"{_ranks(silent)} of {size} did not begin an injection in time; every rank needs the "
+            "same --inject-* flags"
+        )
+    texts = {rank: json.dumps(own["does"]) for rank, own in said.items()}
+    usual = Counter(texts[rank] for rank in sorted(texts)).most_common(1)[0][0]
+    other = next((rank for rank in sorted(texts) if texts[rank] != usual), None)
+    if other is None:
+        return None
+    expected, found = json.loads(usual), said[other]["does"]
+    key = next(
+        key for key in (*expected, *found) if expected.get(key, None) != found.get(key, None)
+    )
+    value = found.get(key, _NOTHING)
+    alike = [rank for rank in sorted(said) if said[rank]["does"].get(key, _NOTHING) == value]
+    rest = sorted(set(said) - set(alike))
+    return _problem(
+        f"{key}: {show_json(value)} on {_ranks(alike)}, but "
+        f"{show_json(expected.get(key, _NOTHING))} on {_ranks(rest)}; every rank needs the same "
+        "recipe, profiles and flags: no stale file on a node, and no variable that differs by rank",
+        key,
+    )
+
+
+def show_json(text: str) -> str:
+    """A value of a description as errors show values."""
+    try:
+        return show(json.loads(text))
+    except json.JSONDecodeError:  # a hash, or nothing
+        return text
+
+
+def _problem(error: str, key: str | None = None) -> dict[str, Any]:
+    return {"error": error, "key": key}
+
+
+def _ranks(ids: list[int]) -> str:
+    return f"{'rank' if len(ids) == 1 else 'ranks'} {ranges(ids)}"

@@ -1,0 +1,284 @@
+"""The recipe: what is distilled from whom into which experts, and what else trains.
+
+A recipe is a small YAML file (or the plain ``--inject-*`` flags) that becomes one ``Recipe``.
+Everything that can be known without the student is checked when it is loaded; what depends on
+the student (layers, experts, datasets) is checked by ``student.check_recipe``. Each mistake is
+one ``RecipeError`` that names the key, the value and what would be right, because a recipe is
+read on every rank of a large job and a stack of frames per rank helps nobody.
+
+Layers are 0-based global decoder layers, as in checkpoint names ``decoder.layers.N``; expert
+ids are global. Domain ``i`` of ``domains`` has label ``i``; ``GENERAL`` labels everything else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+from megatron_moe_inject.recipe.committee import in_words, weights_of
+from megatron_moe_inject.recipe.expert_choice import ExpertChoice
+from megatron_moe_inject.recipe.retention import Retention
+from megatron_moe_inject.recipe.schedule import Schedule, Weight, ever_positive
+from megatron_moe_inject.recipe.steering import Steering
+
+
+@dataclass
+class Domain:
+    """One body of text with its teacher and its experts.
+
+    Attributes:
+        name: appears in logs as ``kd loss/<name>``; letters, digits, ``_`` and ``-``.
+        data: entries of the student's data blend, each a 0-based position in the training
+            blend or a path prefix exactly as written there.
+        teacher: key of ``Recipe.teachers``, or several with weights, whose distributions are mixed;
+            None = no distillation here, cross-entropy only.
+        committee: how several teachers are weighed: ``fixed``, or at each token also by their
+            probability of the ``label`` or of their ``top`` token.
+        experts: the experts that this domain's knowledge goes to; YAML also takes their compact
+            form, quoted: ``experts: "12:3,40;13:1"``.
+        alpha, beta, temperature: override the objective's for this domain.
+    """
+
+    name: str = field(metadata={"remedy": "give the domain a name, such as name: code"})
+    data: list[int | str] = field(
+        metadata={"remedy": "name the blend entries of this domain, such as data: [1]"}
+    )
+    teacher: str | dict[str, float] | None = None
+    experts: ExpertChoice = field(default_factory=ExpertChoice)
+    alpha: float | Schedule | None = None
+    beta: float | Schedule | None = None
+    temperature: float | None = None
+    committee: str = "fixed"
+
+    @property
+    def teacher_weights(self) -> dict[str, float]:
+        """Weight of each of its teachers, summing to 1; empty without a teacher."""
+        return weights_of(self.teacher)
+
+    @property
+    def taught_by(self) -> str | None:
+        """Its teacher or teachers in words."""
+        return in_words(self)
+
+
+@dataclass
+class TeacherSpec:
+    """Where a teacher comes from and how it runs.
+
+    Attributes:
+        source: ``megatron:/dir`` (a ``torch_dist`` checkpoint) or ``hf:/dir`` (a local folder).
+        temperature: overrides ``objective.temperature`` for this teacher.
+        dtype: ``params`` (the student's parameter type), ``fp32`` or ``bf16``.
+        window: micro-batches whose teacher states are kept at once; 0 = the whole step.
+        layers: student layer -> teacher layer that it imitates, for ``objective.features``, both
+            0-based decoder layers; empty = the layers with experts that its domains chose (all
+            layers where none are chosen), each with the teacher's layer at the same relative depth.
+        fp8: ``none``, or how a ``megatron`` teacher's layers run in FP8, ``tensorwise`` or
+            ``blockwise``, with scales from the values at hand, apart from the student's.
+        prefix: what it reads in front of each text: ``auto``, what its own tokenizer puts there,
+            ``none``, ``bos``, or ids.
+    """
+
+    source: str = field(metadata={"remedy": "write source: megatron:/dir or source: hf:/dir"})
+    temperature: float | None = None
+    dtype: str = "params"
+    window: int = 0
+    layers: dict[int, int] = field(default_factory=dict)
+    fp8: str = "none"
+    prefix: str | list[int] = "auto"
+
+    @property
+    def kind(self) -> str:
+        """``megatron`` or ``hf``."""
+        return self.source.partition(":")[0]
+
+    @property
+    def path(self) -> str:
+        """The directory behind ``kind:``."""
+        return self.source.partition(":")[2]
+
+
+@dataclass
+class Features:
+    """Imitation of a teacher's layers on domain tokens, beside its predictions.
+
+    Where the widths differ, a trainable linear projection leads to the teacher's.
+
+    Attributes:
+        hidden: weight of the student's hidden states after the layers of ``TeacherSpec.layers``.
+        experts: weight of the combined output of the domain's chosen experts in those layers, on
+            the tokens that reach one of them.
+        loss: one of ``FEATURE_LOSSES``; a term is its mean over the layers.
+    """
+
+    hidden: float | Schedule = 0.0
+    experts: float | Schedule = 0.0
+    loss: str = "normalized"
+
+    def in_use(self) -> list[str]:
+        """Names of the terms whose weight is ever above 0."""
+        return [name for name in ("hidden", "experts") if ever_positive(getattr(self, name))]
+
+
+@dataclass
+class Objective:
+    """L = alpha * T^2 * D(teacher || student) + beta * CE + gamma * R(original).
+
+    A weight is a number or a schedule, ``{points: {0: 0.0, 500: 0.7}, shape: cosine}``.
+
+    Attributes:
+        divergence: one of ``DIVERGENCES``.
+        temperature: softens both distributions; the loss is scaled by its square.
+        alpha: weight of the distillation term on domain tokens that have a teacher.
+        beta: weight of cross-entropy on all tokens.
+        general_beta: weight of cross-entropy on general tokens; None = beta.
+        gamma: weight of KL(original || student) on general tokens, with the model as it was when
+            the injection began (where it is kept: ``Retention.originals``).
+        ce_share: shortcut for the form c * CE + (1 - c) * T^2 * KL in place of alpha and beta.
+        confidence: weighs each token's distillation by the teacher's confidence there, one of
+            ``CONFIDENCES``: its probability of the label, or 1 - entropy / log(vocabulary).
+        skip_worse: no distillation on tokens whose label the teacher predicts worse than the
+            student does.
+        jsd_beta, skew: the teacher's weight in the mixture of ``jsd`` and of ``skew_kl``.
+        features: imitation of the teacher's layers, see ``Features``.
+        retention: cheaper ways to hold what trains to its start, see ``Retention``.
+        masked_sum: the script's loss is the sum of the token losses times the loss mask, times one
+            number, as Megatron's. A trained output layer then costs no second pass over its logits,
+            but a float32 buffer of its size from a micro-batch's forward to its backward pass.
+        kernels: what goes through the logits between the matrix products, one of
+            ``recipe_rules.KERNELS``: Triton kernels where there are a GPU and Triton, or torch
+            operations everywhere.
+    """
+
+    divergence: str = "forward_kl"
+    temperature: float = 1.0
+    alpha: float | Schedule = 1.0
+    beta: float | Schedule = 0.0
+    general_beta: float | Schedule | None = None
+    gamma: float | Schedule = 0.0
+    ce_share: float | None = None
+    confidence: str = "none"
+    skip_worse: bool = False
+    jsd_beta: float = 0.5
+    skew: float = 0.1
+    features: Features = field(default_factory=Features)
+    retention: Retention = field(default_factory=Retention)
+    masked_sum: bool = True
+    kernels: str = "auto"
+
+    def weights(self) -> tuple[Weight, Weight]:
+        """alpha and beta, also where ``ce_share`` says them."""
+        if self.ce_share is None:
+            return self.alpha, self.beta
+        return 1 - self.ce_share, self.ce_share
+
+
+@dataclass
+class Train:
+    """What trains; everything else stays bitwise as it was.
+
+    Attributes:
+        experts: ``selected`` (those of the domains), ``all`` or ``none``.
+        router_rows: of each router, the rows of the experts that the domains chose.
+        mlp: the MLPs of dense layers. The other names are the model's components.
+        layers: 0-based decoder layers that train whole.
+        patterns: parameters by name, with shell wildcards, as in
+            ``decoder.layers.3.self_attention.*`` or ``*.experts.17.*``. Layers and experts have
+            their global numbers; a name is that of ``named_parameters()`` with ``experts.17`` for
+            ``experts.local_experts.1`` of the rank that holds expert 17.
+        frozen_experts: how experts that do not train are kept: as ``params``, or in ``fp8`` alone,
+            one byte a parameter.
+        fp8_source: with ``fp8``, where the student was published in FP8 by blocks of 128 x 128,
+            ``hf:/dir``; its codes are then taken as they are. None = encoded from what is loaded.
+    """
+
+    experts: str = "selected"
+    router: bool = False
+    router_rows: bool = False
+    shared_experts: bool = False
+    attention: bool = False
+    norms: bool = False
+    mlp: bool = False
+    embedding: bool = False
+    output_layer: bool = False
+    layers: list[int] = field(default_factory=list)
+    patterns: list[str] = field(default_factory=list)
+    frozen_experts: str = "params"
+    fp8_source: str | None = None
+
+    def components(self) -> list[str]:
+        """Names of the components besides the experts that train."""
+        return [name for name, value in asdict(self).items() if value is True]
+
+
+@dataclass
+class EvaluationSpec:
+    """Measurement of gain and forgetting while training, on the same held-out text each time, and
+    the run's list for ``moe-inject report``.
+
+    Attributes:
+        file: where the measurements go, one JSON line each; None =
+            ``<save>/inject_evaluation.jsonl``.
+        gate: stop before the first step when a teacher predicts the held-out text of one of its
+            domains no better than the student does.
+    """
+
+    file: str | None = None
+    gate: bool = True
+
+
+@dataclass
+class Recipe:
+    """The whole recipe. Build one with ``load_recipe``, ``recipe_from_flags`` or directly.
+
+    Attributes:
+        general_data: blend entries that belong to no domain. The rest of a blend is general
+            without being named; naming helps only where a validation or test blend of its own
+            cannot be matched to the training blend.
+        mixing: share of the training blend by domain name and ``general``, a number or a schedule;
+            what is not named shares the rest. Built into a blend without weights, checked in one
+            with weights; by a schedule's mean, whose order of samples is then our own.
+        verify_frozen: compare checksums of frozen parameters before and after training.
+        evaluation: None = Megatron's own evaluation and nothing else.
+    """
+
+    domains: list[Domain] = field(
+        metadata={"remedy": "a recipe needs at least one domain with a name and data"}
+    )
+    teachers: dict[str, TeacherSpec] = field(default_factory=dict)
+    objective: Objective = field(default_factory=Objective)
+    train: Train = field(default_factory=Train)
+    steering: Steering = field(default_factory=Steering)
+    mixing: dict[str, float | Schedule] = field(default_factory=dict)
+    general_data: list[int | str] = field(default_factory=list)
+    verify_frozen: bool = False
+    evaluation: EvaluationSpec | None = None
+    version: int = 1
+
+    def temperature(self, domain: Domain) -> float:
+        """Its own temperature, else its teachers', which is one, else the objective's."""
+        teachers = [self.teachers[name].temperature for name in domain.teacher_weights]
+        return next(t for t in (domain.temperature, *teachers, self.objective.temperature) if t)
+
+    def alpha(self, domain: Domain) -> Weight:
+        """Weight of distillation in a domain; 0 without a teacher."""
+        if domain.teacher is None:
+            return 0.0
+        return self.objective.weights()[0] if domain.alpha is None else domain.alpha
+
+    def beta(self, domain: Domain) -> Weight:
+        """Weight of cross-entropy in a domain."""
+        return self.objective.weights()[1] if domain.beta is None else domain.beta
+
+    def general_beta(self) -> Weight:
+        """Cross-entropy weight on general tokens."""
+        own = self.objective.general_beta
+        return self.objective.weights()[1] if own is None else own
+
+    def experts_by_layer(self) -> dict[int, list[int]]:
+        """Union of all domains' chosen experts: layer -> sorted global ids, layers sorted."""
+        union: dict[int, set[int]] = {}
+        for domain in self.domains:
+            assert domain.experts.profile is None, "resolve_experts comes first"
+            for layer, ids in domain.experts.layers.items():
+                union.setdefault(layer, set()).update(ids)
+        return {layer: sorted(union[layer]) for layer in sorted(union)}

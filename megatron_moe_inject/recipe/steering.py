@@ -1,0 +1,69 @@
+"""The part of a recipe that steers tokens to experts, and its rules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from megatron_moe_inject.recipe.schedule import Schedule, ever_positive
+
+if TYPE_CHECKING:
+    pass
+
+STOCK_BALANCES = ("general", "all")
+STEERING_CONFIDENCES = ("none", "label", "top")
+
+
+@dataclass
+class Steering:
+    """The router-bias auxiliary loss: domain tokens to their domain's experts, gently.
+
+    A weight is a number or a schedule, as in ``Objective``. Each loss is a mean over the tokens it
+    concerns, in every layer.
+
+    Attributes:
+        coeff: weight of relu(log target_mass - log mass) on domain tokens, where mass is a router's
+            probability on the experts that the domain chose in that layer.
+        target_mass: where steering stops.
+        layers: decoder layers to steer in; empty = all in which a domain chose experts.
+        confidence: weighs each domain token by its teacher's confidence there, one of
+            ``STEERING_CONFIDENCES``: by its probability of the label, or of its most likely token.
+            A teacher that runs the whole step ahead (``window: 0``) weighs each token, on every
+            stage; another weighs all tokens of a domain alike, by its mean confidence in those of
+            earlier steps (``teachers.confidence.RunningConfidence``).
+        balance: weight of the balance of domain tokens within their targets, while coeff is used.
+        stock_balance: ``general``: Megatron's balance losses see general tokens only while tokens
+            are steered; ``all``: they see all, as ever.
+        bias_counts: weight of a domain token in the counts that move a router's expert bias, with
+            ``stock_balance: general``.
+        retention: weight of KL(original router || router) on general tokens, in all layers with
+            routers that train; the original router sees the same states.
+        report: log where tokens go also in a run that steers nothing.
+        detail_every: steps between entries by layer in TensorBoard and W&B; 0 = none.
+    """
+
+    coeff: float | Schedule = 0.0
+    target_mass: float = 0.5
+    layers: list[int] = field(default_factory=list)
+    confidence: str = "none"
+    balance: float | Schedule = 0.01
+    stock_balance: str = "general"
+    bias_counts: float = 0.0
+    retention: float | Schedule = 0.0
+    report: bool = False
+    detail_every: int = 100
+
+    @property
+    def steers(self) -> bool:
+        """Whether tokens are ever steered."""
+        return ever_positive(self.coeff)
+
+    @property
+    def retains(self) -> bool:
+        """Whether routers are ever held to the original ones."""
+        return ever_positive(self.retention)
+
+    @property
+    def watches(self) -> bool:
+        """Whether the log shows where tokens go."""
+        return self.steers or self.retains or self.report

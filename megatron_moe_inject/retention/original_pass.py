@@ -1,0 +1,182 @@
+"""The original model's forward pass of a step, for retention on general samples.
+
+Megatron's own pipeline schedule runs forward only, with the original parameters swapped in, over
+the step's general samples alone: they are packed into as few micro-batches as they fill, and these
+are no larger than they need. The last stage keeps the hidden states before the head and forms no
+logits. So retention costs the general share of one forward pass.
+
+Shapes: n micro-batches of the step, b samples each, s sequence (this context-parallel rank's part,
+divided by the tensor-parallel size under sequence parallelism while it is kept), h hidden.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_moe_inject.data.labels import MicroBatch, samples_of
+from megatron_moe_inject.host.labels import (
+    GENERAL,
+)
+from megatron_moe_inject.host.rng import untouched_rng
+from megatron_moe_inject.loss_hook import LossHook
+from megatron_moe_inject.retention.originals import OriginalParameters
+
+
+class OriginalPass:
+    """Runs the original model over the general samples of each step.
+
+    Args:
+        originals: the original parameters of this rank.
+        loss_hook: keeps the hidden states on the last stage, ``None`` on other stages.
+        stages: pipeline size under interleaving, else 1.
+        group: micro-batches that an interleaved schedule runs through a chunk at a time
+            (``--microbatch-group-size-per-virtual-pipeline-stage``), else 1.
+        host_group: all ranks, over gloo, to agree on the number of micro-batches; None = one rank.
+        whole: micro-batches keep their size, because ranks that read no data (tensor parallelism)
+            expect it.
+        same: keys whose values are the same for all samples, so that they need not be picked: a
+            mask has s times the size of its tokens.
+    """
+
+    def __init__(
+        self,
+        originals: OriginalParameters,
+        loss_hook: LossHook | None,
+        *,
+        stages: int,
+        group: int,
+        host_group: dist.ProcessGroup | None,
+        whole: bool = True,
+        same: Collection[str] = (),
+    ) -> None:
+        self.originals = originals
+        self._whole = whole
+        self._same = frozenset(same)
+        self._loss_hook = loss_hook
+        self._stages = stages
+        self._group = group
+        self._host_group = host_group
+
+    def run(
+        self,
+        forward_backward: Callable,
+        labels: torch.Tensor,
+        batches: Sequence[list[MicroBatch] | None],
+        *,
+        forward_step_func: Callable,
+        model: Any,
+        **arguments: Any,
+    ) -> None:
+        """One forward-only pass; nothing runs where no rank has a general sample. Random numbers
+        that it draws are not missing in training.
+
+        Args:
+            forward_backward: Megatron's schedule.
+            labels: ``[n, b]`` domain indices, on the host.
+            batches: by model chunk, the step's micro-batches, ``None`` on ranks without data.
+            forward_step_func, model, arguments: as the schedule gets them.
+
+        Collectives: one all-reduce (maximum) of one number over the whole world, since experts are
+        shared by data-parallel ranks and each needs as many micro-batches as the fullest; then
+        those of the schedule.
+        """
+        general = labels == GENERAL
+        count, size = self._agree(int(general.sum())), labels.shape[1]
+        if count == 0:
+            return
+        rounds = allowed_rounds(-(-count // size), self._stages, self._group)
+        if not self._whole:
+            size = -(-count // rounds)
+        packed = [_packed(chunk, general, rounds, size, self._same) for chunk in batches]
+        replay = [None if chunk is None else iter(chunk) for chunk in packed]
+        chunks = model if isinstance(model, list) else [model]
+        kept = contextlib.nullcontext()
+        if self._loss_hook is not None:
+            kept = self._loss_hook.keeping_original_states()
+        device = next(chunks[0].parameters()).device
+        alone = untouched_rng(device)
+        with torch.no_grad(), alone, _evaluating(chunks), self.originals.running(), kept:
+            forward_backward(
+                forward_step_func=_without_loss(forward_step_func),
+                data_iterator=replay if len(replay) > 1 else replay[0],
+                model=model,
+                num_microbatches=rounds,
+                micro_batch_size=size,
+                **arguments | {"forward_only": True},
+            )
+
+    def _agree(self, count: int) -> int:
+        if self._host_group is None:
+            return count
+        largest = torch.tensor([count])
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._host_group)
+        return int(largest)
+
+
+def allowed_rounds(least: int, stages: int, group: int) -> int:
+    """The smallest number of micro-batches, from ``least`` on, that Megatron's schedules take.
+
+    An interleaved one wants at least one whole group, and of the last group nothing or at least as
+    many as there are stages. So the number is no larger than that of the step's micro-batches.
+    """
+    rounds = max(least, group)
+    return rounds + max(0, stages - rounds % group) if rounds % group else rounds
+
+
+def _packed(
+    batches: list[MicroBatch] | None,
+    general: torch.Tensor,
+    rounds: int,
+    size: int,
+    same: Collection[str] = (),
+) -> list[MicroBatch] | None:
+    """The general samples as ``rounds`` micro-batches of ``size``, filled up with samples that do
+    not count."""
+    if batches is None:
+        return None
+    chosen = general.nonzero().tolist()
+    chosen += [[0, 0]] * (rounds * size - len(chosen))
+    parts = [chosen[start : start + size] for start in range(0, len(chosen), size)]
+    packed: list[MicroBatch] = [{} for _ in parts]
+    for key, value in batches[0].items():
+        values = [batch[key] for batch in batches]
+        for micro_batch, places in zip(packed, parts, strict=True):
+            if not isinstance(value, torch.Tensor):
+                micro_batch[key] = value
+            elif key in same:
+                micro_batch[key] = value[:size]
+            else:
+                micro_batch[key] = samples_of(values, places)
+    return packed
+
+
+def _without_loss(forward_step: Callable) -> Callable:
+    """The script's ``forward_step`` with a loss function that reports nothing."""
+
+    def loss_func(output: torch.Tensor, **_: Any):
+        tokens = torch.ones((), dtype=torch.int, device=output.device)
+        return output.new_zeros(()), tokens, {}
+
+    def wrapped(*args, **kwargs):
+        output, _ = forward_step(*args, **kwargs)
+        return output, loss_func
+
+    return wrapped
+
+
+@contextlib.contextmanager
+def _evaluating(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Chunks in eval mode: no expert-bias counts, no dropout, no auxiliary losses."""
+    training = [chunk.training for chunk in chunks]
+    try:
+        for chunk in chunks:
+            chunk.eval()
+        yield
+    finally:
+        for chunk, mode in zip(chunks, training, strict=True):
+            chunk.train(mode)

@@ -1,0 +1,350 @@
+"""Imitation of teacher layers at work in the student's model chunks, on any pipeline stage.
+
+Forward hooks find the student's states where they arise and attach the loss to them, so that its
+gradient joins the one that comes from above; no other stage is involved. A hidden state is what a
+decoder layer hands on. The output of chosen experts is found by sending the expert outputs through
+the token dispatcher a second time with the other experts' rows set to zero: its combine step is
+linear, and its gradient crosses the expert-parallel ranks the same way.
+
+Shapes: n micro-batches, b samples, l this rank's part of the sequence, h hidden, k samples of a
+term's domains, E_l local experts, m rows that local experts process.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.utils import make_viewless_tensor
+
+from megatron_moe_inject.host.attached_loss import (
+    add_reports,
+    attach_loss,
+    sum_and_count,
+)
+from megatron_moe_inject.host.clock import ChunkClock, Passages
+from megatron_moe_inject.host.indices import index as positions
+from megatron_moe_inject.host.model_parts import (
+    decoder_layers,
+)
+from megatron_moe_inject.losses.features import (
+    feature_loss,
+)
+from megatron_moe_inject.teachers.imitation.exchange import (
+    FeatureExchange,
+    LayerStates,
+    StepTargets,
+)
+from megatron_moe_inject.teachers.imitation.projections import Projections
+from megatron_moe_inject.teachers.imitation.terms import ImitationTerm
+
+REPORTED = {"hidden": "feature loss", "experts": "expert feature loss"}
+
+
+class _Place(Passages):
+    """A place in a chunk where losses are attached.
+
+    Args:
+        clock: the chunk's.
+        terms: what is imitated here.
+        projections: the chunk's.
+    """
+
+    def __init__(
+        self, clock: ChunkClock, terms: Sequence[ImitationTerm], projections: Projections
+    ) -> None:
+        super().__init__(clock)
+        self.terms = terms
+        self.projections = projections
+
+
+class ImitationHook:
+    """Computes and attaches the losses of one rank.
+
+    Args:
+        chunks: bare model chunks of this rank.
+        projections: those of each chunk.
+        terms: all terms; each is used where its layer is.
+        exchange: brings the teachers' states.
+        taught: indices of the domains that each teacher teaches.
+        weights_at: weight of each kind of term after that many optimiser steps.
+        loss: one of ``losses.features.FEATURE_LOSSES``.
+        domains: domain names by index.
+        by_domain: also report each domain.
+        groups: the student's ``ProcessGroupCollection``.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        projections: Sequence[Projections],
+        terms: Sequence[ImitationTerm],
+        exchange: FeatureExchange,
+        *,
+        taught: Mapping[str, Sequence[int]],
+        weights_at: Callable[[int], Mapping[str, float]],
+        loss: str,
+        domains: Sequence[str],
+        by_domain: bool,
+        groups: Any,
+    ) -> None:
+        self._config = chunks[0].config
+        self._device = next(chunks[0].parameters()).device
+        self._exchange = exchange
+        self._taught = taught
+        self._weights_at = weights_at
+        self._loss = loss
+        self._domains = domains
+        self._by_domain = by_domain
+        self._taught_domains = sorted({i for indices in taught.values() for i in indices})
+        self._kinds = sorted({term.kind for term in terms}, key=list(REPORTED).index)
+        self._model_parallel = groups.mp
+        self._counts_here = self._config.sequence_parallel or groups.tp.rank() == 0
+        self._active = False
+        self._clocks: list[ChunkClock] = []
+        self._places: list[_Place] = []
+        for chunk, own in zip(chunks, projections, strict=True):
+            clock = ChunkClock(chunk)
+            self._clocks.append(clock)
+            for layer in decoder_layers(chunk):
+                here = [term for term in terms if term.layer == layer.layer_number - 1]
+                self._watch(layer, here, clock, own)
+
+    def _watch(
+        self,
+        layer: torch.nn.Module,
+        terms: list[ImitationTerm],
+        clock: ChunkClock,
+        own: Projections,
+    ) -> None:
+        hidden = [term for term in terms if term.kind == "hidden"]
+        if hidden:
+            place = _Place(clock, hidden, own)
+            self._places.append(place)
+            layer.register_forward_hook(functools.partial(self._after_layer, place))
+        experts = [term for term in terms if term.kind == "experts"]
+        if experts:
+            place = _Place(clock, experts, own)
+            self._places.append(place)
+            _ExpertOutputs(layer.mlp, functools.partial(self._after_experts, place), self.is_active)
+
+    def is_active(self) -> bool:
+        """Whether a step with losses is under way."""
+        return self._active
+
+    def begin(
+        self,
+        passes: Mapping[str, Any],
+        batches: Sequence[Any] | None,
+        labels: torch.Tensor,
+        iteration: int,
+        sequence_length: int,
+    ) -> None:
+        """Start a step whose micro-batches have these labels, ``[n, b]`` on the host.
+
+        Collectives: those of ``FeatureExchange.run``.
+        """
+        counts = {
+            teacher: int(torch.isin(labels, torch.tensor(indices)).sum())
+            for teacher, indices in self._taught.items()
+        }
+        self._targets = self._exchange.run(
+            passes, batches, tuple(labels.shape), counts, sequence_length
+        )
+        self._labels = labels.tolist()
+        self._sums = torch.zeros(len(self._kinds), len(self._domains), 2, device=self._device)
+        for part in (*self._clocks, *self._places):
+            part.reset()
+        self._scales = self._step_scales(iteration, self._targets)
+        self._active = True
+
+    def _step_scales(self, iteration: int, targets: StepTargets | None) -> dict[str, torch.Tensor]:
+        """By kind, ``[n]``: what multiplies a micro-batch's sum over tokens, as in the main loss.
+
+        Megatron divides that by the tokens and the micro-batches, or with
+        ``calculate_per_token_loss`` at the end of the step by all tokens, and multiplies it by the
+        optimizer's loss scale.
+        """
+        if targets is None:
+            return {}
+        scale = torch.ones(1, device=self._device)
+        if self._config.grad_scale_func is not None and torch.is_grad_enabled():
+            scale = self._config.grad_scale_func(scale)
+        counts = torch.ones_like(targets.tokens)
+        if not self._config.calculate_per_token_loss:
+            counts = targets.tokens.clamp(min=1) * len(targets.tokens)
+        weights = self._weights_at(iteration)
+        return {kind: weights[kind] * scale.detach() / counts for kind in self._kinds}
+
+    def end(self, reports: Any) -> None:
+        """Finish the step and add what was measured to what the schedule returned.
+
+        Args:
+            reports: on the last stage, one dictionary per micro-batch of this step; others are
+                left alone.
+
+        Collectives: one all-reduce of a few numbers over the model-parallel group.
+        """
+        self._active = False
+        self._targets = None
+        if self._model_parallel.size() > 1:
+            dist.all_reduce(self._sums, group=self._model_parallel)
+        add_reports(reports, self._values())
+
+    def _values(self) -> dict[str, torch.Tensor]:
+        values = {}
+        for kind, sums in zip(self._kinds, self._sums, strict=True):
+            values[REPORTED[kind]] = sum_and_count(*sums.sum(0))
+            for index in self._taught_domains if self._by_domain else ():
+                values[f"{REPORTED[kind]}/{self._domains[index]}"] = sum_and_count(*sums[index])
+        return values
+
+    def _after_layer(self, place: _Place, layer: Any, args: Any, output: Any) -> Any:
+        """Forward hook of a decoder layer, whose output is ``([l, b, h], context)``."""
+        if not self._active:
+            return None
+        hidden, *rest = output if isinstance(output, tuple) else (output,)
+        micro_batch, first = place.passing()
+        losses = [
+            self._term_loss(place, term, hidden, micro_batch, first, None) for term in place.terms
+        ]
+        hidden = self._attach(hidden, losses)
+        return (hidden, *rest) if isinstance(output, tuple) else hidden
+
+    def _after_experts(
+        self, place: _Place, output: torch.Tensor, combined: Callable[[frozenset[int]], Any]
+    ) -> torch.Tensor:
+        """At the end of a MoE layer; ``combined`` gives the output ``[l, b, h]`` of experts."""
+        micro_batch, first = place.passing()
+        losses = []
+        for term in place.terms:
+            states = combined(term.experts)
+            reached = (states.detach() != 0).any(-1)
+            losses.append(self._term_loss(place, term, states, micro_batch, first, reached))
+        return self._attach(output, losses)
+
+    def _attach(self, states: torch.Tensor, losses: list[torch.Tensor]) -> torch.Tensor:
+        if not (torch.is_grad_enabled() and states.requires_grad):
+            return states
+        loss = torch.stack(losses).sum()
+        # The schedule frees what it has sent, and refuses to free views.
+        return make_viewless_tensor(
+            attach_loss(states, loss, torch.ones_like(loss)), requires_grad=True, keep_graph=True
+        )
+
+    def _term_loss(
+        self,
+        place: _Place,
+        term: ImitationTerm,
+        states: torch.Tensor,
+        micro_batch: int,
+        first: bool,
+        reached: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Weighted loss of a micro-batch's states ``[l, b, h]``; its sums are kept the first time.
+
+        Without a sample of the term's domains it is 0 with a graph, so that every rank runs the
+        same collectives backward and every projection gets a gradient.
+        """
+        domains = self._labels[micro_batch]
+        samples = [i for i, domain in enumerate(domains) if domain in term.shares]
+        if len(samples) < len(domains):
+            own = positions(samples, states.device)
+            states = states.index_select(1, own)
+            reached = None if reached is None else reached.index_select(1, own)
+        target = self._target(term, micro_batch, samples)
+        student = place.projections.project(term, states)
+        losses = feature_loss(student, target, self._loss)
+        mask = self._targets.mask[micro_batch]
+        weight = mask.index_select(0, positions(samples, mask.device)).t()
+        readable = self._targets.readable.get(term.teacher)
+        if readable is not None:
+            weight = weight * self._of_samples(term, readable, micro_batch, samples).t()
+        if reached is not None:
+            weight = weight * reached
+        by_sample = (losses * weight).sum(0)
+        here = [domains[i] for i in samples]
+        if first and self._counts_here:
+            index = positions(here, self._device)
+            both = torch.stack([by_sample.detach(), weight.sum(0)], dim=1)
+            self._sums[self._kinds.index(term.kind)].index_add_(0, index, both)
+        shares = torch.tensor([term.shares[domain] for domain in here], dtype=torch.float32)
+        shares = shares.to(self._device, non_blocking=True)
+        return (by_sample * shares).sum() * self._scales[term.kind][micro_batch]
+
+    def _target(
+        self, term: ImitationTerm, micro_batch: int, samples: Sequence[int]
+    ) -> torch.Tensor:
+        """The teacher's states of some samples of a micro-batch, ``[l, k, h_t]``."""
+        states = self._targets.states[LayerStates(term.teacher, term.teacher_layer)]
+        return self._of_samples(term, states, micro_batch, samples).transpose(0, 1)
+
+    def _of_samples(
+        self,
+        term: ImitationTerm,
+        states: torch.Tensor,
+        micro_batch: int,
+        samples: Sequence[int],
+    ) -> torch.Tensor:
+        """Of the step's ``[k, ...]`` that a teacher gives, some samples of a micro-batch."""
+        taught = self._taught[term.teacher]
+        before = sum(d in taught for labels in self._labels[:micro_batch] for d in labels)
+        order = [i for i, d in enumerate(self._labels[micro_batch]) if d in taught]
+        states = states[before : before + len(order)]
+        if order != list(samples):
+            states = states[[order.index(sample) for sample in samples]]
+        return states
+
+
+class _ExpertOutputs:
+    """Watches one MoE layer and can combine the outputs of some of its experts.
+
+    Args:
+        layer: Megatron's ``MoELayer``.
+        finish: gets the layer's output and the function that combines; returns the output.
+        is_active: whether to do so now.
+    """
+
+    def __init__(
+        self,
+        layer: torch.nn.Module,
+        finish: Callable[[torch.Tensor, Callable[[frozenset[int]], Any]], torch.Tensor],
+        is_active: Callable[[], bool],
+    ) -> None:
+        self._layer = layer
+        self._finish = finish
+        self._is_active = is_active
+        self._processed: tuple[torch.Tensor, Any] | None = None
+        self._stock_postprocess = layer.postprocess
+        layer.experts.register_forward_hook(self._keep)
+        layer.postprocess = self._postprocess
+
+    def _keep(self, experts: Any, args: Any, output: Any) -> None:
+        if self._is_active():
+            self._processed = output[0], args[1]
+
+    def _postprocess(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        output = self._stock_postprocess(*args, **kwargs)
+        if self._processed is None:
+            return output
+        outputs, tokens_per_expert = self._processed
+        self._processed = None
+        return self._finish(output, functools.partial(self._combined, outputs, tokens_per_expert))
+
+    def _combined(
+        self, outputs: torch.Tensor, tokens_per_expert: Any, experts: frozenset[int]
+    ) -> torch.Tensor:
+        """Combined output of ``experts``, from all rows ``[m, h]`` in the order of local experts.
+
+        Collectives: those of the dispatcher's combine step.
+        """
+        local = self._layer.local_expert_indices
+        chosen = torch.tensor([expert in experts for expert in local], device=outputs.device)
+        counts = torch.as_tensor(tokens_per_expert).to(outputs.device)
+        rows = chosen.repeat_interleave(counts, output_size=len(outputs))
+        dispatcher = self._layer.token_dispatcher
+        kept = dispatcher.combine_preprocess(outputs * rows.unsqueeze(1).to(outputs.dtype))
+        return dispatcher.combine_postprocess(dispatcher.token_combine(kept))

@@ -1,0 +1,203 @@
+"""Feature imitation put together: which terms, which projections, who sends what to whom."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_moe_inject.host import compat
+from megatron_moe_inject.host.errors import (
+    RecipeError,
+    listing,
+)
+from megatron_moe_inject.host.model_parts import (
+    PROJECTIONS,
+    decoder_layers,
+)
+from megatron_moe_inject.host.stored_checkpoint import checkpoint_to_load
+from megatron_moe_inject.recipe.facts import StudentFacts
+from megatron_moe_inject.recipe.schedule import value_at
+from megatron_moe_inject.recipe.schema import Recipe
+from megatron_moe_inject.teachers import Teacher, TeacherInfo, states_dtype
+from megatron_moe_inject.teachers.imitation.exchange import FeatureExchange, LayerStates
+from megatron_moe_inject.teachers.imitation.hook import ImitationHook
+from megatron_moe_inject.teachers.imitation.projections import Projections
+from megatron_moe_inject.teachers.imitation.terms import imitation_terms
+
+
+class ImitationSetup:
+    """One run's feature imitation, empty where the recipe asks for none.
+
+    Args:
+        recipe: checked against the student.
+        args: Megatron's arguments.
+        facts: the student.
+        teachers: what is known of each teacher.
+
+    Raises:
+        RecipeError: layers that do not exist, a checkpoint format that cannot leave projections
+            out, or a checkpoint to resume that holds other projections than are needed.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        args: Namespace,
+        facts: StudentFacts,
+        teachers: Mapping[str, TeacherInfo],
+    ) -> None:
+        self._recipe = recipe
+        self._args = args
+        self.warnings: list[str] = []
+        self._widths = {name: info.hidden_size for name, info in teachers.items()}
+        self._partly = [name for name, info in teachers.items() if info.shared.unknown]
+        layers = {name: info.num_layers for name, info in teachers.items()}
+        self.terms = imitation_terms(recipe, layers, facts.num_layers)
+        self._hidden_size = facts.hidden_size
+        self._stored = bool(self.terms) and self._found_in_checkpoint()
+        self._projections: list[Projections] = []
+
+    @property
+    def projections(self) -> list[str]:
+        """Names of the projections of the whole student, which train."""
+        needed = (t for t in self.terms if self._widths[t.teacher] != self._hidden_size)
+        return sorted({term.projection for term in needed})
+
+    def _found_in_checkpoint(self) -> bool:
+        """Whether the checkpoint that this run goes on from holds the projections it needs."""
+        widths = {term.projection: self._widths[term.teacher] for term in self.terms}
+        needed = {
+            f"{PROJECTIONS}.{name}.weight": (widths[name], self._hidden_size)
+            for name in self.projections
+        }
+        used = self._args.save or self._args.load
+        if needed and used and self._args.ckpt_format != "torch_dist":
+            raise RecipeError(
+                f"--ckpt-format {self._args.ckpt_format} cannot leave projections out where plain "
+                "Megatron loads the student; use torch_dist, or a teacher of the student's width"
+            )
+        checkpoint = checkpoint_to_load(self._args) if needed else None
+        if checkpoint is None or not checkpoint.resumes:
+            return False
+        folder, found = checkpoint.folder, checkpoint.shapes(f"{PROJECTIONS}.")
+        if not found:
+            self.warnings.append(
+                f"features: {folder} holds no projections, so they start anew in a run that goes on"
+            )
+        elif found != needed:
+            raise RecipeError(
+                f"objective.features: {folder} holds projections {listing(sorted(found), 4)}, but "
+                f"now {listing(sorted(needed), 4)} are needed; keep layers and teachers as the run "
+                "began, or start an injection of its own with --finetune"
+            )
+        return bool(found)
+
+    def add_projections(self, chunks: Sequence[torch.nn.Module]) -> None:
+        """Give each bare chunk the projections of its layers, before DDP and the optimizer."""
+        for chunk in chunks if self.terms else ():
+            groups = compat.process_groups(chunk)
+            layers = {layer.layer_number - 1 for layer in decoder_layers(chunk)}
+            projections = Projections(
+                [term for term in self.terms if term.layer in layers],
+                self._widths,
+                hidden_size=chunk.config.hidden_size,
+                like=next(chunk.parameters()),
+                seed=self._args.seed,
+                sequence_parallel=chunk.config.sequence_parallel,
+                tp_group=groups.tp,
+            )
+            projections.stored = self._stored
+            if len(projections):
+                chunk.add_module(PROJECTIONS, projections)
+            self._projections.append(projections)
+
+    def check_boundary(self, boundary: int) -> None:
+        """A layer that imitates must have something that trains at or below it.
+
+        Raises:
+            RecipeError: it has not, so that only its projection would learn.
+        """
+        below = sorted({term.layer for term in self.terms if term.layer < boundary})
+        if below:
+            raise RecipeError(
+                f"objective.features: layers {below} imitate a teacher, but nothing up to them "
+                f"trains (the first layer that does is {boundary}); name higher layers in "
+                "teachers.*.layers, or train more"
+            )
+
+    def teacher_layers(self, teacher: Teacher) -> list[int]:
+        """Layers of a loaded teacher whose states are wanted.
+
+        Raises:
+            RecipeError: it does not give them.
+        """
+        layers = sorted({t.teacher_layer for t in self.terms if t.teacher == teacher.name})
+        if layers:
+            device = teacher.head_weight(0, 0).device
+            tokens = torch.zeros(1, 8, dtype=torch.int64, device=device)
+            found = [tuple(s.shape) for s in teacher.states(tokens, layers=layers)]
+            if found != [(1, 8, teacher.hidden_size)] * (1 + len(layers)):
+                raise RecipeError(
+                    f"teachers.{teacher.name}.source: gives states of shapes {found} where "
+                    f"[1, 8, {teacher.hidden_size}] after each layer are needed; set "
+                    "objective.features to 0 or use another teacher"
+                )
+        return layers
+
+    def hook(
+        self, chunks: Sequence[torch.nn.Module], groups: Any, *, by_domain: bool
+    ) -> ImitationHook | None:
+        """The hooks of this rank, once the student is loaded; ``None`` without imitation.
+
+        Collectives: one all-gather of layer numbers over the pipeline group.
+        """
+        if not self.terms:
+            return None
+        for projections in self._projections:
+            projections.stored = True
+        recipe, features = self._recipe, self._recipe.objective.features
+        device = next(chunks[0].parameters()).device
+        exchange = FeatureExchange(
+            self._wanted_by_stage(chunks, groups),
+            widths=self._widths,
+            dtypes={
+                name: states_dtype(spec.dtype, self._args.params_dtype)
+                for name, spec in recipe.teachers.items()
+            },
+            groups=groups,
+            sequence_parallel=chunks[0].config.sequence_parallel,
+            device=device,
+            partly=self._partly,
+        )
+        return ImitationHook(
+            chunks,
+            self._projections,
+            self.terms,
+            exchange,
+            taught={
+                name: [i for i, d in enumerate(recipe.domains) if name in d.teacher_weights]
+                for name in recipe.teachers
+            },
+            weights_at=lambda iteration: {
+                name: value_at(getattr(features, name), iteration) for name in features.in_use()
+            },
+            loss=features.loss,
+            domains=[domain.name for domain in recipe.domains],
+            by_domain=by_domain,
+            groups=groups,
+        )
+
+    def _wanted_by_stage(
+        self, chunks: Sequence[torch.nn.Module], groups: Any
+    ) -> list[list[LayerStates]]:
+        own = [layer.layer_number - 1 for chunk in chunks for layer in decoder_layers(chunk)]
+        stages: list[Any] = [None] * groups.pp.size()
+        dist.all_gather_object(stages, own, group=groups.pp)
+        return [
+            sorted({LayerStates(t.teacher, t.teacher_layer) for t in self.terms if t.layer in here})
+            for here in stages
+        ]

@@ -1,0 +1,105 @@
+"""What imitates which layer of which teacher: from the recipe to terms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from megatron_moe_inject.host.errors import (
+    fail,
+)
+from megatron_moe_inject.losses.features import proportional_layer
+from megatron_moe_inject.recipe.schema import Domain, Recipe
+
+
+@dataclass(frozen=True)
+class ImitationTerm:
+    """One layer of the student and the layer of a teacher that it imitates.
+
+    Attributes:
+        kind: ``hidden`` or ``experts``, see ``recipe.Features``.
+        teacher: its key in the recipe.
+        layer, teacher_layer: 0-based decoder layers.
+        shares: by index of the domains whose tokens count, the layer's part of the mean over a
+            domain's layers, times the teacher's weight where the domain has several.
+        experts: global ids of the experts whose output is meant, for ``experts``.
+    """
+
+    kind: str
+    teacher: str
+    layer: int
+    teacher_layer: int
+    shares: Mapping[int, float] = field(hash=False)
+    experts: frozenset[int] = frozenset()
+
+    @property
+    def projection(self) -> str:
+        """Name of its projection; domains of one teacher share it."""
+        return f"{self.kind}_{self.layer}_{self.teacher}"
+
+
+def imitation_terms(
+    recipe: Recipe, teacher_layers: Mapping[str, int], num_layers: int
+) -> list[ImitationTerm]:
+    """All terms that ``objective.features`` asks for, in the order of the student's layers.
+
+    Args:
+        recipe: checked by itself and against the student.
+        teacher_layers: number of decoder layers of each teacher.
+        num_layers: the student's.
+
+    Raises:
+        RecipeError: a layer that student or teacher does not have, or one without chosen experts.
+    """
+    terms = []
+    for kind in recipe.objective.features.in_use():
+        for name in recipe.teachers:
+            pairs = _layer_pairs(recipe, name, teacher_layers[name], num_layers)
+            taught = {i: d for i, d in enumerate(recipe.domains) if name in d.teacher_weights}
+            if kind == "hidden":
+                parts = {i: d.teacher_weights[name] / len(pairs) for i, d in taught.items()}
+                terms += [
+                    ImitationTerm(kind, name, own, other, parts) for own, other in pairs.items()
+                ]
+            else:
+                terms += _expert_terms(name, pairs, taught)
+    return sorted(terms, key=lambda t: (t.layer, t.kind, t.teacher, sorted(t.experts)))
+
+
+def _layer_pairs(
+    recipe: Recipe, teacher: str, teacher_layers: int, num_layers: int
+) -> dict[int, int]:
+    path, given = f"teachers.{teacher}.layers", recipe.teachers[teacher].layers
+    for own, other in given.items():
+        if own >= num_layers:
+            remedy = f"the student's layers are 0 to {num_layers - 1}"
+            raise fail(path, own, "is no layer of the student", remedy)
+        if other >= teacher_layers:
+            remedy = f"the teacher's layers are 0 to {teacher_layers - 1}"
+            raise fail(f"{path}.{own}", other, "is no layer of the teacher", remedy)
+    if given:
+        return dict(sorted(given.items()))
+    domains = [domain for domain in recipe.domains if teacher in domain.teacher_weights]
+    chosen = {layer for domain in domains for layer in domain.experts.layers}
+    layers = sorted(chosen) or range(num_layers)
+    return {layer: proportional_layer(layer, num_layers, teacher_layers) for layer in layers}
+
+
+def _expert_terms(
+    teacher: str, pairs: Mapping[int, int], taught: Mapping[int, Domain]
+) -> Iterable[ImitationTerm]:
+    """Domains with the same experts in a layer share a term, and its exchange of outputs."""
+    for own in pairs:
+        if not any(own in domain.experts.layers for domain in taught.values()):
+            raise fail(
+                f"teachers.{teacher}.layers", own, "has no experts that a domain chose",
+                "remove the layer or set objective.features.experts to 0",
+            )  # fmt: skip
+    groups: dict[tuple[int, frozenset[int]], dict[int, float]] = {}
+    for index, domain in taught.items():
+        layers = [layer for layer in pairs if layer in domain.experts.layers]
+        for layer in layers:
+            key = layer, frozenset(domain.experts.layers[layer])
+            groups.setdefault(key, {})[index] = domain.teacher_weights[teacher] / len(layers)
+    for (layer, experts), shares in groups.items():
+        yield ImitationTerm("experts", teacher, layer, pairs[layer], shares, experts)
