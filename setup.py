@@ -11,6 +11,7 @@ setup(
     ),
     python_requires=">=3.12",
     packages=find_packages(include=["megatron_moe_inject", "megatron_moe_inject.*"]),
+    package_data={"megatron_moe_inject": ["py.typed"]},
     install_requires=[
         "torch>=2.6",
         "megatron-core[training]>=0.18.2,<0.21",
@@ -26,6 +27,8 @@ setup(
         "dev": [
             "pytest>=8",
             "hypothesis>=6",
+            "jsonschema>=4.20",
+            "pytest-xdist>=3.6",
             "ruff>=0.9",
             "transformers>=4.56",
             "tokenizers>=0.21",

@@ -4,8 +4,9 @@ Start with ``install.py``: it is the only wiring between this package and Megatr
 """
 
 # Bound at import: the submodule of this name would otherwise replace the function later.
+from megatron_moe_inject.host.version import VERSION
 from megatron_moe_inject.install import install
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = ["__version__", "install"]

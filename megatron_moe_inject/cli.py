@@ -28,6 +28,8 @@ from megatron_moe_inject.experts.choose import profile_command, select_command
 from megatron_moe_inject.experts.choose.choice import resolve_experts
 from megatron_moe_inject.experts.delta import command as delta_command
 from megatron_moe_inject.host.errors import RecipeError
+from megatron_moe_inject.launch import only_evaluate
+from megatron_moe_inject.recipe import command as schema_command
 from megatron_moe_inject.recipe.facts import StudentFacts
 from megatron_moe_inject.recipe.flags import add_inject_arguments, name_error, recipe_from_args
 from megatron_moe_inject.recipe.load import load_recipe, located
@@ -58,8 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         at = argv.index("--")
         ours, flags = argv[:at], argv[at + 1 :]
     options = _parser().parse_args(ours)
-    if hasattr(options, "run_training"):
-        options.run_training(options, flags or [])
+    if hasattr(options, "evaluates"):
+        only_evaluate(flags or [], options.evaluates(options), cpu=options.cpu)
         return 0
     try:
         with _quiet():
@@ -114,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     routing_report.add_commands(commands)
     evaluate_command.add_commands(commands)
     report_command.add_commands(commands)
+    schema_command.add_commands(commands)
     return parser
 
 

@@ -312,7 +312,7 @@ class Injection:
             parameters=parameter_rows(self.chunks, groups),
             teachers=[self._teacher_row(name) for name in self.teacher_infos],
             boundary=boundary,
-            imitation=self.imitation.terms,
+            imitation=[term.row for term in self.imitation.terms],
             warnings=self._warnings
             + self.student_load.remarks
             + self.imitation.warnings

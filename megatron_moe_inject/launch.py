@@ -78,10 +78,6 @@ def _module_exists(name: str) -> bool:
         return False
 
 
-if __name__ == "__main__":
-    main()
-
-
 _ALONE = {
     "RANK": "0",
     "WORLD_SIZE": "1",
@@ -103,9 +99,11 @@ def only_evaluate(flags: Sequence[str], ours: Sequence[str], *, cpu: bool) -> No
     if "--train-iters" not in flags and "--train-samples" not in flags:
         needed = ["--train-iters", "1"]  # Megatron wants to know, also where nothing trains
     sys.argv[1:] = [*(["--cpu"] if cpu else []), *flags, *ours, *needed, "--skip-train"]
-    from megatron_moe_inject import launch
-
-    launch.prepare()
+    prepare()
     from megatron_moe_inject.host import gpt_entry
 
     gpt_entry.main()
+
+
+if __name__ == "__main__":
+    main()

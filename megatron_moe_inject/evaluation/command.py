@@ -12,7 +12,6 @@ import argparse
 from megatron_moe_inject.evaluation.comparison import compare
 from megatron_moe_inject.evaluation.evaluation_file import read_evaluation
 from megatron_moe_inject.host.files import replace_file
-from megatron_moe_inject.launch import only_evaluate
 
 _EXAMPLES = """examples:
   moe-inject evaluate recipe.yaml --output before.json -- <flags of the training command>
@@ -30,8 +29,8 @@ Of a run's list (.jsonl), BEFORE is its first line and AFTER its last.
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
-    """Add both commands to ``moe-inject``; ``run_training`` takes the options and the flags, and
-    ``run`` the options, and returns the text."""
+    """Add both commands to ``moe-inject``; ``run`` takes the options and returns the text,
+    ``evaluates`` takes them and returns our flags for a run that only evaluates."""
     evaluate = commands.add_parser(
         "evaluate",
         help="measure a student and its teachers on held-out text",
@@ -41,7 +40,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    evaluate.set_defaults(run_training=_evaluate)
+    evaluate.set_defaults(evaluates=_evaluate)
     evaluate.add_argument("recipe", metavar="RECIPE", help="a recipe file (YAML)")
     evaluate.add_argument("--output", metavar="FILE", required=True, help="the evaluation (JSON)")
     evaluate.add_argument("--cpu", action="store_true", help="gloo processes without a GPU")
@@ -61,9 +60,8 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     comparison.add_argument("--output", metavar="FILE", help="write the table (Markdown) here too")
 
 
-def _evaluate(options: argparse.Namespace, flags: list[str]) -> None:
-    ours = ["--inject-recipe", options.recipe, "--inject-evaluate", options.output]
-    only_evaluate(flags, ours, cpu=options.cpu)
+def _evaluate(options: argparse.Namespace) -> list[str]:
+    return ["--inject-recipe", options.recipe, "--inject-evaluate", options.output]
 
 
 def _compare(options: argparse.Namespace) -> str:

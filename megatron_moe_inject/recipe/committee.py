@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from megatron_moe_inject.recipe.schema import Domain
-
 COMMITTEES = ("fixed", "label", "top")
 
 
@@ -18,10 +13,9 @@ def weights_of(teacher: str | dict[str, float] | None) -> dict[str, float]:
     return {name: weight / total for name, weight in teacher.items()}
 
 
-def in_words(domain: Domain) -> str | None:
-    """The domain's teacher, or ``0.7 coder + 0.3 prose``; ``by label(...)`` if weighed by token."""
-    weights = domain.teacher_weights
+def in_words(weights: dict[str, float], committee: str) -> str | None:
+    """A domain's teacher, or ``0.7 coder + 0.3 prose``; ``by label(...)`` if weighed by token."""
     if len(weights) < 2:
         return next(iter(weights), None)
     text = " + ".join(f"{weight:.3g} {name}" for name, weight in weights.items())
-    return text if domain.committee == "fixed" else f"by {domain.committee}({text})"
+    return text if committee == "fixed" else f"by {committee}({text})"

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megatron_moe_inject.host.errors import (
     listing,
@@ -31,9 +30,6 @@ from megatron_moe_inject.recipe.retention_rules import keeps_originals
 from megatron_moe_inject.recipe.schedule import ever_positive, show_weight
 from megatron_moe_inject.recipe.schema import Domain, Recipe
 from megatron_moe_inject.recipe.steering_rules import weighed_by_mean, weighed_by_token
-
-if TYPE_CHECKING:
-    from megatron_moe_inject.teachers.imitation.terms import ImitationTerm
 
 _MAX_LAYERS = 16
 _IMITATED = {"hidden": "hidden states", "experts": "expert outputs"}
@@ -76,6 +72,23 @@ class TeacherRow:
 
 
 @dataclass(frozen=True)
+class ImitationRow:
+    """One thing that a layer of the student imitates.
+
+    Attributes:
+        layer: 0-based decoder layer of the student.
+        states: what of it, in words.
+        teacher: its key in the recipe.
+        teacher_layer: 0-based decoder layer of the teacher.
+    """
+
+    layer: int
+    states: str
+    teacher: str
+    teacher_layer: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything a plan shows; what is None or empty is left out of the text.
 
@@ -92,7 +105,7 @@ class Plan:
     parameters: Sequence[ParameterRow] = ()
     teachers: Sequence[TeacherRow] = ()
     boundary: int | None = None
-    imitation: Sequence[ImitationTerm] = ()
+    imitation: Sequence[ImitationRow] = ()
     warnings: Sequence[str] = field(default_factory=tuple)
 
 
@@ -277,9 +290,8 @@ def _steering_lines(recipe: Recipe) -> list[str]:
 
 def _feature_lines(plan: Plan) -> list[str]:
     rows = [("student layer", "states", "teacher", "teacher layer")]
-    for term in plan.imitation:
-        what = "hidden" if term.kind == "hidden" else f"experts {ranges(sorted(term.experts))}"
-        rows.append((str(term.layer), what, term.teacher, str(term.teacher_layer)))
+    for row in plan.imitation:
+        rows.append((str(row.layer), row.states, row.teacher, str(row.teacher_layer)))
     return table(rows, right=(0, 3)) if len(rows) > 1 else []
 
 

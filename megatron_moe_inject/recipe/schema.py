@@ -57,7 +57,7 @@ class Domain:
     @property
     def taught_by(self) -> str | None:
         """Its teacher or teachers in words."""
-        return in_words(self)
+        return in_words(self.teacher_weights, self.committee)
 
 
 @dataclass
@@ -231,6 +231,8 @@ class Recipe:
     """The whole recipe. Build one with ``load_recipe``, ``recipe_from_flags`` or directly.
 
     Attributes:
+        domains: bodies of text, each with its teacher and its experts.
+        teachers: by name, where each comes from and how it runs.
         general_data: blend entries that belong to no domain. The rest of a blend is general
             without being named; naming helps only where a validation or test blend of its own
             cannot be matched to the training blend.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -23,8 +23,15 @@ from megatron_moe_inject.host.labels import (
     GENERAL,
 )
 from megatron_moe_inject.host.rng import untouched_rng
-from megatron_moe_inject.loss_hook import LossHook
 from megatron_moe_inject.retention.originals import OriginalParameters
+
+
+class StatesKeeper(Protocol):
+    """Keeps what the last stage computes before the output layer (``loss_hook.LossHook``)."""
+
+    def keeping_original_states(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, forward passes are the original model's."""
+        ...
 
 
 class OriginalPass:
@@ -46,7 +53,7 @@ class OriginalPass:
     def __init__(
         self,
         originals: OriginalParameters,
-        loss_hook: LossHook | None,
+        loss_hook: StatesKeeper | None,
         *,
         stages: int,
         group: int,

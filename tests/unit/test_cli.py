@@ -254,7 +254,7 @@ def test_what_imitates_what():
         ImitationTerm("hidden", "coder", 3, 1, {0: 1.0}),
         ImitationTerm("experts", "coder", 12, 7, {0: 1.0}, frozenset({4, 5, 6})),
     ]
-    text = render_plan(Plan(recipe, imitation=terms))
+    text = render_plan(Plan(recipe, imitation=[term.row for term in terms]))
     assert "0.1 * normalized(hidden states, coder) + 2 * normalized(expert outputs, coder)" in text
     assert "            3  hidden       coder                1" in text
     assert "           12  experts 4-6  coder                7" in text

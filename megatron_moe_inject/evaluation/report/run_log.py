@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_moe_inject import __version__
 from megatron_moe_inject.evaluation.report.run_file import (
     FILE,
     Component,
@@ -36,6 +35,7 @@ from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.host.lineage import Lineage
 from megatron_moe_inject.host.student_load import Origin
 from megatron_moe_inject.host.term_log import Interval
+from megatron_moe_inject.host.version import VERSION
 from megatron_moe_inject.recipe.load import dump_recipe
 from megatron_moe_inject.recipe.plan import Plan, render_plan
 from megatron_moe_inject.recipe.schema import Recipe
@@ -97,7 +97,7 @@ class RunLog:
             recipe=dump_recipe(self._recipe),
             plan=render_plan(plan),
             versions={
-                "megatron_moe_inject": __version__,
+                "megatron_moe_inject": VERSION,
                 "megatron-core": compat.megatron_version(),
                 "torch": torch.__version__,
                 "python": platform.python_version(),

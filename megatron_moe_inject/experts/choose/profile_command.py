@@ -8,10 +8,6 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_moe_inject.launch import (
-    only_evaluate,
-)
-
 _EXAMPLES = """examples:
   moe-inject profile recipe.yaml --output code.json -- <flags of the training command>
   torchrun --nproc-per-node 8 -m megatron_moe_inject.cli profile recipe.yaml --output p.json -- ...
@@ -22,7 +18,8 @@ validation and from the test data. Flags that train (--train-iters, --save ...) 
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
-    """Add the command to ``moe-inject``; ``run_training`` takes the options and the flags."""
+    """Add the command to ``moe-inject``; ``evaluates`` takes the options and returns our flags for
+    a run that only evaluates."""
     profile = commands.add_parser(
         "profile",
         help="record how a student routes each class of data",
@@ -33,7 +30,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    profile.set_defaults(run_training=_profile)
+    profile.set_defaults(evaluates=_profile)
     profile.add_argument("recipe", metavar="RECIPE", help="a recipe file (YAML); names the domains")
     profile.add_argument("--output", metavar="FILE", required=True, help="the profile (JSON)")
     profile.add_argument(
@@ -47,15 +44,10 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     profile.add_argument("--cpu", action="store_true", help="gloo processes without a GPU")
 
 
-def _profile(options: argparse.Namespace, flags: list[str]) -> None:
-    """Become an evaluation run of the flags.
-
-    Raises:
-        SystemExit: 2 with one line for a mistake in the recipe or the flags.
-    """
+def _profile(options: argparse.Namespace) -> list[str]:
     ours = ["--inject-recipe", options.recipe, "--inject-profile", options.output]
     if options.coselections:
         ours.append("--inject-profile-coselections")
     if options.logits is not None:
         ours += ["--inject-profile-logits", options.logits]
-    only_evaluate(flags, ours, cpu=options.cpu)
+    return ours

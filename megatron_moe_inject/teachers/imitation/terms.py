@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from megatron_moe_inject.host.errors import (
     fail,
 )
+from megatron_moe_inject.host.text import ranges
 from megatron_moe_inject.losses.features import proportional_layer
+from megatron_moe_inject.recipe.plan import ImitationRow
 from megatron_moe_inject.recipe.schema import Domain, Recipe
 
 
@@ -36,6 +38,12 @@ class ImitationTerm:
     def projection(self) -> str:
         """Name of its projection; domains of one teacher share it."""
         return f"{self.kind}_{self.layer}_{self.teacher}"
+
+    @property
+    def row(self) -> ImitationRow:
+        """The term in the plan."""
+        states = "hidden" if self.kind == "hidden" else f"experts {ranges(sorted(self.experts))}"
+        return ImitationRow(self.layer, states, self.teacher, self.teacher_layer)
 
 
 def imitation_terms(

@@ -1,1 +1,0 @@
-"""Numbers that a run reports."""
