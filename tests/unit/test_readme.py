@@ -1,37 +1,30 @@
-"""The README's guided tour names every module, and nothing that is not there."""
+"""The READMEs: tables that are made from the code, links that lead somewhere, flags that exist."""
 
 import re
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-PACKAGE = ROOT / "megatron_moe_inject"
+import pytest
+
+from tests.docs import PACKAGE, ROOT, readmes, rendered
+from tests.unit.test_rooms import ROOMS
 
 
-def toured() -> set[str]:
-    """Files in the tour's table; ``a/{b,c}.py`` stands for several."""
+@pytest.mark.parametrize("path", readmes(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_tables_are_what_the_code_gives(path):
+    """Else: ``python -m tests.docs``."""
+    assert path.read_text(encoding="utf-8") == rendered(path)
+
+
+def test_every_room_has_its_page_and_the_readme_leads_there():
     text = (ROOT / "README.md").read_text()
-    table = text.split("## Guided tour", 1)[1].split("\n## ", 1)[0]
-    names = set()
-    for cell in re.findall(r"^\| `([^`]+)` \|", table, flags=re.M):
-        group = re.fullmatch(r"(.*)\{(.*)\}(.*)", cell)
-        parts = [cell] if group is None else [group[1] + x + group[3] for x in group[2].split(",")]
-        names |= set(parts)
-    return names
-
-
-def test_the_tour_matches_the_tree():
-    modules = {
-        str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"
-    }
-    named = toured()
-    assert {name for name in named if name.startswith("megatron_moe_inject/")} == modules
-    assert all((ROOT / name).exists() for name in named)
+    for room in ROOMS:
+        assert (PACKAGE / room / "README.md") in readmes()
+        assert f"(megatron_moe_inject/{room}/README.md)" in text
 
 
 def test_local_links_lead_somewhere():
-    text = (ROOT / "README.md").read_text()
-    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
-    assert all((ROOT / link).exists() for link in links), links
+    for path in (ROOT / "README.md", *PACKAGE.rglob("README.md")):
+        links = re.findall(r"\]\((?!https?:)([^)#]+)\)", path.read_text(encoding="utf-8"))
+        assert all((path.parent / link).exists() for link in links), links
 
 
 def test_every_flag_of_the_readme_exists():

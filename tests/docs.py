@@ -1,0 +1,69 @@
+"""Tables of the READMEs that are made from the code.
+
+    python -m tests.docs          writes them anew
+
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; ``tests/unit/test_readme.py``
+compares each with what the code gives.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "megatron_moe_inject"
+_TABLE = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.S)
+
+
+def first_line(path: Path) -> str:
+    """The first line of a module's docstring, without its full stop."""
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return text.split("\n\n")[0].replace("\n", " ").rstrip(".").replace("|", "\\|")
+
+
+def files(folder: Path) -> str:
+    """Modules of a folder and of the folders in it, each with what it is; empty packages aside."""
+    rows = ["| file | what it is |", "|---|---|"]
+    for path in sorted(folder.rglob("*.py")):
+        line = first_line(path)
+        if path.name != "__init__.py" or (line and path.parent != folder):
+            rows.append(f"| `{path.relative_to(folder)}` | {line} |")
+    return "\n".join(rows) + "\n"
+
+
+def hall(folder: Path) -> str:
+    """Modules of the package that stand in no room."""
+    rows = ["| file | what it is |", "|---|---|"]
+    rows += [f"| `{path.name}` | {first_line(path)} |" for path in sorted(PACKAGE.glob("*.py"))]
+    return "\n".join(rows) + "\n"
+
+
+TABLES: dict[str, Callable[[Path], str]] = {"files": files, "hall": hall}
+
+
+def rendered(path: Path) -> str:
+    """A README with its tables made anew."""
+
+    def table(match: re.Match[str]) -> str:
+        return match[1] + TABLES[match[2]](path.parent) + match[4]
+
+    return _TABLE.sub(table, path.read_text(encoding="utf-8"))
+
+
+def readmes() -> list[Path]:
+    """Pages with tables of ours."""
+    pages = [ROOT / "README.md", *sorted(PACKAGE.rglob("README.md"))]
+    return [path for path in pages if _TABLE.search(path.read_text(encoding="utf-8"))]
+
+
+def main() -> None:
+    """Write all tables."""
+    for path in readmes():
+        path.write_text(rendered(path), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
