@@ -49,7 +49,7 @@ class LossHook:
     Args:
         chunk: bare GPT model chunk with ``post_process``.
         weights_at: the weights after that many optimiser steps, by domain index, and under
-            ``recipe.GENERAL`` those of general samples.
+            ``host.labels.GENERAL`` those of general samples.
         teachers: by index of the domains that are distilled.
         report: what to log.
         tp_group: group that shards the vocabulary.

@@ -109,13 +109,13 @@ class Provenance:
 
     Attributes:
         checkpoint: the directory that the run loaded; empty for a random start.
-        checkpoint_iteration, checkpoint_sha256: see ``student_load.Origin``; ``None`` in files of
-            earlier versions, too.
+        checkpoint_iteration, checkpoint_sha256: see ``host.student_load.Origin``; ``None`` in files
+            of earlier versions, too.
         iteration: optimiser steps that the student has taken.
         teachers: source by name of the recipe.
         tokenizer: ``--tokenizer-type`` and model, as on the command line.
         evaluated_batches: ``--eval-iters``, of ``batch_size`` sequences each.
-        injection: identity of the injection whose list this is a line of (``experts.lineage``).
+        injection: identity of the injection whose list this is a line of (``host.lineage``).
     """
 
     checkpoint: str

@@ -6,7 +6,7 @@ switched off rather than read.
 
 A teacher is compared with the student as its injection began, also in a run that goes on: what the
 student has learned since is no reason to stop it. What that student's losses were, on which text,
-and which teachers have passed is the verdict, which every checkpoint holds (``experts.lineage``). A
+and which teachers have passed is the verdict, which every checkpoint holds (``host.lineage``). A
 run that goes on asks only teachers that have not passed; a run that was refused leaves no
 checkpoint, and is refused again.
 """

@@ -35,7 +35,7 @@ from megatron_moe_inject.host.run_arguments import (
 
 STORED = "inject_lineage"
 """Name in Megatron's arguments: ``identity``; ``kept``, absolute paths of what belongs to it, by
-name; and ``gate``, the teacher gate's verdict (``metrics.gate``)."""
+name; and ``gate``, the teacher gate's verdict (``evaluation.gate``)."""
 CARD = "trains.json"
 """The file that describes a folder, with its identity."""
 _EARLIER, _UNREADABLE = "earlier", "unreadable"

@@ -46,7 +46,7 @@ COMPONENTS = (
     "projections",
     "other",
 )
-"""Every parameter belongs to exactly one of these; the names are those of ``recipe.Train``."""
+"""Every parameter belongs to exactly one of these; names are those of ``recipe.schema.Train``."""
 
 
 _LAYER = re.compile(r"(?:^|\.)decoder\.layers\.(\d+)\.(.*)")

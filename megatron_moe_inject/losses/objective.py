@@ -29,7 +29,7 @@ _FORWARD_KL = Divergence("forward_kl")
 
 @dataclass(frozen=True)
 class TermWeights:
-    """How the terms of one kind of sample are weighted and shaped; see ``recipe.Objective``."""
+    """How terms of one kind of sample are weighted and shaped; see ``recipe.schema.Objective``."""
 
     alpha: float
     beta: float

@@ -18,7 +18,7 @@ class ExpertChoice:
     """Chosen experts: named by ``layers``, or chosen from a routing profile.
 
     With ``profile`` the experts are chosen when the recipe meets its student
-    (``experts.choice.resolve_experts``), which leaves ``layers`` and ``origin``.
+    (``experts.choose.choice.resolve_experts``), which leaves ``layers`` and ``origin``.
 
     Attributes:
         layers: 0-based global decoder layer -> global expert ids. YAML also takes the flag's

@@ -93,8 +93,8 @@ class Plan:
     """Everything a plan shows; what is None or empty is left out of the text.
 
     Attributes:
-        recipe: with its experts resolved (``experts.choice.resolve_experts``) as far as their
-            profiles are there.
+        recipe: with its experts resolved (``experts.choose.choice.resolve_experts``) as far as
+            their profiles are there.
         boundary: first layer whose backward runs, agreed over all ranks; None when not known.
         imitation: which layers imitate which, where known.
         warnings: remarks of the caller, shown after ``recipe_warnings``.

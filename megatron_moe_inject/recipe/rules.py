@@ -1,6 +1,6 @@
 """What a recipe must satisfy before anything is known about the student.
 
-Types, unknown and missing keys are ``typed.build``'s business; here are the rules between
+Types, unknown and missing keys are ``host.typed.build``'s business; here are the rules between
 values: names that refer to each other, datasets with one owner, weights that leave no token
 without a loss, and that something trains at all.
 """

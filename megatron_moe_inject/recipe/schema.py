@@ -2,8 +2,8 @@
 
 A recipe is a small YAML file (or the plain ``--inject-*`` flags) that becomes one ``Recipe``.
 Everything that can be known without the student is checked when it is loaded; what depends on
-the student (layers, experts, datasets) is checked by ``student.check_recipe``. Each mistake is
-one ``RecipeError`` that names the key, the value and what would be right, because a recipe is
+the student (layers, experts, datasets) is checked by ``recipe.student.check_recipe``. Each mistake
+is one ``RecipeError`` that names the key, the value and what would be right, because a recipe is
 read on every rank of a large job and a stack of frames per rank helps nobody.
 
 Layers are 0-based global decoder layers, as in checkpoint names ``decoder.layers.N``; expert
@@ -145,7 +145,7 @@ class Objective:
             number, as Megatron's. A trained output layer then costs no second pass over its logits,
             but a float32 buffer of its size from a micro-batch's forward to its backward pass.
         kernels: what goes through the logits between the matrix products, one of
-            ``recipe_rules.KERNELS``: Triton kernels where there are a GPU and Triton, or torch
+            ``recipe.rules.KERNELS``: Triton kernels where there are a GPU and Triton, or torch
             operations everywhere.
     """
 

@@ -119,7 +119,7 @@ class OriginalParameters:
             lineage: which injection.
             save: the folder of checkpoints to come, which every rank sees; ``None``: nothing is
                 written.
-            metadata: how Megatron builds sharded state (``compat.sharded_state_metadata``).
+            metadata: how Megatron builds sharded state (``host.compat.sharded_state_metadata``).
 
         Returns:
             A remark for the plan, or None.
@@ -181,7 +181,7 @@ class OriginalParameters:
 
         Args:
             folder: a path that every rank sees.
-            metadata: how Megatron builds sharded state (``compat.sharded_state_metadata``).
+            metadata: how Megatron builds sharded state (``host.compat.sharded_state_metadata``).
             injection: the identity that the folder is to carry.
             make_room: called on the first rank when all is written, to make the name free.
 

@@ -167,7 +167,7 @@ class SteeringSetup:
         Args:
             chunks: this rank's bare model chunks.
             groups: the student's ``ProcessGroupCollection``.
-            boundary: lowest position that trains, see ``experts.boundary``.
+            boundary: lowest position that trains, see ``experts.train.boundary``.
             original: gives the original value of a parameter; used with retention.
 
         Collectives: one all-gather of layer numbers over the whole world.

@@ -1,7 +1,8 @@
 """``moe-inject report``: a run's folder as one HTML page.
 
-Reads the lists that the run writes (``metrics.run_file``, ``metrics.evaluation_file``), whole at
-any moment, so a report can be made while the run goes on and after it was killed.
+Reads the lists that the run writes (``evaluation.report.run_file``,
+``evaluation.evaluation_file``), whole at any moment, so a report can be made while the run goes on
+and after it was killed.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class Component:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What was loaded when a run began or was resumed, see ``student_load.Origin``."""
+    """What was loaded when a run began or was resumed, see ``host.student_load.Origin``."""
 
     checkpoint: str = field(metadata=_NEEDED)
     iteration: int | None = None
@@ -60,7 +60,7 @@ class Start:
         world_size: processes.
         evaluations: the list of evaluations (``evaluation_file``).
         train_iters: iterations that the run is to take in all.
-        injection: identity of the injection that it is part of (``experts.lineage``).
+        injection: identity of the injection that it is part of (``host.lineage``).
         loaded: into the student; ``None`` in lines of earlier versions.
     """
 
@@ -152,7 +152,7 @@ def write_run(path: str | Path, lines: Sequence[Line]) -> None:
 
 
 def append(path: str | Path, line: Line) -> None:
-    """Add a line to a run's list; see ``files.append_line``."""
+    """Add a line to a run's list; see ``host.files.append_line``."""
     files.append_line(path, _line(line))
 
 

@@ -1,4 +1,4 @@
-"""Writes a run's list (``metrics.run_file``) beside the checkpoints, for ``moe-inject report``.
+"""Writes a run's list (``run_file``) beside the checkpoints, for ``moe-inject report``.
 
 It has what Megatron logs, when Megatron logs it: the sums that ``training_log`` divides for its
 line, as it read them, and our terms. So nothing is computed twice and no collective is added. The

@@ -132,7 +132,7 @@ def choose_experts(
     """Decoder layer -> global expert ids, layers rising, ids in the order they were taken.
 
     Args:
-        choice: a checked choice (``recipe_rules.check_profile_choice``).
+        choice: a checked choice (``recipe.rules.check_profile_choice``).
         domain: class of the profile.
         path: where the choice stands in a recipe; messages begin with it.
 

@@ -113,7 +113,7 @@ class RoutingRecorder:
         chosen: torch.Tensor,
         padding: torch.Tensor | None,
     ) -> None:
-        """See ``routing.watch.OnRouted``."""
+        """See ``host.routing_watch.OnRouted``."""
         if self._sampler is not None:
             self._sampler.record(micro_batch, layer, logits, chosen, padding)
         if self._pairs is not None and self._counts_here:

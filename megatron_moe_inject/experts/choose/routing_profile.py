@@ -54,8 +54,8 @@ class Provenance:
 
     Attributes:
         checkpoint: directory the student was loaded from; empty for a random start.
-        checkpoint_iteration, checkpoint_sha256: see ``student_load.Origin``; ``None`` in files of
-            earlier versions, too.
+        checkpoint_iteration, checkpoint_sha256: see ``host.student_load.Origin``; ``None`` in files
+            of earlier versions, too.
         first_iteration, last_iteration: the student's iteration when recording began and ended;
             they differ only where it trained meanwhile.
         megatron_version: of Megatron-Core; several, joined by commas, after merging.

@@ -56,7 +56,7 @@ def _silent(items: Iterable[Any], total: int) -> Iterable[Any]:
 
 @dataclass(frozen=True)
 class CheckpointPlace:
-    """A checkpoint named on the command line; see ``torch_dist.CheckpointSource``."""
+    """A checkpoint named on the command line; see ``host.torch_dist.CheckpointSource``."""
 
     flag: str
     path: Path

@@ -19,7 +19,7 @@ class ImitationTerm:
     """One layer of the student and the layer of a teacher that it imitates.
 
     Attributes:
-        kind: ``hidden`` or ``experts``, see ``recipe.Features``.
+        kind: ``hidden`` or ``experts``, see ``recipe.schema.Features``.
         teacher: its key in the recipe.
         layer, teacher_layer: 0-based decoder layers.
         shares: by index of the domains whose tokens count, the layer's part of the mean over a
