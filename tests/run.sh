@@ -3,6 +3,8 @@
 #
 #   bash tests/run.sh                 everything but the tests marked slow or gpu
 #   bash tests/run.sh -m slow         the slow ones; any other pytest arguments work as well
+#
+# Test files are shared by TEST_WORKERS processes (three: the runs of small models wait a lot).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source examples/environment.sh
@@ -17,6 +19,7 @@ fi
 
 "$PYTHON" -m ruff check --quiet .
 "$PYTHON" -m ruff format --check --quiet .
+set -- -n "${TEST_WORKERS:-3}" --dist loadfile "$@"
 case " $* " in
   *" -m "*) exec "$PYTHON" -m pytest "$@" ;;
   *) exec "$PYTHON" -m pytest -m "not slow and not gpu" "$@" ;;

@@ -38,8 +38,9 @@ def test_a_scheduled_weight_follows_the_iteration_also_after_a_resume(material, 
 TOLD = """
 import functools
 
-from megatron_moe_inject import gpt_entry, loss_hook
-from megatron_moe_inject.metrics import measurement
+from megatron_moe_inject import loss_hook
+from megatron_moe_inject.host import gpt_entry
+from megatron_moe_inject.evaluation import measurement
 from megatron_moe_inject.teachers import confidence
 
 
@@ -75,7 +76,7 @@ def test_all_that_goes_through_logits_is_told_which_kernels(material, tmp_path):
     for fields, told in (((), "auto"), (("objective.kernels=torch",), "None")):
         output = lane.run([*flags, *fields], script=(str(script),)).output
         found = set(re.findall(r"^kernels of megatron_moe_inject\.(.*)$", output, re.M))
-        places = ("loss_hook", "metrics.measurement", "teachers.confidence")
+        places = ("loss_hook", "evaluation.measurement", "teachers.confidence")
         assert found == {f"{place}: {told}" for place in places}
 
 

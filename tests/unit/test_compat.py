@@ -23,7 +23,7 @@ def test_this_megatron_has_everything():
 @pytest.mark.skipif(not OTHER, reason="MEGATRON_OTHER names no second Megatron-Core")
 def test_the_other_supported_megatron_has_everything():
     code = (
-        "from megatron_moe_inject.compat import megatron_version, missing_symbols; "
+        "from megatron_moe_inject.host.compat import megatron_version, missing_symbols; "
         "print(megatron_version(), missing_symbols())"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([OTHER, str(ROOT)])}

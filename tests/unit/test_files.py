@@ -71,7 +71,7 @@ def test_killed_writer_leaves_the_old_file(tmp_path, step, left):
     script = textwrap.dedent(
         f"""
         import os, signal
-        from megatron_moe_inject.files import replace_file
+        from megatron_moe_inject.host.files import replace_file
         os.{step} = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
         replace_file({str(path)!r}, b"new" * 1000)
         """
@@ -118,7 +118,7 @@ def test_the_next_writer_removes_what_killed_ones_left(tmp_path):
         f"""
         import os, signal
         from pathlib import Path
-        from megatron_moe_inject.files import new_folder, replace_file
+        from megatron_moe_inject.host.files import new_folder, replace_file
         with new_folder(Path({str(target)!r})) as folder:
             (folder / "a").write_bytes(b"a")
             os.replace = lambda *args: os.kill(os.getpid(), signal.SIGKILL)

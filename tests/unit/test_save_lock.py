@@ -16,7 +16,7 @@ from megatron_moe_inject.host.save_lock import FILE, SaveLock
 
 HOLD = """
 import os, sys, time
-from megatron_moe_inject.save_lock import SaveLock
+from megatron_moe_inject.host.save_lock import SaveLock
 lock = SaveLock(sys.argv[1])
 lock.take()
 child = os.fork()
