@@ -26,6 +26,14 @@ logged() { # LOG COMMAND...: shows the end of the log when the command fails
   "$@" >"$log" 2>&1 || { tail -n 25 "$log" >&2; echo "failed; the whole log is $log" >&2; exit 1; }
 }
 
+progress() { # LOG: how far the run that writes it is, now and then, for ever
+  local step
+  while sleep 15 >/dev/null 2>&1; do
+    step=$(grep -oE 'iteration +[0-9]+/ +[0-9]+ \|' "$1" 2>/dev/null | tail -n 1 | tr -dc '0-9/' || true)
+    [ -z "$step" ] || say "  step ${step/\// of }"
+  done
+}
+
 case "${1:-}" in
   "") ;;
   --from-scratch) bash examples/quickstart/pretrain_models.sh "$out/pretraining" ;;
@@ -61,12 +69,15 @@ profile() {
 prepare_student() {
   unpack student "${STUDENT[@]}"
   PROCESSES=1 evaluate before "$out/student" "${STUDENT[@]}"
+  say "  student: evaluated"
   profile
+  say "  student: profile recorded"
 }
 
 prepare_teacher() {
   unpack teacher "${TEACHER[@]}"
   PROCESSES=1 evaluate teacher "$out/teacher" "${TEACHER[@]}"
+  say "  teacher: evaluated"
 }
 
 say "student and teacher: unpacking, evaluating on held-out text, profiling the student's routing"
@@ -87,6 +98,9 @@ INJECT=(
   --inject-set "teachers.coder.source=megatron:$out/teacher"
   "domains[0].experts.profile=$out/profile.json"
 )
+rm -f "$out/inject.log"
+progress "$out/inject.log" &
+watcher=$!
 logged "$out/inject.log" megatron "${STUDENT[@]}" "${BOTH[@]}" "${TRAINING[@]}" "${INJECT[@]}" \
   --expert-model-parallel-size 2 \
   --train-data-path 0.9 "$data/code_slice" 0.1 "$data/english_slice" \
@@ -95,6 +109,7 @@ logged "$out/inject.log" megatron "${STUDENT[@]}" "${BOTH[@]}" "${TRAINING[@]}" 
   --eval-interval 100 --eval-iters 26 \
   --load "$out/student" --finetune --no-load-optim --no-load-rng \
   --save "$out/injected" --save-interval "$steps" --tensorboard-dir "$out/tensorboard"
+kill "$watcher"
 
 say "evaluating the student after injection"
 evaluate after "$out/injected" --expert-model-parallel-size 2 "${STUDENT[@]}"
