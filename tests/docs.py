@@ -53,10 +53,18 @@ def rendered(path: Path) -> str:
     return _TABLE.sub(table, path.read_text(encoding="utf-8"))
 
 
+def pages() -> list[Path]:
+    """All pages."""
+    folders = ("megatron_moe_inject", "patches", "examples", "tests")
+    return [
+        ROOT / "README.md",
+        *(p for f in folders for p in sorted((ROOT / f).rglob("README.md"))),
+    ]
+
+
 def readmes() -> list[Path]:
     """Pages with tables of ours."""
-    pages = [ROOT / "README.md", *sorted(PACKAGE.rglob("README.md"))]
-    return [path for path in pages if _TABLE.search(path.read_text(encoding="utf-8"))]
+    return [path for path in pages() if _TABLE.search(path.read_text(encoding="utf-8"))]
 
 
 def main() -> None:

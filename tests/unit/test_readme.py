@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.docs import PACKAGE, ROOT, readmes, rendered
+from tests.docs import PACKAGE, ROOT, pages, readmes, rendered
 from tests.unit.test_rooms import ROOMS
 
 
@@ -21,13 +21,23 @@ def test_every_room_has_its_page_and_the_readme_leads_there():
         assert f"(megatron_moe_inject/{room}/README.md)" in text
 
 
+def test_the_readme_is_read_in_one_go():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 180
+
+
 def test_local_links_lead_somewhere():
-    for path in (ROOT / "README.md", *PACKAGE.rglob("README.md")):
-        links = re.findall(r"\]\((?!https?:)([^)#]+)\)", path.read_text(encoding="utf-8"))
-        assert all((path.parent / link).exists() for link in links), links
+    for path in pages():
+        links = re.findall(r"\]\((?!https?:)([^)#]*)(#[^)]*)?\)", path.read_text(encoding="utf-8"))
+        for link, anchor in links:
+            target = path.parent / link if link else path
+            assert target.exists(), (path, link)
+            if anchor:
+                headings = re.findall(r"(?m)^#+ (.*)$", target.read_text(encoding="utf-8"))
+                known = {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}
+                assert anchor[1:] in known, (path, link, anchor)
 
 
-def test_every_flag_of_the_readme_exists():
+def test_every_flag_of_the_pages_exists():
     from argparse import ArgumentParser
 
     from megatron_moe_inject.recipe.flags import add_inject_arguments
@@ -37,6 +47,7 @@ def test_every_flag_of_the_readme_exists():
         for action in add_inject_arguments(ArgumentParser())._actions
         for flag in action.option_strings
     }
-    used = set(re.findall(r"--inject-[a-z-]+[a-z]", (ROOT / "README.md").read_text()))
+    texts = "".join(path.read_text(encoding="utf-8") for path in pages())
+    used = set(re.findall(r"--inject-[a-z-]+[a-z]", texts))
     assert used
     assert used <= known, used - known
