@@ -21,6 +21,7 @@ from megatron_moe_inject.data.mixing import mix
 from megatron_moe_inject.data.packed import check_packed
 from megatron_moe_inject.data.read_once import MeasuredText
 from megatron_moe_inject.data.scheduled_blend import BlendSchedule
+from megatron_moe_inject.data.splits import SplitRegistry
 from megatron_moe_inject.evaluation.evaluator import TrainingEvaluator
 from megatron_moe_inject.evaluation.measurement import Measurement
 from megatron_moe_inject.evaluation.report.run_log import RunLog
@@ -35,7 +36,7 @@ from megatron_moe_inject.experts.train.frozen_fp8 import FrozenFp8, drop_transpo
 from megatron_moe_inject.experts.train.grouped import train_grouped_experts
 from megatron_moe_inject.experts.train.pipeline import (
     agree_forward_stages,
-    boundary_communicator,
+    boundary_step,
     gets_no_graph,
 )
 from megatron_moe_inject.experts.train.resume import begin_or_resume
@@ -52,12 +53,14 @@ from megatron_moe_inject.host.labels import (
     GENERAL,
 )
 from megatron_moe_inject.host.lineage import Lineage
+from megatron_moe_inject.host.loss_seam import LossSeam
 from megatron_moe_inject.host.model_parts import (
     places,
 )
 from megatron_moe_inject.host.save_lock import SaveLock
+from megatron_moe_inject.host.step import StepPart
 from megatron_moe_inject.host.student_load import StudentLoad
-from megatron_moe_inject.host.term_log import TermLog
+from megatron_moe_inject.host.term_log import TermLog, TermStep
 from megatron_moe_inject.loss_hook import LossHook
 from megatron_moe_inject.losses.objective import TermWeights
 from megatron_moe_inject.losses.report import LossReport
@@ -73,11 +76,12 @@ from megatron_moe_inject.retention.originals import OriginalParameters
 from megatron_moe_inject.retention.setup import kept_components, retention_step
 from megatron_moe_inject.routing.rows import RouterRows
 from megatron_moe_inject.routing.setup import SteeringSetup
-from megatron_moe_inject.step import SplitRegistry, StepHook
+from megatron_moe_inject.step import StepHook
 from megatron_moe_inject.teachers import states_dtype
 from megatron_moe_inject.teachers.imitation.setup import ImitationSetup
 from megatron_moe_inject.teachers.setup import by_domain, checked_teachers, remarks, teacher_pass
-from megatron_moe_inject.teachers.step_pass import TeacherPass
+from megatron_moe_inject.teachers.step_pass import CommitteePass, TeacherPass
+from megatron_moe_inject.teachers.step_teachers import StepTeachers
 
 
 def freeze_policy(recipe: Recipe) -> FreezePolicy:
@@ -277,34 +281,19 @@ class Injection:
         host_group = HostGroup.create(groups.mp)
         self._lineage.agree()
         self.originals = self._keep_originals()
-        routing = self._steering.step(
-            self.chunks, groups, boundary, None if self.originals is None else self.originals.of
-        )
         if self._profile is not None:
             self._recorder = self._profile.recorder(self.chunks, groups)
         if self.evaluator is not None:
             self.evaluator.prepare(self.chunks[0])
             remark = self.evaluator.adopt(self._lineage)
             self._warnings += [] if remark is None else [remark]
-        last = next((c for c in self.chunks if c.post_process), None)
-        loss_hook = agree(lambda: None if last is None else self._loss_hook(last, groups))
         if self.facts.precision.fp8 is not None:
             self._watch.see_layers(self.chunks)
         self.step_hook = StepHook(
             self.splits,
             host_group,
-            loss_hook,
             lambda: compat.optimizer_steps(self._args),
-            self._original_pass(loss_hook, groups),
-            self.imitation.hook(self.chunks, groups, by_domain=self._several_classes),
-            self._recorder,
-            routing=routing,
-            communicator=boundary_communicator(self.chunks, forward_stages, groups.pp),
-            measurement=self._measurement,
-            watch=self._watch,
-            retention=retention_step(self.recipe, self.chunks, groups, self.originals, optimizer),
-            terms=self.terms,
-            groups=groups,
+            self._parts(groups, boundary, forward_stages, optimizer),
         )
         self.plan = Plan(
             self.recipe,
@@ -380,7 +369,47 @@ class Injection:
         self._warnings += [] if remark is None else [remark]
         return originals
 
-    def _original_pass(self, loss_hook: LossHook | None, groups: Any) -> OriginalPass | None:
+    def _parts(
+        self, groups: Any, boundary: int, forward_stages: int, optimizer: Any
+    ) -> list[StepPart]:
+        """What takes part in a step of this rank, in order.
+
+        Collectives: those of ``agree``, ``_original_pass``, ``ImitationSetup.hook``,
+        ``SteeringSetup.step`` and ``retention_step``.
+        """
+        last = next((c for c in self.chunks if c.post_process), None)
+        seam = None if last is None else LossSeam(last)
+        taught = agree(lambda: {} if last is None else self._taught(last, groups))
+        measurement = self._measurement
+        objective = self.recipe.objective
+        kernels = None if objective.kernels == "torch" else objective.kernels
+        teachers = StepTeachers(
+            taught,
+            self._original_pass(seam, groups),
+            valid_vocab_size=self._valid_vocab_size,
+            kernels=kernels,
+            see=self._watch.see,
+            compares_prefix=lambda: measurement is not None and measurement.compares_prefix,
+        )
+        loss = None
+        if seam is not None:
+            loss = self._loss_hook(seam, groups, teachers, kernels)
+        original = None if self.originals is None else self.originals.of
+        parts = [
+            measurement,
+            self._watch,
+            teachers,
+            loss,
+            self.imitation.hook(self.chunks, groups, teachers, by_domain=self._several_classes),
+            self._recorder,
+            self._steering.step(self.chunks, groups, boundary, original, teachers),
+            retention_step(self.recipe, self.chunks, groups, self.originals, optimizer),
+            boundary_step(self.chunks, forward_stages, groups.pp),
+            TermStep(self.terms, groups),
+        ]
+        return [part for part in parts if part is not None]
+
+    def _original_pass(self, seam: LossSeam | None, groups: Any) -> OriginalPass | None:
         """Collectives: one ``new_group`` over the whole world where there is retention."""
         if self.originals is None or not ever_positive(self.recipe.objective.gamma):
             return None
@@ -394,7 +423,8 @@ class Injection:
         }
         return OriginalPass(
             self.originals,
-            loss_hook,
+            seam,
+            tp_group=groups.tp if groups.tp.size() > 1 else None,
             stages=stages,
             group=config.microbatch_group_size_per_vp_stage if interleaved else 1,
             host_group=everyone,
@@ -410,29 +440,34 @@ class Injection:
             name, kind, info.parameters, info.parameters * item, "every rank of the last stage"
         )
 
-    def _loss_hook(self, chunk: torch.nn.Module, groups: Any) -> LossHook:
+    def _taught(
+        self, chunk: torch.nn.Module, groups: Any
+    ) -> dict[int, TeacherPass | CommitteePass]:
+        """The teachers of the domains, loaded beside the student's last chunk."""
         passes = {name: self._teacher_pass(name, chunk, groups) for name in self.recipe.teachers}
-        taught = by_domain(self.recipe, passes)
+        return by_domain(self.recipe, passes)
+
+    def _loss_hook(
+        self, seam: LossSeam, groups: Any, teachers: StepTeachers, kernels: str | None
+    ) -> LossHook:
         objective = self.recipe.objective
-        originals = self.originals if ever_positive(objective.gamma) else None
         report = LossReport(
             [domain.name for domain in self.recipe.domains],
-            distilled=list(taught),
+            distilled=teachers.domains,
             by_class=self._several_classes,
             weighted=bool(TokenWeighting(objective.confidence, objective.skip_worse)),
-            retained=originals is not None,
+            retained=ever_positive(objective.gamma),
             shares=bool(self.recipe.mixing),
         )
         return LossHook(
-            chunk,
+            seam,
             lambda iteration: term_weights(self.recipe, iteration),
-            taught,
+            teachers,
             report,
             tp_group=groups.tp,
             valid_vocab_size=self._valid_vocab_size,
-            originals=originals,
             masked_sum=objective.masked_sum,
-            kernels=None if objective.kernels == "torch" else objective.kernels,
+            kernels=kernels,
             measurement=self._measurement,
             watch=self._watch,
             running_confidence=self._steering.running,

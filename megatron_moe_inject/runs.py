@@ -15,6 +15,7 @@ from megatron_moe_inject.data.labels import HostGroup
 from megatron_moe_inject.data.mixing import mix_held_out
 from megatron_moe_inject.data.packed import check_packed
 from megatron_moe_inject.data.read_once import MeasuredText
+from megatron_moe_inject.data.splits import SplitRegistry
 from megatron_moe_inject.evaluation.evaluation import Evaluation
 from megatron_moe_inject.evaluation.evaluation_file import write_evaluation
 from megatron_moe_inject.evaluation.evaluator import Evaluator, describe
@@ -25,17 +26,21 @@ from megatron_moe_inject.host.agreement import agree, on_first_rank
 from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.host.files import try_file
 from megatron_moe_inject.host.labels import GENERAL
+from megatron_moe_inject.host.loss_seam import LossSeam
 from megatron_moe_inject.host.progress import StepProgress
+from megatron_moe_inject.host.step import StepPart
 from megatron_moe_inject.host.student_load import StudentLoad
-from megatron_moe_inject.host.term_log import TermLog
+from megatron_moe_inject.host.term_log import TermLog, TermStep
 from megatron_moe_inject.loss_hook import LossHook
 from megatron_moe_inject.losses.objective import TermWeights
 from megatron_moe_inject.losses.report import LossReport
 from megatron_moe_inject.recipe.entries import SPLITS, split_labels
 from megatron_moe_inject.recipe.schema import Recipe
 from megatron_moe_inject.recipe.student import check_options, student_facts_from_args
-from megatron_moe_inject.step import SplitRegistry, StepHook
+from megatron_moe_inject.step import StepHook
 from megatron_moe_inject.teachers.setup import by_domain, checked_teachers, teacher_pass
+from megatron_moe_inject.teachers.step_pass import CommitteePass, TeacherPass
+from megatron_moe_inject.teachers.step_teachers import StepTeachers
 
 
 class EvaluationRun(Evaluator):
@@ -101,33 +106,44 @@ class EvaluationRun(Evaluator):
         groups = compat.process_groups(chunks[0])
         self.prepare(chunks[0])
         last = next((chunk for chunk in chunks if chunk.post_process), None)
-        loss_hook = agree(lambda: None if last is None else self._loss_hook(last, groups))
+        taught = agree(lambda: {} if last is None else self._taught(last, groups))
+        measurement = self.measurement
+        teachers = StepTeachers(
+            taught,
+            valid_vocab_size=self._valid_vocab_size,
+            compares_prefix=lambda: measurement.compares_prefix,
+        )
+        parts: list[StepPart] = [measurement, teachers]
+        if last is not None:
+            parts.append(self._loss_hook(last, groups, teachers))
         self.step_hook = StepHook(
             self.splits,
             HostGroup.create(groups.mp),
-            loss_hook,
             lambda: compat.optimizer_steps(self.args),
-            measurement=self.measurement,
-            terms=self.terms,
-            groups=groups,
+            [*parts, TermStep(self.terms, groups)],
         )
 
-    def _loss_hook(self, chunk: torch.nn.Module, groups: Any) -> LossHook:
+    def _taught(
+        self, chunk: torch.nn.Module, groups: Any
+    ) -> dict[int, TeacherPass | CommitteePass]:
         recipe, size = self.recipe, self._valid_vocab_size
         passes = {
             name: teacher_pass(recipe, info, self.args, chunk, groups, valid_vocab_size=size)
             for name, info in self.teacher_infos.items()
         }
-        taught = by_domain(recipe, passes)
-        report = LossReport([d.name for d in recipe.domains], list(taught), by_class=True)
-        weights = dict.fromkeys((GENERAL, *range(len(recipe.domains))), TermWeights(0.0, 1.0))
+        return by_domain(recipe, passes)
+
+    def _loss_hook(self, chunk: torch.nn.Module, groups: Any, teachers: StepTeachers) -> LossHook:
+        domains = self.recipe.domains
+        report = LossReport([d.name for d in domains], teachers.domains, by_class=True)
+        weights = dict.fromkeys((GENERAL, *range(len(domains))), TermWeights(0.0, 1.0))
         return LossHook(
-            chunk,
+            LossSeam(chunk),
             lambda iteration: weights,
-            taught,
+            teachers,
             report,
             tp_group=groups.tp,
-            valid_vocab_size=size,
+            valid_vocab_size=self._valid_vocab_size,
             measurement=self.measurement,
             only_measures=True,
         )
@@ -234,16 +250,13 @@ class ProfileRun:
         self._setup.origin = self.student_load.origin()
         groups = compat.process_groups(chunks[0])
         self._recorder = self._setup.recorder(chunks, groups)
+        self._progress = StepProgress(dist.get_rank(), self._steps)
         self.step_hook = StepHook(
             self.splits,
             HostGroup.create(groups.mp),
-            None,
             lambda: compat.optimizer_steps(self._args),
-            recorder=self._recorder,
-            records_evaluation=True,
+            [self._recorder, self._progress],
         )
-        self._progress = StepProgress(dist.get_rank())
-        self.step_hook.after_step = lambda: self._progress.step(self._steps())
 
     def _steps(self) -> int | None:
         """How many steps Megatron evaluates, None where it reads all of the data."""

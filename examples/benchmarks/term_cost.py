@@ -157,11 +157,20 @@ def child() -> None:
     launch.prepare()
     import runpy
 
+    from megatron_moe_inject.experts.choose.recorder import RoutingRecorder
     from megatron_moe_inject.host.labels import (
         GENERAL,
     )
+    from megatron_moe_inject.host.step import Step
+    from megatron_moe_inject.loss_hook import LossHook
     from megatron_moe_inject.losses.objective import TermWeights
+    from megatron_moe_inject.retention.setup import RetentionStep
+    from megatron_moe_inject.routing.setup import RoutingStep
     from megatron_moe_inject.step import StepHook
+    from megatron_moe_inject.teachers.imitation.hook import ImitationHook
+    from megatron_moe_inject.teachers.step_teachers import StepTeachers
+
+    feature_parts = (ImitationHook, RoutingRecorder, RoutingStep, RetentionStep)
 
     times: dict[str, list[float]] = {"without": [], "with": []}
     feature, number = os.environ["TERM_COST_FEATURE"], itertools.count()
@@ -173,22 +182,22 @@ def child() -> None:
     @contextlib.contextmanager
     def switched_off(self: StepHook):
         """The same step hook without the feature."""
-        parts = ("_imitation", "_recorder", "_original_pass", "_routing", "_retention")
-        owners = [(self, name) for name in parts]
-        if self._loss_hook is not None:
-            owners += [(self._loss_hook, "_originals"), (self._loss_hook, "_weights_at")]
-        kept = [(owner, name, getattr(owner, name)) for owner, name in owners]
-        for owner, name in owners:
-            setattr(owner, name, None)
-        if self._loss_hook is not None:
-            weights_at = kept[-1][2]
+        parts, teachers, loss = self.parts, part_of(self, StepTeachers), part_of(self, LossHook)
+        self.parts = tuple(part for part in parts if not isinstance(part, feature_parts))
+        if teachers is not None:
+            original, teachers.original = teachers.original, None
+        if loss is not None:
+            weights_at = loss.weights_at
             without = {GENERAL: TermWeights(0.0, 0.0)}
-            self._loss_hook._weights_at = lambda iteration: weights_at(iteration) | without
+            loss.weights_at = lambda iteration: weights_at(iteration) | without
         try:
             yield
         finally:
-            for owner, name, value in kept:
-                setattr(owner, name, value)
+            self.parts = parts
+            if teachers is not None:
+                teachers.original = original
+            if loss is not None:
+                loss.weights_at = weights_at
 
     def wrap(self, forward_backward):
         injected = hook(self, forward_backward)
@@ -228,24 +237,28 @@ def child() -> None:
             kept.update(result[0] if on else {})
             return result if on else [dict(kept)] * len(result)
 
-        def run_teachers(*args):
+        def run_teachers(own: StepTeachers, step: Step):
             started = time.process_time()
-            stock_teachers(*args)
+            stock_teachers(own, step)
             times.setdefault("teacher", []).append(time.process_time() - started)
-            runs = self._loss_hook.teachers
-            teachers[:] = [(run.head, list(run._states.values())) for run in runs]
+            teachers[:] = [(run.head, list(run._states.values())) for run in own.passes.values()]
 
         kept: dict = {}
         teachers: list = []
-        stock_teachers = self._run_teachers
+        stock_teachers = StepTeachers.begin
         if feature == "evaluation":
-            self._run_teachers = run_teachers
+            StepTeachers.begin = run_teachers
         return step
 
     StepHook.wrap = wrap
     runpy.run_module("megatron_moe_inject.pretrain", run_name="__main__", alter_sys=True)
     kept = {name: values[WARM_UP // 2 :] for name, values in times.items()}
     Path(os.environ["TERM_COST_TIMES"]).write_text(json.dumps(kept))
+
+
+def part_of(hook, kind: type):
+    """The hook's part of that kind, ``None`` without one."""
+    return next((part for part in hook.parts if isinstance(part, kind)), None)
 
 
 def time_methods(module: str, owner: str, names: Sequence[str], spent: list[float]) -> None:

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_moe_inject.host.step import MicroBatch
+
 DATASET_ID = "dataset_id"
 """Batch key set by ``megatron.core.datasets.blended_dataset.BlendedDataset``."""
-
-MicroBatch = dict[str, Any]
 
 
 def pull(iterator: Iterator[MicroBatch] | None, num_microbatches: int) -> list[MicroBatch] | None:

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_moe_inject.data.labels import MicroBatch
 from megatron_moe_inject.evaluation.evaluation import ALWAYS, BARE, BINS, PARTLY, TAUGHT
 from megatron_moe_inject.host.attached_loss import (
     sum_and_count,
@@ -29,6 +28,7 @@ from megatron_moe_inject.host.attached_loss import (
 from megatron_moe_inject.host.labels import (
     GENERAL,
 )
+from megatron_moe_inject.host.step import MicroBatch, Step, StepPart
 from megatron_moe_inject.losses.measure import TokenMeasures, measure_tokens
 from megatron_moe_inject.losses.objective import LossTerms, SampleGroup
 from megatron_moe_inject.losses.rows import RowKernels
@@ -65,7 +65,7 @@ class _Part:
     bytes: list[int | None] = field(default_factory=list)
 
 
-class Measurement:
+class Measurement(StepPart):
     """Measures held-out text on this rank, between ``running()`` and ``collect()``.
 
     Args:
@@ -123,9 +123,10 @@ class Measurement:
             self.active = False
             self._batches = None
 
-    def begin_step(self, batches: list[MicroBatch] | None) -> None:
-        """Remember the micro-batches of the step that comes, where this rank reads them."""
-        self._batches = batches
+    def begin(self, step: Step) -> None:
+        """Remember the micro-batches of a step that is measured, where this rank reads them."""
+        if self.active:
+            self._batches = step.micro_batches
 
     def micro_batch(
         self,

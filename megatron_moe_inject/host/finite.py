@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 
+from megatron_moe_inject.host import compat
 from megatron_moe_inject.host.model_parts import (
     decoder_layers,
 )
+from megatron_moe_inject.host.step import Step, StepPart
 
 
-class FiniteWatch:
+class FiniteWatch(StepPart):
     """What is seen in a step, by name and micro-batch."""
 
     def __init__(self) -> None:
@@ -29,10 +31,24 @@ class FiniteWatch:
         self._said: int | None = None
         self._flags: dict[str, list[torch.Tensor]] = {}
 
-    def begin(self, iteration: int) -> None:
-        """Forget the last step; ``iteration`` optimiser steps have been taken."""
-        self._iteration = iteration
+    def begin(self, step: Step) -> None:
+        """Forget the last step."""
+        self._iteration = step.iteration
         self._flags = {}
+
+    def failed(self, error: Exception) -> None:
+        """Add to the error what was not finite in the step."""
+        try:
+            found = self.found()
+        except RuntimeError:  # the device itself is gone
+            return
+        if found is not None:
+            error.add_note(found)
+
+    def end(self, step: Step, reports: Any) -> None:
+        """Say what was not finite where Megatron's own check has rejected the step."""
+        if compat.step_was_rejected():
+            self.say()
 
     @torch.no_grad()
     def see(self, name: str, tensor: torch.Tensor) -> None:

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from megatron_moe_inject.host.attached_loss import (
     take_terms,
 )
+from megatron_moe_inject.host.step import Step, StepPart
 
 _TAKEN = "advanced iterations"
 
@@ -184,6 +185,23 @@ class TermLog:
             return result
         ours = {name: _scalar(mean) for name, mean in self._evaluation.read().items()}
         return (ours | means, *rest)
+
+
+class TermStep(StepPart):
+    """Takes the terms out of what each step returned, after all parts that report some.
+
+    Args:
+        terms: of the run.
+        groups: the student's ``ProcessGroupCollection``.
+    """
+
+    def __init__(self, terms: TermLog, groups: Any) -> None:
+        self._terms = terms
+        self._groups = groups
+
+    def end(self, step: Step, reports: Any) -> None:
+        """Collectives: those of ``TermLog.end_step``."""
+        self._terms.end_step(reports, self._groups, evaluation=not step.training)
 
 
 def _scalar(value: float) -> torch.Tensor:

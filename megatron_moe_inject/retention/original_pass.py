@@ -13,33 +13,32 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
-from megatron_moe_inject.data.labels import MicroBatch, samples_of
+from megatron_moe_inject.data.labels import samples_of
+from megatron_moe_inject.host import compat
 from megatron_moe_inject.host.labels import (
     GENERAL,
 )
+from megatron_moe_inject.host.loss_seam import LossSeam
 from megatron_moe_inject.host.rng import untouched_rng
+from megatron_moe_inject.host.step import MicroBatch, Step
+from megatron_moe_inject.losses.objective import SampleGroup, TermWeights
+from megatron_moe_inject.losses.spec import LogitTransform
 from megatron_moe_inject.retention.originals import OriginalParameters
 
 
-class StatesKeeper(Protocol):
-    """Keeps what the last stage computes before the output layer (``loss_hook.LossHook``)."""
-
-    def keeping_original_states(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, forward passes are the original model's."""
-        ...
-
-
 class OriginalPass:
-    """Runs the original model over the general samples of each step.
+    """Runs the original model over the general samples of each step and teaches them from it.
 
     Args:
         originals: the original parameters of this rank.
-        loss_hook: keeps the hidden states on the last stage, ``None`` on other stages.
+        seam: where the last stage's states come by, ``None`` on other stages.
+        tp_group: gathers states that are split under sequence parallelism; ``None`` if one rank.
         stages: pipeline size under interleaving, else 1.
         group: micro-batches that an interleaved schedule runs through a chunk at a time
             (``--microbatch-group-size-per-virtual-pipeline-stage``), else 1.
@@ -53,8 +52,9 @@ class OriginalPass:
     def __init__(
         self,
         originals: OriginalParameters,
-        loss_hook: StatesKeeper | None,
+        seam: LossSeam | None,
         *,
+        tp_group: dist.ProcessGroup | None,
         stages: int,
         group: int,
         host_group: dist.ProcessGroup | None,
@@ -64,58 +64,81 @@ class OriginalPass:
         self.originals = originals
         self._whole = whole
         self._same = frozenset(same)
-        self._loss_hook = loss_hook
+        self._seam = seam
+        self._tp_group = tp_group
         self._stages = stages
         self._group = group
         self._host_group = host_group
+        self._states: list[torch.Tensor] = []
+        self._place: dict[tuple[int, int], int] = {}
+        self._config: Any = None
 
-    def run(
-        self,
-        forward_backward: Callable,
-        labels: torch.Tensor,
-        batches: Sequence[list[MicroBatch] | None],
-        *,
-        forward_step_func: Callable,
-        model: Any,
-        **arguments: Any,
-    ) -> None:
+    def run(self, step: Step) -> None:
         """One forward-only pass; nothing runs where no rank has a general sample. Random numbers
         that it draws are not missing in training.
-
-        Args:
-            forward_backward: Megatron's schedule.
-            labels: ``[n, b]`` domain indices, on the host.
-            batches: by model chunk, the step's micro-batches, ``None`` on ranks without data.
-            forward_step_func, model, arguments: as the schedule gets them.
 
         Collectives: one all-reduce (maximum) of one number over the whole world, since experts are
         shared by data-parallel ranks and each needs as many micro-batches as the fullest; then
         those of the schedule.
         """
-        general = labels == GENERAL
-        count, size = self._agree(int(general.sum())), labels.shape[1]
+        general = step.labels == GENERAL
+        self._place = {(n, b): i for i, (n, b) in enumerate(general.nonzero().tolist())}
+        self._states = []
+        count, size = self._agree(int(general.sum())), step.labels.shape[1]
         if count == 0:
             return
         rounds = allowed_rounds(-(-count // size), self._stages, self._group)
         if not self._whole:
             size = -(-count // rounds)
-        packed = [_packed(chunk, general, rounds, size, self._same) for chunk in batches]
+        packed = [_packed(chunk, general, rounds, size, self._same) for chunk in step.batches]
         replay = [None if chunk is None else iter(chunk) for chunk in packed]
+        model = step.arguments["model"]
         chunks = model if isinstance(model, list) else [model]
-        kept = contextlib.nullcontext()
-        if self._loss_hook is not None:
-            kept = self._loss_hook.keeping_original_states()
-        device = next(chunks[0].parameters()).device
-        alone = untouched_rng(device)
+        kept = contextlib.nullcontext() if self._seam is None else self._seam.using(self._keep)
+        alone = untouched_rng(next(chunks[0].parameters()).device)
         with torch.no_grad(), alone, _evaluating(chunks), self.originals.running(), kept:
-            forward_backward(
-                forward_step_func=_without_loss(forward_step_func),
+            step.schedule(
+                forward_step_func=_without_loss(step.forward_step),
                 data_iterator=replay if len(replay) > 1 else replay[0],
-                model=model,
                 num_microbatches=rounds,
                 micro_batch_size=size,
-                **arguments | {"forward_only": True},
+                seq_length=step.sequence_length,
+                **step.arguments | {"forward_only": True},
             )
+
+    def close(self) -> None:
+        """After the step: let the states go."""
+        self._states = []
+
+    def _keep(
+        self, *, hidden_states: torch.Tensor, labels: torch.Tensor, config: Any, **_: Any
+    ) -> torch.Tensor:
+        """The output processor of the pass: keep the states, form no logits."""
+        self._config = config
+        self._states.append(hidden_states.detach())
+        return hidden_states.new_zeros(labels.shape, dtype=torch.float32)
+
+    def group(
+        self, micro_batch: int, samples: Sequence[int], weights: TermWeights, head: torch.Tensor
+    ) -> SampleGroup:
+        """General samples of a micro-batch of the step, with the original model as their teacher.
+
+        Args:
+            micro_batch: its place in the step.
+            samples: positions in the batch.
+            weights: of their loss.
+            head: the student's ``[v/p, h]``.
+
+        Collectives: under sequence parallelism one all-gather over the tensor-parallel group.
+        """
+        size = self._states[0].shape[1]
+        places = [divmod(self._place[micro_batch, sample], size) for sample in samples]
+        hidden = torch.stack([self._states[i][:, j] for i, j in places], dim=1)
+        if self._config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, group=self._tp_group)
+        transform = LogitTransform(scale=compat.logit_scale(self._config))
+        own = self.originals.of(head)
+        return SampleGroup(samples, weights, hidden.transpose(0, 1), own, transform)
 
     def _agree(self, count: int) -> int:
         if self._host_group is None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from megatron_moe_inject.host.step import Step, StepPart
 from megatron_moe_inject.recipe.schedule import ever_positive, value_at
 from megatron_moe_inject.recipe.schema import Recipe
 from megatron_moe_inject.retention.experts import ExpertRetention
@@ -26,7 +27,7 @@ def kept_components(recipe: Recipe) -> list[str] | None:
     return [*kept, "router"] if recipe.steering.retains else kept
 
 
-class RetentionStep:
+class RetentionStep(StepPart):
     """What a step does about retention beside gamma and the routers'.
 
     Args:
@@ -37,26 +38,18 @@ class RetentionStep:
     def __init__(self, experts: ExpertRetention | None, start: PullToStart | None) -> None:
         self._experts = experts
         self._start = start
-        self._iteration = 0
 
-    def begin(self, labels: torch.Tensor, iteration: int, sequence_length: int) -> None:
-        """Start a step, ``labels`` ``[n, b]`` on the host.
-
-        Collectives: those of ``ExpertRetention.begin``.
-        """
-        self._iteration = iteration
+    def begin(self, step: Step) -> None:
+        """Collectives: those of ``ExpertRetention.begin``."""
         if self._experts is not None:
-            self._experts.begin(labels, iteration, sequence_length)
+            self._experts.begin(step.labels, step.iteration, step.sequence_length)
 
-    def end(self, reports: Any, *, trained: bool) -> None:
-        """After the schedule; ``trained`` tells a step that trains from one of evaluation.
-
-        Collectives: those of ``ExpertRetention.end``, and of ``PullToStart.end`` in training.
-        """
+    def end(self, step: Step, reports: Any) -> None:
+        """Collectives: those of ``ExpertRetention.end``, and of ``PullToStart.end`` in training."""
         if self._experts is not None:
             self._experts.end(reports)
-        if self._start is not None and trained:
-            self._start.end(self._iteration, reports)
+        if self._start is not None and step.training:
+            self._start.end(step.iteration, reports)
 
 
 def retention_step(

@@ -20,6 +20,7 @@ from megatron_moe_inject.host.routing_watch import (
 from megatron_moe_inject.host.run_arguments import (
     stored_argument,
 )
+from megatron_moe_inject.host.step import Step, StepPart
 from megatron_moe_inject.recipe.facts import StudentFacts
 from megatron_moe_inject.recipe.schedule import value_at
 from megatron_moe_inject.recipe.schema import Recipe
@@ -27,17 +28,19 @@ from megatron_moe_inject.recipe.steering_rules import weighed_by_mean, weighed_b
 from megatron_moe_inject.routing.shares import RoutingShares
 from megatron_moe_inject.routing.steering import SteeringHook, SteeringWeights
 from megatron_moe_inject.teachers.confidence import RunningConfidence
+from megatron_moe_inject.teachers.step_teachers import StepTeachers
 
 KEPT = "inject_confidence"
 """Where Megatron's arguments, and so its checkpoints, keep the running means."""
 
 
-class RoutingStep:
+class RoutingStep(StepPart):
     """What a step does about routing: its losses, then its reports.
 
     Args:
         hook: attaches losses; ``None`` where the log alone is wanted.
         shares: reports where tokens go; ``None`` where no domain has targets.
+        teachers: those of the step, begun before this part.
         confidence: what weighs single tokens, ``none`` or see ``teachers.confidence.confidences``.
         running: what weighs the tokens of the domains whose teachers run by windows.
     """
@@ -46,48 +49,45 @@ class RoutingStep:
         self,
         hook: SteeringHook | None,
         shares: RoutingShares | None,
+        teachers: StepTeachers,
         confidence: str = "none",
         running: RunningConfidence | None = None,
     ) -> None:
-        self.confidence = confidence
+        self._teachers = teachers
+        self._confidence = confidence
         self._running = running
         self._hook = hook
         self._shares = shares
-        self._iteration = 0
 
-    def begin(
-        self,
-        labels: torch.Tensor,
-        iteration: int,
-        sequence_length: int,
-        confidences: torch.Tensor | None = None,
-    ) -> None:
-        """Start a step, ``labels`` ``[n, b]`` on the host; see ``SteeringHook.begin``.
+    def begin(self, step: Step) -> None:
+        """Start a step; see ``SteeringHook.begin``.
 
-        Collectives: those of ``SteeringHook.begin``.
+        Collectives: those of ``StepTeachers.confidences`` on the last stage, and of
+        ``SteeringHook.begin``.
         """
-        self._iteration = iteration
-        means = None
+        sure = means = None
+        if self._confidence != "none" and self._teachers.passes:
+            sure = self._teachers.confidences(self._confidence, step.labels)
         if self._running is not None:
-            self._running.begin(iteration)
+            self._running.begin(step.iteration)
             means = self._running.means
         if self._hook is not None:
-            self._hook.begin(labels, iteration, sequence_length, confidences, means)
+            self._hook.begin(step.labels, step.iteration, step.sequence_length, sure, means)
         if self._shares is not None:
-            self._shares.begin(labels)
+            self._shares.begin(step.labels)
 
-    def end(self, reports: Any, *, trained: bool) -> None:
-        """Finish the step; ``trained`` tells it from one of evaluation.
+    def end(self, step: Step, reports: Any) -> None:
+        """Finish the step.
 
         Collectives: those of ``SteeringHook.end`` and ``RoutingShares.end``, and after a step of
         training those of ``RunningConfidence.end``.
         """
-        if self._running is not None and trained:
+        if self._running is not None and step.training:
             self._running.end(self._hook.device)
         if self._hook is not None:
             self._hook.end(reports)
         if self._shares is not None:
-            self._shares.end(reports, self._iteration + 1 if trained else None)
+            self._shares.end(reports, step.iteration + 1 if step.training else None)
 
 
 class SteeringSetup:
@@ -161,6 +161,7 @@ class SteeringSetup:
         groups: Any,
         boundary: int,
         original: Callable[[torch.Tensor], torch.Tensor] | None,
+        teachers: StepTeachers,
     ) -> RoutingStep | None:
         """The parts of this rank, once the student is loaded; ``None`` where nothing is asked.
 
@@ -169,6 +170,7 @@ class SteeringSetup:
             groups: the student's ``ProcessGroupCollection``.
             boundary: lowest position that trains, see ``experts.train.boundary``.
             original: gives the original value of a parameter; used with retention.
+            teachers: those of the step, begun before this part.
 
         Collectives: one all-gather of layer numbers over the whole world.
 
@@ -201,7 +203,7 @@ class SteeringSetup:
                 by_token=by_token,
             )
         if not any(table.any() for table in self._targets.values()):
-            return RoutingStep(hook, None)
+            return RoutingStep(hook, None, teachers)
         shares = RoutingShares(
             RoutingWatch(chunks, groups),
             [domain.name for domain in self._recipe.domains],
@@ -212,7 +214,7 @@ class SteeringSetup:
             detail_every=spec.detail_every,
             write=write_details,
         )
-        return RoutingStep(hook, shares, confidence, self.running)
+        return RoutingStep(hook, shares, teachers, confidence, self.running)
 
     def _weights_at(self, iteration: int) -> SteeringWeights:
         spec = self._spec

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron_moe_inject.data.labels import MicroBatch, samples_of
+from megatron_moe_inject.data.labels import samples_of
 from megatron_moe_inject.host.context_parallel import context_parallel_slice
 from megatron_moe_inject.host.indices import index
+from megatron_moe_inject.host.step import MicroBatch
 from megatron_moe_inject.losses.committee import Committee, Member
 from megatron_moe_inject.losses.spec import LogitTransform
 from megatron_moe_inject.teachers.base import Teacher

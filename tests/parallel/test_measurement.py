@@ -16,6 +16,7 @@ from megatron_moe_inject.losses import reference
 from megatron_moe_inject.losses.objective import SampleGroup, TermWeights
 from megatron_moe_inject.losses.spec import LogitTransform
 from tests.parallel import gloo
+from tests.steps import step_of
 from tests.unit.losses_cases import VALID, V
 
 WORLD = 4
@@ -78,7 +79,7 @@ def _measured(text):
     ]
     with measurement.running():
         batch = {name: data[name] for name in ("tokens", "labels", "loss_mask")}
-        measurement.begin_step([batch] if tp.rank() == 0 else None)
+        measurement.begin(step_of([batch] if tp.rank() == 0 else None))
         terms, report = measurement.micro_batch(
             0,
             part(data["hidden"], 0, cp.rank()),

@@ -22,6 +22,7 @@ from megatron_moe_inject.teachers.imitation.exchange import FeatureExchange, Lay
 from megatron_moe_inject.teachers.imitation.hook import ImitationHook
 from megatron_moe_inject.teachers.imitation.projections import Projections
 from megatron_moe_inject.teachers.imitation.terms import ImitationTerm
+from tests.steps import step_of
 
 
 def random(seed, *shape, dtype=torch.float32):
@@ -215,15 +216,17 @@ def test_gradients_of_a_model_are_those_of_plain_autograd(kind, recompute, per_t
         [wishes], widths={"coder": 5}, dtypes={"coder": torch.float32}, groups=groups,
         sequence_parallel=False, device=torch.device("cpu"),
     )  # fmt: skip
+    teachers = SimpleNamespace(passes={"coder": Pass(5)})
     hook = ImitationHook(
-        [chunk], [projections], TERMS, exchange, taught={"coder": [0, 1]},
+        [chunk], [projections], TERMS, exchange, teachers, taught={"coder": [0, 1]},
         weights_at=lambda iteration: {"hidden": 0.1 * iteration}, loss=kind,
         domains=["code", "law"], by_domain=True, groups=groups,
     )  # fmt: skip
     inputs = [random(20 + i, 4, 2, 6).requires_grad_() for i in range(4)]
     batches = [{"loss_mask": mask} for mask in MASK]
 
-    hook.begin({"coder": Pass(5)}, batches, LABELS, 3, 4)
+    step = step_of(batches, labels=LABELS, iteration=3)
+    hook.begin(step)
     outputs = []
     for i in range(4):  # one micro-batch ahead, as between pipeline stages
         outputs.append(chunk(inputs[i]))
@@ -231,7 +234,7 @@ def test_gradients_of_a_model_are_those_of_plain_autograd(kind, recompute, per_t
             outputs[i - 1].square().sum().backward()
     outputs[3].square().sum().backward()
     reports = [{"lm loss": torch.zeros(2)} for _ in range(4)]
-    hook.end(reports)
+    hook.end(step, reports)
     found = [p.grad.clone() for p in (*chunk.parameters(), *projections.parameters(), *inputs)]
 
     for parameter in (*chunk.parameters(), *projections.parameters(), *inputs):
@@ -277,7 +280,8 @@ def test_outside_a_step_nothing_is_attached():
         tp_group=groups.tp,
     )  # fmt: skip
     ImitationHook(
-        [chunk], [projections], TERMS, None, taught={"coder": [0, 1]}, weights_at=dict, loss="mse",
+        [chunk], [projections], TERMS, None, None,
+        taught={"coder": [0, 1]}, weights_at=dict, loss="mse",
         domains=["code", "law"], by_domain=True, groups=groups,
     )  # fmt: skip
     assert torch.equal(chunk(torch.ones(4, 2, 6)), before)

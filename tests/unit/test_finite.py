@@ -3,21 +3,22 @@
 import torch
 
 from megatron_moe_inject.host.finite import FiniteWatch
+from tests.steps import step_of
 
 
 def test_nothing_to_say():
     watch = FiniteWatch()
-    watch.begin(4)
+    watch.begin(step_of(iteration=4))
     watch.see("states", torch.full((3, 4), 3e38, dtype=torch.float32)[:1])
     watch.see("no samples", torch.empty(0, 4))
     assert watch.found() is None
-    watch.begin(5)
+    watch.begin(step_of(iteration=5))
     assert watch.found() is None
 
 
 def test_first_things_first(capsys):
     watch = FiniteWatch()
-    watch.begin(7)
+    watch.begin(step_of(iteration=7))
     states = torch.ones(2, requires_grad=True)
     for factor in (1.0, float("inf")):
         watch.see("states", states)
@@ -33,7 +34,7 @@ def test_first_things_first(capsys):
     watch.say()
     watch.say()
     assert capsys.readouterr().err.count("not finite in step 8") == 1
-    watch.begin(8)
+    watch.begin(step_of(iteration=8))
     assert watch.found() is None
 
 
@@ -45,6 +46,6 @@ def test_layers_are_seen_by_their_global_number():
     chunk.decoder.layers = torch.nn.ModuleList([layer])
     watch = FiniteWatch()
     watch.see_layers([chunk])
-    watch.begin(0)
+    watch.begin(step_of(iteration=0))
     layer(torch.full((1, 2), float("nan")))
     assert "output of decoder layer 5 (micro-batch 0 of 1)" in watch.found()

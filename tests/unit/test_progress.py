@@ -17,10 +17,10 @@ class Terminal(io.StringIO):
 )
 def test_it_is_drawn_on_the_first_ranks_terminal(rank, kind, drawn):
     stream = kind()
-    progress = StepProgress(rank, stream)
+    progress = StepProgress(rank, lambda: 6, stream)
     progress.close()
     for _ in range(3):
-        progress.step(6)
+        progress.end(None, None)
     progress.close()
     assert ("3/6" in stream.getvalue()) == bool(drawn)
     assert bool(stream.getvalue()) == bool(drawn)
@@ -28,7 +28,7 @@ def test_it_is_drawn_on_the_first_ranks_terminal(rank, kind, drawn):
 
 def test_the_number_of_steps_may_be_unknown():
     stream = Terminal()
-    progress = StepProgress(0, stream)
-    progress.step(None)
+    progress = StepProgress(0, lambda: None, stream)
+    progress.end(None, None)
     progress.close()
     assert "1step" in stream.getvalue()

@@ -11,6 +11,7 @@ from megatron.core.transformer.moe.moe_utils import (
 )
 
 from megatron_moe_inject.experts.choose.recorder import RoutingRecorder
+from tests.steps import step_of
 from tests.unit.routers import GROUPS
 
 LENGTH, EXPERTS, TOPK = 5, 4, 2
@@ -96,11 +97,12 @@ def recorded(chunk, padding=None):
     generator = torch.Generator().manual_seed(9)
     inputs = [torch.randn(LENGTH, 2, 6, generator=generator).requires_grad_() for _ in LABELS]
     chunk(inputs[0])  # outside a step nothing counts
-    recorder.begin(LABELS)
+    step = step_of(labels=LABELS)
+    recorder.begin(step)
     outputs = [chunk(hidden, padding) for hidden in inputs]
     for output in outputs:
         output.sum().backward()
-    recorder.end()
+    recorder.end(step, [])
     chunk(inputs[0])
     return recorder, inputs
 

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from megatron_moe_inject.data.splits import SplitRegistry
 from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.host.meeting import Meeting
 from megatron_moe_inject.recipe.load import recipe_from_flags, recipe_from_yaml
 from megatron_moe_inject.recipe.same_recipe import begin_alike, description, judge
-from megatron_moe_inject.step import SplitRegistry
 from tests.unit.test_failure import all_at_once, ranks
 
 TEXT = """

@@ -138,6 +138,7 @@ class ProfileSetup:
                 coselections=bool(self._args.inject_profile_coselections),
                 logits=self._args.inject_profile_logits,
                 sequence_length=self._args.seq_length,
+                in_training=not self._args.skip_train,
             )
         )
 

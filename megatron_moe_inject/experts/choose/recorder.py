@@ -22,9 +22,10 @@ from megatron_moe_inject.host.routing_watch import (
     SUMS,
     RoutingWatch,
 )
+from megatron_moe_inject.host.step import Step, StepPart
 
 
-class RoutingRecorder:
+class RoutingRecorder(StepPart):
     """Sums of one rank.
 
     Args:
@@ -34,6 +35,7 @@ class RoutingRecorder:
         coselections: also count which experts are chosen together; C L E^2 numbers.
         logits: keep the router logits of at most so many tokens of each class.
         sequence_length: tokens of a sequence, where logits are kept.
+        in_training: record the steps that train, instead of those of evaluation.
 
     Attributes:
         watch: gives the sums of a step.
@@ -49,7 +51,9 @@ class RoutingRecorder:
         coselections: bool = False,
         logits: int | None = None,
         sequence_length: int = 0,
+        in_training: bool = True,
     ) -> None:
+        self._in_training = in_training
         self._config = chunks[0].config
         self._device = next(chunks[0].parameters()).device
         self._groups = groups
@@ -79,21 +83,25 @@ class RoutingRecorder:
     def _zeros(self, *shape: int) -> torch.Tensor:
         return torch.zeros(*shape, dtype=torch.float64, device=self._device)
 
-    def begin(self, labels: torch.Tensor) -> None:
-        """Record the step whose micro-batches have these labels, ``[n, b]`` on the host.
+    def begin(self, step: Step) -> None:
+        """Record the step, if it is of the kind that is recorded.
 
         Collectives: with logits, that of ``LogitSampler.begin``.
         """
-        self._labels = labels
+        if step.training != self._in_training:
+            return
+        self._labels = step.labels
         if self._sampler is not None:
-            self._sampler.begin(labels)
-        self.watch.begin(*labels.shape)
+            self._sampler.begin(step.labels)
+        self.watch.begin(*step.labels.shape)
 
-    def end(self) -> None:
+    def end(self, step: Step, reports: Any) -> None:
         """Add the step's sequences to their classes.
 
         Collectives: those of ``RoutingWatch.end``.
         """
+        if step.training != self._in_training:
+            return
         self.steps += 1
         sums = self.watch.end().double()
         label = (self._labels.flatten() + 1).to(self._device, non_blocking=True)

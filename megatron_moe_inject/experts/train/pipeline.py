@@ -30,6 +30,7 @@ from megatron_moe_inject.host.errors import (
 from megatron_moe_inject.host.model_parts import (
     decoder_layers,
 )
+from megatron_moe_inject.host.step import Step, StepPart
 
 
 def agree_forward_stages(
@@ -177,13 +178,33 @@ class BoundaryCommunicator(P2PCommunicator):
         )
 
 
-def boundary_communicator(
+class BoundaryStep(StepPart):
+    """Lets the schedule of steps that train talk through a ``BoundaryCommunicator``."""
+
+    def __init__(self, communicator: BoundaryCommunicator) -> None:
+        self._communicator = communicator
+
+    def begin(self, step: Step) -> None:
+        """Hand the communicator to the schedule."""
+        if step.training:
+            given = step.arguments.get("p2p_communicator")
+            step.arguments |= self._communicator.begin(len(step.labels), given)
+
+    def end(self, step: Step, reports: Any) -> None:
+        """The schedule must have asked for every gradient."""
+        if step.training:
+            self._communicator.end()
+
+
+def boundary_step(
     chunks: Sequence[torch.nn.Module], forward_stages: int, pp_group: dist.ProcessGroup
-) -> BoundaryCommunicator | None:
-    """The communicator for these chunks' steps, None where Megatron's own is right."""
+) -> BoundaryStep | None:
+    """The part of these chunks' steps, None where Megatron's own communicator is right."""
     if forward_stages == 0:
         return None
-    return BoundaryCommunicator(pp_group, chunks[0].config, len(chunks), forward_stages)
+    return BoundaryStep(
+        BoundaryCommunicator(pp_group, chunks[0].config, len(chunks), forward_stages)
+    )
 
 
 def gets_no_graph(chunk: int, forward_stages: int, pp_group: dist.ProcessGroup) -> bool:

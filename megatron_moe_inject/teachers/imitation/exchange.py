@@ -17,10 +17,10 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from megatron_moe_inject.data.labels import MicroBatch
 from megatron_moe_inject.host.context_parallel import (
     context_parallel_slice,
 )
+from megatron_moe_inject.host.step import MicroBatch
 from megatron_moe_inject.teachers.step_pass import (
     TeacherPass,
 )

@@ -30,6 +30,7 @@ from megatron_moe_inject.host.indices import index as positions
 from megatron_moe_inject.host.model_parts import (
     decoder_layers,
 )
+from megatron_moe_inject.host.step import Step, StepPart
 from megatron_moe_inject.losses.features import (
     feature_loss,
 )
@@ -40,6 +41,7 @@ from megatron_moe_inject.teachers.imitation.exchange import (
 )
 from megatron_moe_inject.teachers.imitation.projections import Projections
 from megatron_moe_inject.teachers.imitation.terms import ImitationTerm
+from megatron_moe_inject.teachers.step_teachers import StepTeachers
 
 REPORTED = {"hidden": "feature loss", "experts": "expert feature loss"}
 
@@ -61,7 +63,7 @@ class _Place(Passages):
         self.projections = projections
 
 
-class ImitationHook:
+class ImitationHook(StepPart):
     """Computes and attaches the losses of one rank.
 
     Args:
@@ -69,6 +71,7 @@ class ImitationHook:
         projections: those of each chunk.
         terms: all terms; each is used where its layer is.
         exchange: brings the teachers' states.
+        teachers: those of the step, begun before this part.
         taught: indices of the domains that each teacher teaches.
         weights_at: weight of each kind of term after that many optimiser steps.
         loss: one of ``losses.features.FEATURE_LOSSES``.
@@ -83,6 +86,7 @@ class ImitationHook:
         projections: Sequence[Projections],
         terms: Sequence[ImitationTerm],
         exchange: FeatureExchange,
+        teachers: StepTeachers,
         *,
         taught: Mapping[str, Sequence[int]],
         weights_at: Callable[[int], Mapping[str, float]],
@@ -94,6 +98,7 @@ class ImitationHook:
         self._config = chunks[0].config
         self._device = next(chunks[0].parameters()).device
         self._exchange = exchange
+        self._teachers = teachers
         self._taught = taught
         self._weights_at = weights_at
         self._loss = loss
@@ -135,30 +140,28 @@ class ImitationHook:
         """Whether a step with losses is under way."""
         return self._active
 
-    def begin(
-        self,
-        passes: Mapping[str, Any],
-        batches: Sequence[Any] | None,
-        labels: torch.Tensor,
-        iteration: int,
-        sequence_length: int,
-    ) -> None:
-        """Start a step whose micro-batches have these labels, ``[n, b]`` on the host.
+    def begin(self, step: Step) -> None:
+        """Get the states of the step's teachers.
 
         Collectives: those of ``FeatureExchange.run``.
         """
+        labels = step.labels
         counts = {
             teacher: int(torch.isin(labels, torch.tensor(indices)).sum())
             for teacher, indices in self._taught.items()
         }
         self._targets = self._exchange.run(
-            passes, batches, tuple(labels.shape), counts, sequence_length
+            self._teachers.passes,
+            step.micro_batches,
+            (labels.shape[0], labels.shape[1]),
+            counts,
+            step.sequence_length,
         )
         self._labels = labels.tolist()
         self._sums = torch.zeros(len(self._kinds), len(self._domains), 2, device=self._device)
         for part in (*self._clocks, *self._places):
             part.reset()
-        self._scales = self._step_scales(iteration, self._targets)
+        self._scales = self._step_scales(step.iteration, self._targets)
         self._active = True
 
     def _step_scales(self, iteration: int, targets: StepTargets | None) -> dict[str, torch.Tensor]:
@@ -179,12 +182,8 @@ class ImitationHook:
         weights = self._weights_at(iteration)
         return {kind: weights[kind] * scale.detach() / counts for kind in self._kinds}
 
-    def end(self, reports: Any) -> None:
+    def end(self, step: Step, reports: Any) -> None:
         """Finish the step and add what was measured to what the schedule returned.
-
-        Args:
-            reports: on the last stage, one dictionary per micro-batch of this step; others are
-                left alone.
 
         Collectives: one all-reduce of a few numbers over the model-parallel group.
         """

@@ -27,6 +27,7 @@ from megatron_moe_inject.teachers.imitation.exchange import FeatureExchange, Lay
 from megatron_moe_inject.teachers.imitation.hook import ImitationHook
 from megatron_moe_inject.teachers.imitation.projections import Projections
 from megatron_moe_inject.teachers.imitation.terms import imitation_terms
+from megatron_moe_inject.teachers.step_teachers import StepTeachers
 
 
 class ImitationSetup:
@@ -149,9 +150,17 @@ class ImitationSetup:
         return layers
 
     def hook(
-        self, chunks: Sequence[torch.nn.Module], groups: Any, *, by_domain: bool
+        self,
+        chunks: Sequence[torch.nn.Module],
+        groups: Any,
+        teachers: StepTeachers,
+        *,
+        by_domain: bool,
     ) -> ImitationHook | None:
         """The hooks of this rank, once the student is loaded; ``None`` without imitation.
+
+        Args:
+            teachers: those of the step, begun before this part.
 
         Collectives: one all-gather of layer numbers over the pipeline group.
         """
@@ -178,6 +187,7 @@ class ImitationSetup:
             self._projections,
             self.terms,
             exchange,
+            teachers,
             taught={
                 name: [i for i, d in enumerate(recipe.domains) if name in d.teacher_weights]
                 for name in recipe.teachers

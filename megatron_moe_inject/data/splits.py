@@ -1,0 +1,30 @@
+"""Which split of the data each of Megatron's iterators reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class SplitRegistry:
+    """Remembers which split each data iterator reads, and the domain of its blend's entries.
+
+    Megatron hands the step only iterators; training and validation blends may differ.
+
+    Args:
+        by_split: by split (``train``, ``valid``, ``test``), the domain index or ``GENERAL`` of each
+            entry of the split's blend.
+    """
+
+    def __init__(self, by_split: dict[str, list[int]]) -> None:
+        self.by_split = by_split
+        self._by_iterator: dict[int, list[int]] = {}
+
+    def register(self, train: Any, valid: Any, test: Any) -> None:
+        """Record what ``build_train_valid_test_data_iterators`` returned, once per model chunk."""
+        for split, iterator in (("train", train), ("valid", valid), ("test", test)):
+            if iterator is not None:
+                self._by_iterator[id(iterator)] = self.by_split[split]
+
+    def domain_of_entry(self, iterator: Any) -> list[int]:
+        """Domain index or ``GENERAL`` by blend entry, of the data that ``iterator`` reads."""
+        return self._by_iterator[id(iterator)]

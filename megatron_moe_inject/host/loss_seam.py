@@ -1,0 +1,45 @@
+"""Where Megatron's model hands over its hidden states before any logits exist.
+
+``GPTModel.forward`` takes an ``output_processor`` that gets the states after the final norm and
+returns the model's output. Stock scripts do not pass it, so a forward pre-hook on the chunk with
+the output layer adds the one that is in force. Without one, and where a forward pass has no labels,
+the output is stock's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+OutputProcessor = Callable[..., torch.Tensor]
+"""Megatron's ``output_processor``: gets by name ``hidden_states`` ``[s(/p under SP), b, h]``,
+``output_layer``, ``output_weight``, ``labels`` and ``loss_mask`` ``[b, s]``, and ``config``."""
+
+
+class LossSeam:
+    """The seam of one bare model chunk with ``post_process``.
+
+    Attributes:
+        process: the output processor in force, ``None`` for stock's output.
+    """
+
+    def __init__(self, chunk: torch.nn.Module) -> None:
+        self.process: OutputProcessor | None = None
+        chunk.register_forward_pre_hook(self._add, with_kwargs=True)
+
+    @contextlib.contextmanager
+    def using(self, process: OutputProcessor) -> Iterator[None]:
+        """Inside the block this one is in force."""
+        before, self.process = self.process, process
+        try:
+            yield
+        finally:
+            self.process = before
+
+    def _add(self, chunk: Any, args: Any, kwargs: Any) -> Any:
+        if self.process is None or kwargs.get("labels") is None:
+            return None
+        return args, kwargs | {"output_processor": self.process}

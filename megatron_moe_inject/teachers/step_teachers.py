@@ -1,0 +1,239 @@
+"""The teachers of a step: run before the schedule, asked micro-batch by micro-batch inside it.
+
+On the last pipeline stage they are the teachers of the recipe, each by its forward passes
+(``step_pass``), and the original model, which teaches general samples where the recipe holds them
+to it. Other stages have no teacher of the recipe, but take part in the original model's pass.
+
+Shapes: n micro-batches, b samples each, s sequence, c context-parallel size, h_t teacher hidden.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+
+from megatron_moe_inject.host.indices import index as positions
+from megatron_moe_inject.host.labels import GENERAL
+from megatron_moe_inject.host.step import Step, StepPart
+from megatron_moe_inject.losses.objective import SampleGroup, TermWeights
+from megatron_moe_inject.losses.rows import RowKernels
+from megatron_moe_inject.losses.triton_rows import AUTO
+from megatron_moe_inject.teachers.confidence import confidences
+from megatron_moe_inject.teachers.step_pass import CommitteePass, TeacherPass
+
+
+class OriginalTeacher(Protocol):
+    """The original model as a teacher of general samples."""
+
+    def run(self, step: Step) -> None:
+        """Before the schedule, on every stage."""
+        ...
+
+    def close(self) -> None:
+        """After the schedule, also after one that failed."""
+        ...
+
+    def group(
+        self, micro_batch: int, samples: Sequence[int], weights: TermWeights, head: torch.Tensor
+    ) -> SampleGroup:
+        """General samples of a micro-batch with what it says about them, on the last stage.
+
+        Args:
+            samples: positions in the batch.
+            weights: of their loss.
+            head: the student's ``[v/p, h]``, whose original it takes.
+        """
+        ...
+
+
+class StepTeachers(StepPart):
+    """The teachers of a step.
+
+    Args:
+        taught: by index of the domains that are distilled, their teacher or teachers; empty on
+            other stages than the last.
+        original: teaches general samples; ``None`` where nothing holds them.
+        valid_vocab_size: ids of the student's tokenizer.
+        kernels: see ``fused_linear_distillation``.
+        see: is shown what each teacher hands out, by name.
+        compares_prefix: whether teachers are also to run without their prefix in the step that
+            comes.
+
+    Attributes:
+        original: as given; may be left out for a while.
+    """
+
+    def __init__(
+        self,
+        taught: Mapping[int, TeacherPass | CommitteePass],
+        original: OriginalTeacher | None = None,
+        *,
+        valid_vocab_size: int,
+        kernels: RowKernels | str | None = AUTO,
+        see: Callable[[str, torch.Tensor], None] = lambda name, states: None,
+        compares_prefix: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._taught = taught
+        self.original = original
+        self._valid_vocab_size = valid_vocab_size
+        self._kernels = kernels
+        self._see = see
+        self._compares_prefix = compares_prefix
+
+    @property
+    def passes(self) -> dict[str, TeacherPass]:
+        """Those of the recipe's teachers that run on this rank, by name."""
+        own = (run for teacher in self._taught.values() for run in teacher.passes)
+        return {run.teacher.name: run for run in own}
+
+    @property
+    def domains(self) -> list[int]:
+        """Indices of the domains that are distilled, on the last stage."""
+        return list(self._taught)
+
+    def taught_by(self, teacher: TeacherPass) -> list[int]:
+        """Indices of the domains that ``teacher`` teaches."""
+        return [index for index, own in self._taught.items() if teacher in own.passes]
+
+    def begin(self, step: Step) -> None:
+        """Run the teachers ahead, then the original model.
+
+        Collectives: those of ``TeacherPass.begin`` for each teacher, and of the original's pass.
+        """
+        bare = self._compares_prefix()
+        for teacher in self.passes.values():
+            wanted = torch.isin(step.labels, torch.tensor(self.taught_by(teacher)))
+            teacher.begin(step.micro_batches, wanted, step.sequence_length, bare=bare)
+        if self.original is not None:
+            self.original.run(step)
+
+    def close(self) -> None:
+        """Let the original's states go."""
+        if self.original is not None:
+            self.original.close()
+
+    def groups(
+        self,
+        micro_batch: int,
+        domains: Sequence[int],
+        labels: torch.Tensor,
+        weights: Mapping[int, TermWeights],
+        head: torch.Tensor,
+    ) -> list[SampleGroup]:
+        """Samples of a micro-batch by equal weights and teacher; to be asked once each, in order.
+
+        Args:
+            micro_batch: its place in the step.
+            domains: index or ``GENERAL`` of the b samples.
+            labels: ``[b, s/c]``.
+            weights: by domain index and ``GENERAL``.
+            head: the student's ``[v/p, h]``.
+        """
+        members: dict[tuple[bool, TermWeights, TeacherPass | CommitteePass | None], list[int]] = {}
+        for position, domain in enumerate(domains):
+            kind = (domain == GENERAL, weights[domain], self._taught.get(domain))
+            members.setdefault(kind, []).append(position)
+        passes = list(self.passes.values())
+        states = {own: self._states(own, micro_batch, domains) for own in passes}
+        bare_states = {own: own.bare_states(micro_batch) for own in passes if own.ran_bare}
+        groups = []
+        for (general, weight, teacher), samples in members.items():
+            if teacher is None:
+                group = SampleGroup(samples, weight)
+                if general and self.original is not None:
+                    group = self.original.group(micro_batch, samples, weight, head)
+                    self._see("states of the original model", group.teacher_hidden)
+                groups.append(group)
+                continue
+            hidden = [_of_samples(states[own], samples) for own in teacher.passes]
+            if isinstance(teacher, CommitteePass):
+                group = SampleGroup(samples, weight, committee=teacher.committee(hidden))
+            else:
+                group = SampleGroup(samples, weight, hidden[0], teacher.head, teacher.transform)
+            readable = self._readable(teacher, micro_batch, domains, samples, labels)
+            bare = self._bare(teacher, group, states, bare_states)
+            groups.append(dataclasses.replace(group, readable=readable, bare=bare))
+        return groups
+
+    def _states(
+        self, teacher: TeacherPass, micro_batch: int, domains: Sequence[int]
+    ) -> tuple[list[int], torch.Tensor]:
+        """Positions that ``teacher`` teaches in the micro-batch, and their states in order."""
+        taught, states = self.taught_by(teacher), teacher.states(micro_batch)
+        self._see(f"states of teacher {teacher.teacher.name}", states)
+        return [i for i, domain in enumerate(domains) if domain in taught], states
+
+    def _readable(
+        self,
+        teacher: TeacherPass | CommitteePass,
+        index: int,
+        domains: Sequence[int],
+        samples: Sequence[int],
+        labels: torch.Tensor,
+    ) -> torch.Tensor | None:
+        """Where all of a domain's teachers know the text of ``samples`` and the label, ``[k, s]``;
+        None where they know it all."""
+        found = None
+        for own in teacher.passes:
+            if own.unknown is None:
+                continue
+            taught = [i for i, d in enumerate(domains) if d in self.taught_by(own)]
+            known = _of_samples((taught, own.readable(index)), samples)
+            targets = labels.index_select(0, positions(samples, labels.device))
+            known = known & ~torch.isin(targets, own.unknown)
+            found = known if found is None else found & known
+        return found
+
+    @staticmethod
+    def _bare(
+        teacher: TeacherPass | CommitteePass,
+        group: SampleGroup,
+        states: Mapping[TeacherPass, tuple[Sequence[int], torch.Tensor]],
+        bare_states: Mapping[TeacherPass, torch.Tensor],
+    ) -> SampleGroup | None:
+        """The group with teachers that read no prefix, where any did so in this step."""
+        if not any(own in bare_states for own in teacher.passes):
+            return None
+        hidden = [
+            _of_samples((states[own][0], bare_states.get(own, states[own][1])), group.samples)
+            for own in teacher.passes
+        ]
+        if isinstance(teacher, CommitteePass):
+            return dataclasses.replace(group, committee=teacher.committee(hidden))
+        return dataclasses.replace(group, teacher_hidden=hidden[0])
+
+    def confidences(self, kind: str, labels: torch.Tensor) -> torch.Tensor:
+        """Of the teacher or teachers of each sample, fp32 ``[n, b, s/c]``; 0 where it has none, or
+        one whose states come by windows. At least one must run the whole step ahead.
+
+        Args:
+            kind: see ``confidence.confidences``.
+            labels: ``[n, b]`` on the host.
+
+        Collectives: those of ``confidence.confidences``, for each such teacher or committee.
+        """
+        whole = None
+        for own in dict.fromkeys(self._taught.values()):
+            if own.windowed:
+                continue
+            domains = [index for index, other in self._taught.items() if other == own]
+            wanted = torch.isin(labels, torch.tensor(domains))
+            sure = confidences(own, kind, wanted, self._valid_vocab_size, kernels=self._kernels)
+            if whole is None:
+                whole = sure.new_zeros(labels.numel(), sure.shape[1])
+            where = wanted.flatten().nonzero().flatten().tolist()
+            whole.index_copy_(0, positions(where, whole.device), sure)
+        assert whole is not None, "every teacher has a window"
+        return whole.view(*labels.shape, -1)
+
+
+def _of_samples(states: tuple[Sequence[int], torch.Tensor], samples: Sequence[int]) -> torch.Tensor:
+    """Of a teacher's states and the positions they belong to, those of some positions."""
+    taught, hidden = states
+    rows = [taught.index(position) for position in samples]
+    if rows == list(range(len(taught))):
+        return hidden
+    return hidden.index_select(0, positions(rows, hidden.device))
