@@ -28,17 +28,16 @@ from megatron_moe_inject.evaluation.report.run_log import RunLog
 from megatron_moe_inject.experts.choose.choice import resolve_experts
 from megatron_moe_inject.experts.choose.profile_setup import ProfileSetup
 from megatron_moe_inject.experts.choose.recorder import RoutingRecorder
-from megatron_moe_inject.experts.fp8.native import NativeFp8
 from megatron_moe_inject.experts.train.boundary import GradientBoundary, agree_boundary
 from megatron_moe_inject.experts.train.census import parameter_rows
-from megatron_moe_inject.experts.train.freeze import FreezePolicy
-from megatron_moe_inject.experts.train.frozen_fp8 import FrozenFp8, drop_transposes
+from megatron_moe_inject.experts.train.frozen_fp8 import drop_transposes
 from megatron_moe_inject.experts.train.grouped import train_grouped_experts
 from megatron_moe_inject.experts.train.pipeline import (
     agree_forward_stages,
     boundary_step,
     gets_no_graph,
 )
+from megatron_moe_inject.experts.train.policy import freeze_policy, frozen_fp8
 from megatron_moe_inject.experts.train.resume import begin_or_resume
 from megatron_moe_inject.experts.train.verify import FrozenChangedError, FrozenCheck
 from megatron_moe_inject.host import compat
@@ -49,9 +48,6 @@ from megatron_moe_inject.host.errors import (
 )
 from megatron_moe_inject.host.files import try_file
 from megatron_moe_inject.host.finite import FiniteWatch
-from megatron_moe_inject.host.labels import (
-    GENERAL,
-)
 from megatron_moe_inject.host.lineage import Lineage
 from megatron_moe_inject.host.loss_seam import LossSeam
 from megatron_moe_inject.host.model_parts import (
@@ -62,15 +58,15 @@ from megatron_moe_inject.host.step import StepPart
 from megatron_moe_inject.host.student_load import StudentLoad
 from megatron_moe_inject.host.term_log import TermLog, TermStep
 from megatron_moe_inject.loss_hook import LossHook
-from megatron_moe_inject.losses.objective import TermWeights
 from megatron_moe_inject.losses.report import LossReport
-from megatron_moe_inject.losses.spec import Divergence, TokenWeighting
+from megatron_moe_inject.losses.spec import TokenWeighting
 from megatron_moe_inject.recipe.entries import SPLITS, split_labels
 from megatron_moe_inject.recipe.facts import StudentFacts
 from megatron_moe_inject.recipe.plan import Plan, TeacherRow
-from megatron_moe_inject.recipe.schedule import ever_positive, value_at
+from megatron_moe_inject.recipe.schedule import ever_positive
 from megatron_moe_inject.recipe.schema import Recipe
 from megatron_moe_inject.recipe.student import check_recipe, student_facts_from_args
+from megatron_moe_inject.recipe.weights import term_weights
 from megatron_moe_inject.retention.original_pass import OriginalPass
 from megatron_moe_inject.retention.originals import OriginalParameters
 from megatron_moe_inject.retention.setup import kept_components, retention_step
@@ -82,67 +78,6 @@ from megatron_moe_inject.teachers.imitation.setup import ImitationSetup
 from megatron_moe_inject.teachers.setup import by_domain, checked_teachers, remarks, teacher_pass
 from megatron_moe_inject.teachers.step_pass import CommitteePass, TeacherPass
 from megatron_moe_inject.teachers.step_teachers import StepTeachers
-
-
-def freeze_policy(recipe: Recipe) -> FreezePolicy:
-    """The policy that ``recipe.train`` and the domains' experts ask for."""
-    experts: dict[int, frozenset[int]] | None = {}
-    if recipe.train.experts == "all":
-        experts = None
-    elif recipe.train.experts == "selected":
-        experts = {layer: frozenset(ids) for layer, ids in recipe.experts_by_layer().items()}
-    train = recipe.train
-    chosen = recipe.experts_by_layer() if train.router_rows else {}
-    return FreezePolicy(
-        experts,
-        frozenset(train.components()),
-        frozenset(train.layers),
-        tuple(train.patterns),
-        {layer: frozenset(ids) for layer, ids in chosen.items()},
-    )
-
-
-def frozen_fp8(recipe: Recipe, policy: FreezePolicy, facts: StudentFacts) -> FrozenFp8 | None:
-    """What keeps the frozen experts in FP8, where ``train.frozen_experts`` asks for it.
-
-    Raises:
-        RecipeError: ``train.fp8_source`` does not hold the student's frozen experts.
-    """
-    train = recipe.train
-    if train.frozen_experts != "fp8":
-        return None
-    source = None
-    if train.fp8_source is not None:
-        source = NativeFp8(train.fp8_source)
-        chosen = policy.experts or {}
-        source.check(
-            (layer, expert)
-            for layer in facts.moe_layers
-            for expert in range(facts.num_moe_experts)
-            if layer not in policy.layers and expert not in chosen.get(layer, ())
-        )
-    return FrozenFp8(policy, facts.precision.fp8_recipe, source)
-
-
-def term_weights(recipe: Recipe, iteration: int) -> dict[int, TermWeights]:
-    """Loss weights after ``iteration`` optimiser steps, by domain index; ``GENERAL`` for the rest.
-
-    Domains without a teacher have alpha 0. General samples are distilled from the original model
-    with weight gamma, by forward KL at temperature 1.
-    """
-    objective = recipe.objective
-    divergence = Divergence(objective.divergence, objective.jsd_beta, objective.skew)
-    weighting = TokenWeighting(objective.confidence, objective.skip_worse) or None
-    gamma = value_at(objective.gamma, iteration)
-    weights = {GENERAL: TermWeights(gamma, value_at(recipe.general_beta(), iteration))}
-    for index, domain in enumerate(recipe.domains):
-        alpha = value_at(recipe.alpha(domain), iteration)
-        beta = value_at(recipe.beta(domain), iteration)
-        weights[index] = TermWeights(alpha, beta)
-        if domain.teacher is not None:
-            temperature = recipe.temperature(domain)
-            weights[index] = TermWeights(alpha, beta, divergence, temperature, weighting)
-    return weights
 
 
 class Injection:

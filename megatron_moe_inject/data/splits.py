@@ -17,14 +17,14 @@ class SplitRegistry:
 
     def __init__(self, by_split: dict[str, list[int]]) -> None:
         self.by_split = by_split
-        self._by_iterator: dict[int, list[int]] = {}
+        self._by_iterator: dict[int, tuple[Any, list[int]]] = {}  # kept, so that no id comes twice
 
     def register(self, train: Any, valid: Any, test: Any) -> None:
         """Record what ``build_train_valid_test_data_iterators`` returned, once per model chunk."""
         for split, iterator in (("train", train), ("valid", valid), ("test", test)):
             if iterator is not None:
-                self._by_iterator[id(iterator)] = self.by_split[split]
+                self._by_iterator[id(iterator)] = iterator, self.by_split[split]
 
     def domain_of_entry(self, iterator: Any) -> list[int]:
         """Domain index or ``GENERAL`` by blend entry, of the data that ``iterator`` reads."""
-        return self._by_iterator[id(iterator)]
+        return self._by_iterator[id(iterator)][1]

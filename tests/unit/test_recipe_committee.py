@@ -2,11 +2,11 @@
 
 import pytest
 
-from megatron_moe_inject.injection import term_weights
 from megatron_moe_inject.losses import committee as losses
 from megatron_moe_inject.recipe.committee import COMMITTEES
 from megatron_moe_inject.recipe.load import dump_recipe, recipe_from_yaml
 from megatron_moe_inject.recipe.plan import Plan, render_plan
+from megatron_moe_inject.recipe.weights import term_weights
 from tests.unit.test_recipe import message_of, text_with
 
 TWO = {
