@@ -153,7 +153,6 @@ class Injection:
         self._watch = FiniteWatch()
         self.step_hook: StepHook | None = None
         self._frozen: FrozenCheck | None = None
-        self._save_lock: SaveLock | None = None
 
     def claim_folder(self) -> None:
         """Keep other runs out of the folder that this one saves to.
@@ -164,8 +163,7 @@ class Injection:
             RecipeError: on every rank, where another run holds it or it cannot be written to.
         """
         if self._args.save and not self.dry_run and not self._args.skip_train:
-            self._save_lock = SaveLock(self._args.save)
-            on_first_rank(self._save_lock.take)
+            on_first_rank(SaveLock(self._args.save).take)
 
     def building(self) -> contextlib.AbstractContextManager[None]:
         """Inside, Megatron builds the student."""
@@ -191,9 +189,10 @@ class Injection:
             optimizer: Megatron's, ``None`` in a run that only evaluates.
 
         Collectives, over the whole world: those of ``StudentLoad.verify`` and, where files are
-        written about the student, of its ``origin``; one all-reduce for the boundary, group
-        creation for the labels, one all-gather each for agreement on the teachers and for the
-        plan; over the pipeline, one all-gather for the stages that run forward only.
+        written about the student, of its ``origin``; those of ``_check_patterns``,
+        ``Lineage.agree``, ``_keep_originals``, ``ProfileSetup.recorder`` and ``_parts``; one
+        all-reduce for the boundary, group creation for the labels, one all-gather for the plan;
+        over the pipeline, one all-gather for the stages that run forward only.
 
         Raises:
             RecipeError: on every rank, if a teacher cannot be loaded, nothing trains, or a layer

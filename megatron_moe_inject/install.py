@@ -5,8 +5,9 @@
 | ``arguments.add_megatron_arguments`` | the ``--inject-*`` flags |
 | ``training.pretrain`` | reads and checks the recipe before anything is built |
 | the same | when all is saved: the proof of what is frozen; the routing profile |
-| ``training.setup_model_and_optimizer`` | before: checksums of inputs, freezing before DDP |
-| the same | after: hooks, boundary, teachers; the lock on ``--save`` |
+| ``training.setup_model_and_optimizer`` | before: checksums of inputs; the lock on ``--save`` |
+| the same | before DDP: freezing |
+| the same | after: hooks, boundary, teachers |
 | ``training.build_train_valid_test_data_iterators`` | which split each iterator reads |
 | ``training.get_train_valid_test_num_samples`` | with ``evaluation``: how much text is held out |
 | ``training.build_train_valid_test_datasets`` | ... which data set that is |

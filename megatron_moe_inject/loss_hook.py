@@ -99,6 +99,7 @@ class LossHook(StepPart):
         self._masked_sum = masked_sum
         self._kernels = kernels
         self._checked = self._checking = False
+        self._params_dtype: torch.dtype = torch.float32
         self._pending: deque[tuple[dict[str, torch.Tensor], torch.Tensor | None]] = deque()
 
     def begin(self, step: Step) -> None:

@@ -38,7 +38,7 @@ STORED = "inject_lineage"
 name; and ``gate``, the teacher gate's verdict (``evaluation.gate``)."""
 CARD = "trains.json"
 """The file that describes a folder, with its identity."""
-_EARLIER, _UNREADABLE = "earlier", "unreadable"
+_EARLIER, _UNREADABLE = "earlier", "damaged"
 _BEGINNING = 8
 
 

@@ -41,7 +41,6 @@ class SaveLock:
     def __init__(self, folder: str | Path, lease_seconds: float = LEASE_SECONDS) -> None:
         self._folder = Path(folder)
         self._lease = lease_seconds
-        self._handle: int | None = None
 
     def take(self) -> None:
         """Take the lock, and keep it until this process ends.
@@ -82,9 +81,14 @@ class SaveLock:
             time.sleep(min(5.0, self._lease / 10))
         now = datetime.now(UTC).isoformat(timespec="seconds")
         mine = {"host": socket.gethostname(), "process": os.getpid(), "since": now}
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, json.dumps(mine).encode(), 0)
-        self._handle = handle
+        try:  # the handle is never closed: that would let the lock go
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, json.dumps(mine).encode(), 0)
+        except OSError as error:
+            os.close(handle)
+            raise RecipeError(
+                f"--save: {show_path(self._folder)} cannot be written to ({error.strerror})"
+            ) from None
 
 
 def _host(holder: str) -> str | None:

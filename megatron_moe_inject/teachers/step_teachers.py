@@ -42,6 +42,7 @@ class OriginalTeacher(Protocol):
         """General samples of a micro-batch with what it says about them, on the last stage.
 
         Args:
+            micro_batch: its place in the step.
             samples: positions in the batch.
             weights: of their loss.
             head: the student's ``[v/p, h]``, whose original it takes.
@@ -174,8 +175,8 @@ class StepTeachers(StepPart):
         samples: Sequence[int],
         labels: torch.Tensor,
     ) -> torch.Tensor | None:
-        """Where all of a domain's teachers know the text of ``samples`` and the label, ``[k, s]``;
-        None where they know it all."""
+        """Where all of a domain's teachers know the text of ``samples`` and the label,
+        ``[k, s/c]``; None where they know it all."""
         found = None
         for own in teacher.passes:
             if own.unknown is None:

@@ -34,6 +34,9 @@ def go_on(material, *extra, load, save=None, recipe=HELD, check=True, nproc=1, *
 
 
 def same(run, whole, first):
+    numbers = [step["iteration"] for step in run.iterations]
+    assert numbers
+    assert numbers == [*range(first + 1, first + 1 + len(numbers))]
     # After a resume Megatron's second line repeats the first's sums, as after a beginning.
     for number, step in enumerate(run.iterations):
         for term in TERMS if number != 1 else ("lm loss", "grad norm"):

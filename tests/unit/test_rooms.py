@@ -27,6 +27,7 @@ def modules():
 def imports(path, known):
     """Modules of the package that a file names in an import."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        assert not getattr(node, "level", 0), f"{path}: a relative import"
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE:
             base = node.module.removeprefix(PACKAGE).lstrip(".")
             for alias in node.names:

@@ -54,8 +54,12 @@ def test_large_tensors_are_hashed_across_blocks(monkeypatch):
     monkeypatch.setattr("megatron_moe_inject.experts.train.verify._BLOCK", 8)
     values = torch.randn(33)
     whole = fingerprint(values)
-    values[32] += 1
-    assert not torch.equal(whole, fingerprint(values))
+    for index in (0, 9, 32):
+        changed = values.clone()
+        changed[index] += 1
+        assert not torch.equal(whole, fingerprint(changed)), index
+    swapped = torch.cat([values[8:16], values[:8], values[16:]])
+    assert not torch.equal(whole, fingerprint(swapped))
 
 
 def everything_frozen():
