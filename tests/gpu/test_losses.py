@@ -26,7 +26,7 @@ from megatron_moe_inject.losses.spec import (
     TokenWeighting,
     VocabShard,
 )
-from tests.unit.losses_cases import (
+from tests.harness.losses_cases import (
     HEADS,
     KINDS,
     MIXTURE,
@@ -37,7 +37,7 @@ from tests.unit.losses_cases import (
     per_token,
     relative_error,
 )
-from tests.unit.losses_sparse_cases import TAIL_KINDS, stored_for
+from tests.harness.losses_sparse_cases import TAIL_KINDS, stored_for
 
 pytestmark = [
     pytest.mark.gpu,

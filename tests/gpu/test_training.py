@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 
-from tests.gpu.runs import APEX, BF16, EXACT, FP8, FUSED, LENIENT, Runs
+from tests.harness.gpu_runs import APEX, BF16, EXACT, FP8, FUSED, LENIENT, Runs
 from tests.training.test_injection import PROVEN
 
 pytestmark = [

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.parallel import gloo
+from tests.harness import gloo
 
 
 def _sum_of_ranks(size):

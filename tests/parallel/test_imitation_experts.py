@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.parallel import gloo
+from tests.harness import gloo
 
 HIDDEN, EXPERTS, TOPK, LENGTH, BATCH = 8, 4, 2, 6, 2
 CHOSEN = frozenset({1, 2})

@@ -6,8 +6,8 @@ import torch
 from megatron_moe_inject.losses import measure_tokens, reference
 from megatron_moe_inject.losses.committee import COMMITTEES
 from megatron_moe_inject.losses.spec import TokenWeighting
-from tests.parallel import gloo
-from tests.unit.losses_cases import (
+from tests.harness import gloo
+from tests.harness.losses_cases import (
     HEADS,
     KINDS,
     VALID,

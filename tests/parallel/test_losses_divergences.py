@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from megatron_moe_inject.losses import vocab_parallel_divergence
-from tests.parallel import gloo
-from tests.unit.losses_cases import (
+from tests.harness import gloo
+from tests.harness.losses_cases import (
     KINDS,
     MIXTURE,
     REFERENCES,

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_moe_inject.losses.spec import CONFIDENCES, LogitTransform, TokenWeighting
-from tests.parallel import gloo
-from tests.unit.losses_cases import (
+from tests.harness import gloo
+from tests.harness.losses_cases import (
     HEADS,
     KINDS,
     VALID,

@@ -5,8 +5,8 @@ import torch
 
 from megatron_moe_inject.losses import measure_tokens, reference
 from megatron_moe_inject.losses.spec import LogitTransform
-from tests.parallel import gloo
-from tests.unit.losses_cases import VALID, FusedCase, V, assert_close
+from tests.harness import gloo
+from tests.harness.losses_cases import VALID, FusedCase, V, assert_close
 
 WORLD = 4
 T = 11

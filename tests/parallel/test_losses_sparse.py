@@ -10,9 +10,9 @@ from megatron_moe_inject.losses import (
     vocab_parallel_sparse_divergence,
 )
 from megatron_moe_inject.losses.spec import LogitTransform
-from tests.parallel import gloo
-from tests.unit.losses_cases import HEADS, MIXTURE, VALID, FusedCase, V, assert_close, logits
-from tests.unit.losses_sparse_cases import TAIL_KINDS, stored_for
+from tests.harness import gloo
+from tests.harness.losses_cases import HEADS, MIXTURE, VALID, FusedCase, V, assert_close, logits
+from tests.harness.losses_sparse_cases import TAIL_KINDS, stored_for
 
 WORLD = 4
 

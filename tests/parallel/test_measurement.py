@@ -15,9 +15,9 @@ from megatron_moe_inject.host.labels import (
 from megatron_moe_inject.losses import reference
 from megatron_moe_inject.losses.objective import SampleGroup, TermWeights
 from megatron_moe_inject.losses.spec import LogitTransform
-from tests.parallel import gloo
-from tests.steps import step_of
-from tests.unit.losses_cases import VALID, V
+from tests.harness import gloo
+from tests.harness.losses_cases import VALID, V
+from tests.harness.steps import step_of
 
 WORLD = 4
 B, S, H, H_T = 4, 8, 6, 5

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from tests.parallel.original_worlds import ALONE, JOB, POLICIES, enter
+from tests.harness.original_worlds import ALONE, JOB, POLICIES, enter
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from megatron_moe_inject.host.attached_loss import (
 from megatron_moe_inject.host.labels import (
     GENERAL,
 )
-from tests.parallel import gloo
+from tests.harness import gloo
 from tests.parallel.test_imitation_experts import (
     BATCH,
     EXPERTS,

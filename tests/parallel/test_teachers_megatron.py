@@ -11,7 +11,7 @@ import torch
 
 from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.teachers import StudentTokenizer, check_teacher
-from tests.parallel.teacher_worlds import IDS, LENGTH, ROWS, SEQUENCES, STUDENT, run_worlds
+from tests.harness.teacher_worlds import IDS, LENGTH, ROWS, SEQUENCES, STUDENT, run_worlds
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,9 @@ import pytest
 
 from megatron_moe_inject.experts.delta.delta import CheckpointPlace, export_delta
 from megatron_moe_inject.host.errors import RecipeError
-from tests.gpu.runs import BF16, FP8, Runs
 from tests.gpu.test_training import DISTRIBUTED, EP2, MLA, PP2, RECIPE, TP2
+from tests.harness import lane
+from tests.harness.gpu_runs import BF16, FP8, Runs
 
 pytest.importorskip("transformer_engine.pytorch", reason="needs Transformer Engine")
 
@@ -32,7 +33,7 @@ CASES = {
     ),
     "rows, steering, gamma": (1, (*BF16, "--inject-set", *ROWS)),
 }
-PUBLISH = Path(__file__).with_name("published_gpt.py")
+PUBLISH = lane.HARNESS / "published_gpt.py"
 FROZEN = (*BF16, *FP8["blockwise"], "--inject-set", "train.frozen_experts=fp8")
 ANEW = ("--finetune", "--no-load-optim", "--no-load-rng")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training import lane
+from tests.harness import lane
 
 SEQUENCE = 32
 
@@ -47,7 +47,7 @@ def student_flags(*extra: str, **layout: int) -> list[str]:
 
 def make_material(folder: Path, pythonpath: Sequence[str] = ()) -> Material:
     """Write the corpora, and train student and teacher for a moment; see ``lane.run``."""
-    from tests.training.corpus import write_corpora
+    from tests.harness.corpus import write_corpora
 
     general, domain = write_corpora(folder)
     student, teacher = str(folder / "student"), str(folder / "teacher")

@@ -7,7 +7,7 @@ grouped experts the plugin's. The reference is the same training without.
 
 import pytest
 
-from tests.training import lane
+from tests.harness import lane
 from tests.training.test_grouped import GROUPED, SCRIPT, TWO_OF_FOUR
 from tests.training.test_injection import PROVEN, TERMS, inject, recipe_file
 

@@ -8,14 +8,13 @@ import json
 import os
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
-from tests.training import lane
+from tests.harness import lane
 from tests.training.conftest import make_material, student_flags
 
-COUNTED = (str(Path(__file__).with_name("counted_gpt.py")),)
+COUNTED = (str(lane.HARNESS / "counted_gpt.py"),)
 OTHER = os.environ.get("MEGATRON_OTHER")
 LAYERS = 8
 RECIPE = """

@@ -9,7 +9,7 @@ import math
 
 import pytest
 
-from tests.training import lane
+from tests.harness import lane
 from tests.training.conftest import student_flags
 from tests.training.test_grouped import grouped
 from tests.training.test_injection import LAYOUTS, PROVEN, RECIPE, SLOW_LAYOUTS, inject, recipe_file

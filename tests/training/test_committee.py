@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.training import lane
+from tests.harness import lane
 from tests.training.test_evaluation import assert_same, evaluate
 from tests.training.test_injection import RECIPE, TERMS, inject
 

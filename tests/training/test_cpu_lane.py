@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.training import lane
+from tests.harness import lane
 
 LAYERS = ("--num-layers", "4")
 VIRTUAL_PIPELINE = ("--num-layers-per-virtual-pipeline-stage", "1")
@@ -180,7 +180,7 @@ def test_packed_documents_train_like_masked_ones(tmp_path):
 
 
 def test_device_stand_ins_keep_the_semantics():
-    script = Path(__file__).with_name("device_checks.py")
+    script = lane.HARNESS / "device_checks.py"
     assert "all device checks passed" in lane.run((), script=(str(script),)).output
 
 

@@ -10,7 +10,7 @@ import torch
 from megatron_moe_inject.cli import main
 from megatron_moe_inject.experts.delta.delta import CheckpointPlace, export_delta, stacked_axes
 from megatron_moe_inject.host.torch_dist import Piece
-from tests.training import lane
+from tests.harness import lane
 from tests.training.conftest import student_flags
 from tests.training.test_imitation import FEATURES
 from tests.training.test_injection import inject

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_moe_inject.host.save_lock import SaveLock
-from tests.training import lane
+from tests.harness import lane
 from tests.training.test_injection import RECIPE, inject, recipe_file
 
 WRONG = {

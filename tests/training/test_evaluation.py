@@ -17,13 +17,13 @@ from megatron_moe_inject.evaluation.evaluation_file import (
     write_list,
 )
 from megatron_moe_inject.losses import reference
-from tests.training import lane
+from tests.harness import lane
 from tests.training.conftest import make_material, student_flags
 from tests.training.test_injection import LAYOUTS, OTHER, RECIPE, inject, recipe_file
 
 MEASURED = RECIPE + "evaluation: {{}}\n"
 GAMMA = MEASURED.replace("beta: 0.3", "beta: 0.3, gamma: 2.0")
-PLAIN = (str(Path(__file__).with_name("plain_logits.py")),)
+PLAIN = (str(lane.HARNESS / "plain_logits.py"),)
 TOKENIZER = str(lane.ROOT / "examples" / "quickstart" / "tokenizer")
 BATCHES = 3
 KEEP = ("--save-interval", "100")

@@ -9,7 +9,7 @@ import re
 
 import pytest
 
-from tests.training import lane
+from tests.harness import lane
 from tests.training.conftest import student_flags
 from tests.training.test_grouped import GROUPED, SCRIPT, TWO_OF_FOUR, grouped, layouts
 from tests.training.test_injection import PROVEN, TERMS, recipe_file

@@ -1,19 +1,17 @@
 """Grouped experts, frozen in part, through the real ``pretrain()``.
 
-Transformer Engine's grouped GEMM needs a GPU, so a stand-in with its rules takes its place
-(``tests/grouped_linear.py``) inside Megatron's own ``TEGroupedMLP``. The reference is the same
-training with one module per expert.
+Transformer Engine's grouped GEMM needs a GPU, so a stand-in with its rules
+(``tests/harness/grouped_linear.py``) takes its place inside Megatron's own ``TEGroupedMLP``. The
+reference is the same training with one module per expert.
 """
-
-from pathlib import Path
 
 import pytest
 
-from tests.training import lane
+from tests.harness import lane
 from tests.training.conftest import student_flags
 from tests.training.test_injection import PROVEN, RECIPE, TERMS, inject, recipe_file
 
-SCRIPT = (str(Path(__file__).with_name("grouped_gpt.py")),)
+SCRIPT = (str(lane.HARNESS / "grouped_gpt.py"),)
 TWO_OF_FOUR = RECIPE.replace("{{2: [3], 3: [3]}}", "{{2: [0, 3], 3: [1]}}")
 GROUPED = ("--moe-grouped-gemm",)
 

@@ -7,7 +7,7 @@ import copy
 
 import pytest
 
-from tests.training import lane
+from tests.harness import lane
 from tests.training.conftest import student_flags
 from tests.training.test_injection import LAYOUTS, PROVEN, SLOW_LAYOUTS, inject, recipe_file
 from tests.training.test_retention import EVERYTHING

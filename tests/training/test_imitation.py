@@ -9,7 +9,7 @@ import copy
 import pytest
 
 from megatron_moe_inject.host.torch_dist import stored_shapes
-from tests.training import lane
+from tests.harness import lane
 from tests.training.conftest import make_material, student_flags
 from tests.training.test_injection import (
     LAYOUTS,

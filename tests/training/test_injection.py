@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from megatron_moe_inject.experts.choose.profile_file import write_profile
-from tests.training import lane
+from tests.harness import lane
+from tests.harness.profiles import from_counts
 from tests.training.conftest import make_material, student_flags
-from tests.unit.profiles import from_counts
 
 RECIPE = """
 domains:

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from tests.training import lane
-from tests.training.corpus import write_corpora
+from tests.harness import lane
+from tests.harness.corpus import write_corpora
 from tests.training.test_cpu_lane import same_runs
 
 

@@ -6,7 +6,7 @@ between two parameters where two short ones do.
 
 import pytest
 
-from tests.training import lane
+from tests.harness import lane
 from tests.training.conftest import student_flags
 from tests.training.test_injection import RECIPE, TERMS, recipe_file
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.training import wandb_file
+from tests.harness import wandb_file
 from tests.training.test_injection import inject
 from tests.training.test_steering import STEERED
 

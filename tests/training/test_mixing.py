@@ -5,7 +5,7 @@ import pytest
 
 from megatron_moe_inject.evaluation.evaluation_file import read_evaluation, read_list
 from megatron_moe_inject.experts.choose.profile_file import read_profile
-from tests.training import lane
+from tests.harness import lane
 from tests.training.conftest import make_material, student_flags
 from tests.training.test_injection import OTHER, RECIPE, TERMS, inject, recipe_file
 

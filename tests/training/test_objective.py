@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.training import lane
+from tests.harness import lane
 from tests.training.conftest import student_flags
 from tests.training.test_injection import CE_ONLY, RECIPE, TERMS, inject, recipe_file
 

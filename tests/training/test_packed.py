@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_moe_inject.host import compat
-from tests.training import lane
+from tests.harness import lane
 from tests.training.test_injection import TERMS, inject
 
 RECIPE = """

@@ -5,7 +5,7 @@ import pytest
 
 from megatron_moe_inject.experts.choose.profile_file import read_profile
 from megatron_moe_inject.experts.choose.router_logits import read_logits
-from tests.training import lane
+from tests.harness import lane
 from tests.training.conftest import student_flags
 from tests.training.test_injection import LAYOUTS, RECIPE, inject, recipe_file
 

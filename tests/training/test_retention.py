@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from tests.training import lane
+from tests.harness import lane
 from tests.training.conftest import make_material, student_flags
 from tests.training.test_injection import LAYOUTS, OTHER, PROVEN, RECIPE, inject, recipe_file
 

@@ -8,7 +8,7 @@ import functools
 
 import pytest
 
-from tests.training import lane
+from tests.harness import lane
 from tests.training.conftest import student_flags
 from tests.training.test_injection import LAYOUTS, PROVEN, inject, recipe_file
 

@@ -12,7 +12,7 @@ import torch
 
 from megatron_moe_inject.cli import main
 from megatron_moe_inject.experts.delta.delta import CheckpointPlace
-from tests.training import lane
+from tests.harness import lane
 from tests.training.conftest import make_material, student_flags
 from tests.training.test_delta import whole
 from tests.training.test_injection import (

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from megatron_moe_inject.experts.delta.delta import CheckpointPlace
-from tests.training import lane
+from tests.harness import lane
 from tests.training.conftest import make_material, student_flags
 from tests.training.test_delta import whole
 from tests.training.test_errors import assert_clean_end
 from tests.training.test_injection import OTHER, RECIPE, TERMS, inject, recipe_file
 from tests.training.test_little_trains import ROWS
 
-TE_NAMES = (str(Path(__file__).with_name("te_names.py")),)
+TE_NAMES = (str(lane.HARNESS / "te_names.py"),)
 NORMS = RECIPE + "train: {{norms: true}}\n"
 START = ("--finetune", "--no-load-optim", "--no-load-rng")
 

@@ -15,7 +15,7 @@ import torch
 
 from megatron_moe_inject.evaluation.evaluation_file import read_evaluation, read_list
 from megatron_moe_inject.losses import reference
-from tests.training import lane
+from tests.harness import lane
 from tests.training.conftest import make_material, student_flags
 from tests.training.test_evaluation import BATCHES, plain
 from tests.training.test_injection import OTHER, PROVEN, inject, recipe_file

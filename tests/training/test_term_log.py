@@ -6,7 +6,7 @@ import re
 import pytest
 
 from megatron_moe_inject.evaluation.report.run_file import Step, read_run
-from tests.training.runner import PREFIX
+from tests.harness.runner import PREFIX
 from tests.training.test_injection import RECIPE, inject
 
 RARE = (

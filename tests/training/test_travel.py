@@ -12,7 +12,7 @@ import pytest
 
 from megatron_moe_inject.evaluation.evaluation_file import read_list
 from megatron_moe_inject.evaluation.report.run_file import Step, read_run
-from tests.training import lane
+from tests.harness import lane
 from tests.training.conftest import student_flags
 from tests.training.test_errors import assert_clean_end
 from tests.training.test_injection import RECIPE, inject, recipe_file

@@ -22,7 +22,7 @@ from megatron_moe_inject.recipe.flags import add_inject_arguments
 from megatron_moe_inject.recipe.load import dump_recipe, load_recipe, recipe_from_yaml
 from megatron_moe_inject.recipe.plan import Plan, render_plan
 from megatron_moe_inject.recipe.rules import validate
-from tests.unit.profiles import from_counts, profile
+from tests.harness.profiles import from_counts, profile
 
 TOKEN = {"method": "token", "threshold": 0.5}
 FACTS = StudentFacts(

@@ -10,7 +10,7 @@ from megatron_moe_inject.host.errors import (
     RecipeError,
 )
 from megatron_moe_inject.recipe.schema import Domain
-from tests.unit.evaluations import evaluation
+from tests.harness.evaluations import evaluation
 
 NAMES = ("before.json", "after.json")
 BEFORE = evaluation({"loss": 3.0, "teacher": 1.0, "length": 100}, {"original": 0.0, "length": 90})

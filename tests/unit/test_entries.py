@@ -9,7 +9,7 @@ from megatron_moe_inject.host.labels import (
     GENERAL,
 )
 from megatron_moe_inject.recipe.entries import _check_documents, _documents, split_labels
-from tests.training.corpus import write_corpora
+from tests.harness.corpus import write_corpora
 from tests.unit.test_recipe_student import facts, message_of, two_domains
 
 

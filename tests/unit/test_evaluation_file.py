@@ -16,7 +16,7 @@ from megatron_moe_inject.evaluation.evaluation_file import (
 from megatron_moe_inject.host.errors import (
     RecipeError,
 )
-from tests.unit.evaluations import evaluation
+from tests.harness.evaluations import evaluation
 
 
 def both(**changed):

@@ -22,7 +22,7 @@ from megatron_moe_inject.teachers.imitation.exchange import FeatureExchange, Lay
 from megatron_moe_inject.teachers.imitation.hook import ImitationHook
 from megatron_moe_inject.teachers.imitation.projections import Projections
 from megatron_moe_inject.teachers.imitation.terms import ImitationTerm
-from tests.steps import step_of
+from tests.harness.steps import step_of
 
 
 def random(seed, *shape, dtype=torch.float32):

@@ -3,7 +3,7 @@
 import torch
 
 from megatron_moe_inject.host.finite import FiniteWatch
-from tests.steps import step_of
+from tests.harness.steps import step_of
 
 
 def test_nothing_to_say():

@@ -15,7 +15,7 @@ from megatron_moe_inject.experts.fp8.native import NativeFp8
 from megatron_moe_inject.experts.train.freeze import FreezePolicy
 from megatron_moe_inject.experts.train.frozen_fp8 import FrozenFp8, drop_transposes
 from megatron_moe_inject.host.errors import RecipeError
-from tests import fp8_tensor
+from tests.harness import fp8_tensor
 
 
 def _weight(m: int, k: int, seed: int = 0, spread: float = 6.0) -> torch.Tensor:

@@ -9,7 +9,7 @@ from megatron_moe_inject.host.model_parts import (
     COMPONENTS,
     places,
 )
-from tests.unit.routers import Chunk, inputs
+from tests.harness.routers import Chunk, inputs
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ from megatron_moe_inject.host.errors import (
     RecipeError,
 )
 from megatron_moe_inject.recipe.schema import Domain, EvaluationSpec, Recipe
-from tests.unit.evaluations import evaluation
+from tests.harness.evaluations import evaluation
 
 CODER, OTHER = {"coder": "megatron:/ckpt/coder"}, {"coder": "megatron:/ckpt/other"}
 BEGUN = evaluation({"loss": 3.0, "teacher": 2.0}, teachers=CODER)

@@ -5,7 +5,7 @@ import torch
 
 from megatron_moe_inject.experts.fp8 import weights as fp8_weights
 from megatron_moe_inject.experts.train.grouped import train_some
-from tests.fp8_tensor import BlockwiseTensor
+from tests.harness.fp8_tensor import BlockwiseTensor
 
 COUNTS = [3, 0, 2, 4, 1]
 INPUTS, OUTPUTS = 6, 4

@@ -12,7 +12,7 @@ from megatron_moe_inject.host.errors import (
     RecipeError,
 )
 from megatron_moe_inject.host.lineage import Lineage, identity_of
-from tests.unit.evaluations import evaluation
+from tests.harness.evaluations import evaluation
 from tests.unit.test_run_file import start
 
 OURS, OTHER = "1dea" * 8, "beef" * 8

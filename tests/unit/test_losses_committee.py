@@ -8,7 +8,7 @@ from megatron_moe_inject.losses import Committee, Member, measure_tokens, refere
 from megatron_moe_inject.losses.committee import COMMITTEES
 from megatron_moe_inject.losses.fused import default_chunk_tokens
 from megatron_moe_inject.losses.spec import TokenWeighting
-from tests.unit.losses_cases import (
+from tests.harness.losses_cases import (
     HEADS,
     KINDS,
     VALID,

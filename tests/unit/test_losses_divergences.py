@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_moe_inject.losses import rows as row_maths
 from megatron_moe_inject.losses import vocab_parallel_divergence
-from tests.unit.losses_cases import (
+from tests.harness.losses_cases import (
     KINDS,
     MIXTURE,
     REFERENCES,

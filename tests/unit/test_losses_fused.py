@@ -18,7 +18,7 @@ from megatron_moe_inject.losses import (
     reference,
 )
 from megatron_moe_inject.losses.spec import TokenWeighting
-from tests.unit.losses_cases import (
+from tests.harness.losses_cases import (
     HEADS,
     KINDS,
     REFERENCES,

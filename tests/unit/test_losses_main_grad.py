@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.unit.losses_cases import HEADS, FusedCase, assert_close
+from tests.harness.losses_cases import HEADS, FusedCase, assert_close
 
 
 def _run(case, weight, main_grad_dtype=torch.float32, head="trained"):

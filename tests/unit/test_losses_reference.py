@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_moe_inject.losses import reference
-from tests.unit.losses_cases import KINDS, REFERENCES, VALID, V, assert_close, logits
+from tests.harness.losses_cases import KINDS, REFERENCES, VALID, V, assert_close, logits
 
 
 @pytest.mark.parametrize("kind", KINDS)

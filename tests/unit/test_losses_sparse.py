@@ -13,7 +13,7 @@ from megatron_moe_inject.losses import rows as row_maths
 from megatron_moe_inject.losses.rows import LogitRows
 from megatron_moe_inject.losses.sparse import SparseTarget, sparse_gradient, sparse_statistics
 from megatron_moe_inject.losses.spec import Divergence, LogitTransform, VocabShard
-from tests.unit.losses_cases import (
+from tests.harness.losses_cases import (
     KINDS,
     MIXTURE,
     REFERENCES,
@@ -23,7 +23,7 @@ from tests.unit.losses_cases import (
     logits,
     relative_error,
 )
-from tests.unit.losses_sparse_cases import TAIL_KINDS, store, stored_for
+from tests.harness.losses_sparse_cases import TAIL_KINDS, store, stored_for
 
 cases = settings(max_examples=60, derandomize=True)
 anything = {

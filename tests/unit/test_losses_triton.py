@@ -35,7 +35,7 @@ from megatron_moe_inject.losses.spec import (
     VocabShard,
 )
 from megatron_moe_inject.losses.triton_rows import kernels_for
-from tests.unit.losses_cases import (
+from tests.harness.losses_cases import (
     KINDS,
     MIXTURE,
     REFERENCES,

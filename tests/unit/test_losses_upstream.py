@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_moe_inject.losses.upstream import common_factor
-from tests.unit.losses_cases import KINDS, FusedCase, assert_close, relative_error
+from tests.harness.losses_cases import KINDS, FusedCase, assert_close, relative_error
 
 MASK = torch.tensor([1.0, 0, 1, 1, 0, 0, 1, 1, 1, 0, 1])
 

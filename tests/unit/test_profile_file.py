@@ -24,7 +24,7 @@ from megatron_moe_inject.experts.choose.routing_profile import (
 from megatron_moe_inject.host.errors import (
     RecipeError,
 )
-from tests.unit.profiles import changed, profile, provenance, statistics
+from tests.harness.profiles import changed, profile, provenance, statistics
 
 ARRAYS = ("tokens", "selections", "gate_sums", "prob_sums", "dropped", "coselections")
 

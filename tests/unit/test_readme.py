@@ -4,13 +4,13 @@ import re
 
 import pytest
 
-from tests.docs import PACKAGE, ROOT, pages, readmes, rendered
+from tests.harness.docs import PACKAGE, ROOT, pages, readmes, rendered
 from tests.unit.test_rooms import ROOMS
 
 
 @pytest.mark.parametrize("path", readmes(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_tables_are_what_the_code_gives(path):
-    """Else: ``python -m tests.docs``."""
+    """Else: ``python -m tests.harness.docs``."""
     assert path.read_text(encoding="utf-8") == rendered(path)
 
 

@@ -11,8 +11,8 @@ from megatron.core.transformer.moe.moe_utils import (
 )
 
 from megatron_moe_inject.experts.choose.recorder import RoutingRecorder
-from tests.steps import step_of
-from tests.unit.routers import GROUPS
+from tests.harness.routers import GROUPS
+from tests.harness.steps import step_of
 
 LENGTH, EXPERTS, TOPK = 5, 4, 2
 LABELS = torch.tensor([[-1, 1], [0, -1], [1, 1]])

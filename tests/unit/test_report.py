@@ -17,8 +17,8 @@ from megatron_moe_inject.evaluation.report.line_charts import thinned
 from megatron_moe_inject.evaluation.report.run_file import append, write_run
 from megatron_moe_inject.experts.choose.profile_file import write_profile
 from megatron_moe_inject.recipe.load import dump_recipe, recipe_from_yaml
-from tests.unit.evaluations import evaluation
-from tests.unit.profiles import from_counts
+from tests.harness.evaluations import evaluation
+from tests.harness.profiles import from_counts
 from tests.unit.test_run_file import start, step
 
 pytest.importorskip("matplotlib")

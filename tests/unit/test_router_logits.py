@@ -25,7 +25,7 @@ from megatron_moe_inject.experts.choose.router_logits import (
 from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.recipe.facts import StudentFacts
 from megatron_moe_inject.recipe.load import recipe_from_yaml
-from tests.unit.profiles import profile
+from tests.harness.profiles import profile
 from tests.unit.test_recipe import text_with
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_moe_inject.cli import main
 from megatron_moe_inject.experts.choose.profile_file import write_profile
-from tests.unit.profiles import from_counts, profile
+from tests.harness.profiles import from_counts, profile
 
 BEFORE = [[10, 50, 30, 10], [40, 20, 20, 20]]
 AFTER = [[10, 20, 60, 10], [40, 20, 40, 0]]

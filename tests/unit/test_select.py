@@ -21,7 +21,7 @@ from megatron_moe_inject.experts.choose.select import (
 from megatron_moe_inject.host.errors import (
     RecipeError,
 )
-from tests.unit.profiles import ESFT
+from tests.harness.profiles import ESFT
 
 matrices = st.integers(1, 12).flatmap(
     lambda experts: st.lists(

@@ -12,7 +12,7 @@ from megatron_moe_inject.experts.choose.choice import choose_experts
 from megatron_moe_inject.experts.choose.profile_file import profile_checksum, write_profile
 from megatron_moe_inject.recipe.expert_choice import ExpertChoice, describe_choice
 from megatron_moe_inject.recipe.load import recipe_from_yaml
-from tests.unit.profiles import changed, from_counts, profile
+from tests.harness.profiles import changed, from_counts, profile
 
 COUNTS = [[10, 50, 30, 10], [40, 20, 20, 20]]
 GATES = [[50.0, 20.0, 20.0, 10.0], [10.0, 10.0, 10.0, 70.0]]

@@ -24,7 +24,7 @@ from megatron_moe_inject.routing.losses import (
 )
 from megatron_moe_inject.routing.setup import write_details
 from megatron_moe_inject.routing.steering import SteeringHook, SteeringWeights
-from tests.unit.routers import EXPERTS, GROUPS, LENGTH, Chunk, inputs
+from tests.harness.routers import EXPERTS, GROUPS, LENGTH, Chunk, inputs
 
 GENERAL = -1
 LABELS = torch.tensor([[0, GENERAL], [GENERAL, GENERAL], [1, 0]])

@@ -15,7 +15,7 @@ from megatron_moe_inject.host.labels import GENERAL
 from megatron_moe_inject.host.step import StepPart
 from megatron_moe_inject.step import StepHook
 from megatron_moe_inject.teachers.step_teachers import StepTeachers
-from tests.steps import step_of
+from tests.harness.steps import step_of
 
 SPLITS = ("train", "valid", "test")
 

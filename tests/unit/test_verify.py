@@ -19,7 +19,7 @@ from megatron_moe_inject.experts.train.verify import (
     frozen_tensors,
 )
 from megatron_moe_inject.routing.rows import TrainedRows
-from tests.unit.routers import Chunk
+from tests.harness.routers import Chunk
 from tests.unit.test_freeze import student
 
 

@@ -134,7 +134,7 @@ def _prepare_saving() -> None:
 
 def _become_rank() -> NoReturn:
     """Train, and leave as an interpreter does, without tearing down the shared imports."""
-    from tests.training import runner
+    from tests.harness import runner
 
     code = 0
     try:

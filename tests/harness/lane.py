@@ -26,12 +26,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.training import zygote
-from tests.training.runner import PREFIX
+from tests.harness import zygote
+from tests.harness.runner import PREFIX
 
 ROOT = Path(__file__).resolve().parents[2]
 PRETRAIN = ("-m", "megatron_moe_inject.pretrain")
-MINIMAL_GPT = (str(Path(__file__).with_name("minimal_gpt.py")),)
+HARNESS = Path(__file__).parent
+MINIMAL_GPT = (str(HARNESS / "minimal_gpt.py"),)
 
 MODEL = shlex.split(
     "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 64 "
@@ -189,7 +190,7 @@ def _run_fresh(
         environment = {**_environment(pythonpath), **ranks, "RANK": str(rank)}
         environment["LOCAL_RANK"] = ranks.get("LOCAL_RANK", str(rank))
         with log.open("wb") as out:
-            command = [sys.executable, "-m", "tests.training.runner", *argv]
+            command = [sys.executable, "-m", "tests.harness.runner", *argv]
             process = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
         pids.append(process.pid)
     return zygote.wait(pids, timeout)
@@ -207,7 +208,7 @@ class _Zygote:
             "LOCAL_WORLD_SIZE": "64",
             "MOE_INJECT_ZYGOTE_ANSWERS": str(child_end),
         }
-        command = [sys.executable, "-m", "tests.training.zygote"]
+        command = [sys.executable, "-m", "tests.harness.zygote"]
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  lives as long as the process
         self._process = subprocess.Popen(
             command,

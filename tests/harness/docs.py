@@ -1,6 +1,6 @@
 """Tables of the READMEs that are made from the code.
 
-    python -m tests.docs          writes them anew
+    python -m tests.harness.docs          writes them anew
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; ``tests/unit/test_readme.py``
 compares each with what the code gives.
@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "megatron_moe_inject"
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.S)
 

@@ -6,7 +6,7 @@ Shapes: k slots per token, v vocabulary, last among any others.
 import torch
 from torch import Tensor
 
-from tests.unit.losses_cases import KINDS
+from tests.harness.losses_cases import KINDS
 
 # Every tail treatment with every kind that it allows.
 TAIL_KINDS = [("renormalize", "forward_kl"), ("sample", "forward_kl")] + [

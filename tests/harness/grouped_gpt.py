@@ -9,7 +9,7 @@ from megatron_moe_inject import injection
 from megatron_moe_inject.host import gpt_entry
 from megatron_moe_inject.host.cpu_lane import flags
 from megatron_moe_inject.recipe import student
-from tests import fp8_tensor, grouped_linear
+from tests.harness import fp8_tensor, grouped_linear
 
 
 def take_for_an_fp8_student() -> None:

@@ -26,8 +26,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.training import lane
-from tests.training.corpus import write_corpora
+from tests.harness import lane
+from tests.harness.corpus import write_corpora
 
 AT_ONCE = 14
 MODELS = ("student", "teacher")

@@ -17,7 +17,7 @@ from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupe
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from megatron_moe_inject.experts.fp8.weights import is_fp8
-from tests.fp8_tensor import BlockwiseTensor
+from tests.harness.fp8_tensor import BlockwiseTensor
 
 
 class _GroupedProduct(torch.autograd.Function):

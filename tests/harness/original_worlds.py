@@ -15,8 +15,8 @@ from megatron_moe_inject.host.errors import (
     RecipeError,
 )
 from megatron_moe_inject.retention.originals import OriginalParameters
-from tests.parallel import teacher_worlds
-from tests.parallel.teacher_worlds import LLAMA, ROWS
+from tests.harness import teacher_worlds
+from tests.harness.teacher_worlds import LLAMA, ROWS
 
 MOE = [flag for flag in LLAMA if flag not in ("--untie-embeddings-and-output-weights",)]
 MOE += ["--num-experts", "4", "--moe-router-topk", "2", "--moe-token-dispatcher-type", "alltoall"]

@@ -201,14 +201,14 @@ def main() -> None:
     from megatron_moe_inject import launch
 
     if os.environ.get("TESTS_TE_ON_CPU"):
-        from tests.te import on_cpu
+        from tests.harness import te_on_cpu
 
-        on_cpu.allow()
+        te_on_cpu.allow()
     launch.prepare()
     from megatron.training import training
 
     if os.environ.get("TESTS_TE_ON_CPU"):
-        on_cpu.stop_before_training(training)
+        te_on_cpu.stop_before_training(training)
     _report_steps(training)
     _report_evaluations(training)
     if os.environ.get("TESTS_POISON_LAYER"):

@@ -1,0 +1,1 @@
+"""What tests share: the CPU lane, gloo processes, stand-ins, small models and recipes."""
