@@ -19,7 +19,7 @@ from tests.harness import lane
 from tests.training.conftest import make_material, student_flags
 from tests.training.test_evaluation import BATCHES, plain
 from tests.training.test_injection import OTHER, PROVEN, inject, recipe_file
-from tests.unit.test_verify_inputs import write_sums
+from tests.unit.teachers.test_verify_inputs import write_sums
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
