@@ -9,24 +9,28 @@ import re
 import pytest
 import torch
 
-from tests.harness.gpu_runs import APEX, BF16, EXACT, FP8, FUSED, LENIENT, Runs
-from tests.training.test_injection import PROVEN
+from tests.harness.gpu_runs import (
+    APEX,
+    BF16,
+    DISTRIBUTED,
+    EP2,
+    EXACT,
+    FP8,
+    FUSED,
+    LENIENT,
+    MLA,
+    PP2,
+    RECIPE,
+    TP2,
+    Runs,
+)
+from tests.harness.injection import PROVEN
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-RECIPE = """
-domains:
-  - name: code
-    data: [1]
-    teacher: coder
-    experts: {layers: {2: [0, 3], 3: [3]}}
-teachers:
-  coder: {source: "megatron:{teacher}"}
-objective: {alpha: 0.7, beta: 0.3, temperature: 2.0}
-"""
 UNTAUGHT = """
 domains:
   - name: code
@@ -37,11 +41,6 @@ objective: {alpha: 0.0, beta: 1.0}
 SGD = ("--optimizer", "sgd", "--lr", "0.1")
 LOCAL = ("--transformer-impl", "local")
 EXACTLY = ("--deterministic-mode", "--attention-backend", "unfused", "--no-bias-swiglu-fusion")
-MLA = (
-    *("--multi-latent-attention", "--kv-channels", "32", "--kv-lora-rank", "64"),
-    *("--q-lora-rank", "64", "--qk-head-dim", "32", "--qk-pos-emb-head-dim", "16"),
-    *("--v-head-dim", "32", "--rotary-scaling-factor", "1.0"),
-)
 FEATURES = {
     "gamma": ("objective.gamma=5.0",),
     "steering": (
@@ -55,7 +54,6 @@ FEATURES = {
         "objective.features.hidden=0.5",
     ),
 }
-DISTRIBUTED = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
 RECOMPUTE = ("--recompute-granularity", "selective", "--recompute-modules", "moe")
 RECOMPUTE_ACTIVATIONS = (*RECOMPUTE[:-1], "moe_act")
 RECOMPUTE_ALL = (
@@ -71,12 +69,6 @@ GRAPHS = {
         *("--cuda-graph-modules", "attn", "moe_router", "moe_preprocess"),
     ),
 }
-EP2 = ("--expert-model-parallel-size", "2", "--expert-tensor-parallel-size", "1")
-TP2 = (
-    *("--tensor-model-parallel-size", "2", "--sequence-parallel"),
-    *("--make-vocab-size-divisible-by", "32"),
-)
-PP2 = ("--pipeline-model-parallel-size", "2")
 CP2 = ("--context-parallel-size", "2", "--attention-backend", "fused")
 LAYOUTS = {  # name -> flags, the run of one process that it must equal
     "two dp": ((), "bf16"),

@@ -65,6 +65,28 @@ APEX = ("apex", "amp_C", "fused_weight_gradient_mlp_cuda")
 """Of Apex, what Megatron imports."""
 MULTI_RANK = 23000
 """The first NCCL version that lets processes share a device."""
+RECIPE = """
+domains:
+  - name: code
+    data: [1]
+    teacher: coder
+    experts: {layers: {2: [0, 3], 3: [3]}}
+teachers:
+  coder: {source: "megatron:{teacher}"}
+objective: {alpha: 0.7, beta: 0.3, temperature: 2.0}
+"""
+MLA = (
+    *("--multi-latent-attention", "--kv-channels", "32", "--kv-lora-rank", "64"),
+    *("--q-lora-rank", "64", "--qk-head-dim", "32", "--qk-pos-emb-head-dim", "16"),
+    *("--v-head-dim", "32", "--rotary-scaling-factor", "1.0"),
+)
+DISTRIBUTED = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
+EP2 = ("--expert-model-parallel-size", "2", "--expert-tensor-parallel-size", "1")
+TP2 = (
+    *("--tensor-model-parallel-size", "2", "--sequence-parallel"),
+    *("--make-vocab-size-divisible-by", "32"),
+)
+PP2 = ("--pipeline-model-parallel-size", "2")
 
 
 def nccl_version() -> int:

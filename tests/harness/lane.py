@@ -278,3 +278,12 @@ def _parse(result: Run) -> None:
 def approx(values: Sequence[float | None], **tolerances: float) -> list:
     """``pytest.approx`` of each value of ``Run.losses``; a value that is not there stays None."""
     return [v if v is None else pytest.approx(v, **tolerances) for v in values]
+
+
+def same_runs(run: Run, other: Run) -> None:
+    """Both runs logged the same numbers bit for bit."""
+    for ours, theirs in zip(run.iterations, other.iterations, strict=True):
+        timing = "elapsed time per iteration (ms)"
+        assert {**ours, timing: 0} == {**theirs, timing: 0}
+    assert run.iterations
+    assert run.evaluations == other.evaluations

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 
 from tests.harness import gloo
+from tests.harness.moe_layer import BATCH, EXPERTS, HIDDEN, LENGTH, TOPK, moe_layer, random_tensor
 
-HIDDEN, EXPERTS, TOPK, LENGTH, BATCH = 8, 4, 2, 6, 2
 CHOSEN = frozenset({1, 2})
 
 
@@ -20,57 +20,11 @@ def processes():
     pool.close()
 
 
-def _layer(expert_parallel, dispatcher, capacity):
-    from megatron_moe_inject.host import cpu_lane
-
-    cpu_lane.enable(force=True)
-    from megatron.core import parallel_state
-    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        expert_model_parallel_size=expert_parallel, expert_tensor_parallel_size=1
-    )
-    config = TransformerConfig(
-        num_layers=1,
-        hidden_size=HIDDEN,
-        num_attention_heads=2,
-        ffn_hidden_size=12,
-        num_moe_experts=EXPERTS,
-        moe_router_topk=TOPK,
-        moe_token_dispatcher_type=dispatcher,
-        moe_router_load_balancing_type="none",
-        moe_expert_capacity_factor=capacity,
-        moe_pad_expert_input_to_capacity=capacity is not None,
-        add_bias_linear=False,
-        gated_linear_unit=True,
-        expert_model_parallel_size=expert_parallel,
-        use_cpu_initialization=True,
-        params_dtype=torch.float32,
-    )
-    spec = get_moe_module_spec(use_te=False, num_experts=EXPERTS, moe_grouped_gemm=False)
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    layer = spec(config=config, layer_number=1, pg_collection=groups)
-    layer.set_layer_number(1)
-    with torch.no_grad():
-        layer.router.weight.copy_(_random(7, EXPERTS, HIDDEN))
-        for local, expert in enumerate(layer.local_expert_indices):
-            for n, parameter in enumerate(layer.experts.local_experts[local].parameters()):
-                parameter.copy_(_random(100 * n + expert, *parameter.shape))
-    return layer
-
-
-def _random(seed, *shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 def _combined(expert_parallel, dispatcher, capacity=None):
     """Combined output of the chosen experts, and the gradients of its weighted sum."""
     from megatron_moe_inject.teachers.imitation.hook import _ExpertOutputs
 
-    layer = _layer(expert_parallel, dispatcher, capacity)
+    layer = moe_layer(expert_parallel, dispatcher, capacity)
     kept = {}
 
     def finish(output, combined):
@@ -78,10 +32,10 @@ def _combined(expert_parallel, dispatcher, capacity=None):
         return output
 
     _ExpertOutputs(layer, finish, lambda: True)
-    states = _random(50 + dist.get_rank(), LENGTH, BATCH, HIDDEN).requires_grad_()
+    states = random_tensor(50 + dist.get_rank(), LENGTH, BATCH, HIDDEN).requires_grad_()
     output, _ = layer(states)
     assert torch.equal(kept["all"], output), "the second combine differs from the first"
-    (kept["chosen"] * _random(9, *output.shape)).sum().backward()
+    (kept["chosen"] * random_tensor(9, *output.shape)).sum().backward()
     gradients = {
         expert: [p.grad for p in layer.experts.local_experts[local].parameters()]
         for local, expert in enumerate(layer.local_expert_indices)
@@ -92,12 +46,15 @@ def _combined(expert_parallel, dispatcher, capacity=None):
 @functools.cache
 def _brute_force(rank):
     """One matrix product per token and expert, no dispatcher."""
-    states = _random(50 + rank, LENGTH, BATCH, HIDDEN).requires_grad_()
-    weights = {e: (_random(e, 24, HIDDEN), _random(100 + e, HIDDEN, 12)) for e in range(EXPERTS)}
+    states = random_tensor(50 + rank, LENGTH, BATCH, HIDDEN).requires_grad_()
+    weights = {
+        e: (random_tensor(e, 24, HIDDEN), random_tensor(100 + e, HIDDEN, 12))
+        for e in range(EXPERTS)
+    }
     for pair in weights.values():
         for weight in pair:
             weight.requires_grad_()
-    scores = states @ _random(7, EXPERTS, HIDDEN).t()
+    scores = states @ random_tensor(7, EXPERTS, HIDDEN).t()
     top, ids = scores.topk(TOPK, dim=-1)
     probs = top.softmax(-1)
     output = torch.zeros(LENGTH, BATCH, HIDDEN)
@@ -107,7 +64,7 @@ def _brute_force(rank):
         result = (torch.nn.functional.gelu(gate) * up) @ second.t()
         share = (probs * (ids == expert)).sum(-1, keepdim=True)
         output = output + share * result
-    (output * _random(9, *output.shape)).sum().backward()
+    (output * random_tensor(9, *output.shape)).sum().backward()
     return output.detach(), states.grad, {e: [w.grad for w in pair] for e, pair in weights.items()}
 
 

@@ -14,15 +14,7 @@ from megatron_moe_inject.host.labels import (
     GENERAL,
 )
 from tests.harness import gloo
-from tests.parallel.test_imitation_experts import (
-    BATCH,
-    EXPERTS,
-    HIDDEN,
-    LENGTH,
-    TOPK,
-    _layer,
-    _random,
-)
+from tests.harness.moe_layer import BATCH, EXPERTS, HIDDEN, LENGTH, TOPK, moe_layer, random_tensor
 
 TRAINED = (1, 2)
 WEIGHT = 3.0
@@ -64,7 +56,7 @@ class _Chunk(torch.nn.Module):
 
 def _moved(expert, n, shape):
     """How far a parameter of an expert that trains is from its start."""
-    return 0.3 * _random(1000 * n + expert, *shape)
+    return 0.3 * random_tensor(1000 * n + expert, *shape)
 
 
 def _held(expert_parallel, dispatcher, labels, recompute=False, capacity=None, moved=True):
@@ -75,7 +67,7 @@ def _held(expert_parallel, dispatcher, labels, recompute=False, capacity=None, m
     from megatron_moe_inject.retention.experts import ExpertRetention
     from megatron_moe_inject.retention.originals import OriginalParameters
 
-    chunk = _Chunk(_layer(expert_parallel, dispatcher, capacity), recompute)
+    chunk = _Chunk(moe_layer(expert_parallel, dispatcher, capacity), recompute)
     moe = chunk.decoder.layers[0].mlp
     FreezePolicy({0: frozenset(TRAINED)}, frozenset({"router"})).apply([chunk])
     originals = OriginalParameters([chunk], {}, ["experts"])
@@ -84,7 +76,7 @@ def _held(expert_parallel, dispatcher, labels, recompute=False, capacity=None, m
         for expert in own.keys() & set(TRAINED) if moved else ():
             for n, parameter in enumerate(own[expert].parameters()):
                 parameter += _moved(expert, n, parameter.shape)
-    states = _random(50 + dist.get_rank(), LENGTH, BATCH, HIDDEN).requires_grad_()
+    states = random_tensor(50 + dist.get_rank(), LENGTH, BATCH, HIDDEN).requires_grad_()
     plain = chunk(states).detach()
     groups = ProcessGroupCollection.use_mpu_process_groups()
     retention = ExpertRetention([chunk], groups, originals, lambda iteration: WEIGHT)
@@ -108,7 +100,7 @@ def _brute_force(labels):
     """One product per token and expert, over both ranks: value and gradients."""
     weights, starts = {}, {}
     for e in range(EXPERTS):
-        starts[e] = [_random(e, 24, HIDDEN), _random(100 + e, HIDDEN, 12)]
+        starts[e] = [random_tensor(e, 24, HIDDEN), random_tensor(100 + e, HIDDEN, 12)]
         weights[e] = [w.clone() for w in starts[e]]
     for e in TRAINED:
         weights[e] = [(w + _moved(e, n, w.shape)).requires_grad_() for n, w in enumerate(starts[e])]
@@ -119,13 +111,13 @@ def _brute_force(labels):
 
     total, count = torch.zeros(()), 0
     for rank, own in enumerate(labels):
-        states = _random(50 + rank, LENGTH, BATCH, HIDDEN)
+        states = random_tensor(50 + rank, LENGTH, BATCH, HIDDEN)
         for sample, label in enumerate(own):
             if label != GENERAL:
                 continue
             for state in states[:, sample]:
                 count += 1
-                top, ids = (state @ _random(7, EXPERTS, HIDDEN).t()).topk(TOPK)
+                top, ids = (state @ random_tensor(7, EXPERTS, HIDDEN).t()).topk(TOPK)
                 for prob, e in zip(top.softmax(-1), ids.tolist(), strict=True):
                     if e in TRAINED:
                         before = put_out(starts[e], state)

@@ -11,9 +11,8 @@ import pytest
 
 from megatron_moe_inject.experts.delta.delta import CheckpointPlace, export_delta
 from megatron_moe_inject.host.errors import RecipeError
-from tests.gpu.test_training import DISTRIBUTED, EP2, MLA, PP2, RECIPE, TP2
 from tests.harness import lane
-from tests.harness.gpu_runs import BF16, FP8, Runs
+from tests.harness.gpu_runs import BF16, DISTRIBUTED, EP2, FP8, MLA, PP2, RECIPE, TP2, Runs
 
 pytest.importorskip("transformer_engine.pytorch", reason="needs Transformer Engine")
 

@@ -8,8 +8,8 @@ grouped experts the plugin's. The reference is the same training without.
 import pytest
 
 from tests.harness import lane
-from tests.training.test_grouped import GROUPED, SCRIPT, TWO_OF_FOUR
-from tests.training.test_injection import PROVEN, TERMS, inject, recipe_file
+from tests.harness.grouped import GROUPED, SCRIPT, TWO_OF_FOUR
+from tests.harness.injection import PROVEN, TERMS, inject, recipe_file
 
 FUSED = {"TESTS_FUSED_WGRAD": "1"}
 HEAD = ("--inject-set", "train.output_layer=true")

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.harness import lane
-from tests.training.conftest import make_material, student_flags
+from tests.harness.material import make_material, student_flags
 
 COUNTED = (str(lane.HARNESS / "counted_gpt.py"),)
 OTHER = os.environ.get("MEGATRON_OTHER")

@@ -10,10 +10,10 @@ import math
 import pytest
 
 from tests.harness import lane
-from tests.training.conftest import student_flags
-from tests.training.test_grouped import grouped
-from tests.training.test_injection import LAYOUTS, PROVEN, RECIPE, SLOW_LAYOUTS, inject, recipe_file
-from tests.training.test_retention import EVERYTHING
+from tests.harness.grouped import grouped
+from tests.harness.injection import LAYOUTS, PROVEN, RECIPE, SLOW_LAYOUTS, inject, recipe_file
+from tests.harness.material import student_flags
+from tests.harness.training_recipes import EVERYTHING
 
 PLAIN = RECIPE.replace("{{2: [3], 3: [3]}}", "{{1: [1], 3: [0, 3]}}")
 HELD = PLAIN.replace("beta: 0.3", "beta: 0.3, retention: {{experts: 2.0, l2: 0.05}}")

@@ -3,8 +3,8 @@
 import pytest
 
 from tests.harness import lane
-from tests.training.test_evaluation import assert_same, evaluate
-from tests.training.test_injection import RECIPE, TERMS, inject
+from tests.harness.evaluating import assert_same, evaluate
+from tests.harness.injection import RECIPE, TERMS, inject
 
 NAMES = 'coder: {{source: "megatron:{teacher}"}}'
 TWINS = RECIPE.replace("teacher: coder", "teacher: {{coder: 0.2, twin: 0.8}}").replace(

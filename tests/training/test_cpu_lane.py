@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tests.harness import lane
+from tests.harness.lane import same_runs
 
 LAYERS = ("--num-layers", "4")
 VIRTUAL_PIPELINE = ("--num-layers-per-virtual-pipeline-stage", "1")
@@ -30,15 +31,6 @@ def close_runs(run: lane.Run, reference: lane.Run, relative: float = 1e-5) -> No
     assert run.evaluations
     for ours, theirs in zip(run.evaluations, reference.evaluations, strict=True):
         assert ours == pytest.approx(theirs, rel=relative)
-
-
-def same_runs(run: lane.Run, other: lane.Run) -> None:
-    """Both runs logged the same numbers bit for bit."""
-    for ours, theirs in zip(run.iterations, other.iterations, strict=True):
-        timing = "elapsed time per iteration (ms)"
-        assert {**ours, timing: 0} == {**theirs, timing: 0}
-    assert run.iterations
-    assert run.evaluations == other.evaluations
 
 
 @pytest.fixture(scope="session")

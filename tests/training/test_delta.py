@@ -9,13 +9,11 @@ import torch
 
 from megatron_moe_inject.cli import main
 from megatron_moe_inject.experts.delta.delta import CheckpointPlace, export_delta, stacked_axes
-from megatron_moe_inject.host.torch_dist import Piece
 from tests.harness import lane
-from tests.training.conftest import student_flags
-from tests.training.test_imitation import FEATURES
-from tests.training.test_injection import inject
-
-SAVE = ("--save-interval", "100", "--save")
+from tests.harness.checkpoints import SAVE, whole
+from tests.harness.injection import inject
+from tests.harness.material import student_flags
+from tests.harness.training_recipes import FEATURES
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +69,6 @@ def test_a_base_in_a_folder_of_any_name_becomes_a_release(material, delta, tmp_p
     flags = student_flags(*material.blend, "--finetune", "--no-load-optim", "--no-load-rng")
     run = lane.run([*flags, "--train-iters", "1", "--load", str(applied)])
     assert "successfully loaded checkpoint" in run.output
-
-
-def whole(checkpoint, name):
-    stored = checkpoint.tensors[name]
-    target = torch.empty(stored.size, dtype=stored.properties.dtype)
-    checkpoint.read([Piece(name, tuple(stored.size), (0,) * len(stored.size), target)])
-    return target
 
 
 def test_several_files_hold_the_same(material, trained, delta, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_moe_inject.host.save_lock import SaveLock
 from tests.harness import lane
-from tests.training.test_injection import RECIPE, inject, recipe_file
+from tests.harness.injection import RECIPE, assert_clean_end, inject, recipe_file
 
 WRONG = {
     "an expert the student lacks": (
@@ -34,16 +34,6 @@ WRONG = {
         ("stering",),
     ),
 }
-
-
-def assert_clean_end(run, fragments):
-    assert run.returncode == 2, run.tail()
-    assert "Traceback" not in run.output
-    messages = {x for x in run.output.splitlines() if x.startswith("megatron_moe_inject: ")}
-    assert len(messages) == 1
-    for fragment in fragments:
-        assert fragment in next(iter(messages))
-    assert not run.iterations
 
 
 @pytest.mark.parametrize(("recipe", "fragments"), WRONG.values(), ids=WRONG)

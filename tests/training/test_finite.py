@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.training.test_injection import inject
+from tests.harness.injection import inject
 
 
 @pytest.mark.parametrize("mode", ["validate_results", "disabled"])

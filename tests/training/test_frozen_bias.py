@@ -7,8 +7,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from tests.harness import lane
-from tests.training.conftest import student_flags
-from tests.training.test_injection import OTHER, PROVEN, recipe_file
+from tests.harness.injection import OTHER, PROVEN, recipe_file
+from tests.harness.material import student_flags
 
 STEERED = """
 domains:

@@ -10,9 +10,9 @@ import re
 import pytest
 
 from tests.harness import lane
-from tests.training.conftest import student_flags
-from tests.training.test_grouped import GROUPED, SCRIPT, TWO_OF_FOUR, grouped, layouts
-from tests.training.test_injection import PROVEN, TERMS, recipe_file
+from tests.harness.grouped import GROUPED, SCRIPT, TWO_OF_FOUR, grouped, layouts
+from tests.harness.injection import PROVEN, TERMS, recipe_file
+from tests.harness.material import student_flags
 
 FP8 = ("--inject-set", "train.frozen_experts=fp8")
 PRODUCTS = {"TESTS_FP8_PRODUCTS": "1"}

@@ -8,9 +8,9 @@ import copy
 import pytest
 
 from tests.harness import lane
-from tests.training.conftest import student_flags
-from tests.training.test_injection import LAYOUTS, PROVEN, SLOW_LAYOUTS, inject, recipe_file
-from tests.training.test_retention import EVERYTHING
+from tests.harness.injection import LAYOUTS, PROVEN, SLOW_LAYOUTS, inject, recipe_file
+from tests.harness.material import student_flags
+from tests.harness.training_recipes import EVERYTHING
 
 DEVICE = EVERYTHING.replace("gamma: 2.0", "gamma: 2.0, retention: {{experts: 1.0, l2: 0.05}}")
 DEVICE += "steering: {{retention: 1.0}}\n"

@@ -10,29 +10,10 @@ import pytest
 
 from megatron_moe_inject.host.torch_dist import stored_shapes
 from tests.harness import lane
-from tests.training.conftest import make_material, student_flags
-from tests.training.test_injection import (
-    LAYOUTS,
-    OTHER,
-    PROVEN,
-    every_layout,
-    inject,
-    recipe_file,
-)
+from tests.harness.injection import LAYOUTS, OTHER, PROVEN, every_layout, inject, recipe_file
+from tests.harness.material import make_material, student_flags
+from tests.harness.training_recipes import FEATURES
 
-FEATURES = """
-domains:
-  - name: code
-    data: [1]
-    teacher: coder
-    experts: {{layers: {{1: [1], 3: [0, 3]}}}}
-teachers:
-  coder: {{source: "megatron:{teacher}"}}
-objective:
-  alpha: 0.7
-  beta: 0.3
-  features: {{hidden: 0.5, experts: 0.25}}
-"""
 TERMS = (
     "lm loss",
     "kd loss",

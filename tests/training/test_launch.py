@@ -9,7 +9,7 @@ import pytest
 
 from tests.harness import lane
 from tests.harness.corpus import write_corpora
-from tests.training.test_cpu_lane import same_runs
+from tests.harness.lane import same_runs
 
 
 @pytest.fixture(scope="session")

@@ -7,12 +7,11 @@ between two parameters where two short ones do.
 import pytest
 
 from tests.harness import lane
-from tests.training.conftest import student_flags
-from tests.training.test_injection import RECIPE, TERMS, recipe_file
+from tests.harness.injection import RECIPE, TERMS, recipe_file
+from tests.harness.material import student_flags
+from tests.harness.training_recipes import LITTLE, ROWS
 
-LITTLE = "train: {{{{experts: none, {}}}}}\n"
 NORM = RECIPE + LITTLE.format("patterns: [decoder.layers.2.pre_mlp_layernorm.weight]")
-ROWS = RECIPE + LITTLE.format("router_rows: true")
 ROW = ROWS.replace("2: [3], 3: [3]", "2: [3]")
 RESHARDABLE = ("--dist-ckpt-optim-fully-reshardable",)
 OPTIMIZER = ("--bf16", *lane.DISTRIBUTED_OPTIMIZER)

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from tests.harness import wandb_file
-from tests.training.test_injection import inject
-from tests.training.test_steering import STEERED
+from tests.harness.injection import inject
+from tests.harness.training_recipes import STEERED
 
 TAGS = {
     "lm loss",

@@ -6,8 +6,8 @@ import pytest
 from megatron_moe_inject.evaluation.evaluation_file import read_evaluation, read_list
 from megatron_moe_inject.experts.choose.profile_file import read_profile
 from tests.harness import lane
-from tests.training.conftest import make_material, student_flags
-from tests.training.test_injection import OTHER, RECIPE, TERMS, inject, recipe_file
+from tests.harness.injection import OTHER, RECIPE, TERMS, inject, recipe_file
+from tests.harness.material import make_material, student_flags
 
 MIXED = RECIPE + "mixing: {{general: 0.4}}\n"
 FALLING = RECIPE + "mixing: {{general: {{points: {{0: 0.75, 3: 0.0}}}}}}\n"

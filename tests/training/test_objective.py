@@ -5,8 +5,8 @@ import re
 import pytest
 
 from tests.harness import lane
-from tests.training.conftest import student_flags
-from tests.training.test_injection import CE_ONLY, RECIPE, TERMS, inject, recipe_file
+from tests.harness.injection import CE_ONLY, RECIPE, TERMS, inject, recipe_file
+from tests.harness.material import student_flags
 
 RAMP = RECIPE.replace("alpha: 0.7", "alpha: {{points: {{1: 0.0, 5: 1.0}}}}")
 WEIGHTED = RECIPE.replace(

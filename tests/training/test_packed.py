@@ -4,7 +4,7 @@ import pytest
 
 from megatron_moe_inject.host import compat
 from tests.harness import lane
-from tests.training.test_injection import TERMS, inject
+from tests.harness.injection import TERMS, inject
 
 RECIPE = """
 domains:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from megatron_moe_inject.experts.delta.delta import CheckpointPlace
-from tests.training.test_delta import SAVE, whole
-from tests.training.test_injection import RECIPE, inject
+from tests.harness.checkpoints import SAVE, whole
+from tests.harness.injection import RECIPE, inject
 
 CHOSEN = {1: [0, 2], 2: [1], 3: [3]}
 RECIPE = RECIPE.replace("{{2: [3], 3: [3]}}", "{{1: [0, 2], 2: [1], 3: [3]}}")

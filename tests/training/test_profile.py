@@ -6,8 +6,8 @@ import pytest
 from megatron_moe_inject.experts.choose.profile_file import read_profile
 from megatron_moe_inject.experts.choose.router_logits import read_logits
 from tests.harness import lane
-from tests.training.conftest import student_flags
-from tests.training.test_injection import LAYOUTS, RECIPE, inject, recipe_file
+from tests.harness.injection import LAYOUTS, RECIPE, inject, recipe_file
+from tests.harness.material import student_flags
 
 CHOSEN = "{{layers: {{2: [3], 3: [3]}}}}"
 BY_PROFILE = "{{{{profile: {}, method: token, threshold: 0.3}}}}"

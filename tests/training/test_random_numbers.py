@@ -5,7 +5,7 @@ The original's pass runs in every step with weight 0, and each step is evaluated
 
 import pytest
 
-from tests.training.test_injection import inject
+from tests.harness.injection import inject
 
 PLAIN = """
 domains:

@@ -5,9 +5,9 @@ import pytest
 from megatron_moe_inject import cli
 from megatron_moe_inject.evaluation.report.run_file import Start, Step, append, read_run
 from tests.harness import lane
-from tests.training.conftest import student_flags
-from tests.training.test_evaluation import EVALUATIONS, GAMMA
-from tests.training.test_injection import inject, recipe_file
+from tests.harness.evaluating import EVALUATIONS, GAMMA
+from tests.harness.injection import inject, recipe_file
+from tests.harness.material import student_flags
 
 STEERED = GAMMA + "steering: {{report: true}}\n"
 

@@ -5,19 +5,11 @@ import copy
 import pytest
 
 from tests.harness import lane
-from tests.training.conftest import make_material, student_flags
-from tests.training.test_injection import LAYOUTS, OTHER, PROVEN, RECIPE, inject, recipe_file
+from tests.harness.injection import LAYOUTS, OTHER, PROVEN, RECIPE, inject, recipe_file
+from tests.harness.material import make_material, student_flags
+from tests.harness.training_recipes import EVERYTHING
 
 GAMMA = RECIPE.replace("beta: 0.3", "beta: 0.3, gamma: 2.0")
-EVERYTHING = """
-domains:
-  - {{name: code, data: [1], teacher: coder}}
-teachers:
-  coder: {{source: "megatron:{teacher}"}}
-objective: {{alpha: 0.7, beta: 0.3, gamma: 2.0}}
-train:
-  {{experts: all, router: true, attention: true, norms: true, embedding: true, output_layer: true}}
-"""
 TERMS = ("lm loss", "kd loss", "retention loss", "total loss", "lm loss/general", "grad norm")
 
 

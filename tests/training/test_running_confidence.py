@@ -9,8 +9,8 @@ import functools
 import pytest
 
 from tests.harness import lane
-from tests.training.conftest import student_flags
-from tests.training.test_injection import LAYOUTS, PROVEN, inject, recipe_file
+from tests.harness.injection import LAYOUTS, PROVEN, inject, recipe_file
+from tests.harness.material import student_flags
 
 TWO = """
 domains:

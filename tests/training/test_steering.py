@@ -13,29 +13,11 @@ import torch
 from megatron_moe_inject.cli import main
 from megatron_moe_inject.experts.delta.delta import CheckpointPlace
 from tests.harness import lane
-from tests.training.conftest import make_material, student_flags
-from tests.training.test_delta import whole
-from tests.training.test_injection import (
-    LAYOUTS,
-    OTHER,
-    PROVEN,
-    every_layout,
-    inject,
-    recipe_file,
-)
+from tests.harness.checkpoints import whole
+from tests.harness.injection import LAYOUTS, OTHER, PROVEN, every_layout, inject, recipe_file
+from tests.harness.material import make_material, student_flags
+from tests.harness.training_recipes import STEERED
 
-STEERED = """
-domains:
-  - name: code
-    data: [1]
-    teacher: coder
-    experts: {{layers: {{1: [2], 2: [0, 3], 3: [3]}}}}
-teachers:
-  coder: {{source: "megatron:{teacher}"}}
-objective: {{alpha: 0.7, beta: 0.3}}
-train: {{router: true}}
-steering: {{coeff: 0.5, target_mass: 0.8, balance: 0.1, retention: 1.0, detail_every: 2}}
-"""
 ROWS = STEERED.replace("router: true", "router_rows: true")
 FROZEN = STEERED.replace("{{router: true}}", "{{}}").replace("retention: 1.0", "retention: 0.0")
 TERMS = (

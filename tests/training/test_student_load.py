@@ -7,11 +7,10 @@ import torch
 
 from megatron_moe_inject.experts.delta.delta import CheckpointPlace
 from tests.harness import lane
-from tests.training.conftest import make_material, student_flags
-from tests.training.test_delta import whole
-from tests.training.test_errors import assert_clean_end
-from tests.training.test_injection import OTHER, RECIPE, TERMS, inject, recipe_file
-from tests.training.test_little_trains import ROWS
+from tests.harness.checkpoints import whole
+from tests.harness.injection import OTHER, RECIPE, TERMS, assert_clean_end, inject, recipe_file
+from tests.harness.material import make_material, student_flags
+from tests.harness.training_recipes import ROWS
 
 TE_NAMES = (str(lane.HARNESS / "te_names.py"),)
 NORMS = RECIPE + "train: {{norms: true}}\n"

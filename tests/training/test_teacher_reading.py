@@ -16,10 +16,10 @@ import torch
 from megatron_moe_inject.evaluation.evaluation_file import read_evaluation, read_list
 from megatron_moe_inject.losses import reference
 from tests.harness import lane
-from tests.training.conftest import make_material, student_flags
-from tests.training.test_evaluation import BATCHES, plain
-from tests.training.test_injection import OTHER, PROVEN, inject, recipe_file
-from tests.unit.teachers.test_verify_inputs import write_sums
+from tests.harness.checksums import write_sums
+from tests.harness.evaluating import BATCHES, plain
+from tests.harness.injection import OTHER, PROVEN, inject, recipe_file
+from tests.harness.material import make_material, student_flags
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.training.test_injection import PROVEN, TERMS, inject
+from tests.harness.injection import PROVEN, TERMS, inject
 
 
 @pytest.fixture(scope="module")

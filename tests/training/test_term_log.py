@@ -6,8 +6,8 @@ import re
 import pytest
 
 from megatron_moe_inject.evaluation.report.run_file import Step, read_run
+from tests.harness.injection import RECIPE, inject
 from tests.harness.runner import PREFIX
-from tests.training.test_injection import RECIPE, inject
 
 RARE = (
     RECIPE.replace("beta: 0.3", "beta: 0.3, gamma: 2.0")

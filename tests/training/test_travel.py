@@ -13,10 +13,9 @@ import pytest
 from megatron_moe_inject.evaluation.evaluation_file import read_list
 from megatron_moe_inject.evaluation.report.run_file import Step, read_run
 from tests.harness import lane
-from tests.training.conftest import student_flags
-from tests.training.test_errors import assert_clean_end
-from tests.training.test_injection import RECIPE, inject, recipe_file
-from tests.training.test_retention import EVERYTHING
+from tests.harness.injection import RECIPE, assert_clean_end, inject, recipe_file
+from tests.harness.material import student_flags
+from tests.harness.training_recipes import EVERYTHING
 
 HELD = EVERYTHING.replace("gamma: 2.0", "gamma: 2.0, retention: {{experts: 1.0, l2: 0.05}}")
 HELD += "steering: {{retention: 1.0}}\nevaluation: {{}}\n"

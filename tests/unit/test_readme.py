@@ -4,8 +4,7 @@ import re
 
 import pytest
 
-from tests.harness.docs import PACKAGE, ROOT, pages, readmes, rendered
-from tests.unit.test_rooms import ROOMS
+from tests.harness.docs import PACKAGE, ROOMS, ROOT, pages, readmes, rendered
 
 
 @pytest.mark.parametrize("path", readmes(), ids=lambda path: str(path.relative_to(ROOT)))

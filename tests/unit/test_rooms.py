@@ -6,12 +6,10 @@ Imports inside functions and for type checking count as well.
 import ast
 from pathlib import Path
 
+from tests.harness.docs import ROOMS
+
 PACKAGE = "megatron_moe_inject"
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = (
-    "host", "losses", "recipe", "data", "teachers", "experts", "routing", "retention", "evaluation",
-)  # fmt: skip
-"""From the ground up; what stands in none of them is the hall and the doors, above all."""
 MOST_IN_THE_HALL = 10
 
 

@@ -2,7 +2,6 @@
 
 import json
 import threading
-from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
@@ -10,21 +9,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from megatron_moe_inject.host import failure, meeting
 from megatron_moe_inject.host.meeting import Meeting
-
-
-def ranks(size, seconds=5.0):
-    """Meetings of a job whose ranks are threads here."""
-    store = dist.HashStore()
-    store.set_timeout(timedelta(seconds=seconds))
-    return [Meeting(store, rank, size, seconds) for rank in range(size)]
-
-
-def all_at_once(*actions):
-    threads = [threading.Thread(target=action) for action in actions]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+from tests.harness.meetings import all_at_once, ranks
 
 
 def test_all_ranks_get_what_the_first_decides():

@@ -13,7 +13,7 @@ from megatron_moe_inject.host.errors import (
 )
 from megatron_moe_inject.host.lineage import Lineage, identity_of
 from tests.harness.evaluations import evaluation
-from tests.unit.evaluation.report.test_run_file import start
+from tests.harness.run_lists import start
 
 OURS, OTHER = "1dea" * 8, "beef" * 8
 FOLDER = "inject_original"

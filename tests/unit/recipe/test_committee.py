@@ -7,7 +7,7 @@ from megatron_moe_inject.recipe.committee import COMMITTEES
 from megatron_moe_inject.recipe.load import dump_recipe, recipe_from_yaml
 from megatron_moe_inject.recipe.plan import Plan, render_plan
 from megatron_moe_inject.recipe.weights import term_weights
-from tests.unit.recipe.test_recipe import message_of, text_with
+from tests.harness.recipes import message_of, text_with
 
 TWO = {
     "domains.0.teacher": {"coder": 3, "prose": 1.0},

@@ -10,7 +10,7 @@ from megatron_moe_inject.host.labels import (
 )
 from megatron_moe_inject.recipe.entries import _check_documents, _documents, split_labels
 from tests.harness.corpus import write_corpora
-from tests.unit.recipe.test_student import facts, message_of, two_domains
+from tests.harness.recipes import facts, message_of, two_domains
 
 
 def test_a_prefix_that_training_has_in_two_classes():

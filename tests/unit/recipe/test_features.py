@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_moe_inject.recipe.load import dump_recipe, recipe_from_yaml
-from tests.unit.recipe.test_recipe import message_of, text_with
+from tests.harness.recipes import message_of, text_with
 
 
 def test_features_and_their_layers():

@@ -9,9 +9,7 @@ from megatron_moe_inject.recipe.facts import ParallelFacts, PrecisionFacts
 from megatron_moe_inject.recipe.load import recipe_from_flags
 from megatron_moe_inject.recipe.plan import Plan, render_plan
 from megatron_moe_inject.recipe.student import check_recipe, student_facts_from_args
-from tests.unit.recipe.test_student import facts, parse, recipe
-
-__all__ = ["parse"]  # a fixture
+from tests.harness.recipes import facts, recipe
 
 IN_FP8 = PrecisionFacts("e4m3", "blockwise", transformer_engine=True, grouped_gemm=True)
 DELAYED = dataclasses.replace(IN_FP8, fp8_recipe="delayed")

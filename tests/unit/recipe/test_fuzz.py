@@ -13,7 +13,7 @@ from megatron_moe_inject.recipe.rules import validate
 from megatron_moe_inject.recipe.schedule import Schedule
 from megatron_moe_inject.recipe.schema import Domain, Objective, Recipe, TeacherSpec, Train
 from megatron_moe_inject.recipe.steering import Steering
-from tests.unit.recipe.test_recipe import text_with
+from tests.harness.recipes import text_with
 
 names = st.from_regex(r"[A-Za-z_-][A-Za-z0-9_-]{0,8}", fullmatch=True).filter(
     lambda name: name != "general"

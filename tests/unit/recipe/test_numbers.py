@@ -6,7 +6,7 @@ import torch
 from megatron_moe_inject.losses import KINDS, fused_linear_distillation
 from megatron_moe_inject.recipe.load import recipe_from_yaml
 from megatron_moe_inject.recipe.numbers import MIXTURES, TEMPERATURES, WEIGHTS
-from tests.unit.recipe.test_recipe import message_of, text_with
+from tests.harness.recipes import message_of, text_with
 
 COMMITTEE = {"coder": 1e308, "prose": 1e308}
 TEACHERS = {"coder": {"source": "hf:/a"}, "prose": {"source": "hf:/b"}}

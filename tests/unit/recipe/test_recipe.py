@@ -1,47 +1,14 @@
 """The recipe file: its defaults, every mistake, overrides."""
 
-import copy
 import os
 
 import pytest
-import yaml
 
-from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.recipe.expert_choice import ExpertChoice, parse_experts
 from megatron_moe_inject.recipe.load import dump_recipe, load_recipe, recipe_from_yaml
 from megatron_moe_inject.recipe.schedule import Schedule
 from megatron_moe_inject.recipe.schema import Domain, Objective, Recipe, TeacherSpec, Train
-
-GOOD = {
-    "domains": [
-        {"name": "code", "data": [1], "teacher": "coder", "experts": {"layers": {3: [0, 5]}}},
-        {"name": "math", "data": ["/d/math"], "experts": {"layers": {3: [5], 7: [1]}}},
-    ],
-    "teachers": {"coder": {"source": "megatron:/ckpt/coder"}},
-    "objective": {"alpha": 0.7, "beta": 0.3},
-}
-
-
-def text_with(changes):
-    """GOOD as YAML with dotted paths replaced; a value of ``...`` deletes the key."""
-    tree = copy.deepcopy(GOOD)
-    for path, value in changes.items():
-        node, parts = tree, [int(p) if p.isdigit() else p for p in path.split(".")]
-        for part in parts[:-1]:
-            node = node.setdefault(part, {}) if isinstance(node, dict) else node[part]
-        if value is ...:
-            del node[parts[-1]]
-        else:
-            node[parts[-1]] = value
-    return yaml.safe_dump(tree, sort_keys=False)
-
-
-def message_of(call):
-    with pytest.raises(RecipeError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
+from tests.harness.recipes import message_of, text_with
 
 
 def test_good_recipe_and_its_defaults():

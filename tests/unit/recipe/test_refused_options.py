@@ -4,7 +4,7 @@ from argparse import Namespace
 
 from megatron_moe_inject.recipe.refused_options import in_use
 from megatron_moe_inject.recipe.student import check_recipe
-from tests.unit.recipe.test_student import facts, message_of, recipe
+from tests.harness.recipes import facts, message_of, recipe
 
 
 def test_weights_in_parts_are_refused():

@@ -6,7 +6,7 @@ from megatron_moe_inject.evaluation.report.charts import weights
 from megatron_moe_inject.recipe.load import dump_recipe, recipe_from_yaml
 from megatron_moe_inject.recipe.plan import Plan, render_plan
 from megatron_moe_inject.retention.setup import kept_components
-from tests.unit.recipe.test_recipe import message_of, text_with
+from tests.harness.recipes import message_of, text_with
 
 RAMP = {"points": {0: 1.0, 9: 0.0}}
 

@@ -11,7 +11,7 @@ from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.host.meeting import Meeting
 from megatron_moe_inject.recipe.load import recipe_from_flags, recipe_from_yaml
 from megatron_moe_inject.recipe.same_recipe import begin_alike, description, judge
-from tests.unit.host.test_failure import all_at_once, ranks
+from tests.harness.meetings import all_at_once, ranks
 
 TEXT = """
 domains:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from argparse import ArgumentParser
 
 import pytest
 
@@ -20,59 +19,9 @@ from megatron_moe_inject.recipe.facts import (
     StudentFacts,
     TokenizerFacts,
 )
-from megatron_moe_inject.recipe.load import recipe_from_flags, recipe_from_yaml
 from megatron_moe_inject.recipe.refused_options import NO_PARTS
 from megatron_moe_inject.recipe.student import check_recipe, student_facts_from_args
-
-
-@pytest.fixture(scope="module")
-def parse():
-    """Megatron's own parser; flags are checked by nothing else."""
-    from megatron.training.arguments import add_megatron_arguments
-
-    parser = ArgumentParser(allow_abbrev=False)
-    add_megatron_arguments(parser)
-    return lambda line: parser.parse_args(line.split())
-
-
-def facts(train=("/d/en", "/d/code"), **changes):
-    paths = {split: tuple(train) for split in ("train", "valid", "test")}
-    paths |= changes.pop("data_paths", {})
-    base = StudentFacts(
-        num_layers=8,
-        num_moe_experts=16,
-        router_topk=2,
-        moe_layers=tuple(range(1, 8)),
-        data_paths={split: entries for split, entries in paths.items() if entries is not None},
-    )
-    return dataclasses.replace(base, **changes)
-
-
-def recipe(*data, experts="3:0,5", **more):
-    return recipe_from_flags(data=list(data or (1,)), experts=experts, teacher="hf:/t", **more)
-
-
-def two_domains(first, second, general=()):
-    return recipe_from_yaml(
-        json.dumps(
-            {
-                "domains": [
-                    {"name": "a", "data": first, "experts": {"layers": {"3": [0]}}},
-                    {"name": "b", "data": second, "experts": {"layers": {"3": [1]}}},
-                ],
-                "general_data": list(general),
-                "objective": {"alpha": 0, "beta": 1},
-            }
-        )
-    )
-
-
-def message_of(call):
-    with pytest.raises(RecipeError) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
+from tests.harness.recipes import facts, message_of, recipe, two_domains
 
 # facts from flags
 

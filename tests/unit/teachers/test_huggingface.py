@@ -15,42 +15,20 @@ from megatron_moe_inject.losses.spec import LogitTransform
 from megatron_moe_inject.teachers import (
     StudentTokenizer,
     Teacher,
-    check_teacher,
     huggingface,
     load_teacher,
     shared_forward,
 )
+from tests.harness.huggingface import IDS, SIZES, check, save
 
 transformers = pytest.importorskip("transformers")
 
-IDS = 96
-SIZES = {
-    "vocab_size": IDS,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "max_position_embeddings": 64,
-}
 GPT2 = {"vocab_size": IDS, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
-STUDENT = StudentTokenizer("NullTokenizer", vocab_size=IDS)
-
-
-def save(folder: Path, config) -> torch.nn.Module:
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    model.save_pretrained(str(folder))
-    return model
 
 
 def load(folder: Path, dtype=torch.float32, **more) -> Teacher:
     source = f"hf:{folder}"
     return load_teacher("coder", source, params_dtype=dtype, device="cpu", **more)
-
-
-def check(folder: Path, student=STUDENT):
-    return check_teacher("coder", f"hf:{folder}", student_tokenizer=student)
 
 
 def tokens() -> torch.Tensor:

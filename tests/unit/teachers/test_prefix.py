@@ -11,7 +11,7 @@ from megatron_moe_inject.teachers import load_teacher
 from megatron_moe_inject.teachers.base import Source
 from megatron_moe_inject.teachers.prefix import PrefixedTeacher, resolved_prefix, words
 from megatron_moe_inject.teachers.tokenizer_files import read_token_ids
-from tests.unit.teachers.test_huggingface import IDS, SIZES, check, save
+from tests.harness.huggingface import IDS, SIZES, check, save
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")

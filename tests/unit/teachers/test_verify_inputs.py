@@ -9,16 +9,9 @@ import pytest
 from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.recipe.load import recipe_from_flags
 from megatron_moe_inject.teachers import verify_inputs as module
+from tests.harness.checksums import write_sums
 
 READ = ("model.safetensors", "config.json", "tokenizer.json")
-
-
-def write_sums(folder: Path, name="SHA256SUMS") -> None:
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != name)
-    lines = [
-        f"{hashlib.sha256(p.read_bytes()).hexdigest()} *./{p.relative_to(folder)}" for p in files
-    ]
-    (folder / name).write_text("\n".join(lines) + "\n")
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from megatron_moe_inject.experts.choose.profile_file import write_profile
 from megatron_moe_inject.recipe.load import dump_recipe, recipe_from_yaml
 from tests.harness.evaluations import evaluation
 from tests.harness.profiles import from_counts
-from tests.unit.evaluation.report.test_run_file import start, step
+from tests.harness.run_lists import start, step
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")

@@ -6,9 +6,6 @@ import pytest
 
 from megatron_moe_inject.evaluation.evaluation import LARGEST
 from megatron_moe_inject.evaluation.report.run_file import (
-    Component,
-    Start,
-    Step,
     append,
     finite,
     kept,
@@ -18,26 +15,7 @@ from megatron_moe_inject.evaluation.report.run_file import (
 from megatron_moe_inject.host.errors import (
     RecipeError,
 )
-
-
-def start(iteration=0, **changed) -> Start:
-    fields = {
-        "time": "2026-11-22T07:00:00+00:00",
-        "recipe": "domains: [{name: code, data: [1]}]\nobjective: {alpha: 0, beta: 1}\n",
-        "plan": "moe-inject plan\n\ndomains\n  code",
-        "versions": {"torch": "2.15", "megatron-core": "0.19.2"},
-        "parameters": [Component("experts", 1000, 3000), Component("router", 0, 64)],
-        "world_size": 2,
-        "evaluations": "/nowhere/inject_evaluation.jsonl",
-        "train_iters": 8,
-    }
-    return Start(iteration=iteration, **fields | changed)
-
-
-def step(iteration, terms=None, **changed) -> Step:
-    fields = {"samples": 8 * iteration, "steps": 1, "skipped": 0, "seconds": 0.25}
-    fields |= {"terms": terms or {"lm loss": 4.0 - iteration / 10}, "grad_norm": 1.5}
-    return Step(iteration=iteration, **fields | changed)
+from tests.harness.run_lists import start, step
 
 
 def test_lines_read_back(tmp_path):

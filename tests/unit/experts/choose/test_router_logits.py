@@ -26,7 +26,7 @@ from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.recipe.facts import StudentFacts
 from megatron_moe_inject.recipe.load import recipe_from_yaml
 from tests.harness.profiles import profile
-from tests.unit.recipe.test_recipe import text_with
+from tests.harness.recipes import text_with
 
 
 class Group:

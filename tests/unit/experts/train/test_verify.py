@@ -19,8 +19,8 @@ from megatron_moe_inject.experts.train.verify import (
     frozen_tensors,
 )
 from megatron_moe_inject.routing.rows import TrainedRows
+from tests.harness.module_tree import student
 from tests.harness.routers import Chunk
-from tests.unit.experts.train.test_freeze import student
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,5 @@
+"""Asserts in the harness say as much as those in tests."""
+
+import pytest
+
+pytest.register_assert_rewrite("tests.harness")

@@ -1,0 +1,46 @@
+"""Recipes of training runs that several tests start from."""
+
+from tests.harness.injection import RECIPE
+
+EVERYTHING = """
+domains:
+  - {{name: code, data: [1], teacher: coder}}
+teachers:
+  coder: {{source: "megatron:{teacher}"}}
+objective: {{alpha: 0.7, beta: 0.3, gamma: 2.0}}
+train:
+  {{experts: all, router: true, attention: true, norms: true, embedding: true, output_layer: true}}
+"""
+
+
+FEATURES = """
+domains:
+  - name: code
+    data: [1]
+    teacher: coder
+    experts: {{layers: {{1: [1], 3: [0, 3]}}}}
+teachers:
+  coder: {{source: "megatron:{teacher}"}}
+objective:
+  alpha: 0.7
+  beta: 0.3
+  features: {{hidden: 0.5, experts: 0.25}}
+"""
+
+
+STEERED = """
+domains:
+  - name: code
+    data: [1]
+    teacher: coder
+    experts: {{layers: {{1: [2], 2: [0, 3], 3: [3]}}}}
+teachers:
+  coder: {{source: "megatron:{teacher}"}}
+objective: {{alpha: 0.7, beta: 0.3}}
+train: {{router: true}}
+steering: {{coeff: 0.5, target_mass: 0.8, balance: 0.1, retention: 1.0, detail_every: 2}}
+"""
+
+
+LITTLE = "train: {{{{experts: none, {}}}}}\n"
+ROWS = RECIPE + LITTLE.format("router_rows: true")

@@ -1,0 +1,15 @@
+"""Megatron's parser of flags."""
+
+from argparse import ArgumentParser
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def parse():
+    """Megatron's own parser; flags are checked by nothing else."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = ArgumentParser(allow_abbrev=False)
+    add_megatron_arguments(parser)
+    return lambda line: parser.parse_args(line.split())
