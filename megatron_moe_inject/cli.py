@@ -28,12 +28,13 @@ from megatron_moe_inject.experts.choose import profile_command, select_command
 from megatron_moe_inject.experts.choose.choice import resolve_experts
 from megatron_moe_inject.experts.delta import command as delta_command
 from megatron_moe_inject.host.errors import RecipeError
+from megatron_moe_inject.host.text import count
 from megatron_moe_inject.launch import only_evaluate
 from megatron_moe_inject.recipe import command as schema_command
 from megatron_moe_inject.recipe.facts import StudentFacts
 from megatron_moe_inject.recipe.flags import add_inject_arguments, name_error, recipe_from_args
 from megatron_moe_inject.recipe.load import load_recipe, located
-from megatron_moe_inject.recipe.plan import Plan, TeacherRow, render_plan
+from megatron_moe_inject.recipe.plan import Plan, render_plan
 from megatron_moe_inject.recipe.schema import Recipe
 from megatron_moe_inject.recipe.student import check_recipe, student_facts_from_args
 from megatron_moe_inject.routing import report as routing_report
@@ -142,31 +143,30 @@ def _plan(options: argparse.Namespace, flags: list[str] | None) -> Plan:
     found = recipe_for_student(args, profiles_may_be_missing=True)
     assert found is not None
     recipe, facts = found
-    teachers, remarks = _teacher_rows(recipe, args)
+    lines, remarks = _teacher_lines(recipe, args)
     check_data_files(args, facts)
     if unknown:
         remarks.append(f"not Megatron flags, ignored: {' '.join(unknown)}")
-    return Plan(recipe, facts, teachers=teachers, warnings=remarks)
+    return Plan(recipe, facts, lines, remarks)
 
 
-def _teacher_rows(recipe: Recipe, args: argparse.Namespace) -> tuple[list[TeacherRow], list[str]]:
-    """What the teachers' files say, and remarks on it; RecipeError where a run would refuse them
-    at start."""
-    from megatron_moe_inject.teachers import StudentTokenizer, check_teacher
-    from megatron_moe_inject.teachers.setup import check_fit, remarks
+def _teacher_lines(
+    recipe: Recipe, args: argparse.Namespace
+) -> tuple[dict[str, list[str]], list[str]]:
+    """What the teachers' files say, as lines of the plan, and remarks on it; RecipeError where a
+    run would refuse them at start."""
+    from megatron_moe_inject.teachers.setup import checked_teachers, remarks
+    from megatron_moe_inject.teachers.teaching import teacher_lines
 
-    tokenizer = StudentTokenizer.from_args(args)
-    rows, said = [], []
-    for name, spec in recipe.teachers.items():
-        try:
-            info = check_teacher(name, spec.source, student_tokenizer=tokenizer, prefix=spec.prefix)
-            check_fit(recipe, {name: info}, args.seq_length)
-        except RecipeError as error:
-            raise name_error(error, args) from None
-        said += remarks({name: info}, args.seq_length, {})
-        kind = f"{info.kind} ({info.architecture})"
-        rows.append(TeacherRow(name, kind, info.parameters))
-    return rows, said
+    try:
+        infos = checked_teachers(recipe, args)
+    except RecipeError as error:
+        raise name_error(error, args) from None
+    rows = {
+        name: (f"{info.kind} ({info.architecture})", count(info.parameters))
+        for name, info in infos.items()
+    }
+    return teacher_lines(recipe, rows), remarks(infos, args.seq_length, {})
 
 
 @contextlib.contextmanager

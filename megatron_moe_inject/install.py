@@ -37,25 +37,22 @@ from typing import TYPE_CHECKING, NoReturn
 
 from megatron_moe_inject.host import compat
 from megatron_moe_inject.host.errors import RecipeError
-from megatron_moe_inject.recipe.plan import render_plan
 
 if TYPE_CHECKING:
-    from argparse import Namespace
-
-    from megatron_moe_inject.evaluation.evaluator import Evaluator
-    from megatron_moe_inject.injection import Injection
-    from megatron_moe_inject.recipe.schema import Recipe
-    from megatron_moe_inject.runs import (
-        EvaluationRun,
-        ProfileRun,
-    )
+    from megatron_moe_inject.run import Run
 
 _MARK = "_megatron_moe_inject"
-_HELD_OUT = {
-    "num_samples": "get_train_valid_test_num_samples",
-    "loader": "build_pretraining_data_loader",
-}
-"""Where ``HeldOutText`` stands in the building of data, by its methods."""
+_AROUND = (
+    "get_train_valid_test_num_samples",
+    "build_train_valid_test_datasets",
+    "build_pretraining_data_loader",
+    "get_megatron_optimizer",
+    "evaluate_and_print_results",
+    "evaluate",
+    "training_log",
+)
+"""Of ``training``: what features' parts may stand around (``RunPart.around``), besides
+``train``, ``build_train_valid_test_data_iterators`` and ``checkpointing._load_base_checkpoint``."""
 
 
 def install() -> None:
@@ -70,22 +67,17 @@ def install() -> None:
 
     if hasattr(training.pretrain, _MARK):
         return
-    run = _Run()
-    _wrap(arguments, "add_megatron_arguments", run.add_arguments)
-    _wrap(training, "pretrain", run.pretrain)
+    wiring = _Wiring()
+    _wrap(arguments, "add_megatron_arguments", wiring.add_arguments)
+    _wrap(training, "pretrain", wiring.pretrain)
     megatron.training.pretrain = training.pretrain
-    _wrap(training, "setup_model_and_optimizer", run.setup_model_and_optimizer)
-    _wrap(checkpointing, "_load_base_checkpoint", run.load_base_checkpoint)
-    _wrap(training, "get_megatron_optimizer", run.get_megatron_optimizer)
-    _wrap(training, "build_train_valid_test_data_iterators", run.build_data_iterators)
-    _wrap(training, "build_train_valid_test_datasets", run.datasets)
-    for name, symbol in _HELD_OUT.items():
-        _wrap(training, symbol, functools.partial(run.held_out, name))
-    _wrap(training, "evaluate_and_print_results", run.evaluate)
-    _wrap(training, "evaluate", run.evaluate_terms)
-    _wrap(training, "get_forward_backward_func", run.get_forward_backward_func)
-    _wrap(training, "train", run.train)
-    _wrap(training, "training_log", run.training_log)
+    _wrap(training, "setup_model_and_optimizer", wiring.setup_model_and_optimizer)
+    _wrap(training, "build_train_valid_test_data_iterators", wiring.build_data_iterators)
+    _wrap(training, "get_forward_backward_func", wiring.get_forward_backward_func)
+    _wrap(training, "train", wiring.train)
+    for module, names in ((training, _AROUND), (checkpointing, ("_load_base_checkpoint",))):
+        for name in names:
+            _wrap(module, name, functools.partial(wiring.around, name))
 
 
 def _wrap(module: ModuleType, name: str, around: Callable) -> None:
@@ -100,11 +92,11 @@ def _wrap(module: ModuleType, name: str, around: Callable) -> None:
     setattr(module, name, wrapper)
 
 
-class _Run:
-    """Holds the injection of the ``pretrain()`` that is running, ``None`` when off."""
+class _Wiring:
+    """Holds the run of the ``pretrain()`` that is running, ``None`` when off."""
 
     def __init__(self) -> None:
-        self._injection: Injection | ProfileRun | EvaluationRun | None = None
+        self._run: Run | None = None
         self._verify: Callable[[], str] | None = None
 
     def add_arguments(self, stock, parser):
@@ -129,14 +121,16 @@ class _Run:
             return stock(*args, **kwargs)
 
         def make():
+            from megatron_moe_inject.run import Run, run_kind
+
             if mistake is not None:
                 raise mistake
-            made = self._made(recipe, options)
-            return made.recipe, made
+            run = Run(run_kind(options), recipe, options, compat.tokenizer_vocab_size())
+            return run.recipe, run
 
         meeting = Meeting.of_job(options, kwargs.get("store"))
         try:
-            self._injection = begin_alike(meeting, options, make)
+            self._run = begin_alike(meeting, options, make)
             if options.inject_verify_inputs:
                 from megatron_moe_inject.teachers.verify_inputs import verify_inputs
 
@@ -148,134 +142,62 @@ class _Run:
             # One message per node and no traceback, whether every rank came here or one.
             failure.end(str(name_error(error, options)), meeting)
         finally:
-            self._injection = self._verify = None
-
-    @staticmethod
-    def _made(recipe: Recipe, options: Namespace) -> Injection | ProfileRun | EvaluationRun:
-        if options.inject_evaluate is not None:
-            from megatron_moe_inject.runs import (
-                EvaluationRun,
-            )
-
-            return EvaluationRun(recipe, options, compat.tokenizer_vocab_size())
-        if options.inject_profile is not None and options.skip_train:
-            from megatron_moe_inject.runs import (
-                ProfileRun,
-            )
-
-            return ProfileRun(recipe, options)
-        from megatron_moe_inject.injection import Injection
-
-        return Injection(recipe, options, compat.tokenizer_vocab_size())
+            self._run = self._verify = None
 
     def setup_model_and_optimizer(self, stock, *args, **kwargs):
-        injection = self._injection
-        if injection is None:
+        run = self._run
+        if run is None:
             return stock(*args, **kwargs)
         if self._verify is not None:
             _print_rank_0(self._verify())
-        injection.claim_folder()
-        injection.try_outputs()
-        with injection.building():
-            built = compat.call_with_pre_wrap_hook(stock, args, kwargs, injection.freeze)
-        injection.attach(compat.bare_chunks(built[0]), built[1])
-        _print_rank_0(None if injection.plan is None else render_plan(injection.plan))
-        if injection.dry_run:
+        run.claim_folder()
+        run.try_outputs()
+        with run.building():
+            built = compat.call_with_pre_wrap_hook(stock, args, kwargs, run.before_ddp)
+        run.attach(compat.bare_chunks(built[0]), built[1])
+        _print_rank_0(run.context.plan or None)
+        if run.dry_run:
             _leave(0)
         return built
 
-    def load_base_checkpoint(self, stock, *args, **kwargs):
-        if self._injection is None:
+    def around(self, name, stock, *args, **kwargs):
+        """A function that features' parts may stand around."""
+        if self._run is None:
             return stock(*args, **kwargs)
-        return self._injection.student_load.read(stock, *args, **kwargs)
-
-    def get_megatron_optimizer(self, stock, *args, **kwargs):
-        optimizer = stock(*args, **kwargs)
-        if self._injection is None:
-            return optimizer
-        from megatron_moe_inject.experts.train.optimizer_state import make_checkpointable
-
-        return make_checkpointable(optimizer)
+        return self._run.call(name, stock, *args, **kwargs)
 
     def build_data_iterators(self, stock, *args, **kwargs):
-        iterators = stock(*args, **kwargs)
-        if self._injection is None:
-            return iterators
-        if self._injection.blend is not None:
-            self._injection.blend.check()
-        self._injection.measured_text.check()
-        if self._evaluator is not None:
-            iterators = self._evaluator.text.iterators(compat.validation_loader, iterators)
-        self._injection.splits.register(*iterators)
+        iterators = self.around("build_train_valid_test_data_iterators", stock, *args, **kwargs)
+        if self._run is not None:
+            self._run.splits.register(*iterators)
         return iterators
-
-    @property
-    def _evaluator(self) -> Evaluator | None:
-        return None if self._injection is None else self._injection.evaluator
-
-    def held_out(self, name, stock, *args, **kwargs):
-        """Megatron asks for numbers of samples or a loader."""
-        if self._evaluator is None:
-            return stock(*args, **kwargs)
-        text = self._evaluator.text
-        if name == "loader":
-            return text.loader(stock, *args, **kwargs)
-        return text.num_samples(stock(*args, **kwargs))
-
-    def datasets(self, stock, *args, **kwargs):
-        built = stock(*args, **kwargs)
-        if self._injection is None:
-            return built
-        self._injection.measured_text.datasets(built)
-        if self._injection.blend is not None:
-            built = self._injection.blend.datasets(built)
-        return built if self._evaluator is None else self._evaluator.text.datasets(built)
-
-    def evaluate(self, stock, *args, **kwargs):
-        if self._evaluator is None:
-            return stock(*args, **kwargs)
-        return self._evaluator.evaluate(stock, *args, **kwargs)
 
     def get_forward_backward_func(self, stock, *args, **kwargs):
         forward_backward = stock(*args, **kwargs)
-        if self._injection is None:
+        if self._run is None:
             return forward_backward
-        return self._injection.step_hook.wrap(forward_backward)
+        return self._run.step_hook.wrap(forward_backward)
 
     def train(self, stock, *args, **kwargs):
-        injection = self._injection
-        if injection is None:
+        run = self._run
+        if run is None:
             return stock(*args, **kwargs)
-        injection.begin_training()
-        if injection.evaluator is not None:
-            injection.evaluator.before_training(stock, args, kwargs)
-        if injection.run_log is not None:
-            injection.run_log.begin(injection.plan)
-        try:
-            return stock(*args, **kwargs)
-        except SystemExit:  # --exit-interval and the like leave this way, with everything saved
-            self._finish()
-            raise
+        run.begin_training()
+
+        @functools.wraps(stock)
+        def training(*args, **kwargs):
+            try:
+                return stock(*args, **kwargs)
+            except SystemExit:  # --exit-interval and the like leave so, with everything saved
+                self._finish()
+                raise
+
+        return run.call("train", training, *args, **kwargs)
 
     def _finish(self) -> None:
         """What is left to do when all is saved, so that its failure costs no checkpoint."""
-        for said in self._injection.finish():
+        for said in self._run.finish():
             _print_rank_0(said)
-
-    def evaluate_terms(self, stock, *args, **kwargs):
-        terms = None if self._injection is None else self._injection.terms
-        if terms is None:
-            return stock(*args, **kwargs)
-        return terms.evaluate(stock, *args, **kwargs)
-
-    def training_log(self, stock, *args, **kwargs):
-        if self._injection is None or self._injection.terms is None:
-            return stock(*args, **kwargs)
-        given = compat.bound_arguments(stock, args, kwargs)
-        result, read = self._injection.terms.log(stock, given)
-        if self._injection.run_log is not None:
-            self._injection.run_log.log(given, read)
-        return result
 
 
 def _print_rank_0(text: str | None) -> None:

@@ -24,16 +24,22 @@ import torch
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
 from megatron_moe_inject.data.packed import segments
+from megatron_moe_inject.data.section import MIXING
 from megatron_moe_inject.evaluation.measurement import Measurement
 from megatron_moe_inject.host import compat
 from megatron_moe_inject.host.finite import FiniteWatch
+from megatron_moe_inject.host.labels import GENERAL
 from megatron_moe_inject.host.loss_seam import LossSeam
 from megatron_moe_inject.host.step import Step, StepPart
 from megatron_moe_inject.losses.objective import TermWeights, injection_loss
 from megatron_moe_inject.losses.report import LossReport, merge
-from megatron_moe_inject.losses.spec import LogitTransform
+from megatron_moe_inject.losses.spec import LogitTransform, TokenWeighting
 from megatron_moe_inject.losses.triton_rows import AUTO
 from megatron_moe_inject.losses.upstream import common_factor
+from megatron_moe_inject.recipe.run_kinds import EVALUATION
+from megatron_moe_inject.recipe.run_part import RunContext, RunPart, Student
+from megatron_moe_inject.recipe.schedule import ever_positive
+from megatron_moe_inject.recipe.weights import term_weights
 from megatron_moe_inject.teachers.confidence import RunningConfidence
 from megatron_moe_inject.teachers.step_teachers import StepTeachers
 
@@ -241,3 +247,47 @@ class LossHook(StepPart):
     def _see(self, name: str, tensor: torch.Tensor) -> None:
         if self._watch is not None:
             self._watch.see(name, tensor)
+
+
+class ObjectivePart(RunPart):
+    """Puts the loss hook on the chunk that holds the output layer."""
+
+    def __init__(self, run: RunContext) -> None:
+        self._run = run
+
+    def attach(self, student: Student) -> LossHook | None:
+        """The hook, on the last stage."""
+        run, recipe, seam = self._run, self._run.recipe, self._run.get(LossSeam)
+        if seam is None:
+            return None
+        teachers, objective = run.need(StepTeachers), recipe.objective
+        names = [domain.name for domain in recipe.domains]
+        only_measures = run.kind == EVALUATION
+        if only_measures:
+            report = LossReport(names, teachers.domains, by_class=True)
+        else:
+            report = LossReport(
+                names,
+                distilled=teachers.domains,
+                by_class=run.several_classes,
+                weighted=bool(TokenWeighting(objective.confidence, objective.skip_worse)),
+                retained=ever_positive(objective.gamma),
+                shares=bool(recipe[MIXING]),
+            )
+        weights = dict.fromkeys((GENERAL, *range(len(names))), TermWeights(0.0, 1.0))
+        return LossHook(
+            seam,
+            lambda iteration: weights if only_measures else term_weights(recipe, iteration),
+            teachers,
+            report,
+            tp_group=student.groups.tp,
+            valid_vocab_size=run.valid_vocab_size,
+            masked_sum=objective.masked_sum,
+            kernels=objective.row_kernels(),
+            measurement=run.get(Measurement),
+            only_measures=only_measures,
+            watch=run.get(FiniteWatch),
+            running_confidence=run.get(RunningConfidence),
+            cp_group=student.groups.cp,
+            by_document=bool(getattr(run.args, "sft", False)),
+        )

@@ -129,7 +129,7 @@ def child() -> None:
 
     import torch.distributed as dist
 
-    from megatron_moe_inject.injection import Injection
+    from megatron_moe_inject.run import Run
     from megatron_moe_inject.step import StepHook
     from megatron_moe_inject.teachers.step_pass import TeacherPass
 
@@ -142,9 +142,9 @@ def child() -> None:
         times[name].append(time.perf_counter() - started)
         return result
 
-    check, attach = Injection.__init__, Injection.attach
-    Injection.__init__ = lambda *args: timed("start-up", check, *args)
-    Injection.attach = lambda *args: timed("start-up", attach, *args)
+    check, attach = Run.__init__, Run.attach
+    Run.__init__ = lambda *args: timed("start-up", check, *args)
+    Run.attach = lambda *args: timed("start-up", attach, *args)
     hook = StepHook.wrap
 
     def wrap(self, forward_backward):

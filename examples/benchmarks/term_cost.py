@@ -29,16 +29,20 @@ from step_overhead import WARM_UP, model_flags, train
 BATCH, SEQUENCE, DOCUMENT = 20, 256, 4096
 FEATURES = {
     "gamma": "gamma: 10.0",
-    "expert-retention": "retention: {experts: 1.0}",
-    "l2": "retention: {l2: 0.01}",
-    "hidden": "features: {hidden: 0.1}",
-    "experts": "features: {experts: 0.1}",
+    "expert-retention": "beta: 0.0",
+    "l2": "beta: 0.0",
+    "hidden": "beta: 0.0",
+    "experts": "beta: 0.0",
     "profile": "beta: 0.0",
     "evaluation": "beta: 0.0",
     "steering": "beta: 0.0",
     "report": "beta: 0.0",
 }
 MORE = {
+    "expert-retention": "retention: {experts: 1.0}",
+    "l2": "retention: {l2: 0.01}",
+    "hidden": "imitation: {hidden: 0.1}",
+    "experts": "imitation: {experts: 0.1}",
     "steering": "train: {router: true}\nsteering: {coeff: 0.01, retention: 1.0, detail_every: 0}",
     "report": "train: {router: true}\nsteering: {report: true, detail_every: 0}",
 }
@@ -166,7 +170,7 @@ def child() -> None:
     from megatron_moe_inject.losses.objective import TermWeights
     from megatron_moe_inject.retention.setup import RetentionStep
     from megatron_moe_inject.routing.setup import RoutingStep
-    from megatron_moe_inject.runs import EvaluationRun
+    from megatron_moe_inject.run import Run
     from megatron_moe_inject.step import StepHook
     from megatron_moe_inject.teachers.imitation.hook import ImitationHook
     from megatron_moe_inject.teachers.step_teachers import StepTeachers
@@ -253,7 +257,7 @@ def child() -> None:
 
     StepHook.wrap = wrap
     # Half of the text is measured, which is no evaluation to write.
-    EvaluationRun.finish = lambda self: iter(())
+    Run.finish = lambda self: iter(())
     runpy.run_module("megatron_moe_inject.pretrain", run_name="__main__", alter_sys=True)
     kept = {name: values[WARM_UP // 2 :] for name, values in times.items()}
     Path(os.environ["TERM_COST_TIMES"]).write_text(json.dumps(kept))

@@ -37,7 +37,7 @@ class Arm:
         taught: by the teacher's distribution; otherwise by cross-entropy.
         mixed: English is a tenth of the batch.
         gamma: weight of the KL to the original on it.
-        retention: the recipe's ``objective.retention``. Without it and gamma English counts by
+        retention: the recipe's ``retention``. Without it and gamma English counts by
             cross-entropy.
         router: the routers train.
         steering: the recipe's ``steering``.
@@ -123,8 +123,8 @@ def recipe(arm: Arm, domain: str, folder: Path, seed: int) -> dict:
             "beta": 0.0 if arm.taught else 1.0,
             "general_beta": 1.0 if arm.mixed and not (arm.gamma or arm.retention) else 0.0,
             "gamma": arm.gamma,
-            "retention": dict(arm.retention),
         },
+        "retention": dict(arm.retention),
         "train": dict(EVERYTHING) if arm.experts == "all" else {"router": arm.router},
         "evaluation": {},
     }

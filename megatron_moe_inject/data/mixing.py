@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from megatron_moe_inject.data.scheduled_blend import SampleOrder
+from megatron_moe_inject.data.section import MIXING, scheduled
 from megatron_moe_inject.host import compat
 from megatron_moe_inject.host.errors import (
     RecipeError,
@@ -27,7 +28,7 @@ from megatron_moe_inject.host.labels import (
 )
 from megatron_moe_inject.recipe.entries import split_labels
 from megatron_moe_inject.recipe.facts import StudentFacts
-from megatron_moe_inject.recipe.schedule import Schedule, value_at
+from megatron_moe_inject.recipe.schedule import value_at
 from megatron_moe_inject.recipe.schema import Recipe
 
 TOLERANCE = 0.005
@@ -67,7 +68,7 @@ def mix(recipe: Recipe, args: Namespace, facts: StudentFacts) -> SampleOrder | N
     """Give the training blend its weights, or check those that it has.
 
     Args:
-        recipe: with ``mixing``.
+        recipe: with or without ``mixing``.
         args: Megatron's arguments, changed in place where the blend has no weights.
         facts: the student.
 
@@ -78,13 +79,13 @@ def mix(recipe: Recipe, args: Namespace, facts: StudentFacts) -> SampleOrder | N
         RecipeError: shares that the blend cannot have or does not have, or a blend that is given
             in a file without weights.
     """
-    if not recipe.mixing:
+    if not recipe[MIXING]:
         return None
     if facts.mock_data:
-        raise fail("mixing", recipe.mixing, "mixes a blend, but --mock-data has none", "remove it")
+        raise fail("mixing", recipe[MIXING], "mixes a blend, but --mock-data has none", "remove it")
     labels = split_labels(recipe, facts, "train")
     index = {_GENERAL: GENERAL} | {domain.name: i for i, domain in enumerate(recipe.domains)}
-    shares = {index[name]: share for name, share in recipe.mixing.items()}
+    shares = {index[name]: share for name, share in recipe[MIXING].items()}
     names = {label: name for name, label in index.items()}
     for label in shares:
         if label not in labels:
@@ -102,7 +103,7 @@ def mix(recipe: Recipe, args: Namespace, facts: StudentFacts) -> SampleOrder | N
     for label in dict.fromkeys(labels):
         if means.get(label, 1 - sum(means.values())) < 1e-12:
             raise fail(
-                "mixing", recipe.mixing, f"leaves {names[label]} no sample in this run",
+                "mixing", recipe[MIXING], f"leaves {names[label]} no sample in this run",
                 "give it a share, or remove its data from --data-path",
             )  # fmt: skip
     flag, given = _given(args)
@@ -132,13 +133,8 @@ def mix_held_out(recipe: Recipe, args: Namespace, facts: StudentFacts) -> None:
     Raises:
         RecipeError: as ``mix``.
     """
-    if recipe.mixing and not facts.mock_data and _given(args) == ("data_path", None):
+    if recipe[MIXING] and not facts.mock_data and _given(args) == ("data_path", None):
         mix(recipe, args, facts)
-
-
-def scheduled(recipe: Recipe) -> bool:
-    """Whether shares change by iteration."""
-    return any(isinstance(share, Schedule) for share in recipe.mixing.values())
 
 
 def _batch_sizes(recipe: Recipe, args: Namespace) -> np.ndarray:
@@ -148,7 +144,7 @@ def _batch_sizes(recipe: Recipe, args: Namespace) -> np.ndarray:
     sizes = np.array(compat.batch_sizes(args), dtype=np.int64)
     if not len(sizes):
         raise fail(
-            "mixing", recipe.mixing, "changes over the iterations of a run, and this one has none",
+            "mixing", recipe[MIXING], "changes over the iterations of a run, and this one has none",
             "add --train-iters or --train-samples, or write shares as numbers",
         )  # fmt: skip
     return sizes
@@ -163,8 +159,10 @@ def _check_sums(recipe: Recipe, sums: np.ndarray, whole: bool) -> None:
     where = f" at iteration {first}" if scheduled(recipe) else ""
     if whole:
         problem, remedy = "does not sum to 1", "leave one out, or let them sum to 1"
-        raise fail("mixing", recipe.mixing, f"names all of the blend, but {problem}{where}", remedy)
-    raise fail("mixing", recipe.mixing, f"is {sums[first]:.4g} in sum{where}", "lower the shares")
+        raise fail(
+            "mixing", recipe[MIXING], f"names all of the blend, but {problem}{where}", remedy
+        )
+    raise fail("mixing", recipe[MIXING], f"is {sums[first]:.4g} in sum{where}", "lower the shares")
 
 
 def _of_all_classes(

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
-from collections.abc import Mapping
 
 from megatron_moe_inject.host.errors import (
     RecipeError,
@@ -41,20 +40,19 @@ def segments(
     return [at // sample for start in starts for at in range(start, start + piece, length)]
 
 
-def check_packed(args: Namespace, micro_batch_size: int, uses: Mapping[str, bool]) -> None:
+def check_packed(args: Namespace, micro_batch_size: int, part: str) -> None:
     """Refuse what follows samples through the layers where a row has several.
 
     Args:
         args: Megatron's arguments.
         micro_batch_size: the largest that is used.
-        uses: parts of the plugin that do so, by their key or flag, and whether each is in use.
+        part: what does so, by its key or flag.
 
     Raises:
         RecipeError: names the flag and the part.
     """
     flag = next((name for name in FLAGS if getattr(args, name, None)), None)
-    part = next((name for name, used in uses.items() if used), None)
-    if flag is not None and part is not None and micro_batch_size > 1:
+    if flag is not None and micro_batch_size > 1:
         raise RecipeError(
             f"--{flag.replace('_', '-')}: puts the {micro_batch_size} samples of a micro-batch in "
             f"one row, where {part} does not tell them apart; set --micro-batch-size (and "

@@ -16,13 +16,14 @@ from __future__ import annotations
 import math
 import os
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from megatron_moe_inject.host.agreement import on_first_rank
 from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.recipe.entries import SPLITS
 from megatron_moe_inject.recipe.facts import StudentFacts
+from megatron_moe_inject.recipe.run_part import RunPart
 
 _FLAGS = {"valid": "--valid-data-path", "test": "--test-data-path"}
 _TEXT = {"valid": "validation", "test": "test"}
@@ -32,7 +33,7 @@ _NOTHING = (
 )
 
 
-class MeasuredText:
+class MeasuredText(RunPart):
     """Stands where Megatron builds its data.
 
     Args:
@@ -59,6 +60,20 @@ class MeasuredText:
         self._origin = origin
         self._built: Sequence[Any] | None = None
         self._checked = False
+        self.around = {
+            "build_train_valid_test_datasets": self._notice,
+            "build_train_valid_test_data_iterators": self._look,
+        }
+
+    def _notice(self, stock: Callable, *args: Any, **kwargs: Any) -> Any:
+        built = stock(*args, **kwargs)
+        self.datasets(built)
+        return built
+
+    def _look(self, stock: Callable, *args: Any, **kwargs: Any) -> Any:
+        built = stock(*args, **kwargs)
+        self.check()
+        return built
 
     def datasets(self, built: Sequence[Any]) -> None:
         """Notice what was built; of several model chunks the first."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from megatron_moe_inject.host.agreement import agree
 from megatron_moe_inject.host.errors import (
     RecipeError,
 )
+from megatron_moe_inject.recipe.run_part import RunPart
 
 
 class SampleOrder:
@@ -117,7 +118,7 @@ class ScheduledBlend(torch.utils.data.Dataset):
         return {DATASET_ID: entries[at], **self._datasets[entries[at]][samples[at]]}
 
 
-class BlendSchedule:
+class BlendSchedule(RunPart):
     """Stands where Megatron builds its training data.
 
     Args:
@@ -131,6 +132,15 @@ class BlendSchedule:
         self._entries = entries
         self._args = args
         self._problem: RecipeError | None = None
+        self.around = {
+            "build_train_valid_test_datasets": lambda stock, *a, **k: self.datasets(stock(*a, **k)),
+            "build_train_valid_test_data_iterators": self._checked,
+        }
+
+    def _checked(self, stock: Callable, *args: Any, **kwargs: Any) -> Any:
+        built = stock(*args, **kwargs)
+        self.check()
+        return built
 
     def datasets(self, built: Sequence[Any]) -> tuple:
         """What was built, with our order of the training data on the ranks that have some.

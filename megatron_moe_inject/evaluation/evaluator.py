@@ -8,11 +8,7 @@ loss is the measured cross-entropy.
 
 from __future__ import annotations
 
-import contextlib
-from argparse import Namespace
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,23 +21,17 @@ from megatron_moe_inject.evaluation.evaluation import (
     Provenance,
     build_class,
 )
-from megatron_moe_inject.evaluation.evaluation_file import LIST, append_line, read_list, write_list
-from megatron_moe_inject.evaluation.gate import judge
 from megatron_moe_inject.evaluation.measurement import Collected, Measurement
 from megatron_moe_inject.host import compat
-from megatron_moe_inject.host.agreement import on_first_rank
 from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.host.labels import (
     GENERAL,
 )
-from megatron_moe_inject.host.lineage import Lineage
 from megatron_moe_inject.host.rng import untouched_rng
-from megatron_moe_inject.host.student_load import Origin
-from megatron_moe_inject.recipe.entries import split_labels
-from megatron_moe_inject.recipe.facts import StudentFacts
-from megatron_moe_inject.recipe.schema import Recipe
+from megatron_moe_inject.recipe.run_part import RunContext, RunPart, Student
+from megatron_moe_inject.teachers.step_teachers import ComparesPrefix
 
-_NO_DATA = (
+NO_DATA = (
     "{}: there is no validation data to measure on; set --eval-iters above 0, and a --split or "
     "--valid-data-path that has some"
 )
@@ -55,35 +45,27 @@ _ONE_PASS = {
 }
 
 
-class Evaluator:
-    """Measures Megatron's evaluations on held-out text that stays the same.
+class Evaluator(RunPart):
+    """Measures Megatron's evaluations on held-out text that stays the same; provides
+    ``Measurement``.
 
     Args:
-        recipe: names the classes and the teachers.
-        args: Megatron's arguments.
-        facts: the student.
-        valid_vocab_size: ids of the student's tokenizer.
+        run: what its parts share.
         reason: what messages name as the reason, such as ``evaluation``.
-
-    Attributes:
-        origin: what was loaded, to be set before anything is measured.
 
     Raises:
         RecipeError: there is nothing to evaluate on, or an option that would not read it once.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        args: Namespace,
-        facts: StudentFacts,
-        valid_vocab_size: int,
-        reason: str = "evaluation",
-    ) -> None:
-        self.recipe = recipe
-        self.args = args
+    writes_about = True
+    measured_splits = ("valid",)
+
+    def __init__(self, run: RunContext, reason: str = "evaluation") -> None:
+        self._run = run
+        self.recipe, self.args = recipe, args = run.recipe, run.args
+        self.measured_for = reason
+        facts = run.facts
         self._facts = facts
-        self._valid_vocab_size = valid_vocab_size
         for name, problem in _ONE_PASS.items():
             if getattr(args, name, None):
                 flag = "--" + name.replace("_", "-")
@@ -94,28 +76,41 @@ class Evaluator:
                 f"Megatron's loaders, or measure nothing ({reason})"
             )
         if not args.eval_iters or not (facts.mock_data or facts.data_paths.get("valid")):
-            raise RecipeError(_NO_DATA.format(reason))
-        self.origin = Origin()
+            raise RecipeError(NO_DATA.format(reason))
         self.samples = args.eval_iters * args.eval_global_batch_size
         self.text = HeldOutText(self.samples)
         self._names = {label: domain.name for label, domain in enumerate(recipe.domains)}
         self._names[GENERAL] = GENERAL_CLASS
-        self._labels = split_labels(recipe, facts, "valid")
-        self.measurement: Measurement | None = None
+        self._labels = run.labels["valid"]
+        text = self.text
+        self.around = {
+            "get_train_valid_test_num_samples": lambda stock, *a, **k: text.num_samples(
+                stock(*a, **k)
+            ),
+            "build_pretraining_data_loader": text.loader,
+            "build_train_valid_test_datasets": lambda stock, *a, **k: text.datasets(stock(*a, **k)),
+            "build_train_valid_test_data_iterators": lambda stock, *a, **k: text.iterators(
+                compat.validation_loader, stock(*a, **k)
+            ),
+            "evaluate_and_print_results": self.evaluate,
+        }
 
-    def prepare(self, chunk: torch.nn.Module) -> None:
-        """Make the measurement of this rank, which has this chunk of the built student."""
-        groups = compat.process_groups(chunk)
-        self._device = next(chunk.parameters()).device
+    def attach(self, student: Student) -> Measurement:
+        """Make the measurement of this rank."""
+        groups = student.groups
+        self._device = student.device
         self.measurement = Measurement(
             self._names,
             sorted(set(self._labels)),
             [label for label, domain in enumerate(self.recipe.domains) if domain.teacher],
             tp_group=groups.tp,
             cp_group=groups.cp,
-            valid_vocab_size=self._valid_vocab_size,
+            valid_vocab_size=self._run.valid_vocab_size,
             text_length=compat.text_length(),
         )
+        self._run.provide(Measurement, self.measurement)
+        self._run.provide(ComparesPrefix, self.measurement)
+        return self.measurement
 
     def evaluate(self, stock: Callable, *args, **kwargs) -> Any:
         """Megatron's ``evaluate_and_print_results``, measured where it reads the held-out text.
@@ -160,9 +155,9 @@ class Evaluator:
         args = self.args
         model = args.tokenizer_model or args.vocab_file or args.vocab_size or ""
         provenance = Provenance(
-            checkpoint=self.origin.checkpoint,
-            checkpoint_iteration=self.origin.iteration,
-            checkpoint_sha256=self.origin.sha256,
+            checkpoint=self._run.origin.checkpoint,
+            checkpoint_iteration=self._run.origin.iteration,
+            checkpoint_sha256=self._run.origin.sha256,
             iteration=iteration,
             megatron_version=compat.megatron_version(),
             tokenizer=f"{args.tokenizer_type} {model}".strip(),
@@ -192,173 +187,3 @@ class Evaluator:
             return ["(mock data)"]
         entries = self._facts.data_paths["valid"]
         return [entry for entry, own in zip(entries, self._labels, strict=True) if own == label]
-
-
-class TrainingEvaluator(Evaluator):
-    """Measures before the first step and whenever Megatron evaluates, into a list on disk.
-
-    The list has one line for an iteration and belongs to one injection. A run that goes on, from
-    whatever folder, goes on with it: lines beyond the iteration that it resumes from are dropped,
-    since they will be measured again.
-
-    Args:
-        arguments: as for ``Evaluator``.
-    """
-
-    def __init__(
-        self, recipe: Recipe, args: Namespace, facts: StudentFacts, valid_vocab_size: int
-    ) -> None:
-        super().__init__(recipe, args, facts, valid_vocab_size)
-        named = recipe.evaluation.file
-        if named is None and not args.save:
-            raise RecipeError(
-                "evaluation.file: missing, and there is no --save folder to write to; name a file"
-            )
-        self.path = Path(named) if named is not None else Path(args.save) / LIST
-        if named is not None and not self.path.absolute().parent.is_dir():
-            folder = self.path.absolute().parent
-            raise RecipeError(f"evaluation.file: {folder} is no folder; create it first")
-        self._seen: set[int] = set()
-        self._text: str | None = None
-        self._training = False
-        self._failed: RecipeError | None = None
-
-    def adopt(self, lineage: Lineage) -> str | None:
-        """Find the list of the injection that goes on; a remark for the plan where there is none.
-
-        Collectives: those of ``on_first_rank``.
-
-        Raises:
-            RecipeError: on every rank: what may be it is damaged.
-        """
-        self._lineage = lineage
-        self._source = on_first_rank(lambda: lineage.find(self.path, LIST))
-        if lineage.begins or self._source is not None:
-            return None
-        where = "was not measured from its beginning on"
-        if lineage.was_kept(LIST):
-            where = f"has a list that is in none of {lineage.sought(self.path, LIST)}"
-        return (
-            f"evaluation: the injection that goes on from {lineage.checkpoint} {where}; gains are "
-            "counted from here"
-        )
-
-    def before_training(self, train: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        """Measure with what ``train`` will be called with, and ask the teacher gate.
-
-        Collectives: those of ``on_first_rank`` and of an evaluation.
-
-        Raises:
-            RecipeError: on every rank: no validation data, the list cannot be continued, its
-                lines are of other text, or a teacher is no better than the student.
-        """
-        if not self._on_any_rank(self.text.exists):
-            raise RecipeError(_NO_DATA.format("evaluation"))
-        self._seen, first = on_first_rank(self._continued)
-        self._lineage.keep(LIST, self.path)
-        self._text = None if first is None else first.text()
-        self._measured: Evaluation | None = None
-        asks = self._lineage.begins and self.recipe.evaluation.gate
-        with self.measurement.comparing_prefix() if asks else contextlib.nullcontext():
-            compat.evaluate_before_training(train, args, kwargs)
-        self._training = True
-        if self._measured is not None:
-            lineage = self._lineage
-            said, verdict = judge(
-                self._measured,
-                self.recipe,
-                begins=lineage.begins,
-                verdict=lineage.verdict,
-                # With an identity the checkpoint has a verdict, if the beginning was measured.
-                first=None if lineage.identity else first,
-            )
-            lineage.judge(verdict)
-            if said and dist.get_rank() == 0:
-                print("\n".join(said), flush=True)
-        elif self._lineage.begins and self.recipe.evaluation.gate:
-            raise RecipeError(
-                "evaluation: the held-out text was not read to the end, so that no teacher was "
-                "compared with the student; give --exit-duration-in-mins enough time"
-            )
-        self._measured = None
-
-    def _continued(self) -> tuple[set[int], Evaluation | None]:
-        """Iterations that the list keeps, and its first line."""
-        now = compat.optimizer_steps(self.args)
-        found = [] if self._source is None else read_list(self._source)
-        found = [e for e in found if e.provenance.iteration <= now]
-        moved = self._lineage.make_room(self.path)
-        if moved is not None:
-            print(f"evaluation: {moved}", flush=True)
-        write_list(self.path, found)
-        return {e.provenance.iteration for e in found}, found[0] if found else None
-
-    def measured(self, collected: Collected, iteration: int) -> None:
-        """Make a line of what was measured. In training, what is wrong with it is said, and is the
-        run's error when its last checkpoint is saved (``finish``)."""
-        try:
-            super().measured(collected, iteration)
-        except RecipeError as error:
-            if not self._training:
-                raise
-            self._failed = self._failed or error
-            if dist.get_rank() == 0:
-                print(f"megatron_moe_inject: warning: {error}", flush=True)
-
-    def finish(self) -> None:
-        """The first error of an evaluation in training; found on every rank alike.
-
-        Raises:
-            RecipeError: there was one.
-        """
-        if self._failed is not None:
-            raise self._failed
-
-    def record(self, evaluation: Evaluation) -> None:
-        """Add a line where the iteration has none yet.
-
-        Collectives: before training those of ``agree``; none later, when a full disk is worth a
-        warning and not the run.
-        """
-        provenance = replace(evaluation.provenance, injection=self._lineage.identity)
-        evaluation = self._measured = replace(evaluation, provenance=provenance)
-        if self._text is not None and evaluation.text() != self._text:
-            raise RecipeError(
-                f"evaluation: {self.path} was measured on other text than this run reads; keep "
-                "--eval-iters, --global-batch-size, --seq-length, --seed, --split and the data, or "
-                "name another evaluation.file"
-            )
-        self._text = evaluation.text()
-        iteration = evaluation.provenance.iteration
-        if iteration in self._seen:
-            return
-        self._seen.add(iteration)
-        if not self._training:
-            on_first_rank(lambda: append_line(self.path, evaluation))
-        elif dist.get_rank() == 0:
-            try:
-                append_line(self.path, evaluation)
-            except RecipeError as error:
-                print(f"megatron_moe_inject: warning: evaluation: {error}", flush=True)
-
-
-def describe(evaluation: Evaluation) -> str:
-    """An evaluation as a table, a line for each class."""
-    from megatron_moe_inject.host.text import (
-        table,
-    )
-
-    shown = {
-        "tokens": "{:,d}", "loss": "{:.4f}", "bits_per_byte": "{:.4f}", "accuracy": "{:.4f}",
-        "calibration_error": "{:.4f}", "teacher_loss": "{:.4f}", "teacher_kl": "{:.4f}",
-        "teacher_agreement": "{:.4f}",
-    }  # fmt: skip
-    rows = [("class", *(name.replace("_", " ") for name in shown))]
-    for name, found in evaluation.classes.items():
-        summary = found.summary()
-        cells = ["-" if summary[k] is None else f.format(summary[k]) for k, f in shown.items()]
-        rows.append((name, *cells))
-    lines = table(rows, right=range(1, len(rows[0])))
-    if not any("bytes" in found.sums for found in evaluation.classes.values()):
-        lines.append("(no bits per byte: this tokenizer has no text)")
-    return "\n".join(lines)

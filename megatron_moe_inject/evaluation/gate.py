@@ -19,6 +19,7 @@ from typing import Any
 from megatron_moe_inject.evaluation.bootstrap import paired_difference
 from megatron_moe_inject.evaluation.comparison import show_interval
 from megatron_moe_inject.evaluation.evaluation import BARE, Evaluation
+from megatron_moe_inject.evaluation.section import EVALUATION
 from megatron_moe_inject.host.errors import (
     RecipeError,
 )
@@ -62,7 +63,8 @@ def judge(
     teachers = {domain.name: _teacher(domain, now) for domain in taught}
     asked = {name for name, own in teachers.items() if own is None or own != passed.get(name)}
     said = []
-    if recipe.evaluation.gate:
+    spec = recipe[EVALUATION]
+    if spec is None or spec.gate:
         start = None
         if not begins:
             same = verdict is not None and verdict["text"] == now.text()

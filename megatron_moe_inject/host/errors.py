@@ -9,6 +9,9 @@ from typing import Any
 
 _WORD = re.compile(r"[\w-]{1,80}")
 
+NAME = re.compile(r"[A-Za-z0-9_-]+")
+"""What domains and teachers may be called."""
+
 
 class RecipeError(ValueError):
     """A mistake in what the user wrote: one message with the key, the value and the remedy.

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_moe_inject.host import compat
 from megatron_moe_inject.host.attached_loss import (
     take_terms,
 )
@@ -105,6 +106,10 @@ class TermLog:
 
     Args:
         args: Megatron's arguments, for its intervals.
+
+    Attributes:
+        listeners: are called after each ``training_log`` with its arguments by name and what
+            Megatron printed of its own sums, None without a line.
     """
 
     def __init__(self, args: Any) -> None:
@@ -112,6 +117,7 @@ class TermLog:
         self._step: tuple[list[str], torch.Tensor | None] = ([], None)
         self._line, self._board, self._evaluation = Interval(), Interval(), Interval()
         self._others: list[Interval] = []
+        self.listeners: list[Callable[[dict[str, Any], dict[str, Any] | None], None]] = []
 
     def interval(self) -> Interval:
         """Sums for one more reader, who clears them."""
@@ -138,18 +144,19 @@ class TermLog:
         else:
             self._step = names, sums
 
-    def log(self, stock: Callable, given: dict[str, Any]) -> tuple[Any, dict[str, Any] | None]:
+    def log(self, stock: Callable, *args: Any, **kwargs: Any) -> Any:
         """Megatron's ``training_log`` with our terms in it.
-
-        Args:
-            given: its arguments by name.
-
-        Returns:
-            Its result; and Megatron's own sums, as it printed them, or None without a line.
 
         No collective. The host waits where Megatron's own code does: for a line, and on the rank
         that writes TensorBoard's numbers for these.
         """
+        given = compat.bound_arguments(stock, args, kwargs)
+        result, read = self._log(stock, given)
+        for listener in self.listeners:
+            listener(given, read)
+        return result
+
+    def _log(self, stock: Callable, given: dict[str, Any]) -> tuple[Any, dict[str, Any] | None]:
         step, self._step = self._step, ([], None)
         self._board.add(*step)
         if not given["skipped_iter"]:

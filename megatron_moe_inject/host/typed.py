@@ -15,7 +15,7 @@ import dataclasses
 import math
 import re
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
@@ -175,17 +175,45 @@ def build(kind: Any, value: Any, path: str = "") -> Any:
     return _build_leaf(kind, value, path)
 
 
+def build_beside(
+    kind: Any, value: dict[Any, Any], beside: Mapping[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """``build`` for the top of a file, where keys stand beside those of the dataclass.
+
+    Args:
+        kind: a dataclass; fields with ``written: False`` in their metadata are no keys.
+        beside: annotation of each key that is none of its fields.
+
+    Returns:
+        The dataclass, and what stands beside it, without keys that are not there or empty.
+    """
+    known = [f.name for f in dataclasses.fields(kind) if f.metadata.get("written", True)]
+    _check_known(value, [*known, *beside], "")
+    own = {key: entry for key, entry in value.items() if key not in beside}
+    built = {
+        key: build(annotation, value[key], key)
+        for key, annotation in beside.items()
+        if value.get(key) is not None
+    }
+    return build(kind, own), built
+
+
+def _check_known(value: dict[Any, Any], known: Iterable[str], path: str) -> None:
+    known = list(known)
+    for key in value:
+        if key not in known:
+            raise RecipeError(
+                f"{child(path, key)}: unknown key; {suggest(key, known, 'keys here')}",
+                child(path, key),
+            )
+
+
 def _build_dataclass(kind: Any, value: Any, path: str) -> Any:
     fields = {f.name: f for f in dataclasses.fields(kind)}
     if not isinstance(value, dict):
         raise fail(path, value, f"is not {_noun(kind)}", _how_to_write(kind, path))
     hints = get_type_hints(kind)
-    for key in value:
-        if key not in fields:
-            raise RecipeError(
-                f"{child(path, key)}: unknown key; {suggest(key, fields, 'keys here')}",
-                child(path, key),
-            )
+    _check_known(value, fields, path)
     built = {}
     for name, spec in fields.items():
         where = child(path, name)

@@ -12,6 +12,10 @@ from megatron_moe_inject.host.errors import (
 )
 from megatron_moe_inject.host.text import ranges
 
+SCORES = ("token", "gate", "contrast")
+METHODS = (*SCORES, "top_n", "budget")
+BUDGETS = ("routed", "all")
+
 
 @dataclass
 class ExpertChoice:
@@ -47,12 +51,12 @@ class ExpertChoice:
     origin: str | None = None
     profile: str | None = None
     domain: str | None = None
-    method: str | None = None
+    method: str | None = field(default=None, metadata={"choices": METHODS})
     threshold: float | None = None
     n: int | None = None
     budget: float | None = None
-    budget_of: str | None = None
-    score: str | None = None
+    budget_of: str | None = field(default=None, metadata={"choices": BUDGETS})
+    score: str | None = field(default=None, metadata={"choices": SCORES})
     at_least: int | None = None
     at_most: int | None = None
     only_layers: list[int] = field(default_factory=list)

@@ -8,16 +8,6 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class TokenizerFacts:
-    """The student's tokenizer as named on the command line; nothing is loaded."""
-
-    kind: str | None = None
-    model: str | None = None
-    vocab_file: str | None = None
-    merge_file: str | None = None
-
-
-@dataclass(frozen=True)
 class ParallelFacts:
     """Sizes of the student's parallel layout; ``vpp`` is None without virtual stages."""
 
@@ -27,7 +17,6 @@ class ParallelFacts:
     cp: int = 1
     ep: int = 1
     etp: int = 1
-    sequence_parallel: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,8 +48,7 @@ class StudentFacts:
         shared_experts: the MoE layers have shared experts.
         tied_embeddings: embedding and output layer are one matrix.
         mock_data: ``--mock-data``: one dataset at position 0, whatever the paths.
-        padded_vocab_size: None before Megatron has built its tokenizer.
-        options: flags in use that ``check_recipe`` refuses, with their values.
+        options: all of Megatron's options, by name.
     """
 
     num_layers: int
@@ -72,8 +60,6 @@ class StudentFacts:
     data_paths: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     mock_data: bool = False
     hidden_size: int | None = None
-    padded_vocab_size: int | None = None
-    tokenizer: TokenizerFacts = TokenizerFacts()
     parallel: ParallelFacts = ParallelFacts()
     precision: PrecisionFacts = PrecisionFacts()
     options: Mapping[str, Any] = field(default_factory=dict)

@@ -19,8 +19,7 @@ from megatron_moe_inject.host.errors import (
     RecipeError,
 )
 from megatron_moe_inject.recipe.load import load_recipe, located, recipe_from_flags
-from megatron_moe_inject.recipe.rules import DIVERGENCES
-from megatron_moe_inject.recipe.schema import Recipe
+from megatron_moe_inject.recipe.schema import DIVERGENCES, Recipe
 
 _OBJECTIVE = ("alpha", "beta", "general_beta", "gamma", "temperature", "divergence")
 _PLAIN = ("teacher", "domain_data", "domain_name", "experts", *_OBJECTIVE, "train_router")

@@ -1,7 +1,7 @@
 """The recipe as a JSON Schema (draft 2020-12), so that editors complete and check recipe files.
 
 It is made from the dataclasses: types and defaults as declared, descriptions from their docstrings'
-``Attributes``, choices from the words that the rules know. What a recipe may be beyond that is for
+``Attributes``, choices from its ``choices``. What a recipe may be beyond that is for
 ``moe-inject plan``.
 """
 
@@ -13,41 +13,28 @@ import re
 import types
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from megatron_moe_inject.recipe import rules
-from megatron_moe_inject.recipe.committee import COMMITTEES
-from megatron_moe_inject.recipe.retention import PLACES
-from megatron_moe_inject.recipe.schedule import SHAPES
+from megatron_moe_inject.recipe.features import sections
 from megatron_moe_inject.recipe.schema import Recipe
-from megatron_moe_inject.recipe.steering import STEERING_CONFIDENCES, STOCK_BALANCES
+from megatron_moe_inject.recipe.section import Section
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
-_CHOICES = {
-    ("Domain", "committee"): COMMITTEES,
-    ("ExpertChoice", "method"): rules.METHODS,
-    ("ExpertChoice", "score"): rules.SCORES,
-    ("ExpertChoice", "budget_of"): rules.BUDGETS,
-    ("Features", "loss"): rules.FEATURE_LOSSES,
-    ("Objective", "confidence"): rules.CONFIDENCES,
-    ("Objective", "divergence"): rules.DIVERGENCES,
-    ("Objective", "kernels"): rules.KERNELS,
-    ("Retention", "originals"): PLACES,
-    ("Schedule", "shape"): SHAPES,
-    ("Steering", "confidence"): STEERING_CONFIDENCES,
-    ("Steering", "stock_balance"): STOCK_BALANCES,
-    ("TeacherSpec", "dtype"): rules.TEACHER_DTYPES,
-    ("TeacherSpec", "fp8"): rules.TEACHER_FP8,
-    ("Train", "experts"): rules.EXPERT_MODES,
-    ("Train", "frozen_experts"): rules.FROZEN_EXPERTS,
-}
 _COMPACT = r"^\s*[0-9]+\s*:[0-9,:;\s]*$"
 _PLAIN = {int: "integer", float: "number", str: "string", bool: "boolean", type(None): "null"}
 
 
 def recipe_schema() -> dict[str, Any]:
     """The schema of a recipe file, in plain JSON values."""
-    sections: dict[str, Any] = {}
-    root = _section(Recipe, sections)
-    return {"$schema": DRAFT, "title": "megatron_moe_inject recipe", **root, "$defs": sections}
+    definitions: dict[str, Any] = {}
+    root = _section(Recipe, definitions)
+    for key, section in sections().items():
+        root["properties"][key] = _of_feature(section, definitions)
+    return {"$schema": DRAFT, "title": "megatron_moe_inject recipe", **root, "$defs": definitions}
+
+
+def _of_feature(section: Section[Any], definitions: dict[str, Any]) -> dict[str, Any]:
+    shown = {**_type(section.kind, definitions), "description": section.about}
+    default = section.default()
+    return shown if dataclasses.is_dataclass(default) else {**shown, "default": default}
 
 
 def attribute_texts(kind: type) -> dict[str, str]:
@@ -72,8 +59,10 @@ def _section(kind: type, sections: dict[str, Any]) -> dict[str, Any]:
     texts, hints = attribute_texts(kind), get_type_hints(kind)
     properties, required = {}, []
     for spec in dataclasses.fields(kind):
+        if not spec.metadata.get("written", True):
+            continue
         found = _type(hints[spec.name], sections)
-        choices = _CHOICES.get((kind.__name__, spec.name))
+        choices = spec.metadata.get("choices")
         if choices is not None:
             null = [None] if type(None) in get_args(hints[spec.name]) else []
             found = {"enum": [*choices, *null]}
@@ -111,6 +100,8 @@ def _type(hint: Any, sections: dict[str, Any]) -> dict[str, Any]:
         return {"anyOf": [_type(argument, sections) for argument in arguments]}
     if origin is list:
         return {"type": "array", "items": _type(arguments[0], sections)}
+    if hint is Any:
+        return {}
     if origin is dict:
         found = {"type": "object", "additionalProperties": _type(arguments[1], sections)}
         if arguments[0] is int:

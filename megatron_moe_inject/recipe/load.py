@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from omegaconf import OmegaConf
 from megatron_moe_inject.host import typed
 from megatron_moe_inject.host.errors import RecipeError, fail, show_path, suggest
 from megatron_moe_inject.recipe.expert_choice import parse_experts
+from megatron_moe_inject.recipe.features import sections
+from megatron_moe_inject.recipe.old_words import current, rename
 from megatron_moe_inject.recipe.rules import validate
 from megatron_moe_inject.recipe.schema import Recipe
 
@@ -60,7 +62,7 @@ def _sets(override: str, key: str | None) -> bool:
     """Whether the override wrote ``key`` or something around it."""
     if not key:
         return False
-    ours = _path_parts(override.partition("=")[0])
+    ours = _path_parts(current(override.partition("=")[0].strip()))
     theirs = _path_parts(key)
     return theirs[: len(ours)] == ours
 
@@ -75,10 +77,20 @@ def recipe_from_yaml(text: str, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def _finish(plain: dict, overrides: Iterable[str]) -> Recipe:
+    plain, remarks = rename(plain)
     for override in overrides:
         key, raw = typed.split_override(override)
-        plain = _apply(plain, key, raw, override)
-    recipe = typed.build(Recipe, _expand_experts(typed.resolve(plain)))
+        if current(key) != key:
+            remarks.append(f"--inject-set {key}: is called {current(key)} now")
+        plain = _apply(plain, current(key), raw, override)
+    plain = _expand_experts(typed.resolve(plain))
+    known = sections()
+    kinds = {key: section.kind for key, section in known.items()}
+    recipe, written = typed.build_beside(Recipe, plain, kinds)
+    for key, section in known.items():
+        if key in written and written[key] != section.default():
+            recipe.sections[key] = written[key]
+    recipe.remarks = remarks
     validate(recipe)
     return recipe
 
@@ -133,7 +145,8 @@ def _is_compact(value: Any, key: str) -> bool:
 
 def dump_recipe(recipe: Recipe) -> str:
     """YAML that ``load_recipe`` reads back to an equal recipe; every field is written."""
-    return OmegaConf.to_yaml(OmegaConf.create(asdict(recipe)))
+    whole = {key: recipe[section] for key, section in sections().items()}
+    return OmegaConf.to_yaml(OmegaConf.create(replace(recipe, sections=whole).plain()))
 
 
 def recipe_from_flags(

@@ -1,8 +1,10 @@
-"""Megatron options that the plugin, or one part of a recipe, does not work with, and why."""
+"""Megatron options that the plugin, or several features of it, do not work with, and why.
+
+What a single feature refuses stands with it (``Feature.refuses``).
+"""
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +16,6 @@ class Refusal:
 
     Attributes:
         value: the option's refused value; None refuses every value that is set.
-        with_teacher: refused only where some domain has a teacher.
         unset: a value that is as good as none.
         written: the flag that sets the option, where it has another name.
     """
@@ -22,7 +23,6 @@ class Refusal:
     name: str
     reason: str
     value: str | None = None
-    with_teacher: bool = False
     unset: int | None = None
     written: str | None = None
 
@@ -39,22 +39,13 @@ class Refusal:
         return bool(found) and found != "none" and found != self.unset
 
 
-_ORIGINALS_LOGITS = "also counts the attention of the original model, which runs in between"
-CLIPS = Refusal(
-    "qk_clip",
-    "changes the weights of attention after the optimizer's step, and attention is frozen",
-)
-COUNTS_ATTENTION = (
-    Refusal("qk_clip", _ORIGINALS_LOGITS),
-    Refusal("log_max_attention_logit", _ORIGINALS_LOGITS),
-)
 _OUTPUT_LAYER = "the output layer's own forward pass, in whose place the loss is computed"
 _LOGITS = "saves logits, which the loss never forms whole"
 _SHARDS_WEIGHTS = "stores each weight in parts that only its own layer's forward pass puts together"
 _SHARDS = "shards the parameters before they can be frozen"
 _PACKED = "packs documents into one sequence, which a teacher's forward does not follow yet"
+PACKED = (Refusal("sft", _PACKED), Refusal("dataloader_inter_document_masking", _PACKED))
 _HYBRID = "builds a hybrid model, whose forward has no output_processor for the loss"
-GRAPHS = Refusal("cuda_graph_impl", "replays the trained weights where the original should run")
 GRAPHS_OF_LAYERS = Refusal("cuda_graph_impl", "replays layers without the losses on their states")
 _ONE_PARAMETER = "keeps all experts of a layer in one parameter"
 _OWN_GRADIENTS = "makes the weight gradients of a layer's grouped experts all at once"
@@ -66,47 +57,13 @@ NO_PARTS = (
     Refusal("moe_paged_stash", "keeps the rows of a layer's grouped experts all together"),
     Refusal("te_precision_config_file", "gives single layers precisions of their own"),
 )
-_COMBINE = "cannot combine the outputs of some experts a second time"
-NO_SECOND_COMBINE = (
-    Refusal("moe_token_dispatcher_type", _COMBINE, value="flex"),
-    Refusal("moe_shared_expert_overlap", _COMBINE),
-    Refusal("moe_latent_size", "gives experts outputs of another width than the layer's"),
-)
-NO_SECOND_RUN = (
-    Refusal("moe_token_dispatcher_type", "does not send the sign of gates along", value="flex"),
-    *(
-        Refusal(name, "does not let experts run again as they were")
-        for name in ("fp8", "fp4", "fine_grained_activation_offloading")
-    ),
-    *NO_PARTS,
-    GRAPHS_OF_LAYERS,
-)
 FP8_PARAMETERS = Refusal(
     "fp8_param_gather", "keeps what trains in FP8, whose copies stay beside it"
-)
-_OWN_ASSIGNMENT = "assigns tokens by a rule of its own, against which steering cannot work"
-NO_STEERING = (
-    Refusal("moe_router_load_balancing_type", _OWN_ASSIGNMENT, value="sinkhorn"),
-    Refusal("moe_router_load_balancing_type", _OWN_ASSIGNMENT, value="quantile_balancing"),
-    Refusal("moe_router_force_load_balancing", _OWN_ASSIGNMENT),
-    Refusal("moe_router_force_biased", _OWN_ASSIGNMENT),
-    Refusal("moe_enable_routing_replay", _OWN_ASSIGNMENT),
-    Refusal("moe_router_fusion", "fuses balance losses that steering has to tell apart"),
-    Refusal("cuda_graph_impl", "replays routers without the losses on them"),
-)
-_NOT_BY_POSITION = "does not take samples in the order of their iterations"
-NO_SCHEDULED_MIXING = (
-    Refusal("dataloader_type", _NOT_BY_POSITION, value="cyclic"),
-    Refusal("dataloader_type", "leaves Megatron's blend out", value="external"),
-    Refusal("phase_transition_iterations", "counts samples anew in each phase"),
-    Refusal("decrease_batch_size_if_needed", "lets the batch size depend on the number of ranks"),
 )
 REFUSED = (
     Refusal("yaml_cfg", "replaces the command line and loses the plugin's flags"),
     Refusal("use_megatron_fsdp", _SHARDS),
     Refusal("use_torch_fsdp2", _SHARDS),
-    Refusal("sft", _PACKED, with_teacher=True),
-    Refusal("dataloader_inter_document_masking", _PACKED, with_teacher=True),
     Refusal("hybrid_context_parallel", "regroups the micro-batches of a step"),
     Refusal(
         "overlap_moe_expert_parallel_comm",
@@ -139,22 +96,4 @@ REFUSED = (
         written="--expert-tensor-parallel-num-weight-shards",
     ),
 )  # fmt: skip
-
-
-def in_use(args: Namespace) -> dict[str, Any]:
-    """Options that are refused, always or beside some part of a recipe, with their values."""
-    return {
-        option.name: getattr(args, option.name)
-        for option in (
-            *REFUSED,
-            GRAPHS,
-            *NO_SECOND_COMBINE,
-            *(option for option in NO_SECOND_RUN if option not in NO_PARTS),
-            *NO_STEERING,
-            FP8_PARAMETERS,
-            *COUNTS_ATTENTION,
-            *NO_SCHEDULED_MIXING,
-            *(NO_PARTS if getattr(args, "moe_grouped_gemm", False) else ()),
-        )
-        if option.matches(vars(args))
-    }
+"""What no recipe works with."""

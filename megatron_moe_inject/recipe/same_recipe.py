@@ -9,7 +9,6 @@ Mistakes that only some ranks find end all of them here as well.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from argparse import Namespace
@@ -42,18 +41,15 @@ def description(recipe: Recipe, args: Namespace, made: Any) -> dict[str, str]:
     Args:
         recipe: resolved as far as this run resolves it.
         args: Megatron's arguments.
-        made: the run's ``Injection`` or what stands in its place.
+        made: the run; ``describe()`` gives what it found in files.
     """
-    found = dict(_leaves("", dataclasses.asdict(recipe)))
+    found = dict(_leaves("", recipe.plain()))
     for name, value in sorted(vars(args).items()):
         if name.startswith("inject_") and name not in _READ:
             given = value is not None if name in _WRITTEN else value
             found["--" + name.replace("_", "-")] = _short(given)
-    for name, info in getattr(made, "teacher_infos", {}).items():
-        for field, value in dataclasses.asdict(info).items():
-            found[f"teachers.{name}.source ({field})"] = _short(value)
-    for split, labels in made.splits.by_split.items():
-        found[f"--data-path (domains of {split})"] = _short(labels)
+    for key, value in made.describe().items():
+        found[key] = _short(value)
     return found
 
 

@@ -31,7 +31,7 @@ class Schedule:
     points: dict[int, float] = field(
         metadata={"remedy": "write iteration: value entries, as in {0: 0.0, 1000: 0.7}"}
     )
-    shape: str = "linear"
+    shape: str = field(default="linear", metadata={"choices": SHAPES})
 
     def at(self, iteration: int) -> float:
         """The value after ``iteration`` optimiser steps."""

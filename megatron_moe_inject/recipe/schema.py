@@ -13,12 +13,22 @@ ids are global. Domain ``i`` of ``domains`` has label ``i``; ``GENERAL`` labels 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
-from megatron_moe_inject.recipe.committee import in_words, weights_of
+from megatron_moe_inject.recipe.committee import COMMITTEES, in_words, weights_of
 from megatron_moe_inject.recipe.expert_choice import ExpertChoice
-from megatron_moe_inject.recipe.retention import Retention
-from megatron_moe_inject.recipe.schedule import Schedule, Weight, ever_positive
-from megatron_moe_inject.recipe.steering import Steering
+from megatron_moe_inject.recipe.schedule import Schedule, Weight
+from megatron_moe_inject.recipe.section import Section
+
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl")
+CONFIDENCES = ("none", "label", "entropy")
+KERNELS = ("auto", "torch")
+EXPERT_MODES = ("selected", "all", "none")
+TEACHER_DTYPES = ("params", "fp32", "bf16")
+FP8_SCALINGS = ("blockwise", "tensorwise")
+"""Values of ``--fp8-recipe`` whose weights need no history."""
+TEACHER_FP8 = ("none", *FP8_SCALINGS)
+FROZEN_EXPERTS = ("params", "fp8")
 
 
 @dataclass
@@ -47,7 +57,7 @@ class Domain:
     alpha: float | Schedule | None = None
     beta: float | Schedule | None = None
     temperature: float | None = None
-    committee: str = "fixed"
+    committee: str = field(default="fixed", metadata={"choices": COMMITTEES})
 
     @property
     def teacher_weights(self) -> dict[str, float]:
@@ -69,7 +79,7 @@ class TeacherSpec:
         temperature: overrides ``objective.temperature`` for this teacher.
         dtype: ``params`` (the student's parameter type), ``fp32`` or ``bf16``.
         window: micro-batches whose teacher states are kept at once; 0 = the whole step.
-        layers: student layer -> teacher layer that it imitates, for ``objective.features``, both
+        layers: student layer -> teacher layer that it imitates, for ``imitation``, both
             0-based decoder layers; empty = the layers with experts that its domains chose (all
             layers where none are chosen), each with the teacher's layer at the same relative depth.
         fp8: ``none``, or how a ``megatron`` teacher's layers run in FP8, ``tensorwise`` or
@@ -80,10 +90,10 @@ class TeacherSpec:
 
     source: str = field(metadata={"remedy": "write source: megatron:/dir or source: hf:/dir"})
     temperature: float | None = None
-    dtype: str = "params"
+    dtype: str = field(default="params", metadata={"choices": TEACHER_DTYPES})
     window: int = 0
     layers: dict[int, int] = field(default_factory=dict)
-    fp8: str = "none"
+    fp8: str = field(default="none", metadata={"choices": TEACHER_FP8})
     prefix: str | list[int] = "auto"
 
     @property
@@ -95,28 +105,6 @@ class TeacherSpec:
     def path(self) -> str:
         """The directory behind ``kind:``."""
         return self.source.partition(":")[2]
-
-
-@dataclass
-class Features:
-    """Imitation of a teacher's layers on domain tokens, beside its predictions.
-
-    Where the widths differ, a trainable linear projection leads to the teacher's.
-
-    Attributes:
-        hidden: weight of the student's hidden states after the layers of ``TeacherSpec.layers``.
-        experts: weight of the combined output of the domain's chosen experts in those layers, on
-            the tokens that reach one of them.
-        loss: one of ``FEATURE_LOSSES``; a term is its mean over the layers.
-    """
-
-    hidden: float | Schedule = 0.0
-    experts: float | Schedule = 0.0
-    loss: str = "normalized"
-
-    def in_use(self) -> list[str]:
-        """Names of the terms whose weight is ever above 0."""
-        return [name for name in ("hidden", "experts") if ever_positive(getattr(self, name))]
 
 
 @dataclass
@@ -139,31 +127,31 @@ class Objective:
         skip_worse: no distillation on tokens whose label the teacher predicts worse than the
             student does.
         jsd_beta, skew: the teacher's weight in the mixture of ``jsd`` and of ``skew_kl``.
-        features: imitation of the teacher's layers, see ``Features``.
-        retention: cheaper ways to hold what trains to its start, see ``Retention``.
         masked_sum: the script's loss is the sum of the token losses times the loss mask, times one
             number, as Megatron's. A trained output layer then costs no second pass over its logits,
             but a float32 buffer of its size from a micro-batch's forward to its backward pass.
         kernels: what goes through the logits between the matrix products, one of
-            ``recipe.rules.KERNELS``: Triton kernels where there are a GPU and Triton, or torch
+            ``KERNELS``: Triton kernels where there are a GPU and Triton, or torch
             operations everywhere.
     """
 
-    divergence: str = "forward_kl"
+    divergence: str = field(default="forward_kl", metadata={"choices": DIVERGENCES})
     temperature: float = 1.0
     alpha: float | Schedule = 1.0
     beta: float | Schedule = 0.0
     general_beta: float | Schedule | None = None
     gamma: float | Schedule = 0.0
     ce_share: float | None = None
-    confidence: str = "none"
+    confidence: str = field(default="none", metadata={"choices": CONFIDENCES})
     skip_worse: bool = False
     jsd_beta: float = 0.5
     skew: float = 0.1
-    features: Features = field(default_factory=Features)
-    retention: Retention = field(default_factory=Retention)
     masked_sum: bool = True
-    kernels: str = "auto"
+    kernels: str = field(default="auto", metadata={"choices": KERNELS})
+
+    def row_kernels(self) -> str | None:
+        """What ``losses.fused_linear_distillation`` calls ``kernels``."""
+        return None if self.kernels == "torch" else self.kernels
 
     def weights(self) -> tuple[Weight, Weight]:
         """alpha and beta, also where ``ce_share`` says them."""
@@ -191,7 +179,7 @@ class Train:
             ``hf:/dir``; its codes are then taken as they are. None = encoded from what is loaded.
     """
 
-    experts: str = "selected"
+    experts: str = field(default="selected", metadata={"choices": EXPERT_MODES})
     router: bool = False
     router_rows: bool = False
     shared_experts: bool = False
@@ -202,28 +190,12 @@ class Train:
     output_layer: bool = False
     layers: list[int] = field(default_factory=list)
     patterns: list[str] = field(default_factory=list)
-    frozen_experts: str = "params"
+    frozen_experts: str = field(default="params", metadata={"choices": FROZEN_EXPERTS})
     fp8_source: str | None = None
 
     def components(self) -> list[str]:
         """Names of the components besides the experts that train."""
         return [name for name, value in asdict(self).items() if value is True]
-
-
-@dataclass
-class EvaluationSpec:
-    """Measurement of gain and forgetting while training, on the same held-out text each time, and
-    the run's list for ``moe-inject report``.
-
-    Attributes:
-        file: where the measurements go, one JSON line each; None =
-            ``<save>/inject_evaluation.jsonl``.
-        gate: stop before the first step when a teacher predicts the held-out text of one of its
-            domains no better than the student does.
-    """
-
-    file: str | None = None
-    gate: bool = True
 
 
 @dataclass
@@ -236,11 +208,10 @@ class Recipe:
         general_data: blend entries that belong to no domain. The rest of a blend is general
             without being named; naming helps only where a validation or test blend of its own
             cannot be matched to the training blend.
-        mixing: share of the training blend by domain name and ``general``, a number or a schedule;
-            what is not named shares the rest. Built into a blend without weights, checked in one
-            with weights; by a schedule's mean, whose order of samples is then our own.
         verify_frozen: compare checksums of frozen parameters before and after training.
-        evaluation: None = Megatron's own evaluation and nothing else.
+        sections: by key, those of the features (``recipe.features``) that are not as their
+            defaults; ``recipe[section]`` reads one.
+        remarks: what is worth telling of how it was written.
     """
 
     domains: list[Domain] = field(
@@ -249,12 +220,21 @@ class Recipe:
     teachers: dict[str, TeacherSpec] = field(default_factory=dict)
     objective: Objective = field(default_factory=Objective)
     train: Train = field(default_factory=Train)
-    steering: Steering = field(default_factory=Steering)
-    mixing: dict[str, float | Schedule] = field(default_factory=dict)
     general_data: list[int | str] = field(default_factory=list)
     verify_frozen: bool = False
-    evaluation: EvaluationSpec | None = None
     version: int = 1
+    sections: dict[str, Any] = field(default_factory=dict, metadata={"written": False})
+    remarks: list[str] = field(default_factory=list, compare=False, metadata={"written": False})
+
+    def __getitem__[T](self, section: Section[T]) -> T:
+        """A feature's section, its default where it was not written."""
+        return self.sections.get(section.key, section.default())
+
+    def plain(self) -> dict[str, Any]:
+        """As it would be written, in plain values."""
+        found = asdict(self)
+        del found["remarks"]
+        return found | found.pop("sections")
 
     def temperature(self, domain: Domain) -> float:
         """Its own temperature, else its teachers', which is one, else the objective's."""

@@ -101,7 +101,7 @@ class ExpertRetention:
         if getattr(self._config, _LATER, False):
             raise RecipeError(
                 f"--{_LATER.replace('_', '-')}: forms weight gradients of experts that run once in "
-                "a forward pass; remove it, or set objective.retention.experts to 0"
+                "a forward pass; remove it, or set retention.experts to 0"
             )
         self._device = next(chunks[0].parameters()).device
         self._groups = groups
@@ -260,8 +260,8 @@ def _count_layers(own: set[int]) -> int:
     dist.all_gather_object(ranks, own)
     if not any(ranks):
         raise RecipeError(
-            "objective.retention.experts: holds experts, but none train; set train.experts to "
+            "retention.experts: holds experts, but none train; set train.experts to "
             "selected or all, or remove it",
-            "objective.retention.experts",
+            "retention.experts",
         )
     return len(set().union(*ranks))

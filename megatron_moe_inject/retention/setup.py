@@ -1,30 +1,26 @@
-"""From a recipe to the retentions of a step, and to what must be kept twice for them."""
+"""Retention in a run: what is kept twice, and the parts of a step that hold to it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import torch
+import torch.distributed as dist
 
+from megatron_moe_inject.data.packed import check_packed
+from megatron_moe_inject.host import compat
+from megatron_moe_inject.host.loss_seam import LossSeam
+from megatron_moe_inject.host.original_values import OriginalValues
 from megatron_moe_inject.host.step import Step, StepPart
+from megatron_moe_inject.recipe.run_part import RunContext, RunPart, Student
 from megatron_moe_inject.recipe.schedule import ever_positive, value_at
-from megatron_moe_inject.recipe.schema import Recipe
 from megatron_moe_inject.retention.experts import ExpertRetention
+from megatron_moe_inject.retention.original_pass import OriginalPass
 from megatron_moe_inject.retention.originals import OriginalParameters
+from megatron_moe_inject.retention.section import RETENTION
 from megatron_moe_inject.retention.start import PullToStart
-
-
-def kept_components(recipe: Recipe) -> list[str] | None:
-    """Components (``freeze.COMPONENTS``) whose originals some retention needs, where they train.
-
-    One copy serves all retentions. ``None`` = all components, ``[]`` = no retention.
-    """
-    used = recipe.objective.retention.in_use()
-    if ever_positive(recipe.objective.gamma) or "l2" in used:
-        return None
-    kept = ["experts"] if "experts" in used else []
-    return [*kept, "router"] if recipe.steering.retains else kept
+from megatron_moe_inject.teachers.step_teachers import OriginalTeacher
 
 
 class RetentionStep(StepPart):
@@ -52,40 +48,91 @@ class RetentionStep(StepPart):
             self._start.end(step.iteration, reports)
 
 
-def retention_step(
-    recipe: Recipe,
-    chunks: Sequence[torch.nn.Module],
-    groups: Any,
-    originals: OriginalParameters | None,
-    optimizer: Any,
-) -> RetentionStep | None:
-    """The retentions of this rank, once the student is loaded; ``None`` where none is asked for.
+class OriginalsPart(RunPart):
+    """Keeps original values; provides ``OriginalValues``, and with gamma ``OriginalTeacher``.
 
     Args:
-        recipe: checked.
-        chunks: this rank's bare model chunks.
-        groups: the student's ``ProcessGroupCollection``.
-        originals: of what ``kept_components`` names.
-        optimizer: Megatron's; ``None`` in a run that trains nothing.
-
-    Collectives: those of ``ExpertRetention``.
-
-    Raises:
-        RecipeError: experts are to be held, but none train.
+        components: of which, see ``feature.kept_originals``.
     """
-    retention = recipe.objective.retention
-    used = retention.in_use()
-    experts = start = None
-    if "experts" in used:
-        experts = ExpertRetention(
-            chunks, groups, originals, lambda iteration: value_at(retention.experts, iteration)
-        )
-    if "l2" in used and optimizer is not None:
-        start = PullToStart(
-            chunks,
-            groups,
+
+    def __init__(self, run: RunContext, components: Sequence[str] | None) -> None:
+        self._run = run
+        self._components = components
+
+    def attach(self, student: Student) -> StepPart | None:
+        """Keep them: as loaded, or as the injection began.
+
+        Collectives: those of ``OriginalParameters.carry``; one ``new_group`` over the whole world
+        for the original model.
+
+        Raises:
+            RecipeError: on every rank: what the injection began with is missing or damaged.
+        """
+        run, args = self._run, self._run.args
+        trains = {name: what for name, what in args.inject_policy.items() if name != "projections"}
+        on_host = run.recipe[RETENTION].originals == "host"
+        originals = OriginalParameters(student.chunks, trains, self._components, on_host=on_host)
+        save = Path(args.save) if args.save and not run.dry_run else None
+        remark = originals.carry(run.lineage, save, compat.sharded_state_metadata(args))
+        run.warnings += [] if remark is None else [remark]
+        run.provide(OriginalValues, originals)
+        run.provide(OriginalParameters, originals)
+        if ever_positive(run.recipe.objective.gamma):
+            run.provide(OriginalTeacher, self._original_pass(originals, student))
+        return None
+
+    def _original_pass(self, originals: OriginalParameters, student: Student) -> OriginalPass:
+        groups, config = student.groups, student.chunks[0].config
+        interleaved = len(student.chunks) > 1
+        everyone = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+        resets = {
+            "position_ids": self._run.args.reset_position_ids,
+            "attention_mask": self._run.args.reset_attention_mask,
+        }
+        return OriginalPass(
             originals,
-            optimizer,
-            lambda iteration: value_at(retention.l2, iteration),
+            self._run.get(LossSeam),
+            tp_group=groups.tp if groups.tp.size() > 1 else None,
+            stages=groups.pp.size() if interleaved else 1,
+            group=config.microbatch_group_size_per_vp_stage if interleaved else 1,
+            host_group=everyone,
+            whole=groups.tp.size() > 1,
+            same=[key for key, reset in resets.items() if not reset],
         )
-    return RetentionStep(experts, start) if experts or start else None
+
+
+class RetentionPart(RunPart):
+    """Holds experts' outputs, and pulls parameters to their start."""
+
+    def __init__(self, run: RunContext) -> None:
+        self._run = run
+        self._spec = run.recipe[RETENTION]
+        if "experts" in self._spec.in_use():
+            check_packed(run.args, run.largest_micro_batch, "retention.experts")
+
+    def attach(self, student: Student) -> StepPart | None:
+        """The retentions of this rank.
+
+        Collectives: those of ``ExpertRetention``.
+
+        Raises:
+            RecipeError: experts are to be held, but none train.
+        """
+        spec, originals = self._spec, self._run.need(OriginalParameters)
+        experts = start = None
+        if "experts" in spec.in_use():
+            experts = ExpertRetention(
+                student.chunks,
+                student.groups,
+                originals,
+                lambda iteration: value_at(spec.experts, iteration),
+            )
+        if "l2" in spec.in_use() and student.optimizer is not None:
+            start = PullToStart(
+                student.chunks,
+                student.groups,
+                originals,
+                student.optimizer,
+                lambda iteration: value_at(spec.l2, iteration),
+            )
+        return RetentionStep(experts, start) if experts or start else None

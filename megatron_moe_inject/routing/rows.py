@@ -12,13 +12,13 @@ Shapes: l this rank's part of the sequence, b samples, h hidden, E experts, r ro
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from megatron_moe_inject.experts.train.freeze import FreezePolicy
 from megatron_moe_inject.host.errors import (
     RecipeError,
     listing,
@@ -31,6 +31,7 @@ from megatron_moe_inject.host.own_keys import (
     with_own_keys,
 )
 from megatron_moe_inject.host.stored_checkpoint import checkpoint_to_load
+from megatron_moe_inject.recipe.run_part import RunContext, RunPart, Student
 
 _ROW_IDS = f"{ROWS}_ids"
 
@@ -109,33 +110,29 @@ class TrainedRows:
         return state
 
 
-class RouterRows:
+class RouterRows(RunPart):
     """The trained rows of a student.
-
-    Args:
-        experts: by 0-based layer, the ids whose rows train; empty = none.
-        args: Megatron's arguments.
 
     Raises:
         RecipeError: a checkpoint format that cannot hold them, or a checkpoint to resume with other
             rows.
     """
 
-    def __init__(self, experts: Mapping[int, Collection[int]], args: Namespace) -> None:
-        self._experts = experts
-        self._args = args
+    def __init__(self, run: RunContext) -> None:
+        self._experts = run.need(FreezePolicy).rows
+        self._args = run.args
         self._all: list[TrainedRows] = []
-        self._stored = bool(experts) and self._found_in_checkpoint()
+        self._stored = self._found_in_checkpoint()
 
-    def add(self, chunks: Sequence[torch.nn.Module]) -> None:
+    def before_ddp(self, chunks: Sequence[torch.nn.Module]) -> None:
         """Give the routers of bare chunks their rows."""
-        for chunk in chunks if self._experts else ():
+        for chunk in chunks:
             for layer, router in routers(chunk):
                 if layer in self._experts and not router.weight.requires_grad:
                     rows = TrainedRows(router, layer, self._experts[layer], stored=self._stored)
                     self._all.append(rows)
 
-    def loaded(self) -> None:
+    def loaded(self, student: Student) -> None:
         """From now on checkpoints hold the rows."""
         for rows in self._all:
             rows.stored = True

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megatron_moe_inject.data.packed import check_packed
 from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.host.model_parts import (
     decoder_layers,
     routers,
 )
+from megatron_moe_inject.host.original_values import OriginalValues
 from megatron_moe_inject.host.routing_watch import (
     RoutingWatch,
 )
@@ -21,10 +22,9 @@ from megatron_moe_inject.host.run_arguments import (
     stored_argument,
 )
 from megatron_moe_inject.host.step import Step, StepPart
-from megatron_moe_inject.recipe.facts import StudentFacts
+from megatron_moe_inject.recipe.run_part import Boundary, RunContext, RunPart, Student
 from megatron_moe_inject.recipe.schedule import value_at
-from megatron_moe_inject.recipe.schema import Recipe
-from megatron_moe_inject.recipe.steering_rules import weighed_by_mean, weighed_by_token
+from megatron_moe_inject.routing.section import STEERING, weighed_by_mean, weighed_by_token
 from megatron_moe_inject.routing.shares import RoutingShares
 from megatron_moe_inject.routing.steering import SteeringHook, SteeringWeights
 from megatron_moe_inject.teachers.confidence import RunningConfidence
@@ -90,29 +90,20 @@ class RoutingStep(StepPart):
             self._shares.end(reports, step.iteration + 1 if step.training else None)
 
 
-class SteeringSetup:
-    """What a recipe asks of the routers.
+class SteeringPart(RunPart):
+    """What a recipe asks of the routers; provides ``RunningConfidence`` where teachers run by
+    windows and weigh tokens."""
 
-    Args:
-        recipe: with its experts resolved.
-        facts: the student.
-
-    Attributes:
-        warnings: remarks for the plan.
-        running: the confidence of teachers that run by windows, after ``begin_or_resume``; ``None``
-            where it weighs nothing.
-    """
-
-    def __init__(self, recipe: Recipe, facts: StudentFacts) -> None:
-        self._recipe = recipe
-        self._spec = recipe.steering
-        self.warnings: list[str] = []
-        self.running: RunningConfidence | None = None
+    def __init__(self, run: RunContext) -> None:
+        check_packed(run.args, run.largest_micro_batch, "steering")
+        self._run = run
+        self._recipe = run.recipe
+        self._spec = run.recipe[STEERING]
+        self._running: RunningConfidence | None = None
         self._targets: dict[int, torch.Tensor] = {}
-        if not self._spec.watches:
-            return
-        shape = (len(recipe.domains) + 1, facts.num_moe_experts)
-        for index, domain in enumerate(recipe.domains):
+        facts = run.facts
+        shape = (len(run.recipe.domains) + 1, facts.num_moe_experts)
+        for index, domain in enumerate(run.recipe.domains):
             for layer, ids in domain.experts.layers.items():
                 if layer in self._spec.layers or not self._spec.layers:
                     table = self._targets.setdefault(layer, torch.zeros(shape, dtype=torch.bool))
@@ -121,14 +112,14 @@ class SteeringSetup:
             for layer in facts.moe_layers:
                 self._targets.setdefault(layer, torch.zeros(shape, dtype=torch.bool))
 
-    def begin_or_resume(self, args: Namespace) -> None:
+    def prepare(self) -> None:
         """Let running means of confidence begin, or go on from the checkpoint that is loaded; they
         are kept in ``args``, which Megatron stores. No collective.
 
         Raises:
             RecipeError: what is stored is damaged.
         """
-        weighed = weighed_by_mean(self._recipe)
+        weighed, args = weighed_by_mean(self._recipe), self._run.args
         if not weighed:
             return
         names = {i: d.name for i, d in enumerate(self._recipe.domains) if d.name in weighed}
@@ -141,36 +132,23 @@ class SteeringSetup:
             setattr(args, KEPT, {"kind": kind, "means": means})
 
         try:
-            self.running = RunningConfidence(kind, names, state, keep)
+            self._running = RunningConfidence(kind, names, state, keep)
         except (TypeError, ValueError, LookupError) as error:
             raise RecipeError(
                 f"steering.confidence: {folder} holds damaged means of it ({error}); load another "
                 "checkpoint, or set steering.confidence: none"
             ) from error
-        keep(self.running.state)
+        keep(self._running.state)
+        self._run.provide(RunningConfidence, self._running)
         new = [name for name in weighed if name not in state]
         if folder is not None and new:
-            self.warnings.append(
+            self._run.warnings.append(
                 f"steering.confidence: {folder} holds no mean {kind} confidence in "
                 f"{' and '.join(new)}, which begins anew at 1"
             )
 
-    def step(
-        self,
-        chunks: Sequence[torch.nn.Module],
-        groups: Any,
-        boundary: int,
-        original: Callable[[torch.Tensor], torch.Tensor] | None,
-        teachers: StepTeachers,
-    ) -> RoutingStep | None:
-        """The parts of this rank, once the student is loaded; ``None`` where nothing is asked.
-
-        Args:
-            chunks: this rank's bare model chunks.
-            groups: the student's ``ProcessGroupCollection``.
-            boundary: lowest position that trains, see ``experts.train.boundary``.
-            original: gives the original value of a parameter; used with retention.
-            teachers: those of the step, begun before this part.
+    def attach(self, student: Student) -> RoutingStep | None:
+        """The parts of this rank.
 
         Collectives: one all-gather of layer numbers over the whole world.
 
@@ -179,9 +157,10 @@ class SteeringSetup:
         """
         if not self._targets:
             return None
-        spec = self._spec
+        spec, run, chunks, groups = self._spec, self._run, student.chunks, student.groups
+        teachers = run.need(StepTeachers)
         if spec.steers:
-            self._check_acts(chunks, boundary)
+            self._check_acts(chunks, run.need(Boundary).position)
         by_token = bool(weighed_by_token(self._recipe))
         weighed = [*weighed_by_token(self._recipe), *weighed_by_mean(self._recipe)]
         hook, confidence = None, spec.confidence if by_token else "none"
@@ -192,7 +171,7 @@ class SteeringSetup:
                 self._targets,
                 self._weights_at,
                 target_mass=spec.target_mass,
-                original=original if spec.retains else None,
+                original=run.need(OriginalValues).of if spec.retains else None,
                 stock_balance=spec.stock_balance == "all",
                 bias_counts=spec.bias_counts,
                 weighs={
@@ -209,12 +188,12 @@ class SteeringSetup:
             [domain.name for domain in self._recipe.domains],
             self._targets,
             groups,
-            device=next(chunks[0].parameters()).device,
+            device=student.device,
             drops=chunks[0].config.moe_expert_capacity_factor is not None,
             detail_every=spec.detail_every,
             write=write_details,
         )
-        return RoutingStep(hook, shares, teachers, confidence, self.running)
+        return RoutingStep(hook, shares, teachers, confidence, self._running)
 
     def _weights_at(self, iteration: int) -> SteeringWeights:
         spec = self._spec
@@ -235,7 +214,7 @@ class SteeringSetup:
                 "their routers train nor anything below them; set train.router: true, or remove it"
             )
         if steered - acting:
-            self.warnings.append(
+            self._run.warnings.append(
                 f"steering acts on nothing in layers {sorted(steered - acting)}: neither their "
                 "routers train nor anything below them"
             )

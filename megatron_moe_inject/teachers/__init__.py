@@ -1,118 +1,18 @@
 """Teachers: dense models that run beside training and hand out pre-head hidden states.
 
-``base`` says what a teacher is, ``megatron`` and ``huggingface`` are the two kinds,
-``vocabulary`` compares tokenizers, ``prefix`` puts in front of a text what a teacher was trained
-behind, and ``forward`` shares a step's work between ranks.
+``base`` says what a teacher is, ``sources`` which kinds there are, ``loading`` checks and loads one
+of any kind.
 """
 
-from __future__ import annotations
+from typing import Any
 
-from collections.abc import Sequence
-
-import torch
-
-from megatron_moe_inject.teachers.base import Source, Teacher, TeacherInfo
-from megatron_moe_inject.teachers.forward import shared_forward
-from megatron_moe_inject.teachers.fp8 import LENGTH_MULTIPLE as FP8_LENGTH
-from megatron_moe_inject.teachers.prefix import PrefixedTeacher
-from megatron_moe_inject.teachers.vocabulary import TokenizerFlags as StudentTokenizer
-
-__all__ = [
-    "StudentTokenizer",
-    "Teacher",
-    "TeacherInfo",
-    "check_teacher",
-    "load_teacher",
-    "shared_forward",
-    "states_dtype",
-]
+__all__ = ["StudentTokenizer", "Teacher", "TeacherInfo", "check_teacher", "load_teacher"]
 
 
-def states_dtype(written: str, params_dtype: torch.dtype) -> torch.dtype:
-    """Type of a teacher's parameters and states.
+def __getattr__(name: str) -> Any:
+    """The room's names need torch, which what only reads recipes does without."""
+    if name in __all__:
+        from megatron_moe_inject.teachers import loading
 
-    Args:
-        written: ``TeacherSpec.dtype``.
-        params_dtype: the student's.
-    """
-    return {"params": params_dtype, "fp32": torch.float32, "bf16": torch.bfloat16}[written]
-
-
-def _kind(source: Source):
-    """The module of a kind of teacher, imported when one is used: each needs its own library."""
-    if source.kind == "megatron":
-        from megatron_moe_inject.teachers import megatron
-
-        return megatron
-    from megatron_moe_inject.teachers import huggingface
-
-    return huggingface
-
-
-def check_teacher(
-    name: str,
-    source: str,
-    *,
-    student_tokenizer: StudentTokenizer,
-    prefix: str | Sequence[int] = "auto",
-) -> TeacherInfo:
-    """What can be known of a teacher without loading it; cheap, every rank may call it.
-
-    Args:
-        name: its key in the recipe.
-        source: ``megatron:/dir`` (a ``--save`` directory or one of its iterations) or
-            ``hf:/dir``.
-        student_tokenizer: the student's tokenizer flags.
-        prefix: ``TeacherSpec.prefix``.
-
-    Raises:
-        RecipeError: no such source, an incomplete or unsupported model, another vocabulary, a
-            prefix that it does not have.
-
-    No collective, no random numbers, no weights read.
-    """
-    parsed = Source.parse(name, source)
-    return _kind(parsed).check(parsed, student_tokenizer.vocabulary(), prefix)
-
-
-def load_teacher(
-    name: str,
-    source: str,
-    *,
-    params_dtype: torch.dtype,
-    device: torch.device | str,
-    resets_documents: bool = False,
-    fp8: str = "none",
-    prefix: Sequence[int] = (),
-) -> Teacher:
-    """Load a whole teacher on this rank, outside every module of the student.
-
-    Args:
-        name: its key in the recipe.
-        source: as in ``check_teacher``.
-        params_dtype: type of its parameters and activations.
-        device: where it lives.
-        resets_documents: whether it will be given positions and masks that start anew at each
-            document; not every Hugging Face architecture takes them.
-        fp8: ``TeacherSpec.fp8``, for ``megatron:`` teachers.
-        prefix: ids that it reads in front of every text, ``TeacherInfo.prefix``.
-
-    Raises:
-        RecipeError: it cannot be read, does not hold every weight, cannot take what
-            ``resets_documents`` promises, or its logits are more than ``head @ hidden``.
-
-    No collective: any subset of ranks may call it. Random number generators (torch's and
-    Megatron's tracker) are as before.
-    """
-    parsed = Source.parse(name, source)
-    own = {} if fp8 == "none" else {"fp8": fp8}
-    teacher = _kind(parsed).load(
-        parsed,
-        params_dtype=params_dtype,
-        device=torch.device(device),
-        resets_documents=resets_documents,
-        **own,
-    )
-    if not prefix:
-        return teacher
-    return PrefixedTeacher(teacher, prefix, multiple=1 if fp8 == "none" else FP8_LENGTH)
+        return getattr(loading, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

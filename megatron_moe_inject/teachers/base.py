@@ -23,8 +23,6 @@ from megatron_moe_inject.host.errors import (
 )
 from megatron_moe_inject.losses.spec import LogitTransform
 
-KINDS = ("megatron", "hf")
-
 
 @runtime_checkable
 class Teacher(Protocol):
@@ -110,7 +108,7 @@ class TeacherInfo:
     Attributes:
         name: its key in the recipe.
         source: as written in the recipe.
-        kind: ``megatron`` or ``hf``.
+        kind: one of ``teachers.sources.SOURCES``.
         path: the directory that holds the weights.
         architecture: class of the model.
         num_layers: decoder layers.
@@ -149,28 +147,12 @@ class TeacherInfo:
 
 @dataclass(frozen=True)
 class Source:
-    """Where the recipe says that a teacher is: ``megatron:/dir`` or ``hf:/dir``."""
+    """Where the recipe says that a teacher is, such as ``megatron:/dir`` or ``hf:/dir``."""
 
     name: str
     text: str
     kind: str
     path: Path
-
-    @classmethod
-    def parse(cls, name: str, text: str) -> Source:
-        """Split ``kind:/dir``.
-
-        Raises:
-            RecipeError: another kind, or no existing directory behind it.
-        """
-        kind, colon, path = text.partition(":")
-        source = cls(name, text, kind, Path(path.strip()).expanduser())
-        if kind not in KINDS or not colon or not path.strip():
-            allowed = " or ".join(f"{known}:/dir" for known in KINDS)
-            raise source.error("is no teacher source", f"write {allowed}")
-        if not source.path.is_dir():
-            raise source.error("is no directory on this machine", "name an existing directory")
-        return source
 
     def error(self, problem: str, remedy: str) -> RecipeError:
         """The error that a problem with this source is reported as."""

@@ -32,6 +32,7 @@ from megatron_moe_inject.losses.spec import LogitTransform
 from megatron_moe_inject.teachers import vocabulary
 from megatron_moe_inject.teachers.base import Source, Teacher, TeacherInfo, padded_rows
 from megatron_moe_inject.teachers.prefix import resolved_prefix
+from megatron_moe_inject.teachers.sources import SourceKind
 
 _LOG = logging.getLogger(__name__)
 _INDEX = "model.safetensors.index.json"
@@ -438,3 +439,30 @@ def _first_line(error: Exception) -> str:
 
 def _damaged(source: Source, path: Path, error: Exception):
     return source.error(f"cannot be read at {path}: {_first_line(error)}", "copy it again")
+
+
+class HuggingFaceSource(SourceKind):
+    """``hf:/dir``: a folder of any causal language model that ``transformers`` loads."""
+
+    example = "hf:/dir"
+
+    def check(
+        self, source: Source, student: vocabulary.Vocabulary, prefix: str | Sequence[int]
+    ) -> TeacherInfo:
+        """See ``SourceKind``."""
+        return check(source, student, prefix)
+
+    def load(
+        self,
+        source: Source,
+        *,
+        params_dtype: torch.dtype,
+        device: torch.device,
+        resets_documents: bool,
+        fp8: str,
+    ) -> HuggingFaceTeacher:
+        """See ``SourceKind``."""
+        assert fp8 == "none", "the rules of a recipe refuse it"
+        return load(
+            source, params_dtype=params_dtype, device=device, resets_documents=resets_documents
+        )

@@ -39,6 +39,7 @@ from megatron_moe_inject.teachers import megatron_args, vocabulary
 from megatron_moe_inject.teachers.base import Source, Teacher, TeacherInfo, padded_rows
 from megatron_moe_inject.teachers.fp8 import fp8_context
 from megatron_moe_inject.teachers.prefix import resolved_prefix
+from megatron_moe_inject.teachers.sources import SourceKind
 
 EMBEDDING = "embedding.word_embeddings.weight"
 
@@ -171,14 +172,9 @@ def load(
     *,
     params_dtype: torch.dtype,
     device: torch.device,
-    resets_documents: bool,
     fp8: str = "none",
 ) -> MegatronTeacher:
-    """Build the checkpoint's model on ``device`` and fill it; see ``teachers.load_teacher``.
-
-    ``resets_documents`` needs no check: positions and masks are Megatron's own.
-    """
-    del resets_documents
+    """Build the checkpoint's model on ``device`` and fill it; see ``teachers.load_teacher``."""
     checkpoint = TorchDistCheckpoint.open(source)
     precision = fp8_context(source, checkpoint.args, fp8, device)
     megatron_args.refuse_unsupported(source, checkpoint.args)
@@ -374,3 +370,28 @@ def _pieces(model: torch.nn.Module, layout: dict[str, Any]) -> list[Piece]:
         for value in nested_values(sharded)
         if isinstance(value, ShardedTensor)
     ]
+
+
+class MegatronSource(SourceKind):
+    """``megatron:/dir``: a ``torch_dist`` checkpoint of a dense GPT model."""
+
+    example = "megatron:/dir"
+    takes_fp8 = True
+
+    def check(
+        self, source: Source, student: vocabulary.Vocabulary, prefix: str | Sequence[int]
+    ) -> TeacherInfo:
+        """See ``SourceKind``."""
+        return check(source, student, prefix)
+
+    def load(
+        self,
+        source: Source,
+        *,
+        params_dtype: torch.dtype,
+        device: torch.device,
+        resets_documents: bool,
+        fp8: str,
+    ) -> MegatronTeacher:
+        """See ``SourceKind``; positions and masks are Megatron's own, so that nothing is asked."""
+        return load(source, params_dtype=params_dtype, device=device, fp8=fp8)

@@ -15,13 +15,13 @@ from megatron_moe_inject.host.errors import (
     listing,
 )
 from megatron_moe_inject.recipe.schema import Recipe
-from megatron_moe_inject.teachers import (
+from megatron_moe_inject.teachers.base import Teacher, TeacherInfo
+from megatron_moe_inject.teachers.loading import (
     StudentTokenizer,
     check_teacher,
     load_teacher,
     states_dtype,
 )
-from megatron_moe_inject.teachers.base import Teacher, TeacherInfo
 from megatron_moe_inject.teachers.occurrences import occurrences
 from megatron_moe_inject.teachers.prefix import words
 from megatron_moe_inject.teachers.step_pass import CommitteePass, TeacherPass

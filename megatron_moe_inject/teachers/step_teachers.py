@@ -50,6 +50,15 @@ class OriginalTeacher(Protocol):
         ...
 
 
+class ComparesPrefix(Protocol):
+    """What may want to know a teacher without its prefix, too."""
+
+    @property
+    def compares_prefix(self) -> bool:
+        """Whether teachers are also to run without their prefix in the step that comes."""
+        ...
+
+
 class StepTeachers(StepPart):
     """The teachers of a step.
 
@@ -60,8 +69,7 @@ class StepTeachers(StepPart):
         valid_vocab_size: ids of the student's tokenizer.
         kernels: see ``fused_linear_distillation``.
         see: is shown what each teacher hands out, by name.
-        compares_prefix: whether teachers are also to run without their prefix in the step that
-            comes.
+        compares_prefix: whether teachers are also to run without their prefix, asked each step.
 
     Attributes:
         original: as given; may be left out for a while.

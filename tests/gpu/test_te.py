@@ -6,7 +6,7 @@ import torch
 from megatron_moe_inject.experts.fp8 import blocks as fp8_blocks
 from megatron_moe_inject.experts.fp8 import weights as fp8_weights
 from megatron_moe_inject.experts.train.grouped import train_some
-from megatron_moe_inject.recipe.rules import FP8_SCALINGS
+from megatron_moe_inject.recipe.schema import FP8_SCALINGS
 from tests.harness.losses_cases import relative_error
 
 te = pytest.importorskip("transformer_engine.pytorch", reason="needs Transformer Engine")

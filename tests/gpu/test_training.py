@@ -47,11 +47,11 @@ FEATURES = {
         *("train.router=true", "steering.coeff=0.1", "steering.retention=1.0"),
         "steering.confidence=label",
     ),
-    "gamma from the host": ("objective.gamma=5.0", "objective.retention.originals=host"),
-    "imitation": ("objective.features.hidden=0.5", "objective.features.experts=0.5"),
+    "gamma from the host": ("objective.gamma=5.0", "retention.originals=host"),
+    "imitation": ("imitation.hidden=0.5", "imitation.experts=0.5"),
     "everything": (
         *("objective.gamma=5.0", "train.router_rows=true", "steering.coeff=0.1"),
-        "objective.features.hidden=0.5",
+        "imitation.hidden=0.5",
     ),
 }
 RECOMPUTE = ("--recompute-granularity", "selective", "--recompute-modules", "moe")

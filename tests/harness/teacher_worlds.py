@@ -26,8 +26,8 @@ from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.teachers import (
     StudentTokenizer,
     load_teacher,
-    shared_forward,
 )
+from megatron_moe_inject.teachers.forward import shared_forward
 
 SEQUENCES, LENGTH, IDS, ROWS = 5, 12, 100, 128
 STUDENT = StudentTokenizer("NullTokenizer", vocab_size=IDS)

@@ -24,7 +24,7 @@ teachers:
 objective:
   alpha: 0.7
   beta: 0.3
-  features: {{hidden: 0.5, experts: 0.25}}
+imitation: {{hidden: 0.5, experts: 0.25}}
 """
 
 

@@ -16,7 +16,7 @@ from tests.harness.material import student_flags
 from tests.harness.training_recipes import EVERYTHING
 
 PLAIN = RECIPE.replace("{{2: [3], 3: [3]}}", "{{1: [1], 3: [0, 3]}}")
-HELD = PLAIN.replace("beta: 0.3", "beta: 0.3, retention: {{experts: 2.0, l2: 0.05}}")
+HELD = PLAIN + "retention: {{experts: 2.0, l2: 0.05}}\n"
 OWN = ("expert retention", "l2 to start")
 TERMS = ("lm loss", "kd loss", "total loss", "grad norm", *OWN)
 ESSENTIAL = ("tp2-sp", "cp2", "pp2-vpp2", "full recompute", "distributed optimizer, ep2")
@@ -98,7 +98,7 @@ def test_where_l2_rules_the_gradient_is_its_weight_times_the_way_from_the_start(
     material, layout, extra
 ):
     """Everything trains, a shared matrix too. Megatron's own norm counts each parameter once."""
-    recipe = EVERYTHING.replace("gamma: 2.0", "retention: {{l2: 1.0e4}}")
+    recipe = EVERYTHING.replace(", gamma: 2.0", "") + "retention: {{l2: 1.0e4}}\n"
     run = inject(material, recipe, nproc=2, extra=extra, **layout)
     for step in run.iterations[1:]:
         way = math.sqrt(2 * step["l2 to start"])
@@ -126,11 +126,11 @@ def test_sharded_and_whole_float32_values_of_16_bit_parameters_agree(material):
     [
         (
             ("--data-path", "{domain}", "--inject-set", "domains[0].data=[0]"),
-            "objective.retention.experts: 2.0 weighs retention on general data",
+            "retention.experts: 2.0 weighs retention on general data",
         ),
         (
             ("--inject-set", "train={{experts: none, patterns: ['*.router.weight']}}"),
-            "objective.retention.experts: holds experts, but none train",
+            "retention.experts: holds experts, but none train",
         ),
     ],
     ids=["no general data", "no experts"],

@@ -89,7 +89,7 @@ def test_a_megatron_and_a_hugging_face_teacher_together(material, llama, layout)
 def test_steering_and_imitation_take_both_teachers(material, prose):
     """The mixture's confidence steers; the layers of each teacher are imitated."""
     more = (
-        "objective: {{features: {{hidden: 0.5}}, ",
+        "imitation: {{hidden: 0.5}}\nobjective: {{",
         "steering: {{coeff: 0.5, confidence: top}}\ntrain: {{router: true}}\n",
     )
     recipe = _two(prose, "label").replace("objective: {{", more[0]) + more[1]

@@ -157,8 +157,9 @@ def test_flags_that_would_go_wrong_silently_are_refused_by_name(flag):
     from megatron.training.arguments import add_megatron_arguments
 
     from megatron_moe_inject.host.errors import RecipeError
-    from megatron_moe_inject.injection import Injection
     from megatron_moe_inject.recipe.load import recipe_from_flags
+    from megatron_moe_inject.recipe.run_kinds import INJECTION
+    from megatron_moe_inject.run import Run
 
     common = "--num-layers 4 --num-experts 4 --mock-data --moe-grouped-gemm --fp8-format hybrid"
     command = f"{common} --fp8-recipe tensorwise {flag}"
@@ -166,4 +167,4 @@ def test_flags_that_would_go_wrong_silently_are_refused_by_name(flag):
     args.inject_dry_run = None
     recipe = recipe_from_flags(data=[0], experts="2:3", beta=1.0, alpha=0.0)
     with pytest.raises(RecipeError, match=flag.partition(" --")[0]):
-        Injection(recipe, args, valid_vocab_size=64)
+        Run(INJECTION, recipe, args, valid_vocab_size=64)

@@ -36,7 +36,7 @@ def test_weights_are_rounded_as_where_the_layer_encodes_them_itself(material, si
 
 @pytest.mark.parametrize("originals", ["device", "host"])
 def test_originals_and_what_trains_are_encoded_each_in_its_pass(material, originals):
-    retention = ("objective.gamma=5.0", f"objective.retention.originals={originals}")
+    retention = ("objective.gamma=5.0", f"retention.originals={originals}")
     run = grouped(material, *FP8, *retention)
     encoding = grouped(material, "--inject-set", *retention, env=PRODUCTS)
     assert run.losses("retention loss")[-1] > 0

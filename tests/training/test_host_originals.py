@@ -1,4 +1,4 @@
-"""``objective.retention.originals: host`` through the real ``pretrain()``: the same digits.
+"""``retention.originals: host`` through the real ``pretrain()``: the same digits.
 
 Everything trains and every retention is used, so that every kind of parameter has an original.
 """
@@ -12,8 +12,7 @@ from tests.harness.injection import LAYOUTS, PROVEN, SLOW_LAYOUTS, inject, recip
 from tests.harness.material import student_flags
 from tests.harness.training_recipes import EVERYTHING
 
-DEVICE = EVERYTHING.replace("gamma: 2.0", "gamma: 2.0, retention: {{experts: 1.0, l2: 0.05}}")
-DEVICE += "steering: {{retention: 1.0}}\n"
+DEVICE = EVERYTHING + "retention: {{experts: 1.0, l2: 0.05}}\nsteering: {{retention: 1.0}}\n"
 HOST = DEVICE.replace("l2: 0.05", "l2: 0.05, originals: host")
 TERMS = ("lm loss", "kd loss", "total loss", "grad norm")
 HELD = ("retention loss", "expert retention", "l2 to start", "router retention")

@@ -73,7 +73,7 @@ domains:
 teachers:
   coder: {{source: "megatron:{teacher}", layers: {{3: 1}}}}
   reader: {{source: "megatron:{teacher}"}}
-objective: {{features: {{hidden: {{points: {{0: 0.0, 2: 0.5}}}}, experts: 0.5, loss: cosine}}}}
+imitation: {{hidden: {{points: {{0: 0.0, 2: 0.5}}}}, experts: 0.5, loss: cosine}}
 """
 
 
@@ -166,7 +166,7 @@ def test_imitation_that_begins_in_a_resumed_run_needs_a_fresh_optimizer(material
     ],
 )
 def test_layers_that_cannot_be(material, override, message):
-    extra = ("--inject-set", override, "--inject-set", "objective.features.experts=0")
+    extra = ("--inject-set", override, "--inject-set", "imitation.experts=0")
     _fails(material, message, nproc=2, pp=2, extra=extra)
 
 

@@ -33,9 +33,10 @@ domains:
     experts: {{layers: {{2: [3], 3: [3]}}}}
 teachers:
   coder: {{source: "hf:{teacher}", layers: {{3: 0}}}}
-objective: {{alpha: 0.7, beta: 0.3, temperature: 2.0, features: {{hidden: 0.1}}}}
+objective: {{alpha: 0.7, beta: 0.3, temperature: 2.0}}
+imitation: {{hidden: 0.1}}
 """
-MEASURED = RECIPE.replace(", layers: {{3: 0}}", "").replace(", features: {{hidden: 0.1}}", "")
+MEASURED = RECIPE.replace(", layers: {{3: 0}}", "").replace("imitation: {{hidden: 0.1}}\n", "")
 TERMS = ("lm loss", "kd loss", "feature loss", "total loss", "grad norm")
 RESETS = ("--reset-position-ids", "--reset-attention-mask", "--eod-mask-loss")
 

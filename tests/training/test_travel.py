@@ -17,8 +17,10 @@ from tests.harness.injection import RECIPE, assert_clean_end, inject, recipe_fil
 from tests.harness.material import student_flags
 from tests.harness.training_recipes import EVERYTHING
 
-HELD = EVERYTHING.replace("gamma: 2.0", "gamma: 2.0, retention: {{experts: 1.0, l2: 0.05}}")
-HELD += "steering: {{retention: 1.0}}\nevaluation: {{}}\n"
+HELD = (
+    EVERYTHING + "retention: {{experts: 1.0, l2: 0.05}}\n"
+    "steering: {{retention: 1.0}}\nevaluation: {{}}\n"
+)
 KEEP = ("--train-iters", "6", "--save-interval", "2", "--eval-interval", "2", "--log-interval", "1")
 TERMS = ("lm loss", "kd loss", "total loss", "grad norm", "retention loss", "expert retention")
 TERMS += ("l2 to start", "router retention")

@@ -5,9 +5,10 @@ from argparse import ArgumentParser
 import pytest
 from megatron.training.arguments import add_megatron_arguments
 
-from megatron_moe_inject import __version__, cli, teachers
+from megatron_moe_inject import __version__, cli
 from megatron_moe_inject.cli import main
 from megatron_moe_inject.data.files_there import check_data_files
+from megatron_moe_inject.experts.train.census import ParameterRow, parameter_table
 from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.host.text import (
     count,
@@ -16,15 +17,15 @@ from megatron_moe_inject.host.text import (
 from megatron_moe_inject.recipe.facts import ParallelFacts, StudentFacts
 from megatron_moe_inject.recipe.load import recipe_from_yaml
 from megatron_moe_inject.recipe.plan import (
-    ParameterRow,
     Plan,
-    TeacherRow,
     recipe_warnings,
     render_plan,
 )
 from megatron_moe_inject.recipe.student import student_facts_from_args
+from megatron_moe_inject.teachers import setup
 from megatron_moe_inject.teachers.base import TeacherInfo
-from megatron_moe_inject.teachers.imitation.terms import ImitationTerm
+from megatron_moe_inject.teachers.imitation.terms import ImitationTerm, imitation_lines
+from megatron_moe_inject.teachers.teaching import teacher_lines
 
 RECIPE = """
 domains:
@@ -93,7 +94,7 @@ def test_plan_against_a_student(recipe_file, capsys, monkeypatch):
     )  # fmt: skip
     seen = []
     monkeypatch.setattr(
-        teachers,
+        setup,
         "check_teacher",
         lambda name, source, student_tokenizer, prefix: seen.append((name, source)) or found,
     )
@@ -192,16 +193,24 @@ def test_rows_of_a_built_model():
         data_paths={"train": ("/d/en", "/d/code", "/d/math")},
         parallel=ParallelFacts(tp=2, pp=2, vpp=2, ep=2),
     )
+    recipe = recipe_from_yaml(RECIPE)
+    rows = [
+        ParameterRow("experts", 2_000_000, 98_000_000, [2_000_000, 0]),
+        ParameterRow("router", 4096, 0, [2048, 2048]),
+    ]
+    teachers = {
+        "coder": (
+            "hf (LlamaForCausalLM)",
+            count(1_234_567),
+            memory_text(3 << 20),
+            "last stage",
+        )
+    }
     plan = Plan(
-        recipe_from_yaml(RECIPE),
+        recipe,
         facts,
-        parameters=[
-            ParameterRow("experts", 2_000_000, 98_000_000, [2_000_000, 0]),
-            ParameterRow("router", 4096, 0, [2048, 2048]),
-        ],
-        teachers=[TeacherRow("coder", "hf (LlamaForCausalLM)", 1_234_567, 3 << 20, "last stage")],
-        boundary=3,
-        warnings=["something odd"],
+        {"trains": parameter_table(rows), **teacher_lines(recipe, teachers)},
+        ["something odd"],
     )
     lines = render_plan(plan).splitlines()
     for line in (
@@ -209,7 +218,6 @@ def test_rows_of_a_built_model():
         "  experts     2.00 M  98.0 M  0 to 2.00 M (nothing on 1 of 2 ranks)",
         "  router      4.10 k       0  2.05 k",
         "  total       2.00 M  98.0 M  2.05 k to 2.00 M",
-        "  backward stops at layer 3; below it only the forward runs",
         "  coder    hf:/models/coder  hf (LlamaForCausalLM)  1.23 M      3.0 MiB  last stage",
         "  layout: TP=2 PP=2 VPP=2 EP=2",
         "  something odd",
@@ -248,17 +256,17 @@ def test_evaluation_is_told_where_it_is_on(recipe_file, capsys):
 
 
 def test_what_imitates_what():
-    options = ["objective.features.hidden=0.1", "objective.features.experts=2"]
+    options = ["imitation.hidden=0.1", "imitation.experts=2"]
     recipe = recipe_from_yaml(RECIPE, options)
     terms = [
         ImitationTerm("hidden", "coder", 3, 1, {0: 1.0}),
         ImitationTerm("experts", "coder", 12, 7, {0: 1.0}, frozenset({4, 5, 6})),
     ]
-    text = render_plan(Plan(recipe, imitation=[term.row for term in terms]))
+    text = render_plan(Plan(recipe, lines={"imitation": imitation_lines(terms)}))
     assert "0.1 * normalized(hidden states, coder) + 2 * normalized(expert outputs, coder)" in text
     assert "            3  hidden       coder                1" in text
     assert "           12  experts 4-6  coder                7" in text
-    assert "features" not in render_plan(Plan(recipe))
+    assert "student layer" not in render_plan(Plan(recipe))
 
 
 def test_long_choices_are_summarised():

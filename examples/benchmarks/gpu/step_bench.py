@@ -76,7 +76,7 @@ ARMS = {
     "gamma": Arm("+ retention on general data", (*TAUGHT, "objective.gamma=1.0"), beside="kd"),
     "host": Arm(
         "+ retention, originals in host memory",
-        (*TAUGHT, "objective.gamma=1.0", "objective.retention.originals=host"),
+        (*TAUGHT, "objective.gamma=1.0", "retention.originals=host"),
         beside="gamma",
     ),
     "steering": Arm(
@@ -84,9 +84,7 @@ ARMS = {
         (*TAUGHT, "train.router_rows=true", "steering.coeff=0.01", "steering.confidence=label"),
         beside="kd",
     ),
-    "features": Arm(
-        "+ imitation of hidden states", (*TAUGHT, "objective.features.hidden=0.5"), beside="kd"
-    ),
+    "features": Arm("+ imitation of hidden states", (*TAUGHT, "imitation.hidden=0.5"), beside="kd"),
     "frozen": Arm(
         "+ frozen experts in FP8 alone",
         (*TAUGHT, "train.frozen_experts=fp8"),

@@ -8,6 +8,7 @@ from megatron_moe_inject.evaluation.bootstrap import Interval, paired_difference
 from megatron_moe_inject.evaluation.evaluation import GENERAL_CLASS, Evaluation
 from megatron_moe_inject.evaluation.report.line_charts import Chart, Series
 from megatron_moe_inject.evaluation.report.run_file import Step
+from megatron_moe_inject.recipe.features import FEATURES
 from megatron_moe_inject.recipe.schedule import Schedule, Weight, ever_positive, value_at
 from megatron_moe_inject.recipe.schema import Recipe
 
@@ -107,22 +108,15 @@ def time_charts(steps: Sequence[Step]) -> list[Chart]:
 
 def weights(recipe: Recipe) -> dict[str, Weight]:
     """The loss weights that the recipe uses, by the names of its keys."""
-    objective, steering = recipe.objective, recipe.steering
     found: dict[str, Weight] = {}
     for domain in recipe.domains:
         if domain.teacher is not None:
             found[f"alpha, {domain.name}"] = recipe.alpha(domain)
         found[f"beta, {domain.name}"] = recipe.beta(domain)
     found["general_beta"] = recipe.general_beta()
-    found["gamma"] = objective.gamma
-    for name in ("hidden", "experts"):
-        found[f"features.{name}"] = getattr(objective.features, name)
-    for name in ("experts", "l2"):
-        found[f"retention.{name}"] = getattr(objective.retention, name)
-    found["steering.coeff"] = steering.coeff
-    if ever_positive(steering.coeff):
-        found["steering.balance"] = steering.balance
-    found["steering.retention"] = steering.retention
+    found["gamma"] = recipe.objective.gamma
+    for feature in FEATURES:
+        found |= feature.weights(recipe)
     return {name: weight for name, weight in found.items() if ever_positive(weight)}
 
 

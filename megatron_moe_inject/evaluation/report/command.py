@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_moe_inject.data.section import MIXING
 from megatron_moe_inject.evaluation.comparison import comparison
 from megatron_moe_inject.evaluation.evaluation import Evaluation
 from megatron_moe_inject.evaluation.evaluation_file import LIST, read_list
@@ -227,7 +228,7 @@ def _weights(data: RunData) -> Section:
         known = "this version of the package cannot read the recipe" if data.starts else _NO_START
         return Section(title, missing=known)
     found = weights(data.recipe)
-    shares = {f"mixing.{name}": share for name, share in data.recipe.mixing.items()}
+    shares = {f"mixing.{name}": share for name, share in data.recipe[MIXING].items()}
     rows = [("weight", "value"), *((n, show_weight(w)) for n, w in {**found, **shares}.items())]
     parts: list = [Table(rows)]
     reached = data.steps[-1].iteration if data.steps else 0

@@ -8,7 +8,7 @@ last rank writes, which has the losses; of these two more copies to the host are
 from __future__ import annotations
 
 import platform
-from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,54 +29,47 @@ from megatron_moe_inject.evaluation.report.run_file import (
     read_run,
     write_run,
 )
+from megatron_moe_inject.evaluation.training_evaluator import TrainingEvaluator
+from megatron_moe_inject.experts.train.freezing import Census
 from megatron_moe_inject.host import compat
 from megatron_moe_inject.host.agreement import agree
 from megatron_moe_inject.host.errors import RecipeError
-from megatron_moe_inject.host.lineage import Lineage
-from megatron_moe_inject.host.student_load import Origin
-from megatron_moe_inject.host.term_log import Interval
+from megatron_moe_inject.host.files import try_file
 from megatron_moe_inject.host.version import VERSION
 from megatron_moe_inject.recipe.load import dump_recipe
-from megatron_moe_inject.recipe.plan import Plan, render_plan
-from megatron_moe_inject.recipe.schema import Recipe
+from megatron_moe_inject.recipe.run_part import RunContext, RunPart
 
 _TAKEN, _SKIPPED, _NAN = "advanced iterations", "skipped iterations", "nan iterations"
 
 
-class RunLog:
-    """The list of one run.
+class RunLog(RunPart):
+    """The list of one run, which evaluates while it trains and saves."""
 
-    Args:
-        recipe: with its experts resolved.
-        args: Megatron's arguments; ``save`` is the run's folder.
-        evaluations: where the run's evaluations go.
-        lineage: which injection the run begins or goes on with.
-        terms: sums of our terms, for this list alone.
+    writes_about = True
 
-    Attributes:
-        origin: what was loaded, to be set before ``begin``.
-    """
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        args: Namespace,
-        evaluations: Path,
-        lineage: Lineage,
-        terms: Interval,
-    ) -> None:
-        self._recipe = recipe
-        self._args = args
-        self._evaluations = evaluations
-        self._lineage = lineage
-        self._terms = terms
-        self.path = Path(args.save) / FILE
-        self.origin = Origin()
+    def __init__(self, run: RunContext) -> None:
+        self._run = run
+        self._recipe = run.recipe
+        self._args = run.args
+        self._lineage = run.lineage
+        self._terms = run.terms.interval()
+        run.terms.listeners.append(self.log)
+        self.path = Path(run.args.save) / FILE
+        self.around = {"train": self._around_training}
         self._writes = False
         self._seconds = 0.0
         self._shown: dict[str, float] = {}
 
-    def begin(self, plan: Plan) -> None:
+    def try_outputs(self) -> None:
+        """The last rank writes the list."""
+        if dist.get_rank() == dist.get_world_size() - 1:
+            try_file(self.path, "--save")
+
+    def _around_training(self, stock: Callable, *args: Any, **kwargs: Any) -> Any:
+        self.begin()
+        return stock(*args, **kwargs)
+
+    def begin(self) -> None:
         """Begin the list, or go on with it from the iteration that the run resumes from, wherever
         it was kept.
 
@@ -86,28 +79,29 @@ class RunLog:
             RecipeError: on every rank: the list is damaged or cannot be written.
         """
         self._writes = dist.get_rank() == dist.get_world_size() - 1
-        agree(lambda: self._begin(plan) if self._writes else None)
+        agree(lambda: self._begin() if self._writes else None)
         self._lineage.keep(FILE, self.path)
 
-    def _begin(self, plan: Plan) -> None:
+    def _begin(self) -> None:
         now = compat.optimizer_steps(self._args)
+        rows = self._run.need(Census).rows
         start = Start(
             iteration=now,
             time=datetime.now(UTC).isoformat(timespec="seconds"),
             recipe=dump_recipe(self._recipe),
-            plan=render_plan(plan),
+            plan=self._run.plan,
             versions={
                 "megatron_moe_inject": VERSION,
                 "megatron-core": compat.megatron_version(),
                 "torch": torch.__version__,
                 "python": platform.python_version(),
             },
-            parameters=[Component(r.component, r.trained, r.frozen) for r in plan.parameters],
+            parameters=[Component(r.component, r.trained, r.frozen) for r in rows],
             world_size=dist.get_world_size(),
-            evaluations=str(self._evaluations.absolute()),
+            evaluations=str(self._run.need(TrainingEvaluator).path.absolute()),
             train_iters=int(self._args.train_iters or 0),
             injection=self._lineage.identity,
-            loaded=Loaded(**asdict(self.origin)),
+            loaded=Loaded(**asdict(self._run.origin)),
         )
         source = self._lineage.find(self.path, FILE)
         before = [] if source is None else kept(read_run(source), now)

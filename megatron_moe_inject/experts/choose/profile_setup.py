@@ -7,14 +7,13 @@ profile that such a run is to write.
 
 from __future__ import annotations
 
-from argparse import Namespace
-from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import torch
+import torch.distributed as dist
 
+from megatron_moe_inject.data.packed import check_packed
+from megatron_moe_inject.data.read_once import MeasuredText
 from megatron_moe_inject.experts.choose.profile_file import write_profile
 from megatron_moe_inject.experts.choose.recorder import RoutingRecorder
 from megatron_moe_inject.experts.choose.router_logits import (
@@ -40,49 +39,47 @@ from megatron_moe_inject.host.labels import (
 from megatron_moe_inject.host.model_parts import (
     EXPERTS,
 )
-from megatron_moe_inject.host.student_load import Origin
 from megatron_moe_inject.host.text import (
     memory_text,
 )
-from megatron_moe_inject.recipe.entries import split_labels
-from megatron_moe_inject.recipe.facts import StudentFacts
-from megatron_moe_inject.recipe.schema import Recipe
+from megatron_moe_inject.recipe.entries import SPLITS
+from megatron_moe_inject.recipe.run_kinds import PROFILE
+from megatron_moe_inject.recipe.run_part import RunContext, RunPart, Student
+
+_FLAG = "--inject-profile"
 
 
-class ProfileSetup:
-    """What a profile needs to know besides what the recorder counts.
-
-    Args:
-        recipe: names the classes of data.
-        args: Megatron's arguments.
-        facts: the student.
-        splits: which splits are recorded.
-
-    Attributes:
-        origin: what was loaded, to be set before ``recorder``.
+class ProfilePart(RunPart):
+    """Records, and writes the profile when all is done; provides ``RoutingRecorder``.
 
     Raises:
         RecipeError: a dense student, a place that cannot be written to, or more router logits
             than there is room for.
     """
 
-    def __init__(
-        self, recipe: Recipe, args: Namespace, facts: StudentFacts, splits: Sequence[str]
-    ) -> None:
-        self._args = args
-        self._facts = facts
+    writes_about = True
+
+    def __init__(self, run: RunContext) -> None:
+        check_packed(run.args, run.largest_micro_batch, _FLAG)
+        self._run = run
+        self._args = args = run.args
+        self._facts = facts = run.facts
+        recipe = run.recipe
+        splits = SPLITS[:1]
+        if run.kind == PROFILE:
+            splits = self.measured_splits = SPLITS[1:]
+            self.measured_for = _FLAG
         self._path = Path(args.inject_profile)
         if not facts.moe_layers:
-            raise RecipeError("--inject-profile: the student has no routers (no --num-experts)")
+            raise RecipeError(f"{_FLAG}: the student has no routers (no --num-experts)")
         if not self._path.absolute().parent.is_dir():
             raise RecipeError(
-                f"--inject-profile: {self._path.absolute().parent} is no folder; create it first"
+                f"{_FLAG}: {self._path.absolute().parent} is no folder; create it first"
             )
-        self.origin = Origin()
         self._names = [GENERAL_CLASS, *(domain.name for domain in recipe.domains)]
         self._check_logits()
         self._data = [
-            tuple(dict.fromkeys(e for split in splits for e in self._entries(recipe, split, label)))
+            tuple(dict.fromkeys(e for split in splits for e in self._entries(split, label)))
             for label in (GENERAL, *range(len(recipe.domains)))
         ]
 
@@ -97,24 +94,21 @@ class ProfileSetup:
                 f"{memory_text(MOST_BYTES)}; write {most} or less"
             )
 
-    def _entries(self, recipe: Recipe, split: str, label: int) -> list[str]:
-        entries = (
-            ["(mock data)"] if self._facts.mock_data else self._facts.data_paths.get(split, ())
-        )
-        found = split_labels(recipe, self._facts, split) if entries else []
-        return [entry for entry, own in zip(entries, found, strict=True) if own == label]
+    def _entries(self, split: str, label: int) -> list[str]:
+        paths = self._facts.data_paths.get(split, ())
+        entries = ["(mock data)"] if self._facts.mock_data else paths
+        if not entries:
+            return []
+        labels = self._run.labels[split]
+        return [entry for entry, found in zip(entries, labels, strict=True) if found == label]
 
-    def try_output(self) -> None:
-        """See that the profile, and what goes beside it, can be written; on the first rank.
-
-        Raises:
-            RecipeError: it cannot.
-        """
+    def try_outputs(self) -> None:
+        """The first rank writes the profile, and what goes beside it."""
         beside = [] if self._args.inject_profile_logits is None else [logit_path(self._path)]
-        for path in (self._path, *beside):
-            try_file(path, "--inject-profile")
+        for path in (self._path, *beside) if dist.get_rank() == 0 else ():
+            try_file(path, _FLAG)
 
-    def recorder(self, chunks: Sequence[torch.nn.Module], groups: Any) -> RoutingRecorder:
+    def attach(self, student: Student) -> RoutingRecorder:
         """The recorder of this rank.
 
         Collectives: those of ``parameter_rows`` and ``agree``.
@@ -122,15 +116,18 @@ class ProfileSetup:
         Raises:
             RecipeError: what is to be kept does not fit into some rank's memory.
         """
+        chunks, groups = student.chunks, student.groups
         rows = parameter_rows(chunks, groups)
         experts = sum(row.trained + row.frozen for row in rows if row.component == EXPERTS)
         self._parameters = sum(row.trained + row.frozen for row in rows)
         count = len(self._facts.moe_layers) * self._facts.num_moe_experts
         self._expert_parameters = experts // count
         self._first_iteration = compat.optimizer_steps(self._args)
-        if self._args.skip_train and self.origin.iteration is not None:
-            self._first_iteration = self.origin.iteration  # also where --finetune counts from 0
-        return agree(
+        if self._args.skip_train and self._run.origin.iteration is not None:
+            self._first_iteration = (
+                self._run.origin.iteration
+            )  # also where --finetune counts from 0
+        self._recorder = agree(
             lambda: RoutingRecorder(
                 chunks,
                 len(self._names),
@@ -141,13 +138,13 @@ class ProfileSetup:
                 in_training=not self._args.skip_train,
             )
         )
+        return self._recorder
 
-    def write(self, recorder: RoutingRecorder, repeated: Collection[int] = ()) -> str:
+    def finish(self) -> str:
         """Write the profile on the first rank; what to say about it.
 
-        Args:
-            repeated: labels of classes whose text was read more than once, so that its sequences
-                are not as many as they seem: they get no spread. Needed on the first rank.
+        Classes whose training text was read more than once have not as many sequences as it
+        seems, and get no spread.
 
         Collectives: those of ``RoutingRecorder.statistics``, ``sampled_logits`` and
         ``on_first_rank``.
@@ -155,6 +152,9 @@ class ProfileSetup:
         Raises:
             RecipeError: on every rank: it cannot be written.
         """
+        recorder, repeated = self._recorder, set[int]()
+        if self._run.kind != PROFILE:
+            repeated = self._run.need(MeasuredText).repeated_in_training()
         found = recorder.statistics(self._data)
         sampled = recorder.sampled_logits()
         classes = {n: s for n, s in zip(self._names, found, strict=True) if s is not None}
@@ -166,9 +166,9 @@ class ProfileSetup:
             return f"routing profile: no step was recorded, {self._path} is not written"
         args = self._args
         provenance = Provenance(
-            checkpoint=self.origin.checkpoint,
-            checkpoint_iteration=self.origin.iteration,
-            checkpoint_sha256=self.origin.sha256,
+            checkpoint=self._run.origin.checkpoint,
+            checkpoint_iteration=self._run.origin.iteration,
+            checkpoint_sha256=self._run.origin.sha256,
             first_iteration=self._first_iteration,
             last_iteration=self._first_iteration + (0 if args.skip_train else recorder.steps),
             megatron_version=compat.megatron_version(),
@@ -200,7 +200,7 @@ class ProfileSetup:
         try:
             on_first_rank(write)
         except RecipeError as error:
-            raise RecipeError(f"--inject-profile: {error}") from error
+            raise RecipeError(f"{_FLAG}: {error}") from error
         beside = ""
         if args.inject_profile_logits is not None:
             beside = f", router logits to {logit_path(self._path)}"

@@ -30,8 +30,14 @@ from megatron_moe_inject.host.text import (
     count,
     table,
 )
-from megatron_moe_inject.recipe.expert_choice import ExpertChoice, describe_choice
-from megatron_moe_inject.recipe.rules import BUDGETS, METHODS, SCORES, check_profile_choice
+from megatron_moe_inject.recipe.expert_choice import (
+    BUDGETS,
+    METHODS,
+    SCORES,
+    ExpertChoice,
+    describe_choice,
+)
+from megatron_moe_inject.recipe.rules import check_profile_choice
 
 _OPTIONS = (
     *("domain", "method", "threshold", "n", "budget", "budget_of", "score"),

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from megatron_moe_inject.experts.fp8 import blocks as fp8_blocks
-from megatron_moe_inject.recipe.rules import FP8_SCALINGS
+from megatron_moe_inject.recipe.schema import FP8_SCALINGS
 
 
 @dataclass(frozen=True)

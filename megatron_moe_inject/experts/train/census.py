@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +16,24 @@ from megatron_moe_inject.host.model_parts import (
     counts_here,
     places,
 )
-from megatron_moe_inject.recipe.plan import ParameterRow
+from megatron_moe_inject.host.text import count, table
+
+
+@dataclass(frozen=True)
+class ParameterRow:
+    """Parameters of one component, counted over the whole model.
+
+    Attributes:
+        component: a name such as ``experts`` or ``attention``.
+        trained: elements that train, each counted once whatever the parallel layout.
+        frozen: elements that do not.
+        per_rank: elements that train on each rank, in rank order.
+    """
+
+    component: str
+    trained: int
+    frozen: int
+    per_rank: Sequence[int] = ()
 
 
 def _all_places(
@@ -53,3 +71,28 @@ def parameter_rows(chunks: Iterable[torch.nn.Module], groups: Any) -> list[Param
         for component in COMPONENTS
     ]
     return [row for row in rows if row.trained or row.frozen]
+
+
+def parameter_table(rows: Sequence[ParameterRow]) -> list[str]:
+    """The rows and their sum as lines of a plan."""
+    total = ParameterRow(
+        "total",
+        sum(row.trained for row in rows),
+        sum(row.frozen for row in rows),
+        [sum(column) for column in zip(*(row.per_rank for row in rows), strict=True)],
+    )
+    header = ("component", "trained", "frozen", "trained per rank")
+    return table([header, *map(_cells, (*rows, total))], right=(1, 2))
+
+
+def _cells(row: ParameterRow) -> tuple[str, str, str, str]:
+    ranks = list(row.per_rank)
+    if not ranks:
+        spread = ""
+    elif len(set(ranks)) == 1:
+        spread = count(ranks[0])
+    else:
+        spread = f"{count(min(ranks))} to {count(max(ranks))}"
+        if 0 in ranks:
+            spread += f" (nothing on {ranks.count(0)} of {len(ranks)} ranks)"
+    return row.component, count(row.trained), count(row.frozen), spread

@@ -56,7 +56,7 @@ class FrozenFp8:
 
     Args:
         policy: what trains.
-        scaling: one of ``recipe.rules.FP8_SCALINGS``, as the student's ``--fp8-recipe``.
+        scaling: one of ``recipe.schema.FP8_SCALINGS``, as the student's ``--fp8-recipe``.
         source: where the weights were published in FP8, None = they are encoded here.
 
     Attributes:

@@ -8,7 +8,8 @@ it may take the state over.
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
 
 from megatron_moe_inject.experts.train.freeze import FreezePolicy
 from megatron_moe_inject.host.errors import (
@@ -18,7 +19,7 @@ from megatron_moe_inject.host.run_arguments import stored_argument
 
 
 def begin_or_resume(
-    policy: FreezePolicy, args: Namespace, projections: Sequence[str] = ()
+    policy: FreezePolicy, args: Namespace, besides: Mapping[str, Any] | None = None
 ) -> str | None:
     """Record the policy for checkpoints to come, and compare it with the one to be loaded.
 
@@ -28,7 +29,8 @@ def begin_or_resume(
     Args:
         policy: what trains.
         args: Megatron's arguments, changed in place.
-        projections: names of the projections to teachers' widths, which train besides.
+        besides: what features let train besides, in plain JSON values, such as the names of
+            ``projections`` to teachers' widths.
 
     Returns:
         A remark for the plan where the optimizer starts anew, else None.
@@ -36,9 +38,9 @@ def begin_or_resume(
     Raises:
         RecipeError: the checkpoint cannot be read, or holds the optimizer state of another policy.
     """
-    args.inject_policy = policy.described()
-    if projections:
-        args.inject_policy["projections"] = list(projections)
+    args.inject_policy = policy.described() | {
+        n: what for n, what in (besides or {}).items() if what
+    }
     if args.no_load_optim:
         return None
     folder, stored = stored_argument(args, "inject_policy")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,61 +18,51 @@ from megatron_moe_inject.host.model_parts import (
     decoder_layers,
 )
 from megatron_moe_inject.host.stored_checkpoint import checkpoint_to_load
-from megatron_moe_inject.recipe.facts import StudentFacts
+from megatron_moe_inject.recipe.run_part import Boundary, RunContext, RunPart, Student
 from megatron_moe_inject.recipe.schedule import value_at
-from megatron_moe_inject.recipe.schema import Recipe
-from megatron_moe_inject.teachers import Teacher, TeacherInfo, states_dtype
+from megatron_moe_inject.teachers.base import Teacher
 from megatron_moe_inject.teachers.imitation.exchange import FeatureExchange, LayerStates
 from megatron_moe_inject.teachers.imitation.hook import ImitationHook
 from megatron_moe_inject.teachers.imitation.projections import Projections
-from megatron_moe_inject.teachers.imitation.terms import imitation_terms
+from megatron_moe_inject.teachers.imitation.section import IMITATION
+from megatron_moe_inject.teachers.imitation.terms import imitation_lines, imitation_terms
+from megatron_moe_inject.teachers.loading import states_dtype
 from megatron_moe_inject.teachers.step_teachers import StepTeachers
+from megatron_moe_inject.teachers.teaching import TeacherInfos
 
 
-class ImitationSetup:
-    """One run's feature imitation, empty where the recipe asks for none.
-
-    Args:
-        recipe: checked against the student.
-        args: Megatron's arguments.
-        facts: the student.
-        teachers: what is known of each teacher.
+class ImitationPart(RunPart):
+    """One run's feature imitation.
 
     Raises:
         RecipeError: layers that do not exist, a checkpoint format that cannot leave projections
             out, or a checkpoint to resume that holds other projections than are needed.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        args: Namespace,
-        facts: StudentFacts,
-        teachers: Mapping[str, TeacherInfo],
-    ) -> None:
-        self._recipe = recipe
-        self._args = args
-        self.warnings: list[str] = []
+    def __init__(self, run: RunContext) -> None:
+        self._run = run
+        self._recipe = run.recipe
+        self._args = run.args
+        teachers = run.need(TeacherInfos).by_name
         self._widths = {name: info.hidden_size for name, info in teachers.items()}
         self._partly = [name for name, info in teachers.items() if info.shared.unknown]
         layers = {name: info.num_layers for name, info in teachers.items()}
-        self.terms = imitation_terms(recipe, layers, facts.num_layers)
-        self._hidden_size = facts.hidden_size
-        self._stored = bool(self.terms) and self._found_in_checkpoint()
+        self._terms = imitation_terms(run.recipe, layers, run.facts.num_layers)
+        self._hidden_size = run.facts.hidden_size
+        self._stored = bool(self._terms) and self._found_in_checkpoint()
         self._projections: list[Projections] = []
 
-    @property
-    def projections(self) -> list[str]:
-        """Names of the projections of the whole student, which train."""
-        needed = (t for t in self.terms if self._widths[t.teacher] != self._hidden_size)
-        return sorted({term.projection for term in needed})
+    def trains(self) -> dict[str, list[str]]:
+        """Names of the projections of the whole student."""
+        needed = (t for t in self._terms if self._widths[t.teacher] != self._hidden_size)
+        return {"projections": sorted({term.projection for term in needed})}
 
     def _found_in_checkpoint(self) -> bool:
         """Whether the checkpoint that this run goes on from holds the projections it needs."""
-        widths = {term.projection: self._widths[term.teacher] for term in self.terms}
+        widths = {term.projection: self._widths[term.teacher] for term in self._terms}
         needed = {
             f"{PROJECTIONS}.{name}.weight": (widths[name], self._hidden_size)
-            for name in self.projections
+            for name in self.trains()["projections"]
         }
         used = self._args.save or self._args.load
         if needed and used and self._args.ckpt_format != "torch_dist":
@@ -86,24 +75,25 @@ class ImitationSetup:
             return False
         folder, found = checkpoint.folder, checkpoint.shapes(f"{PROJECTIONS}.")
         if not found:
-            self.warnings.append(
-                f"features: {folder} holds no projections, so they start anew in a run that goes on"
+            self._run.warnings.append(
+                f"imitation: {folder} holds no projections, so they start anew in a run that goes "
+                "on"
             )
         elif found != needed:
             raise RecipeError(
-                f"objective.features: {folder} holds projections {listing(sorted(found), 4)}, but "
+                f"imitation: {folder} holds projections {listing(sorted(found), 4)}, but "
                 f"now {listing(sorted(needed), 4)} are needed; keep layers and teachers as the run "
                 "began, or start an injection of its own with --finetune"
             )
         return bool(found)
 
-    def add_projections(self, chunks: Sequence[torch.nn.Module]) -> None:
+    def before_ddp(self, chunks: Sequence[torch.nn.Module]) -> None:
         """Give each bare chunk the projections of its layers, before DDP and the optimizer."""
-        for chunk in chunks if self.terms else ():
+        for chunk in chunks:
             groups = compat.process_groups(chunk)
             layers = {layer.layer_number - 1 for layer in decoder_layers(chunk)}
             projections = Projections(
-                [term for term in self.terms if term.layer in layers],
+                [term for term in self._terms if term.layer in layers],
                 self._widths,
                 hidden_size=chunk.config.hidden_size,
                 like=next(chunk.parameters()),
@@ -116,19 +106,23 @@ class ImitationSetup:
                 chunk.add_module(PROJECTIONS, projections)
             self._projections.append(projections)
 
-    def check_boundary(self, boundary: int) -> None:
+    def _check_boundary(self, boundary: int) -> None:
         """A layer that imitates must have something that trains at or below it.
 
         Raises:
             RecipeError: it has not, so that only its projection would learn.
         """
-        below = sorted({term.layer for term in self.terms if term.layer < boundary})
+        below = sorted({term.layer for term in self._terms if term.layer < boundary})
         if below:
             raise RecipeError(
-                f"objective.features: layers {below} imitate a teacher, but nothing up to them "
+                f"imitation: layers {below} imitate a teacher, but nothing up to them "
                 f"trains (the first layer that does is {boundary}); name higher layers in "
                 "teachers.*.layers, or train more"
             )
+
+    def plan_lines(self, given: Mapping[str, list[str]]) -> Mapping[str, list[str]]:
+        """Which layers imitate which."""
+        return {"imitation": imitation_lines(self._terms)}
 
     def teacher_layers(self, teacher: Teacher) -> list[int]:
         """Layers of a loaded teacher whose states are wanted.
@@ -136,7 +130,7 @@ class ImitationSetup:
         Raises:
             RecipeError: it does not give them.
         """
-        layers = sorted({t.teacher_layer for t in self.terms if t.teacher == teacher.name})
+        layers = sorted({t.teacher_layer for t in self._terms if t.teacher == teacher.name})
         if layers:
             device = teacher.head_weight(0, 0).device
             tokens = torch.zeros(1, 8, dtype=torch.int64, device=device)
@@ -145,31 +139,25 @@ class ImitationSetup:
                 raise RecipeError(
                     f"teachers.{teacher.name}.source: gives states of shapes {found} where "
                     f"[1, 8, {teacher.hidden_size}] after each layer are needed; set "
-                    "objective.features to 0 or use another teacher"
+                    "imitation to 0 or use another teacher"
                 )
         return layers
 
-    def hook(
-        self,
-        chunks: Sequence[torch.nn.Module],
-        groups: Any,
-        teachers: StepTeachers,
-        *,
-        by_domain: bool,
-    ) -> ImitationHook | None:
-        """The hooks of this rank, once the student is loaded; ``None`` without imitation.
-
-        Args:
-            teachers: those of the step, begun before this part.
+    def attach(self, student: Student) -> ImitationHook | None:
+        """The hooks of this rank.
 
         Collectives: one all-gather of layer numbers over the pipeline group.
+
+        Raises:
+            RecipeError: on every rank: a layer that imitates lies below everything that trains.
         """
-        if not self.terms:
+        if not self._terms:
             return None
+        self._check_boundary(self._run.need(Boundary).position)
+        chunks, groups = student.chunks, student.groups
         for projections in self._projections:
             projections.stored = True
-        recipe, features = self._recipe, self._recipe.objective.features
-        device = next(chunks[0].parameters()).device
+        recipe, imitation = self._recipe, self._recipe[IMITATION]
         exchange = FeatureExchange(
             self._wanted_by_stage(chunks, groups),
             widths=self._widths,
@@ -179,25 +167,25 @@ class ImitationSetup:
             },
             groups=groups,
             sequence_parallel=chunks[0].config.sequence_parallel,
-            device=device,
+            device=student.device,
             partly=self._partly,
         )
         return ImitationHook(
             chunks,
             self._projections,
-            self.terms,
+            self._terms,
             exchange,
-            teachers,
+            self._run.need(StepTeachers),
             taught={
                 name: [i for i, d in enumerate(recipe.domains) if name in d.teacher_weights]
                 for name in recipe.teachers
             },
             weights_at=lambda iteration: {
-                name: value_at(getattr(features, name), iteration) for name in features.in_use()
+                name: value_at(getattr(imitation, name), iteration) for name in imitation.in_use()
             },
-            loss=features.loss,
+            loss=imitation.loss,
             domains=[domain.name for domain in recipe.domains],
-            by_domain=by_domain,
+            by_domain=self._run.several_classes,
             groups=groups,
         )
 
@@ -205,9 +193,10 @@ class ImitationSetup:
         self, chunks: Sequence[torch.nn.Module], groups: Any
     ) -> list[list[LayerStates]]:
         own = [layer.layer_number - 1 for chunk in chunks for layer in decoder_layers(chunk)]
+        terms = self._terms
         stages: list[Any] = [None] * groups.pp.size()
         dist.all_gather_object(stages, own, group=groups.pp)
         return [
-            sorted({LayerStates(t.teacher, t.teacher_layer) for t in self.terms if t.layer in here})
+            sorted({LayerStates(t.teacher, t.teacher_layer) for t in terms if t.layer in here})
             for here in stages
         ]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from megatron_moe_inject.host.errors import (
     fail,
 )
-from megatron_moe_inject.host.text import ranges
+from megatron_moe_inject.host.text import ranges, table
 from megatron_moe_inject.losses.features import proportional_layer
-from megatron_moe_inject.recipe.plan import ImitationRow
 from megatron_moe_inject.recipe.schema import Domain, Recipe
+from megatron_moe_inject.teachers.imitation.section import IMITATION
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class ImitationTerm:
     """One layer of the student and the layer of a teacher that it imitates.
 
     Attributes:
-        kind: ``hidden`` or ``experts``, see ``recipe.schema.Features``.
+        kind: ``hidden`` or ``experts``, see ``section.Imitation``.
         teacher: its key in the recipe.
         layer, teacher_layer: 0-based decoder layers.
         shares: by index of the domains whose tokens count, the layer's part of the mean over a
@@ -39,17 +39,11 @@ class ImitationTerm:
         """Name of its projection; domains of one teacher share it."""
         return f"{self.kind}_{self.layer}_{self.teacher}"
 
-    @property
-    def row(self) -> ImitationRow:
-        """The term in the plan."""
-        states = "hidden" if self.kind == "hidden" else f"experts {ranges(sorted(self.experts))}"
-        return ImitationRow(self.layer, states, self.teacher, self.teacher_layer)
-
 
 def imitation_terms(
     recipe: Recipe, teacher_layers: Mapping[str, int], num_layers: int
 ) -> list[ImitationTerm]:
-    """All terms that ``objective.features`` asks for, in the order of the student's layers.
+    """All terms that ``imitation`` asks for, in the order of the student's layers.
 
     Args:
         recipe: checked by itself and against the student.
@@ -60,7 +54,7 @@ def imitation_terms(
         RecipeError: a layer that student or teacher does not have, or one without chosen experts.
     """
     terms = []
-    for kind in recipe.objective.features.in_use():
+    for kind in recipe[IMITATION].in_use():
         for name in recipe.teachers:
             pairs = _layer_pairs(recipe, name, teacher_layers[name], num_layers)
             taught = {i: d for i, d in enumerate(recipe.domains) if name in d.teacher_weights}
@@ -101,7 +95,7 @@ def _expert_terms(
         if not any(own in domain.experts.layers for domain in taught.values()):
             raise fail(
                 f"teachers.{teacher}.layers", own, "has no experts that a domain chose",
-                "remove the layer or set objective.features.experts to 0",
+                "remove the layer or set imitation.experts to 0",
             )  # fmt: skip
     groups: dict[tuple[int, frozenset[int]], dict[int, float]] = {}
     for index, domain in taught.items():
@@ -111,3 +105,12 @@ def _expert_terms(
             groups.setdefault(key, {})[index] = domain.teacher_weights[teacher] / len(layers)
     for (layer, experts), shares in groups.items():
         yield ImitationTerm("experts", teacher, layer, pairs[layer], shares, experts)
+
+
+def imitation_lines(terms: Sequence[ImitationTerm]) -> list[str]:
+    """The plan's table of what imitates what."""
+    rows = [("student layer", "states", "teacher", "teacher layer")]
+    for term in terms:
+        states = "hidden" if term.kind == "hidden" else f"experts {ranges(sorted(term.experts))}"
+        rows.append((str(term.layer), states, term.teacher, str(term.teacher_layer)))
+    return table(rows, right=(0, 3)) if terms else []

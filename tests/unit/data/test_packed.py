@@ -36,11 +36,9 @@ def test_segments_are_of_one_sample_each(samples, cp):
 
 def test_what_follows_samples_through_layers_takes_rows_of_one_sample():
     packed = Namespace(dataloader_inter_document_masking=True)
-    uses = {"steering": False, "--inject-profile": True}
     with pytest.raises(RecipeError, match=r"--dataloader-inter-document-masking: .*--inject-prof"):
-        check_packed(packed, 2, uses)
+        check_packed(packed, 2, "--inject-profile")
     with pytest.raises(RecipeError, match="--sft: puts the 4 samples"):
-        check_packed(Namespace(sft=True), 4, {"steering": True})
-    check_packed(packed, 1, uses)
-    check_packed(packed, 2, {"steering": False})
-    check_packed(Namespace(sft=False), 2, uses)
+        check_packed(Namespace(sft=True), 4, "steering")
+    check_packed(packed, 1, "steering")
+    check_packed(Namespace(sft=False), 2, "steering")

@@ -4,8 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_moe_inject.evaluation import evaluator as evaluation_run
-from megatron_moe_inject.evaluation.evaluator import Evaluator, TrainingEvaluator
+from megatron_moe_inject.evaluation import training_evaluator
+from megatron_moe_inject.evaluation.evaluator import Evaluator
+from megatron_moe_inject.evaluation.training_evaluator import TrainingEvaluator
 from megatron_moe_inject.host.errors import (
     RecipeError,
 )
@@ -19,7 +20,7 @@ def evaluator(monkeypatch):
         raise RecipeError(f"evaluation: loss of code is not finite at iteration {iteration}")
 
     monkeypatch.setattr(Evaluator, "measured", measured)
-    monkeypatch.setattr(evaluation_run, "dist", SimpleNamespace(get_rank=lambda: 0))
+    monkeypatch.setattr(training_evaluator, "dist", SimpleNamespace(get_rank=lambda: 0))
     found = object.__new__(TrainingEvaluator)
     found._failed = None
     return found

@@ -3,10 +3,11 @@
 import pytest
 
 from megatron_moe_inject.evaluation.gate import judge
+from megatron_moe_inject.evaluation.section import EVALUATION, EvaluationSpec
 from megatron_moe_inject.host.errors import (
     RecipeError,
 )
-from megatron_moe_inject.recipe.schema import Domain, EvaluationSpec, Recipe
+from megatron_moe_inject.recipe.schema import Domain, Recipe
 from tests.harness.evaluations import evaluation
 
 CODER, OTHER = {"coder": "megatron:/ckpt/coder"}, {"coder": "megatron:/ckpt/other"}
@@ -15,7 +16,7 @@ BEGUN = evaluation({"loss": 3.0, "teacher": 2.0}, teachers=CODER)
 
 def ask(now, asks=True, **options):
     recipe = Recipe([Domain("code", [1], teacher="coder")], {})
-    recipe.evaluation = EvaluationSpec(gate=asks)
+    recipe.sections[EVALUATION.key] = EvaluationSpec(gate=asks)
     return judge(now, recipe, **{"begins": False} | options)
 
 

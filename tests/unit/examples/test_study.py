@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_moe_inject.data.section import MIXING
+from megatron_moe_inject.evaluation.section import EVALUATION
 from megatron_moe_inject.recipe.load import load_recipe
+from megatron_moe_inject.retention.section import RETENTION
+from megatron_moe_inject.routing.section import STEERING
 
 ROOT = Path(__file__).parents[3]
 sys.path.insert(0, str(ROOT / "examples" / "study"))
@@ -31,14 +35,14 @@ def test_every_arm_is_a_valid_recipe_that_says_what_its_name_says(arm, tmp_path)
     assert bool(domain.teacher) is taught
     assert (recipe.train.experts == "all") is arm.name.startswith("full")
     assert recipe.train.attention is recipe.train.embedding is (recipe.train.experts == "all")
-    assert recipe.mixing == ({"general": 0.1} if "mixing" in arm.name or "..." in arm.name else {})
+    assert recipe[MIXING] == ({"general": 0.1} if "mixing" in arm.name or "..." in arm.name else {})
     assert recipe.objective.gamma == (10 if "gamma" in arm.name or "..." in arm.name else 0)
-    retained = recipe.objective.retention
+    retained = recipe[RETENTION]
     assert (retained.experts > 0) is ("expert retention" in arm.name)
     assert (retained.l2 > 0) is ("L2" in arm.name)
-    assert (recipe.steering.coeff > 0) is ("steering" in arm.name)
+    assert (recipe[STEERING].coeff > 0) is ("steering" in arm.name)
     assert recipe.train.router is ("router" in arm.name or recipe.train.experts == "all")
-    assert recipe.evaluation is not None
+    assert recipe[EVALUATION] is not None
 
 
 def test_general_text_without_gamma_counts_by_cross_entropy_and_with_it_by_gamma_alone():

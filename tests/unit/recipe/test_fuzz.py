@@ -12,7 +12,7 @@ from megatron_moe_inject.recipe.load import dump_recipe, recipe_from_yaml
 from megatron_moe_inject.recipe.rules import validate
 from megatron_moe_inject.recipe.schedule import Schedule
 from megatron_moe_inject.recipe.schema import Domain, Objective, Recipe, TeacherSpec, Train
-from megatron_moe_inject.recipe.steering import Steering
+from megatron_moe_inject.routing.section import STEERING, Steering
 from tests.harness.recipes import text_with
 
 names = st.from_regex(r"[A-Za-z_-][A-Za-z0-9_-]{0,8}", fullmatch=True).filter(
@@ -117,7 +117,9 @@ def recipes(draw):
         report=draw(st.booleans()),
         detail_every=draw(st.integers(0, 1000)),
     )
-    return Recipe(domains, specs, objective, train, steering, verify_frozen=draw(st.booleans()))
+    sections = {STEERING.key: steering}
+    frozen = draw(st.booleans())
+    return Recipe(domains, specs, objective, train, verify_frozen=frozen, sections=sections)
 
 
 @given(recipes())
@@ -190,8 +192,8 @@ numeric = st.sampled_from(
         *("teachers.coder.temperature", "objective.temperature", "objective.alpha"),
         *("objective.alpha.points.0", "objective.beta.points.7", "objective.general_beta"),
         *("objective.gamma", "objective.ce_share", "objective.jsd_beta", "objective.skew"),
-        *("objective.features.hidden", "objective.features.experts.points.0"),
-        *("objective.retention.experts", "objective.retention.l2", "steering.coeff"),
+        *("imitation.hidden", "imitation.experts.points.0"),
+        *("retention.experts", "retention.l2", "steering.coeff"),
         *("steering.target_mass", "steering.balance", "steering.bias_counts", "mixing.general"),
         *("mixing.code.points.0", "mixing.math"),
     ]

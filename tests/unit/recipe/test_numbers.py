@@ -23,7 +23,7 @@ TEACHERS = {"coder": {"source": "hf:/a"}, "prose": {"source": "hf:/b"}}
         ({"domains.1.beta": 1e39}, "domains[1].beta: 1e+39 is too large"),
         ({"objective.gamma": 1e-40}, "objective.gamma: 1e-40 is too small"),
         ({"objective.alpha": {"points": {0: 0, 9: 1e39}}}, "objective.alpha.points.9: 1e+39 is"),
-        ({"objective.retention.l2": 1e300}, "objective.retention.l2: 1e+300 is too large"),
+        ({"retention.l2": 1e300}, "retention.l2: 1e+300 is too large"),
         ({"steering.coeff": {"points": {3: 1e-50}}}, "steering.coeff.points.3: 1e-50 is too small"),
         ({"steering.bias_counts": 1e-40}, "steering.bias_counts: 1e-40 is too small"),
         ({"steering.target_mass": 1e-40}, "steering.target_mass: 1e-40 is too small"),
@@ -56,7 +56,7 @@ def test_absurd_values_are_one_error(changes, message):
         ({"domains.0": "code"}, ["domains[0]: 'code'", "write {name: ..., data: ...}"]),
         ({"domains.0.experts": [3]}, ["[3] is not a", '{layers: {3: [0, 5]}}, or "3:0,5"']),
         ({"objective.alpha": "x"}, ["'x' is not a number or a schedule; write alpha: 0.5, or {po"]),
-        ({"objective.features": 1}, ["objective.features: 1 is not a mapping; write features: {"]),
+        ({"imitation": 1}, ["imitation: 1 is not a mapping; write imitation: {"]),
     ],
 )
 def test_a_section_that_is_none_says_what_it_takes(changes, parts):

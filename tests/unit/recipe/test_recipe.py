@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from megatron_moe_inject.evaluation.section import EVALUATION
 from megatron_moe_inject.recipe.expert_choice import ExpertChoice, parse_experts
 from megatron_moe_inject.recipe.load import dump_recipe, load_recipe, recipe_from_yaml
 from megatron_moe_inject.recipe.schedule import Schedule
@@ -441,11 +442,11 @@ def test_mistakes_of_the_file_are_not_blamed_on_overrides(tmp_path):
 
 
 def test_evaluation_is_off_unless_it_is_written():
-    assert recipe_from_yaml(text_with({})).evaluation is None
-    on = recipe_from_yaml(text_with({}), ["evaluation={}"]).evaluation
+    assert recipe_from_yaml(text_with({}))[EVALUATION] is None
+    on = recipe_from_yaml(text_with({}), ["evaluation={}"])[EVALUATION]
     assert (on.file, on.gate) == (None, True)
     changed = recipe_from_yaml(text_with({}), ["evaluation.gate=false", "evaluation.file=e.jsonl"])
-    assert (changed.evaluation.file, changed.evaluation.gate) == ("e.jsonl", False)
+    assert (changed[EVALUATION].file, changed[EVALUATION].gate) == ("e.jsonl", False)
     assert recipe_from_yaml(dump_recipe(changed)) == changed
     for override, part in (
         ("evaluation.gate=maybe", "evaluation.gate: 'maybe' is not true or false"),

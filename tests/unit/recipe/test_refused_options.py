@@ -2,7 +2,6 @@
 
 from argparse import Namespace
 
-from megatron_moe_inject.recipe.refused_options import in_use
 from megatron_moe_inject.recipe.student import check_recipe
 from tests.harness.recipes import facts, message_of, recipe
 
@@ -10,19 +9,19 @@ from tests.harness.recipes import facts, message_of, recipe
 def test_weights_in_parts_are_refused():
     """Megatron derives the number when it checks its flags; 1 is as good as none."""
     whole = Namespace(gtp_weight_remat_size=1, expert_gtp_weight_remat_size=1)
-    assert in_use(whole) == {}
+    check_recipe(recipe(1), facts(options=vars(whole)))
     for name, flag in (
         ("gtp_weight_remat_size", "--tensor-parallel-num-weight-shards"),
         ("expert_gtp_weight_remat_size", "--expert-tensor-parallel-num-weight-shards"),
     ):
-        found = facts(options=in_use(Namespace(**{name: 2})))
+        found = facts(options={name: 2})
         message = message_of(lambda found=found: check_recipe(recipe(1), found))
         assert message.startswith(f"{flag}: stores each weight in parts")
 
 
 def test_clipping_is_for_attention_that_trains_whole():
     """It changes weights behind the optimizer, and counts what the original's attention does."""
-    found = facts(options=in_use(Namespace(qk_clip=True)))
+    found = facts(options={"qk_clip": True})
     parts = ["train.layers=[0,1,2,3,4,5,6]", "train.patterns=['*self_attention*']"]
     for overrides in ([], parts):
         made = recipe(1, overrides=overrides)

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_moe_inject.data.splits import SplitRegistry
 from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.host.meeting import Meeting
 from megatron_moe_inject.recipe.load import recipe_from_flags, recipe_from_yaml
@@ -29,7 +28,13 @@ class Info:
 
 def made(train=(-1, 0), **info):
     return SimpleNamespace(
-        splits=SplitRegistry({"train": list(train)}), teacher_infos={"coder": Info(**info)}
+        describe=lambda: {
+            "--data-path (domains of train)": list(train),
+            **{
+                f"teachers.coder.source ({field})": value
+                for field, value in dataclasses.asdict(Info(**info)).items()
+            },
+        }
     )
 
 

@@ -1,7 +1,6 @@
 """Running means of teacher confidence: their definition, where they are kept, what they weigh."""
 
 from argparse import Namespace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,11 +8,13 @@ import torch
 from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.losses.committee import Committee, Member
 from megatron_moe_inject.losses.objective import SampleGroup, TermWeights
+from megatron_moe_inject.recipe.facts import StudentFacts
 from megatron_moe_inject.recipe.load import recipe_from_yaml
 from megatron_moe_inject.recipe.plan import Plan, render_plan
-from megatron_moe_inject.recipe.steering_rules import weighed_by_mean, weighed_by_token
+from megatron_moe_inject.recipe.run_part import RunContext
 from megatron_moe_inject.routing import setup
-from megatron_moe_inject.routing.setup import KEPT, SteeringSetup
+from megatron_moe_inject.routing.section import weighed_by_mean, weighed_by_token
+from megatron_moe_inject.routing.setup import KEPT, SteeringPart
 from megatron_moe_inject.teachers.confidence import LATEST, RunningConfidence
 
 GENERAL = -1
@@ -143,20 +144,21 @@ def test_a_mean_that_can_change_nothing_is_remarked():
 def begun(monkeypatch, stored, folder="/saved/iter_0000003", recipe=RECIPE):
     """A set-up that goes on from ``stored``, and Megatron's arguments."""
     monkeypatch.setattr(setup, "stored_argument", lambda args, name: (folder, stored))
-    facts = SimpleNamespace(num_moe_experts=4, moe_layers=[0, 1])
-    steering, args = SteeringSetup(recipe_from_yaml(recipe), facts), Namespace()
-    steering.begin_or_resume(args)
-    return steering, args
+    facts = StudentFacts(2, num_moe_experts=4, moe_layers=(0, 1))
+    args = Namespace(inject_dry_run=None, micro_batch_size=1, load=None)
+    run = RunContext("injection", recipe_from_yaml(recipe), args, facts, 8, {"train": []})
+    SteeringPart(run).prepare()
+    return run, args
 
 
 def test_means_are_kept_in_megatrons_arguments(monkeypatch):
     stored = {"kind": "label", "means": {"prose": [0.25, 7], "poems": [0.5, 9]}}
-    steering, args = begun(monkeypatch, stored)
+    run, args = begun(monkeypatch, stored)
     assert getattr(args, KEPT) == stored
-    assert steering.running.means == {1: 0.25, 2: 0.5}
-    assert not steering.warnings
-    steering.running.begin(7)
-    steering.running.end(torch.device("cpu"))
+    assert run.need(RunningConfidence).means == {1: 0.25, 2: 0.5}
+    assert not run.warnings
+    run.need(RunningConfidence).begin(7)
+    run.need(RunningConfidence).end(torch.device("cpu"))
     assert getattr(args, KEPT) == stored
 
 
@@ -169,17 +171,17 @@ def test_means_are_kept_in_megatrons_arguments(monkeypatch):
     ],
 )
 def test_what_a_checkpoint_lacks_begins_anew_and_is_said(monkeypatch, stored, named):
-    steering, _ = begun(monkeypatch, stored)
-    (remark,) = steering.warnings
+    run, _ = begun(monkeypatch, stored)
+    (remark,) = run.warnings
     assert f"iter_0000003 holds no mean label confidence in {named}, which begins" in remark
-    assert steering.running.means[1] == 1.0
+    assert run.need(RunningConfidence).means[1] == 1.0
 
 
 def test_a_new_run_and_one_without_windows_say_nothing(monkeypatch):
     assert not begun(monkeypatch, None, folder=None)[0].warnings
-    steering, args = begun(monkeypatch, None, recipe=RECIPE.replace(", window: 2", ""))
-    assert steering.running is None
-    assert args == Namespace()
+    run, args = begun(monkeypatch, None, recipe=RECIPE.replace(", window: 2", ""))
+    assert run.get(RunningConfidence) is None
+    assert not hasattr(args, KEPT)
 
 
 @pytest.mark.parametrize("damage", [[], ["x", 1], [float("nan"), 1], [0.5, -1], None])

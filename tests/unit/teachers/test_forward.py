@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from megatron_moe_inject.losses.spec import LogitTransform
-from megatron_moe_inject.teachers import Teacher, shared_forward
+from megatron_moe_inject.teachers import Teacher
+from megatron_moe_inject.teachers.forward import shared_forward
 
 
 class Echo:

@@ -17,8 +17,8 @@ from megatron_moe_inject.teachers import (
     Teacher,
     huggingface,
     load_teacher,
-    shared_forward,
 )
+from megatron_moe_inject.teachers.forward import shared_forward
 from tests.harness.huggingface import IDS, SIZES, check, save
 
 transformers = pytest.importorskip("transformers")

@@ -11,6 +11,7 @@ import pytest
 from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.teachers.base import Source, padded_rows
 from megatron_moe_inject.teachers.setup import excluded_ids
+from megatron_moe_inject.teachers.sources import parse_source
 from megatron_moe_inject.teachers.tokenizer_files import (
     UnreadableTokenizer,
     read_added_tokens,
@@ -195,7 +196,7 @@ def test_without_any_size_nothing_is_compared_and_told_so():
 @pytest.mark.parametrize("text", ["", "coder", "store:/tmp", "megatron:", "hf: ", "/tmp"])
 def test_other_sources_are_refused(text):
     with pytest.raises(RecipeError, match="write megatron:/dir or hf:/dir"):
-        Source.parse("coder", text)
+        parse_source("coder", text)
 
 
 def test_head_rows_are_views_inside_and_zero_beyond_the_vocabulary():

@@ -1,6 +1,7 @@
 """Samples of router logits: which tokens, and the file beside the profile."""
 
 import json
+from argparse import Namespace
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from megatron_moe_inject.experts.choose.profile_file import (
     read_profile,
     write_profile,
 )
-from megatron_moe_inject.experts.choose.profile_setup import ProfileSetup
+from megatron_moe_inject.experts.choose.profile_setup import ProfilePart
 from megatron_moe_inject.experts.choose.router_logits import (
     LogitSample,
     LogitSampler,
@@ -23,8 +24,10 @@ from megatron_moe_inject.experts.choose.router_logits import (
     write_logits,
 )
 from megatron_moe_inject.host.errors import RecipeError
+from megatron_moe_inject.recipe.entries import SPLITS
 from megatron_moe_inject.recipe.facts import StudentFacts
 from megatron_moe_inject.recipe.load import recipe_from_yaml
+from megatron_moe_inject.recipe.run_part import RunContext
 from tests.harness.profiles import profile
 from tests.harness.recipes import text_with
 
@@ -208,11 +211,19 @@ def test_a_sample_has_a_size():
 
 
 def test_more_logits_than_a_sample_holds_are_refused_at_start(tmp_path):
-    args = SimpleNamespace(inject_profile=str(tmp_path / "p.json"), inject_profile_logits=10**11)
+    args = Namespace(
+        inject_profile=str(tmp_path / "p.json"),
+        inject_profile_logits=10**11,
+        inject_dry_run=None,
+        micro_batch_size=1,
+        load=None,
+    )
     facts = StudentFacts(2, num_moe_experts=8, moe_layers=(0, 1), mock_data=True)
     recipe = recipe_from_yaml(text_with({"domains.0.data": [0], "domains.1": ...}))
+    labels = {split: [0] for split in SPLITS}
+    run = RunContext("injection", recipe, args, facts, 8, labels)
     most = most_tokens(classes=2, layers=2, experts=8)
     with pytest.raises(RecipeError, match=f"100000000000 tokens .* write {most} or less"):
-        ProfileSetup(recipe, args, facts, ["train"])
+        ProfilePart(run)
     args.inject_profile_logits = most
-    ProfileSetup(recipe, args, facts, ["train"])
+    ProfilePart(run)

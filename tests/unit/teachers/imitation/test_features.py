@@ -17,10 +17,10 @@ from megatron_moe_inject.losses.features import (
     feature_loss,
     proportional_layer,
 )
-from megatron_moe_inject.recipe.rules import FEATURE_LOSSES as RECIPE_LOSSES
 from megatron_moe_inject.teachers.imitation.exchange import FeatureExchange, LayerStates
 from megatron_moe_inject.teachers.imitation.hook import ImitationHook
 from megatron_moe_inject.teachers.imitation.projections import Projections
+from megatron_moe_inject.teachers.imitation.section import LOSSES as RECIPE_LOSSES
 from megatron_moe_inject.teachers.imitation.terms import ImitationTerm
 from tests.harness.steps import step_of
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
 
 from megatron_moe_inject.recipe.schedule import Schedule, ever_positive
-
-if TYPE_CHECKING:
-    pass
-
+from megatron_moe_inject.recipe.section import Section
 
 PLACES = ("device", "host")
 """Where the original values of what trains can be kept."""
@@ -17,7 +13,7 @@ PLACES = ("device", "host")
 
 @dataclass
 class Retention:
-    """Retentions without a pass of the original model, beside gamma or alone.
+    """Retentions without a pass of the original model, beside ``objective.gamma`` or alone.
 
     A weight is a number or a schedule, as in ``Objective``.
 
@@ -27,13 +23,18 @@ class Retention:
             over all general tokens and over the layers with experts that train.
         l2: weight of half the squared distance of all that trains from where it began.
         originals: where the original values of what trains are kept, for gamma and the routers'
-            retention too: one of ``PLACES``.
+            retention too: ``device`` or ``host``.
     """
 
     experts: float | Schedule = 0.0
     l2: float | Schedule = 0.0
-    originals: str = "device"
+    originals: str = field(default="device", metadata={"choices": PLACES})
 
     def in_use(self) -> list[str]:
         """Names of the terms whose weight is ever above 0."""
         return [name for name in ("experts", "l2") if ever_positive(getattr(self, name))]
+
+
+RETENTION: Section[Retention] = Section(
+    "retention", Retention, Retention, "What trains held to its start, see Retention."
+)

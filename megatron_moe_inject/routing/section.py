@@ -1,14 +1,12 @@
-"""The part of a recipe that steers tokens to experts, and its rules."""
+"""The part of a recipe that steers tokens to experts, and what weighs tokens in it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from megatron_moe_inject.recipe.schedule import Schedule, ever_positive
-
-if TYPE_CHECKING:
-    pass
+from megatron_moe_inject.recipe.schema import Recipe
+from megatron_moe_inject.recipe.section import Section
 
 STOCK_BALANCES = ("general", "all")
 STEERING_CONFIDENCES = ("none", "label", "top")
@@ -45,9 +43,9 @@ class Steering:
     coeff: float | Schedule = 0.0
     target_mass: float = 0.5
     layers: list[int] = field(default_factory=list)
-    confidence: str = "none"
+    confidence: str = field(default="none", metadata={"choices": STEERING_CONFIDENCES})
     balance: float | Schedule = 0.01
-    stock_balance: str = "general"
+    stock_balance: str = field(default="general", metadata={"choices": STOCK_BALANCES})
     bias_counts: float = 0.0
     retention: float | Schedule = 0.0
     report: bool = False
@@ -67,3 +65,30 @@ class Steering:
     def watches(self) -> bool:
         """Whether the log shows where tokens go."""
         return self.steers or self.retains or self.report
+
+
+STEERING: Section[Steering] = Section(
+    "steering", Steering, Steering, "Domain tokens to their domain's experts, see Steering."
+)
+
+
+def weighed_by_token(recipe: Recipe) -> list[str]:
+    """Names of the steered domains whose tokens have a confidence each."""
+    return _weighed(recipe, windowed=False)
+
+
+def weighed_by_mean(recipe: Recipe) -> list[str]:
+    """Names of the steered domains whose tokens all have the mean confidence of earlier steps."""
+    return _weighed(recipe, windowed=True)
+
+
+def _weighed(recipe: Recipe, *, windowed: bool) -> list[str]:
+    steering = recipe[STEERING]
+    if not steering.steers or steering.confidence == "none":
+        return []
+    return [
+        domain.name
+        for domain in recipe.domains
+        if any(layer in steering.layers or not steering.layers for layer in domain.experts.layers)
+        and any(recipe.teachers[name].window for name in domain.teacher_weights) == windowed
+    ]

@@ -1,0 +1,96 @@
+"""Mixing as a feature: the shares of domains and general data in the training blend."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from megatron_moe_inject.data.section import MIXING, scheduled
+from megatron_moe_inject.host.errors import fail, suggest
+from megatron_moe_inject.host.text import table
+from megatron_moe_inject.recipe.facts import StudentFacts
+from megatron_moe_inject.recipe.feature import Feature, RefusedBeside
+from megatron_moe_inject.recipe.fields import check_weight
+from megatron_moe_inject.recipe.numbers import SHARES, check_bounds
+from megatron_moe_inject.recipe.refused_options import Refusal
+from megatron_moe_inject.recipe.run_kinds import EVALUATION, INJECTION, PROFILE
+from megatron_moe_inject.recipe.schedule import (
+    Schedule,
+    ever_positive,
+    highest,
+    show_weight,
+    value_at,
+)
+from megatron_moe_inject.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from megatron_moe_inject.recipe.run_part import RunContext, RunPart
+
+_NOT_BY_POSITION = "does not take samples in the order of their iterations"
+_NO_SCHEDULE = (
+    Refusal("dataloader_type", _NOT_BY_POSITION, value="cyclic"),
+    Refusal("dataloader_type", "leaves Megatron's blend out", value="external"),
+    Refusal("phase_transition_iterations", "counts samples anew in each phase"),
+    Refusal("decrease_batch_size_if_needed", "lets the batch size depend on the number of ranks"),
+)
+
+
+class Mixing(Feature):
+    """``mixing``: shares of the blend, also such that change by iteration."""
+
+    section = MIXING
+    runs = (INJECTION, EVALUATION, PROFILE)
+    refuses = (
+        RefusedBeside(
+            _NO_SCHEDULE,
+            "mixing with a schedule",
+            lambda recipe, facts: scheduled(recipe),
+            "set the shares of mixing to numbers",
+        ),
+    )
+
+    def rules(self, recipe: Recipe) -> None:
+        """Shares of classes that there are, each in [0, 1], and at most 1 in sum."""
+        known = ["general", *(domain.name for domain in recipe.domains)]
+        shares, points = recipe[MIXING], {0}
+        for name, share in shares.items():
+            key = f"mixing.{name}"
+            if name not in known:
+                remedy = suggest(name, known, "it may name")
+                raise fail(key, share, "is the share of no domain", remedy)
+            if isinstance(share, Schedule):
+                check_weight(key, share)
+                points |= set(share.points)
+                if highest(share) > 1:
+                    raise fail(key, highest(share), "is not in [0, 1]", "write shares such as 0.1")
+                if not ever_positive(share):
+                    remedy = "remove the data or its share"
+                    raise fail(key, share, "is 0 at every iteration", remedy)
+            elif not 0 < share <= 1:
+                raise fail(key, share, "is not in (0, 1]", "write a share such as 0.1")
+            else:
+                check_bounds(key, share, SHARES)
+        for iteration in sorted(points):
+            if sum(value_at(share, iteration) for share in shares.values()) > 1 + 1e-6:
+                where = "" if points == {0} else f" at iteration {iteration}"
+                raise fail("mixing", shares, f"is more than 1 in sum{where}", "lower the shares")
+
+    def plan_lines(self, recipe: Recipe, facts: StudentFacts | None) -> dict[str, list[str]]:
+        """The shares asked for, in the order of the domains."""
+        shares = recipe[MIXING]
+        names = [*(domain.name for domain in recipe.domains), "general"]
+        asked: list[tuple[str, Any]] = [(name, shares[name]) for name in names if name in shares]
+        rows = [(f"({n})" if n == "general" else n, "=", show_weight(share)) for n, share in asked]
+        return {"mixing": table(rows)} if rows else {}
+
+    def start(self, run: RunContext) -> RunPart | None:
+        """Give the blend its weights, and where they change its order."""
+        from megatron_moe_inject.data.mixing import mix, mix_held_out
+        from megatron_moe_inject.data.scheduled_blend import BlendSchedule
+
+        if run.kind != INJECTION:
+            mix_held_out(run.recipe, run.args, run.facts)
+            return None
+        order = mix(run.recipe, run.args, run.facts)
+        if order is None:
+            return None
+        return BlendSchedule(order, run.facts.data_paths["train"], run.args)

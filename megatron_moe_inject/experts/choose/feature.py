@@ -1,0 +1,25 @@
+"""Recording a routing profile as a feature, beside training or alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron_moe_inject.recipe import run_kinds
+from megatron_moe_inject.recipe.feature import Feature
+
+if TYPE_CHECKING:
+    from megatron_moe_inject.recipe.run_part import RunContext, RunPart
+
+
+class ProfileFeature(Feature):
+    """``--inject-profile``: how each class of data is routed."""
+
+    runs = (run_kinds.INJECTION, run_kinds.PROFILE)
+
+    def start(self, run: RunContext) -> RunPart | None:
+        """Look for room in memory and on disk."""
+        if run.args.inject_profile is None:
+            return None
+        from megatron_moe_inject.experts.choose.profile_setup import ProfilePart
+
+        return ProfilePart(run)

@@ -1,0 +1,37 @@
+"""All features, in the order in which they start, attach and take part in a step.
+
+A new feature is one line here; a package of its own adds one as an entry point of the group
+``megatron_moe_inject.features`` and a script by ``FEATURES.register``.
+"""
+
+from __future__ import annotations
+
+from megatron_moe_inject.host.registry import Registry
+from megatron_moe_inject.recipe.feature import Feature
+from megatron_moe_inject.recipe.section import Section
+
+FEATURES: Registry[Feature] = Registry(
+    "megatron_moe_inject.features",
+    {
+        "mixing": "megatron_moe_inject.data.feature:Mixing",
+        "train": "megatron_moe_inject.experts.train.feature:Freezing",
+        "originals": "megatron_moe_inject.retention.feature:Originals",
+        "report": "megatron_moe_inject.evaluation.report.feature:ReportFeature",
+        "evaluation": "megatron_moe_inject.evaluation.feature:EvaluationFeature",
+        "teachers": "megatron_moe_inject.teachers.feature:Teachers",
+        "objective": "megatron_moe_inject.objective:ObjectiveFeature",
+        "imitation": "megatron_moe_inject.teachers.imitation.feature:ImitationFeature",
+        "progress": "megatron_moe_inject.recipe.progress:ProgressFeature",
+        "profile": "megatron_moe_inject.experts.choose.feature:ProfileFeature",
+        "router_rows": "megatron_moe_inject.routing.feature:RouterRowsFeature",
+        "steering": "megatron_moe_inject.routing.feature:SteeringFeature",
+        "retention": "megatron_moe_inject.retention.feature:RetentionFeature",
+        "stages": "megatron_moe_inject.experts.train.feature:ForwardStages",
+    },
+)
+"""What a feature needs of another comes before it."""
+
+
+def sections() -> dict[str, Section]:
+    """The features' sections of a recipe, by key."""
+    return {f.section.key: f.section for f in FEATURES if f.section is not None}

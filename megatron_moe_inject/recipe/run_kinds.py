@@ -1,0 +1,3 @@
+"""Kinds of runs: one that trains, and two that only evaluate."""
+
+INJECTION, EVALUATION, PROFILE = "injection", "evaluation", "profile"

@@ -1,0 +1,85 @@
+"""Kinds of teachers, by the word that begins a recipe's ``source``.
+
+A new kind is one module and one line here; a package of its own adds one as an entry point of the
+group ``megatron_moe_inject.teachers`` and a script by ``SOURCES.register``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_moe_inject.host.registry import Registry
+
+if TYPE_CHECKING:
+    import torch
+
+    from megatron_moe_inject.teachers.base import Source, Teacher, TeacherInfo
+    from megatron_moe_inject.teachers.vocabulary import Vocabulary
+
+
+class SourceKind:
+    """How teachers of one kind are found and loaded.
+
+    Attributes:
+        example: what a source of this kind looks like.
+        is_folder: what stands behind the colon is a directory of this machine.
+        takes_fp8: ``TeacherSpec.fp8`` may be more than ``none``.
+    """
+
+    example: str
+    is_folder: bool = True
+    takes_fp8: bool = False
+
+    def check(
+        self, source: Source, student: Vocabulary, prefix: str | Sequence[int]
+    ) -> TeacherInfo:
+        """What can be known without loading; see ``teachers.check_teacher``."""
+        raise NotImplementedError
+
+    def load(
+        self,
+        source: Source,
+        *,
+        params_dtype: torch.dtype,
+        device: torch.device,
+        resets_documents: bool,
+        fp8: str,
+    ) -> Teacher:
+        """A whole teacher on this rank; see ``teachers.load_teacher``."""
+        raise NotImplementedError
+
+
+SOURCES: Registry[SourceKind] = Registry(
+    "megatron_moe_inject.teachers",
+    {
+        "megatron": "megatron_moe_inject.teachers.megatron:MegatronSource",
+        "hf": "megatron_moe_inject.teachers.huggingface:HuggingFaceSource",
+    },
+)
+
+
+def examples() -> str:
+    """What a source may look like, nothing imported, as in ``megatron:/dir or hf:/dir``."""
+    return " or ".join(f"{name}:/dir" for name in SOURCES.names())
+
+
+def parse_source(name: str, text: str) -> Source:
+    """Split ``kind:/dir``.
+
+    Args:
+        name: of the teacher in the recipe.
+
+    Raises:
+        RecipeError: another kind, or no existing directory behind one that needs it.
+    """
+    from megatron_moe_inject.teachers.base import Source
+
+    kind, colon, path = text.partition(":")
+    source = Source(name, text, kind, Path(path.strip()).expanduser())
+    if kind not in SOURCES or not colon or not path.strip():
+        raise source.error("is no teacher source", f"write {examples()}")
+    if SOURCES[kind].is_folder and not source.path.is_dir():
+        raise source.error("is no directory on this machine", "name an existing directory")
+    return source
