@@ -26,11 +26,12 @@ logged() { # LOG COMMAND...: shows the end of the log when the command fails
   "$@" >"$log" 2>&1 || { tail -n 25 "$log" >&2; echo "failed; the whole log is $log" >&2; exit 1; }
 }
 
-progress() { # LOG: how far the run that writes it is, now and then, for ever
-  local step
-  while sleep 15 >/dev/null 2>&1; do
-    step=$(grep -oE 'iteration +[0-9]+/ +[0-9]+ \|' "$1" 2>/dev/null | tail -n 1 | tr -dc '0-9/' || true)
-    [ -z "$step" ] || say "  step ${step/\// of }"
+progress() { # LOG: what the run that writes it last said of its progress, every few seconds
+  local line last=
+  while sleep 5 >/dev/null 2>&1; do
+    line=$(grep -aE '^(training: step |evaluation at|frozen check)' "$1" 2>/dev/null | tail -n 1 || true)
+    [ "$line" = "$last" ] || say "  ${line#training: }"
+    last=$line
   done
 }
 

@@ -25,6 +25,7 @@ from megatron.training.arguments import core_transformer_config_from_args, parse
 
 from megatron_moe_inject.host import compat
 from megatron_moe_inject.host.batches import datasets_provider, get_batch, packed_seq_params
+from megatron_moe_inject.host.run_arguments import OWN_ENTRY
 
 SPIKE_FACTOR = 10
 """A loss this many times the largest so far is reported under ``--check-for-spiky-loss``."""
@@ -161,6 +162,7 @@ def main() -> None:
     """Parse Megatron's flags and train."""
     training_loop, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
+    setattr(args, OWN_ENTRY, True)
     try:
         check_supported(args)
     except ValueError as error:

@@ -24,7 +24,8 @@ from megatron_moe_inject.recipe.schema import DIVERGENCES, Recipe
 _OBJECTIVE = ("alpha", "beta", "general_beta", "gamma", "temperature", "divergence")
 _PLAIN = ("teacher", "domain_data", "domain_name", "experts", *_OBJECTIVE, "train_router")
 _PROFILE = ("profile", "profile_coselections", "profile_logits")
-_RUN = ("dry_run", "from_scratch", "verify_frozen", "verify_inputs", *_PROFILE, "evaluate")
+_CHECKS = ("from_scratch", "verify_frozen", "verify_inputs")
+_RUN = ("dry_run", "progress", *_CHECKS, *_PROFILE, "evaluate")
 _FLAG_OF_KEY = (
     (r"domains\[0\]\.experts\.layers\.(\d+)", r"--inject-experts (layer \1)"),
     (r"domains\[0\]\.experts(\.layers)?", "--inject-experts"),
@@ -59,6 +60,11 @@ def add_inject_arguments(parser: ArgumentParser) -> ArgumentParser:
             "verify-inputs",
             "At start, check the files of teachers against SHA256SUMS in their folders or "
             "FILE.sha256 beside them; the student's checkpoint too, where it has some.",
+        ),
+        (
+            "progress",
+            "Show the time left and the losses: a bar on a terminal, else a line after "
+            "each of Megatron's. Our own entry does so by itself.",
         ),
         ("train-router", "Without a recipe: train the routers as well."),
     ):

@@ -1,23 +1,27 @@
-"""Progress on a terminal, as a feature of runs that only evaluate."""
+"""Progress as a feature: steps, the time left, the losses."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from megatron_moe_inject.host.run_arguments import OWN_ENTRY
 from megatron_moe_inject.recipe.feature import Feature
-from megatron_moe_inject.recipe.run_kinds import PROFILE
+from megatron_moe_inject.recipe.run_kinds import EVALUATION, INJECTION, PROFILE
 
 if TYPE_CHECKING:
     from megatron_moe_inject.recipe.run_part import RunContext, RunPart
 
 
 class ProgressFeature(Feature):
-    """A bar over the steps."""
+    """``--inject-progress``, runs of our own entry, and all runs that only evaluate."""
 
-    runs = (PROFILE,)
+    runs = (INJECTION, EVALUATION, PROFILE)
 
     def start(self, run: RunContext) -> RunPart | None:
-        """Nothing is drawn before the first step."""
-        from megatron_moe_inject.recipe.progress_part import ProgressPart
+        """Nothing is shown before the first step."""
+        from megatron_moe_inject.recipe.progress_part import EvaluationProgress, TrainingProgress
 
-        return ProgressPart(run)
+        if run.kind != INJECTION:
+            return EvaluationProgress(run)
+        shown = run.args.inject_progress or getattr(run.args, OWN_ENTRY, False)
+        return TrainingProgress(run) if shown else None

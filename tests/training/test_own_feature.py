@@ -6,6 +6,7 @@ script would.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -164,6 +165,7 @@ def test_they_take_part_in_a_run(one):
         one.losses("kd loss/code") if "kd loss/code" in one.iterations[0] else one.losses("kd loss")
     )
     assert kd[-1] < kd[0]
+    assert re.search(r"training: step 2 of 4, \d+:\d\d left, .*kd loss ", one.output)
     counted = [line for line in one.output.splitlines() if line.startswith("counted: ")]
     assert len(counted) == 1
     assert int(counted[0].split()[1]) > 0
