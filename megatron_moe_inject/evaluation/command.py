@@ -11,6 +11,7 @@ import argparse
 
 from megatron_moe_inject.evaluation.comparison import compare
 from megatron_moe_inject.evaluation.evaluation_file import read_evaluation
+from megatron_moe_inject.host.commands import Commands, add_command
 from megatron_moe_inject.host.files import replace_file
 
 _EXAMPLES = """examples:
@@ -28,33 +29,31 @@ Of a run's list (.jsonl), BEFORE is its first line and AFTER its last.
 """
 
 
-def add_commands(commands: argparse._SubParsersAction) -> None:
+def add_commands(commands: Commands) -> None:
     """Add both commands to ``moe-inject``; ``run`` takes the options and returns the text,
     ``evaluates`` takes them and returns our flags for a run that only evaluates."""
-    evaluate = commands.add_parser(
+    evaluate = add_command(
+        commands,
         "evaluate",
-        help="measure a student and its teachers on held-out text",
-        description="Measure the student of a training command, and the teachers of a recipe, on "
+        "measure a student and its teachers on held-out text",
+        "Measure the student of a training command, and the teachers of a recipe, on "
         "the validation data of each domain and of general data. Nothing is trained.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        _EXAMPLES,
+        evaluates=_evaluate,
     )
-    evaluate.set_defaults(evaluates=_evaluate)
     evaluate.add_argument("recipe", metavar="RECIPE", help="a recipe file (YAML)")
     evaluate.add_argument("--output", metavar="FILE", required=True, help="the evaluation (JSON)")
     evaluate.add_argument("--cpu", action="store_true", help="gloo processes without a GPU")
 
-    comparison = commands.add_parser(
+    comparison = add_command(
+        commands,
         "compare",
-        help="two evaluations of the same text side by side",
-        description="Set two evaluations of the same text side by side, with paired bootstrap "
+        "two evaluations of the same text side by side",
+        "Set two evaluations of the same text side by side, with paired bootstrap "
         "intervals and the share of the teacher's lead that was taken over.",
-        epilog=_COMPARE_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        _COMPARE_EXAMPLES,
+        run=_compare,
     )
-    comparison.set_defaults(run=_compare)
     comparison.add_argument("before", metavar="BEFORE", help="an evaluation (JSON), or a .jsonl")
     comparison.add_argument("after", metavar="AFTER", help="an evaluation (JSON), or a .jsonl")
     comparison.add_argument("--output", metavar="FILE", help="write the table (Markdown) here too")

@@ -22,6 +22,7 @@ from megatron_moe_inject.experts.choose.routing_profile import (
     ClassStatistics,
     RoutingProfile,
 )
+from megatron_moe_inject.host.commands import Commands, add_command
 from megatron_moe_inject.host.errors import (
     RecipeError,
     listing,
@@ -41,18 +42,17 @@ _EXAMPLES = """examples:
 """
 
 
-def add_commands(commands: argparse._SubParsersAction) -> None:
+def add_commands(commands: Commands) -> None:
     """Add the command to ``moe-inject``; ``run`` of the parsed options returns the text."""
-    report = commands.add_parser(
+    report = add_command(
+        commands,
         "routing-report",
-        help="compare the student's routing before and after training",
-        description="Compare two routing profiles of one student: a table by class of data and "
+        "compare the student's routing before and after training",
+        "Compare two routing profiles of one student: a table by class of data and "
         "layer and, if asked for, heat maps.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        _EXAMPLES,
+        run=_report,
     )
-    report.set_defaults(run=_report)
     report.add_argument("before", metavar="BEFORE", help="a routing profile (JSON)")
     report.add_argument("after", metavar="AFTER", help="another, of the same student later")
     report.add_argument("--domain", metavar="NAME", help="class of the profiles (default: the one)")

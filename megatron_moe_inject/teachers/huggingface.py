@@ -150,9 +150,15 @@ def check(
 
 
 def load(
-    source: Source, *, params_dtype: torch.dtype, device: torch.device, resets_documents: bool
+    source: Source,
+    *,
+    params_dtype: torch.dtype,
+    device: torch.device,
+    resets_documents: bool,
+    fp8: str = "none",
 ) -> HuggingFaceTeacher:
     """Load and probe the folder's model on ``device``; see ``teachers.load_teacher``."""
+    assert fp8 == "none", "the rules of a recipe refuse it"
     config = _config(source)
     _stored_shapes(source)
     with untouched_rng(device):
@@ -441,28 +447,6 @@ def _damaged(source: Source, path: Path, error: Exception):
     return source.error(f"cannot be read at {path}: {_first_line(error)}", "copy it again")
 
 
-class HuggingFaceSource(SourceKind):
+def source_kind() -> SourceKind:
     """``hf:/dir``: a folder of any causal language model that ``transformers`` loads."""
-
-    example = "hf:/dir"
-
-    def check(
-        self, source: Source, student: vocabulary.Vocabulary, prefix: str | Sequence[int]
-    ) -> TeacherInfo:
-        """See ``SourceKind``."""
-        return check(source, student, prefix)
-
-    def load(
-        self,
-        source: Source,
-        *,
-        params_dtype: torch.dtype,
-        device: torch.device,
-        resets_documents: bool,
-        fp8: str,
-    ) -> HuggingFaceTeacher:
-        """See ``SourceKind``."""
-        assert fp8 == "none", "the rules of a recipe refuse it"
-        return load(
-            source, params_dtype=params_dtype, device=device, resets_documents=resets_documents
-        )
+    return SourceKind("hf:/dir", check, load)

@@ -172,9 +172,13 @@ def load(
     *,
     params_dtype: torch.dtype,
     device: torch.device,
+    resets_documents: bool,
     fp8: str = "none",
 ) -> MegatronTeacher:
-    """Build the checkpoint's model on ``device`` and fill it; see ``teachers.load_teacher``."""
+    """Build the checkpoint's model on ``device`` and fill it; see ``teachers.load_teacher``.
+
+    ``resets_documents`` needs no check: positions and masks are Megatron's own.
+    """
     checkpoint = TorchDistCheckpoint.open(source)
     precision = fp8_context(source, checkpoint.args, fp8, device)
     megatron_args.refuse_unsupported(source, checkpoint.args)
@@ -372,26 +376,6 @@ def _pieces(model: torch.nn.Module, layout: dict[str, Any]) -> list[Piece]:
     ]
 
 
-class MegatronSource(SourceKind):
+def source_kind() -> SourceKind:
     """``megatron:/dir``: a ``torch_dist`` checkpoint of a dense GPT model."""
-
-    example = "megatron:/dir"
-    takes_fp8 = True
-
-    def check(
-        self, source: Source, student: vocabulary.Vocabulary, prefix: str | Sequence[int]
-    ) -> TeacherInfo:
-        """See ``SourceKind``."""
-        return check(source, student, prefix)
-
-    def load(
-        self,
-        source: Source,
-        *,
-        params_dtype: torch.dtype,
-        device: torch.device,
-        resets_documents: bool,
-        fp8: str,
-    ) -> MegatronTeacher:
-        """See ``SourceKind``; positions and masks are Megatron's own, so that nothing is asked."""
-        return load(source, params_dtype=params_dtype, device=device, fp8=fp8)
+    return SourceKind("megatron:/dir", check, load, takes_fp8=True)

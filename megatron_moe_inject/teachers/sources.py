@@ -6,56 +6,44 @@ group ``megatron_moe_inject.teachers`` and a script by ``SOURCES.register``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_moe_inject.host.registry import Registry
 
 if TYPE_CHECKING:
-    import torch
-
     from megatron_moe_inject.teachers.base import Source, Teacher, TeacherInfo
     from megatron_moe_inject.teachers.vocabulary import Vocabulary
 
 
+@dataclass(frozen=True)
 class SourceKind:
     """How teachers of one kind are found and loaded.
 
     Attributes:
         example: what a source of this kind looks like.
+        check: of source, student's vocabulary and prefix: what can be known without loading; see
+            ``loading.check_teacher``.
+        load: of the source, and by name ``params_dtype``, ``device``, ``resets_documents`` and
+            ``fp8``: a whole teacher on this rank; see ``loading.load_teacher``.
         is_folder: what stands behind the colon is a directory of this machine.
         takes_fp8: ``TeacherSpec.fp8`` may be more than ``none``.
     """
 
     example: str
+    check: Callable[[Source, Vocabulary, str | Sequence[int]], TeacherInfo]
+    load: Callable[..., Teacher]
     is_folder: bool = True
     takes_fp8: bool = False
-
-    def check(
-        self, source: Source, student: Vocabulary, prefix: str | Sequence[int]
-    ) -> TeacherInfo:
-        """What can be known without loading; see ``teachers.check_teacher``."""
-        raise NotImplementedError
-
-    def load(
-        self,
-        source: Source,
-        *,
-        params_dtype: torch.dtype,
-        device: torch.device,
-        resets_documents: bool,
-        fp8: str,
-    ) -> Teacher:
-        """A whole teacher on this rank; see ``teachers.load_teacher``."""
-        raise NotImplementedError
 
 
 SOURCES: Registry[SourceKind] = Registry(
     "megatron_moe_inject.teachers",
     {
-        "megatron": "megatron_moe_inject.teachers.megatron:MegatronSource",
-        "hf": "megatron_moe_inject.teachers.huggingface:HuggingFaceSource",
+        "megatron": "megatron_moe_inject.teachers.megatron:source_kind",
+        "hf": "megatron_moe_inject.teachers.huggingface:source_kind",
     },
 )
 

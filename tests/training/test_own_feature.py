@@ -119,24 +119,24 @@ class ConstantTeacher(Teacher):
         return rows
 
 
-class ConstantSource(SourceKind):
-    """``constant:ID``."""
+VOCABULARY = 127
 
-    example = "constant:7"
-    is_folder = False
-    vocab_size = 127
 
-    def check(self, source, student, prefix):
-        return TeacherInfo(
-            name=source.name, source=source.text, kind=source.kind, path=str(source.path),
-            architecture="constant", num_layers=1, hidden_size=2, vocab_rows=self.vocab_size,
-            vocab_size=self.vocab_size, parameters=2 * self.vocab_size, max_positions=None,
-            vocabulary="compared by nobody",
-        )  # fmt: skip
+def check_constant(source, student, prefix):
+    return TeacherInfo(
+        name=source.name, source=source.text, kind=source.kind, path=str(source.path),
+        architecture="constant", num_layers=1, hidden_size=2, vocab_rows=VOCABULARY,
+        vocab_size=VOCABULARY, parameters=2 * VOCABULARY, max_positions=None,
+        vocabulary="compared by nobody",
+    )  # fmt: skip
 
-    def load(self, source, *, params_dtype, device, resets_documents, fp8):
-        liked = int(str(source.path))
-        return ConstantTeacher(source.name, self.vocab_size, liked, params_dtype, device)
+
+def load_constant(source, *, params_dtype, device, resets_documents, fp8):
+    liked = int(str(source.path))
+    return ConstantTeacher(source.name, VOCABULARY, liked, params_dtype, device)
+
+
+CONSTANT = SourceKind("constant:7", check_constant, load_constant, is_folder=False)
 
 
 def run(material, *extra, recipe=RECIPE, script=("-m", __name__), **layout):
@@ -212,7 +212,7 @@ def test_without_them_the_package_knows_neither():
     with FEATURES.registered("counting", CountingFeature()):
         with pytest.raises(ValueError, match="'constant:7' is no source"):
             recipe_from_yaml(text)
-        with SOURCES.registered("constant", ConstantSource()):
+        with SOURCES.registered("constant", CONSTANT):
             assert recipe_from_yaml(text)[COUNTING].unit == "domain"
         with pytest.raises(ValueError, match="there already"):
             FEATURES.register("steering", CountingFeature())
@@ -223,5 +223,5 @@ if __name__ == "__main__":
     from megatron_moe_inject.host import gpt_entry
 
     FEATURES.register("counting", CountingFeature())
-    SOURCES.register("constant", ConstantSource())
+    SOURCES.register("constant", CONSTANT)
     gpt_entry.main()

@@ -30,6 +30,7 @@ from megatron_moe_inject.evaluation.report.page import Code, Picture, Section, T
 from megatron_moe_inject.evaluation.report.run_file import FILE, Start, Step, read_run
 from megatron_moe_inject.experts.choose.profile_file import read_profile
 from megatron_moe_inject.experts.choose.routing_profile import GENERAL_CLASS, RoutingProfile
+from megatron_moe_inject.host.commands import Commands, add_command
 from megatron_moe_inject.host.errors import (
     RecipeError,
     show,
@@ -51,18 +52,17 @@ RUN is the --save folder of a run whose recipe has evaluation: {}. It may be run
 """
 
 
-def add_commands(commands: argparse._SubParsersAction) -> None:
+def add_commands(commands: Commands) -> None:
     """Add the command to ``moe-inject``; ``run`` of the parsed options returns the text."""
-    report = commands.add_parser(
+    report = add_command(
+        commands,
         "report",
-        help="a run as one HTML page",
-        description="Make one self-contained HTML page of a run: losses, gain and forgetting, "
+        "a run as one HTML page",
+        "Make one self-contained HTML page of a run: losses, gain and forgetting, "
         "shares, weights, parameters, time, recipe and versions.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        _EXAMPLES,
+        run=_report,
     )
-    report.set_defaults(run=_report)
     report.add_argument("folder", metavar="RUN", help="the --save folder of a run")
     report.add_argument("--output", metavar="FILE", help=f"the page (default: RUN/{OUTPUT})")
     report.add_argument(

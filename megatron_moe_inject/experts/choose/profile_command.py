@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 
+from megatron_moe_inject.host.commands import Commands, add_command
+
 _EXAMPLES = """examples:
   moe-inject profile recipe.yaml --output code.json -- <flags of the training command>
   torchrun --nproc-per-node 8 -m megatron_moe_inject.cli profile recipe.yaml --output p.json -- ...
@@ -17,20 +19,19 @@ validation and from the test data. Flags that train (--train-iters, --save ...) 
 """
 
 
-def add_commands(commands: argparse._SubParsersAction) -> None:
+def add_commands(commands: Commands) -> None:
     """Add the command to ``moe-inject``; ``evaluates`` takes the options and returns our flags for
     a run that only evaluates."""
-    profile = commands.add_parser(
+    profile = add_command(
+        commands,
         "profile",
-        help="record how a student routes each class of data",
-        description="Record how the student of a training command routes each domain of a recipe "
+        "record how a student routes each class of data",
+        "Record how the student of a training command routes each domain of a recipe "
         "and general data, and write the routing profile. Nothing is trained and no teacher is "
         "loaded.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        _EXAMPLES,
+        evaluates=_profile,
     )
-    profile.set_defaults(evaluates=_profile)
     profile.add_argument("recipe", metavar="RECIPE", help="a recipe file (YAML); names the domains")
     profile.add_argument("--output", metavar="FILE", required=True, help="the profile (JSON)")
     profile.add_argument(

@@ -20,6 +20,7 @@ from megatron_moe_inject.experts.choose.profile_file import (
     write_profile,
 )
 from megatron_moe_inject.experts.choose.routing_profile import GENERAL_CLASS, RoutingProfile
+from megatron_moe_inject.host.commands import Commands, add_command
 from megatron_moe_inject.host.errors import (
     RecipeError,
     listing,
@@ -50,18 +51,17 @@ _EXAMPLES = """examples:
 """
 
 
-def add_commands(commands: argparse._SubParsersAction) -> None:
+def add_commands(commands: Commands) -> None:
     """Add both commands to ``moe-inject``; ``run`` of the parsed options returns the text."""
-    select = commands.add_parser(
+    select = add_command(
+        commands,
         "select",
-        help="choose experts from a routing profile",
-        description="Choose a domain's experts from a routing profile: a table, a fragment for "
+        "choose experts from a routing profile",
+        "Choose a domain's experts from a routing profile: a table, a fragment for "
         "a recipe and, if asked for, a heat map.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        _EXAMPLES,
+        run=_select,
     )
-    select.set_defaults(run=_select)
     select.add_argument("profile", metavar="PROFILE", help="a routing profile (JSON)")
     select.add_argument("--domain", metavar="NAME", help="class of the profile (default: the one)")
     select.add_argument("--method", help=f"how to choose: {', '.join(METHODS)}")
@@ -81,14 +81,14 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         select.add_argument(f"--{flag}", type=kind, metavar=metavar, help=text)
     select.add_argument("--per-expert", action="store_true", help="a line for each chosen expert")
 
-    merge = commands.add_parser(
+    merge = add_command(
+        commands,
         "merge-profiles",
-        help="add up routing profiles of one student",
-        description="Add up routing profiles of one student, recorded alike. Classes in several "
+        "add up routing profiles of one student",
+        "Add up routing profiles of one student, recorded alike. Classes in several "
         "files are summed; no recording may be counted twice.",
-        allow_abbrev=False,
+        run=_merge,
     )
-    merge.set_defaults(run=_merge)
     merge.add_argument("profiles", metavar="PROFILE", nargs="+", help="routing profiles (JSON)")
     merge.add_argument("--output", metavar="FILE", required=True, help="the sum")
 

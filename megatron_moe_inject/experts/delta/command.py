@@ -10,31 +10,32 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from megatron_moe_inject.host.commands import Commands, add_command
 from megatron_moe_inject.host.text import (
     memory_text,
     table,
 )
 
 
-def add_commands(commands: argparse._SubParsersAction) -> None:
+def add_commands(commands: Commands) -> None:
     """Add both commands to ``moe-inject``; ``run`` of the parsed options returns the text."""
-    export = commands.add_parser(
+    export = add_command(
+        commands,
         "export-delta",
-        help="write what training changed, as a folder of that size",
-        description="Compare a checkpoint with the one that training began from and write the "
+        "write what training changed, as a folder of that size",
+        "Compare a checkpoint with the one that training began from and write the "
         "slices (experts, layers) that differ, with checksums of what the base held there.",
-        allow_abbrev=False,
+        run=_export,
     )
-    export.set_defaults(run=_export)
     export.add_argument("--trained", type=Path, required=True, help="the checkpoint after training")
-    apply = commands.add_parser(
+    apply = add_command(
+        commands,
         "apply-delta",
-        help="write a base checkpoint with a delta applied",
-        description="Write the base checkpoint with a delta's slices in the place of its own. The "
+        "write a base checkpoint with a delta applied",
+        "Write the base checkpoint with a delta's slices in the place of its own. The "
         "result holds weights and no optimizer state: load it with --finetune.",
-        allow_abbrev=False,
+        run=_apply,
     )
-    apply.set_defaults(run=_apply)
     apply.add_argument("--delta", type=Path, required=True, help="a folder of export-delta")
     for command in (export, apply):
         command.add_argument("--base", type=Path, required=True, help="the checkpoint before")
