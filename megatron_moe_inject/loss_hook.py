@@ -6,7 +6,7 @@ chunk in order in every schedule, so a counter tells which one is being processe
 function that the script returned is wrapped to report the terms beside the total.
 
 A trained head costs less if the gradient of the total will be one number times the loss mask, which
-is so in Megatron's scripts (``fused_linear_distillation``'s ``upstream_mask``). In the first step
+is so in Megatron's scripts (``upstream_mask`` of ``losses.FusedOptions``). In the first step
 that trains, the loss function is asked for that gradient; another form ends the run with an error
 that names the switch. Where only a later micro-batch shows it, the head's gradient becomes NaN.
 
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
+from megatron_moe_inject import losses
 from megatron_moe_inject.data.packed import segments
 from megatron_moe_inject.data.section import MIXING
 from megatron_moe_inject.evaluation.measurement import Measurement
@@ -57,7 +58,7 @@ class LossHook(StepPart):
         valid_vocab_size: number of ids that are not padding.
         masked_sum: the script's loss is the sum of the token losses times the loss mask, times one
             number.
-        kernels: see ``fused_linear_distillation``.
+        kernels: see ``losses.FusedOptions``.
         measurement: gets the micro-batches of evaluations that it is to measure.
         only_measures: the run trains nothing: the output is the measured cross-entropy.
         watch: is shown the states that the loss is computed from, and the loss.
@@ -99,7 +100,7 @@ class LossHook(StepPart):
         self._teachers = teachers
         self._report = report
         self._tp_group = tp_group if tp_group.size() > 1 else None
-        self._valid_vocab_size = valid_vocab_size
+        self._vocabulary = losses.Vocabulary(self._tp_group, valid_vocab_size)
         self._labels: list[list[int]] = []
         self._next = 0
         self._masked_sum = masked_sum
@@ -189,42 +190,32 @@ class LossHook(StepPart):
         groups = self._teachers.groups(index, domains, labels, self._weights, head)
         running = self._running_confidence
         if running is not None and torch.is_grad_enabled():
-            running.add(
-                groups, labels, domains, self._tp_group, self._valid_vocab_size,
-                kernels=self._kernels,
-            )  # fmt: skip
+            running.add(groups, labels, domains, self._vocabulary, kernels=self._kernels)
         transform = LogitTransform(scale=compat.logit_scale(config))
+        student = losses.Student(hidden_states, head, labels.t(), self._vocabulary, transform)
         values: dict[str, torch.Tensor] = {}
         if self._measurement is not None and self._measurement.active:
             measured, values = self._measurement.micro_batch(
-                index, hidden_states, head, labels, loss_mask, domains, groups,
-                transform=transform, kernels=self._kernels,
-            )  # fmt: skip
+                index, student, loss_mask, domains, groups, kernels=self._kernels
+            )
             if self._only_measures:
                 values |= self._report.values(measured, loss_mask, domains)
                 self._pending.append((values, None))
                 return measured.total
         promise = self._masked_sum and head.requires_grad and torch.is_grad_enabled()
-        upstream_mask = loss_mask if promise else None
-        terms = injection_loss(
-            hidden_states,
-            head,
-            labels,
-            groups,
-            tp_group=self._tp_group,
-            valid_vocab_size=self._valid_vocab_size,
+        options = losses.FusedOptions(
+            kernels=self._kernels,
             reduce_hidden_grad=not config.sequence_parallel,
             accumulate_main_grad=config.gradient_accumulation_fusion and head.requires_grad,
-            student_transform=transform,
-            upstream_mask=upstream_mask,
-            kernels=self._kernels,
+            upstream_mask=loss_mask.t() if promise else None,
         )
+        terms = injection_loss(student, groups, options)
         self._see("loss", terms.total)
         if self._watch is not None:
             name = "gradient of the states before the output layer"
             self._watch.see_gradient(name, hidden_states)
         values |= self._report.values(terms, loss_mask, domains)
-        self._pending.append((values, upstream_mask))
+        self._pending.append((values, loss_mask if promise else None))
         return terms.total.view(row)
 
     def _by_segment(

@@ -171,11 +171,13 @@ def build_ours(s: Settings, any_upstream: bool = False, kernels: Callable = lamb
 
     def loss(i: Inputs):
         mask = None if any_upstream else torch.ones(len(i.hidden), device=i.hidden.device)
-        out = losses.fused_linear_distillation(
-            *i[:5], kind=s.kind, temperature=s.temperature, alpha=s.alpha, beta=s.beta,
-            jsd_beta=s.jsd_beta, skew=s.skew, tp_group=s.group, upstream_mask=mask,
-            kernels=kernels,
-        )  # fmt: skip
+        divergence = losses.Divergence(s.kind, s.jsd_beta, s.skew)
+        out = losses.fused_loss(
+            losses.Student(i.hidden, i.weight, i.labels, losses.Vocabulary(s.group)),
+            losses.Dense(i.teacher_hidden, i.teacher_weight),
+            losses.TermWeights(s.alpha, s.beta, divergence, s.temperature),
+            losses.FusedOptions(kernels=kernels, upstream_mask=mask),
+        )
         return with_value(s, out.total.mean())
 
     return loss
@@ -314,7 +316,7 @@ CONTENDERS = {
     ),
     "ours": Contender(
         "ours, fused",
-        "fused_linear_distillation: a T^2 D + b CE, never whole logits; on a GPU Triton kernels",
+        "fused_loss: a T^2 D + b CE, never whole logits; on a GPU Triton kernels",
         build_ours, dense_total, with_ce=True,
     ),
     "ours-any": Contender(

@@ -105,7 +105,6 @@ class Evaluator(RunPart):
             [label for label, domain in enumerate(self.recipe.domains) if domain.teacher],
             tp_group=groups.tp,
             cp_group=groups.cp,
-            valid_vocab_size=self._run.valid_vocab_size,
             text_length=compat.text_length(),
         )
         self._run.provide(Measurement, self.measurement)

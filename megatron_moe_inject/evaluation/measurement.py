@@ -5,8 +5,8 @@ original's states beside it. Sums stay on the device until the evaluation is ove
 brings the parts together: context-parallel ranks hold parts of the same sequences, data-parallel
 ranks sequences of their own, tensor-parallel ranks the same numbers.
 
-Shapes: s sequence (this context-parallel rank's part), b samples, h hidden, v vocabulary, p
-tensor-parallel size, t = b * s tokens, C classes (general data and each domain), B bins.
+Shapes: s sequence (this context-parallel rank's part), b samples, h hidden, t = b * s tokens, C
+classes (general data and each domain), B bins.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,8 @@ from megatron_moe_inject.host.step import MicroBatch, Step, StepPart
 from megatron_moe_inject.losses.measure import TokenMeasures, measure_tokens
 from megatron_moe_inject.losses.objective import LossTerms, SampleGroup
 from megatron_moe_inject.losses.rows import RowKernels
-from megatron_moe_inject.losses.spec import LogitTransform
+from megatron_moe_inject.losses.student import Student
+from megatron_moe_inject.losses.target import Mixed, Target
 from megatron_moe_inject.losses.triton_rows import AUTO
 
 _COLUMNS = (*ALWAYS, *TAUGHT, *PARTLY, BARE)
@@ -73,7 +74,6 @@ class Measurement(StepPart):
         reported: labels of the classes that the evaluation data has, for Megatron's log.
         taught: labels of the domains with a teacher.
         tp_group, cp_group: of the student's last stage.
-        valid_vocab_size: ids from here on are padding.
         text_length: UTF-8 length of ids as text; None for a tokenizer without text.
     """
 
@@ -85,7 +85,6 @@ class Measurement(StepPart):
         *,
         tp_group: dist.ProcessGroup,
         cp_group: dist.ProcessGroup,
-        valid_vocab_size: int,
         text_length: Callable[[list[int]], int] | None,
     ) -> None:
         self.active = False
@@ -93,11 +92,9 @@ class Measurement(StepPart):
         self._names = names
         self._reported = reported
         self._taught = taught
-        self._tp_group = tp_group if tp_group.size() > 1 else None
         self._reads = tp_group.rank() == 0
         self._names_sequences = self._reads and cp_group.rank() == 0
         self._place = min(dist.get_process_group_ranks(cp_group))
-        self._valid_vocab_size = valid_vocab_size
         self._text_length = text_length
         self._lengths: dict[str, int] = {}
         self._part = _Part()
@@ -131,62 +128,61 @@ class Measurement(StepPart):
     def micro_batch(
         self,
         index: int,
-        hidden: torch.Tensor,
-        head: torch.Tensor,
-        labels: torch.Tensor,
+        student: Student,
         loss_mask: torch.Tensor,
         domains: Sequence[int],
         groups: Sequence[SampleGroup],
         *,
-        transform: LogitTransform,
         kernels: RowKernels | str | None = AUTO,
     ) -> tuple[LossTerms, dict[str, torch.Tensor]]:
         """Measure a micro-batch on the last stage.
 
         Args:
             index: its place in the step.
-            hidden: ``[s, b, h]``, not sequence-sharded.
-            head: ``[v/p, h]``.
-            labels, loss_mask: ``[b, s]``.
+            student: hidden states ``[s, b, h]``, not sequence-sharded, and labels ``[s, b]``.
+            loss_mask: ``[b, s]``.
             domains: class labels of the b samples.
-            groups: a partition of the samples; those of general data hold the original's states.
-            transform: what the student does to its logits.
-            kernels: see ``fused_linear_distillation``.
+            groups: a partition of the samples; those of general data hold the original's target.
+            kernels: see ``losses.FusedOptions``.
 
         Returns:
             Per-token terms, with cross-entropy as the total and KL(teacher || student) as ``kd``;
-            and values for Megatron's report.
+            and values for Megatron's report. A teacher of which some ids per token are known has
+            no loss to show and no divergence at temperature 1: its figures are missing, as where
+            a domain has no teacher.
 
         Collectives: those of ``measure_tokens``, once per group.
         """
+        labels = student.labels.t()
         sums = labels.new_zeros(len(_COLUMNS), len(domains), dtype=torch.float64)
         ce = labels.new_zeros(labels.shape, dtype=torch.float32)
         kl = torch.zeros_like(ce)
         against: list[str | None] = [None] * len(domains)
         partly, bare = [False] * len(domains), [False] * len(domains)
-        readable = torch.ones_like(ce, dtype=torch.bool)
+        readable, limited = torch.ones_like(ce, dtype=torch.bool), False
         for group in groups:
             samples = list(group.samples)
             targets, mask = labels[samples], loss_mask[samples].double()
-            found = self._measure(group, hidden, head, targets, transform, kernels)
+            found = _measure(group.target, samples, student, targets, kernels)
             correct = found.top == targets.flatten()
             tokens = [torch.ones_like(found.loss), found.loss, correct]
-            if group.taught:
+            if group.taught and found.kl is None:  # a teacher of which only some ids are known
+                readable[samples], limited = False, True
+            elif group.taught:
                 same = found.top == found.teacher_top
                 asked = torch.ones_like(found.loss)
                 if group.readable is not None:
-                    readable[samples] = group.readable
+                    readable[samples], limited = group.readable, True
                     asked = group.readable.flatten().to(asked.dtype)
                 taught = [found.teacher_loss, found.kl, same, asked, found.loss]
                 if group.bare is not None:
-                    other = self._measure(group.bare, hidden, head, targets, transform, kernels)
+                    other = _measure(group.bare, samples, student, targets, kernels)
                     taught.append(other.teacher_loss)
                 # Where it cannot be asked, the teacher's loss may be infinite.
                 tokens += [torch.where(asked > 0, value, 0) for value in taught]
                 kl[samples] = tokens[len(ALWAYS) + 1].view(targets.shape).to(kl.dtype)
                 for i in samples:
                     partly[i], bare[i] = group.readable is not None, group.bare is not None
-                for i in samples:
                     against[i] = "original" if domains[i] == GENERAL else "teacher"
             values = torch.stack([value.double() for value in tokens]).view(-1, *targets.shape)
             # A masked token may have any loss, an infinite one too.
@@ -201,36 +197,8 @@ class Measurement(StepPart):
             self._part.partly += partly
             self._part.bare += bare
             self._name_sequences(index)
-        factor = torch.ones_like(ce)
-        limited = readable if any(partly) else None
-        return LossTerms(ce, ce, kl, factor, limited), self._report(sums, domains)
-
-    def _measure(
-        self,
-        group: SampleGroup,
-        hidden: torch.Tensor,
-        head: torch.Tensor,
-        targets: torch.Tensor,
-        transform: LogitTransform,
-        kernels: RowKernels | str | None,
-    ) -> TokenMeasures:
-        """Measure a group's samples, of ``hidden`` ``[s, b, h]`` and labels ``[k, s]``."""
-        teacher, committee = group.teacher_hidden, group.committee
-        if committee is not None:
-            committee = committee.blind().changed(lambda hidden: hidden.flatten(0, 1))
-        return measure_tokens(
-            hidden[:, list(group.samples)].transpose(0, 1).flatten(0, 1),
-            head,
-            None if teacher is None else teacher.flatten(0, 1),
-            group.teacher_head,
-            targets.flatten(),
-            tp_group=self._tp_group,
-            valid_vocab_size=self._valid_vocab_size,
-            student_transform=transform,
-            teacher_transform=group.teacher_transform,
-            committee=committee,
-            kernels=kernels,
-        )
+        terms = LossTerms(ce, ce, kl, torch.ones_like(ce), readable if limited else None)
+        return terms, self._report(sums, domains)
 
     def _add_bins(
         self,
@@ -324,6 +292,24 @@ class Measurement(StepPart):
             "hashes": part.hashes,
             "bytes": part.bytes,
         }
+
+
+def _measure(
+    target: Target | None,
+    samples: list[int],
+    student: Student,
+    labels: torch.Tensor,
+    kernels: RowKernels | str | None,
+) -> TokenMeasures:
+    """Measure samples of a micro-batch, their labels and the tensors of ``target`` being
+    ``[k, s, ...]``; with weights of a committee that do not know the label."""
+    if isinstance(target, Mixed):
+        target = target.blind()
+    if target is not None:
+        target = target.changed(lambda tensor: tensor.flatten(0, 1))
+    hidden = student.hidden[:, samples].transpose(0, 1).flatten(0, 1)
+    part = replace(student, hidden=hidden, labels=labels.flatten())
+    return measure_tokens(part, target, kernels=kernels)
 
 
 def _named_sums(

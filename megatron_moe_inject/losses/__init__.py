@@ -1,44 +1,51 @@
 """Distillation losses: exact at any tensor-parallel size, on explicit tensors and process groups.
 
-``reference`` says what each loss means, ``divergences`` computes it on existing logits and
-``fused`` from hidden states and heads without ever holding the logits, both with the maths in
-``rows`` (for GPUs: ``triton_rows``). ``sparse`` compares with a teacher of which only some ids
-per token are stored, ``committee`` mixes several teachers. ``objective`` composes them for a
-micro-batch of domain and general samples.
-``measure`` says how good a model's predictions are, without gradients.
+``student`` and ``target`` say what a loss is given: the student's hidden states, head and labels,
+and what a teacher says about the same tokens, as hidden states and a head, as a committee, or as
+some stored ids. ``fused`` computes the loss of both without ever holding the logits, ``objective``
+that of a micro-batch of domain and general samples, and ``measure`` says how good predictions and
+how sure a teacher is, without gradients. ``divergences`` and ``sparse`` take logits that exist.
+``reference`` says what each loss means; the maths is in ``rows`` (for GPUs: ``triton_rows``).
 """
 
-from megatron_moe_inject.losses.committee import COMMITTEES, Committee, Member
 from megatron_moe_inject.losses.divergences import vocab_parallel_divergence
 from megatron_moe_inject.losses.fused import (
     FusedLoss,
+    FusedOptions,
     default_chunk_tokens,
     fused_linear_distillation,
+    fused_loss,
 )
-from megatron_moe_inject.losses.measure import TokenMeasures, measure_tokens
-from megatron_moe_inject.losses.sparse import (
-    TAILS,
-    SparseTeacher,
-    sample_teacher,
-    vocab_parallel_sparse_divergence,
-)
-from megatron_moe_inject.losses.spec import KINDS
+from megatron_moe_inject.losses.measure import TokenMeasures, measure_tokens, target_confidence
+from megatron_moe_inject.losses.sparse import sample_teacher, vocab_parallel_sparse_divergence
+from megatron_moe_inject.losses.spec import KINDS, Divergence, LogitTransform, TermWeights
+from megatron_moe_inject.losses.student import Student, Vocabulary
+from megatron_moe_inject.losses.target import COMMITTEES, TAILS, Dense, Mixed, Sparse, Target
 from megatron_moe_inject.losses.triton_rows import TritonRows
 
 __all__ = [
     "COMMITTEES",
     "KINDS",
     "TAILS",
-    "Committee",
+    "Dense",
+    "Divergence",
     "FusedLoss",
-    "Member",
-    "SparseTeacher",
+    "FusedOptions",
+    "LogitTransform",
+    "Mixed",
+    "Sparse",
+    "Student",
+    "Target",
+    "TermWeights",
     "TokenMeasures",
     "TritonRows",
+    "Vocabulary",
     "default_chunk_tokens",
     "fused_linear_distillation",
+    "fused_loss",
     "measure_tokens",
     "sample_teacher",
+    "target_confidence",
     "vocab_parallel_divergence",
     "vocab_parallel_sparse_divergence",
 ]

@@ -1,13 +1,16 @@
-"""What ``fused_linear_distillation`` refuses, with the values in the message.
+"""Whether a student, a target and the weights of a loss fit each other; errors show the values.
 
-Shapes: t tokens, h student hidden, h_t teacher hidden, k stored ids per token, v vocabulary, p
-tensor-parallel size.
+Each checks itself when it is made (``student.py``, ``target.py``, ``spec.py``); here is what only
+shows where they meet. Nothing is read from a device.
+
+Shapes: t tokens, h_t teacher hidden, k stored ids per token, v vocabulary, p tensor-parallel size.
 """
 
 from torch import Tensor
 
-from megatron_moe_inject.losses.committee import Committee
-from megatron_moe_inject.losses.sparse import check_stored, check_tail
+from megatron_moe_inject.losses.spec import TermWeights
+from megatron_moe_inject.losses.student import Student
+from megatron_moe_inject.losses.target import Mixed, Sparse, Target
 
 
 def may_be_nonzero(weight: float | Tensor) -> bool:
@@ -15,70 +18,75 @@ def may_be_nonzero(weight: float | Tensor) -> bool:
     return isinstance(weight, Tensor) or weight != 0
 
 
-def check_student(hidden, weight, **per_token) -> None:
-    """Raise ValueError unless the tensors are [t, h], [v/p, h] and what is per token [t]."""
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+def check_flat(student: Student) -> None:
+    """Raise ValueError unless the student's tokens are in one dimension."""
+    if student.hidden.dim() != 2:
         raise ValueError(
-            f"student_hidden {tuple(hidden.shape)} and student_weight {tuple(weight.shape)} "
-            "must be [t, h] and [v/p, h]"
+            f"student's hidden {tuple(student.hidden.shape)} must be [t, h] here: lay the tokens "
+            "of student and target out flat, in one order"
         )
-    if hidden.dtype != weight.dtype:
-        raise ValueError(
-            f"student_hidden is {hidden.dtype} and student_weight {weight.dtype}; use one dtype"
-        )
-    for name, value in per_token.items():
-        if isinstance(value, Tensor) and value.shape != hidden.shape[:1]:
+
+
+def check_per_token(student: Student, **values: float | Tensor | None) -> None:
+    """Raise ValueError unless each value that is a tensor has one number for each token, [t]."""
+    tokens = student.labels.shape
+    for name, value in values.items():
+        if isinstance(value, Tensor) and value.shape != tokens:
             raise ValueError(
-                f"{name} {tuple(value.shape)} must be [t], t={len(hidden)} as in student_hidden"
+                f"{name} {tuple(value.shape)} must be [t], t={len(student.hidden)} as in the "
+                "student's hidden"
             )
 
 
-def check_teacher(hidden, weight, teacher_hidden, teacher_weight, alpha, weighting) -> None:
-    """Raise ValueError unless the teacher's are [t, h_t] and [v/p, h_t], or absent and unused."""
-    if (teacher_hidden is None) != (teacher_weight is None):
-        raise ValueError("give teacher_hidden and teacher_weight together, or neither")
-    if teacher_hidden is None:
-        if weighting:
-            raise ValueError(f"{weighting} weighs distillation, so a teacher must be given")
-        if may_be_nonzero(alpha):
-            raise ValueError(
-                "alpha is not the number 0, so teacher_hidden and teacher_weight must be given"
-            )
+def check_fits(student: Student, target: Target | None) -> None:
+    """Raise ValueError unless a target is about the student's tokens and vocabulary ids."""
+    if target is None:
         return
-    _check_teacher_shapes(hidden, weight, teacher_hidden, teacher_weight)
-
-
-def check_committee(hidden, weight, teacher_hidden, committee: Committee) -> None:
-    """Raise ValueError unless a committee stands alone and each of its teachers fits."""
-    if teacher_hidden is not None:
-        raise ValueError("give teacher_hidden and teacher_weight or committee, not both")
-    for member in committee.members:
-        _check_teacher_shapes(hidden, weight, member.hidden, member.head)
-
-
-def _check_teacher_shapes(hidden, weight, teacher_hidden, teacher_weight) -> None:
-    expected = (len(hidden), len(weight))
-    if (len(teacher_hidden), len(teacher_weight)) != expected or (
-        teacher_hidden.shape[1:] != teacher_weight.shape[1:]
-    ):
+    if target.tokens != student.labels.shape:
+        shapes = [tuple(tensor.shape) for tensor in target.parts()[0]]
         raise ValueError(
-            f"teacher_hidden {tuple(teacher_hidden.shape)} and teacher_weight "
-            f"{tuple(teacher_weight.shape)} must be [t, h_t] and [v/p, h_t] with t={expected[0]} "
-            f"and v/p={expected[1]}; pad the teacher's rows to the student's vocabulary shard and "
-            "set valid_vocab_size"
+            f"the target's tensors per token, {shapes}, must have the tokens "
+            f"{tuple(student.labels.shape)} of the student's hidden {tuple(student.hidden.shape)}"
         )
-    if teacher_hidden.dtype != teacher_weight.dtype:
+    if isinstance(target, Sparse):
+        return
+    heads = (
+        [member.head for member in target.members] if isinstance(target, Mixed) else [target.head]
+    )
+    for head in heads:
+        if len(head) != len(student.head):
+            raise ValueError(
+                f"teacher's head {tuple(head.shape)} must be [v/p, h_t] with v/p="
+                f"{len(student.head)} as in the student's; pad the teacher's rows to the student's "
+                "vocabulary shard and set valid_size of the vocabulary"
+            )
+
+
+def check_distilled(student: Student, target: Target | None, weights: TermWeights) -> None:
+    """Raise ValueError unless the target can be distilled by these weights."""
+    check_fits(student, target)
+    if target is None:
+        if weights.weighting:
+            raise ValueError(f"{weights.weighting} weighs distillation, so a target must be given")
+        if may_be_nonzero(weights.alpha):
+            raise ValueError("alpha is not the number 0, so a target must be given")
+    if not isinstance(target, Sparse):
+        return
+    if weights.weighting:
+        raise ValueError(f"{weights.weighting} needs a teacher's whole vocabulary, not Sparse")
+    check_tail(weights.divergence.kind, target.tail)
+    if isinstance(weights.temperature, Tensor) or weights.temperature != target.temperature:
+        asked = "one per token" if isinstance(weights.temperature, Tensor) else weights.temperature
         raise ValueError(
-            f"teacher_hidden is {teacher_hidden.dtype} and teacher_weight {teacher_weight.dtype}; "
-            "use one dtype"
+            f"temperature: {asked}, but the teacher's log_probs were stored at one temperature, "
+            f"{target.temperature}; distil at that"
         )
 
 
-def check_sparse_teacher(hidden, teacher_hidden, sparse, kind, weighting) -> None:
-    """Raise ValueError unless a stored teacher [t, k] stands alone and fits the kind."""
-    if teacher_hidden is not None:
-        raise ValueError("give teacher_hidden and teacher_weight or sparse_teacher, not both")
-    if weighting:
-        raise ValueError(f"{weighting} needs a teacher's whole vocabulary, not a sparse_teacher")
-    check_tail(kind, sparse.tail)
-    check_stored(hidden, sparse.ids, sparse.log_probs)
+def check_tail(kind: str, tail: str) -> None:
+    """Raise ValueError for a tail that a divergence of this kind cannot have."""
+    if kind != "forward_kl" and tail != "bucket":
+        raise ValueError(
+            f"kind={kind!r} with tail={tail!r}: only forward_kl can do without the teacher's "
+            'probability of the ids that are not stored; use tail="bucket"'
+        )

@@ -1,18 +1,20 @@
 """What is done with one chunk of tokens of the fused loss: logits, losses, their gradient.
 
-Shapes: t tokens (here those of one chunk), h student hidden, h_t teacher hidden, v vocabulary, p
-tensor-parallel size, c columns of this rank that hold real ids.
+Shapes: t tokens (here those of one chunk), h student hidden, c columns of this rank that hold real
+ids.
 
-``fused.py`` decides which of this runs in which pass; nothing here keeps anything.
+``fused.py`` decides which of this runs in which pass; nothing here keeps anything. What differs
+between targets is here in two places: ``teacher_logits``, for those that have logits of every id,
+and ``Plan.statistics`` with ``Plan.logit_gradient``, for those that do not.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from megatron_moe_inject.losses.committee import Committee, Mixture, mix
+from megatron_moe_inject.losses.committee import mix
 from megatron_moe_inject.losses.head_gradient import HeadGradient
 from megatron_moe_inject.losses.products import head_logits, hidden_gradient
 from megatron_moe_inject.losses.rows import (
@@ -24,8 +26,8 @@ from megatron_moe_inject.losses.rows import (
     row_statistics,
 )
 from megatron_moe_inject.losses.sparse import (
+    SparseRows,
     SparseStats,
-    SparseTarget,
     sparse_gradient,
     sparse_statistics,
 )
@@ -35,67 +37,81 @@ from megatron_moe_inject.losses.spec import (
     TokenWeighting,
     VocabShard,
 )
+from megatron_moe_inject.losses.target import Dense, Mixed, TeacherLogits
+
+
+def teacher_logits(
+    target: Dense | Mixed | SparseRows | None,
+    labels: Tensor,
+    temperature: float | Tensor,
+    shard: VocabShard,
+    weighting: TokenWeighting | None = None,
+) -> TeacherLogits | None:
+    """What a target says about every id of a chunk; None where it does not say that.
+
+    Args:
+        target: of the chunk's t tokens.
+        labels: [t] global ids, negative where there is none.
+        temperature: T of the logits' distribution, a number or [t].
+        shard: this rank's part of the vocabulary.
+        weighting: what the teacher's cross-entropy and entropy are wanted for.
+
+    Collectives over the shard's group: for a committee those of ``committee.mix``.
+    """
+    if isinstance(target, Mixed):
+        return mix(target, labels, temperature, shard, weighting)
+    if isinstance(target, Dense):
+        return TeacherLogits(target.logits(shard.columns))
+    return None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one call of the fused loss computes, and how."""
+    """What one call of the fused loss computes, and how; no tensor of the call but ``transform``'s.
 
-    divergence: Divergence | None
+    ``divergence`` is None without a target; ``transform`` is the student's. ``kernels`` and
+    ``chunk_tokens`` are what the options mean here.
+    """
+
     shard: VocabShard
+    transform: LogitTransform | None
+    divergence: Divergence | None
+    weighting: TokenWeighting | None
+    kernels: RowKernels | None
+    chunk_tokens: int
     kd_gradient: bool
     ce_gradient: bool
-    chunk_tokens: int
     hidden_gradient: bool
-    weight_gradient: bool
+    head_gradient: bool
     reduce_hidden_grad: bool
     accumulate_main_grad: bool
-    weighting: TokenWeighting | None
-    student_transform: LogitTransform | None
-    teacher_transform: LogitTransform | None
-    sparse: SparseTarget | None
-    committee: Committee | None
-    kernels: RowKernels | None
 
-    def of(self, rows: slice) -> "Plan":
-        """The plan for some of the tokens."""
-        if self.committee is not None:
-            return replace(self, committee=self.committee.changed(lambda hidden: hidden[rows]))
-        return self if self.sparse is None else replace(self, sparse=self.sparse.rows(rows))
-
-    def mixture(self, chunk: "Inputs") -> Mixture | None:
-        """What a committee of teachers says of a chunk; None without one."""
-        if self.committee is None:
-            return None
-        return mix(self.committee, chunk.labels, chunk.temperature, self.shard, self.weighting)
-
-    def logits(self, chunk: "Inputs", mixture: Mixture | None) -> LogitRows:
-        """Student and teacher logits of a chunk, [t, c] each."""
-        x, y = head_logits(chunk.hidden, chunk.weight), None
-        if self.student_transform:
-            self.student_transform.apply_(x)
-        if chunk.teacher_hidden is not None:
-            y = head_logits(chunk.teacher_hidden, chunk.teacher_weight)
-            if self.teacher_transform:
-                self.teacher_transform.apply_(y)
-        elif mixture is not None:
-            y = mixture.logits
-        return LogitRows(
-            x, y, chunk.labels, chunk.temperature, self.student_transform, self.kernels
+    def teacher(self, chunk: "Inputs") -> TeacherLogits | None:
+        """``teacher_logits`` of a chunk."""
+        return teacher_logits(
+            chunk.target, chunk.labels, chunk.temperature, self.shard, self.weighting
         )
 
+    def logits(self, chunk: "Inputs", teacher: TeacherLogits | None) -> LogitRows:
+        """Student and teacher logits of a chunk, [t, c] each."""
+        x = head_logits(chunk.hidden, chunk.head)
+        if self.transform:
+            self.transform.apply_(x)
+        y = None if teacher is None else teacher.logits
+        return LogitRows(x, y, chunk.labels, chunk.temperature, self.transform, self.kernels)
+
     def statistics(
-        self, logits: LogitRows, mixture: Mixture | None
+        self, chunk: "Inputs", logits: LogitRows, teacher: TeacherLogits | None
     ) -> tuple[RowStats, SparseStats | None]:
         """Their losses."""
-        if mixture is not None:
-            stats = row_statistics(logits, self.divergence, self.shard)
-            return stats._replace(y_ce=mixture.ce, y_entropy=mixture.entropy), None
-        if self.sparse is None:
+        if isinstance(chunk.target, SparseRows):
+            stats = row_statistics(logits, None, self.shard)
+            sparse = sparse_statistics(logits, chunk.target, self.divergence, self.shard)
+            return stats._replace(divergence=sparse.divergence), sparse
+        if teacher is None or teacher.ce is None:
             return row_statistics(logits, self.divergence, self.shard, self.weighting), None
-        stats = row_statistics(logits, None, self.shard)
-        sparse = sparse_statistics(logits, self.sparse, self.divergence, self.shard)
-        return stats._replace(divergence=sparse.divergence), sparse
+        stats = row_statistics(logits, self.divergence, self.shard)
+        return stats._replace(y_ce=teacher.ce, y_entropy=teacher.entropy), None
 
     def kd_weight(self, chunk: "Inputs", stats: RowStats) -> Tensor:
         """alpha times the factor of the token weighting, [t]."""
@@ -105,21 +121,19 @@ class Plan:
 
     def logit_gradient(
         self,
+        chunk: "Inputs",
         logits: LogitRows,
         stats: RowStats,
         sparse: SparseStats | None,
-        kd_weight: Tensor,
-        ce_weight: Tensor,
     ) -> Tensor:
-        """Derivative of kd_weight kd + ce_weight ce by head @ hidden, written over the logits."""
-        kd = kd_weight if self.kd_gradient else None
-        ce = ce_weight if self.ce_gradient else None
+        """Derivative of the chunk's losses by head @ hidden, written over the logits, [t, c]."""
+        kd = self.kd_weight(chunk, stats) if self.kd_gradient else None
+        ce = chunk.beta if self.ce_gradient else None
         if sparse is None or kd is None:
-            dense = self.divergence if sparse is None else None
-            logit_gradient(logits, stats, dense, self.shard, kd, ce, out=logits.x)
+            logit_gradient(logits, stats, self.divergence, self.shard, kd, ce, out=logits.x)
             return logits.x
         out = logits.x if ce is None else torch.empty_like(logits.x)
-        sparse_gradient(logits, self.sparse, sparse, self.shard, kd, out)
+        sparse_gradient(logits, chunk.target, sparse, self.shard, kd, out)
         if ce is not None:
             logit_gradient(logits, stats, None, self.shard, None, ce, out=logits.x)
             logits.x.add_(out)
@@ -132,32 +146,32 @@ class Plan:
 
 
 class Inputs(NamedTuple):
-    """The tensors of one call, or of one chunk of it."""
+    """The tensors of one call, or of one chunk of it.
+
+    ``target`` is None without a teacher, and where the gradient does not need what it says.
+    """
 
     hidden: Tensor
-    weight: Tensor
-    teacher_hidden: Tensor | None
-    teacher_weight: Tensor | None
+    head: Tensor
     labels: Tensor
     temperature: float | Tensor
     alpha: Tensor
     beta: Tensor
     upstream_mask: Tensor | None
+    target: Dense | Mixed | SparseRows | None
 
     def chunk(self, rows: slice, columns: int) -> "Inputs":
-        """Some tokens, and of the heads the rows of real vocabulary ids."""
-        with_teacher = self.teacher_hidden is not None
+        """Some tokens, and of the student's head the rows of real vocabulary ids."""
         per_token = isinstance(self.temperature, Tensor)
         return Inputs(
             self.hidden[rows],
-            self.weight[:columns],
-            self.teacher_hidden[rows] if with_teacher else None,
-            self.teacher_weight[:columns] if with_teacher else None,
+            self.head[:columns],
             self.labels[rows],
             self.temperature[rows] if per_token else self.temperature,
             self.alpha[rows],
             self.beta[rows],
             None if self.upstream_mask is None else self.upstream_mask[rows],
+            None if self.target is None else self.target.changed(lambda tensor: tensor[rows]),
         )
 
 
@@ -168,11 +182,10 @@ def statistics_and_gradient(
     chunk: Inputs, plan: Plan
 ) -> tuple[RowStats, SparseStats | None, Tensor]:
     """Statistics of a chunk and the gradient of its losses by head @ hidden, [t, c]."""
-    mixture = plan.mixture(chunk)
-    logits = plan.logits(chunk, mixture)
-    stats, sparse = plan.statistics(logits, mixture)
-    kd_weight = plan.kd_weight(chunk, stats)
-    return stats, sparse, plan.logit_gradient(logits, stats, sparse, kd_weight, chunk.beta)
+    teacher = plan.teacher(chunk)
+    logits = plan.logits(chunk, teacher)
+    stats, sparse = plan.statistics(chunk, logits, teacher)
+    return stats, sparse, plan.logit_gradient(chunk, logits, stats, sparse)
 
 
 def forward_chunk(
@@ -184,11 +197,11 @@ def forward_chunk(
     tokens weighted by ``upstream_mask``, to ``head``; None leaves one out.
     """
     if unscaled is None and head is None:
-        mixture = plan.mixture(chunk)
-        return plan.statistics(plan.logits(chunk, mixture), mixture)
+        teacher = plan.teacher(chunk)
+        return plan.statistics(chunk, plan.logits(chunk, teacher), teacher)
     stats, sparse, gradient = statistics_and_gradient(chunk, plan)
     if unscaled is not None:
-        hidden_gradient(gradient, chunk.weight, out=unscaled)
+        hidden_gradient(gradient, chunk.head, out=unscaled)
     if head is not None:
         head.add(gradient, chunk.hidden, chunk.upstream_mask)
     return stats, sparse
@@ -198,6 +211,4 @@ def recomputed_gradient(
     chunk: Inputs, stats: RowStats, sparse: SparseStats | None, plan: Plan
 ) -> Tensor:
     """What ``statistics_and_gradient`` gave, from logits made again."""
-    mixture = plan.mixture(chunk) if plan.kd_gradient else None
-    logits, kd_weight = plan.logits(chunk, mixture), plan.kd_weight(chunk, stats)
-    return plan.logit_gradient(logits, stats, sparse, kd_weight, chunk.beta)
+    return plan.logit_gradient(chunk, plan.logits(chunk, plan.teacher(chunk)), stats, sparse)

@@ -15,15 +15,13 @@ temperature 1. The running sum is kept normalised, so that small confidences los
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import NamedTuple, Self
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_moe_inject.losses.products import head_logits
 from megatron_moe_inject.losses.rows import (
     LogitRows,
     exchange,
@@ -33,80 +31,11 @@ from megatron_moe_inject.losses.rows import (
     maths_dtype,
     shifted,
 )
-from megatron_moe_inject.losses.spec import LogitTransform, TokenWeighting, VocabShard
-
-COMMITTEES = ("fixed", "label", "top")
+from megatron_moe_inject.losses.spec import TokenWeighting, VocabShard
+from megatron_moe_inject.losses.target import Mixed, TeacherLogits
 
 # Least log-confidence: where no teacher gives the label any probability, the fixed weights remain.
 _LEAST_CONFIDENCE = -1e3
-
-
-@dataclass(frozen=True)
-class Member:
-    """One teacher of a committee: hidden states [t, h_k], head [v/p, h_k], both constants."""
-
-    hidden: Tensor
-    head: Tensor
-    transform: LogitTransform | None = None
-
-    def logits(self, columns: int) -> Tensor:
-        """Its logits for the first ``columns`` rows of the head, [t, columns]."""
-        logits = head_logits(self.hidden, self.head[:columns])
-        return self.transform.apply_(logits) if self.transform else logits
-
-
-@dataclass(frozen=True)
-class Committee:
-    """Teachers of the same tokens and vocabulary ids, with weights.
-
-    Attributes:
-        members: the teachers; widths and dtypes may differ.
-        weights: one for each, positive; only their ratios matter.
-        by: ``fixed``: these weights for every token. ``label``: times the teacher's probability of
-            the label, where there is one. ``top``: times the probability of its most likely id.
-
-    Raises:
-        ValueError: no member, another number of weights, a weight that is not positive and
-            finite, or an unknown ``by``.
-    """
-
-    members: tuple[Member, ...]
-    weights: tuple[float, ...]
-    by: str = "fixed"
-
-    def __post_init__(self):
-        if not self.members or len(self.members) != len(self.weights):
-            raise ValueError(
-                f"a committee of {len(self.members)} teachers with {len(self.weights)} weights; "
-                "give at least one teacher and a weight for each"
-            )
-        if not all(0 < weight < float("inf") for weight in self.weights):
-            raise ValueError(f"weights={self.weights} of a committee must be positive and finite")
-        if self.by not in COMMITTEES:
-            raise ValueError(f"by={self.by!r} is not known; use one of {', '.join(COMMITTEES)}")
-
-    def changed(self, change: Callable[[Tensor], Tensor]) -> Self:
-        """The committee with every teacher's hidden states changed."""
-        members = (replace(member, hidden=change(member.hidden)) for member in self.members)
-        return replace(self, members=tuple(members))
-
-    def blind(self) -> Self:
-        """What can be measured on a text: with ``label`` the weights would know the answer."""
-        return replace(self, by="fixed") if self.by == "label" else self
-
-
-class Mixture(NamedTuple):
-    """The mixture of a chunk.
-
-    Attributes:
-        logits: [t, c] in the dtype of the maths; their softmax at the temperature is P.
-        ce: [t], -log P(label) at temperature 1, +inf without a label; None where not asked for.
-        entropy: [t], of P at temperature 1; None where not asked for.
-    """
-
-    logits: Tensor
-    ce: Tensor | None = None
-    entropy: Tensor | None = None
 
 
 class _Rows(NamedTuple):
@@ -119,13 +48,13 @@ class _Rows(NamedTuple):
 
 
 def mix(
-    committee: Committee,
+    committee: Mixed,
     labels: Tensor,
     temperature: float | Tensor,
     shard: VocabShard,
     weighting: TokenWeighting | None = None,
-) -> Mixture:
-    """The teachers' mixture on this rank's columns.
+) -> TeacherLogits:
+    """The teachers' mixture on this rank's columns, in the dtype of the maths.
 
     Args:
         committee: the teachers of these tokens.
@@ -158,7 +87,7 @@ def mix(
         found = _entropy(unit if at_one else mixed, shard)
     if not is_one(temperature):
         mixed.mul_(temperature[:, None] if isinstance(temperature, Tensor) else temperature)
-    return Mixture(mixed, label.neg() if weighting else None, found)
+    return TeacherLogits(mixed, label.neg() if weighting else None, found)
 
 
 def _statistics(rows: LogitRows, shard: VocabShard, with_unit: bool) -> _Rows:

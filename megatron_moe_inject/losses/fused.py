@@ -25,7 +25,8 @@ Without gradients (``torch.no_grad()``, or nothing that requires them) only the 
 values run.
 """
 
-from dataclasses import replace
+import itertools
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -35,10 +36,9 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from megatron_moe_inject.losses.checks import (
-    check_committee,
-    check_sparse_teacher,
-    check_student,
-    check_teacher,
+    check_distilled,
+    check_flat,
+    check_per_token,
     may_be_nonzero,
 )
 from megatron_moe_inject.losses.chunks import (
@@ -48,18 +48,13 @@ from megatron_moe_inject.losses.chunks import (
     recomputed_gradient,
     statistics_and_gradient,
 )
-from megatron_moe_inject.losses.committee import Committee
 from megatron_moe_inject.losses.head_gradient import HeadGradient
 from megatron_moe_inject.losses.products import hidden_gradient
 from megatron_moe_inject.losses.rows import RowKernels, RowStats, distillation_factor, maths_dtype
-from megatron_moe_inject.losses.sparse import SparseTarget, SparseTeacher
-from megatron_moe_inject.losses.spec import (
-    Divergence,
-    LogitTransform,
-    TokenWeighting,
-    VocabShard,
-    check_temperature,
-)
+from megatron_moe_inject.losses.sparse import SparseRows
+from megatron_moe_inject.losses.spec import Divergence, TermWeights
+from megatron_moe_inject.losses.student import Student, Vocabulary
+from megatron_moe_inject.losses.target import Dense, Mixed, Sparse, Target, single
 from megatron_moe_inject.losses.triton_rows import AUTO, kernels_for
 from megatron_moe_inject.losses.upstream import common_factor
 
@@ -85,6 +80,144 @@ class FusedLoss(NamedTuple):
     kd_factor: Tensor
 
 
+@dataclass(frozen=True)
+class FusedOptions:
+    """How the fused loss runs. Losses do not depend on it, up to rounding.
+
+    Attributes:
+        chunk_tokens: tokens per chunk, the same on every rank of the vocabulary's ``tp_group``;
+            None for ``default_chunk_tokens``.
+        kernels: goes through the logits' columns, the same on every rank of ``tp_group``; None for
+            torch operations. By default ``TritonRows()`` on a GPU, see
+            ``triton_rows.kernels_for``. With a ``Sparse`` target only for the cross-entropy.
+        reduce_hidden_grad: sum the gradient by the hidden states over ``tp_group``. False leaves
+            this rank's part, for a caller whose own backward sums: under sequence parallelism, the
+            reduce-scatter behind the gather of the hidden states.
+        accumulate_main_grad: add the head's gradient to its ``main_grad`` instead of returning it,
+            as Megatron's gradient accumulation fusion does.
+        upstream_mask: [t], a constant, of the order of 1: the promise that the gradient which
+            arrives at ``total`` will be one number times it, as with a loss of
+            ``(total * mask).sum() / tokens``. It is not applied to ``total``, only makes the
+            gradient of a trained head cheaper. A broken promise (checked without host
+            synchronisation, see ``common_factor``) makes the head's gradient NaN; that by the
+            hidden states is right all the same. The graph can go through one backward pass only.
+    """
+
+    chunk_tokens: int | None = None
+    kernels: RowKernels | str | None = AUTO
+    reduce_hidden_grad: bool = True
+    accumulate_main_grad: bool = False
+    upstream_mask: Tensor | None = None
+
+    def __post_init__(self):
+        if self.chunk_tokens is not None and self.chunk_tokens < 1:
+            raise ValueError(f"chunk_tokens={self.chunk_tokens} must be at least 1")
+
+
+DEFAULT = FusedOptions()
+
+
+def fused_loss(
+    student: Student,
+    target: Target | None,
+    weights: TermWeights,
+    options: FusedOptions = DEFAULT,
+) -> FusedLoss:
+    """alpha factor T^2 D(target || student) + beta CE of every token, from hidden states and heads.
+
+    Args:
+        student: hidden states [t, h], head [v/p, h], labels [t].
+        target: what the teacher says about the same t tokens; a constant. None leaves out all
+            teacher work; alpha must then be the number 0. A committee of one is that teacher. With
+            a committee, ``weighting`` uses the mixture's cross-entropy and entropy. A ``Sparse``
+            target takes no ``weighting``, and only the temperature that it was stored at.
+        weights: of the terms, and which divergence.
+        options: how it runs.
+
+    Returns:
+        FusedLoss; ``total`` is differentiable by the student's ``hidden`` and ``head``, with any
+        upstream gradient per token, or the promised. Every rank of the vocabulary's ``tp_group``
+        gets the same bits.
+
+    Raises:
+        ValueError: what does not fit, with the values.
+
+    Collectives over ``tp_group``. Forward, per chunk of c tokens: one all-gather of at most 7 c
+    float32 numbers (10 c with a weighting), and for jsd and skew_kl one all-reduce of 2 c; with a
+    ``Sparse`` target one all-gather of 3 c and one of (k + 2) c; with a committee those of
+    ``committee.mix`` besides. Backward: one all-reduce of the hidden states' size and dtype with
+    ``reduce_hidden_grad``, and nothing else but those of ``committee.mix`` for every chunk whose
+    logits are computed again.
+    """
+    target, hidden = single(target), student.hidden
+    check_flat(student)
+    check_per_token(
+        student,
+        temperature=weights.temperature,
+        alpha=weights.alpha,
+        beta=weights.beta,
+        upstream_mask=options.upstream_mask,
+    )
+    check_distilled(student, target, weights)
+    plan = _plan(student, target, weights, options)
+    if plan.head_gradient and plan.accumulate_main_grad:
+        HeadGradient.check(student.head)
+    if isinstance(target, Sparse):
+        target = SparseRows.of(
+            target,
+            kind=weights.divergence.kind,
+            vocab_size=plan.shard.valid,
+            dtype=maths_dtype(hidden.dtype),
+        )
+    elif target is not None:
+        target = target.changed(Tensor.detach)
+    upstream_mask = None
+    if plan.head_gradient and options.upstream_mask is not None:
+        upstream_mask = _per_token(options.upstream_mask, hidden)
+    return FusedLoss(
+        *_FusedLoss.apply(
+            plan,
+            hidden,
+            student.head,
+            student.labels,
+            weights.temperature,
+            _per_token(weights.alpha, hidden),
+            _per_token(weights.beta, hidden),
+            upstream_mask,
+            target,
+        )
+    )
+
+
+def _plan(
+    student: Student, target: Target | None, weights: TermWeights, options: FusedOptions
+) -> Plan:
+    hidden, head = student.hidden, student.head
+    head_gradient = torch.is_grad_enabled() and head.requires_grad
+    summed_apart = options.upstream_mask is not None or not options.accumulate_main_grad
+    chunk_tokens = options.chunk_tokens or default_chunk_tokens(
+        hidden,
+        head,
+        head_gradient=head_gradient and summed_apart,
+        mixed=isinstance(target, Mixed),
+    )
+    teacher_hidden = target.hidden if isinstance(target, Dense) else None
+    return Plan(
+        shard=student.shard,
+        transform=student.transform or None,
+        divergence=None if target is None else weights.divergence,
+        weighting=weights.weighting or None,
+        kernels=kernels_for(options.kernels, hidden, teacher_hidden),
+        chunk_tokens=chunk_tokens,
+        kd_gradient=target is not None and may_be_nonzero(weights.alpha),
+        ce_gradient=may_be_nonzero(weights.beta),
+        hidden_gradient=torch.is_grad_enabled() and hidden.requires_grad,
+        head_gradient=head_gradient,
+        reduce_hidden_grad=options.reduce_hidden_grad,
+        accumulate_main_grad=options.accumulate_main_grad,
+    )
+
+
 def fused_linear_distillation(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -96,156 +229,32 @@ def fused_linear_distillation(
     temperature: float | Tensor = 1.0,
     alpha: float | Tensor = 1.0,
     beta: float | Tensor = 0.0,
-    jsd_beta: float = 0.5,
-    skew: float = 0.1,
     tp_group: ProcessGroup | None = None,
     valid_vocab_size: int | None = None,
     chunk_tokens: int | None = None,
-    reduce_hidden_grad: bool = True,
-    accumulate_main_grad: bool = False,
-    weighting: TokenWeighting | None = None,
-    student_transform: LogitTransform | None = None,
-    teacher_transform: LogitTransform | None = None,
-    sparse_teacher: SparseTeacher | None = None,
-    committee: Committee | None = None,
-    upstream_mask: Tensor | None = None,
-    kernels: RowKernels | str | None = AUTO,
 ) -> FusedLoss:
-    """alpha T^2 D(teacher || student) + beta CE of every token, from hidden states and heads.
+    """``fused_loss`` of one teacher by its hidden states and head, for scripts.
 
     Args:
-        student_hidden: [t, h], what the student's head reads; the same on all of ``tp_group``.
-        student_weight: [v/p, h], this rank's rows of the student's head, same dtype.
-        teacher_hidden: [t, h_t], a constant. None together with ``teacher_weight`` leaves out all
-            teacher work; alpha must then be the number 0.
-        teacher_weight: [v/p, h_t], the same vocabulary ids as ``student_weight``, same dtype as
-            ``teacher_hidden``; a constant.
-        labels: [t] int64 global ids; a negative label has no cross-entropy (its KD counts, by
-            alpha). A label that is padding or beyond the vocabulary gives a cross-entropy of +inf.
-        kind, jsd_beta, skew: the divergence, see ``vocab_parallel_divergence``.
-        temperature: T > 0 of the divergence, a number or [t]. The cross-entropy is always at 1.
-        alpha, beta: weights of KD and of CE, numbers or [t]; constants. The number 0 skips the
-            gradient of the term; its value is still reported.
-        tp_group: the group over whose ranks both heads are sharded, equally and in rank order;
-            None for heads that are not sharded.
-        valid_vocab_size: global ids from here on are padding, see ``vocab_parallel_divergence``.
-        chunk_tokens: tokens per chunk, the same on every rank of ``tp_group``; None for
-            ``default_chunk_tokens``. Losses do not depend on it, up to rounding in the products.
-        reduce_hidden_grad: sum the gradient by ``student_hidden`` over ``tp_group``. False leaves
-            this rank's part, for a caller whose own backward sums: under sequence parallelism, the
-            reduce-scatter behind the gather of the hidden states.
-        accumulate_main_grad: add the head's gradient to ``student_weight.main_grad`` instead of
-            returning it, as Megatron's gradient accumulation fusion does.
-        weighting: distils confident tokens more, see ``TokenWeighting``; needs a teacher.
-        student_transform, teacher_transform: what makes logits of ``hidden @ weight.T``, see
-            ``LogitTransform``; None for nothing.
-        sparse_teacher: stored ids [t, k] of a teacher in place of its hidden states and head, at
-            one temperature for all tokens.
-        committee: several teachers [t, h_k] in place of one, their distributions mixed at the
-            temperature; ``weighting`` then uses the mixture's cross-entropy and entropy, with the
-            same weights. A committee of one is that teacher.
-        upstream_mask: [t], a constant, of the order of 1: the promise that the gradient which
-            arrives at ``total`` will be one number times it, as with a loss of
-            ``(total * mask).sum() / tokens``. It is not applied to ``total``, only makes the
-            gradient of a trained head cheaper. A broken promise (checked without host
-            synchronisation, see ``common_factor``) makes the head's gradient NaN; that by the
-            hidden states is right all the same. The graph can go through one backward pass only.
-        kernels: goes through the logits' columns, the same on every rank of ``tp_group``; None for
-            torch operations. By default ``TritonRows()`` on a GPU, see
-            ``triton_rows.kernels_for``. With a sparse teacher only for the cross-entropy.
+        student_hidden, student_weight, labels: [t, h], [v/p, h] and [t], see ``Student``.
+        teacher_hidden, teacher_weight: [t, h_t] and [v/p, h_t], see ``Dense``; None together for no
+            teacher, with ``alpha=0``.
+        kind: the divergence: forward_kl, reverse_kl, jsd or skew_kl, the mixtures with their
+            default weights.
+        temperature, alpha, beta: see ``TermWeights``.
+        tp_group, valid_vocab_size: see ``Vocabulary``.
+        chunk_tokens: see ``FusedOptions``.
 
-    Returns:
-        FusedLoss; ``total`` is differentiable by ``student_hidden`` and ``student_weight``, with
-        any upstream gradient per token, or the promised. Every rank of ``tp_group`` gets the same
-        bits.
-
-    Raises:
-        ValueError: shapes, dtypes or parameters that do not fit, with the values.
-
-    Collectives over ``tp_group``. Forward, per chunk of c tokens: one all-gather of at most 7 c
-    float32 numbers (10 c with a weighting), and for jsd and skew_kl one all-reduce of 2 c; with a
-    sparse teacher one all-gather of 3 c and one of (k + 2) c; with a committee those of
-    ``committee.mix`` besides. Backward: one all-reduce of ``student_hidden``'s size and dtype with
-    ``reduce_hidden_grad``, and nothing else but those of ``committee.mix`` for every chunk whose
-    logits are computed again.
+    Returns, raises and collectives: as of ``fused_loss``.
     """
-    check_temperature(temperature)
-    check_student(
-        student_hidden, student_weight, labels=labels, temperature=temperature, alpha=alpha,
-        beta=beta, upstream_mask=upstream_mask,
-    )  # fmt: skip
-    if committee is not None and len(committee.members) == 1:
-        check_committee(student_hidden, student_weight, teacher_hidden, committee)
-        (member,), committee = committee.members, None
-        teacher_hidden, teacher_weight, teacher_transform = (
-            member.hidden, member.head, member.transform,
-        )  # fmt: skip
-    if committee is not None:
-        check_committee(student_hidden, student_weight, teacher_hidden, committee)
-        if sparse_teacher is not None:
-            raise ValueError("give committee or sparse_teacher, not both")
-    elif sparse_teacher is None:
-        check_teacher(
-            student_hidden, student_weight, teacher_hidden, teacher_weight, alpha, weighting
-        )
-    else:
-        check_sparse_teacher(student_hidden, teacher_hidden, sparse_teacher, kind, weighting)
-        if isinstance(temperature, Tensor):
-            raise ValueError("a sparse teacher is stored at one temperature; give a number")
-    with_teacher = any(t is not None for t in (teacher_hidden, sparse_teacher, committee))
-    shard = VocabShard.of(student_weight.shape[0], tp_group, valid_vocab_size)
-    weight_gradient = torch.is_grad_enabled() and student_weight.requires_grad
-    if not weight_gradient:
-        upstream_mask = None
-    if chunk_tokens is None:
-        summed = weight_gradient and (upstream_mask is not None or not accumulate_main_grad)
-        chunk_tokens = default_chunk_tokens(
-            student_hidden, student_weight, head_gradient=summed, mixed=committee is not None
-        )
-    if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens={chunk_tokens} must be at least 1")
-
-    plan = Plan(
-        divergence=Divergence(kind, jsd_beta, skew) if with_teacher else None,
-        shard=shard,
-        kd_gradient=with_teacher and may_be_nonzero(alpha),
-        ce_gradient=may_be_nonzero(beta),
-        chunk_tokens=chunk_tokens,
-        hidden_gradient=torch.is_grad_enabled() and student_hidden.requires_grad,
-        weight_gradient=weight_gradient,
-        reduce_hidden_grad=reduce_hidden_grad,
-        accumulate_main_grad=accumulate_main_grad,
-        weighting=weighting or None,
-        student_transform=student_transform or None,
-        teacher_transform=teacher_transform or None,
-        sparse=None
-        if sparse_teacher is None
-        else SparseTarget.of(
-            sparse_teacher.ids,
-            sparse_teacher.log_probs.detach(),
-            kind=kind,
-            tail=sparse_teacher.tail,
-            vocab_size=shard.valid,
-            dtype=maths_dtype(student_hidden.dtype),
-        ),
-        committee=None if committee is None else committee.changed(Tensor.detach),
-        kernels=kernels_for(kernels, student_hidden, teacher_hidden),
-    )
-    if plan.weight_gradient and accumulate_main_grad:
-        HeadGradient.check(student_weight)
-    return FusedLoss(
-        *_FusedLinearDistillation.apply(
-            student_hidden,
-            student_weight,
-            teacher_hidden,
-            teacher_weight,
-            labels,
-            temperature,
-            _per_token(alpha, student_hidden),
-            _per_token(beta, student_hidden),
-            None if upstream_mask is None else _per_token(upstream_mask, student_hidden),
-            plan,
-        )
+    if (teacher_hidden is None) != (teacher_weight is None):
+        raise ValueError("give teacher_hidden and teacher_weight together, or neither")
+    vocabulary = Vocabulary(tp_group, valid_vocab_size)
+    return fused_loss(
+        Student(student_hidden, student_weight, labels, vocabulary),
+        None if teacher_hidden is None else Dense(teacher_hidden, teacher_weight),
+        TermWeights(alpha, beta, Divergence(kind), temperature),
+        FusedOptions(chunk_tokens),
     )
 
 
@@ -283,35 +292,31 @@ def default_chunk_tokens(
     return min(limit // 64 * 64 or limit, -(-even // 64) * 64)
 
 
-class _FusedLinearDistillation(torch.autograd.Function):
+class _FusedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, teacher_hidden, teacher_weight, labels, temperature, alpha,
-                beta, upstream_mask, plan):  # fmt: skip
-        inputs = Inputs(
-            hidden, weight, teacher_hidden, teacher_weight, labels, temperature, alpha, beta,
-            upstream_mask,
-        )  # fmt: skip
+    def forward(ctx, plan, *inputs):
+        inputs = Inputs(*inputs)
+        hidden, weight, upstream_mask = inputs.hidden, inputs.head, inputs.upstream_mask
+        labels, temperature = inputs.labels, inputs.temperature
         unscaled = head = kept = None
-        twice = plan.weight_gradient and upstream_mask is None
+        twice = plan.head_gradient and upstream_mask is None
         if plan.hidden_gradient and not twice:
             unscaled = hidden.new_empty(hidden.shape, dtype=maths_dtype(hidden.dtype))
         if upstream_mask is not None:
             head = HeadGradient(weight, plan.accumulate_main_grad, factor_later=True)
         chunks, parts, sparse_parts = plan.chunks(len(hidden)), [], []
         for rows in chunks:
-            chunk, own = inputs.chunk(rows, plan.shard.columns), plan.of(rows)
+            chunk = inputs.chunk(rows, plan.shard.columns)
             if twice and rows is chunks[-1]:
-                chunk_stats, sparse_stats, kept = statistics_and_gradient(chunk, own)
+                chunk_stats, sparse_stats, kept = statistics_and_gradient(chunk, plan)
             else:
                 out = None if unscaled is None else unscaled[rows]
-                chunk_stats, sparse_stats = forward_chunk(chunk, own, out, head)
+                chunk_stats, sparse_stats = forward_chunk(chunk, plan, out, head)
             parts.append(chunk_stats)
             sparse_parts.append(sparse_stats)
         stats = RowStats.cat(parts)
 
-        again = twice and plan.kd_gradient  # whether the backward pass mixes a committee again
-        ctx.plan = plan if again else replace(plan, committee=None)
-        ctx.twice, ctx.head, ctx.dtype = twice, head, hidden.dtype
+        ctx.plan, ctx.twice, ctx.head, ctx.dtype = plan, twice, head, hidden.dtype
         if twice:
             ctx.sparse_parts = sparse_parts
             ctx.kept = kept  # no saved tensor, so that the backward pass can free it
@@ -319,12 +324,15 @@ class _FusedLinearDistillation(torch.autograd.Function):
             ctx.temperature = temperature
             if not isinstance(temperature, Tensor):
                 inputs = inputs._replace(temperature=None)
-            if not plan.kd_gradient:
-                inputs = inputs._replace(teacher_hidden=None, teacher_weight=None)
+            target_tensors, ctx.target_of = (), None
+            if plan.kd_gradient:
+                target_tensors, ctx.target_of = inputs.target.parts()
             unused = {"divergence": None} if plan.weighting else {"divergence": None, "ce": None}
-            ctx.save_for_backward(*inputs, *stats._replace(**unused))
+            tensors = *inputs[:-1], *stats._replace(**unused), *target_tensors
+            ctx.save_for_backward(*tensors)
         else:
             ctx.save_for_backward(unscaled, upstream_mask)
+        alpha, beta = inputs.alpha, inputs.beta
         kd, factor = torch.zeros_like(alpha), torch.ones_like(alpha)
         if plan.divergence is not None:
             kd = stats.divergence * temperature**2
@@ -345,7 +353,7 @@ class _FusedLinearDistillation(torch.autograd.Function):
         grad_hidden, grad_weight = gradients(ctx, grad_total)
         if plan.hidden_gradient and plan.reduce_hidden_grad and plan.shard.group is not None:
             dist.all_reduce(grad_hidden, group=plan.shard.group)
-        return grad_hidden, grad_weight, *[None] * 8
+        return None, grad_hidden, grad_weight, *[None] * 6
 
 
 # Both give the gradients by the hidden states (this rank's part) and by the head.
@@ -375,9 +383,12 @@ def _recomputed_gradients(ctx, grad_total: Tensor) -> tuple[Tensor | None, Tenso
     The scale from above, [t], multiplies rows of [t, h] tensors, never of logits.
     """
     plan = ctx.plan
-    saved, kept, ctx.kept = ctx.saved_tensors, ctx.kept, None
-    inputs = Inputs(*saved[: len(Inputs._fields)])
-    stats = RowStats(*saved[len(Inputs._fields) :])
+    saved, kept, ctx.kept = iter(ctx.saved_tensors), ctx.kept, None
+    tensors = itertools.islice(saved, len(Inputs._fields) - 1)
+    inputs = Inputs(*tensors, target=None)
+    stats = RowStats(*itertools.islice(saved, len(RowStats._fields)))
+    if ctx.target_of is not None:
+        inputs = inputs._replace(target=ctx.target_of(*saved))
     if inputs.temperature is None:
         inputs = inputs._replace(temperature=ctx.temperature)
 
@@ -391,11 +402,11 @@ def _recomputed_gradients(ctx, grad_total: Tensor) -> tuple[Tensor | None, Tenso
     for rows, sparse in zip(reversed(chunks), reversed(ctx.sparse_parts), strict=True):
         chunk, gradient = inputs.chunk(rows, plan.shard.columns), kept
         if gradient is None:
-            gradient = recomputed_gradient(chunk, stats.rows(rows), sparse, plan.of(rows))
+            gradient = recomputed_gradient(chunk, stats.rows(rows), sparse, plan)
         scale = grad_total[rows]
         if grad_hidden is not None:
             wide = scale.new_empty(chunk.hidden.shape, dtype=maths_dtype(chunk.hidden.dtype))
-            hidden_gradient(gradient, chunk.weight, out=wide)
+            hidden_gradient(gradient, chunk.head, out=wide)
             torch.mul(wide, scale[:, None], out=grad_hidden[rows])
         head.add(gradient, chunk.hidden, scale)
         kept = gradient = None

@@ -1,7 +1,7 @@
 """How well a student predicts a text, and how close it is to a teacher, token by token.
 
-Shapes: t tokens, h student hidden, h_t teacher hidden, v vocabulary, p tensor-parallel size, c
-columns of this rank that hold real ids.
+Shapes: t tokens, h student hidden, v vocabulary, p tensor-parallel size, c columns of this rank
+that hold real ids, k stored ids per token.
 
 As in ``fused``, logits exist for one chunk of tokens at a time and padded ids take no part. There
 are no gradients, so a chunk costs the two matrix products, one pass over its columns and one small
@@ -12,10 +12,9 @@ from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-from megatron_moe_inject.losses.checks import check_committee, check_student, check_teacher
-from megatron_moe_inject.losses.committee import Committee, mix
+from megatron_moe_inject.losses.checks import check_fits, check_flat
+from megatron_moe_inject.losses.chunks import teacher_logits
 from megatron_moe_inject.losses.fused import default_chunk_tokens
 from megatron_moe_inject.losses.products import head_logits
 from megatron_moe_inject.losses.rows import (
@@ -26,14 +25,16 @@ from megatron_moe_inject.losses.rows import (
     label_logit,
     merge,
 )
-from megatron_moe_inject.losses.spec import Divergence, LogitTransform, VocabShard
+from megatron_moe_inject.losses.spec import Divergence, VocabShard
+from megatron_moe_inject.losses.student import Student, Vocabulary
+from megatron_moe_inject.losses.target import Dense, Mixed, Sparse, Target, single
 from megatron_moe_inject.losses.triton_rows import AUTO, kernels_for
 
 _FORWARD_KL = Divergence("forward_kl")
 
 
 class TokenMeasures(NamedTuple):
-    """Per-token numbers [t], float32 or float64 for float64 input; None without a teacher.
+    """Per-token numbers [t], float32 or float64 for float64 input; None what no teacher tells.
 
     Attributes:
         loss: the student's cross-entropy of the label in nats, 0 where the label is negative.
@@ -62,55 +63,125 @@ class TokenMeasures(NamedTuple):
 
 @torch.no_grad()
 def measure_tokens(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    teacher_hidden: Tensor | None,
-    teacher_weight: Tensor | None,
-    labels: Tensor,
+    student: Student,
+    target: Target | None = None,
     *,
-    tp_group: ProcessGroup | None = None,
-    valid_vocab_size: int | None = None,
     chunk_tokens: int | None = None,
-    student_transform: LogitTransform | None = None,
-    teacher_transform: LogitTransform | None = None,
-    committee: Committee | None = None,
     kernels: RowKernels | str | None = AUTO,
 ) -> TokenMeasures:
-    """Measure every token; the arguments are those of ``fused_linear_distillation``.
+    """Measure every token.
 
-    Every rank of ``tp_group`` gets the same bits.
+    Args:
+        student: hidden states [t, h], head [v/p, h], labels [t].
+        target: what a teacher says about the same tokens. Of a ``Sparse`` one nobody knows the loss
+            or the divergence, so those stay None; its most likely id is known unless its ids were
+            drawn (tail ``sample``), and that id's probability if it was stored at temperature 1.
+        chunk_tokens, kernels: see ``FusedOptions``.
+
+    Every rank of the vocabulary's ``tp_group`` gets the same bits.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, with the values.
+        ValueError: what does not fit, with the values.
 
     Collectives over ``tp_group``, per chunk of c tokens: one all-gather of 9 c float32 numbers,
-    4 c without a teacher; with a committee those of ``committee.mix`` besides.
+    4 c without a teacher or with a ``Sparse`` one; with a committee those of ``committee.mix``
+    besides.
     """
-    check_student(student_hidden, student_weight, labels=labels)
-    check_teacher(student_hidden, student_weight, teacher_hidden, teacher_weight, 0, None)
-    if committee is not None:
-        check_committee(student_hidden, student_weight, teacher_hidden, committee)
-    width = student_weight.shape[0]
-    shard = VocabShard.of(width, tp_group, valid_vocab_size)
+    check_flat(student)
+    check_fits(student, target)
+    shard, width = student.shard, len(student.head)
+    stored, target = (target, None) if isinstance(target, Sparse) else (None, target)
     step = chunk_tokens or default_chunk_tokens(
-        student_hidden, student_weight, mixed=committee is not None
+        student.hidden, student.head, mixed=isinstance(target, Mixed)
     )
     parts = []
-    for start in range(0, max(len(student_hidden), 1), step):
+    for start in range(0, max(len(student.hidden), 1), step):
         rows = slice(start, start + step)
-        x, y = head_logits(student_hidden[rows], student_weight[: shard.columns]), None
-        if student_transform:
-            student_transform.apply_(x)
-        if teacher_hidden is not None:
-            y = head_logits(teacher_hidden[rows], teacher_weight[: shard.columns])
-            if teacher_transform:
-                teacher_transform.apply_(y)
-        elif committee is not None:
-            part = committee.changed(lambda hidden, rows=rows: hidden[rows])
-            y = mix(part, labels[rows], 1.0, shard).logits
-        logits = LogitRows(x, y, labels[rows], 1.0, kernels=kernels_for(kernels, x, y))
+        labels = student.labels[rows]
+        x, y = head_logits(student.hidden[rows], student.head[: shard.columns]), None
+        if student.transform:
+            student.transform.apply_(x)
+        if target is not None:
+            part = target.changed(lambda tensor, rows=rows: tensor[rows])
+            y = teacher_logits(part, labels, 1.0, shard).logits
+        logits = LogitRows(x, y, labels, 1.0, kernels=kernels_for(kernels, x, y))
         parts.append(_measure_chunk(logits, shard, width))
-    return TokenMeasures.cat(parts)
+    measures = TokenMeasures.cat(parts)
+    return measures if stored is None else _beside_stored(measures, stored)
+
+
+def target_confidence(
+    target: Target,
+    kind: str,
+    labels: Tensor,
+    vocabulary: Vocabulary,
+    *,
+    kernels: RowKernels | str | None = AUTO,
+) -> Tensor:
+    """How sure a teacher is at each token, at temperature 1; [t] between 0 and 1.
+
+    Args:
+        target: what it says about t tokens.
+        kind: ``label``, the probability of the label, 0 where that is negative or, of a ``Sparse``
+            target, not among its ids; or ``top``, that of the most likely id.
+        labels: [t] int64 global ids.
+        vocabulary: how the heads are sharded.
+        kernels: see ``FusedOptions``.
+
+    Raises:
+        ValueError: what does not fit; a ``Sparse`` target that was stored at another temperature,
+            or ``top`` of one whose ids were drawn.
+
+    Collectives: those of ``measure_tokens``; none for a ``Sparse`` target.
+    """
+    target = single(target)
+    if isinstance(target, Sparse):
+        return _stored_confidence(target, kind, labels)
+    if isinstance(target, Dense):  # stands where a student does: one product, not two
+        alone = Student(target.hidden, target.head, labels, vocabulary, target.transform)
+        measured = measure_tokens(alone, kernels=kernels)
+        loss, top = measured.loss, measured.confidence
+    else:
+        first = target.members[0]
+        beside = Student(first.hidden, first.head, labels, vocabulary, first.transform)
+        measured = measure_tokens(beside, target, kernels=kernels)
+        loss, top = measured.teacher_loss, measured.teacher_confidence
+    return top if kind == "top" else loss.neg().exp() * (labels >= 0)
+
+
+def _used(target: Sparse) -> Tensor:
+    """Log-probabilities [..., k] with -inf in every unused slot."""
+    return target.log_probs.masked_fill(target.ids < 0, -torch.inf).float()
+
+
+def _beside_stored(measures: TokenMeasures, target: Sparse) -> TokenMeasures:
+    """What the ids of a teacher tell: -1 with confidence 0 where a token has none."""
+    if target.tail == "sample":
+        return measures
+    log_prob, slot = _used(target).max(-1)
+    top = target.ids.gather(-1, slot[:, None]).squeeze(-1)
+    top = top.masked_fill(log_prob == -torch.inf, -1)
+    confidence = log_prob.exp() if target.temperature == 1 else None
+    return measures._replace(teacher_top=top, teacher_confidence=confidence)
+
+
+def _stored_confidence(target: Sparse, kind: str, labels: Tensor) -> Tensor:
+    if target.temperature != 1:
+        raise ValueError(
+            f"log_probs stored at temperature {target.temperature} do not tell how sure the "
+            "teacher is at 1; store them at temperature 1, or ask for no confidence"
+        )
+    if kind == "top" and target.tail == "sample":
+        raise ValueError(
+            "ids that were drawn (tail 'sample') do not tell the most likely id's probability; "
+            "ask for the label's"
+        )
+    probs = _used(target).exp()
+    if kind == "top":
+        return probs.amax(-1)
+    # Ids are used slots' only where they are not negative, and neither is a label that counts.
+    matches = (target.ids == labels[..., None]) & (labels >= 0)[..., None]
+    return (probs * matches).sum(-1)
 
 
 def _measure_chunk(logits: LogitRows, shard: VocabShard, width: int) -> TokenMeasures:

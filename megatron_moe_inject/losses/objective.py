@@ -6,36 +6,21 @@ with alpha = 0 on general samples and factor = 1 without a token weighting. Samp
 teacher and weights form one group and one call of the fused loss, so a micro-batch that holds one
 kind of sample is one call.
 
-Shapes: s sequence (this context-parallel rank's part), b batch, h hidden, h_t teacher hidden,
-v vocabulary, p tensor-parallel size.
+Shapes: s sequence (this context-parallel rank's part), b batch, h hidden.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from megatron_moe_inject.host.indices import index
-from megatron_moe_inject.losses.committee import Committee
-from megatron_moe_inject.losses.fused import fused_linear_distillation
-from megatron_moe_inject.losses.rows import RowKernels
-from megatron_moe_inject.losses.spec import Divergence, LogitTransform, TokenWeighting
-from megatron_moe_inject.losses.triton_rows import AUTO
-
-_FORWARD_KL = Divergence("forward_kl")
-
-
-@dataclass(frozen=True)
-class TermWeights:
-    """How terms of one kind of sample are weighted and shaped; see ``recipe.schema.Objective``."""
-
-    alpha: float
-    beta: float
-    divergence: Divergence = _FORWARD_KL
-    temperature: float = 1.0
-    weighting: TokenWeighting | None = None
+from megatron_moe_inject.losses.fused import DEFAULT, FusedOptions, fused_loss
+from megatron_moe_inject.losses.spec import TermWeights
+from megatron_moe_inject.losses.student import Student
+from megatron_moe_inject.losses.target import Target
 
 
 @dataclass(frozen=True)
@@ -45,29 +30,23 @@ class SampleGroup:
     Attributes:
         samples: their positions in the batch dimension.
         weights: how their loss is composed.
-        teacher_hidden: ``[len(samples), s, h_t]`` pre-head states, ``None`` without a teacher.
-        teacher_head: ``[v/p, h_t]``, ``None`` without a teacher.
-        teacher_transform: what the teacher does to its logits.
-        committee: several teachers in place of one, each with hidden states
-            ``[len(samples), s, h_k]``.
-        readable: ``[len(samples), s]`` bool, where the teachers can be asked: they know every token
-            so far and the label. None where they can everywhere.
-        bare: the same with teachers that read the text without their prefix, for a comparison.
+        target: what their teacher says about them, tensors per token ``[len(samples), s, ...]``;
+            None without a teacher.
+        readable: ``[len(samples), s]`` bool, where the teacher can be asked: it knows every token
+            so far and the label. None where it can everywhere.
+        bare: what the teacher says when it reads the text without its prefix, for a comparison.
     """
 
     samples: Sequence[int]
     weights: TermWeights
-    teacher_hidden: torch.Tensor | None = None
-    teacher_head: torch.Tensor | None = None
-    teacher_transform: LogitTransform | None = None
-    committee: Committee | None = None
+    target: Target | None = None
     readable: torch.Tensor | None = None
-    bare: SampleGroup | None = None
+    bare: Target | None = None
 
     @property
     def taught(self) -> bool:
         """Whether the samples have a teacher."""
-        return self.teacher_hidden is not None or self.committee is not None
+        return self.target is not None
 
 
 @dataclass(frozen=True)
@@ -87,81 +66,34 @@ class LossTerms:
 
 
 def injection_loss(
-    hidden: torch.Tensor,
-    head: torch.Tensor,
-    labels: torch.Tensor,
-    groups: Sequence[SampleGroup],
-    *,
-    tp_group: torch.distributed.ProcessGroup | None,
-    valid_vocab_size: int | None,
-    reduce_hidden_grad: bool,
-    accumulate_main_grad: bool = False,
-    chunk_tokens: int | None = None,
-    student_transform: LogitTransform | None = None,
-    upstream_mask: torch.Tensor | None = None,
-    kernels: RowKernels | str | None = AUTO,
+    student: Student, groups: Sequence[SampleGroup], options: FusedOptions = DEFAULT
 ) -> LossTerms:
     """Loss of one micro-batch from its hidden states.
 
     Args:
-        hidden: ``[s, b, h]`` student states before the output layer, not sequence-sharded.
-        head: ``[v/p, h]`` this rank's rows of the student's output layer.
-        labels: ``[b, s]``.
+        student: hidden states ``[s, b, h]`` before the output layer, not sequence-sharded, and
+            labels ``[s, b]``.
         groups: a partition of the batch positions.
-        tp_group: group over which the vocabulary is sharded, ``None`` if it is not.
-        valid_vocab_size: ids from here on are padding and get no probability in D.
-        reduce_hidden_grad: see ``fused_linear_distillation``.
-        accumulate_main_grad: see ``fused_linear_distillation``.
-        chunk_tokens: see ``fused_linear_distillation``.
-        student_transform: what the student does to its logits.
-        upstream_mask: ``[b, s]``, see ``fused_linear_distillation``.
-        kernels: see ``fused_linear_distillation``.
+        options: see ``fused_loss``; ``upstream_mask`` is ``[s, b]``.
 
-    Collectives: those of ``fused_linear_distillation``, once per group.
+    Collectives: those of ``fused_loss``, once per group.
     """
+    hidden = student.hidden
     order = [i for group in groups for i in group.samples]
-    assert sorted(order) == list(range(labels.shape[0])), "groups must partition the batch"
+    assert sorted(order) == list(range(hidden.shape[1])), "groups must partition the batch"
     parts, limited = [], any(group.readable is not None for group in groups)
     for group in groups:
-        rows, targets, mask = hidden, labels, upstream_mask
+        rows, labels, mask = hidden, student.labels, options.upstream_mask
         if len(groups) > 1:
-            own = index(group.samples, hidden.device)
-            rows, targets = hidden.index_select(1, own), labels.index_select(0, own)
-            mask = None if mask is None else mask.index_select(0, own)
-        if mask is not None:
-            mask = mask.t().flatten()
-        teacher_rows, committee = None, group.committee
-        if group.teacher_hidden is not None:
-            teacher_rows = _by_position(group.teacher_hidden)
-        if committee is not None:
-            committee = committee.changed(_by_position)
-        alpha = group.weights.alpha
+            samples = index(group.samples, hidden.device)
+            rows, labels = rows.index_select(1, samples), labels.index_select(1, samples)
+            mask = None if mask is None else mask.index_select(1, samples)
         readable = None if group.readable is None else group.readable.t().flatten()
-        if readable is not None and alpha != 0:
-            alpha = alpha * readable.float()
-        loss = fused_linear_distillation(
-            rows.flatten(0, 1),
-            head,
-            teacher_rows,
-            group.teacher_head,
-            targets.t().flatten(),
-            kind=group.weights.divergence.kind,
-            jsd_beta=group.weights.divergence.beta,
-            skew=group.weights.divergence.skew,
-            weighting=group.weights.weighting if group.taught else None,
-            student_transform=student_transform,
-            teacher_transform=group.teacher_transform,
-            committee=committee,
-            temperature=group.weights.temperature,
-            alpha=alpha,
-            beta=group.weights.beta,
-            tp_group=tp_group,
-            valid_vocab_size=valid_vocab_size,
-            chunk_tokens=chunk_tokens,
-            reduce_hidden_grad=reduce_hidden_grad,
-            accumulate_main_grad=accumulate_main_grad,
-            upstream_mask=mask,
-            kernels=kernels,
+        loss = fused_loss(
+            replace(student, hidden=rows.flatten(0, 1), labels=labels.flatten()),
+            None if group.target is None else group.target.changed(_by_position),
+            _weights(group, readable),
+            replace(options, upstream_mask=None if mask is None else mask.flatten()),
         )
         shape = (hidden.shape[0], len(group.samples))
         terms = [loss.total, loss.ce, loss.kd, loss.kd_factor]
@@ -181,6 +113,14 @@ def injection_loss(
     )
 
 
+def _weights(group: SampleGroup, readable: torch.Tensor | None) -> TermWeights:
+    """Those of a group: nothing is distilled where ``readable`` ``[t]`` is False."""
+    weights = group.weights
+    if readable is not None and weights.alpha != 0:
+        weights = replace(weights, alpha=weights.alpha * readable.float())
+    return weights if group.taught else replace(weights, weighting=None)
+
+
 def _by_position(states: torch.Tensor) -> torch.Tensor:
-    """``[b, s, h]`` in the order of the student's tokens, ``[s * b, h]``."""
+    """``[b, s, ...]`` in the order of the student's tokens, ``[s * b, ...]``."""
     return states.transpose(0, 1).flatten(0, 1)

@@ -25,6 +25,7 @@ What stands for the teacher's part of the rest is the ``tail`` treatment:
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
@@ -33,6 +34,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
+from megatron_moe_inject.losses.checks import check_tail
 from megatron_moe_inject.losses.rows import (
     LogitRows,
     RowStats,
@@ -43,28 +45,16 @@ from megatron_moe_inject.losses.rows import (
     mixture_terms,
     shifted,
 )
-from megatron_moe_inject.losses.spec import Divergence, VocabShard, check_temperature
-
-TAILS = ("renormalize", "bucket", "sample")
+from megatron_moe_inject.losses.spec import Divergence, VocabShard
+from megatron_moe_inject.losses.target import PerToken, Sparse
 
 # The least probability of a bucket in reverse KL: the rounding unit of float32.
 _LEAST_REST = 2.0**-24
 
 
-class SparseTeacher(NamedTuple):
-    """Stored ids of a teacher: ``ids`` [t, k], ``log_probs`` [t, k] and how to treat the tail.
-
-    See ``vocab_parallel_sparse_divergence``.
-    """
-
-    ids: Tensor
-    log_probs: Tensor
-    tail: str = "renormalize"
-
-
 @dataclass(frozen=True)
-class SparseTarget:
-    """What the teacher says about rows.
+class SparseRows(PerToken):
+    """What a ``Sparse`` target says about rows, ready for a student's vocabulary.
 
     ``ids`` [t, k] are global. ``log_p`` [t, k + 1] has the log-probability (for "sample" the log
     weight) of each id and of the rest, -inf where a slot is unused. ``empty`` [t] marks rows
@@ -80,19 +70,18 @@ class SparseTarget:
     @classmethod
     def of(
         cls,
-        ids: Tensor,
-        log_probs: Tensor,
+        target: Sparse,
         *,
         kind: str,
-        tail: str,
         vocab_size: int,
         dtype: torch.dtype,
     ) -> Self:
-        """From ids [t, k] and log-probabilities [t, k]; ``dtype`` is that of the maths.
+        """From a target of t tokens; ``dtype`` is that of the maths.
 
         A row is invalid where a used id is ``vocab_size`` or more, or repeats unless ``tail`` is
         "sample". Nothing here waits for the device. No collectives.
         """
+        ids, log_probs, tail = target.ids, target.log_probs.detach(), target.tail
         used = (ids >= 0) & (log_probs != -torch.inf)
         log_p = torch.where(used, log_probs.to(dtype), -torch.inf)
         empty = ~used.any(-1)
@@ -115,10 +104,17 @@ class SparseTarget:
             log_p = log_p - log_mass[:, None]
         return cls(ids, torch.cat((log_p, log_rest[:, None]), -1), empty, invalid, tail)
 
-    def rows(self, rows: slice) -> "SparseTarget":
+    def parts(self) -> tuple[tuple[Tensor, ...], Callable[..., Self]]:
+        """All but the tail; see ``PerToken``."""
+        tail = self.tail
+        return (
+            (self.ids, self.log_p, self.empty, self.invalid),
+            lambda *tensors: SparseRows(*tensors, tail),
+        )
+
+    def rows(self, rows: slice) -> Self:
         """Some of the rows."""
-        fields = (self.ids, self.log_p, self.empty, self.invalid)
-        return SparseTarget(*(field[rows] for field in fields), self.tail)
+        return self.changed(lambda tensor: tensor[rows])
 
     def locate(self, shard: VocabShard) -> Tensor:
         """Column of each id in this shard; one behind the last where it is not here. [t, k]"""
@@ -192,23 +188,24 @@ def vocab_parallel_sparse_divergence(
     Collectives over ``tp_group``, n tokens: in the forward pass one all-gather of (k + 2) n float32
     numbers per rank; none in the backward pass. The student's logits never travel.
     """
-    check_stored(student_logits, teacher_ids, teacher_log_probs)
-    check_temperature(temperature)
+    target = Sparse(teacher_ids, teacher_log_probs, tail, temperature)
+    if target.tokens != student_logits.shape[:-1]:
+        raise ValueError(
+            f"teacher_ids {tuple(teacher_ids.shape)} must be the tokens "
+            f"{tuple(student_logits.shape[:-1])} of the student's {tuple(student_logits.shape)}"
+        )
     divergence = Divergence(kind, beta, skew)
     check_tail(kind, tail)
     shard = VocabShard.of(student_logits.shape[-1], tp_group, valid_vocab_size)
-    slots = teacher_ids.shape[-1]
-    target = SparseTarget.of(
-        teacher_ids.reshape(-1, slots),
-        teacher_log_probs.detach().reshape(-1, slots),
+    rows = SparseRows.of(
+        target.changed(lambda slots: slots.reshape(-1, slots.shape[-1])),
         kind=kind,
-        tail=tail,
         vocab_size=shard.valid,
         dtype=maths_dtype(student_logits.dtype),
     )
     with_gradient = torch.is_grad_enabled() and student_logits.requires_grad
     return _VocabParallelSparseDivergence.apply(
-        student_logits, target, divergence, temperature, shard, with_gradient
+        student_logits, rows, divergence, temperature, shard, with_gradient
     )
 
 
@@ -232,19 +229,8 @@ def sample_teacher(
     return ids, torch.full_like(ids, -math.log(draws), dtype=dtype)
 
 
-def check_tail(kind: str, tail: str) -> None:
-    """Raise ValueError for an unknown ``tail`` or one that ``kind`` cannot have."""
-    if tail not in TAILS:
-        raise ValueError(f"tail={tail!r} is no tail treatment; use one of {', '.join(TAILS)}")
-    if kind != "forward_kl" and tail != "bucket":
-        raise ValueError(
-            f"kind={kind!r} with tail={tail!r}: only forward_kl can do without the teacher's "
-            'probability of the ids that are not stored; use tail="bucket"'
-        )
-
-
 def sparse_statistics(
-    logits: LogitRows, target: SparseTarget, divergence: Divergence, shard: VocabShard
+    logits: LogitRows, target: SparseRows, divergence: Divergence, shard: VocabShard
 ) -> SparseStats:
     """Losses and all that ``sparse_gradient`` needs, of ``logits.x`` [t, c] (``y`` unused).
 
@@ -276,7 +262,7 @@ def sparse_statistics(
 
 def sparse_gradient(
     logits: LogitRows,
-    target: SparseTarget,
+    target: SparseRows,
     stats: SparseStats,
     shard: VocabShard,
     weight: Tensor,
@@ -325,7 +311,7 @@ class _VocabParallelSparseDivergence(torch.autograd.Function):
         return torch.mul(gradient, grad_loss.unsqueeze(-1), out=out), *[None] * 5
 
 
-def _local_statistics(logits: LogitRows, target: SparseTarget, shard: VocabShard) -> Tensor:
+def _local_statistics(logits: LogitRows, target: SparseRows, shard: VocabShard) -> Tensor:
     """This rank's maximum and sum of exponentials of the rest, and its logits of S: [k + 2, t]."""
     parts = []
     for rows in logits.blocks():
@@ -412,19 +398,3 @@ def _log_one_minus_exp(log_mass: Tensor) -> Tensor:
     log_mass = log_mass.clamp(max=0)
     near_one = (-log_mass.expm1()).log()
     return torch.where(log_mass < -math.log(2), (-log_mass.exp()).log1p(), near_one)
-
-
-def check_stored(student: Tensor, ids: Tensor, log_probs: Tensor) -> None:
-    """Raise ValueError unless ids and log-probabilities are [..., k] for ``student`` [..., any]."""
-    if ids.shape != log_probs.shape:
-        raise ValueError(
-            f"teacher_ids {tuple(ids.shape)} and teacher_log_probs {tuple(log_probs.shape)} "
-            "must have one shape: an id and its log-probability per slot"
-        )
-    if ids.shape[:-1] != student.shape[:-1] or ids.ndim == 0 or ids.shape[-1] == 0:
-        raise ValueError(
-            f"teacher_ids {tuple(ids.shape)} must be the tokens {tuple(student.shape[:-1])} "
-            f"of the student's {tuple(student.shape)} and at least one slot each"
-        )
-    if ids.dtype != torch.int64:
-        raise ValueError(f"teacher_ids are {ids.dtype}; give int64")

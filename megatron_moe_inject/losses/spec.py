@@ -35,6 +35,9 @@ class Divergence:
         return {"jsd": self.beta, "skew_kl": self.skew}.get(self.kind)
 
 
+_FORWARD_KL = Divergence("forward_kl")
+
+
 @dataclass(frozen=True)
 class LogitTransform:
     """What a model does to ``head @ hidden`` before it calls it logits.
@@ -141,6 +144,34 @@ class VocabShard:
         column = labels - self.start
         here = (column >= 0) & (column < self.columns)
         return column.clamp(0, max(self.columns - 1, 0)), here
+
+
+@dataclass(frozen=True)
+class TermWeights:
+    """How the terms of a loss are weighted and shaped.
+
+        total = alpha * factor * T^2 * D(teacher || student) + beta * CE      per token
+
+    Attributes:
+        alpha: of the divergence from the target, a number or [t]; a constant. The number 0 skips
+            its gradient; its value is still reported.
+        beta: of the cross-entropy, likewise.
+        divergence: which D.
+        temperature: T > 0 of the divergence, a number or [t]. The cross-entropy is always at 1.
+        weighting: distils some tokens more, by a factor between 0 and 1; None for a factor of 1.
+
+    Raises:
+        ValueError: a temperature given as a number that is not positive and finite.
+    """
+
+    alpha: float | Tensor
+    beta: float | Tensor
+    divergence: Divergence = _FORWARD_KL
+    temperature: float | Tensor = 1.0
+    weighting: TokenWeighting | None = None
+
+    def __post_init__(self):
+        check_temperature(self.temperature)
 
 
 def check_temperature(temperature: float | Tensor) -> None:

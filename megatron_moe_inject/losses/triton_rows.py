@@ -1,6 +1,6 @@
 """The row maths of ``rows.py`` on GPUs as Triton kernels: what runs there by default.
 
-    fused_linear_distillation(..., kernels=TritonRows())
+    fused_loss(..., options=FusedOptions(kernels=TritonRows()))
 
 On an H100 they take a twentieth to a fortieth of the time of the torch operations of ``rows.py``,
 and about half of theirs under ``torch.compile`` (``row_bench.py`` in ``examples/benchmarks``,

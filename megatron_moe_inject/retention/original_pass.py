@@ -29,6 +29,7 @@ from megatron_moe_inject.host.rng import untouched_rng
 from megatron_moe_inject.host.step import MicroBatch, Step
 from megatron_moe_inject.losses.objective import SampleGroup, TermWeights
 from megatron_moe_inject.losses.spec import LogitTransform
+from megatron_moe_inject.losses.target import Dense
 from megatron_moe_inject.retention.originals import OriginalParameters
 
 
@@ -137,8 +138,8 @@ class OriginalPass:
         if self._config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, group=self._tp_group)
         transform = LogitTransform(scale=compat.logit_scale(self._config))
-        own = self.originals.of(head)
-        return SampleGroup(samples, weights, hidden.transpose(0, 1), own, transform)
+        target = Dense(hidden.transpose(0, 1), self.originals.of(head), transform)
+        return SampleGroup(samples, weights, target)
 
     def _agree(self, count: int) -> int:
         if self._host_group is None:

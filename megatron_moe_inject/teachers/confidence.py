@@ -5,7 +5,7 @@ starts. One whose states come by windows does not, so its domains have one numbe
 confidence in their tokens of earlier steps. It is measured on the last pipeline stage while the
 schedule runs and agreed at the step's end, so every rank uses the same bits in the next one.
 
-Shapes: n micro-batches, b samples each, s sequence, c context-parallel size, h_t teacher hidden.
+Shapes: n micro-batches, b samples each, s sequence, c context-parallel size.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ import torch
 import torch.distributed as dist
 
 from megatron_moe_inject.host.indices import index
-from megatron_moe_inject.losses.committee import Committee
-from megatron_moe_inject.losses.measure import measure_tokens
+from megatron_moe_inject.losses.measure import target_confidence
 from megatron_moe_inject.losses.objective import SampleGroup
 from megatron_moe_inject.losses.rows import RowKernels
-from megatron_moe_inject.losses.spec import LogitTransform
+from megatron_moe_inject.losses.student import Vocabulary
+from megatron_moe_inject.losses.target import Target
 from megatron_moe_inject.losses.triton_rows import AUTO
-from megatron_moe_inject.teachers.step_pass import CommitteePass, TeacherPass
+from megatron_moe_inject.teachers.step_pass import DomainTeacher
 
 LATEST = 0.01
 """Least weight of the latest step in a running mean: all steps weigh alike up to the hundredth."""
 
 
 def confidences(
-    own: TeacherPass | CommitteePass,
+    own: DomainTeacher,
     kind: str,
     wanted: torch.Tensor,
-    valid_vocab_size: int,
+    vocabulary: Vocabulary,
     *,
     kernels: RowKernels | str | None = AUTO,
 ) -> torch.Tensor:
@@ -46,28 +46,19 @@ def confidences(
             teacher's input does not hold that; or ``top``, that of the most likely token. Both are
             0 where a teacher lacks a token of the text so far.
         wanted: ``[n, b]`` bool on the host, samples of the step; all that they teach or fewer.
-        valid_vocab_size: number of ids that are not padding.
-        kernels: see ``fused_linear_distillation``.
+        vocabulary: the student's, by which the teachers' heads are sharded.
+        kernels: see ``losses.FusedOptions``.
 
     Returns:
         fp32, for the k samples in order.
 
-    Needs the whole step at once (``window`` 0). Collectives: those of ``measure_tokens``.
+    Needs the whole step at once (``window`` 0). Collectives: those of ``target_confidence``.
     """
     first = own.passes[0]
-    found = [teacher.of_step(wanted) for teacher in own.passes]
-    hidden = [states for _, states in found]
-    sure = _sure(
-        kind,
-        hidden[0],
-        first.head,
-        first.next_tokens(found[0][0]).view(hidden[0].shape[:2]),
-        first.tp_group,
-        valid_vocab_size,
-        first.transform,
-        own.committee(hidden) if isinstance(own, CommitteePass) else None,
-        kernels,
-    )
+    tokens, targets = zip(*(teacher.of_step(wanted) for teacher in own.passes), strict=True)
+    target = own.together(targets)
+    labels = first.next_tokens(tokens[0]).view(target.tokens)
+    sure = _sure(kind, target, labels, vocabulary, kernels)
     for teacher in own.passes:
         readable = teacher.readable_of_step(wanted)
         sure = sure if readable is None else sure * readable
@@ -76,36 +67,15 @@ def confidences(
 
 def _sure(
     kind: str,
-    hidden: torch.Tensor,
-    head: torch.Tensor,
+    target: Target,
     labels: torch.Tensor,
-    tp_group: dist.ProcessGroup | None,
-    valid_vocab_size: int,
-    transform: LogitTransform | None,
-    committee: Committee | None,
+    vocabulary: Vocabulary,
     kernels: RowKernels | str | None,
 ) -> torch.Tensor:
-    """Confidence of one teacher, or of a committee whose first member has ``hidden`` and ``head``.
-
-    ``[k, s/c, h_t]``, ``[v/p, h_t]`` and ``[k, s/c]`` to fp32 ``[k, s/c]``; 0 for negative labels
-    by ``label``. Collectives: those of ``measure_tokens``.
-    """
-    measured = measure_tokens(
-        hidden.flatten(0, 1),
-        head,
-        None,
-        None,
-        labels.flatten(),
-        tp_group=tp_group,
-        valid_vocab_size=valid_vocab_size,
-        student_transform=transform,
-        committee=None if committee is None else committee.changed(lambda x: x.flatten(0, 1)),
-        kernels=kernels,
-    )
-    loss, top = measured.loss, measured.confidence
-    if committee is not None:
-        loss, top = measured.teacher_loss, measured.teacher_confidence
-    sure = top if kind == "top" else loss.neg().exp() * (labels.flatten() >= 0)
+    """``target_confidence`` of samples: tensors per token ``[k, s/c, ...]`` and labels ``[k, s/c]``
+    to fp32 ``[k, s/c]``."""
+    flat = target.changed(lambda tensor: tensor.flatten(0, 1))
+    sure = target_confidence(flat, kind, labels.flatten(), vocabulary, kernels=kernels)
     return sure.float().view(labels.shape)
 
 
@@ -160,45 +130,30 @@ class RunningConfidence:
         groups: Sequence[SampleGroup],
         labels: torch.Tensor,
         domains: Sequence[int],
-        tp_group: dist.ProcessGroup | None,
-        valid_vocab_size: int,
+        vocabulary: Vocabulary,
         *,
         kernels: RowKernels | str | None = AUTO,
     ) -> None:
         """Measure a micro-batch of a training step, on the last pipeline stage.
 
         Args:
-            groups: its samples with their teachers' states.
+            groups: its samples with what their teachers say of them.
             labels: ``[b, s/c]``.
             domains: index or ``GENERAL`` of the b samples.
-            tp_group: shards the vocabulary; ``None`` if it is not.
-            valid_vocab_size: number of ids that are not padding.
-            kernels: see ``fused_linear_distillation``.
+            vocabulary: the student's.
+            kernels: see ``losses.FusedOptions``.
 
-        Collectives: those of ``measure_tokens``, for each group with such a domain. The ranks that
-        share a sequence have the same groups.
+        Collectives: those of ``target_confidence``, for each group with such a domain. The ranks
+        that share a sequence have the same groups.
         """
         for group in groups:
             if group.taught and any(domains[sample] in self._domains for sample in group.samples):
-                self._add(group, labels, domains, tp_group, valid_vocab_size, kernels)
+                self._add(group, labels, domains, vocabulary, kernels)
 
-    def _add(self, group, labels, domains, tp_group, valid_vocab_size, kernels) -> None:
-        own = group.committee
-        hidden, head = group.teacher_hidden, group.teacher_head
-        if own is not None:
-            hidden, head = own.members[0].hidden, own.members[0].head
+    def _add(self, group, labels, domains, vocabulary, kernels) -> None:
         samples = list(group.samples)
-        sure = _sure(
-            self._kind,
-            hidden,
-            head,
-            labels.index_select(0, index(samples, labels.device)),
-            tp_group,
-            valid_vocab_size,
-            group.teacher_transform,
-            own,
-            kernels,
-        )
+        labels = labels.index_select(0, index(samples, labels.device))
+        sure = _sure(self._kind, group.target, labels, vocabulary, kernels)
         if self._sums is None:
             self._sums = sure.new_zeros(len(self._domains), 2, dtype=torch.float64)
         rows = {domain: row for row, domain in enumerate(self._domains)}

@@ -1,4 +1,5 @@
-"""A teacher's forward passes of a training step, on the ranks of the last pipeline stage.
+"""What a teacher says in a training step, on the ranks of the last pipeline stage, by its forward
+passes.
 
 Only samples of the teacher's domains are run. The TP x CP ranks of the stage hold the same
 samples, so they share them (``forward.shared_forward``) instead of repeating them. What is kept
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -23,15 +25,97 @@ from megatron_moe_inject.data.labels import samples_of
 from megatron_moe_inject.host.context_parallel import context_parallel_slice
 from megatron_moe_inject.host.indices import index
 from megatron_moe_inject.host.step import MicroBatch
-from megatron_moe_inject.losses.committee import Committee, Member
 from megatron_moe_inject.losses.spec import LogitTransform
+from megatron_moe_inject.losses.target import Dense, Mixed, Target
 from megatron_moe_inject.teachers.base import Teacher
 from megatron_moe_inject.teachers.forward import shared_forward
 from megatron_moe_inject.teachers.prefix import PrefixedTeacher
 
 
+class DomainTeacher(Protocol):
+    """What teaches a domain in a step: one teacher, or several together.
+
+    Attributes:
+        passes: each teacher by itself.
+        windowed: whether what any says comes by windows of micro-batches, so that nothing is known
+            of the whole step ahead.
+    """
+
+    @property
+    def passes(self) -> tuple[StepTeacher, ...]: ...
+
+    @property
+    def windowed(self) -> bool: ...
+
+    def together(self, targets: Sequence[Target]) -> Target:
+        """What the teachers say as one, of a target of each for the same samples."""
+        ...
+
+
+class StepTeacher(DomainTeacher, Protocol):
+    """One teacher in a step, whatever it is: on each rank of the last stage, what it says.
+
+    ``TeacherPass`` is one that runs a model. Another, such as one that reads a store, needs nothing
+    else to be distilled, measured and asked how sure it is than to hand out a ``Target``.
+
+    Attributes:
+        name: its key in the recipe.
+        unknown: sorted ids of the student that it lacks, on the device; None where it has all.
+        ran_bare: whether the step began ``bare`` and it reads a prefix otherwise.
+        tp_group: shards its head over the vocabulary; None if it is whole, or has none.
+    """
+
+    unknown: torch.Tensor | None
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def ran_bare(self) -> bool: ...
+
+    @property
+    def tp_group(self) -> dist.ProcessGroup | None: ...
+
+    def begin(
+        self,
+        batches: Sequence[MicroBatch] | None,
+        selected: torch.Tensor,
+        sequence_length: int,
+        *,
+        bare: bool = False,
+    ) -> None:
+        """Start a step; ``selected`` ``[n, b]`` are the samples of its micro-batches to teach."""
+        ...
+
+    def target(self, micro_batch: int) -> Target:
+        """What it says about a micro-batch's k selected samples: tensors per token
+        ``[k, s/c, ...]``. Asked once each, in order."""
+        ...
+
+    def bare_target(self, micro_batch: int) -> Target:
+        """``target`` without its prefix, asked after that where it ``ran_bare``."""
+        ...
+
+    def readable(self, micro_batch: int) -> torch.Tensor | None:
+        """Where it knows every token so far, ``[k, s/c]`` bool; None where it knows them all."""
+        ...
+
+    def of_step(self, wanted: torch.Tensor) -> tuple[torch.Tensor, Target]:
+        """Tokens ``[k, s]`` and target of the samples ``wanted`` ``[n, b]`` of the whole step, if
+        not ``windowed``."""
+        ...
+
+    def readable_of_step(self, wanted: torch.Tensor) -> torch.Tensor | None:
+        """``readable`` of the samples of ``of_step``."""
+        ...
+
+    def next_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The next token of each position of ``[k, s]``, -1 at the last; this rank's, flat."""
+        ...
+
+
 class TeacherPass:
-    """Runs one teacher over the step's samples and hands out their states by micro-batch.
+    """Runs one teacher over the step's samples and hands out what it says of them by micro-batch.
 
     Args:
         teacher: the loaded teacher.
@@ -82,6 +166,11 @@ class TeacherPass:
         self._bare = False
         self._bare_states: dict[int, torch.Tensor] = {}
         self._readable: torch.Tensor | None = None
+
+    @property
+    def name(self) -> str:
+        """The teacher's key in the recipe."""
+        return self.teacher.name
 
     def begin(
         self,
@@ -171,20 +260,24 @@ class TeacherPass:
         for i, rows in enumerate(states.split(self._rows[first:stop]), start=first):
             self._states[i] = rows
 
-    def states(self, micro_batch: int) -> torch.Tensor:
-        """States of a micro-batch's selected samples, ``[k, s/c, h_t]``, once each, in order."""
+    def target(self, micro_batch: int) -> Target:
+        """What it says about a micro-batch's selected samples, states ``[k, s/c, h_t]``, once each,
+        in order."""
         if micro_batch not in self._states:
             self._run_window(micro_batch)
-        return self._states.pop(micro_batch)
+        return self._dense(self._states.pop(micro_batch))
 
     @property
     def ran_bare(self) -> bool:
         """Whether the step began ``bare`` and the teacher has a prefix."""
         return self._bare
 
-    def bare_states(self, micro_batch: int) -> torch.Tensor:
-        """``states`` without the prefix, after those with it, in a step that began ``bare``."""
-        return self._bare_states.pop(micro_batch)
+    def bare_target(self, micro_batch: int) -> Target:
+        """``target`` without the prefix, after that with it, in a step that began ``bare``."""
+        return self._dense(self._bare_states.pop(micro_batch))
+
+    def _dense(self, states: torch.Tensor) -> Dense:
+        return Dense(states, self.head, self.transform)
 
     @property
     def passes(self) -> tuple[TeacherPass, ...]:
@@ -196,12 +289,14 @@ class TeacherPass:
         """Whether its states come by windows of micro-batches."""
         return bool(self._window)
 
-    def member(self, hidden: torch.Tensor) -> Member:
-        """The teacher as a committee has it, with these of its states."""
-        return Member(hidden, self.head, self.transform)
+    def together(self, targets: Sequence[Target]) -> Target:
+        """What the domain's teachers say as one: that of the only teacher."""
+        (target,) = targets
+        return target
 
-    def of_step(self, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens ``[k, s]`` and states ``[k, s/c, h_t]`` of some of the step's samples.
+    def of_step(self, wanted: torch.Tensor) -> tuple[torch.Tensor, Target]:
+        """Tokens ``[k, s]``, and what it says about them, states ``[k, s/c, h_t]``, of some of the
+        step's samples.
 
         Args:
             wanted: ``[n, b]`` bool on the host; only samples that this teacher teaches.
@@ -212,7 +307,7 @@ class TeacherPass:
         states = torch.cat([self._states[i] for i in range(len(self._rows))])
         kept = wanted[self._selected].nonzero().flatten().tolist()
         kept = index(kept, states.device)
-        return self._inputs["tokens"][kept], states[kept]
+        return self._inputs["tokens"][kept], self._dense(states[kept])
 
     def readable_of_step(self, wanted: torch.Tensor) -> torch.Tensor | None:
         """``readable`` of the samples of ``of_step``."""
@@ -242,7 +337,7 @@ class CommitteePass:
 
     Attributes:
         passes: one for each teacher.
-        weights: one for each, see ``losses.committee.Committee``.
+        weights: one for each, see ``losses.target.Mixed``.
         by: how they are weighed at each token.
     """
 
@@ -255,7 +350,6 @@ class CommitteePass:
         """Whether the states of any come by windows of micro-batches."""
         return any(own.windowed for own in self.passes)
 
-    def committee(self, hidden: Sequence[torch.Tensor]) -> Committee:
-        """The teachers with these of their states."""
-        members = (own.member(part) for own, part in zip(self.passes, hidden, strict=True))
-        return Committee(tuple(members), self.weights, self.by)
+    def together(self, targets: Sequence[Target]) -> Target:
+        """What the domain's teachers say as one: their mixture, of a target of each."""
+        return Mixed(tuple(targets), self.weights, self.by)

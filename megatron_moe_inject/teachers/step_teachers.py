@@ -9,7 +9,6 @@ Shapes: n micro-batches, b samples each, s sequence, c context-parallel size, h_
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -20,9 +19,11 @@ from megatron_moe_inject.host.labels import GENERAL
 from megatron_moe_inject.host.step import Step, StepPart
 from megatron_moe_inject.losses.objective import SampleGroup, TermWeights
 from megatron_moe_inject.losses.rows import RowKernels
+from megatron_moe_inject.losses.student import Vocabulary
+from megatron_moe_inject.losses.target import Dense, Target
 from megatron_moe_inject.losses.triton_rows import AUTO
 from megatron_moe_inject.teachers.confidence import confidences
-from megatron_moe_inject.teachers.step_pass import CommitteePass, TeacherPass
+from megatron_moe_inject.teachers.step_pass import DomainTeacher, StepTeacher
 
 
 class OriginalTeacher(Protocol):
@@ -67,7 +68,7 @@ class StepTeachers(StepPart):
             other stages than the last.
         original: teaches general samples; ``None`` where nothing holds them.
         valid_vocab_size: ids of the student's tokenizer.
-        kernels: see ``fused_linear_distillation``.
+        kernels: see ``losses.FusedOptions``.
         see: is shown what each teacher hands out, by name.
         compares_prefix: whether teachers are also to run without their prefix, asked each step.
 
@@ -77,7 +78,7 @@ class StepTeachers(StepPart):
 
     def __init__(
         self,
-        taught: Mapping[int, TeacherPass | CommitteePass],
+        taught: Mapping[int, DomainTeacher],
         original: OriginalTeacher | None = None,
         *,
         valid_vocab_size: int,
@@ -93,24 +94,24 @@ class StepTeachers(StepPart):
         self._compares_prefix = compares_prefix
 
     @property
-    def passes(self) -> dict[str, TeacherPass]:
+    def passes(self) -> dict[str, StepTeacher]:
         """Those of the recipe's teachers that run on this rank, by name."""
         own = (run for teacher in self._taught.values() for run in teacher.passes)
-        return {run.teacher.name: run for run in own}
+        return {run.name: run for run in own}
 
     @property
     def domains(self) -> list[int]:
         """Indices of the domains that are distilled, on the last stage."""
         return list(self._taught)
 
-    def taught_by(self, teacher: TeacherPass) -> list[int]:
+    def taught_by(self, teacher: StepTeacher) -> list[int]:
         """Indices of the domains that ``teacher`` teaches."""
         return [index for index, own in self._taught.items() if teacher in own.passes]
 
     def begin(self, step: Step) -> None:
         """Run the teachers ahead, then the original model.
 
-        Collectives: those of ``TeacherPass.begin`` for each teacher, and of the original's pass.
+        Collectives: those of ``StepTeacher.begin`` for each teacher, and of the original's pass.
         """
         bare = self._compares_prefix()
         for teacher in self.passes.values():
@@ -141,43 +142,52 @@ class StepTeachers(StepPart):
             weights: by domain index and ``GENERAL``.
             head: the student's ``[v/p, h]``.
         """
-        members: dict[tuple[bool, TermWeights, TeacherPass | CommitteePass | None], list[int]] = {}
+        members: dict[tuple[bool, TermWeights, DomainTeacher | None], list[int]] = {}
         for position, domain in enumerate(domains):
             kind = (domain == GENERAL, weights[domain], self._taught.get(domain))
             members.setdefault(kind, []).append(position)
-        passes = list(self.passes.values())
-        states = {own: self._states(own, micro_batch, domains) for own in passes}
-        bare_states = {own: own.bare_states(micro_batch) for own in passes if own.ran_bare}
+        runs = list(self.passes.values())
+        targets = {run: self._target(run, micro_batch, domains) for run in runs}
+        bare_targets = targets | {
+            run: (targets[run][0], run.bare_target(micro_batch)) for run in runs if run.ran_bare
+        }
         groups = []
         for (general, weight, teacher), samples in members.items():
             if teacher is None:
                 group = SampleGroup(samples, weight)
                 if general and self.original is not None:
                     group = self.original.group(micro_batch, samples, weight, head)
-                    self._see("states of the original model", group.teacher_hidden)
+                    self._see_states("the original model", group.target)
                 groups.append(group)
                 continue
-            hidden = [_of_samples(states[own], samples) for own in teacher.passes]
-            if isinstance(teacher, CommitteePass):
-                group = SampleGroup(samples, weight, committee=teacher.committee(hidden))
-            else:
-                group = SampleGroup(samples, weight, hidden[0], teacher.head, teacher.transform)
             readable = self._readable(teacher, micro_batch, domains, samples, labels)
-            bare = self._bare(teacher, group, states, bare_states)
-            groups.append(dataclasses.replace(group, readable=readable, bare=bare))
+            ran_bare = any(run.ran_bare for run in teacher.passes)
+            groups.append(
+                SampleGroup(
+                    samples,
+                    weight,
+                    _together(teacher, targets, samples),
+                    readable,
+                    _together(teacher, bare_targets, samples) if ran_bare else None,
+                )
+            )
         return groups
 
-    def _states(
-        self, teacher: TeacherPass, micro_batch: int, domains: Sequence[int]
-    ) -> tuple[list[int], torch.Tensor]:
-        """Positions that ``teacher`` teaches in the micro-batch, and their states in order."""
-        taught, states = self.taught_by(teacher), teacher.states(micro_batch)
-        self._see(f"states of teacher {teacher.teacher.name}", states)
-        return [i for i, domain in enumerate(domains) if domain in taught], states
+    def _target(
+        self, teacher: StepTeacher, micro_batch: int, domains: Sequence[int]
+    ) -> tuple[list[int], Target]:
+        """Positions that ``teacher`` teaches in the micro-batch, and what it says of them."""
+        taught, target = self.taught_by(teacher), teacher.target(micro_batch)
+        self._see_states(f"teacher {teacher.name}", target)
+        return [i for i, domain in enumerate(domains) if domain in taught], target
+
+    def _see_states(self, name: str, target: Target) -> None:
+        if isinstance(target, Dense):
+            self._see(f"states of {name}", target.hidden)
 
     def _readable(
         self,
-        teacher: TeacherPass | CommitteePass,
+        teacher: DomainTeacher,
         index: int,
         domains: Sequence[int],
         samples: Sequence[int],
@@ -190,29 +200,11 @@ class StepTeachers(StepPart):
             if own.unknown is None:
                 continue
             taught = [i for i, d in enumerate(domains) if d in self.taught_by(own)]
-            known = _of_samples((taught, own.readable(index)), samples)
+            known = _pick(taught, samples)(own.readable(index))
             targets = labels.index_select(0, positions(samples, labels.device))
             known = known & ~torch.isin(targets, own.unknown)
             found = known if found is None else found & known
         return found
-
-    @staticmethod
-    def _bare(
-        teacher: TeacherPass | CommitteePass,
-        group: SampleGroup,
-        states: Mapping[TeacherPass, tuple[Sequence[int], torch.Tensor]],
-        bare_states: Mapping[TeacherPass, torch.Tensor],
-    ) -> SampleGroup | None:
-        """The group with teachers that read no prefix, where any did so in this step."""
-        if not any(own in bare_states for own in teacher.passes):
-            return None
-        hidden = [
-            _of_samples((states[own][0], bare_states.get(own, states[own][1])), group.samples)
-            for own in teacher.passes
-        ]
-        if isinstance(teacher, CommitteePass):
-            return dataclasses.replace(group, committee=teacher.committee(hidden))
-        return dataclasses.replace(group, teacher_hidden=hidden[0])
 
     def confidences(self, kind: str, labels: torch.Tensor) -> torch.Tensor:
         """Of the teacher or teachers of each sample, fp32 ``[n, b, s/c]``; 0 where it has none, or
@@ -230,7 +222,8 @@ class StepTeachers(StepPart):
                 continue
             domains = [index for index, other in self._taught.items() if other == own]
             wanted = torch.isin(labels, torch.tensor(domains))
-            sure = confidences(own, kind, wanted, self._valid_vocab_size, kernels=self._kernels)
+            vocabulary = Vocabulary(own.passes[0].tp_group, self._valid_vocab_size)
+            sure = confidences(own, kind, wanted, vocabulary, kernels=self._kernels)
             if whole is None:
                 whole = sure.new_zeros(labels.numel(), sure.shape[1])
             where = wanted.flatten().nonzero().flatten().tolist()
@@ -239,10 +232,22 @@ class StepTeachers(StepPart):
         return whole.view(*labels.shape, -1)
 
 
-def _of_samples(states: tuple[Sequence[int], torch.Tensor], samples: Sequence[int]) -> torch.Tensor:
-    """Of a teacher's states and the positions they belong to, those of some positions."""
-    taught, hidden = states
+def _together(
+    teacher: DomainTeacher,
+    targets: Mapping[StepTeacher, tuple[Sequence[int], Target]],
+    samples: Sequence[int],
+) -> Target:
+    """What a domain's teacher or teachers say of some positions of a micro-batch."""
+    of_each = []
+    for run in teacher.passes:
+        taught, target = targets[run]
+        of_each.append(target.changed(_pick(taught, samples)))
+    return teacher.together(of_each)
+
+
+def _pick(taught: Sequence[int], samples: Sequence[int]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Takes of a tensor that has a row for each of a teacher's positions those of some of them."""
     rows = [taught.index(position) for position in samples]
     if rows == list(range(len(taught))):
-        return hidden
-    return hidden.index_select(0, positions(rows, hidden.device))
+        return lambda tensor: tensor
+    return lambda tensor: tensor.index_select(0, positions(rows, tensor.device))

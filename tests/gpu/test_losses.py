@@ -11,9 +11,14 @@ import pytest
 import torch
 
 from megatron_moe_inject.losses import (
-    SparseTeacher,
+    Dense,
+    FusedOptions,
+    Sparse,
+    Student,
+    TermWeights,
     TritonRows,
-    fused_linear_distillation,
+    Vocabulary,
+    fused_loss,
     measure_tokens,
     reference,
     vocab_parallel_divergence,
@@ -123,12 +128,12 @@ def test_fused_options(kernels, options, head):
 @pytest.mark.parametrize("teacher", [True, False])
 def test_measures(kernels, teacher):
     case = _case(dtype=torch.float32)
-    inputs = [case.hidden, case.weight, case.teacher_hidden, case.teacher_weight, case.labels]
     if not teacher:
-        inputs[2] = inputs[3] = None
-    expected = measure_tokens(*inputs, valid_vocab_size=VALID)
-    there = [None if tensor is None else tensor.cuda() for tensor in inputs]
-    found = measure_tokens(*there, valid_vocab_size=VALID, chunk_tokens=8, kernels=kernels)
+        case.teacher_hidden = case.teacher_weight = None
+    expected = measure_tokens(case.student(case.hidden, case.weight), case.target())
+    there = _on_gpu(case)
+    student = there.student(there.hidden, there.weight)
+    found = measure_tokens(student, there.target(), chunk_tokens=8, kernels=kernels)
     for name, value in expected._asdict().items():
         ours = getattr(found, name)
         if value is None:
@@ -163,10 +168,9 @@ def test_an_odd_number_of_ids_costs_little(kernels, dtype, head_trains):
     labels = torch.arange(t, device="cuda")
 
     def step(valid):
-        loss = fused_linear_distillation(
-            hidden, weight, teacher, head, labels, valid_vocab_size=valid, alpha=0.5, beta=0.5,
-            upstream_mask=torch.ones(t, device="cuda"), kernels=kernels,
-        )  # fmt: skip
+        options = FusedOptions(kernels=kernels, upstream_mask=torch.ones(t, device="cuda"))
+        student = Student(hidden, weight, labels, Vocabulary(valid_size=valid))
+        loss = fused_loss(student, Dense(teacher, head), TermWeights(0.5, 0.5), options)
         loss.total.mean().backward()
 
     times = {valid: _device_time(functools.partial(step, valid)) for valid in (v, v - 1)}
@@ -280,9 +284,15 @@ def test_sparse(tail, kind):
     assert_close(student.grad.cpu(), exact.grad, "gradient", 1e-5)
 
 
-def _stored(case: FusedCase, tail: str) -> SparseTeacher:
+def _stored(case: FusedCase, tail: str) -> Sparse:
     ids, log_probs = stored_for(tail, logits(9, len(case.hidden), V)[1], 16, 2.0, valid=VALID)
-    return SparseTeacher(ids, log_probs, tail)
+    return Sparse(ids, log_probs, tail, temperature=2.0)
+
+
+def _moved(stored: Sparse) -> Sparse:
+    """To the device, in float32."""
+    ids, log_probs = stored.ids.cuda(), stored.log_probs.float().cuda()
+    return replace(stored, ids=ids, log_probs=log_probs)
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -293,16 +303,17 @@ def test_fused_with_a_stored_teacher(kernels, tail, kind, head):
     hidden, weight = (leaf.detach().double().requires_grad_() for leaf in case.leaves())
     x = hidden @ weight.t()
     kd = reference.sparse_divergence(
-        x, *stored[:2], kind=kind, tail=tail, temperature=2.0, valid_vocab_size=VALID, **MIXTURE
+        *(x, stored.ids, stored.log_probs),
+        **{"kind": kind, "tail": tail, "temperature": 2.0, "valid_vocab_size": VALID, **MIXTURE},
     )
     total = 0.7 * kd + 0.3 * reference.cross_entropy(x, case.labels, valid_vocab_size=VALID)
     total.backward(case.upstream.double())
 
     there = _on_gpu(case)
     there.teacher_hidden = there.teacher_weight = None
-    teacher = SparseTeacher(stored.ids.cuda(), stored.log_probs.float().cuda(), tail)
+    teacher = _moved(stored)
     leaves = there.leaves(head != "frozen")
-    options = {"chunk_tokens": 8, "kernels": kernels, "sparse_teacher": teacher}
+    options = {"chunk_tokens": 8, "kernels": kernels, "target": teacher}
     loss = there.call(*leaves, **options, **there.promise(head))
     loss.total.backward(there.upstream)
     assert_close(loss.total.cpu(), total, "total", 1e-5)
@@ -365,11 +376,11 @@ def _gpu_step(options, head, kernels, dtype=torch.bfloat16):
     tail = options.pop("tail", None)
     case = _case(dtype=dtype, **options)
     if tail is not None:
-        ids, log_probs, _ = _stored(case, tail)
+        stored = _stored(case, tail)
         case.teacher_hidden = case.teacher_weight = None
     there = _on_gpu(case)
     if tail is not None:
-        there.options["sparse_teacher"] = SparseTeacher(ids.cuda(), log_probs.float().cuda(), tail)
+        there.options["target"] = _moved(stored)
     leaves = there.leaves(head != "frozen")
     options = {"chunk_tokens": 8, "kernels": kernels, **there.promise(head)}
     return (lambda: _step(there, leaves, **options)), leaves

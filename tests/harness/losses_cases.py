@@ -10,8 +10,19 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from megatron_moe_inject.losses import Committee, Member, fused_linear_distillation, reference
-from megatron_moe_inject.losses.spec import LogitTransform
+from megatron_moe_inject.losses import (
+    Dense,
+    Divergence,
+    FusedOptions,
+    LogitTransform,
+    Mixed,
+    Student,
+    Target,
+    TermWeights,
+    Vocabulary,
+    fused_loss,
+    reference,
+)
 
 KINDS = ("forward_kl", "reverse_kl", "jsd", "skew_kl")
 HEADS = ("frozen", "trained", "promised")  # the last with upstream_mask
@@ -25,7 +36,6 @@ REFERENCES = {
     "skew_kl": partial(reference.skew_kl, alpha=0.2),
 }
 MIXTURE = {"beta": 0.3, "skew": 0.2}
-FUSED_MIXTURE = {"jsd_beta": 0.3, "skew": 0.2}
 
 
 def logits(seed: int, *shape: int, dtype=torch.float64, scale=2.0) -> tuple[Tensor, Tensor]:
@@ -83,17 +93,17 @@ class FusedCase:
         if self.options.get("teacher_transform") is not None:
             own = cut_transform(self.options["teacher_transform"])
             cut["options"] = self.options | {"teacher_transform": own}
-        committee = self.options.get("committee")
-        if committee is not None:
+        target = self.options.get("target")
+        if isinstance(target, Mixed):
             members = tuple(
                 replace(
                     member,
                     head=member.head[ids].masked_fill(padding, torch.nan),
                     transform=cut_transform(member.transform),
                 )
-                for member in committee.members
+                for member in target.members
             )
-            cut["options"] = self.options | {"committee": replace(committee, members=members)}
+            cut["options"] = self.options | {"target": replace(target, members=members)}
         return FusedCase(**cut)
 
     def leaves(self, head_trains=True) -> tuple[Tensor, Tensor]:
@@ -105,12 +115,33 @@ class FusedCase:
         """What ``head`` of ``HEADS`` adds to a call: a mask of which ``upstream`` is a multiple."""
         return {"upstream_mask": self.upstream / -0.3} if head == "promised" else {}
 
+    def student(self, hidden: Tensor, weight: Tensor, tp_group=None, transform=None) -> Student:
+        """The student with these leaves."""
+        vocabulary = Vocabulary(tp_group, self.options["valid_vocab_size"])
+        return Student(hidden, weight, self.labels, vocabulary, transform)
+
+    def target(self, transform: LogitTransform | None = None) -> Target | None:
+        """What the teacher says, by its hidden states and head; None without one."""
+        if self.teacher_hidden is None:
+            return None
+        return Dense(self.teacher_hidden, self.teacher_weight, transform)
+
     def call(self, hidden: Tensor, weight: Tensor, **options):
         """The fused loss, ``options`` going before those of the case."""
-        return fused_linear_distillation(
-            hidden, weight, self.teacher_hidden, self.teacher_weight, self.labels,
-            **FUSED_MIXTURE | self.options | options,
-        )  # fmt: skip
+        given = self.options | options
+        transform = given.pop("teacher_transform", None)
+        target = given.pop("target", None) or self.target(transform)
+        tp_group, transform = given.pop("tp_group", None), given.pop("student_transform", None)
+        del given["valid_vocab_size"]
+        weights = TermWeights(
+            given.pop("alpha"),
+            given.pop("beta"),
+            Divergence(given.pop("kind"), **MIXTURE),
+            given.pop("temperature"),
+            given.pop("weighting", None),
+        )
+        student = self.student(hidden, weight, tp_group, transform)
+        return fused_loss(student, target, weights, FusedOptions(**given))
 
     def dense(self) -> dict[str, Tensor]:
         """Losses and gradients of the reference in float64."""
@@ -123,7 +154,8 @@ class FusedCase:
         teacher = (self.teacher_hidden, self.teacher_weight)
         total, kd, ce, factor = reference.linear_distillation(
             hidden, weight, *(None if part is None else part.double() for part in teacher),
-            self.labels, divergence=REFERENCES[options.pop("kind")], **options,
+            self.labels, divergence=REFERENCES[options.pop("kind")],
+            committee=options.pop("target", None), **options,
         )  # fmt: skip
         grads = torch.autograd.grad(total, (hidden, weight), self.upstream.double())
         losses = {"total": total.detach(), "kd": kd.detach(), "ce": ce.detach()}
@@ -141,10 +173,10 @@ def committee_case(widths=(4, 7), by="fixed", dtype=torch.float64, **options) ->
             torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
             for shape in shapes
         )
-        members.append(Member(states, head))
+        members.append(Dense(states, head))
     members[-1] = replace(members[-1], transform=LogitTransform(0.5, 4.0))
     weights = tuple(0.7 / 2**i for i in range(len(widths)))
-    case.options["committee"] = Committee(tuple(members), weights, by)
+    case.options["target"] = Mixed(tuple(members), weights, by)
     case.teacher_hidden = case.teacher_weight = None
     return case
 

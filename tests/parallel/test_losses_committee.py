@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from megatron_moe_inject.losses import measure_tokens, reference
-from megatron_moe_inject.losses.committee import COMMITTEES
+from megatron_moe_inject.losses import COMMITTEES, measure_tokens, reference
 from megatron_moe_inject.losses.spec import TokenWeighting
 from tests.harness import gloo
 from tests.harness.losses_cases import (
@@ -84,11 +83,9 @@ def _measured(size, by):
     group = gloo.block_group(size)
     case = committee_case(by=by)
     part = case.shard(group.rank(), size)
-    found = measure_tokens(
-        part.hidden, part.weight, None, None, part.labels, tp_group=group, chunk_tokens=4,
-        valid_vocab_size=VALID, committee=part.options["committee"],
-    )  # fmt: skip
-    committee = case.options["committee"]
+    student = part.student(part.hidden, part.weight, group)
+    found = measure_tokens(student, part.options["target"], chunk_tokens=4)
+    committee = case.options["target"]
     teachers = [reference.transformed(m.hidden @ m.head.t(), m.transform)
                 for m in committee.members]  # fmt: skip
     mixed = reference.mixture(

@@ -5,8 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_moe_inject.losses import measure_tokens, reference
-from megatron_moe_inject.losses.committee import COMMITTEES
+from megatron_moe_inject.losses import COMMITTEES, measure_tokens, reference
 from megatron_moe_inject.losses.spec import LogitTransform, TokenWeighting
 from tests.harness import gloo
 from tests.harness.losses_cases import (
@@ -29,13 +28,13 @@ def _case(by=None, **options) -> FusedCase:
     if by is None:
         return FusedCase.make(teacher_transform=WHOLE, **options)
     case = committee_case(by=by, **options)
-    committee = case.options["committee"]
+    committee = case.options["target"]
     # The second knows what the first lacks, but for one id that none of them has.
     some = LogitTransform(excluded=torch.tensor([11, 16]))
     members = [
         replace(m, transform=t) for m, t in zip(committee.members, (WHOLE, some), strict=True)
     ]
-    case.options["committee"] = replace(committee, members=tuple(members))
+    case.options["target"] = replace(committee, members=tuple(members))
     return case
 
 
@@ -71,11 +70,8 @@ def _measured(size):
     group = gloo.block_group(size)
     case = _case()
     part = case.shard(group.rank(), size)
-    found = measure_tokens(
-        part.hidden, part.weight, part.teacher_hidden, part.teacher_weight, part.labels,
-        tp_group=group, chunk_tokens=4, valid_vocab_size=VALID,
-        teacher_transform=part.options["teacher_transform"],
-    )  # fmt: skip
+    student = part.student(part.hidden, part.weight, group)
+    found = measure_tokens(student, part.target(part.options["teacher_transform"]), chunk_tokens=4)
     student = (case.hidden @ case.weight.t())[:, :VALID]
     teacher = reference.transformed(case.teacher_hidden @ case.teacher_weight.t(), WHOLE)
     expected = reference.measures(student, teacher[:, :VALID], case.labels)

@@ -1,4 +1,4 @@
-"""fused_linear_distillation with sharded heads against dense autograd: losses and all gradients."""
+"""The fused loss with sharded heads against dense autograd: losses and all gradients."""
 
 import itertools
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_moe_inject.losses import measure_tokens, reference
+from megatron_moe_inject.losses import Dense, Student, Vocabulary, measure_tokens, reference
 from megatron_moe_inject.losses.spec import LogitTransform
 from tests.harness import gloo
 from tests.harness.losses_cases import VALID, FusedCase, V, assert_close
@@ -13,17 +13,9 @@ T = 11
 
 
 def _measured(part, group, chunk=4, teacher=True, **transforms):
-    return measure_tokens(
-        part.hidden,
-        part.weight,
-        part.teacher_hidden if teacher else None,
-        part.teacher_weight if teacher else None,
-        part.labels,
-        tp_group=group,
-        valid_vocab_size=part.options["valid_vocab_size"],
-        chunk_tokens=chunk,
-        **transforms,
-    )
+    student = part.student(part.hidden, part.weight, group, transforms.get("student_transform"))
+    target = part.target(transforms.get("teacher_transform")) if teacher else None
+    return measure_tokens(student, target, chunk_tokens=chunk)
 
 
 def _expected(case, teacher=True, student_transform=None, teacher_transform=None):
@@ -91,9 +83,8 @@ def _ties(size):
     rows = V // size
     hidden, weight = torch.ones(3, 2), torch.ones(rows, 2)
     labels = torch.tensor([0, 5, 7])
-    found = measure_tokens(
-        hidden, weight, hidden, weight, labels, tp_group=group, valid_vocab_size=VALID
-    )
+    student = Student(hidden, weight, labels, Vocabulary(group, VALID))
+    found = measure_tokens(student, Dense(hidden, weight))
     assert found.top.tolist() == found.teacher_top.tolist() == [0, 0, 0]
     assert torch.allclose(found.confidence, torch.full((3,), 1 / VALID))
     assert found.kl.abs().max() < 1e-6

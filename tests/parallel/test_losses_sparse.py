@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_moe_inject.losses import (
-    SparseTeacher,
+    Sparse,
     reference,
     vocab_parallel_sparse_divergence,
 )
@@ -164,7 +164,7 @@ def _fused_matches_dense(size, tail, kind, head, chunk, temperature, alpha, beta
         tp_group=group,
         chunk_tokens=chunk,
         student_transform=transform,
-        sparse_teacher=SparseTeacher(ids, log_probs, tail),
+        target=Sparse(ids, log_probs, tail, temperature),
         **part.promise(head),
     )
     loss.total.backward(part.upstream)

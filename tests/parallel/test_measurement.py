@@ -12,9 +12,9 @@ from megatron_moe_inject.evaluation.measurement import Measurement
 from megatron_moe_inject.host.labels import (
     GENERAL,
 )
-from megatron_moe_inject.losses import reference
+from megatron_moe_inject.losses import Dense, Sparse, Student, Vocabulary, reference
 from megatron_moe_inject.losses.objective import SampleGroup, TermWeights
-from megatron_moe_inject.losses.spec import LogitTransform
+from megatron_moe_inject.losses.report import LossReport
 from tests.harness import gloo
 from tests.harness.losses_cases import VALID, V
 from tests.harness.steps import step_of
@@ -66,15 +66,14 @@ def _measured(text):
         [0],
         tp_group=tp,
         cp_group=cp,
-        valid_vocab_size=VALID,
         text_length=(lambda ids: 3 * len(ids)) if text else None,
     )
     mine = {name: part(data[name], 1, cp.rank()) for name in ("labels", "loss_mask")}
     teacher, original = (part(data[name], 1, cp.rank()) for name in ("teacher", "original"))
     head, teacher_head = (part(data[name], 0, tp.rank()) for name in ("head", "teacher_head"))
     groups = [
-        SampleGroup([1, 3], WEIGHTS, teacher[[1, 3]], teacher_head, LogitTransform()),
-        SampleGroup([0], WEIGHTS, original[[0]], head, LogitTransform()),
+        SampleGroup([1, 3], WEIGHTS, Dense(teacher[[1, 3]], teacher_head)),
+        SampleGroup([0], WEIGHTS, Dense(original[[0]], head)),
         SampleGroup([2], WEIGHTS),
     ]
     with measurement.running():
@@ -82,13 +81,12 @@ def _measured(text):
         measurement.begin(step_of([batch] if tp.rank() == 0 else None))
         terms, report = measurement.micro_batch(
             0,
-            part(data["hidden"], 0, cp.rank()),
-            head,
-            mine["labels"],
+            Student(
+                part(data["hidden"], 0, cp.rank()), head, mine["labels"].t(), Vocabulary(tp, VALID)
+            ),
             mine["loss_mask"],
             DOMAINS,
             groups,
-            transform=LogitTransform(),
         )
         found = measurement.collect()
     report = {name: value.tolist() for name, value in report.items()}
@@ -162,3 +160,39 @@ def test_what_the_log_gets_is_this_ranks_part():
     parts = [rank[3]["accuracy/code"] for rank in (ranks[0], ranks[2])]
     assert sum(p[0] for p in parts) == right
     assert sum(p[1] for p in parts) == pytest.approx(mask[[1, 3]].sum().item())
+
+
+def _beside_stored_ids():
+    """Sums, log terms, and per-token terms where the domain's teacher is known by some ids."""
+    data, tp, cp = made(), gloo.block_group(2), across()
+    measurement = Measurement(
+        {0: "code", GENERAL: "general"}, [GENERAL, 0], [0], tp_group=tp, cp_group=cp,
+        text_length=None,
+    )  # fmt: skip
+    labels, mask = (part(data[name], 1, cp.rank()) for name in ("labels", "loss_mask"))
+    hidden, head = part(data["hidden"], 0, cp.rank()), part(data["head"], 0, tp.rank())
+    ids = torch.arange(3).expand(2, labels.shape[1], 3)
+    stored = Sparse(ids, torch.full(ids.shape, 0.25).log(), "bucket")
+    groups = [SampleGroup([1, 3], WEIGHTS, stored), SampleGroup([0, 2], WEIGHTS)]
+    with measurement.running():
+        batch = {name: data[name] for name in ("tokens", "labels", "loss_mask")}
+        measurement.begin(step_of([batch] if tp.rank() == 0 else None))
+        student = Student(hidden, head, labels.t(), Vocabulary(tp, VALID))
+        terms, report = measurement.micro_batch(0, student, mask, [GENERAL, 0] * 2, groups)
+        found = measurement.collect()
+    logged = LossReport(["code"], [0], by_class=False).values(terms, mask, [GENERAL, 0] * 2)
+    report = {name: value.tolist() for name, value in (report | logged).items()}
+    return found.rows, report
+
+
+def test_of_a_teacher_of_which_some_ids_are_known_figures_are_missing_and_nothing_is_wrong():
+    rows, report = gloo.pool(WORLD).run(_beside_stored_ids)[0]
+    _, (tokens, _), _ = expected()
+    mask = made()["loss_mask"].double()
+    assert {name for _, sums in rows[0] for name in sums} == {"tokens", "loss", "correct"}
+    for i, (_, sums) in zip((1, 3), rows[0], strict=True):
+        loss = torch.where(mask[i] > 0, tokens["loss"][i].double(), 0.0).sum()
+        assert sums["loss"] == pytest.approx(loss.item(), abs=1e-4)
+    assert report["accuracy/code"][1] > 0
+    for name in ("teacher loss/code", "teacher agreement/code", "kd loss"):
+        assert report[name] == [0.0, 0.0], name

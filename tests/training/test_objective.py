@@ -49,7 +49,8 @@ def tell(module, name):
 
     @functools.wraps(stock)
     def told(*args, **kwargs):
-        print(f"kernels of {module.__name__}:", kwargs["kernels"], flush=True)
+        kernels = kwargs["kernels"] if "kernels" in kwargs else args[-1].kernels
+        print(f"kernels of {module.__name__}:", kernels, flush=True)
         return stock(*args, **kwargs)
 
     setattr(module, name, told)
@@ -57,7 +58,7 @@ def tell(module, name):
 
 tell(loss_hook, "injection_loss")
 tell(measurement, "measure_tokens")
-tell(confidence, "measure_tokens")
+tell(confidence, "target_confidence")
 gpt_entry.main()
 """
 

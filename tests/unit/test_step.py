@@ -13,6 +13,8 @@ from megatron_moe_inject.data.labels import HostGroup
 from megatron_moe_inject.data.splits import SplitRegistry
 from megatron_moe_inject.host.labels import GENERAL
 from megatron_moe_inject.host.step import StepPart
+from megatron_moe_inject.losses import Sparse, Student, TermWeights, Vocabulary, reference
+from megatron_moe_inject.losses.objective import injection_loss
 from megatron_moe_inject.step import StepHook
 from megatron_moe_inject.teachers.step_teachers import StepTeachers
 from tests.harness.steps import step_of
@@ -88,8 +90,7 @@ def test_the_schedule_gets_the_same_micro_batches_without_ids_and_parts_are_told
 
 def test_teachers_run_ahead_over_their_own_samples_without_a_copy():
     class Pass:
-        begun = None
-        teacher = None
+        begun, name = None, "coder"
 
         @property
         def passes(self):
@@ -101,11 +102,81 @@ def test_teachers_run_ahead_over_their_own_samples_without_a_copy():
             assert not bare
             self.begun = batches, selected.tolist(), length
 
-    Pass.teacher = type("Named", (), {"name": "coder"})
     own, micro_batches = Pass(), [{"tokens": torch.zeros(2, 4)}, {"tokens": torch.ones(2, 4)}]
     labels = torch.tensor([[GENERAL, 0], [0, 0]])
     StepTeachers({0: own}, valid_vocab_size=8).begin(step_of(micro_batches, labels=labels))
     assert own.begun == (micro_batches, [[False, True], [True, True]], 4)
+
+
+class Store:
+    """A teacher that runs no model: k ids and log-probabilities of each token of the text."""
+
+    name, unknown, ran_bare, tp_group, windowed = "stored", torch.tensor([6]), False, None, False
+
+    def __init__(self, k):
+        logits = torch.randn(8, 7, generator=torch.Generator().manual_seed(3))
+        self.log_probs, self.ids = logits.log_softmax(-1).topk(k)
+
+    @property
+    def passes(self):
+        return (self,)
+
+    def together(self, targets):
+        return targets[0]
+
+    def begin(self, batches, selected, length, *, bare):
+        self.tokens = [b["tokens"][own] for b, own in zip(batches, selected, strict=True)]
+
+    def says(self, tokens):
+        return Sparse(self.ids[tokens], self.log_probs[tokens], "bucket")
+
+    def target(self, micro_batch):
+        return self.says(self.tokens[micro_batch])
+
+    def readable(self, micro_batch):
+        return (self.tokens[micro_batch] == 6).cumsum(1) == 0
+
+    def of_step(self, wanted):
+        tokens = torch.cat(self.tokens)
+        return tokens, self.says(tokens)
+
+    def readable_of_step(self, wanted):
+        return None
+
+    def next_tokens(self, tokens):
+        return tokens.roll(-1, 1).index_fill(1, torch.tensor([3]), -1).flatten()
+
+
+def test_a_teacher_that_hands_out_stored_ids_is_distilled_and_asked_how_sure_it_is():
+    """As the model would be whose distribution over all ids was stored."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(7, (2, 3, 4), generator=generator)
+    labels = torch.tensor([[GENERAL, 0, 1], [0, 1, 0]])
+    teachers = StepTeachers({0: Store(7)}, valid_vocab_size=7)
+    teachers.begin(step_of([{"tokens": part} for part in tokens], labels=labels))
+    sure = teachers.confidences("top", labels)
+    probs = torch.zeros(8, 7).scatter_(1, Store(7).ids, Store(7).log_probs.exp())
+    expected = probs.amax(-1)[tokens].masked_fill((labels != 0)[..., None], 0)
+    torch.testing.assert_close(sure, expected)
+
+    weights = {GENERAL: TermWeights(0.0, 1.0), 0: TermWeights(0.7, 0.3), 1: TermWeights(0.0, 1.0)}
+    hidden = torch.randn(4, 3, 5, generator=generator, requires_grad=True)
+    head = torch.randn(8, 5, generator=generator)
+    for micro_batch, domains in enumerate(labels.tolist()):
+        targets = tokens[micro_batch].roll(-1, 1)
+        groups = teachers.groups(micro_batch, domains, targets, weights, head)
+        student = Student(hidden, head, targets.t(), Vocabulary(None, 7))
+        terms = injection_loss(student, groups)
+        taught = labels[micro_batch] == 0
+        read = taught[:, None] & ((tokens[micro_batch] == 6).cumsum(1) == 0) & (targets != 6)
+        logits = (hidden @ head.t()).transpose(0, 1)[..., :7]
+        kd = reference.forward_kl(logits, probs[tokens[micro_batch]].log())
+        ce = reference.cross_entropy(logits, targets)
+        torch.testing.assert_close(terms.kd, kd.masked_fill(~read, 0).detach())
+        expected = torch.where(taught[:, None], 0.7 * kd * read + 0.3 * ce, ce)
+        torch.testing.assert_close(terms.total, expected)
+        gradients = [torch.autograd.grad(x.sum(), hidden)[0] for x in (terms.total, expected)]
+        torch.testing.assert_close(*gradients)
 
 
 def test_virtual_pipeline_chunks_keep_their_places_and_ranks_without_data_stay_without():

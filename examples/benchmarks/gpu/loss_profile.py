@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from freeze_worker import traced
 
-from megatron_moe_inject.losses import fused_linear_distillation
+from megatron_moe_inject.losses import Dense, FusedOptions, Student, TermWeights, fused_loss
 
 SIZES = {"tokens": 4096, "hidden": 4096, "teacher-hidden": 2048, "vocab": 128256}
 WAYS = {"frozen": (False, True), "trained": (True, True), "trained, no mask": (True, False)}
@@ -50,11 +50,13 @@ def main() -> None:
 
     def step(masked: bool, chunk: int) -> None:
         hidden.grad = weight.grad = None
-        loss = fused_linear_distillation(
-            hidden, weight, teacher, head, labels, temperature=2.0, alpha=0.7, beta=0.3,
-            upstream_mask=torch.ones(o.tokens, device="cuda") if masked else None,
-            chunk_tokens=chunk or None,
-        )  # fmt: skip
+        mask = torch.ones(o.tokens, device="cuda") if masked else None
+        loss = fused_loss(
+            Student(hidden, weight, labels),
+            Dense(teacher, head),
+            TermWeights(0.7, 0.3, temperature=2.0),
+            FusedOptions(chunk_tokens=chunk or None, upstream_mask=mask),
+        )
         loss.total.mean().backward()
 
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {vars(o)}")

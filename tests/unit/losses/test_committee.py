@@ -4,8 +4,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_moe_inject.losses import Committee, Member, measure_tokens, reference
-from megatron_moe_inject.losses.committee import COMMITTEES
+from megatron_moe_inject.losses import (
+    COMMITTEES,
+    Dense,
+    Mixed,
+    Sparse,
+    Student,
+    measure_tokens,
+    reference,
+)
 from megatron_moe_inject.losses.fused import default_chunk_tokens
 from megatron_moe_inject.losses.spec import TokenWeighting
 from tests.harness.losses_cases import (
@@ -30,9 +37,9 @@ def _results(case, head="trained", **options):
 def test_one_teacher_is_that_teacher_bitwise(head, by):
     case = FusedCase.make(dtype=torch.float32, weighting=TokenWeighting("entropy", True))
     plain = _results(case, head)
-    only = Committee((Member(case.teacher_hidden, case.teacher_weight),), (0.3,), by)
+    only = Mixed((case.target(),), (0.3,), by)
     case.teacher_hidden = case.teacher_weight = None
-    for one, other in zip(plain, _results(case, head, committee=only), strict=True):
+    for one, other in zip(plain, _results(case, head, target=only), strict=True):
         assert (one is None and other is None) or torch.equal(one, other)
 
 
@@ -41,31 +48,29 @@ def test_one_teacher_is_that_teacher_bitwise(head, by):
 def test_equal_teachers_are_one(kind, by):
     case = FusedCase.make(kind=kind, weighting=TokenWeighting("label"))
     plain = _results(case)
-    same = Member(case.teacher_hidden, case.teacher_weight)
+    same = case.target()
     case.teacher_hidden = case.teacher_weight = None
-    three = Committee((same,) * 3, (0.2, 1.0, 4.0), by)
-    for one, other in zip(plain, _results(case, committee=three), strict=True):
+    three = Mixed((same,) * 3, (0.2, 1.0, 4.0), by)
+    for one, other in zip(plain, _results(case, target=three), strict=True):
         assert_close(other, one, by)
 
 
 def test_weights_count_by_their_ratio_and_decide():
     case = committee_case()
-    committee = case.options["committee"]
+    committee = case.options["target"]
     first = _results(case)[0]
-    scaled = Committee(committee.members, tuple(10 * w for w in committee.weights))
-    assert_close(_results(case, committee=scaled)[0], first, "scaled weights")
-    other = Committee(committee.members, committee.weights[::-1])
-    assert (_results(case, committee=other)[0] - first).abs().max() > 1e-3
+    scaled = Mixed(committee.members, tuple(10 * w for w in committee.weights))
+    assert_close(_results(case, target=scaled)[0], first, "scaled weights")
+    other = Mixed(committee.members, committee.weights[::-1])
+    assert (_results(case, target=other)[0] - first).abs().max() > 1e-3
 
 
 def test_mixes_probabilities_and_not_logits():
     """Two teachers sure of different ids: the mixture is undecided between exactly these two."""
     head = torch.eye(4)
-    members = tuple(Member(40 * head[[i]], head) for i in (0, 1))
-    found = measure_tokens(
-        torch.zeros(1, 4), head, None, None, torch.tensor([1]),
-        committee=Committee(members, (3.0, 1.0)),
-    )  # fmt: skip
+    members = tuple(Dense(40 * head[[i]], head) for i in (0, 1))
+    undecided = Student(torch.zeros(1, 4), head, torch.tensor([1]))
+    found = measure_tokens(undecided, Mixed(members, (3.0, 1.0)))
     assert found.teacher_top.item() == 0
     assert_close(found.teacher_loss, torch.tensor([4.0]).log(), "loss", 1e-6)
     expected = torch.tensor([3.0]).log() * 0.75  # log 4 + 0.75 log 0.75 + 0.25 log 0.25
@@ -77,13 +82,13 @@ def test_mixes_probabilities_and_not_logits():
 def test_large_logits_and_improbable_labels(by, dtype):
     """Confidences far below float32's smallest number still weigh the teachers by their ratio."""
     case = committee_case(by=by, weighting=TokenWeighting("label"), dtype=torch.float64)
-    given = case.options["committee"].members
-    for_members = [Member((60 * m.hidden).to(dtype), m.head.to(dtype)) for m in given]
-    double = [Member(m.hidden.double(), m.head.double()) for m in for_members]
+    given = case.options["target"].members
+    for_members = [Dense((60 * m.hidden).to(dtype), m.head.to(dtype)) for m in given]
+    double = [Dense(m.hidden.double(), m.head.double()) for m in for_members]
     weights = (0.6, 0.4)
-    case.options["committee"] = Committee(tuple(double), weights, by)
+    case.options["target"] = Mixed(tuple(double), weights, by)
     wanted = case.dense()
-    case.options["committee"] = Committee(tuple(for_members), weights, by)
+    case.options["target"] = Mixed(tuple(for_members), weights, by)
     # Products of bfloat16 logits are rounded, so only float32 can be compared closely.
     hidden, weight = case.leaves()
     loss = case.call(hidden, weight)
@@ -108,9 +113,9 @@ def test_a_label_that_no_teacher_knows_leaves_the_weights(by):
 
 def test_blind_weights_do_not_know_the_label():
     case = committee_case(by="label")
-    committee = case.options["committee"]
+    committee = case.options["target"]
     assert committee.blind().by == "fixed"
-    top = Committee(committee.members, committee.weights, "top")
+    top = Mixed(committee.members, committee.weights, "top")
     assert top.blind() is top
 
 
@@ -140,25 +145,36 @@ def test_gradients_in_a_repeated_backward_pass():
     ],
 )
 def test_committees_that_are_none(change, message):
-    found = vars(committee_case().options["committee"]) | change
+    found = vars(committee_case().options["target"]) | change
     with pytest.raises(ValueError, match=message):
-        Committee(**found)
+        Mixed(**found)
+
+
+def test_members_are_of_the_same_tokens_and_ids_and_know_all_of_them():
+    first = Dense(torch.ones(3, 2), torch.ones(5, 2))
+    for other in (Dense(torch.ones(4, 2), first.head), Dense(first.hidden, torch.ones(6, 2))):
+        with pytest.raises(ValueError, match="committee's teachers differ"):
+            Mixed((first, other), (1.0, 1.0))
+    stored = Sparse(torch.zeros(3, 2).long(), torch.zeros(3, 2))
+    with pytest.raises(NotImplementedError, match="a committee with a Sparse member"):
+        Mixed((first, stored), (1.0, 1.0))
 
 
 def test_refusals():
     case = committee_case()
     hidden, weight = case.leaves()
-    committee = case.options["committee"]
-    with pytest.raises(ValueError, match="or committee, not both"):
-        FusedCase.make().call(hidden, weight, committee=committee)
+    committee = case.options["target"]
     short = committee.changed(lambda states: states[:-1])
-    with pytest.raises(ValueError, match=r"must be \[t, h_t\]"):
-        case.call(hidden, weight, committee=short)
+    with pytest.raises(ValueError, match=r"must have the tokens \(11,\) of the student's"):
+        case.call(hidden, weight, target=short)
+    narrow = Mixed(tuple(Dense(m.hidden, m.head[1:]) for m in committee.members), (1.0, 1.0))
+    with pytest.raises(ValueError, match=r"v/p=24 as in the student's"):
+        case.call(hidden, weight, target=narrow)
 
 
 def test_reference_mixture_is_a_distribution():
     case = committee_case()
-    teachers = [m.hidden @ m.head.t() for m in case.options["committee"].members]
+    teachers = [m.hidden @ m.head.t() for m in case.options["target"].members]
     labels = case.labels.clamp(max=8)
     for by in COMMITTEES:
         mixed = reference.mixture(teachers, (2.0, 1.0), labels, 3.0, by=by, valid_vocab_size=9)

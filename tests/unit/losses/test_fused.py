@@ -1,4 +1,4 @@
-"""fused_linear_distillation on one process: work done, memory, precision, weights and misuse.
+"""The fused loss on one process: work done, memory, precision, weights and misuse.
 
 Values and gradients at TP 1, 2 and 4 are in tests/parallel/test_losses_fused.py.
 """
@@ -10,11 +10,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd.profiler import profile
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from megatron_moe_inject.losses import (
-    SparseTeacher,
+    Dense,
+    Divergence,
+    Sparse,
+    Student,
+    TermWeights,
     default_chunk_tokens,
     fused_linear_distillation,
+    fused_loss,
     reference,
 )
 from megatron_moe_inject.losses.spec import TokenWeighting
@@ -30,8 +36,7 @@ from tests.harness.losses_cases import (
     relative_error,
 )
 
-NO_TEACHER = {"teacher_hidden": None, "teacher_weight": None}
-STORED = SparseTeacher(torch.zeros(11, 3).long(), torch.zeros(11, 3))
+STORED = Sparse(torch.zeros(11, 3).long(), torch.zeros(11, 3), temperature=2.0)
 
 
 EVEN = VALID // 2 * 2
@@ -314,46 +319,99 @@ def test_default_chunk_grows_with_a_head_gradient_summed_in_the_forward_pass():
     assert default_chunk_tokens(hidden, few, head_gradient=True) == budget
 
 
+def test_the_documented_function_is_the_loss_of_one_teacher_bitwise():
+    case = FusedCase.make(kind="jsd", dtype=torch.float32)
+    found = []
+    for way in ("objects", "arguments"):
+        hidden, weight = case.leaves()
+        if way == "objects":
+            student = case.student(hidden, weight)
+            weights = TermWeights(0.7, 0.3, Divergence("jsd"), 2.0)
+            loss = fused_loss(student, case.target(), weights)
+        else:
+            loss = fused_linear_distillation(
+                hidden, weight, case.teacher_hidden, case.teacher_weight, case.labels,
+                **case.options,
+            )  # fmt: skip
+        loss.total.backward(case.upstream)
+        found.append([*loss, hidden.grad, weight.grad])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_what_a_call_kept_is_free_after_its_backward_pass():
+    """The teacher's states among it, where the logits were made again."""
+    case = FusedCase.make()
+    hidden, weight = case.leaves()
+    teacher = StorageWeakRef(case.teacher_hidden.untyped_storage())
+    total = case.call(hidden, weight, chunk_tokens=4).total
+    case.teacher_hidden = None
+    assert not teacher.expired()
+    total.backward(case.upstream)
+    assert teacher.expired()
+    assert total.grad_fn is not None
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"student_hidden": torch.zeros(11, 5)}, r"student_hidden \(11, 5\)"),
-        ({"student_hidden": torch.zeros(11, 6).half()}, "student_hidden is torch.float16"),
-        ({"teacher_weight": torch.zeros(V - 1, 4).double()}, r"teacher_weight \(23, 4\)"),
-        ({"teacher_hidden": torch.zeros(11, 4)}, "teacher_hidden is torch.float32"),
+        ({"student_hidden": torch.zeros(11, 5)}, r"student's hidden \(11, 5\)"),
+        ({"student_hidden": torch.zeros(11, 6).half()}, "student's hidden is torch.float16"),
+        ({"student_hidden": torch.zeros(11, 1, 6).double()}, r"labels \(11,\)"),
+        ({"teacher_weight": torch.zeros(V - 1, 4).double()}, r"teacher's head \(23, 4\)"),
+        ({"teacher_weight": torch.zeros(V, 5).double()}, r"and head \(24, 5\)"),
+        ({"teacher_hidden": torch.zeros(9, 4).double()}, r"\[\(9, 4\)\], must have the tokens"),
+        ({"teacher_hidden": torch.zeros(11, 4)}, "teacher's hidden is torch.float32"),
         ({"teacher_hidden": None}, "together"),
         ({"teacher_hidden": None, "teacher_weight": None}, "alpha"),
         ({"labels": torch.zeros(10).long()}, r"labels \(10,\)"),
         ({"alpha": torch.zeros(10)}, r"alpha \(10,\)"),
         ({"temperature": -1.0}, "temperature=-1.0"),
-        ({"upstream_mask": torch.zeros(10)}, r"upstream_mask \(10,\)"),
         ({"chunk_tokens": 0}, "chunk_tokens=0"),
         ({"kind": "tv"}, "kind='tv'"),
-        ({"kind": "jsd", "jsd_beta": 0.0}, "beta=0.0"),
         ({"valid_vocab_size": V + 1}, f"valid_vocab_size={V + 1}"),
-        ({"accumulate_main_grad": True}, "student_weight.main_grad"),
-        ({"weighting": TokenWeighting("label"), "alpha": 0.0, **NO_TEACHER}, "teacher must be"),
-        ({"sparse_teacher": STORED}, "not both"),
-        ({"sparse_teacher": STORED, "weighting": TokenWeighting("label"), **NO_TEACHER}, "whole"),
-        ({"sparse_teacher": STORED, "kind": "jsd", **NO_TEACHER}, "bucket"),
-        (
-            {"sparse_teacher": STORED, "temperature": torch.ones(11), **NO_TEACHER},
-            "at one temperature",
-        ),
-        (
-            {"sparse_teacher": SparseTeacher(*(x[:5] for x in STORED[:2])), **NO_TEACHER},
-            r"must be the tokens \(11,\)",
-        ),
     ],
 )
 def test_misuse_is_named(change, message):
     case = FusedCase.make()
     arguments = {
         "student_hidden": case.hidden,
-        "student_weight": case.weight.requires_grad_(),
+        "student_weight": case.weight,
         "teacher_hidden": case.teacher_hidden,
         "teacher_weight": case.teacher_weight,
         "labels": case.labels,
     }
     with pytest.raises(ValueError, match=message):
         fused_linear_distillation(**arguments | case.options | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"upstream_mask": torch.zeros(10)}, r"upstream_mask \(10,\)"),
+        ({"accumulate_main_grad": True}, "student_weight.main_grad"),
+        ({"target": STORED, "weighting": TokenWeighting("label")}, "whole"),
+        ({"target": STORED, "kind": "jsd"}, "bucket"),
+        ({"target": STORED, "temperature": torch.ones(11)}, "at one temperature, 2.0"),
+        ({"target": STORED, "temperature": 1.0}, "temperature: 1.0, but .* 2.0"),
+        ({"target": STORED.changed(lambda slots: slots[:5])}, r"tokens \(11,\) of the student's"),
+    ],
+)
+def test_misuse_of_targets_and_options_is_named(change, message):
+    case = FusedCase.make()
+    with pytest.raises(ValueError, match=message):
+        case.call(*case.leaves(), **change)
+
+
+def test_a_weighting_needs_a_target():
+    case = FusedCase.make(weighting=TokenWeighting("label"), alpha=0.0)
+    case.teacher_hidden = case.teacher_weight = None
+    with pytest.raises(ValueError, match="a target must be given"):
+        case.call(*case.leaves())
+
+
+def test_tokens_in_two_dimensions_are_refused():
+    case = FusedCase.make(t=12)
+    student = Student(case.hidden.view(3, 4, -1), case.weight, case.labels.view(3, 4))
+    target = Dense(case.teacher_hidden.view(3, 4, -1), case.teacher_weight)
+    with pytest.raises(ValueError, match=r"must be \[t, h\] here"):
+        fused_loss(student, target, TermWeights(1.0, 0.0))

@@ -11,7 +11,7 @@ from megatron_moe_inject.host.attached_loss import (
 from megatron_moe_inject.host.labels import (
     GENERAL,
 )
-from megatron_moe_inject.losses import reference
+from megatron_moe_inject.losses import Dense, FusedOptions, Sparse, Student, Vocabulary, reference
 from megatron_moe_inject.losses.objective import (
     LossTerms,
     SampleGroup,
@@ -22,7 +22,7 @@ from megatron_moe_inject.losses.report import LossReport, merge
 from megatron_moe_inject.losses.spec import Divergence, LogitTransform, TokenWeighting
 
 S, B, H, HT, V, VALID = 5, 4, 8, 6, 16, 13
-ONE_PROCESS = {"tp_group": None, "valid_vocab_size": VALID, "reduce_hidden_grad": True}
+VOCABULARY = Vocabulary(None, VALID)
 
 
 @pytest.fixture
@@ -37,22 +37,23 @@ def tensors():
     }
 
 
+def student(tensors, **options):
+    return Student(tensors["hidden"], tensors["head"], tensors["labels"].t(), VOCABULARY, **options)
+
+
 def groups(tensors):
     """Samples 3 and 0 learn from one teacher, 2 from another, 1 is general."""
     return [
         SampleGroup(
             [0, 3],
             TermWeights(0.7, 0.3, temperature=2.0),
-            tensors["teachers"][0],
-            tensors["heads"][0],
+            Dense(tensors["teachers"][0], tensors["heads"][0]),
         ),
         SampleGroup([1], TermWeights(0.0, 0.5)),
         SampleGroup(
             [2],
             TermWeights(1.0, 0.0, Divergence("reverse_kl"), 1.0, TokenWeighting("label")),
-            tensors["teachers"][1],
-            tensors["heads"][1],
-            LogitTransform(0.5, 4.0),
+            Dense(tensors["teachers"][1], tensors["heads"][1], LogitTransform(0.5, 4.0)),
         ),
     ]
 
@@ -63,23 +64,19 @@ def kl(student, teacher, kind, temperature):
 
 
 def test_mixed_samples_each_get_their_own_loss_and_gradient(tensors):
-    student = LogitTransform(scale=1.5)
-    loss = injection_loss(
-        *(tensors["hidden"], tensors["head"], tensors["labels"], groups(tensors)),
-        student_transform=student,
-        **ONE_PROCESS,
-    )
+    transform = LogitTransform(scale=1.5)
+    loss = injection_loss(student(tensors, transform=transform), groups(tensors))
     hidden = tensors["hidden"].detach().clone().requires_grad_(True)
-    logits = (hidden @ tensors["head"].t()).transpose(0, 1) * student.scale
+    logits = (hidden @ tensors["head"].t()).transpose(0, 1) * transform.scale
     ce = reference.cross_entropy(logits, tensors["labels"], valid_vocab_size=VALID)
     expected, kd, factor = [None] * B, torch.zeros(B, S), torch.ones(B, S)
     for group in groups(tensors):
         for row, sample in enumerate(group.samples):
             w = group.weights
             expected[sample] = w.beta * ce[sample]
-            if group.teacher_hidden is not None:
+            if group.target is not None:
                 teacher = reference.transformed(
-                    group.teacher_hidden[row] @ group.teacher_head.t(), group.teacher_transform
+                    group.target.hidden[row] @ group.target.head.t(), group.target.transform
                 )
                 value = kl(logits[sample], teacher, w.divergence.kind, w.temperature)
                 kd[sample] = value.detach()
@@ -103,9 +100,8 @@ def test_mixed_samples_each_get_their_own_loss_and_gradient(tensors):
 
 def test_the_order_of_groups_does_not_matter(tensors):
     mixed = groups(tensors)
-    arguments = (tensors["hidden"], tensors["head"], tensors["labels"])
-    one = injection_loss(*arguments, mixed, **ONE_PROCESS)
-    other = injection_loss(*arguments, mixed[::-1], **ONE_PROCESS)
+    one = injection_loss(student(tensors), mixed)
+    other = injection_loss(student(tensors), mixed[::-1])
     for a, b in zip(vars(one).values(), vars(other).values(), strict=True):
         torch.testing.assert_close(a, b)
 
@@ -116,12 +112,9 @@ def test_every_group_gets_its_part_of_the_mask(tensors):
     assert mask.sum() not in (0, B * S)
     head = tensors["head"].requires_grad_()
     gradients = []
-    for upstream_mask in (None, mask):
-        loss = injection_loss(
-            *(tensors["hidden"], head, tensors["labels"], groups(tensors)),
-            upstream_mask=upstream_mask,
-            **ONE_PROCESS,
-        )
+    for upstream_mask in (None, mask.t()):
+        options = FusedOptions(upstream_mask=upstream_mask)
+        loss = injection_loss(student(tensors), groups(tensors), options)
         total = (loss.total * mask).sum() / 7
         gradients.append(torch.autograd.grad(total, (tensors["hidden"], head)))
     torch.testing.assert_close(*gradients)
@@ -130,9 +123,25 @@ def test_every_group_gets_its_part_of_the_mask(tensors):
 def test_samples_left_out_or_taken_twice_are_a_bug(tensors):
     mixed = groups(tensors)
     with pytest.raises(AssertionError, match="partition"):
-        injection_loss(
-            tensors["hidden"], tensors["head"], tensors["labels"], mixed[:2], **ONE_PROCESS
-        )
+        injection_loss(student(tensors), mixed[:2])
+
+
+@pytest.mark.parametrize("tail", ["renormalize", "bucket"])
+def test_a_teacher_by_stored_ids_is_one_beside_others(tensors, tail):
+    """All ids stored: the loss of the teacher itself, sample by sample."""
+    whole = groups(tensors)
+    logits = (tensors["teachers"][0] @ tensors["heads"][0].t())[..., :VALID]
+    ids = torch.arange(VALID).expand(logits.shape)
+    stored = Sparse(ids, (logits / 2.0).log_softmax(-1), tail, temperature=2.0)
+    gradients, losses = [], []
+    for target in (whole[0].target, stored):
+        own = [dataclasses.replace(whole[0], target=target), *whole[1:]]
+        loss = injection_loss(student(tensors), own)
+        losses.append(loss.kd)
+        gradients.append(torch.autograd.grad(loss.total.sum(), tensors["hidden"])[0])
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*gradients)
+    assert losses[0][[0, 3]].min() > 1e-3
 
 
 def terms():
@@ -190,10 +199,10 @@ def test_where_a_teacher_cannot_be_asked_nothing_is_distilled_or_counted(tensors
     found = []
     for noise in (0.0, 3.0):
         own = groups(tensors)
-        states = own[0].teacher_hidden + noise * ~readable[..., None]
-        own[0] = dataclasses.replace(own[0], teacher_hidden=states, readable=readable)
+        target = own[0].target.changed(lambda states, n=noise: states + n * ~readable[..., None])
+        own[0] = dataclasses.replace(own[0], target=target, readable=readable)
         hidden = tensors["hidden"].detach().clone().requires_grad_(True)
-        terms = injection_loss(hidden, tensors["head"], tensors["labels"], own, **ONE_PROCESS)
+        terms = injection_loss(student(tensors | {"hidden": hidden}), own)
         terms.total.sum().backward()
         report = LossReport(["a", "b"], [0, 1], by_class=True, weighted=True)
         values = report.values(terms, torch.ones(B, S), [0, GENERAL, 1, 0])

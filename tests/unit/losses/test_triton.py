@@ -21,7 +21,7 @@ import torch
 
 from megatron_moe_inject import losses
 from megatron_moe_inject.losses import (
-    SparseTeacher,
+    Sparse,
     TritonRows,
     triton_rows,
     vocab_parallel_divergence,
@@ -289,7 +289,8 @@ def _fused(options, head_trains, chunk, stored):
         ids = torch.rand(4, 77, generator=generator).argsort(-1)[:, :4]
         log_probs = torch.rand(4, 4, generator=generator).sub(3)
         case.teacher_hidden = case.teacher_weight = None
-        case.options["sparse_teacher"] = SparseTeacher(ids, log_probs, "bucket")
+        temperature = options.get("temperature", 2.0)
+        case.options["target"] = Sparse(ids, log_probs, "bucket", temperature)
     results = []
     for kernels in (None, _kernels()):
         hidden, weight = case.leaves(head_trains)
@@ -339,11 +340,9 @@ def test_fused(run, options):
 def _measured(teacher):
     case = FusedCase.make(t=5, v=80, valid=77, dtype=torch.float32)
     case.labels[1] = -1
-    inputs = [case.hidden, case.weight, case.teacher_hidden, case.teacher_weight, case.labels]
-    if not teacher:
-        inputs[2] = inputs[3] = None
+    student, target = case.student(case.hidden, case.weight), case.target() if teacher else None
     plain, ours = (
-        losses.measure_tokens(*inputs, valid_vocab_size=77, chunk_tokens=3, kernels=kernels)
+        losses.measure_tokens(student, target, chunk_tokens=3, kernels=kernels)
         for kernels in (None, _kernels())
     )
     for name, expected in plain._asdict().items():

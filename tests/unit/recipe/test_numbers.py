@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from megatron_moe_inject.losses import KINDS, fused_linear_distillation
+from megatron_moe_inject.losses import (
+    KINDS,
+    Dense,
+    Divergence,
+    Student,
+    TermWeights,
+    fused_loss,
+)
 from megatron_moe_inject.recipe.load import recipe_from_yaml
 from megatron_moe_inject.recipe.numbers import MIXTURES, TEMPERATURES, WEIGHTS
 from tests.harness.recipes import message_of, text_with
@@ -81,14 +88,15 @@ def test_at_the_bounds_everything_is_finite(kind, temperature):
         for mixture in MIXTURES if kind in ("jsd", "skew_kl") else (None,):
             hidden, head = tensor(t, h).requires_grad_(), tensor(v, h).requires_grad_()
             divergence = {} if mixture is None else {_MIXTURE[kind]: mixture}
-            loss = fused_linear_distillation(
-                *(hidden, head, tensor(t, h), tensor(v, h), labels),
-                kind=kind, temperature=temperature, alpha=weight, beta=weight, **divergence,
-            )  # fmt: skip
+            loss = fused_loss(
+                Student(hidden, head, labels),
+                Dense(tensor(t, h), tensor(v, h)),
+                TermWeights(weight, weight, Divergence(kind, **divergence), temperature),
+            )
             (loss.total.sum() * 2.0**32).backward()
             for name, found in (("loss", loss.total), ("x", hidden.grad), ("head", head.grad)):
                 assert found.isfinite().all(), name
             assert hidden.grad.any()
 
 
-_MIXTURE = {"jsd": "jsd_beta", "skew_kl": "skew"}
+_MIXTURE = {"jsd": "beta", "skew_kl": "skew"}

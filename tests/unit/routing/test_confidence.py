@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_moe_inject.host.errors import RecipeError
-from megatron_moe_inject.losses.committee import Committee, Member
+from megatron_moe_inject.losses import Dense, Mixed, Sparse, Vocabulary
 from megatron_moe_inject.losses.objective import SampleGroup, TermWeights
 from megatron_moe_inject.recipe.facts import StudentFacts
 from megatron_moe_inject.recipe.load import recipe_from_yaml
@@ -27,7 +27,7 @@ def teacher(samples, seed=0):
     """A group of samples with states ``[k, 5, 4]`` of a teacher with a head ``[8, 4]``."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(len(samples), 5, 4, generator=generator)
-    return SampleGroup(samples, WEIGHTS, hidden, torch.randn(8, 4, generator=generator))
+    return SampleGroup(samples, WEIGHTS, Dense(hidden, torch.randn(8, 4, generator=generator)))
 
 
 def labels(samples):
@@ -35,13 +35,13 @@ def labels(samples):
 
 
 def probs(group):
-    return (group.teacher_hidden @ group.teacher_head[:VOCABULARY].t()).softmax(-1)
+    return (group.target.hidden @ group.target.head[:VOCABULARY].t()).softmax(-1)
 
 
 def measured(running, iteration, parts):
     running.begin(iteration)
     for groups, own, domains in parts:
-        running.add(groups, own, domains, None, VOCABULARY)
+        running.add(groups, own, domains, Vocabulary(None, VOCABULARY))
     running.end(torch.device("cpu"))
 
 
@@ -68,12 +68,28 @@ def test_a_step_gives_the_mean_over_its_tokens_by_domain(kind):
 
 def test_a_committees_mixture_is_measured():
     first, second = teacher([0]), teacher([0], seed=3)
-    members = tuple(Member(g.teacher_hidden, g.teacher_head) for g in (first, second))
-    mixed = SampleGroup([0], WEIGHTS, committee=Committee(members, (0.25, 0.75)))
+    mixed = SampleGroup([0], WEIGHTS, Mixed((first.target, second.target), (0.25, 0.75)))
     running = RunningConfidence("top", {0: "code"})
     measured(running, 0, [([mixed], labels(1), [0])])
     expected = (0.25 * probs(first) + 0.75 * probs(second)).amax(-1).mean()
     assert running.state == {"code": [pytest.approx(expected.item(), rel=1e-5), 1]}
+
+
+@pytest.mark.parametrize("kind", ["label", "top"])
+def test_stored_ids_tell_how_sure_a_teacher_is(kind):
+    """All of them as its whole distribution does; a label that is not stored counts 0."""
+    group, own = teacher([0]), labels(1)
+    p, ids = probs(group), torch.arange(VOCABULARY).expand(1, 5, -1)
+    known = p[..., :3] if kind == "label" else p
+    for k, expected in ((VOCABULARY, p), (3, known)):
+        stored = SampleGroup([0], WEIGHTS, Sparse(ids[..., :k], p[..., :k].log()))
+        running = RunningConfidence(kind, {0: "code"})
+        measured(running, 0, [([stored], own, [0])])
+        if kind == "top":
+            sure = expected[..., :k].amax(-1)
+        else:
+            sure = torch.where(own < k, p.gather(-1, own[..., None]).squeeze(-1), 0.0)
+        assert running.state["code"][0] == pytest.approx(sure.mean().item(), rel=1e-5)
 
 
 def step(running, iteration, value):

@@ -1,0 +1,225 @@
+"""What a teacher says about tokens: one type, whatever the teacher is and wherever it runs.
+
+    Target = Dense    hidden states and a head, of which logits are made chunk by chunk
+           | Mixed    several of these, whose distributions are mixed
+           | Sparse   some ids of each token with their log-probabilities, as a store keeps them
+
+A loss, a measure or a confidence takes a ``Target`` and knows by its class what to do. A target
+checks itself when it is made; what fits a student, a divergence and a temperature is checked once
+where they meet (``checks.py``).
+
+Shapes: t tokens, h_t teacher hidden, v vocabulary, p tensor-parallel size, k stored ids per token.
+Where a tensor is [t, ...] here, any leading dimensions do, such as samples and positions; losses
+take them flat.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from megatron_moe_inject.losses.products import head_logits
+from megatron_moe_inject.losses.spec import LogitTransform
+
+COMMITTEES = ("fixed", "label", "top")
+TAILS = ("renormalize", "bucket", "sample")
+
+
+class TeacherLogits(NamedTuple):
+    """A teacher's logits of a chunk.
+
+    Attributes:
+        logits: [t, c] of this rank's c columns with real ids; their softmax at the temperature that
+            they were asked for is the teacher's distribution.
+        ce: [t], -log P(label) at temperature 1, +inf without a label; None where it has to be
+            computed from the logits.
+        entropy: [t], of P at temperature 1; None likewise.
+    """
+
+    logits: Tensor
+    ce: Tensor | None = None
+    entropy: Tensor | None = None
+
+
+class PerToken:
+    """Tensors that belong to tokens, beside what is the same for all of them."""
+
+    def parts(self) -> tuple[tuple[Tensor, ...], Callable[..., Self]]:
+        """The tensors per token, and what makes an object like this one of such tensors.
+
+        What makes it keeps none of the tensors that it is given beside, so that they can be freed.
+        """
+        raise NotImplementedError
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The same with every tensor per token changed, such as cut or laid out flat."""
+        tensors, made_of = self.parts()
+        return made_of(*map(change, tensors))
+
+    @property
+    def tokens(self) -> torch.Size:
+        """The dimensions of the tokens, all but the last."""
+        return self.parts()[0][0].shape[:-1]
+
+
+@dataclass(frozen=True)
+class Dense(PerToken):
+    """A teacher by its hidden states and its head; all are constants.
+
+    Attributes:
+        hidden: [t, h_t], what its head reads.
+        head: [v/p, h_t], the same vocabulary ids as the student's head on this rank; rows that the
+            teacher has no id for are there, too. Same dtype as ``hidden``.
+        transform: what makes logits of ``hidden @ head.T``; None for nothing.
+
+    Raises:
+        ValueError: widths or dtypes that differ.
+    """
+
+    hidden: Tensor
+    head: Tensor
+    transform: LogitTransform | None = None
+
+    def __post_init__(self):
+        hidden, head = self.hidden, self.head
+        if hidden.dim() < 2 or head.dim() != 2 or hidden.shape[-1] != head.shape[1]:
+            raise ValueError(
+                f"teacher's hidden {tuple(hidden.shape)} and head {tuple(head.shape)} must be "
+                "[t, h_t] and [v/p, h_t]"
+            )
+        if hidden.dtype != head.dtype:
+            raise ValueError(
+                f"teacher's hidden is {hidden.dtype} and its head {head.dtype}; use one dtype"
+            )
+
+    def parts(self) -> tuple[tuple[Tensor, ...], Callable[..., Self]]:
+        """``hidden``; see ``PerToken``."""
+        head, transform = self.head, self.transform
+        return (self.hidden,), lambda hidden: Dense(hidden, head, transform)
+
+    def logits(self, columns: int) -> Tensor:
+        """Logits for the first ``columns`` rows of the head, [t, columns]; no gradients."""
+        logits = head_logits(self.hidden, self.head[:columns])
+        return self.transform.apply_(logits) if self.transform else logits
+
+
+@dataclass(frozen=True)
+class Mixed(PerToken):
+    """A committee: teachers of the same tokens and vocabulary ids, with weights.
+
+    Attributes:
+        members: the teachers; widths and dtypes may differ.
+        weights: one for each, positive; only their ratios matter.
+        by: ``fixed``: these weights for every token. ``label``: times the teacher's probability of
+            the label, where there is one. ``top``: times the probability of its most likely id.
+
+    Raises:
+        ValueError: no member, another number of weights, a weight that is not positive and
+            finite, an unknown ``by``, or members of other tokens or shards.
+        NotImplementedError: a member of which only some ids are known.
+    """
+
+    members: tuple[Dense, ...]
+    weights: tuple[float, ...]
+    by: str = "fixed"
+
+    def __post_init__(self):
+        if not self.members or len(self.members) != len(self.weights):
+            raise ValueError(
+                f"a committee of {len(self.members)} teachers with {len(self.weights)} weights; "
+                "give at least one teacher and a weight for each"
+            )
+        if not all(0 < weight < float("inf") for weight in self.weights):
+            raise ValueError(f"weights={self.weights} of a committee must be positive and finite")
+        if self.by not in COMMITTEES:
+            raise ValueError(f"by={self.by!r} is not known; use one of {', '.join(COMMITTEES)}")
+        for member in self.members:
+            if not isinstance(member, Dense):
+                raise NotImplementedError(
+                    f"a committee with a {type(member).__name__} member: distributions are mixed "
+                    "over the whole vocabulary; use teachers that give hidden states and a head"
+                )
+        sizes = [(tuple(member.tokens), len(member.head)) for member in self.members]
+        if len(set(sizes)) > 1:
+            raise ValueError(
+                f"tokens and rows of the heads of a committee's teachers differ: {sizes}"
+            )
+
+    def parts(self) -> tuple[tuple[Tensor, ...], Callable[..., Self]]:
+        """The members' hidden states; see ``PerToken``."""
+        heads = [(member.head, member.transform) for member in self.members]
+        weights, by = self.weights, self.by
+
+        def made_of(*hidden: Tensor) -> Mixed:
+            members = (Dense(states, *head) for states, head in zip(hidden, heads, strict=True))
+            return Mixed(tuple(members), weights, by)
+
+        return tuple(member.hidden for member in self.members), made_of
+
+    def blind(self) -> "Mixed":
+        """What can be measured on a text: with ``label`` the weights would know the answer."""
+        return Mixed(self.members, self.weights) if self.by == "label" else self
+
+
+@dataclass(frozen=True)
+class Sparse(PerToken):
+    """A teacher of which only k ids per token are known, such as one stored on disk; constants.
+
+    Attributes:
+        ids: [t, k] int64 global ids, the same on every rank; a negative id is an unused slot. The
+            used ids of a token differ, except for tail ``sample``.
+        log_probs: [t, k], the teacher's log-probabilities over its whole vocabulary at
+            ``temperature``, or for tail ``sample`` the log of importance weights, see
+            ``sparse.sample_teacher``. -inf is an unused slot.
+        tail: what becomes of the ids that are not known: ``renormalize``, ``bucket`` or
+            ``sample``, see ``sparse.py``.
+        temperature: what the teacher's logits were divided by before ``log_probs`` was made of
+            them. Nothing is tempered later, so a loss at another temperature is refused.
+
+    Raises:
+        ValueError: shapes or a dtype that do not fit, an unknown tail, or a temperature that is not
+            positive and finite.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    tail: str = "renormalize"
+    temperature: float = 1.0
+
+    def __post_init__(self):
+        ids, log_probs = self.ids, self.log_probs
+        if ids.shape != log_probs.shape or ids.dim() == 0 or ids.shape[-1] == 0:
+            raise ValueError(
+                f"teacher's ids {tuple(ids.shape)} and log_probs {tuple(log_probs.shape)} must "
+                "have one shape: an id and its log-probability per slot, at least one slot"
+            )
+        if ids.dtype != torch.int64:
+            raise ValueError(f"teacher's ids are {ids.dtype}; give int64")
+        if self.tail not in TAILS:
+            raise ValueError(
+                f"tail={self.tail!r} is no tail treatment; use one of {', '.join(TAILS)}"
+            )
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(
+                f"temperature={self.temperature} of stored log_probs must be positive and finite"
+            )
+
+    def parts(self) -> tuple[tuple[Tensor, ...], Callable[..., Self]]:
+        """``ids`` and ``log_probs``; see ``PerToken``."""
+        tail, temperature = self.tail, self.temperature
+        return (
+            (self.ids, self.log_probs),
+            lambda ids, log_probs: Sparse(ids, log_probs, tail, temperature),
+        )
+
+
+Target = Dense | Mixed | Sparse
+
+
+def single(target: Target | None) -> Target | None:
+    """A committee of one as that teacher; any other target as it is."""
+    if isinstance(target, Mixed) and len(target.members) == 1:
+        return target.members[0]
+    return target
