@@ -76,9 +76,10 @@ def judge(
 
 
 def _teacher(domain: Domain, evaluation: Evaluation) -> dict[str, Any] | None:
-    """Who taught the domain when it was measured, and where from; None where nobody did."""
+    """Who taught the domain when it was measured, and where from; None where nobody did, or nobody
+    of whom a loss was measured."""
     found = evaluation.classes.get(domain.name)
-    if found is None or found.teacher is None:
+    if found is None or found.teacher is None or "teacher_loss" not in found.sums:
         return None
     sources = evaluation.provenance.teachers
     names = {name: sources.get(name) for name in domain.teacher_weights}
@@ -122,6 +123,12 @@ def teacher_gate(
             said.append(
                 f"teacher gate: no held-out text of {domain.name}, so that teacher "
                 f"{domain.taught_by} was not compared with the student"
+            )
+            continue
+        if "teacher_loss" not in found.sums:
+            said.append(
+                f"teacher gate: of teacher {domain.taught_by} only some ids of each token of "
+                f"{domain.name} are known, so that it has no loss to compare with the student's"
             )
             continue
         loss, tokens = found.loss_beside_teacher()

@@ -76,3 +76,11 @@ def test_a_domain_without_held_out_text_is_named():
     (said,), kept = ask(evaluation(None, {}), begins=True)
     assert "no held-out text of code" in said
     assert kept["passed"] == {}
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_a_teacher_of_which_only_some_ids_are_known_is_not_compared_and_has_not_passed(begins):
+    unmeasured = evaluation({"loss": 3.0}, teachers=CODER)
+    (said,), kept = ask(unmeasured, begins=begins, verdict=ask(unmeasured, begins=True)[1])
+    assert "of teacher coder only some ids of each token of code are known" in said
+    assert kept["passed"] == {}
