@@ -1,4 +1,4 @@
-"""Reads and copies a Megatron ``torch_dist`` checkpoint on one rank, without ``torch.distributed``.
+"""Reads a Megatron ``torch_dist`` checkpoint on one rank, without ``torch.distributed``.
 
 Megatron's own loading entry agrees over the whole world, while only the ranks of the last
 pipeline stage want a teacher, and a delta is made where no job runs. The format does not ask for
@@ -17,16 +17,13 @@ Megatron is imported only for what needs its classes: the common state, and chec
 from __future__ import annotations
 
 import collections
-import copy
-import dataclasses
 import functools
 import io
 import json
 import pickle
 import re
-import shutil
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -50,12 +47,13 @@ from megatron_moe_inject.host.errors import (
 )
 from megatron_moe_inject.host.files import is_plain_name
 
-_INDEX = ".metadata"
-_COMMON_OBJECT = "common_state/shard_0_1"
+INDEX = ".metadata"
+COMMON_OBJECT = "common_state/shard_0_1"
 _TRAINING_STATE = re.compile(
     r"(chained_\d+\.)?optimizer\.|(.*\.)?rng_state/|rerun_state_machine_state/|common_state/"
 )
-_DAMAGED = (OSError, RuntimeError, ValueError, KeyError, EOFError, AssertionError)
+DAMAGED = (OSError, RuntimeError, ValueError, KeyError, EOFError, AssertionError)
+"""What reading a damaged file may raise, beside ``pickle.UnpicklingError``."""
 
 _FORMAT_CLASSES = {
     "builtins": ("set", "frozenset", "slice"),
@@ -114,7 +112,7 @@ class _Reader(FileSystemReader):
     """The stock reader with the restricted unpickler."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with open(Path(self.path) / _INDEX, "rb") as file:
+        with open(Path(self.path) / INDEX, "rb") as file:
             return _MetadataUnpickler(file).load()
 
 
@@ -171,13 +169,14 @@ class TorchDistCheckpoint:
         source: what the user calls it.
         folder: the directory of the iteration.
         tensors: stored model tensors by name; optimizer and other training state is left out.
+        metadata: which file holds which part of which tensor.
     """
 
     source: CheckpointSource
     folder: Path
     tensors: dict[str, TensorStorageMetadata]
+    metadata: Metadata
     _reader: _Reader
-    _metadata: Metadata
 
     @classmethod
     def open(cls, source: CheckpointSource) -> TorchDistCheckpoint:
@@ -193,14 +192,14 @@ class TorchDistCheckpoint:
             metadata = reader.read_metadata()
             reader.set_up_storage_reader(metadata, is_coordinator=False)
             stored = metadata.state_dict_metadata
-        except (*_DAMAGED, pickle.UnpicklingError, AttributeError, ImportError) as error:
-            raise _damaged(source, folder / _INDEX, error) from error
+        except (*DAMAGED, pickle.UnpicklingError, AttributeError, ImportError) as error:
+            raise damaged(source, folder / INDEX, error) from error
         tensors = {
             key: value
             for key, value in stored.items()
             if isinstance(value, TensorStorageMetadata) and not _TRAINING_STATE.match(key)
         }
-        checkpoint = cls(source, folder, tensors, reader, metadata)
+        checkpoint = cls(source, folder, tensors, metadata, reader)
         checkpoint._check_files()
         return checkpoint
 
@@ -239,23 +238,23 @@ class TorchDistCheckpoint:
     def _read_items(self, items: list[ReadItem], placer: _Placer) -> None:
         try:
             self._reader.read_data(LoadPlan(items), placer).wait()
-        except (*_DAMAGED, pickle.UnpicklingError) as error:
-            raise _damaged(self.source, self.folder, error) from error
+        except (*DAMAGED, pickle.UnpicklingError) as error:
+            raise damaged(self.source, self.folder, error) from error
 
     def _check_files(self) -> None:
         """Files have plain names, and every part of the model lies within one that exists."""
         needed: dict[str, int] = {}
-        for index, info in self._metadata.storage_data.items():
+        for index, info in self.metadata.storage_data.items():
             name, *place = (getattr(info, a, None) for a in ("relative_path", "offset", "length"))
-            if not is_plain_name(name) or name == _INDEX:
+            if not is_plain_name(name) or name == INDEX:
                 raise self.source.error(
-                    f"names a file {show(name)} in {_INDEX}, which is none of its own",
+                    f"names a file {show(name)} in {INDEX}, which is none of its own",
                     "take the checkpoint from its source again",
                 )
             if not all(type(number) is int and number >= 0 for number in place):
                 where = f"{show(index.fqn)} is at {show(place)} of {name}"
-                raise _damaged(self.source, self.folder / _INDEX, ValueError(where))
-            if index.fqn in self.tensors or index.fqn == _COMMON_OBJECT:
+                raise damaged(self.source, self.folder / INDEX, ValueError(where))
+            if index.fqn in self.tensors or index.fqn == COMMON_OBJECT:
                 needed[name] = max(sum(place), needed.get(name, 0))
         for name, end in needed.items():
             path = self.folder / name
@@ -281,15 +280,15 @@ class TorchDistCheckpoint:
             if path.is_file():
                 return torch.load(path, map_location="cpu", weights_only=True)
             if not isinstance(
-                self._metadata.state_dict_metadata.get(_COMMON_OBJECT), BytesStorageMetadata
+                self.metadata.state_dict_metadata.get(COMMON_OBJECT), BytesStorageMetadata
             ):
                 return {}
-            index = MetadataIndex(_COMMON_OBJECT)
+            index = MetadataIndex(COMMON_OBJECT)
             zero = torch.Size((0,))
             item = ReadItem(LoadItemType.BYTE_IO, index, zero, index, zero, zero)
             placer = _Placer([])
             self._read_items([item], placer)
-            return torch.load(placer.objects[_COMMON_OBJECT], weights_only=True)[0]
+            return torch.load(placer.objects[COMMON_OBJECT], weights_only=True)[0]
         except RecipeError:
             raise
         except pickle.UnpicklingError as error:
@@ -299,8 +298,8 @@ class TorchDistCheckpoint:
                 f"{refused[1] if refused else _first_line(error)}",
                 "load it with the Megatron version that saved it",
             ) from error
-        except _DAMAGED as error:
-            raise _damaged(self.source, path, error) from error
+        except DAMAGED as error:
+            raise damaged(self.source, path, error) from error
 
 
 def read_metadata(folder: Path) -> Metadata:
@@ -333,7 +332,7 @@ def stored_shapes(folder: Path, part: str = "") -> dict[str, tuple[int, ...]]:
 def iteration_folder(source: CheckpointSource) -> Path:
     """The directory of the iteration that a ``--save`` directory points to, or itself."""
     root = source.path
-    if (root / _INDEX).is_file() or (root / "metadata.json").is_file():
+    if (root / INDEX).is_file() or (root / "metadata.json").is_file():
         return root
     tracker = root / "latest_checkpointed_iteration.txt"
     if not tracker.is_file():
@@ -372,14 +371,14 @@ def _check_format(source: CheckpointSource, folder: Path) -> None:
             "save it with --ckpt-format torch_dist",
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(source, config, error) from error
+        raise damaged(source, config, error) from error
     if backend != "torch_dist":
         raise source.error(
             f"is a checkpoint in format {backend!r}", "save it with --ckpt-format torch_dist"
         )
-    if not (folder / _INDEX).is_file():
+    if not (folder / INDEX).is_file():
         raise source.error(
-            f"is incomplete: {folder / _INDEX} is not there",
+            f"is incomplete: {folder / INDEX} is not there",
             "copy the checkpoint again or name another iteration",
         )
 
@@ -388,122 +387,9 @@ def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
-def _damaged(source: CheckpointSource, path: Path, error: Exception) -> RecipeError:
+def damaged(source: CheckpointSource, path: Path, error: Exception) -> RecipeError:
+    """The error for a file that cannot be read."""
     return source.error(
         f"cannot be read at {path}: {_first_line(error)}",
         "copy the checkpoint again or name another iteration",
     )
-
-
-def rewritten_copy(
-    checkpoint: TorchDistCheckpoint,
-    folder: Path,
-    changes: Mapping[str, Mapping[tuple[int, ...], Callable[[], torch.Tensor]]],
-    progress: Callable[[Iterable[Any], int], Iterable[Any]],
-) -> None:
-    """A copy of a checkpoint without its training state and with some slices replaced.
-
-    What is stored stays as it is laid out; parts of tensors are read, changed and written one at a
-    time.
-
-    Args:
-        checkpoint: the original.
-        folder: where the copy goes; must not exist.
-        changes: by tensor and index on its leading axes, what gives the new values.
-        progress: wraps the stored parts to show how far it is.
-
-    Raises:
-        RecipeError: parts that are stored transformed, or cannot be read, or a symbolic link: what
-            it points to may be no part of the checkpoint.
-    """
-    metadata = copy.copy(checkpoint._metadata)
-    parts = [
-        (index, info)
-        for index, info in metadata.storage_data.items()
-        if index.fqn == _COMMON_OBJECT or not _TRAINING_STATE.match(index.fqn)
-    ]
-    parts.sort(key=lambda part: (part[1].relative_path, part[1].offset))
-    parted = {info.relative_path for _, info in parts}
-    others = [
-        path
-        for path in checkpoint.folder.iterdir()
-        if path.name not in parted and path.name != _INDEX and path.suffix != ".distcp"
-    ]
-    _refuse_links(checkpoint, [checkpoint.folder / name for name in parted] + others)
-    folder.mkdir(parents=True)
-    storage: dict[MetadataIndex, Any] = {}
-    for index, info in progress(parts, len(parts)):
-        if getattr(info, "transform_descriptors", None):
-            raise checkpoint.source.error(
-                "stores its tensors transformed (compressed, say)", "save it without"
-            )
-        blob = _stored_bytes(checkpoint, info)
-        if index.fqn in changes:
-            blob = _with_changes(checkpoint, index, blob, changes[index.fqn])
-        with (folder / info.relative_path).open("ab") as out:
-            storage[index] = dataclasses.replace(info, offset=out.tell(), length=len(blob))
-            out.write(blob)
-    kept = {index.fqn for index in storage}
-    metadata.storage_data = storage
-    metadata.state_dict_metadata = {
-        name: value for name, value in metadata.state_dict_metadata.items() if name in kept
-    }
-    metadata.planner_data = _only(metadata.planner_data, kept)
-    (folder / _INDEX).write_bytes(pickle.dumps(metadata))
-    for path in others:
-        (shutil.copytree if path.is_dir() else shutil.copyfile)(path, folder / path.name)
-
-
-def _refuse_links(checkpoint: TorchDistCheckpoint, paths: Iterable[Path]) -> None:
-    for path in paths:
-        inside = sorted(path.rglob("*")) if path.is_dir() and not path.is_symlink() else []
-        for entry in (path, *inside):
-            if entry.is_symlink():
-                raise checkpoint.source.error(
-                    f"holds {entry}, a symbolic link, which is not followed",
-                    "copy the checkpoint with the files themselves (cp -rL)",
-                )
-
-
-def _stored_bytes(checkpoint: TorchDistCheckpoint, info: Any) -> bytes:
-    path = checkpoint.folder / info.relative_path
-    try:
-        with path.open("rb") as file:
-            file.seek(info.offset)
-            return file.read(info.length)
-    except OSError as error:
-        raise _damaged(checkpoint.source, path, error) from error
-
-
-def _only(planner_data: Any, names: set[str]) -> Any:
-    """A plan's paths for the names that are left."""
-    if not isinstance(planner_data, dict):
-        return planner_data
-    return {name: value for name, value in planner_data.items() if name in names}
-
-
-def _with_changes(
-    checkpoint: TorchDistCheckpoint,
-    index: MetadataIndex,
-    blob: bytes,
-    changes: Mapping[tuple[int, ...], Callable[[], torch.Tensor]],
-) -> bytes:
-    """A stored part of a tensor, with the slices that lie in it replaced."""
-    try:
-        part = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
-    except (*_DAMAGED, pickle.UnpicklingError) as error:
-        raise _damaged(checkpoint.source, checkpoint.folder, error) from error
-    begin = tuple(index.offset)
-    touched = False
-    for place, new in changes.items():
-        inside = tuple(i - b for i, b in zip(place, begin, strict=False))
-        if not all(0 <= i < size for i, size in zip(inside, part.shape, strict=False)):
-            continue
-        rest = zip(begin[len(place) :], part.shape[len(place) :], strict=True)
-        part[inside] = new()[tuple(slice(b, b + size) for b, size in rest)]
-        touched = True
-    if not touched:
-        return blob
-    stream = io.BytesIO()
-    torch.save(part, stream)
-    return stream.getvalue()

@@ -40,7 +40,8 @@ from megatron_moe_inject.host.files import is_plain_name, new_folder
 from megatron_moe_inject.host.model_parts import (
     is_own,
 )
-from megatron_moe_inject.host.torch_dist import Piece, TorchDistCheckpoint, rewritten_copy
+from megatron_moe_inject.host.torch_dist import Piece, TorchDistCheckpoint
+from megatron_moe_inject.host.torch_dist_copy import rewritten_copy
 
 FORMAT, VERSION = "megatron_moe_inject.delta", 1
 INDEX = "delta.json"
