@@ -23,36 +23,26 @@
 | ``training.get_megatron_optimizer`` | the optimizer can be saved where little trains |
 
 Not patched: the optimizer's maths, DDP, schedules, the checkpoint format, and any class of the
-model; the loss goes through ``GPTModel.forward``'s own ``output_processor``, and where a recipe
-watches or steers routing, methods of that student's own routers are wrapped (``routing/``). Each
-wrapper keeps the stock function in ``__wrapped__`` and calls it untouched when no recipe is given.
+model; the loss goes through ``GPTModel.forward``'s own ``output_processor``. What else is wrapped
+are methods of this run's own objects (transformer block, routers, experts, dispatchers, optimizer),
+by the features that the recipe has in use. ``contracts.py`` has the rows of these functions, each
+room's ``uses.py`` those of its methods; ``moe-inject plan RECIPE --wraps`` lists them, and
+``--inject-dry-run`` what was wrapped. Each wrapper keeps what it wraps in ``__wrapped__``
+(``host/wrap.py``), and these functions call it untouched when no recipe is given.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from types import ModuleType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_moe_inject.host import compat
 from megatron_moe_inject.host.errors import RecipeError
+from megatron_moe_inject.host.wrap import Call, wrap_function, wrap_of
 
 if TYPE_CHECKING:
     from megatron_moe_inject.run import Run
-
-_MARK = "_megatron_moe_inject"
-_AROUND = (
-    "get_train_valid_test_num_samples",
-    "build_train_valid_test_datasets",
-    "build_pretraining_data_loader",
-    "get_megatron_optimizer",
-    "evaluate_and_print_results",
-    "evaluate",
-    "training_log",
-)
-"""Of ``training``: what features' parts may stand around (``RunPart.around``), besides
-``train``, ``build_train_valid_test_data_iterators`` and ``checkpointing._load_base_checkpoint``."""
 
 
 def install() -> None:
@@ -61,35 +51,34 @@ def install() -> None:
     Raises:
         ImportError: this Megatron lacks a symbol the plugin needs; all of them are named.
     """
-    compat.require_symbols()
-    import megatron.training
-    from megatron.training import arguments, checkpointing, training
+    from megatron_moe_inject import contracts
 
-    if hasattr(training.pretrain, _MARK):
+    contracts.require_always()
+    import megatron.training
+    from megatron.training import training
+
+    if wrap_of(training.pretrain) is not None:
         return
     wiring = _Wiring()
-    _wrap(arguments, "add_megatron_arguments", wiring.add_arguments)
-    _wrap(training, "pretrain", wiring.pretrain)
+    for function, around in (
+        (contracts.ARGUMENTS, wiring.add_arguments),
+        (contracts.PRETRAIN, wiring.pretrain),
+        (contracts.SETUP, wiring.setup_model_and_optimizer),
+        (contracts.ITERATORS, wiring.build_data_iterators),
+        (contracts.SCHEDULE, wiring.get_forward_backward_func),
+        (contracts.LOOP, wiring.train),
+        *(
+            (function, functools.partial(wiring.around, function.name))
+            for function in contracts.AROUND
+        ),
+    ):
+        wrap_function(function, functools.partial(_spread, around))
     megatron.training.pretrain = training.pretrain
-    _wrap(training, "setup_model_and_optimizer", wiring.setup_model_and_optimizer)
-    _wrap(training, "build_train_valid_test_data_iterators", wiring.build_data_iterators)
-    _wrap(training, "get_forward_backward_func", wiring.get_forward_backward_func)
-    _wrap(training, "train", wiring.train)
-    for module, names in ((training, _AROUND), (checkpointing, ("_load_base_checkpoint",))):
-        for name in names:
-            _wrap(module, name, functools.partial(wiring.around, name))
 
 
-def _wrap(module: ModuleType, name: str, around: Callable) -> None:
-    """Replace ``module.name`` by ``around(stock, *args, **kwargs)``, keeping its signature."""
-    stock = getattr(module, name)
-
-    @functools.wraps(stock)
-    def wrapper(*args, **kwargs):
-        return around(wrapper.__wrapped__, *args, **kwargs)
-
-    setattr(wrapper, _MARK, True)
-    setattr(module, name, wrapper)
+def _spread(around: Callable, call: Call) -> Any:
+    """``around(stock, *args, **kwargs)`` for a call."""
+    return around(call.stock, *call.args, **call.kwargs)
 
 
 class _Wiring:
@@ -157,7 +146,12 @@ class _Wiring:
         run.attach(compat.bare_chunks(built[0]), built[1])
         _print_rank_0(run.context.plan or None)
         if run.dry_run:
-            _leave(0)
+            from megatron_moe_inject.contracts import EVERYTHING
+            from megatron_moe_inject.host.wrap_list import render_in_place
+
+            objects = [*compat.bare_chunks(built[0]), built[1]]
+            _print_rank_0(render_in_place(objects, EVERYTHING))
+            _leave()
         return built
 
     def around(self, name, stock, *args, **kwargs):
@@ -207,11 +201,11 @@ def _print_rank_0(text: str | None) -> None:
         print(text, flush=True)
 
 
-def _leave(code: int) -> NoReturn:
+def _leave() -> NoReturn:
     """End this process; every rank comes here, before or after process groups exist."""
     import torch.distributed as dist
 
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-    raise SystemExit(code)
+    raise SystemExit(0)

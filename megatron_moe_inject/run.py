@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from megatron_moe_inject import contracts
 from megatron_moe_inject.data.labels import HostGroup
 from megatron_moe_inject.data.read_once import MeasuredText
 from megatron_moe_inject.data.splits import SplitRegistry
@@ -81,12 +82,15 @@ class Run:
             check_recipe(recipe, facts)
         elif kind == EVALUATION:
             check_options(recipe, facts, kind)
+        if features is None:
+            features = {name: FEATURES[name] for name in FEATURES.names()}
+        contracts.require(
+            contracts.in_use(recipe, facts, args, kind=kind, features=features.values())
+        )
         labels = {split: split_labels(recipe, facts, split) for split in SPLITS}
         self.context = context = RunContext(kind, recipe, args, facts, valid_vocab_size, labels)
         self.splits = SplitRegistry(labels)
         self.student_load = StudentLoad(args)
-        if features is None:
-            features = {name: FEATURES[name] for name in FEATURES.names()}
         self._features = features
         self.parts: dict[str, RunPart] = {}
         for name, feature in features.items():

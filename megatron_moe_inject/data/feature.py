@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from megatron_moe_inject.data import uses
 from megatron_moe_inject.data.section import MIXING, scheduled
 from megatron_moe_inject.host.errors import fail, suggest
 from megatron_moe_inject.host.text import table
@@ -23,6 +24,9 @@ from megatron_moe_inject.recipe.schedule import (
 from megatron_moe_inject.recipe.schema import Recipe
 
 if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from megatron_moe_inject.host.contract import Contract
     from megatron_moe_inject.recipe.run_part import RunContext, RunPart
 
 _NOT_BY_POSITION = "does not take samples in the order of their iterations"
@@ -81,6 +85,12 @@ class Mixing(Feature):
         asked: list[tuple[str, Any]] = [(name, shares[name]) for name in names if name in shares]
         rows = [(f"({n})" if n == "general" else n, "=", show_weight(share)) for n, share in asked]
         return {"mixing": table(rows)} if rows else {}
+
+    def uses(
+        self, recipe: Recipe, facts: StudentFacts | None, args: Namespace | None
+    ) -> list[Contract]:
+        """Megatron's blend."""
+        return [uses.MIXING] if recipe[MIXING] else []
 
     def start(self, run: RunContext) -> RunPart | None:
         """Give the blend its weights, and where they change its order."""

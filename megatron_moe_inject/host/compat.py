@@ -7,7 +7,6 @@ Megatron-Core 0.18, 0.19 and the development branch.
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import inspect
 import os
@@ -15,69 +14,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_moe_inject.host.uses import HELPERS
+from megatron_moe_inject.host.wrap import Call, wrap_function, wrap_of
+
 if TYPE_CHECKING:
     import torch
 
 SUPPORTED = ("0.18.2", "0.19", "0.20 (development)")
-
-REQUIRED_SYMBOLS = {
-    "megatron.training.arguments": ("add_megatron_arguments", "parse_and_validate_args"),
-    "megatron.training.training": (
-        "pretrain",
-        "setup_model_and_optimizer",
-        "get_megatron_optimizer",
-        "build_train_valid_test_data_iterators",
-        "get_forward_backward_func",
-        "train",
-        "training_log",
-        "evaluate",
-        "evaluate_and_print_results",
-        "get_train_valid_test_num_samples",
-        "build_train_valid_test_datasets",
-        "build_pretraining_data_loader",
-        "should_disable_forward_pre_hook",
-        "enable_forward_pre_hook",
-        "disable_forward_pre_hook",
-    ),
-    "megatron.core.num_microbatches_calculator": (
-        "update_num_microbatches",
-        "get_current_running_global_batch_size",
-    ),
-    "megatron.core.datasets.blended_dataset": ("BlendedDataset",),
-    "megatron.training.checkpointing": (
-        "_build_sharded_state_dict_metadata",
-        "_get_checkpoint_format",
-        "_load_base_checkpoint",
-        "_NON_PERSISTENT_CKPT_SUBDIR",
-        "checkpoint_exists",
-        "find_checkpoint_rank_0",
-        "get_checkpoint_name",
-        "get_checkpoint_tracker_filename",
-        "read_metadata",
-    ),
-    "megatron.training": ("pretrain", "get_args", "print_rank_0"),
-    "megatron.core.models.gpt.gpt_model": ("GPTModel",),
-    "megatron.core.tensor_parallel": ("gather_from_sequence_parallel_region",),
-    "megatron.core.utils": ("get_attr_wrapped_model", "unwrap_model"),
-}
-"""Megatron symbols that the wiring uses, by module."""
-
-REQUIRED_PARAMETERS = {
-    ("megatron.core.models.gpt.gpt_model", "GPTModel.forward"): ("output_processor", "loss_mask"),
-    ("megatron.training.training", "setup_model_and_optimizer"): ("model_provider_func",),
-    ("megatron.training.training", "training_log"): (
-        "total_loss_dict",
-        "learning_rate",
-        "grad_norm",
-        "is_first_iteration",
-    ),
-    ("megatron.training.checkpointing", "_load_base_checkpoint"): ("rank0", "sharded_state_dict"),
-    ("megatron.core.tensor_parallel", "gather_from_sequence_parallel_region"): (
-        "tensor_parallel_output_grad",
-        "group",
-    ),
-}
-"""Parameters that those symbols must have."""
 
 
 def megatron_version() -> str:
@@ -90,47 +33,6 @@ def megatron_version() -> str:
 
     own = (Path(package_info.__file__).resolve().parents[2] / ".git").exists()
     return package_info.__version__ if own else package_info.__version__.partition("+")[0]
-
-
-def _resolve(module: str, qualified_name: str) -> Any:
-    value: Any = importlib.import_module(module)
-    for part in qualified_name.split("."):
-        value = getattr(value, part)
-    return value
-
-
-def missing_symbols() -> list[str]:
-    """Full names of required Megatron symbols, or ``symbol(parameter)``, that are not there."""
-    missing = []
-    for module, names in REQUIRED_SYMBOLS.items():
-        try:
-            found = importlib.import_module(module)
-        except ImportError as error:
-            missing.append(f"{module} ({error})")
-            continue
-        missing += [f"{module}.{name}" for name in names if not hasattr(found, name)]
-    for (module, name), parameters in REQUIRED_PARAMETERS.items():
-        try:
-            present = inspect.signature(_resolve(module, name)).parameters
-        except (ImportError, AttributeError):
-            missing.append(f"{module}.{name}")
-            continue
-        missing += [f"{module}.{name}({p})" for p in parameters if p not in present]
-    return sorted(set(missing))
-
-
-def require_symbols() -> None:
-    """Check once, at install, that this Megatron offers what the plugin uses.
-
-    Raises:
-        ImportError: naming every missing symbol, the version found and those supported.
-    """
-    missing = missing_symbols()
-    if missing:
-        raise ImportError(
-            f"megatron_moe_inject needs {', '.join(missing)}, which Megatron-Core "
-            f"{megatron_version()} does not have; supported: {', '.join(SUPPORTED)}"
-        )
 
 
 def call_with_pre_wrap_hook(
@@ -293,12 +195,7 @@ def use_prebuilt_dataset_helpers() -> None:
     """
     from megatron.core.datasets import utils
 
-    build = utils.compile_helpers
-    if hasattr(build, "__wrapped__"):
-        return
-
-    @functools.wraps(build)
-    def compile_helpers():
+    def compile_helpers(call: Call) -> None:
         folder = os.path.dirname(utils.__file__)
         helper = importlib.util.find_spec("megatron.core.datasets.helpers_cpp")
         source = os.path.join(folder, "helpers.cpp")
@@ -306,9 +203,10 @@ def use_prebuilt_dataset_helpers() -> None:
             os.path.exists(os.path.join(folder, "Makefile"))
             and os.path.getmtime(helper.origin) < os.path.getmtime(source)
         ):
-            build()
+            call()
 
-    utils.compile_helpers = compile_helpers
+    if wrap_of(utils.compile_helpers) is None:
+        wrap_function(HELPERS, compile_helpers)
 
 
 def megatron_origin() -> tuple[str, list[str]]:

@@ -22,6 +22,8 @@ from torch import Tensor
 
 from megatron_moe_inject.host.clock import ChunkClock
 from megatron_moe_inject.host.model_parts import routers
+from megatron_moe_inject.host.uses import WATCHED_ROUTING
+from megatron_moe_inject.host.wrap import Call, wrap_method
 
 SUMS = ("selections", "gate_sums", "prob_sums", "dropped")
 """Choices before capacity drops, gate weights, probabilities (``router_distribution``), and
@@ -63,7 +65,7 @@ class RoutingWatch:
             self._clocks.append(clock)
             for layer, router in routers(chunk):
                 watch = functools.partial(self._routing, clock, len(self.layers), router)
-                router.routing = functools.partial(watch, router.routing)
+                wrap_method(router, WATCHED_ROUTING, watch)
                 self.layers.append(layer)
 
     def begin(self, micro_batches: int, samples: int) -> None:
@@ -90,16 +92,13 @@ class RoutingWatch:
         clock: ChunkClock,
         layer: int,
         router: torch.nn.Module,
-        stock: Callable,
-        logits: torch.Tensor,
-        *args: Any,
-        **kwargs: Any,
+        call: Call,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``TopKRouter.routing``: logits ``[l, b, E]`` to gates and choices ``[l b, E]``."""
-        gates, chosen = stock(logits, *args, **kwargs)
+        gates, chosen = call()
         if self._active and clock.inside:
             with torch.no_grad():
-                padding = kwargs.get("padding_mask", args[0] if args else None)
+                logits, padding = call["logits"], call["padding_mask"]
                 self._record(clock.micro_batch, layer, router, logits, gates, chosen, padding)
         return gates, chosen
 

@@ -22,6 +22,9 @@ from megatron_moe_inject.recipe.schema import Recipe
 from megatron_moe_inject.recipe.section import Section
 
 if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from megatron_moe_inject.host.contract import Contract
     from megatron_moe_inject.recipe.run_part import RunContext, RunPart
 
 EVERYWHERE = "(all)"
@@ -107,6 +110,18 @@ class Feature:
     def plan_lines(self, recipe: Recipe, facts: StudentFacts | None) -> Mapping[str, list[str]]:
         """Lines of the plan by their title, as far as recipe and student tell."""
         return {}
+
+    def uses(
+        self, recipe: Recipe, facts: StudentFacts | None, args: Namespace | None
+    ) -> Sequence[Contract]:
+        """What it uses of Megatron where a run asks for it, from its room's ``uses.py``.
+
+        Args:
+            recipe: checked.
+            facts: the student; ``None`` = any, so that what depends on it counts as used.
+            args: Megatron's arguments, where they are known.
+        """
+        return ()
 
     def start(self, run: RunContext) -> RunPart | None:
         """Its part in a run, ``None`` where the run asks for none.

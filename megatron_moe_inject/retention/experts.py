@@ -21,6 +21,7 @@ local experts, m rows of this rank's experts, r those of general tokens and expe
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -42,9 +43,12 @@ from megatron_moe_inject.host.labels import (
 from megatron_moe_inject.host.model_parts import (
     EXPERTS,
     decoder_layers,
+    grouped_linears,
     places,
 )
+from megatron_moe_inject.host.wrap import Call, wrap_method
 from megatron_moe_inject.retention.originals import OriginalParameters
+from megatron_moe_inject.retention.uses import DISPATCH, HELD_EXPERTS, HELD_GROUPED_EXPERTS
 
 REPORTED = "expert retention"
 _LATER = "overlap_dispatch_backward_with_experts_wgrad"
@@ -68,7 +72,6 @@ class _HeldLayer(Passages):
     ) -> None:
         super().__init__(clock)
         self.experts = layer.experts
-        self.stock_forward = layer.experts.forward
         self.parameters = [p for own in trains.values() for p in own]
         self.trains = torch.tensor([i in trains for i in range(layer.num_local_experts)])
         self.first = False
@@ -131,23 +134,24 @@ class ExpertRetention:
         first = moe.local_expert_indices[0]
         held = _HeldLayer(clock, moe, {i - first: own for i, own in trains.items()})
         self._layers.append(held)
-        stock_dispatch = moe.token_dispatcher.dispatch_preprocess
+        grouped = bool(grouped_linears(moe.experts))
+        forward = HELD_GROUPED_EXPERTS if grouped else HELD_EXPERTS
+        wrap_method(moe.token_dispatcher, DISPATCH, functools.partial(self._dispatch, held))
+        wrap_method(moe.experts, forward, functools.partial(self._forward, held))
 
-        def dispatch(hidden: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor):
-            if self._active:
-                probs = self._mark(held, probs)
-            return stock_dispatch(hidden, routing_map, probs)
+    def _dispatch(self, held: _HeldLayer, call: Call) -> Any:
+        """``MoETokenDispatcher.dispatch_preprocess``."""
+        return call(probs=self._mark(held, call["probs"])) if self._active else call()
 
-        def forward(hidden: torch.Tensor, tokens_per_expert: Any, probs: torch.Tensor):
-            if not self._active:
-                return held.stock_forward(hidden, tokens_per_expert, probs)
-            general = probs.signbit()
-            probs = torch.where(general, -probs, probs)
-            output, bias = held.stock_forward(hidden, tokens_per_expert, probs)
-            return self._hold(held, output, hidden, tokens_per_expert, probs, general), bias
-
-        moe.token_dispatcher.dispatch_preprocess = dispatch
-        moe.experts.forward = forward
+    def _forward(self, held: _HeldLayer, call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The forward pass of a layer's experts, which gives their rows and a bias."""
+        if not self._active:
+            return call()
+        probs = call["permuted_probs"]
+        general = probs.signbit()
+        probs = torch.where(general, -probs, probs)
+        output, bias = call(permuted_probs=probs)
+        return self._hold(held, output, call, probs, general), bias
 
     def begin(self, labels: torch.Tensor, iteration: int, sequence_length: int) -> None:
         """Start a step.
@@ -200,16 +204,15 @@ class ExpertRetention:
         self,
         held: _HeldLayer,
         output: torch.Tensor,
-        hidden: torch.Tensor,
-        tokens_per_expert: Any,
+        call: Call,
         probs: torch.Tensor,
         general: torch.Tensor,
     ) -> torch.Tensor:
         """The experts' ``output`` ``[m, h]`` with the loss of their general rows attached.
 
         Args:
-            hidden: ``[m, h]``, in the order of local experts.
-            tokens_per_expert: ``[E_l]``.
+            call: of their forward pass, with states ``[m, h]`` in the order of local experts, and
+                tokens by expert, ``[E_l]``.
             probs: gates, ``[m]``.
             general: bool ``[m]``.
         """
@@ -219,7 +222,7 @@ class ExpertRetention:
         rows = general.nonzero().flatten()
         if not len(rows):
             return output
-        counts = torch.as_tensor(tokens_per_expert)
+        counts = torch.as_tensor(call["tokens_per_expert"])
         ends = counts.cumsum(0).to(rows)
         expert = torch.searchsorted(ends, rows, right=True)
         wanted = held.trains.to(rows.device)[expert]
@@ -227,11 +230,17 @@ class ExpertRetention:
         if not len(rows):
             return output
         own = torch.bincount(expert, minlength=len(counts)).to(counts)
-        states, gates = hidden.detach()[rows], probs.detach()[rows]
+        gates = probs.detach()[rows]
+        again = functools.partial(
+            call.stock,
+            permuted_local_hidden_states=call["permuted_local_hidden_states"].detach()[rows],
+            tokens_per_expert=own,
+            permuted_probs=gates,
+        )
         with torch.no_grad(), self._originals.running(held.parameters):
-            before = held.stock_forward(states, own, gates)[0]
+            before = again()[0]
         with torch.set_grad_enabled(trains):
-            now = held.stock_forward(states, own, gates)[0]
+            now = again()[0]
             before = before.float()
             change = now.float() - before
             if self._groups.expt_tp.size() > 1:

@@ -20,9 +20,13 @@ from megatron_moe_inject.recipe.refused_options import (
 )
 from megatron_moe_inject.recipe.schedule import Weight, ever_positive, show_weight
 from megatron_moe_inject.recipe.schema import Recipe
+from megatron_moe_inject.retention import uses
 from megatron_moe_inject.retention.section import RETENTION
 
 if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from megatron_moe_inject.host.contract import Contract
     from megatron_moe_inject.recipe.run_part import RunContext, RunPart
 
 _LOGITS = "also counts the attention of the original model, which runs in between"
@@ -97,6 +101,12 @@ class Originals(Feature):
         where = {"device": "on the device", "host": "in host memory"}[recipe[RETENTION].originals]
         return {"retention": [f"the original values of what trains are kept {where}"]}
 
+    def uses(
+        self, recipe: Recipe, facts: StudentFacts | None, args: Namespace | None
+    ) -> list[Contract]:
+        """Keeping them, and running the original model."""
+        return [] if kept_originals(recipe) == [] else [uses.ORIGINALS]
+
     def start(self, run: RunContext) -> RunPart | None:
         """Keeps them."""
         if kept_originals(run.recipe) == []:
@@ -163,6 +173,13 @@ class RetentionFeature(Feature):
             weight = show_weight(retention.l2)
             terms.append((EVERYWHERE, f"{weight} / 2 * |parameters - start|^2"))
         return terms
+
+    def uses(
+        self, recipe: Recipe, facts: StudentFacts | None, args: Namespace | None
+    ) -> list[Contract]:
+        """Of experts that are held, and of the optimizer with L2."""
+        parts = {"experts": uses.EXPERT_RETENTION, "l2": uses.L2}
+        return [parts[name] for name in recipe[RETENTION].in_use() if name in parts]
 
     def start(self, run: RunContext) -> RunPart | None:
         """Holds them."""

@@ -15,13 +15,13 @@ means: not steered in this layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from megatron_moe_inject.host.indices import index
-
-SEQUENCE_LOCAL = ("_apply_aux_loss", "_apply_seq_aux_loss")
+from megatron_moe_inject.host.wrap import Call, wrap_method
+from megatron_moe_inject.routing.uses import AUX_LOSS, BIAS_COUNTS, GLOBAL_LOSS, SEQUENCE_LOSS
 
 
 class GeneralBalance:
@@ -40,12 +40,10 @@ class GeneralBalance:
         self._router = router
         self._bias_counts = bias_counts
         self.general: tuple[Sequence[int], int] | None = None
-        for name in SEQUENCE_LOCAL:
-            setattr(router, name, self._excluding(getattr(router, name)))
-        self._stock_global = router._apply_global_aux_loss
-        router._apply_global_aux_loss = self._apply_global_aux_loss
-        self._stock_bias = router._apply_expert_bias
-        router._apply_expert_bias = self._apply_expert_bias
+        wrap_method(router, AUX_LOSS, self._apply_aux_loss)
+        wrap_method(router, SEQUENCE_LOSS, self._apply_seq_aux_loss)
+        wrap_method(router, GLOBAL_LOSS, self._apply_global_aux_loss)
+        wrap_method(router, BIAS_COUNTS, self._apply_expert_bias)
 
     def _mixed(self) -> tuple[Sequence[int], int] | None:
         """The general samples where there are others too."""
@@ -53,31 +51,29 @@ class GeneralBalance:
             return None
         return self.general
 
-    def _excluding(self, stock: Callable) -> Callable:
-        """``_apply_aux_loss`` and ``_apply_seq_aux_loss`` on the general samples alone."""
+    def _apply_aux_loss(self, call: Call, **sizes: int) -> torch.Tensor:
+        """On the general samples alone."""
+        mixed = self._mixed()
+        if mixed is None:
+            return call()
+        kept, samples = mixed
+        if not kept:
+            return call["probs"]
+        # With calculate_per_token_loss Megatron weighs the loss by the tokens it is given.
+        whole = self._router.calculate_per_token_loss
+        share = 1.0 if whole else len(kept) / samples
+        return call(
+            scores_for_aux_loss=_samples(call["scores_for_aux_loss"], kept, samples) * share,
+            routing_map=_samples(call["routing_map"], kept, samples),
+            **sizes,
+        )
 
-        def apply(probs, scores, routing_map, *sizes: int, with_padding_mask: bool = False):
-            mixed = self._mixed()
-            if mixed is None:
-                return stock(
-                    probs, scores, routing_map, *sizes, with_padding_mask=with_padding_mask
-                )
-            kept, samples = mixed
-            if not kept:
-                return probs
-            # With calculate_per_token_loss Megatron weighs the loss by the tokens it is given.
-            whole = self._router.calculate_per_token_loss
-            share = 1.0 if whole else len(kept) / samples
-            scores = _samples(scores, kept, samples) * share
-            sizes = (sizes[0], len(kept)) if sizes else ()
-            chosen = _samples(routing_map, kept, samples)
-            return stock(probs, scores, chosen, *sizes, with_padding_mask=with_padding_mask)
+    def _apply_seq_aux_loss(self, call: Call) -> torch.Tensor:
+        """On the general samples alone, of which there are fewer."""
+        mixed = self._mixed()
+        return self._apply_aux_loss(call, **({} if mixed is None else {"bsz": len(mixed[0])}))
 
-        return apply
-
-    def _apply_global_aux_loss(
-        self, probs, scores, routing_map, with_padding_mask: bool = False
-    ) -> torch.Tensor:
+    def _apply_global_aux_loss(self, call: Call) -> torch.Tensor:
         """Stock's formula with its sums over general tokens and its divisor over all.
 
         Collectives: one all-reduce of E numbers over TP x DP x CP, as in stock.
@@ -85,12 +81,11 @@ class GeneralBalance:
         router = self._router
         coeff = router.get_aux_loss_coeff("global_aux_loss")
         if self.general is None or coeff == 0:
-            return self._stock_global(
-                probs, scores, routing_map, with_padding_mask=with_padding_mask
-            )
+            return call()
         from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 
         kept, samples = self.general
+        scores, routing_map = call["scores_for_aux_loss"], call["routing_map"]
         tokens = len(routing_map)
         scores, chosen = _samples(scores, kept, samples), _samples(routing_map, kept, samples)
         group = router.tp_dp_cp_group
@@ -103,7 +98,7 @@ class GeneralBalance:
         experts = router.config.num_moe_experts
         loss = coeff * experts * (shares * scores.sum(0)).sum() / (tokens * group.size())
         return router.attach_and_log_load_balancing_loss(
-            probs,
+            call["probs"],
             coeff,
             loss,
             "global_load_balancing_loss",
@@ -112,15 +107,14 @@ class GeneralBalance:
             valid_token_count=tokens,
         )
 
-    def _apply_expert_bias(
-        self, routing_map: torch.Tensor, padding_mask: torch.Tensor | None = None
-    ) -> None:
+    def _apply_expert_bias(self, call: Call) -> None:
         """Counts ``[l b, E]`` choices, those of domain samples by their weight."""
         router, mixed = self._router, self._mixed()
         frozen = getattr(router, "frozen_expert_bias", False)
-        if mixed is None or padding_mask is not None or frozen:
-            self._stock_bias(routing_map, padding_mask=padding_mask)
+        if mixed is None or call["padding_mask"] is not None or frozen:
+            call()
             return
+        routing_map = call["routing_map"]
         if router.enable_expert_bias and torch.is_grad_enabled():
             kept, samples = mixed
             with torch.no_grad():

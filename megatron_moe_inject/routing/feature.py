@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from megatron_moe_inject.host.errors import fail
 from megatron_moe_inject.host.labels import GENERAL
 from megatron_moe_inject.host.text import ranges
+from megatron_moe_inject.host.uses import ROUTING_WATCH
 from megatron_moe_inject.recipe.entries import split_labels
 from megatron_moe_inject.recipe.facts import StudentFacts
 from megatron_moe_inject.recipe.feature import Feature, RefusedBeside
@@ -15,6 +16,7 @@ from megatron_moe_inject.recipe.numbers import SHARES, check_bounds
 from megatron_moe_inject.recipe.refused_options import Refusal
 from megatron_moe_inject.recipe.schedule import Weight, ever_positive, show_weight
 from megatron_moe_inject.recipe.schema import Recipe
+from megatron_moe_inject.routing import uses
 from megatron_moe_inject.routing.section import (
     STEERING,
     Steering,
@@ -23,6 +25,9 @@ from megatron_moe_inject.routing.section import (
 )
 
 if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from megatron_moe_inject.host.contract import Contract
     from megatron_moe_inject.recipe.run_part import RunContext, RunPart
 
 _OWN_ASSIGNMENT = "assigns tokens by a rule of its own, against which steering cannot work"
@@ -65,6 +70,12 @@ class RouterRowsFeature(Feature):
                     "train.router_rows", True, f"has no rows to train for domain {domain.name!r}",
                     f"write domains[{i}].experts.layers, or train.router: true",
                 )  # fmt: skip
+
+    def uses(
+        self, recipe: Recipe, facts: StudentFacts | None, args: Namespace | None
+    ) -> list[Contract]:
+        """Of routers with rows."""
+        return [uses.ROUTER_ROWS] if recipe.train.router_rows else []
 
     def start(self, run: RunContext) -> RunPart | None:
         """Look for rows in the checkpoint."""
@@ -159,6 +170,14 @@ class SteeringFeature(Feature):
         """Its losses in words."""
         lines = _lines(recipe)
         return {"steering": lines} if lines else {}
+
+    def uses(
+        self, recipe: Recipe, facts: StudentFacts | None, args: Namespace | None
+    ) -> list[Contract]:
+        """What the log watches, and what steers."""
+        steering = recipe[STEERING]
+        parts = [ROUTING_WATCH] if steering.watches else []
+        return [*parts, uses.STEERING] if steering.steers or steering.retains else parts
 
     def start(self, run: RunContext) -> RunPart | None:
         """Find targets, and what the checkpoint keeps of confidences."""

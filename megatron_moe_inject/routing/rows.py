@@ -31,7 +31,9 @@ from megatron_moe_inject.host.own_keys import (
     with_own_keys,
 )
 from megatron_moe_inject.host.stored_checkpoint import checkpoint_to_load
+from megatron_moe_inject.host.wrap import Call, wrap_method
 from megatron_moe_inject.recipe.run_part import RunContext, RunPart, Student
+from megatron_moe_inject.routing.uses import ROWS_GATING, ROWS_SHARDED
 
 _ROW_IDS = f"{ROWS}_ids"
 
@@ -62,10 +64,8 @@ class TrainedRows:
         # A buffer, since Megatron moves the model to its device after this.
         router.register_buffer(_ROW_IDS, ids, persistent=False)
         router.trained_row_ids = ids.tolist()
-        self._stock_gating = router.gating
-        router.gating = self._gating
-        self._stock_sharded = router.sharded_state_dict
-        router.sharded_state_dict = self._sharded_state_dict
+        wrap_method(router, ROWS_GATING, self._gating)
+        wrap_method(router, ROWS_SHARDED, self._sharded_state_dict)
         router.register_state_dict_pre_hook(self._write_rows)
         router.register_load_state_dict_post_hook(self._read_rows)
 
@@ -77,13 +77,13 @@ class TrainedRows:
     def _ids(self) -> torch.Tensor:
         return self._router._buffers[_ROW_IDS]
 
-    def _gating(self, states: torch.Tensor) -> torch.Tensor:
+    def _gating(self, call: Call) -> torch.Tensor:
         """``Router.gating``: states ``[l, b, h]`` to logits ``[l, b, E]``."""
         from megatron.core.transformer.moe.moe_utils import router_gating_linear
 
-        logits = self._stock_gating(states)
+        logits = call()
         bias = None if self._router.bias is None else self._router.bias[self._ids]
-        own = router_gating_linear(states, self._rows, bias, logits.dtype)
+        own = router_gating_linear(call["input"], self._rows, bias, logits.dtype)
         return logits.index_copy(-1, self._ids, own)
 
     @torch.no_grad()
@@ -98,10 +98,10 @@ class TrainedRows:
             for key in own:
                 incompatible.missing_keys.remove(key)
 
-    def _sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def _sharded_state_dict(self, call: Call) -> dict[str, Any]:
         """Stock's, with the rows under a key of their own, or without them."""
         self._write_rows()
-        state = self._stock_sharded(prefix, *args, **kwargs)
+        state, prefix = call(), call["prefix"]
         rows = state.pop(f"{prefix}{ROWS}")
         if self.stored:
             # Megatron's block renames its layers' keys by their prefix.

@@ -42,6 +42,7 @@ from megatron_moe_inject.host.routing_watch import (
     chosen_before_dropping,
     router_distribution,
 )
+from megatron_moe_inject.host.wrap import Call, wrap_method
 from megatron_moe_inject.routing.balance import GeneralBalance
 from megatron_moe_inject.routing.losses import (
     router_divergences,
@@ -49,6 +50,7 @@ from megatron_moe_inject.routing.losses import (
     target_balance_losses,
 )
 from megatron_moe_inject.routing.rows import original_weight
+from megatron_moe_inject.routing.uses import STEERED_GATING, STEERED_ROUTING
 
 TERMS = STEERING, WITHIN, RETENTION = "steering loss", "target balance loss", "router retention"
 
@@ -164,8 +166,8 @@ class SteeringHook:
             GeneralBalance(router, bias_counts) if exclude and targets.any() else None,
         )
         if self._original is not None:
-            router.gating = functools.partial(self._gating, steered, router.gating)
-        router.routing = functools.partial(self._routing, steered, router.routing)
+            wrap_method(router, STEERED_GATING, functools.partial(self._gating, steered))
+        wrap_method(router, STEERED_ROUTING, functools.partial(self._routing, steered))
         self._routers.append(steered)
 
     def begin(
@@ -294,33 +296,24 @@ class SteeringHook:
             | self._confidence,
         )
 
-    def _gating(
-        self, steered: _SteeredRouter, stock: Callable, states: torch.Tensor
-    ) -> torch.Tensor:
+    def _gating(self, steered: _SteeredRouter, call: Call) -> torch.Tensor:
         """``Router.gating``: states ``[l, b, h]`` to logits ``[l, b, E]``."""
-        logits = stock(states)
+        logits = call()
         if self._active and self._weights.retention > 0:
             with torch.no_grad():
                 bias = steered.router.bias
                 steered.original_logits = router_gating_linear(
-                    states,
+                    call["input"],
                     original_weight(steered.router, self._original),
                     None if bias is None else self._original(bias),
                     logits.dtype,
                 )
         return logits
 
-    def _routing(
-        self,
-        steered: _SteeredRouter,
-        stock: Callable,
-        logits: torch.Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _routing(self, steered: _SteeredRouter, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
         """``TopKRouter.routing``: logits ``[l, b, E]`` to gates and choices ``[l b, E]``."""
         if not self._active:
-            return stock(logits, *args, **kwargs)
+            return call()
         micro_batch, first = steered.passing()
         labels = self._labels[micro_batch]
         balance = steered.balance
@@ -328,13 +321,13 @@ class SteeringHook:
             kept = ~steered.has_targets[labels + 1]
             balance.general = (kept.nonzero().flatten().tolist(), len(labels))
         try:
-            gates, chosen = stock(logits, *args, **kwargs)
+            gates, chosen = call()
         finally:
             if balance is not None:
                 balance.general = None
         trains = torch.is_grad_enabled() and gates.requires_grad
         with torch.set_grad_enabled(trains):
-            loss = self._losses(steered, logits, chosen, micro_batch, first)
+            loss = self._losses(steered, call["logits"], chosen, micro_batch, first)
         if not trains:
             return gates, chosen
         return attach_loss(gates, loss, torch.ones_like(loss)), chosen

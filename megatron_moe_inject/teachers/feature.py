@@ -13,9 +13,13 @@ from megatron_moe_inject.recipe.refused_options import PACKED
 from megatron_moe_inject.recipe.run_kinds import EVALUATION, INJECTION
 from megatron_moe_inject.recipe.schedule import ever_positive
 from megatron_moe_inject.recipe.schema import Recipe
+from megatron_moe_inject.teachers import uses
 from megatron_moe_inject.teachers.sources import SOURCES, examples
 
 if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from megatron_moe_inject.host.contract import Contract
     from megatron_moe_inject.recipe.run_part import RunContext, RunPart
 
 PREFIXES = ("auto", "none", "bos")
@@ -75,6 +79,14 @@ class Teachers(Feature):
         rows = [("teacher", "source", "kind")]
         rows += [(name, spec.source, spec.kind) for name, spec in recipe.teachers.items()]
         return {"teachers": table(rows)} if recipe.teachers else {}
+
+    def uses(
+        self, recipe: Recipe, facts: StudentFacts | None, args: Namespace | None
+    ) -> list[Contract]:
+        """Data files, and building a teacher of Megatron's."""
+        kinds = {spec.kind for spec in recipe.teachers.values()}
+        parts = [uses.DATA_FILES] if kinds else []
+        return [*parts, uses.MEGATRON] if "megatron" in kinds else parts
 
     def start(self, run: RunContext) -> RunPart | None:
         """Look at the teachers' files."""

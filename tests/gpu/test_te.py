@@ -72,8 +72,8 @@ def _some_train(trains, *, fused=False, bias=False, scaling=None):
     """
 
     class Linear(te.GroupedLinear):
-        def forward(self, rows, counts):
-            return super().forward(rows, counts), None
+        def forward(self, x, m_splits):
+            return super().forward(x, m_splits), None
 
     experts = torch.nn.Module()
     for name in ("linear_fc1", "linear_fc2"):

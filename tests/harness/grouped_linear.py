@@ -63,12 +63,12 @@ class GroupedLinear(torch.nn.Module):
             self.register_parameter(f"weight{i}", weight)
         self.register_load_state_dict_pre_hook(self._drop_extra_states)
 
-    def forward(self, rows, splits):
+    def forward(self, x, m_splits):
         self.is_first_microbatch = False
         weights = [getattr(self, f"weight{i}") for i in range(self.num_gemms)]
         if os.environ.get("TESTS_FP8_PRODUCTS"):  # weights rounded, and nothing else
             weights = [w if is_fp8(w) else BlockwiseTensor._quantizer(w.detach()) for w in weights]
-        return _GroupedProduct.apply(rows, splits, *weights), None
+        return _GroupedProduct.apply(x, m_splits, *weights), None
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         ep, state = self._groups.ep, {}

@@ -174,6 +174,7 @@ def helper_build(monkeypatch, tmp_path):
     helper, source = tmp_path / "helpers_cpp.so", tmp_path / "helpers.cpp"
     for path in (helper, source):
         path.touch()
+        os.utime(path, (1, 1))
     spec = SimpleNamespace(origin=str(helper))
     monkeypatch.setattr(compat.importlib.util, "find_spec", lambda name: spec)
     return SimpleNamespace(

@@ -32,12 +32,14 @@ import torch.distributed as dist
 from megatron.core.fp8_utils import get_fp8_context
 
 from megatron_moe_inject.experts.train.freeze import first_trainable_layer
+from megatron_moe_inject.experts.train.uses import BOUNDARY_FORWARD
 from megatron_moe_inject.host.errors import (
     RecipeError,
 )
 from megatron_moe_inject.host.model_parts import (
     decoder_layers,
 )
+from megatron_moe_inject.host.wrap import Call, wrap_method
 
 _OFFLOADING = ("cpu_offloading", "fine_grained_activation_offloading")
 
@@ -87,8 +89,7 @@ class GradientBoundary:
             below += 1
         if below > 0:
             self._below = min(below, len(layers))
-            self._stock = self._block.forward
-            self._block.forward = self._forward
+            wrap_method(self._block, BOUNDARY_FORWARD, self._forward)
             # Without a backward pass a checkpointed router would never count its losses.
             for layer in layers[: self._below]:
                 _run_without_graphs(layer)
@@ -108,20 +109,19 @@ class GradientBoundary:
         block.input_tensor = block.input_tensor.detach().requires_grad_(True)
         return None
 
-    def _forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _forward(self, call: Call) -> torch.Tensor:
         """In the place of the block's forward; arguments and result ``[s, b, h]`` are its own."""
         if not torch.is_grad_enabled():
-            return self._stock(*args, **kwargs)
-        assert not kwargs.get("extract_layer_indices"), "layers of a part are not numbered alike"
+            return call()
+        assert not call["extract_layer_indices"], "layers of a part are not numbered alike"
         block = self._block
-        given = _hidden(args, kwargs) if block.pre_process else block.input_tensor
+        given = call["hidden_states"] if block.pre_process else block.input_tensor
         with _one_fp8_region(block.config):
             lower = _part(block, slice(0, self._below))
             lower.config = copy.copy(block.config)
             lower.config.recompute_granularity = None
             lower.final_layernorm = None
-            args, kwargs = _with_hidden(args, kwargs, given.detach())
-            hidden = lower.forward(*args, **kwargs)
+            hidden = call.of(lower.forward, hidden_states=given.detach())
             if not block.pre_process:
                 # The schedule keeps what was received for a backward that never comes.
                 given.data = given.new_empty(1)
@@ -130,8 +130,7 @@ class GradientBoundary:
                 hidden = _requiring_grad(hidden)
             if not len(upper.layers) and upper.final_layernorm is None:
                 return hidden
-            args, kwargs = _with_hidden(args, kwargs, hidden)
-            return upper.forward(*args, **kwargs)
+            return call.of(upper.forward, hidden_states=hidden)
 
 
 def _part(block: torch.nn.Module, layers: slice) -> torch.nn.Module:

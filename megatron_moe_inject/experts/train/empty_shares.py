@@ -16,6 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_moe_inject.experts.train.uses import SHARE_SHARDS, SHARE_STATE
+from megatron_moe_inject.host.wrap import Call, wrap_method
+
 
 def has_empty_share(optimizer: Any) -> bool:
     """Whether some rank of a ``DistributedOptimizer``, not only this one, has such a share. No
@@ -42,14 +45,12 @@ class EmptyShares:
 
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
-        self._stock_state = optimizer.get_parameter_state_dp_reshardable
-        self._stock_shards = optimizer.sharded_param_state_dp_reshardable
-        optimizer.get_parameter_state_dp_reshardable = self._state
-        optimizer.sharded_param_state_dp_reshardable = self._shards
+        wrap_method(optimizer, SHARE_STATE, self._state)
+        wrap_method(optimizer, SHARE_SHARDS, self._shards)
 
-    def _state(self) -> dict[Any, Any]:
+    def _state(self, call: Call) -> dict[Any, Any]:
         """Stock's state, with a place of length 0 in each share without a parameter."""
-        state = self._stock_state()
+        state = call()
         buckets = [
             (found, bucket.grad_data.device)
             for index, buffer in enumerate(self._optimizer.buffers)
@@ -69,10 +70,10 @@ class EmptyShares:
                 )
         return state
 
-    def _shards(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+    def _shards(self, call: Call) -> dict[Any, Any]:
         """Stock's sharded state, without those places; where a share has nothing else, one that
         says that it is padding stays."""
-        state = self._stock_shards(*args, **kwargs)
+        state = call()
         for index in range(len(self._optimizer.buffers)):
             for buckets in state[index].values():
                 for found in buckets:

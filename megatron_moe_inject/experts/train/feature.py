@@ -7,6 +7,7 @@ from dataclasses import asdict
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
+from megatron_moe_inject.experts.train import uses
 from megatron_moe_inject.host.errors import RecipeError, fail, listing
 from megatron_moe_inject.host.text import ranges
 from megatron_moe_inject.recipe.facts import StudentFacts
@@ -15,6 +16,9 @@ from megatron_moe_inject.recipe.refused_options import FP8_PARAMETERS, NO_PARTS,
 from megatron_moe_inject.recipe.schema import FP8_SCALINGS, Recipe
 
 if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from megatron_moe_inject.host.contract import Contract
     from megatron_moe_inject.recipe.run_part import RunContext, RunPart
 
 _CLIPS = Refusal(
@@ -161,6 +165,17 @@ class Freezing(Feature):
             origin = "encoded as loaded" if train.fp8_source is None else f"from {train.fp8_source}"
             lines.append(f"frozen experts are kept in FP8 alone, {origin}")
         return {"trains": lines}
+
+    def uses(
+        self, recipe: Recipe, facts: StudentFacts | None, args: Namespace | None
+    ) -> list[Contract]:
+        """The boundary and the optimizer; of grouped experts and FP8 where they are there."""
+        parts = [uses.TRAIN]
+        if facts is None or facts.precision.grouped_gemm:
+            parts.append(uses.GROUPED)
+        if recipe.train.frozen_experts == "fp8":
+            parts.append(uses.FROZEN_FP8)
+        return parts
 
     def start(self, run: RunContext) -> RunPart | None:
         """Applies the policy."""

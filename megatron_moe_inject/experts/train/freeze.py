@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 
+from megatron_moe_inject.experts.train.uses import FROZEN_BIAS
 from megatron_moe_inject.host.model_parts import EXPERTS, ROWS, ParameterPlace, places
+from megatron_moe_inject.host.wrap import Call, wrap_method
 
 
 @dataclass(frozen=True)
@@ -102,10 +104,10 @@ def freeze_expert_bias(router: torch.nn.Module, frozen: bool) -> None:
         router.frozen_expert_bias = frozen
     elif frozen and getattr(router, "expert_bias", None) is not None:
         router.frozen_expert_bias = True
-        router._apply_expert_bias = _count_nothing
+        wrap_method(router, FROZEN_BIAS, _count_nothing)
 
 
-def _count_nothing(routing_map: torch.Tensor, padding_mask: torch.Tensor | None = None) -> None:
+def _count_nothing(call: Call) -> None:
     """In the place of ``TopKRouter._apply_expert_bias``, which counts ``[t, E]`` choices."""
 
 

@@ -24,6 +24,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from megatron_moe_inject.experts.fp8 import weights as fp8_weights
 from megatron_moe_inject.experts.fp8.weights import Fp8Weight
 from megatron_moe_inject.experts.train.freeze import FreezePolicy
+from megatron_moe_inject.experts.train.uses import FP8_FORWARD
 from megatron_moe_inject.host import compat
 from megatron_moe_inject.host.errors import (
     RecipeError,
@@ -35,6 +36,7 @@ from megatron_moe_inject.host.model_parts import (
     grouped_linears,
     local_weights,
 )
+from megatron_moe_inject.host.wrap import Call, wrap_method
 
 LINEARS = ("linear_fc1", "linear_fc2")
 
@@ -188,13 +190,12 @@ def drop_transposes(chunks: Iterable[torch.nn.Module]) -> None:
             linears = [] if experts is None else grouped_linears(experts)
             weights = [w for one in linears for w in local_weights(one) if fp8_weights.is_fp8(w)]
             if weights:
-                experts.forward = functools.partial(_forward, experts.forward, weights)
+                wrap_method(experts, FP8_FORWARD, functools.partial(_forward, weights))
 
 
-def _forward(
-    stock: Any, weights: list[torch.Tensor], states: torch.Tensor, *args: Any, **kwargs: Any
-) -> Any:
-    return stock(_DropTransposes.apply(states, weights), *args, **kwargs)
+def _forward(weights: list[torch.Tensor], call: Call) -> Any:
+    states = _DropTransposes.apply(call["permuted_local_hidden_states"], weights)
+    return call(permuted_local_hidden_states=states)
 
 
 class _DropTransposes(torch.autograd.Function):

@@ -30,12 +30,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_moe_inject.experts.fp8 import weights as fp8_weights
+from megatron_moe_inject.experts.train.uses import GROUPED_FORWARD
 from megatron_moe_inject.host.accumulate import multiply_into, placeholder
 from megatron_moe_inject.host.model_parts import (
     decoder_layers,
     grouped_linears,
     local_weights,
 )
+from megatron_moe_inject.host.wrap import Call, wrap_method
 
 
 def train_grouped_experts(chunks: Sequence[torch.nn.Module]) -> int:
@@ -95,14 +97,14 @@ class _GradientsOfSome:
         weights = local_weights(linear)
         self._in_fp8 = next((w for w in weights if fp8_weights.is_fp8(w)), None)
         self._encoded: dict[str, Tensor] = {}
-        self._stock = linear.forward
-        linear.forward = self._forward
+        wrap_method(linear, GROUPED_FORWARD, self._forward)
 
-    def _forward(self, rows: Tensor, counts: Sequence[int]) -> tuple[Tensor, Any]:
+    def _forward(self, call: Call) -> tuple[Tensor, Any]:
+        rows, counts = call["x"], call["m_splits"]
         try:
             # An attribute of the instance comes before the registered parameter, which stays.
             self._linear.__dict__.update(self._frozen())
-            result, bias = self._stock(rows, counts)
+            result, bias = call()
         finally:
             for _, _, name in self._names:
                 self._linear.__dict__.pop(name, None)

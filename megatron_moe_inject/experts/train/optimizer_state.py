@@ -30,7 +30,15 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 
 from megatron_moe_inject.experts.train.empty_shares import EmptyShares, has_empty_share
+from megatron_moe_inject.experts.train.uses import (
+    CHAIN_SHARDED,
+    EMPTY_STATE,
+    STUB_LOAD,
+    STUB_SHARDED,
+    STUB_STATE,
+)
 from megatron_moe_inject.host.own_keys import with_own_keys
+from megatron_moe_inject.host.wrap import Call, wrap_method
 
 
 class _NoInnerOptimizer:
@@ -65,13 +73,13 @@ def _steps(inner: Any) -> tuple[float | None, bool]:
 class _EmptyState:
     """``state_dict`` of an inner optimizer without parameters, with the step of the others."""
 
-    def __init__(self, inner: torch.optim.Optimizer) -> None:
-        self._stock = inner.state_dict
+    def __init__(self) -> None:
         self.step = 0.0
         self.in_groups = False
 
-    def __call__(self) -> dict:
-        packed = self._stock()
+    def packed(self, call: Call) -> dict:
+        """Stock's, with the step."""
+        packed = call()
         packed["state"] = {0: {"step": torch.tensor(self.step)}}
         if self.in_groups:
             packed["param_groups"] = [g | {"step": int(self.step)} for g in packed["param_groups"]]
@@ -82,6 +90,15 @@ def _keep_local(state: dict, name: str) -> None:
     """Leave the empty lists under ``name`` out of what the first rank writes for all ranks."""
     if name in state:
         state[name] = [LocalNonpersistentObject(group) for group in state[name]]
+
+
+def _nothing(call: Call) -> dict:
+    """The state of a part without parameters."""
+    return {}
+
+
+def _load_nothing(call: Call) -> None:
+    """Such a part has nothing to load into."""
 
 
 def make_checkpointable(optimizer: Any) -> Any:
@@ -97,28 +114,27 @@ def make_checkpointable(optimizer: Any) -> Any:
     for index, part in enumerate(optimizer.chained_optimizers):
         if part.optimizer is None:
             part.optimizer = _NoInnerOptimizer()
-            part.state_dict = dict
-            part.load_state_dict = lambda state_dict: None
-            part.sharded_state_dict = lambda *args, **kwargs: {}
+            wrap_method(part, STUB_STATE, _nothing)
+            wrap_method(part, STUB_LOAD, _load_nothing)
+            wrap_method(part, STUB_SHARDED, _nothing)
         elif _is_empty(part.optimizer):
-            empty[index] = part.optimizer.state_dict = _EmptyState(part.optimizer)
+            empty[index] = _EmptyState()
+            wrap_method(part.optimizer, EMPTY_STATE, empty[index].packed)
 
         if hasattr(part, "gbuf_ranges") and has_empty_share(part):
             EmptyShares(part)
 
-    stock = optimizer.sharded_state_dict
-
-    def sharded_state_dict(*args, **kwargs):
+    def sharded_state_dict(call: Call) -> Any:
         own = [_steps(part.optimizer) for part in optimizer.chained_optimizers]
         ranks: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(ranks, own)
         for index, state in empty.items():
             found = [r[index] for r in ranks if index < len(r) and r[index][0] is not None]
             state.step, state.in_groups = max(found, default=(0.0, False))
-        packed = stock(*args, **kwargs)
+        packed = call()
         for index in empty:
             _keep_local(packed if len(own) == 1 else packed[index], "fp32_from_fp16_params")
         return with_own_keys(packed)
 
-    optimizer.sharded_state_dict = sharded_state_dict
+    wrap_method(optimizer, CHAIN_SHARDED, sharded_state_dict)
     return optimizer

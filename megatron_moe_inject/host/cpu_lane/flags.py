@@ -4,8 +4,12 @@ Only what cannot run is changed, so that a run differs from a GPU run in nothing
 given on the command line wins over the lane's default and is then checked.
 """
 
-import functools
+import argparse
 import sys
+from typing import Any
+
+from megatron_moe_inject.host.uses import LANE_ARGUMENTS, LANE_VALIDATION
+from megatron_moe_inject.host.wrap import Call, wrap_function
 
 DEFAULTS = {
     "distributed_backend": "gloo",
@@ -75,24 +79,20 @@ def check(args) -> None:
 
 def install() -> None:
     """Put the defaults under Megatron's parser and the check before its validation."""
-    from megatron.training import arguments
+    wrap_function(LANE_ARGUMENTS, _with_defaults)
+    wrap_function(LANE_VALIDATION, _checked)
 
-    add_arguments, validate_args = arguments.add_megatron_arguments, arguments.validate_args
 
-    @functools.wraps(add_arguments)
-    def add_megatron_arguments(parser):
-        parser = add_arguments(parser)
-        known = {action.dest for action in parser._actions}
-        parser.set_defaults(**{k: v for k, v in DEFAULTS.items() if k in known})
-        return parser
+def _with_defaults(call: Call) -> argparse.ArgumentParser:
+    parser = call()
+    known = {action.dest for action in parser._actions}
+    parser.set_defaults(**{k: v for k, v in DEFAULTS.items() if k in known})
+    return parser
 
-    @functools.wraps(validate_args)
-    def checked_validate_args(args, *rest, **kwargs):
-        try:
-            check(args)
-        except CpuLaneFlagError as error:
-            sys.exit(f"moe-inject: {error}")
-        return validate_args(args, *rest, **kwargs)
 
-    arguments.add_megatron_arguments = add_megatron_arguments
-    arguments.validate_args = checked_validate_args
+def _checked(call: Call) -> Any:
+    try:
+        check(call["args"])
+    except CpuLaneFlagError as error:
+        sys.exit(f"moe-inject: {error}")
+    return call()

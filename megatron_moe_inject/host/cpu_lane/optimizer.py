@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-import functools
+from typing import Any
+
+import torch
+
+from megatron_moe_inject.host.uses import (
+    LANE_LOAD,
+    LANE_SET_STATES,
+    LANE_STATE_DICT,
+    UNTOUCHED_STATE,
+)
+from megatron_moe_inject.host.wrap import Call, wrap_function, wrap_method
 
 
 def load_distributed_optimizer_without_te() -> None:
@@ -15,37 +25,34 @@ def load_distributed_optimizer_without_te() -> None:
     parameter and step.
     Idempotent; does nothing where TE or Apex is there.
     """
-    import torch
     from megatron.core.optimizer import distrib_optimizer
 
-    kind = distrib_optimizer.DistributedOptimizer
-    stock_state_dict, stock_load = kind.state_dict, kind.load_state_dict
-    if distrib_optimizer.HAVE_APEX_OR_TE or hasattr(stock_state_dict, "__wrapped__"):
-        return
+    if not distrib_optimizer.HAVE_APEX_OR_TE:
+        wrap_function(LANE_STATE_DICT, _state_dict)
+        wrap_function(LANE_LOAD, _load_state_dict)
+        wrap_function(LANE_SET_STATES, _set_states)
 
-    @functools.wraps(stock_state_dict)
-    def state_dict(self):
-        if self.optimizer.state_dict()["state"]:
-            return stock_state_dict(self)
-        inner = self.optimizer.state_dict
-        untouched = {0: {"step": torch.zeros(())}}
-        self.optimizer.state_dict = lambda: {**inner(), "state": untouched}
-        try:
-            return stock_state_dict(self)
-        finally:
-            del self.optimizer.state_dict
 
-    @functools.wraps(stock_load)
-    def load_state_dict(self, *args, **kwargs):
-        stock_load(self, *args, **kwargs)
-        for state in self.optimizer.state.values():
-            state["step"] = state["step"].clone()
+def _state_dict(call: Call) -> Any:
+    inner = call["self"].optimizer
+    if inner.state_dict()["state"]:
+        return call()
+    untouched = wrap_method(inner, UNTOUCHED_STATE, _with_a_step)
+    try:
+        return call()
+    finally:
+        untouched.remove()
 
-    stock_set = kind._set_main_param_and_optimizer_states
 
-    @functools.wraps(stock_set)
-    def set_states(self, model_param, tensors):
-        stock_set(self, model_param, {**tensors, "step": None})
+def _with_a_step(call: Call) -> dict[str, Any]:
+    return call() | {"state": {0: {"step": torch.zeros(())}}}
 
-    kind.state_dict, kind.load_state_dict = state_dict, load_state_dict
-    kind._set_main_param_and_optimizer_states = set_states
+
+def _load_state_dict(call: Call) -> None:
+    call()
+    for state in call["self"].optimizer.state.values():
+        state["step"] = state["step"].clone()
+
+
+def _set_states(call: Call) -> None:
+    call(tensors=call["tensors"] | {"step": None})

@@ -9,10 +9,10 @@ Shapes: t tokens of the pack, n heads and g key groups of this tensor rank, d he
 
 from __future__ import annotations
 
-import functools
-
 import torch
-from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+from megatron_moe_inject.host.uses import LANE_ATTENTION
+from megatron_moe_inject.host.wrap import Call, wrap_function
 
 
 def hidden_pairs(boundaries: torch.Tensor, tokens: int) -> torch.Tensor:
@@ -28,15 +28,14 @@ def hidden_pairs(boundaries: torch.Tensor, tokens: int) -> torch.Tensor:
 
 def install() -> None:
     """Give ``DotProductAttention.forward`` a path for packed batches; others take the stock one."""
-    stock = DotProductAttention.forward
+    wrap_function(LANE_ATTENTION, _forward)
 
-    @functools.wraps(stock)
-    def forward(self, query, key, value, attention_mask, *args, packed_seq_params=None, **kwargs):
-        """Packed: ``[t, n, d]`` queries, ``[t, g, d]`` keys and values -> ``[t, 1, n*d]``."""
-        if packed_seq_params is None:
-            return stock(self, query, key, value, attention_mask, *args, **kwargs)
-        hidden = hidden_pairs(packed_seq_params.cu_seqlens_q, query.size(0))
-        query, key, value = (x.unsqueeze(1) for x in (query, key, value))
-        return stock(self, query, key, value, hidden, *args, **kwargs)
 
-    DotProductAttention.forward = forward
+def _forward(call: Call) -> torch.Tensor:
+    """Packed: ``[t, n, d]`` queries, ``[t, g, d]`` keys and values -> ``[t, 1, n*d]``."""
+    packed = call["packed_seq_params"]
+    if packed is None:
+        return call()
+    query, key, value = (call[name].unsqueeze(1) for name in ("query", "key", "value"))
+    hidden = hidden_pairs(packed.cu_seqlens_q, len(query))
+    return call(query=query, key=key, value=value, attention_mask=hidden, packed_seq_params=None)

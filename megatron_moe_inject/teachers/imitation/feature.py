@@ -10,8 +10,13 @@ from megatron_moe_inject.recipe.refused_options import GRAPHS_OF_LAYERS, Refusal
 from megatron_moe_inject.recipe.schedule import show_weight
 from megatron_moe_inject.recipe.schema import Recipe
 from megatron_moe_inject.teachers.imitation.section import IMITATION
+from megatron_moe_inject.teachers.uses import IMITATION as IMITATES
 
 if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from megatron_moe_inject.host.contract import Contract
+    from megatron_moe_inject.recipe.facts import StudentFacts
     from megatron_moe_inject.recipe.run_part import RunContext, RunPart
 
 _IMITATED = {"hidden": "hidden states", "experts": "expert outputs"}
@@ -86,6 +91,12 @@ class ImitationFeature(Feature):
             for domain in recipe.domains
             for name in (imitation.in_use() if domain.teacher else ())
         ]
+
+    def uses(
+        self, recipe: Recipe, facts: StudentFacts | None, args: Namespace | None
+    ) -> list[Contract]:
+        """Layers and experts whose states imitate."""
+        return [IMITATES] if recipe[IMITATION].in_use() else []
 
     def start(self, run: RunContext) -> RunPart | None:
         """Find the layers and the checkpoint's projections."""

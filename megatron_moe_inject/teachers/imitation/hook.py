@@ -31,6 +31,7 @@ from megatron_moe_inject.host.model_parts import (
     decoder_layers,
 )
 from megatron_moe_inject.host.step import Step, StepPart
+from megatron_moe_inject.host.wrap import Call, wrap_method
 from megatron_moe_inject.losses.features import (
     feature_loss,
 )
@@ -42,6 +43,7 @@ from megatron_moe_inject.teachers.imitation.exchange import (
 from megatron_moe_inject.teachers.imitation.projections import Projections
 from megatron_moe_inject.teachers.imitation.terms import ImitationTerm
 from megatron_moe_inject.teachers.step_teachers import StepTeachers
+from megatron_moe_inject.teachers.uses import COMBINED
 
 REPORTED = {"hidden": "feature loss", "experts": "expert feature loss"}
 
@@ -317,16 +319,17 @@ class _ExpertOutputs:
         self._finish = finish
         self._is_active = is_active
         self._processed: tuple[torch.Tensor, Any] | None = None
-        self._stock_postprocess = layer.postprocess
-        layer.experts.register_forward_hook(self._keep)
-        layer.postprocess = self._postprocess
+        layer.experts.register_forward_hook(self._keep, with_kwargs=True)
+        wrap_method(layer, COMBINED, self._postprocess)
 
-    def _keep(self, experts: Any, args: Any, output: Any) -> None:
+    def _keep(self, experts: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        """Forward hook of the experts, which return their rows and a bias."""
         if self._is_active():
-            self._processed = output[0], args[1]
+            counts = kwargs["tokens_per_expert"] if len(args) < 2 else args[1]
+            self._processed = output[0], counts
 
-    def _postprocess(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        output = self._stock_postprocess(*args, **kwargs)
+    def _postprocess(self, call: Call) -> torch.Tensor:
+        output = call()
         if self._processed is None:
             return output
         outputs, tokens_per_expert = self._processed

@@ -103,8 +103,8 @@ class _Experts(torch.nn.Module):
         super().__init__()
         self.linear_fc1, self.linear_fc2 = _Linear(experts, 2 * f, h), _Linear(experts, h, f)
 
-    def forward(self, rows):
-        return self.linear_fc2(self.linear_fc1(rows)), None
+    def forward(self, permuted_local_hidden_states):
+        return self.linear_fc2(self.linear_fc1(permuted_local_hidden_states)), None
 
 
 class _Config:

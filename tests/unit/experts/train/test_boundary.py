@@ -38,7 +38,7 @@ class Block(torch.nn.Module):
         self.input_tensor = None
         self.recomputed = []
 
-    def forward(self, hidden_states, attention_mask=None):
+    def forward(self, hidden_states, attention_mask=None, extract_layer_indices=None):
         hidden = hidden_states if self.pre_process else self.input_tensor
         self.recomputed.append((self.config.recompute_granularity, len(self.layers)))
         for index in range(self.num_layers_per_pipeline_rank):

@@ -47,15 +47,15 @@ class Linear(torch.nn.Module):
                 value = normal(OUTPUTS, seed=20 + i, dtype=dtype)
                 self.register_parameter(f"bias{i}", torch.nn.Parameter(value, i in trains))
 
-    def forward(self, rows, counts):
+    def forward(self, x, m_splits):
         weights = [getattr(self, f"weight{i}") for i in range(self.num_gemms)]
         self.asked.append([weight.requires_grad for weight in weights])
         if self.fails:
             raise ZeroDivisionError
-        out = Product.apply(rows, counts, *weights)
+        out = Product.apply(x, m_splits, *weights)
         biases = [getattr(self, f"bias{i}") for i in range(self.num_gemms)] if self.bias else None
         if self.apply_bias:
-            out = out + torch.cat([b.expand(n, -1) for n, b in zip(counts, biases, strict=True)])
+            out = out + torch.cat([b.expand(n, -1) for n, b in zip(m_splits, biases, strict=True)])
         return out, biases if self.bias == "returned" else None
 
 
@@ -241,10 +241,10 @@ class InFp8(Linear):
             encoded = BlockwiseTensor._quantizer(self._parameters[f"weight{i}"])
             setattr(self, f"weight{i}", torch.nn.Parameter(encoded, False))
 
-    def forward(self, rows, counts):
+    def forward(self, x, m_splits):
         self.is_first_microbatch = False
         self.multiplied.append([getattr(self, f"weight{i}") for i in range(self.num_gemms)])
-        return super().forward(rows, counts)
+        return super().forward(x, m_splits)
 
 
 def test_what_trains_beside_weights_in_fp8_is_encoded_once_a_step():
