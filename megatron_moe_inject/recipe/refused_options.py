@@ -18,6 +18,7 @@ class Refusal:
         value: the option's refused value; None refuses every value that is set.
         unset: a value that is as good as none.
         written: the flag that sets the option, where it has another name.
+        since: the first Megatron-Core that has it, where no released one that is supported has.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Refusal:
     value: str | None = None
     unset: int | None = None
     written: str | None = None
+    since: str | None = None
 
     @property
     def flag(self) -> str:
@@ -94,6 +96,18 @@ REFUSED = (
     Refusal(
         "expert_gtp_weight_remat_size", _SHARDS_WEIGHTS, unset=1,
         written="--expert-tensor-parallel-num-weight-shards",
+    ),
+    Refusal(
+        "enable_mhc_connections", "carries several residual streams through the layers, which "
+        "neither the gradient boundary nor losses on states tell apart", since="0.20",
+    ),
+    Refusal(
+        "moe_use_grouped_tensor", "tells grouped experts how many rows each gets on the device "
+        "alone, with padding between them", since="0.20",
+    ),
+    Refusal(
+        "logit_dtype", f"gives another precision to {_OUTPUT_LAYER}", since="0.20",
+        written="--output-logit-dtype",
     ),
 )  # fmt: skip
 """What no recipe works with."""

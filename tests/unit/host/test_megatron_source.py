@@ -5,10 +5,17 @@ the cross-entropy behind it. Whatever these read, the plugin serves, refuses or 
 name that stands in none of these tables is new, and this test fails until somebody has decided.
 The same for what ``train_step`` calls from the optimizer's step on, which could move frozen
 parameters. Sources are read, not imported, so that one run looks at all versions that are there.
+
+A refused option that Megatron renames would never be refused again: each is one that a parser has.
 """
 
 import ast
+import functools
+import json
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import megatron.core
@@ -17,10 +24,12 @@ import pytest
 from megatron_moe_inject.recipe.features import FEATURES
 from megatron_moe_inject.recipe.refused_options import REFUSED
 
-HERE = Path(megatron.core.__file__).resolve().parents[1]
-OTHER = os.environ.get("MEGATRON_OTHER")
-ROOTS = [HERE, *([Path(OTHER, "megatron")] if OTHER else [])]
-VERSIONS = pytest.mark.parametrize("root", ROOTS, ids=["this", "other"][: len(ROOTS)])
+ROOTS = {"this": Path(megatron.core.__file__).resolve().parents[1]}
+"""Sources by what they are: what is installed; 0.18.2 beside it; a checkout, if one is named."""
+for name, variable in (("other", "MEGATRON_OTHER"), ("checkout", "MEGATRON_CHECKOUT")):
+    if variable in os.environ:
+        ROOTS[name] = Path(os.environ[variable], "megatron")
+VERSIONS = pytest.mark.parametrize("root", ROOTS.values(), ids=ROOTS)
 
 GPT = ("core/models/gpt/gpt_model.py", "GPTModel._postprocess")
 CROSS_ENTROPY = (
@@ -67,6 +76,7 @@ OF_LAYER = {
     "use_inference_optimized_all_gather": "inference's",
     "training": "inference's",
     "config": "see CONFIG",
+    "output_dtype": "refused: logit_dtype",
     "_forward_impl": "the two products",
 }
 CALLED = {
@@ -117,6 +127,8 @@ AFTER_THE_STEP = {
     "timers": "times",
     "ValueError": "errors",
     "getattr": "looks",
+    "bool": "looks",
+    "_otel_set_attrs": "tells a tracer",
     "get_num_microbatches": "numbers",
     "get_attr_wrapped_model": "groups",
     "ProcessGroupCollection.use_mpu_process_groups": "groups",
@@ -201,10 +213,53 @@ def test_after_the_optimizers_step_nothing_unknown_moves_parameters(root):
 def test_what_is_said_to_be_refused_is():
     names = {option.name for option in REFUSED}
     said = {key for key, what in CONFIG.items() if what == "refused"}
-    assert said | {"gtp_weight_remat_size", "fp8_output_proj", "config_logger_dir"} <= names
-    assert "qk_clip" in {
-        option.name
-        for feature in FEATURES
-        for refused in feature.refuses
-        for option in refused.options
-    }
+    said |= {"config_logger_dir", "fp8_output_proj", "gtp_weight_remat_size", "logit_dtype"}
+    assert said <= names
+    assert "qk_clip" in {option.name for option in refusals()}
+
+
+@functools.cache
+def options(root):
+    """What a parser of Megatron's sets in its arguments, and what its training code reads there."""
+    code = (
+        "import argparse, json; "
+        "from megatron.training.arguments import add_megatron_arguments as add; "
+        "print(json.dumps([a.dest for a in add(argparse.ArgumentParser())._actions]))"
+    )
+    paths = [str(root.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    parsed = set(json.loads(done.stdout.splitlines()[-1]))
+    assert len(parsed) > 500
+    text = "\n".join(path.read_text() for path in (root / "training").glob("*.py"))
+    return parsed, parsed | set(re.findall(r"\bargs(?:\.|, [\"'])(\w+)", text))
+
+
+def refusals():
+    """What the plugin and its features refuse."""
+    yield from REFUSED
+    for feature in FEATURES:
+        for beside in feature.refuses:
+            yield from beside.options
+
+
+def test_every_refused_option_is_one_of_megatrons():
+    released = [options(ROOTS[name]) for name in ("this", "other") if name in ROOTS]
+    for option in refusals():
+        flag = option.flag.split()[0].removeprefix("--").replace("-", "_")
+        parsed = any(flag in dests or option.name in dests for dests, _ in released)
+        read = any(option.name in names for _, names in released)
+        if option.since is None:
+            assert read, f"no supported Megatron has {option.name}"
+            assert parsed or option.name == "modelopt_enabled", f"no parser has {option.flag}"
+        else:
+            assert not read, f"{option.name} is in a released Megatron: leave out since"
+    if "checkout" in ROOTS:
+        parsed, _ = options(ROOTS["checkout"])
+        new = {option.name for option in refusals() if option.since is not None}
+        assert new - parsed == set()
