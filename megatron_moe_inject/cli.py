@@ -42,6 +42,7 @@ from megatron_moe_inject.routing import report as routing_report
 _EXAMPLES = """examples:
   moe-inject plan recipe.yaml
   moe-inject plan recipe.yaml --inject-set objective.alpha=0.5
+  moe-inject plan recipe.yaml --wraps
   moe-inject plan recipe.yaml -- --num-layers 24 --num-experts 64 --data-path 9 code 1 text ...
 """
 
@@ -67,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _quiet():
             if options.command == "plan":
-                text = render_plan(_plan(options, flags))
+                plan = _plan(options, flags)
+                text = render_plan(plan) + (_wraps(plan) if options.wraps else "")
             elif flags:
                 raise RecipeError(
                     f"{options.command} takes no training flags; leave out -- and them"
@@ -111,6 +113,11 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help="override recipe fields, as in training",
     )
+    plan.add_argument(
+        "--wraps",
+        action="store_true",
+        help="also print what of Megatron's the run would wrap, and what for",
+    )
     select_command.add_commands(commands)
     delta_command.add_commands(commands)
     profile_command.add_commands(commands)
@@ -148,6 +155,13 @@ def _plan(options: argparse.Namespace, flags: list[str] | None) -> Plan:
     if unknown:
         remarks.append(f"not Megatron flags, ignored: {' '.join(unknown)}")
     return Plan(recipe, facts, lines, remarks)
+
+
+def _wraps(plan: Plan) -> str:
+    from megatron_moe_inject.contracts import in_use
+    from megatron_moe_inject.host.wrap_list import render_table
+
+    return "\n\n" + render_table(in_use(plan.recipe, plan.facts))
 
 
 def _teacher_lines(

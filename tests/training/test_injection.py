@@ -4,12 +4,15 @@ The recipe trains expert 3 of layers 2 and 3 only. So with expert parallelism on
 pipeline parallelism one stage, has nothing to train; stock Megatron hangs there.
 """
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from megatron_moe_inject.contracts import EVERYTHING
 from megatron_moe_inject.experts.choose.profile_file import write_profile
+from megatron_moe_inject.host.contract import Hooked
 from tests.harness import lane
 from tests.harness.injection import (
     CE_ONLY,
@@ -265,12 +268,31 @@ def test_evaluation_reports_the_same_terms(single):
         assert evaluation[term] > 0, term
 
 
-def test_dry_run_prints_the_plan_and_trains_nothing(material):
-    run = inject(material, extra=("--inject-dry-run",), nproc=2, ep=2)
+def test_dry_run_prints_the_plan_and_what_is_wrapped_and_trains_nothing(material):
+    more = "steering={coeff: 0.01, target_mass: 0.5}", "retention.experts=0.1"
+    run = inject(material, extra=("--inject-set", *more, "--inject-dry-run"), nproc=2, ep=2)
     assert "moe-inject plan" in run.output
     assert "nothing on 1 of 2 ranks" in run.output
     assert run.returncode == 0
     assert not run.iterations
+    rows = set(re.findall(r"^  (\S+(?: \S+)*)  +(\d+)  (\S+)$", run.output, re.M))
+    assert rows >= {
+        ("megatron.training.training.train", "1", "install"),
+        ("megatron.training.arguments.validate_args", "1", "host.cpu_lane.flags"),
+        ("GPTModel forward pre-hook", "2", "host.loss_seam"),
+        ("TransformerBlock.forward", "2", "experts.train.boundary"),
+        ("MoEAlltoAllTokenDispatcher.dispatch_preprocess", "8", "retention.experts"),
+        ("SequentialMLP.forward", "8", "retention.experts"),
+        ("TopKRouter.routing", "8", "host.routing_watch"),
+        ("TopKRouter.routing", "4", "routing.steering"),
+        ("ChainedOptimizer.sharded_state_dict", "2", "experts.train.optimizer_state"),
+    }
+    planned = {
+        use.kind if isinstance(use, Hooked) else use.name
+        for part in EVERYTHING
+        for use in part.wraps
+    }
+    assert {at.partition(" ")[2] or at.rpartition(".")[2] for at, _, _ in rows} <= planned
 
 
 def test_experts_by_profile_are_the_experts_that_train(material, single):
