@@ -1,5 +1,6 @@
 """Our terms leave a step's reports, and are divided once, over the interval."""
 
+import functools
 import math
 from argparse import Namespace
 
@@ -103,25 +104,21 @@ def megatron_log(printed):
 def test_the_line_the_board_and_a_list_get_means_over_their_own_intervals():
     log = TermLog(Namespace(log_interval=2, tensorboard_log_interval=1))
     file, sums, printed, boards = log.interval(), {}, [], []
+    heard = []
+    log.listeners.append(lambda given, read: heard.append((given["iteration"], read)))
 
     def step(iteration, *terms, skipped=0):
         log.end_step([report(**one) for one in terms], GROUPS, evaluation=False)
         stock = megatron_log(printed)
 
+        @functools.wraps(stock)
         def watched(**given):
             boards.append({k: float(v) for k, v in given["loss_dict"].items()})
             return stock(**given)
 
-        return log.log(
-            watched,
-            {
-                "loss_dict": {"total loss": torch.tensor(float(iteration))},
-                "total_loss_dict": sums,
-                "iteration": iteration,
-                "skipped_iter": skipped,
-                "is_first_iteration": iteration == 1,
-            },
-        )[1]
+        losses = {"total loss": torch.tensor(float(iteration))}
+        log.log(watched, losses, sums, iteration, skipped, is_first_iteration=iteration == 1)
+        return heard[-1][1]
 
     step(1, dict(g=[8.0, 1.0]), dict(g=[0.0, 0.0]))
     assert printed[-1] == {"g": 8.0, "total loss": 1.0}
@@ -137,6 +134,7 @@ def test_the_line_the_board_and_a_list_get_means_over_their_own_intervals():
     step(5, dict(g=[6.0, 2.0]))
     step(6, dict(g=[99.0, 1.0]), skipped=1)
     assert printed[-1] == {"g": 3.0, "total loss": 5.0}
+    assert [iteration for iteration, _ in heard] == [1, 2, 3, 4, 5, 6]
     # Without a writer the board's numbers are read along with a line only.
     assert [board.get("g") for board in boards] == [8.0, 1.0, None, None, None, 99.0]
 

@@ -158,7 +158,12 @@ def test_every_plain_flag_is_covered():
     flags = {s for s in parser._option_string_actions if s.startswith("--inject-")}
     shared = {"--inject-recipe", "--inject-set", "--inject-dry-run", "--inject-verify-frozen"}
     shared |= {"--inject-profile", "--inject-profile-coselections", "--inject-profile-logits"}
-    shared |= {"--inject-evaluate", "--inject-from-scratch", "--inject-verify-inputs"}
+    shared |= {
+        "--inject-progress",
+        "--inject-evaluate",
+        "--inject-from-scratch",
+        "--inject-verify-inputs",
+    }
     assert flags == shared | {flag.split()[0] for flag in PLAIN_ALONE}
 
 
