@@ -25,7 +25,6 @@ from megatron.training.arguments import core_transformer_config_from_args, parse
 
 from megatron_moe_inject.host import compat
 from megatron_moe_inject.host.batches import datasets_provider, get_batch, packed_seq_params
-from megatron_moe_inject.host.run_arguments import OWN_ENTRY
 
 SPIKE_FACTOR = 10
 """A loss this many times the largest so far is reported under ``--check-for-spiky-loss``."""
@@ -162,7 +161,9 @@ def main() -> None:
     """Parse Megatron's flags and train."""
     training_loop, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
-    setattr(args, OWN_ENTRY, True)
+    ours = (getattr(args, name, None) for name in ("inject_recipe", "inject_domain_data"))
+    if any(given is not None for given in ours) and args.inject_progress is None:
+        args.inject_progress = True
     try:
         check_supported(args)
     except ValueError as error:

@@ -51,6 +51,10 @@ class Registry[T]:
         """All names, nothing imported."""
         return list(dict.fromkeys([*self._built_in, *self._entry_points(), *self._items]))
 
+    def loaded(self, name: str) -> T | None:
+        """The thing of that name, ``None`` where it has not been imported."""
+        return self._items.get(name)
+
     def __contains__(self, name: object) -> bool:
         return name in self.names()
 

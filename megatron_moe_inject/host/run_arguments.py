@@ -8,9 +8,6 @@ from typing import Any
 
 from megatron_moe_inject.host.stored_checkpoint import checkpoint_to_load
 
-OWN_ENTRY = "moe_inject_entry"
-"""Set in Megatron's arguments by our own entry."""
-
 
 def stored_argument(args: Namespace, name: str) -> tuple[Path | None, Any]:
     """An argument of the run whose training goes on, as its checkpoint stores it. No collective.

@@ -8,20 +8,25 @@ how sure a teacher is, without gradients. ``divergences`` and ``sparse`` take lo
 ``reference`` says what each loss means; the maths is in ``rows`` (for GPUs: ``triton_rows``).
 """
 
-from megatron_moe_inject.losses.divergences import vocab_parallel_divergence
-from megatron_moe_inject.losses.fused import (
-    FusedLoss,
-    FusedOptions,
-    default_chunk_tokens,
-    fused_linear_distillation,
-    fused_loss,
-)
-from megatron_moe_inject.losses.measure import TokenMeasures, measure_tokens, target_confidence
-from megatron_moe_inject.losses.sparse import sample_teacher, vocab_parallel_sparse_divergence
-from megatron_moe_inject.losses.spec import KINDS, Divergence, LogitTransform, TermWeights
-from megatron_moe_inject.losses.student import Student, Vocabulary
-from megatron_moe_inject.losses.target import COMMITTEES, TAILS, Dense, Mixed, Sparse, Target
-from megatron_moe_inject.losses.triton_rows import TritonRows
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_moe_inject.losses.divergences import vocab_parallel_divergence
+    from megatron_moe_inject.losses.fused import (
+        FusedLoss,
+        FusedOptions,
+        default_chunk_tokens,
+        fused_linear_distillation,
+        fused_loss,
+    )
+    from megatron_moe_inject.losses.kinds import COMMITTEES, KINDS
+    from megatron_moe_inject.losses.measure import TokenMeasures, measure_tokens, target_confidence
+    from megatron_moe_inject.losses.sparse import sample_teacher, vocab_parallel_sparse_divergence
+    from megatron_moe_inject.losses.spec import Divergence, LogitTransform, TermWeights
+    from megatron_moe_inject.losses.student import Student, Vocabulary
+    from megatron_moe_inject.losses.target import TAILS, Dense, Mixed, Sparse, Target
+    from megatron_moe_inject.losses.triton_rows import TritonRows
 
 __all__ = [
     "COMMITTEES",
@@ -49,3 +54,30 @@ __all__ = [
     "vocab_parallel_divergence",
     "vocab_parallel_sparse_divergence",
 ]
+
+_HOMES = {
+    "divergences": ("vocab_parallel_divergence",),
+    "fused": (
+        "FusedLoss",
+        "FusedOptions",
+        "default_chunk_tokens",
+        "fused_linear_distillation",
+        "fused_loss",
+    ),
+    "kinds": ("COMMITTEES", "KINDS"),
+    "measure": ("TokenMeasures", "measure_tokens", "target_confidence"),
+    "sparse": ("sample_teacher", "vocab_parallel_sparse_divergence"),
+    "spec": ("Divergence", "LogitTransform", "TermWeights"),
+    "student": ("Student", "Vocabulary"),
+    "target": ("Dense", "Mixed", "Sparse", "TAILS", "Target"),
+    "triton_rows": ("TritonRows",),
+}
+"""By module, the public names of the room."""
+
+
+def __getattr__(name: str) -> Any:
+    """The public names need torch, which what only reads recipes does without."""
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

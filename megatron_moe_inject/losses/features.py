@@ -14,7 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-FEATURE_LOSSES = ("mse", "cosine", "normalized")
+from megatron_moe_inject.losses.kinds import FEATURE_LOSSES
+
 _TINY = 1e-12
 
 

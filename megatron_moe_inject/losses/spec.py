@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-KINDS = ("forward_kl", "reverse_kl", "jsd", "skew_kl")
-CONFIDENCES = ("none", "label", "entropy")
+from megatron_moe_inject.losses.kinds import CONFIDENCES, KINDS
 
 
 @dataclass(frozen=True)

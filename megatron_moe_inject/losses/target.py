@@ -20,10 +20,10 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+from megatron_moe_inject.losses.kinds import COMMITTEES
 from megatron_moe_inject.losses.products import head_logits
 from megatron_moe_inject.losses.spec import LogitTransform
 
-COMMITTEES = ("fixed", "label", "top")
 TAILS = ("renormalize", "bucket", "sample")
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-COMMITTEES = ("fixed", "label", "top")
-
 
 def weights_of(teacher: str | dict[str, float] | None) -> dict[str, float]:
     """Weight of each teacher, summing to 1; empty without a teacher."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_moe_inject.host.errors import RecipeError, child, fail, suggest
-from megatron_moe_inject.recipe.committee import COMMITTEES
+from megatron_moe_inject.losses.kinds import COMMITTEES
 from megatron_moe_inject.recipe.numbers import WEIGHTS, check_bounds
 from megatron_moe_inject.recipe.schema import Domain, Recipe
 

@@ -18,8 +18,9 @@ from megatron_moe_inject.host import typed
 from megatron_moe_inject.host.errors import (
     RecipeError,
 )
+from megatron_moe_inject.losses.kinds import KINDS
 from megatron_moe_inject.recipe.load import load_recipe, located, recipe_from_flags
-from megatron_moe_inject.recipe.schema import DIVERGENCES, Recipe
+from megatron_moe_inject.recipe.schema import Recipe
 
 _OBJECTIVE = ("alpha", "beta", "general_beta", "gamma", "temperature", "divergence")
 _PLAIN = ("teacher", "domain_data", "domain_name", "experts", *_OBJECTIVE, "train_router")
@@ -103,7 +104,7 @@ def add_inject_arguments(parser: ArgumentParser) -> ArgumentParser:
         ("general-beta", "W", "weight of cross-entropy on general tokens (default: beta)."),
         ("gamma", "W", "weight of KL to the original model on general tokens (default 0)."),
         ("temperature", "T", "distillation temperature (default 1)."),
-        ("divergence", "KIND", f"{', '.join(DIVERGENCES)} (default {DIVERGENCES[0]})."),
+        ("divergence", "KIND", f"{', '.join(KINDS)} (default {KINDS[0]})."),
     ):
         group.add_argument(f"--inject-{flag}", metavar=metavar, help=f"Without a recipe: {text}")
     group.add_argument(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megatron_moe_inject.host.run_arguments import OWN_ENTRY
 from megatron_moe_inject.recipe.feature import Feature
 from megatron_moe_inject.recipe.run_kinds import EVALUATION, INJECTION, PROFILE
 
@@ -13,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class ProgressFeature(Feature):
-    """``--inject-progress``, runs of our own entry, and all runs that only evaluate."""
+    """``--inject-progress``, which our own entry sets, and all runs that only evaluate."""
 
     runs = (INJECTION, EVALUATION, PROFILE)
 
@@ -23,5 +22,4 @@ class ProgressFeature(Feature):
 
         if run.kind != INJECTION:
             return EvaluationProgress(run)
-        shown = run.args.inject_progress or getattr(run.args, OWN_ENTRY, False)
-        return TrainingProgress(run) if shown else None
+        return TrainingProgress(run) if run.args.inject_progress else None

@@ -15,13 +15,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from megatron_moe_inject.recipe.committee import COMMITTEES, in_words, weights_of
+from megatron_moe_inject.losses.kinds import COMMITTEES, CONFIDENCES, KINDS
+from megatron_moe_inject.recipe.committee import in_words, weights_of
 from megatron_moe_inject.recipe.expert_choice import ExpertChoice
 from megatron_moe_inject.recipe.schedule import Schedule, Weight
 from megatron_moe_inject.recipe.section import Section
 
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl")
-CONFIDENCES = ("none", "label", "entropy")
 KERNELS = ("auto", "torch")
 EXPERT_MODES = ("selected", "all", "none")
 TEACHER_DTYPES = ("params", "fp32", "bf16")
@@ -114,7 +113,7 @@ class Objective:
     A weight is a number or a schedule, ``{points: {0: 0.0, 500: 0.7}, shape: cosine}``.
 
     Attributes:
-        divergence: one of ``DIVERGENCES``.
+        divergence: between teacher and student.
         temperature: softens both distributions; the loss is scaled by its square.
         alpha: weight of the distillation term on domain tokens that have a teacher.
         beta: weight of cross-entropy on all tokens.
@@ -135,7 +134,7 @@ class Objective:
             operations everywhere.
     """
 
-    divergence: str = field(default="forward_kl", metadata={"choices": DIVERGENCES})
+    divergence: str = field(default="forward_kl", metadata={"choices": KINDS})
     temperature: float = 1.0
     alpha: float | Schedule = 1.0
     beta: float | Schedule = 0.0

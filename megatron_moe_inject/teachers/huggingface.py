@@ -32,10 +32,11 @@ from megatron_moe_inject.losses.spec import LogitTransform
 from megatron_moe_inject.teachers import vocabulary
 from megatron_moe_inject.teachers.base import Source, Teacher, TeacherInfo, padded_rows
 from megatron_moe_inject.teachers.prefix import resolved_prefix
-from megatron_moe_inject.teachers.sources import SourceKind
+from megatron_moe_inject.teachers.sources import Folder, SourceKind
 
 _LOG = logging.getLogger(__name__)
 _INDEX = "model.safetensors.index.json"
+_READ_BESIDE = ("*.json", "*.model", "*.txt")
 # Config entries that scale the logits, with the power of the value that multiplies them.
 _LOGIT_SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
 _SOFTCAP = "final_logit_softcapping"
@@ -447,6 +448,19 @@ def _damaged(source: Source, path: Path, error: Exception):
     return source.error(f"cannot be read at {path}: {_first_line(error)}", "copy it again")
 
 
+def read_files(folder: Folder) -> list[Path]:
+    """What is read of a folder: its shards, and what stands beside them."""
+    index = folder.path / _INDEX
+    names = ["model.safetensors"]
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise folder.error(f"cannot be read at {index} ({error})", "copy it again") from None
+    files = [folder.path / name for name in names]
+    return files + [path for kind in _READ_BESIDE for path in sorted(folder.path.glob(kind))]
+
+
 def source_kind() -> SourceKind:
     """``hf:/dir``: a folder of any causal language model that ``transformers`` loads."""
-    return SourceKind("hf:/dir", check, load)
+    return SourceKind("hf:/dir", check, load, files=read_files)

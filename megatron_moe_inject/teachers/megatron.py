@@ -33,7 +33,7 @@ from megatron_moe_inject.host.errors import (
 )
 from megatron_moe_inject.host.norm_names import stored_name
 from megatron_moe_inject.host.rng import untouched_rng
-from megatron_moe_inject.host.torch_dist import Piece, TorchDistCheckpoint
+from megatron_moe_inject.host.torch_dist import Piece, TorchDistCheckpoint, iteration_folder
 from megatron_moe_inject.losses.spec import LogitTransform
 from megatron_moe_inject.teachers import megatron_args, vocabulary
 from megatron_moe_inject.teachers.base import Source, Teacher, TeacherInfo, padded_rows
@@ -378,4 +378,4 @@ def _pieces(model: torch.nn.Module, layout: dict[str, Any]) -> list[Piece]:
 
 def source_kind() -> SourceKind:
     """``megatron:/dir``: a ``torch_dist`` checkpoint of a dense GPT model."""
-    return SourceKind("megatron:/dir", check, load, takes_fp8=True)
+    return SourceKind("megatron:/dir", check, load, folder=iteration_folder, takes_fp8=True)

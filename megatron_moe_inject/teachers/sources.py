@@ -9,13 +9,27 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
+from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.host.registry import Registry
 
 if TYPE_CHECKING:
     from megatron_moe_inject.teachers.base import Source, Teacher, TeacherInfo
     from megatron_moe_inject.teachers.vocabulary import Vocabulary
+
+
+class Folder(Protocol):
+    """A folder that a recipe or a flag names."""
+
+    @property
+    def path(self) -> Path:
+        """Where it is."""
+        ...
+
+    def error(self, problem: str, remedy: str) -> RecipeError:
+        """The error that names the key and what is written there."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -29,6 +43,8 @@ class SourceKind:
         load: of the source, and by name ``params_dtype``, ``device``, ``resets_documents`` and
             ``fp8``: a whole teacher on this rank; see ``loading.load_teacher``.
         is_folder: what stands behind the colon is a directory of this machine.
+        folder: which one is read of the one that is named; ``None`` = itself.
+        files: what is read of it, for ``--inject-verify-inputs``; ``None`` = all in it.
         takes_fp8: ``TeacherSpec.fp8`` may be more than ``none``.
     """
 
@@ -36,6 +52,8 @@ class SourceKind:
     check: Callable[[Source, Vocabulary, str | Sequence[int]], TeacherInfo]
     load: Callable[..., Teacher]
     is_folder: bool = True
+    folder: Callable[[Folder], Path] | None = None
+    files: Callable[[Folder], Sequence[Path]] | None = None
     takes_fp8: bool = False
 
 
@@ -50,7 +68,8 @@ SOURCES: Registry[SourceKind] = Registry(
 
 def examples() -> str:
     """What a source may look like, nothing imported, as in ``megatron:/dir or hf:/dir``."""
-    return " or ".join(f"{name}:/dir" for name in SOURCES.names())
+    kinds = {name: SOURCES.loaded(name) for name in SOURCES.names()}
+    return " or ".join(f"{n}:/dir" if kind is None else kind.example for n, kind in kinds.items())
 
 
 def parse_source(name: str, text: str) -> Source:

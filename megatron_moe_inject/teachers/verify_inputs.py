@@ -13,12 +13,11 @@ node), all ranks for the student's checkpoint, which is on storage that they sha
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -30,12 +29,11 @@ from megatron_moe_inject.host.errors import (
     listing,
 )
 from megatron_moe_inject.recipe.schema import Recipe
+from megatron_moe_inject.teachers.sources import SOURCES
 
 FLAG = "--inject-verify-inputs"
 SUMS = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-fA-F]{64})(?:\s+\*?(.+))?")
-_READ_BESIDE = ("*.json", "*.model", "*.txt")
-_INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -71,9 +69,11 @@ def _verify(recipe: Recipe, args: Namespace, node: tuple[int, int], world: tuple
     said = []
     for name, spec in recipe.teachers.items():
         folder = _folder(f"teachers.{name}.source", spec.source)
-        said.append(f"teacher {name}: {_check(folder, *node)}")
+        result = "not checked, since it is no folder" if folder is None else _check(folder, *node)
+        said.append(f"teacher {name}: {result}")
     if recipe.train.fp8_source is not None:
         folder = _folder("train.fp8_source", recipe.train.fp8_source)
+        assert folder is not None
         said.append(f"train.fp8_source: {_check(folder, *node)}")
     for flag in ("load", "pretrained_checkpoint"):
         student = _student(flag, args)
@@ -87,25 +87,16 @@ def _verify(recipe: Recipe, args: Namespace, node: tuple[int, int], world: tuple
     return "\n".join(f"verified inputs: {line}" for line in said)
 
 
-def _folder(key: str, written: str) -> _Folder:
-    """The files of a ``megatron:`` or ``hf:`` source."""
-    kind, _, text = written.partition(":")
-    folder = _Folder(key, written, Path(text.strip()).expanduser(), ())
-    if kind == "megatron":
-        from megatron_moe_inject.host.torch_dist import iteration_folder
-
-        path = iteration_folder(folder)
-        return _Folder(key, written, path, _everything(path))
-    index = folder.path / _INDEX
-    names = ["model.safetensors"]
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise folder.error(f"cannot be read at {index} ({error})", "copy it again") from None
-    files = [folder.path / name for name in names]
-    files += [path for pattern in _READ_BESIDE for path in sorted(folder.path.glob(pattern))]
-    return _Folder(key, written, folder.path, tuple(files))
+def _folder(key: str, written: str) -> _Folder | None:
+    """The files that are read of a source; ``None`` where it is no folder."""
+    name, _, text = written.partition(":")
+    folder, kind = _Folder(key, written, Path(text.strip()).expanduser(), ()), SOURCES[name]
+    if not kind.is_folder:
+        return None
+    if kind.folder is not None:
+        folder = replace(folder, path=kind.folder(folder))
+    files = _everything(folder.path) if kind.files is None else tuple(kind.files(folder))
+    return replace(folder, files=files)
 
 
 def _student(flag: str, args: Namespace) -> _Folder | None:

@@ -262,12 +262,18 @@ def test_patch_applies_to_the_checkout(version):
         assert "pretrain_gpt.py" in check.stderr
 
 
-def test_imports_of_a_main_module_are_cheap():
-    """Worker processes import it again, and ``moe-inject`` answers at once."""
+def test_imports_of_a_main_module_are_cheap(tmp_path):
+    """Worker processes import it again, and ``moe-inject`` answers at once, also about a recipe."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "domains: [{name: code, data: [1], teacher: t, experts: '1:0'}]\n"
+        "teachers: {t: {source: 'hf:/t'}}\nimitation: {hidden: 1}\nsteering: {coeff: 1}\n"
+    )
     modules = "megatron_moe_inject.pretrain, megatron_moe_inject.launch, megatron_moe_inject.cli"
     code = (
-        f"import sys, {modules}; print(*{{'torch', 'megatron', 'transformers'}} & {{*sys.modules}})"
+        f"import sys, {modules}; assert not megatron_moe_inject.cli.main(['plan', sys.argv[1]]);"
+        "print('heavy', *{'torch', 'megatron', 'transformers'} & {*sys.modules})"
     )
-    command = [sys.executable, "-c", code]
+    command = [sys.executable, "-c", code, str(recipe)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == []
+    assert done.stdout.splitlines()[-1].split() == ["heavy"]

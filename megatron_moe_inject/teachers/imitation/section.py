@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from megatron_moe_inject.losses.kinds import FEATURE_LOSSES
 from megatron_moe_inject.recipe.schedule import Schedule, ever_positive
 from megatron_moe_inject.recipe.section import Section
-
-LOSSES = ("mse", "cosine", "normalized")
 
 
 @dataclass
@@ -26,7 +25,7 @@ class Imitation:
 
     hidden: float | Schedule = 0.0
     experts: float | Schedule = 0.0
-    loss: str = field(default="normalized", metadata={"choices": LOSSES})
+    loss: str = field(default="normalized", metadata={"choices": FEATURE_LOSSES})
 
     def in_use(self) -> list[str]:
         """Names of the terms whose weight is ever above 0."""

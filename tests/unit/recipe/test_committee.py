@@ -2,8 +2,6 @@
 
 import pytest
 
-from megatron_moe_inject.losses import committee as losses
-from megatron_moe_inject.recipe.committee import COMMITTEES
 from megatron_moe_inject.recipe.load import dump_recipe, recipe_from_yaml
 from megatron_moe_inject.recipe.plan import Plan, render_plan
 from megatron_moe_inject.recipe.weights import term_weights
@@ -58,10 +56,6 @@ def test_the_temperature_is_one():
     assert recipe_from_yaml(text_with(TWO | own)).temperature(recipe.domains[0]) == 2.0
     recipe = recipe_from_yaml(text_with(TWO | own))
     assert recipe.temperature(recipe.domains[0]) == 3.0
-
-
-def test_the_weightings_are_those_of_the_loss():
-    assert COMMITTEES == losses.COMMITTEES
 
 
 MISTAKES = [

@@ -9,6 +9,7 @@ import pytest
 from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.recipe.load import recipe_from_flags
 from megatron_moe_inject.teachers import verify_inputs as module
+from megatron_moe_inject.teachers.sources import SOURCES, SourceKind
 from tests.harness.checksums import write_sums
 
 READ = ("model.safetensors", "config.json", "tokenizer.json")
@@ -44,6 +45,14 @@ def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[5] ^= 1
     path.write_bytes(content)
+
+
+def test_a_teacher_that_is_no_folder_has_no_files():
+    kind = SourceKind("served:URL", None, None, is_folder=False)
+    with SOURCES.registered("served", kind):
+        said, errors = verify("served:somewhere", ranks=1)
+    assert errors == []
+    assert said == ["verified inputs: teacher teacher: not checked, since it is no folder"]
 
 
 @pytest.mark.parametrize("kind", ["hf", "megatron"])

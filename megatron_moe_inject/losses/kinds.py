@@ -1,0 +1,10 @@
+"""The words that choose among losses, for the losses and for recipes; nothing here needs torch."""
+
+KINDS = ("forward_kl", "reverse_kl", "jsd", "skew_kl")
+"""Divergences; a new one is a word here and its maths in ``rows`` and ``reference``."""
+CONFIDENCES = ("none", "label", "entropy")
+"""What weighs a token's distillation."""
+COMMITTEES = ("fixed", "label", "top")
+"""What weighs teachers against each other."""
+FEATURE_LOSSES = ("mse", "cosine", "normalized")
+"""Losses between states."""
