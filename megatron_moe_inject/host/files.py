@@ -151,7 +151,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     """A folder beside ``path`` that takes its name when the block ends well, and else is removed.
 
     ``path`` must not exist; the folders above it are made. Files are forced to disk before the name
-    is taken.
+    is taken, and may be read and written by whom the umask lets, whatever library wrote them.
 
     Raises:
         RecipeError: the folder, or something in it, cannot be written.
@@ -162,8 +162,11 @@ def new_folder(path: Path) -> Iterator[Path]:
         folder, handle = _locked_part(path, _new_directory)
         try:
             yield folder
+            allowed = folder.stat().st_mode & 0o666  # the folder's own is by the umask
             for entry in folder.rglob("*"):
                 if entry.is_file():
+                    if entry.stat().st_mode & 0o777 != allowed:
+                        entry.chmod(allowed)
                     with entry.open("rb") as file:
                         os.fsync(file.fileno())
             os.rename(folder, path)

@@ -140,6 +140,23 @@ def test_the_next_writer_removes_what_killed_ones_left(tmp_path):
     assert os.listdir(target) == ["b"]
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_permissions_are_those_of_the_umask_whatever_library_writes(tmp_path, umask):
+    """As safetensors, which writes for its owner alone."""
+    before = os.umask(umask)
+    try:
+        with new_folder(tmp_path / "delta") as folder:
+            handle = os.open(folder / "a.safetensors", os.O_WRONLY | os.O_CREAT, 0o600)
+            os.close(handle)
+        replace_file(tmp_path / "a.json", b"{}")
+    finally:
+        os.umask(before)
+    modes = [
+        p.stat().st_mode & 0o777 for p in (tmp_path / "delta/a.safetensors", tmp_path / "a.json")
+    ]
+    assert modes == [0o666 & ~umask] * 2
+
+
 def test_writers_of_one_name_do_not_meet(tmp_path):
     """As two containers that share a disk and count processes alike."""
     target = tmp_path / "delta"
