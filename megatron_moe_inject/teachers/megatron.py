@@ -210,7 +210,7 @@ def _rows(checkpoint: TorchDistCheckpoint) -> int:
     if experts:
         raise checkpoint.source.error(
             f"is a mixture of experts (it holds {experts[0]})",
-            "MoE teachers are not supported yet",
+            megatron_args.NO_EXPERTS,
         )
     return tensors[EMBEDDING].size[0]
 

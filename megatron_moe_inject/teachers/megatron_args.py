@@ -79,8 +79,9 @@ class _Refusal:
     remedy: str = "use a dense GPT checkpoint"
 
 
+NO_EXPERTS = "MoE teachers are not supported yet; name a dense GPT checkpoint"
 _REFUSALS = (
-    _Refusal("num_experts", "is a mixture of experts", "MoE teachers are not supported yet"),
+    _Refusal("num_experts", "is a mixture of experts", NO_EXPERTS),
     _Refusal("hybrid_layer_pattern", "is a hybrid (Mamba) model"),
     _Refusal("hybrid_override_pattern", "is a hybrid (Mamba) model"),
     _Refusal("is_hybrid_model", "is a hybrid (Mamba) model"),

@@ -35,6 +35,7 @@ def test_a_dense_model_passes():
     ("changes", "message"),
     [
         ({"num_experts": 8}, r"mixture of experts \(its argument num_experts is 8\)"),
+        ({"num_experts": 8}, "not supported yet; name a dense GPT checkpoint"),
         ({"hybrid_layer_pattern": "M*-M"}, r"hybrid .* hybrid_layer_pattern is 'M\*-M'"),
         ({"is_hybrid_model": True}, "hybrid"),
         ({"heterogeneous_layers_config_path": "/x"}, "layers of different architectures"),
