@@ -188,7 +188,8 @@ def _terms(data: RunData) -> Section:
     return Section(
         title,
         [
-            "Means over the steps since the line before, in Megatron's log and here.",
+            "Means over the steps since the line before. Megatron's second line after a start is a "
+            "mean over the first step as well.",
             _charts(charts),
             Table(_first_and_last(data.steps)),
             Code(_lines(data.steps[-_LAST_LINES:]), "the last lines"),

@@ -99,6 +99,7 @@ def test_the_whole_page(tmp_path):
         assert part in page.text, part
     assert "linear(0: 0, 4: 0.7)" in page.text
     assert "4 of 8 iterations, 32 samples" in page.text
+    assert "second line after a start is a mean over the first step as well" in page.text
     assert "no routing profiles were given" in page.text
 
 
