@@ -2,7 +2,7 @@
 
 | Megatron symbol | what is added |
 |---|---|
-| ``arguments.add_megatron_arguments`` | the ``--inject-*`` flags |
+| ``arguments.add_megatron_arguments`` | the ``--inject-*`` flags; ``--help`` prints |
 | ``training.pretrain`` | reads and checks the recipe before anything is built |
 | the same | when all is saved: the proof of what is frozen; the routing profile |
 | ``training.setup_model_and_optimizer`` | before: checksums of inputs; the lock on ``--save`` |
@@ -89,9 +89,10 @@ class _Wiring:
         self._verify: Callable[[], str] | None = None
 
     def add_arguments(self, stock, parser):
+        from megatron_moe_inject.host.help_texts import make_printable
         from megatron_moe_inject.recipe.flags import add_inject_arguments
 
-        return add_inject_arguments(stock(parser))
+        return add_inject_arguments(make_printable(stock(parser)))
 
     def pretrain(self, stock, *args, **kwargs):
         from megatron.training import get_args
