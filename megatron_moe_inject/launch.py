@@ -14,6 +14,10 @@ import runpy
 import sys
 from collections.abc import Sequence
 
+_NO_DEVICE = (
+    "add --cpu before the other flags to run on CPUs with gloo (for development), or see why "
+    "torch.cuda.is_available() is false here"
+)
 USAGE = "usage: python -m megatron_moe_inject.launch [--cpu] [--cpu-force] (SCRIPT | -m MODULE) ..."
 
 
@@ -43,6 +47,26 @@ def prepare() -> None:
         compat.say_which_megatron()
 
 
+def require_device() -> None:
+    """See, before Megatron complains of what follows from it, that there is a GPU or the CPU lane.
+
+    To be called after ``prepare``; who only asks for help needs none.
+
+    Raises:
+        SystemExit: with one line, without either.
+    """
+    if not _has_device() and not {"-h", "--help"} & set(sys.argv[1:]):
+        sys.exit(f"moe-inject: no GPU found: {_NO_DEVICE}")
+
+
+def _has_device() -> bool:
+    import torch
+
+    from megatron_moe_inject.host import cpu_lane
+
+    return cpu_lane.is_enabled() or torch.cuda.is_available()
+
+
 def main() -> None:
     """Become the script named on the command line."""
     options = []
@@ -66,9 +90,17 @@ def main() -> None:
     if as_module:
         if not _module_exists(target):
             sys.exit(f"moe-inject: no module named {target!r}")
+        _say_without_device()
         runpy.run_module(target, run_name="__main__", alter_sys=True)
     else:
+        _say_without_device()
         runpy.run_path(target, run_name="__main__")
+
+
+def _say_without_device() -> None:
+    """A script that does not train may run without a GPU, so this is a remark."""
+    if os.environ.get("RANK", "0") == "0" and not _has_device():
+        print(f"moe-inject: no GPU found; to train: {_NO_DEVICE}", file=sys.stderr, flush=True)
 
 
 def _module_exists(name: str) -> bool:
@@ -100,6 +132,7 @@ def only_evaluate(flags: Sequence[str], ours: Sequence[str], *, cpu: bool) -> No
         needed = ["--train-iters", "1"]  # Megatron wants to know, also where nothing trains
     sys.argv[1:] = [*(["--cpu"] if cpu else []), *flags, *ours, *needed, "--skip-train"]
     prepare()
+    require_device()
     from megatron_moe_inject.host import gpt_entry
 
     gpt_entry.main()

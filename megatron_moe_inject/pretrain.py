@@ -15,6 +15,7 @@ from megatron_moe_inject import launch
 def main() -> None:
     """Put the plugin in, then train."""
     launch.prepare()
+    launch.require_device()
     from megatron_moe_inject.host import gpt_entry
 
     gpt_entry.main()

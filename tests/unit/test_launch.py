@@ -120,6 +120,27 @@ def test_lane_refuses_a_machine_with_a_gpu(monkeypatch):
     assert (torch.cuda.synchronize, torch.Tensor.cuda) == untouched
 
 
+def test_without_a_gpu_what_trains_says_what_to_add(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["pretrain", "--num-layers", "2"])
+    with pytest.raises(SystemExit, match=r"moe-inject: no GPU found: add --cpu before"):
+        launch.require_device()
+    monkeypatch.setattr(sys, "argv", ["pretrain", "--help"])
+    launch.require_device()
+    monkeypatch.setattr(sys, "argv", ["pretrain", "--num-layers", "2"])
+    monkeypatch.setattr(cpu_lane, "is_enabled", lambda: True)
+    launch.require_device()
+
+
+def test_without_a_gpu_a_script_begins_with_a_remark(started, script, tmp_path, capsys):
+    assert started(script, tmp_path / "out") == ([], 3)
+    error = capsys.readouterr().err
+    if torch.cuda.is_available():
+        assert error == ""
+    else:
+        assert error.startswith("moe-inject: no GPU found; to train: add --cpu before")
+
+
 def lane_arguments(**changed):
     plain = {"distributed_backend": "gloo", "transformer_impl": "local", "cuda_graph_impl": "none"}
     return argparse.Namespace(**{**plain, "multi_latent_attention": False, "fp8": None, **changed})
