@@ -1,11 +1,8 @@
 """Which checkpoint Megatron will load, of every kind, and what is an error before it tries."""
 
-import json
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
-import torch
 
 from megatron_moe_inject.experts.train.freeze import FreezePolicy
 from megatron_moe_inject.experts.train.resume import begin_or_resume
@@ -14,39 +11,7 @@ from megatron_moe_inject.host.run_arguments import (
     stored_argument,
 )
 from megatron_moe_inject.host.stored_checkpoint import checkpoint_to_load
-
-TRACKER = "latest_checkpointed_iteration.txt"
-
-
-def arguments(load, **changed) -> Namespace:
-    """Megatron's, as far as they say what is loaded."""
-    given = {
-        "load": None if load is None else str(load),
-        "pretrained_checkpoint": None,
-        "finetune": False,
-        "no_load_optim": False,
-        "ckpt_format": "torch_dist",
-        "auto_detect_ckpt_format": False,
-        "ckpt_step": None,
-        "non_persistent_ckpt_type": None,
-        "non_persistent_global_ckpt_dir": None,
-    }
-    return Namespace(**given | changed)
-
-
-def write(root: Path, iteration: int, kind: str = "torch_dist", **stored) -> Path:
-    """The part of a checkpoint that says what it is, and a tracker that points to it."""
-    folder = root / f"iter_{iteration:07d}"
-    common = {"args": Namespace(**stored), "iteration": iteration}
-    if kind == "torch":
-        (folder / "mp_rank_00_000").mkdir(parents=True)
-        torch.save(common, folder / "mp_rank_00_000" / "model_optim_rng.pt")
-    else:
-        folder.mkdir(parents=True)
-        (folder / "metadata.json").write_text(json.dumps({"sharded_backend": kind}))
-        torch.save(common, folder / "common.pt")
-    (root / TRACKER).write_text(str(iteration))
-    return folder
+from tests.harness.checkpoints import TRACKER, load_arguments, write_described
 
 
 def policy(expert: int) -> FreezePolicy:
@@ -63,12 +28,12 @@ KINDS = {
 
 @pytest.mark.parametrize(("kind", "flags"), KINDS.values(), ids=KINDS)
 def test_the_policy_is_read_whatever_the_format(tmp_path, kind, flags):
-    folder = write(tmp_path, 3, kind, inject_policy=policy(3).described())
-    assert begin_or_resume(policy(3), arguments(tmp_path, **flags)) is None
+    folder = write_described(tmp_path, 3, kind, inject_policy=policy(3).described())
+    assert begin_or_resume(policy(3), load_arguments(tmp_path, **flags)) is None
     with pytest.raises(RecipeError, match=r"iter_0000003 holds .*\{2: \[3\]\}, but now .*\[1\]"):
-        begin_or_resume(policy(1), arguments(tmp_path, **flags))
-    assert stored_argument(arguments(tmp_path, **flags), "inject_policy")[0] == folder
-    assert stored_argument(arguments(tmp_path, finetune=True, **flags), "x") == (None, None)
+        begin_or_resume(policy(1), load_arguments(tmp_path, **flags))
+    assert stored_argument(load_arguments(tmp_path, **flags), "inject_policy")[0] == folder
+    assert stored_argument(load_arguments(tmp_path, finetune=True, **flags), "x") == (None, None)
 
 
 def rows(experts, **by_layer) -> FreezePolicy:
@@ -78,11 +43,11 @@ def rows(experts, **by_layer) -> FreezePolicy:
 
 @pytest.mark.parametrize("experts", [None, {}], ids=["all", "none"])
 def test_rows_of_routers_are_told_apart(tmp_path, experts):
-    write(tmp_path, 3, inject_policy=rows(experts, l2=[3, 0]).described())
-    assert begin_or_resume(rows(experts, l2=[0, 3]), arguments(tmp_path)) is None
+    write_described(tmp_path, 3, inject_policy=rows(experts, l2=[3, 0]).described())
+    assert begin_or_resume(rows(experts, l2=[0, 3]), load_arguments(tmp_path)) is None
     for other in (rows(experts, l2=[0, 1]), rows(experts, l3=[0, 3]), rows(experts)):
         with pytest.raises(RecipeError, match=r"router rows \{2: \[0, 3\]\}.*, but now"):
-            begin_or_resume(other, arguments(tmp_path))
+            begin_or_resume(other, load_arguments(tmp_path))
 
 
 def test_rows_that_an_earlier_version_did_not_store(tmp_path):
@@ -90,17 +55,19 @@ def test_rows_that_an_earlier_version_did_not_store(tmp_path):
     chosen = {2: frozenset([3])}
     described = rows(chosen, l2=[3]).described()
     del described["router_rows"]
-    write(tmp_path, 3, inject_policy=described)
-    assert begin_or_resume(rows(chosen, l2=[3]), arguments(tmp_path)) is None
-    write(tmp_path / "none", 3, inject_policy={"experts": {}, "components": ["router_rows"]})
+    write_described(tmp_path, 3, inject_policy=described)
+    assert begin_or_resume(rows(chosen, l2=[3]), load_arguments(tmp_path)) is None
+    write_described(
+        tmp_path / "none", 3, inject_policy={"experts": {}, "components": ["router_rows"]}
+    )
     with pytest.raises(RecipeError, match="but now router rows"):
-        begin_or_resume(rows({}, l2=[3]), arguments(tmp_path / "none"))
+        begin_or_resume(rows({}, l2=[3]), load_arguments(tmp_path / "none"))
 
 
 @pytest.mark.parametrize("kind", ["torch_dist", "torch"])
 def test_a_stock_checkpoint_starts_the_optimizer_anew(tmp_path, kind):
-    folder = write(tmp_path, 3, kind)
-    args = arguments(tmp_path)
+    folder = write_described(tmp_path, 3, kind)
+    args = load_arguments(tmp_path)
     assert begin_or_resume(policy(3), args).startswith(f"{folder} was saved without injection")
     assert args.no_load_optim
 
@@ -109,14 +76,14 @@ def test_the_checkpoint_that_megatron_takes(tmp_path):
     """``--ckpt-step``, non-persistent checkpoints, ``--pretrained-checkpoint``, a release."""
     root, beside, base = tmp_path / "run", tmp_path / "beside", tmp_path / "base"
     for iteration in (5, 7):
-        write(root, iteration, value=iteration)
-    write(root / "non_persistent", 8, value=8)
-    write(beside, 6, value=6)
-    write(base, 40, value=40)
+        write_described(root, iteration, value=iteration)
+    write_described(root / "non_persistent", 8, value=8)
+    write_described(beside, 6, value=6)
+    write_described(base, 40, value=40)
     nonpersistent = {"non_persistent_ckpt_type": "global"}
 
     def found(**changed):
-        checkpoint = checkpoint_to_load(arguments(**{"load": root} | changed))
+        checkpoint = checkpoint_to_load(load_arguments(**{"load": root} | changed))
         assert checkpoint.argument("value") == checkpoint.iteration
         return checkpoint
 
@@ -135,15 +102,15 @@ def test_the_checkpoint_that_megatron_takes(tmp_path):
         assert not taken.resumes
     (root / "iter_0000005").rename(root / "release")
     (root / TRACKER).write_text("release")
-    release = checkpoint_to_load(arguments(root))
+    release = checkpoint_to_load(load_arguments(root))
     assert (release.folder.name, release.iteration, release.resumes) == ("release", None, False)
     assert release.argument("value") == 5
 
 
 def test_none_is_found(tmp_path):
     for load in (None, tmp_path, tmp_path / "nowhere"):
-        assert checkpoint_to_load(arguments(load)) is None
-        assert stored_argument(arguments(load), "inject_policy") == (None, None)
+        assert checkpoint_to_load(load_arguments(load)) is None
+        assert stored_argument(load_arguments(load), "inject_policy") == (None, None)
 
 
 def _cut(path: Path) -> None:
@@ -188,6 +155,6 @@ BROKEN = {
 def test_what_megatron_cannot_load_is_an_error(tmp_path, damage, flags, message):
     """Never "no policy": an optimizer state would be taken over without having been compared."""
     kind = "torch" if message == "cannot be read" and flags else "torch_dist"
-    damage(write(tmp_path, 3, kind, inject_policy=policy(3).described()))
+    damage(write_described(tmp_path, 3, kind, inject_policy=policy(3).described()))
     with pytest.raises(RecipeError, match=message):
-        begin_or_resume(policy(1), arguments(tmp_path, **flags))
+        begin_or_resume(policy(1), load_arguments(tmp_path, **flags))
