@@ -26,8 +26,6 @@ class MeasuredRun(Evaluator):
 
     def __init__(self, run: RunContext) -> None:
         self._path = Path(run.args.inject_evaluate)
-        if not self._path.absolute().parent.is_dir():
-            raise RecipeError(f"{_FLAG}: {self._path.absolute().parent} is no folder")
         super().__init__(run, reason=_FLAG)
         self._summary = ""
 

@@ -189,17 +189,20 @@ def test_a_sigmoid_router_with_groups_and_bias(material, tmp_path):
 
 
 def test_what_it_records_chooses_the_experts_of_a_run(material, tmp_path):
-    path = tmp_path / "profile.json"
+    path = tmp_path / "a folder" / "of profiles" / "profile.json"
     record(material, path)
     run = inject(material, RECIPE.replace(CHOSEN, BY_PROFILE.format(path)))
     assert "token share until 0.3" in run.output
     assert len(run.iterations) == 4
 
 
-def test_a_folder_that_is_not_there(material):
-    run = inject(material, extra=("--inject-profile", "/nowhere/p.json"), check=False)
+def test_a_folder_that_cannot_be_made(material, tmp_path):
+    (tmp_path / "file").touch()
+    path = tmp_path / "file" / "p.json"
+    run = inject(material, extra=("--inject-profile", str(path)), check=False)
     assert run.returncode == 2, run.tail()
-    assert "--inject-profile: /nowhere is no folder" in run.output
+    assert f"--inject-profile: {path} cannot be written (File exists)" in run.output
+    assert "number of parameters on" not in run.output
     assert "Traceback" not in run.output
 
 
