@@ -1,10 +1,13 @@
-"""Mixing as a feature: the shares of domains and general data in the training blend."""
+"""The student's data as features: its files, and the shares of classes in the training blend."""
 
 from __future__ import annotations
 
+import copy
+from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
 from megatron_moe_inject.data import uses
+from megatron_moe_inject.data.files_there import check_data_files
 from megatron_moe_inject.data.section import MIXING, scheduled
 from megatron_moe_inject.host.errors import fail, suggest
 from megatron_moe_inject.host.text import table
@@ -36,6 +39,23 @@ _NO_SCHEDULE = (
     Refusal("phase_transition_iterations", "counts samples anew in each phase"),
     Refusal("decrease_batch_size_if_needed", "lets the batch size depend on the number of ranks"),
 )
+
+
+class DataFiles(Feature):
+    """The files of the data are where the flags say."""
+
+    runs = (INJECTION, EVALUATION, PROFILE)
+
+    def foresee(self, recipe: Recipe, facts: StudentFacts, args: Namespace) -> list[str]:
+        """Looks for all of them."""
+        check_data_files(args, facts)
+        return []
+
+    def start(self, run: RunContext) -> RunPart | None:
+        """The first rank looks, before anything is written; not every rank reads data."""
+        if not getattr(run.args, "rank", 0):
+            check_data_files(run.args, run.facts, other_formats=True)
+        return None
 
 
 class Mixing(Feature):
@@ -91,6 +111,15 @@ class Mixing(Feature):
     ) -> list[Contract]:
         """Megatron's blend."""
         return [uses.MIXING] if recipe[MIXING] else []
+
+    def foresee(self, recipe: Recipe, facts: StudentFacts, args: Namespace) -> list[str]:
+        """Shares that the blend cannot have or does not have; of those that change by iteration
+        only a run knows the sizes of the batches."""
+        from megatron_moe_inject.data.mixing import mix
+
+        if not scheduled(recipe):
+            mix(recipe, copy.copy(args), facts)
+        return []
 
     def start(self, run: RunContext) -> RunPart | None:
         """Give the blend its weights, and where they change its order."""

@@ -1,7 +1,7 @@
-"""Whether the files of a student's data are where its flags say, for a plan.
+"""Whether the files of a student's data are where its flags say.
 
-Megatron looks for them when the job runs; here nothing is opened. What is in an object store, or
-read by a loader of the script's own, is left to that.
+Megatron looks for them when the model is built; here nothing is opened. What is in an object store,
+or read by a loader of the script's own, is left to that.
 """
 
 from __future__ import annotations
@@ -19,9 +19,15 @@ from megatron_moe_inject.recipe.facts import StudentFacts
 _REMOTE = ("s3://", "msc://")
 
 
-def check_data_files(args: Namespace, facts: StudentFacts) -> None:
+def check_data_files(args: Namespace, facts: StudentFacts, *, other_formats: bool = False) -> None:
     """Check that each entry of each blend has its files: ``.bin`` and ``.idx``, or with ``--sft``
     the file itself.
+
+    Args:
+        args: Megatron's arguments.
+        facts: the student.
+        other_formats: leave an entry that is itself a file or a folder to a script that reads it
+            in its own way.
 
     Raises:
         RecipeError: the first entry that lacks one, with its flag.
@@ -33,6 +39,8 @@ def check_data_files(args: Namespace, facts: StudentFacts) -> None:
         for prefix in entries:
             files = [f"{prefix}{suffix}" for suffix in suffixes]
             missing = [file for file in files if not Path(file).is_file()]
+            if other_formats and not prefix.endswith(suffixes) and Path(prefix).exists():
+                continue
             if missing and not prefix.startswith(_REMOTE):
                 given = show(prefix)
                 if prefix.endswith((".bin", ".idx")) and Path(prefix).is_file():

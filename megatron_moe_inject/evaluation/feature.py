@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from typing import TYPE_CHECKING
 
 from megatron_moe_inject.evaluation.section import EVALUATION
-from megatron_moe_inject.host.errors import fail
+from megatron_moe_inject.host.errors import RecipeError, fail
 from megatron_moe_inject.host.files import is_file_path
 from megatron_moe_inject.recipe import run_kinds
 from megatron_moe_inject.recipe.facts import StudentFacts
@@ -14,6 +15,17 @@ from megatron_moe_inject.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from megatron_moe_inject.recipe.run_part import RunContext, RunPart
+
+
+_NO_PLACE = (
+    "evaluation.file: missing, and there is no --save folder to write to; add --save, or name a "
+    "file with evaluation.file"
+)
+
+
+def _lacks_place(recipe: Recipe, args: Namespace) -> bool:
+    spec = recipe[EVALUATION]
+    return spec is not None and spec.file is None and not args.save and not args.skip_train
 
 
 class EvaluationFeature(Feature):
@@ -28,6 +40,10 @@ class EvaluationFeature(Feature):
         if spec is not None and spec.file is not None and not is_file_path(spec.file):
             remedy = "name one, or leave it out for <save>"
             raise fail("evaluation.file", spec.file, "is no file", remedy)
+
+    def foresee(self, recipe: Recipe, facts: StudentFacts, args: Namespace) -> list[str]:
+        """A plan writes nothing, so a place to write to is not missing yet."""
+        return [f"training needs it: {_NO_PLACE}"] if _lacks_place(recipe, args) else []
 
     def plan_lines(self, recipe: Recipe, facts: StudentFacts | None) -> dict[str, list[str]]:
         """When, where to, and whether it may stop the run."""
@@ -52,4 +68,8 @@ class EvaluationFeature(Feature):
             return MeasuredRun(run)
         if run.recipe[EVALUATION] is None or run.args.skip_train:
             return None
+        if _lacks_place(run.recipe, run.args):
+            if not run.dry_run:
+                raise RecipeError(_NO_PLACE, "evaluation.file")
+            run.warnings.append(f"training needs it: {_NO_PLACE}")
         return TrainingEvaluator(run)

@@ -36,12 +36,8 @@ class TrainingEvaluator(Evaluator):
         spec = run.recipe[EVALUATION]
         assert spec is not None
         self._gate, named, save = spec.gate, spec.file, run.args.save
-        if named is None and not save:
-            raise RecipeError(
-                "evaluation.file: missing, and there is no --save folder to write to; name a file"
-            )
         self._named_by = "--save" if named is None else "evaluation.file"
-        self.path = Path(named) if named is not None else Path(save) / LIST
+        self.path = Path(named) if named is not None else Path(save or "") / LIST
         if named is not None and not self.path.absolute().parent.is_dir():
             folder = self.path.absolute().parent
             raise RecipeError(f"evaluation.file: {folder} is no folder; create it first")

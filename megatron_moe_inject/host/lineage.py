@@ -177,6 +177,15 @@ class Lineage:
         )
 
 
+def identity_stored(stored: Namespace | None) -> str | None:
+    """The identity of the injection that a checkpoint is of, by the arguments stored in it: ``""``
+    before there were any, ``None`` of none."""
+    lineage = getattr(stored, STORED, None)
+    if lineage is not None:
+        return lineage["identity"]
+    return None if getattr(stored, "inject_policy", None) is None else ""
+
+
 def identity_of(path: Path) -> str | None:
     """The identity that a folder or a list carries, ``""`` where it was written before there were
     any; ``None`` of an empty list.

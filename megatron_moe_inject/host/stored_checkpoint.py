@@ -68,7 +68,7 @@ class StoredCheckpoint:
         root: the folder that the flag names, or the one of non-persistent checkpoints in use.
         folder: the iteration's folder.
         iteration: of the run that wrote it; ``None`` of a release.
-        format: one of ``FORMATS``.
+        format: one of ``FORMATS`` where it is to be loaded.
         resumes: whether that run goes on, rather than its weights being taken alone.
     """
 
@@ -86,7 +86,15 @@ class StoredCheckpoint:
         Raises:
             RecipeError: the checkpoint cannot be read.
         """
-        return getattr(self._common().get("args"), name, None)
+        return getattr(self.arguments(), name, None)
+
+    def arguments(self) -> Namespace | None:
+        """All arguments of that run. No collective.
+
+        Raises:
+            RecipeError: the checkpoint cannot be read.
+        """
+        return self._common().get("args")
 
     def shapes(self, part: str) -> dict[str, tuple[int, ...]]:
         """Shapes of the model's tensors with ``part`` in their names. No collective.
@@ -214,6 +222,33 @@ def checkpoint_to_load(args: Namespace) -> StoredCheckpoint | None:
         None if release else iteration,
         _format(args, flag, folder),
         resumes=not (args.finetune or release or flag == "--pretrained-checkpoint"),
+    )
+
+
+def newest_saved(args: Namespace) -> StoredCheckpoint | None:
+    """The newest checkpoint in ``--save``, as its tracker file says; ``None`` without one. No
+    collective.
+
+    Raises:
+        RecipeError: the tracker file cannot be read.
+    """
+    from megatron.training import checkpointing
+
+    iteration, release = _tracked("--save", args.save)
+    if iteration < 0:
+        return None
+    folder = checkpointing.get_checkpoint_name(args.save, iteration, release, return_base_dir=True)
+    try:
+        found = checkpointing._get_checkpoint_format(folder, args)
+    except (OSError, ValueError, NotImplementedError):  # not there, or nothing that can be loaded
+        return None
+    return StoredCheckpoint(
+        "--save",
+        Path(args.save),
+        Path(folder),
+        None if release else iteration,
+        found,
+        resumes=False,
     )
 
 

@@ -8,6 +8,7 @@ commands that only look at files. ``recipe.features`` lists all features.
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -122,6 +123,24 @@ class Feature:
             args: Megatron's arguments, where they are known.
         """
         return ()
+
+    def foresee(self, recipe: Recipe, facts: StudentFacts, args: Namespace) -> list[str]:
+        """What a run that trains would refuse or remark at start, as far as flags and files tell.
+
+        ``moe-inject plan`` asks; a run finds the same in ``start``. Nothing is built or changed.
+
+        Args:
+            recipe: with its experts resolved as far as their profiles are there.
+            facts: what is known of the student from the flags.
+            args: Megatron's arguments, parsed and not validated.
+
+        Returns:
+            Remarks for the plan.
+
+        Raises:
+            RecipeError: the run would not start.
+        """
+        return []
 
     def start(self, run: RunContext) -> RunPart | None:
         """Its part in a run, ``None`` where the run asks for none.

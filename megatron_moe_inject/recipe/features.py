@@ -13,6 +13,8 @@ from megatron_moe_inject.recipe.section import Section
 FEATURES: Registry[Feature] = Registry(
     "megatron_moe_inject.features",
     {
+        "data": "megatron_moe_inject.data.feature:DataFiles",
+        "beginning": "megatron_moe_inject.recipe.beginning:BeginningFeature",
         "mixing": "megatron_moe_inject.data.feature:Mixing",
         "train": "megatron_moe_inject.experts.train.feature:Freezing",
         "originals": "megatron_moe_inject.retention.feature:Originals",

@@ -43,7 +43,7 @@ def description(recipe: Recipe, args: Namespace, made: Any) -> dict[str, str]:
         args: Megatron's arguments.
         made: the run; ``describe()`` gives what it found in files.
     """
-    found = dict(_leaves("", recipe.plain()))
+    found = dict(leaves("", recipe.plain()))
     for name, value in sorted(vars(args).items()):
         if name.startswith("inject_") and name not in _READ:
             given = value is not None if name in _WRITTEN else value
@@ -53,14 +53,14 @@ def description(recipe: Recipe, args: Namespace, made: Any) -> dict[str, str]:
     return found
 
 
-def _leaves(path: str, value: Any) -> Iterator[tuple[str, str]]:
+def leaves(path: str, value: Any) -> Iterator[tuple[str, str]]:
     """Every value that is no mapping and no list of mappings, with its key."""
     if isinstance(value, Mapping) and value:
         for key, entry in value.items():
-            yield from _leaves(child(path, str(key)), entry)
+            yield from leaves(child(path, str(key)), entry)
     elif isinstance(value, list) and any(isinstance(entry, Mapping) for entry in value):
         for i, entry in enumerate(value):
-            yield from _leaves(f"{path}[{i}]", entry)
+            yield from leaves(f"{path}[{i}]", entry)
     else:
         yield path, _short(value)
 

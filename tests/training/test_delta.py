@@ -11,6 +11,7 @@ from megatron_moe_inject.cli import main
 from megatron_moe_inject.experts.delta.delta import CheckpointPlace, export_delta, stacked_axes
 from tests.harness import lane
 from tests.harness.checkpoints import SAVE, whole
+from tests.harness.evaluating import evaluate
 from tests.harness.injection import inject
 from tests.harness.material import student_flags
 from tests.harness.training_recipes import FEATURES
@@ -81,6 +82,9 @@ def test_several_files_hold_the_same(material, trained, delta, tmp_path):
     assert main(
         _arguments("apply-delta", material.student, "--delta", tmp_path / "small", tmp_path / "on")
     ) == 0  # fmt: skip
+    # It has no optimizer state and no random numbers, which measuring asks for without a flag.
+    measured = evaluate(material, tmp_path / "e.json", load=str(tmp_path / "on"))
+    assert measured.provenance.checkpoint_iteration == 3
 
 
 @pytest.fixture

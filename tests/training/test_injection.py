@@ -269,9 +269,13 @@ def test_evaluation_reports_the_same_terms(single):
 
 
 def test_dry_run_prints_the_plan_and_what_is_wrapped_and_trains_nothing(material):
+    """It needs no folder to write to."""
+    recipe = RECIPE + "evaluation: {{}}\n"
     more = "steering={coeff: 0.01, target_mass: 0.5}", "retention.experts=0.1"
-    run = inject(material, extra=("--inject-set", *more, "--inject-dry-run"), nproc=2, ep=2)
+    extra = ("--inject-set", *more, "--inject-dry-run")
+    run = inject(material, recipe, extra=extra, nproc=2, ep=2)
     assert "moe-inject plan" in run.output
+    assert "training needs it: evaluation.file: missing" in run.output
     assert "nothing on 1 of 2 ranks" in run.output
     assert run.returncode == 0
     assert not run.iterations

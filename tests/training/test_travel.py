@@ -13,6 +13,7 @@ import pytest
 from megatron_moe_inject.evaluation.evaluation_file import read_list
 from megatron_moe_inject.evaluation.report.run_file import Step, read_run
 from tests.harness import lane
+from tests.harness.checkpoints import TRACKER
 from tests.harness.injection import RECIPE, assert_clean_end, inject, recipe_file
 from tests.harness.material import student_flags
 from tests.harness.training_recipes import EVERYTHING
@@ -114,10 +115,15 @@ def test_two_processes_go_on_from_what_one_wrote(material, whole, moved, tmp_pat
 def test_another_injection_neither_takes_nor_destroys_what_it_finds(
     material, whole, moved, tmp_path
 ):
-    """A new one in the same folder; then the old one goes on from its checkpoint there."""
+    """A new one in the same folder, which does not say any more that it has checkpoints; then the
+    old one goes on from its checkpoint there."""
     b = tmp_path / "B"
     shutil.copytree(moved[2], b)
     before = losses(b)
+    over = inject(material, HELD, extra=(*KEEP, "--save", str(b)), check=False)
+    assert_clean_end(over, (f"--save: '{b}' holds iteration", "of another injection", "--load"))
+    assert losses(b) == before
+    (b / TRACKER).unlink()
     new = inject(material, HELD, extra=(*KEEP, "--exit-interval", "2", "--save", str(b)))
     assert new.losses("retention loss")[0] == pytest.approx(0, abs=1e-6)
     assert "belongs to another injection, whose checkpoints may need it, and is now" in new.output
