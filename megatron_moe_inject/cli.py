@@ -18,20 +18,23 @@ import sys
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from megatron_moe_inject import __version__
-from megatron_moe_inject.data.files_there import check_data_files
 from megatron_moe_inject.evaluation import command as evaluate_command
 from megatron_moe_inject.evaluation.report import command as report_command
 from megatron_moe_inject.experts.choose import profile_command, select_command
 from megatron_moe_inject.experts.choose.choice import resolve_experts
 from megatron_moe_inject.experts.delta import command as delta_command
-from megatron_moe_inject.host.errors import RecipeError
+from megatron_moe_inject.host.errors import RecipeError, listing
+from megatron_moe_inject.host.files import try_file
+from megatron_moe_inject.host.help_texts import make_printable
 from megatron_moe_inject.host.text import count
 from megatron_moe_inject.launch import only_evaluate
 from megatron_moe_inject.recipe import command as schema_command
 from megatron_moe_inject.recipe.facts import StudentFacts
+from megatron_moe_inject.recipe.features import FEATURES
 from megatron_moe_inject.recipe.flags import add_inject_arguments, name_error, recipe_from_args
 from megatron_moe_inject.recipe.load import load_recipe, located
 from megatron_moe_inject.recipe.plan import Plan, render_plan
@@ -61,11 +64,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "--" in argv:
         at = argv.index("--")
         ours, flags = argv[:at], argv[at + 1 :]
-    options = _parser().parse_args(ours)
-    if hasattr(options, "evaluates"):
-        only_evaluate(flags or [], options.evaluates(options), cpu=options.cpu)
-        return 0
+    parser = _parser()
+    options, unknown = parser.parse_known_args(ours)
+    takes_flags = options.command == "plan" or hasattr(options, "evaluates")
+    if unknown and not takes_flags:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
+        if unknown:
+            raise RecipeError(
+                f"{options.command}: {listing(unknown, 4)}: not known here; put -- before the "
+                f"Megatron flags, as in moe-inject {options.command} {options.recipe} ... -- "
+                "--num-layers 24"
+            )
+        if hasattr(options, "evaluates"):
+            _check_evaluates(options, flags or [])
+            only_evaluate(flags or [], options.evaluates(options), cpu=options.cpu)
+            return 0
         with _quiet():
             if options.command == "plan":
                 plan = _plan(options, flags)
@@ -86,6 +100,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _check_evaluates(options: argparse.Namespace, flags: list[str]) -> None:
+    """Before anything is started: where ``--cpu`` stands, and that the output can be written.
+
+    Raises:
+        RecipeError: one of them is wrong.
+    """
+    if "--cpu" in flags:
+        raise RecipeError("--cpu: is no flag of Megatron's; put it before --")
+    if os.environ.get("RANK", "0") == "0":
+        try_file(Path(options.output), "--output")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="moe-inject",
@@ -97,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser(
         "plan",
         help="check a recipe and print what it would do",
+        usage="%(prog)s [-h] [--inject-set KEY=VALUE ...] [--wraps] RECIPE [-- MEGATRON FLAGS]",
         description="Check a recipe and print what it would do. With the flags of a training "
         "command after --, check it against that student, the teachers' files and the data as "
         "well. A routing profile that it names need not be there yet.",
@@ -139,7 +166,7 @@ def _plan(options: argparse.Namespace, flags: list[str] | None) -> Plan:
     from megatron.training.arguments import add_megatron_arguments
 
     parser = _TrainingParser(prog="moe-inject plan", allow_abbrev=False)
-    add_megatron_arguments(parser)
+    make_printable(add_megatron_arguments(parser))
     if "--inject-recipe" not in parser._option_string_actions:
         add_inject_arguments(parser)
     args, unknown = parser.parse_known_args(flags)
@@ -151,7 +178,8 @@ def _plan(options: argparse.Namespace, flags: list[str] | None) -> Plan:
     assert found is not None
     recipe, facts = found
     lines, remarks = _teacher_lines(recipe, args)
-    check_data_files(args, facts)
+    for feature in FEATURES:
+        remarks += feature.foresee(recipe, facts, args)
     if unknown:
         remarks.append(f"not Megatron flags, ignored: {' '.join(unknown)}")
     return Plan(recipe, facts, lines, remarks)

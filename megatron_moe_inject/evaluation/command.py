@@ -41,6 +41,7 @@ def add_commands(commands: Commands) -> None:
         _EXAMPLES,
         evaluates=_evaluate,
     )
+    evaluate.usage = "%(prog)s [-h] --output FILE [--cpu] RECIPE -- MEGATRON FLAGS"
     evaluate.add_argument("recipe", metavar="RECIPE", help="a recipe file (YAML)")
     evaluate.add_argument("--output", metavar="FILE", required=True, help="the evaluation (JSON)")
     evaluate.add_argument("--cpu", action="store_true", help="gloo processes without a GPU")

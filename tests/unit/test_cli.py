@@ -1,12 +1,15 @@
 """``moe-inject`` and the text of a plan."""
 
+import dataclasses
 from argparse import ArgumentParser
+from types import SimpleNamespace
 
 import pytest
 from megatron.training.arguments import add_megatron_arguments
 
-from megatron_moe_inject import __version__, cli
+from megatron_moe_inject import __version__
 from megatron_moe_inject.cli import main
+from megatron_moe_inject.data import feature
 from megatron_moe_inject.data.files_there import check_data_files
 from megatron_moe_inject.experts.train.census import ParameterRow, parameter_table
 from megatron_moe_inject.host.errors import RecipeError
@@ -85,7 +88,7 @@ def test_plan_of_a_recipe_alone(recipe_file, capsys):
 
 def test_plan_against_a_student(recipe_file, capsys, monkeypatch):
     """The teacher's own checks have their own tests; here it is whatever its files say."""
-    monkeypatch.setattr(cli, "check_data_files", lambda args, facts: None)
+    monkeypatch.setattr(feature, "check_data_files", lambda args, facts: None)
     found = TeacherInfo(
         name="coder", source="hf:/models/coder", kind="hf", path="", num_layers=2, hidden_size=8,
         architecture="LlamaForCausalLM", parameters=1_234_567, vocab_rows=9, vocab_size=9,
@@ -167,6 +170,87 @@ def test_the_files_of_the_data_are_looked_for(tmp_path, flags, message):
         with pytest.raises(RecipeError) as error:
             check_data_files(args, facts)
         assert message.format(tmp_path) in str(error.value)
+
+
+def test_megatron_flags_stand_behind_two_dashes(recipe_file, capsys):
+    assert main(["plan", recipe_file, "--num-layers", "8", "--bf16"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "--num-layers, 8, --bf16: not known here; put -- before the Megatron flags" in error
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    assert "RECIPE [-- MEGATRON FLAGS]" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["schema", "--num-layers", "8"])
+    assert "unrecognized arguments: --num-layers 8" in capsys.readouterr().err
+
+
+def test_help_with_megatron_flags(recipe_file, capsys):
+    """Some release has a help text with a per cent sign, which argparse does not print."""
+    with pytest.raises(SystemExit) as done:
+        main(["plan", recipe_file, "--", "--help"])
+    assert done.value.code == 0
+    assert "--inject-recipe" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["evaluate", "profile"])
+def test_what_only_evaluates_is_checked_before_it_starts(recipe_file, tmp_path, capsys, command):
+    def run(output, *flags):
+        assert main([command, recipe_file, "--output", str(output), "--", *flags]) == 2
+        return capsys.readouterr().err
+
+    (tmp_path / "file").touch()
+    output = tmp_path / "file" / "o.json"
+    assert f"--output: {output} cannot be written (File exists)" in run(output)
+    assert "--cpu: is no flag of Megatron's; put it before --" in run(output, "--bf16", "--cpu")
+
+
+STUDENT_ALONE = "domains: [{name: code, data: [1]}]\nobjective: {alpha: 0, beta: 1}\n"
+STUDENT_ALONE += "train: {experts: all}\n"
+
+
+@pytest.mark.parametrize(
+    ("more", "flags", "code", "said"),
+    [
+        ("", "--load /typo/student", 2, "--load /typo/student holds no checkpoint"),
+        ("", "", 0, "no --load: training needs the student's checkpoint"),
+        ("mixing: {general: 0.5}", "", 2, "mixing: general has 80.0% of the training blend"),
+        ("mixing: {general: 0.8}", "", 0, "moe-inject plan"),
+        ("mixing: {general: {points: {0: 0.1, 9: 0.5}}}", "", 0, "moe-inject plan"),
+        ("evaluation: {}", "", 0, "training needs it: evaluation.file: missing"),
+        ("evaluation: {}", "", 0, "add --save, or name a file with evaluation.file"),
+        ("evaluation: {}", "--save /save", 0, "into the --save folder"),
+    ],
+)
+def test_a_plan_finds_what_training_would_refuse(tmp_path, capsys, more, flags, code, said):
+    for name in ("en.bin", "en.idx", "code.bin", "code.idx"):
+        (tmp_path / name).touch()
+    path = tmp_path / "recipe.yaml"
+    path.write_text(STUDENT_ALONE + more)
+    data = f"--data-path 8 {tmp_path}/en 2 {tmp_path}/code --split 1,0,0"
+    given = f"--num-layers 2 --num-experts 4 {data} {flags}"
+    assert main(["plan", str(path), "--", *given.split()]) == code
+    told = capsys.readouterr()
+    assert said in (told.err if code else told.out)
+    if "evaluation" in more and "--save" in flags:
+        assert "missing" not in told.out
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_training_looks_for_its_data_before_it_begins(tmp_path, rank):
+    """On the first rank: not every rank reads data."""
+    parser = ArgumentParser()
+    add_megatron_arguments(parser)
+    args = parser.parse_args(["--num-layers", "2", "--data-path", f"{tmp_path}/none"])
+    args.rank = rank
+    run = SimpleNamespace(args=args, facts=student_facts_from_args(args))
+    parquet = dataclasses.replace(run.facts, data_paths={"train": (str(tmp_path),)})
+    feature.DataFiles().start(SimpleNamespace(args=args, facts=parquet))  # its script's own format
+    if rank:
+        assert feature.DataFiles().start(run) is None
+    else:
+        with pytest.raises(RecipeError, match=r"--data-path: .*none' has no "):
+            feature.DataFiles().start(run)
 
 
 def test_missing_file(capsys):

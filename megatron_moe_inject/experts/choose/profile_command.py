@@ -32,6 +32,9 @@ def add_commands(commands: Commands) -> None:
         _EXAMPLES,
         evaluates=_profile,
     )
+    profile.usage = (
+        "%(prog)s [-h] --output FILE [--coselections] [--logits N] [--cpu] RECIPE -- MEGATRON FLAGS"
+    )
     profile.add_argument("recipe", metavar="RECIPE", help="a recipe file (YAML); names the domains")
     profile.add_argument("--output", metavar="FILE", required=True, help="the profile (JSON)")
     profile.add_argument(
