@@ -51,7 +51,7 @@ class ExpertChoice:
     origin: str | None = None
     profile: str | None = None
     domain: str | None = None
-    method: str | None = field(default=None, metadata={"choices": METHODS})
+    method: str | None = field(default=None, metadata={"choices": METHODS, "offers_null": False})
     threshold: float | None = None
     n: int | None = None
     budget: float | None = None

@@ -13,12 +13,14 @@ import re
 import types
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from megatron_moe_inject.recipe.expert_choice import ExpertChoice
 from megatron_moe_inject.recipe.features import sections
-from megatron_moe_inject.recipe.schema import Recipe
+from megatron_moe_inject.recipe.schema import Domain, Recipe
 from megatron_moe_inject.recipe.section import Section
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 _COMPACT = r"^\s*[0-9]+\s*:[0-9,:;\s]*$"
+_TAKES_COMPACT = ((Domain, "experts"), (ExpertChoice, "layers"))
 _PLAIN = {int: "integer", float: "number", str: "string", bool: "boolean", type(None): "null"}
 
 
@@ -64,26 +66,28 @@ def _section(kind: type, sections: dict[str, Any]) -> dict[str, Any]:
         found = _type(hints[spec.name], sections)
         choices = spec.metadata.get("choices")
         if choices is not None:
-            null = [None] if type(None) in get_args(hints[spec.name]) else []
+            offers_null = spec.metadata.get("offers_null", True)
+            null = [None] if offers_null and type(None) in get_args(hints[spec.name]) else []
             found = {"enum": [*choices, *null]}
         if spec.name in texts:
             found = {**found, "description": texts[spec.name]}
         default = _default(spec)
         if default is dataclasses.MISSING:
             required.append(spec.name)
-        elif not dataclasses.is_dataclass(default):
+        elif not dataclasses.is_dataclass(default) and spec.metadata.get("offers_null", True):
             found = {**found, "default": default}
+        if (kind, spec.name) in _TAKES_COMPACT:
+            found = _or_compact(found)
         properties[spec.name] = found
-    if kind.__name__ == "ExpertChoice":
-        properties["layers"] = _or_compact(properties["layers"])
     shown = {"type": "object", "properties": properties, "additionalProperties": False}
     return {**shown, "required": required} if required else shown
 
 
-def _or_compact(layers: dict[str, Any]) -> dict[str, Any]:
-    """A choice of layers may be written ``"12:3,40;13:1"``."""
-    kept = {name: layers.pop(name) for name in ("description", "default")}
-    return {"anyOf": [layers, {"type": "string", "pattern": _COMPACT}], **kept}
+def _or_compact(choice: dict[str, Any]) -> dict[str, Any]:
+    """A choice of experts, or of layers with experts, may be written ``"12:3,40;13:1"``."""
+    told = {name: choice[name] for name in ("description", "default") if name in choice}
+    plain = {name: value for name, value in choice.items() if name not in told}
+    return {"anyOf": [plain, {"type": "string", "pattern": _COMPACT}], **told}
 
 
 def _default(spec: dataclasses.Field) -> Any:

@@ -113,7 +113,7 @@ class Objective:
     A weight is a number or a schedule, ``{points: {0: 0.0, 500: 0.7}, shape: cosine}``.
 
     Attributes:
-        divergence: between teacher and student.
+        divergence: ``forward_kl``, ``reverse_kl``, ``jsd`` or ``skew_kl``.
         temperature: softens both distributions; the loss is scaled by its square.
         alpha: weight of the distillation term on domain tokens that have a teacher.
         beta: weight of cross-entropy on all tokens.
@@ -121,17 +121,17 @@ class Objective:
         gamma: weight of KL(original || student) on general tokens, with the model as it was when
             the injection began (where it is kept: ``Retention.originals``).
         ce_share: shortcut for the form c * CE + (1 - c) * T^2 * KL in place of alpha and beta.
-        confidence: weighs each token's distillation by the teacher's confidence there, one of
-            ``CONFIDENCES``: its probability of the label, or 1 - entropy / log(vocabulary).
+        confidence: weighs each token's distillation by the teacher's confidence there: ``none``
+            (not), ``label`` (its probability of the label) or ``entropy`` (1 - entropy /
+            log(vocabulary)).
         skip_worse: no distillation on tokens whose label the teacher predicts worse than the
             student does.
         jsd_beta, skew: the teacher's weight in the mixture of ``jsd`` and of ``skew_kl``.
         masked_sum: the script's loss is the sum of the token losses times the loss mask, times one
             number, as Megatron's. A trained output layer then costs no second pass over its logits,
             but a float32 buffer of its size from a micro-batch's forward to its backward pass.
-        kernels: what goes through the logits between the matrix products, one of
-            ``KERNELS``: Triton kernels where there are a GPU and Triton, or torch
-            operations everywhere.
+        kernels: what goes through the logits between the matrix products: ``auto`` (Triton kernels
+            where there are a GPU and Triton) or ``torch`` (its operations everywhere).
     """
 
     divergence: str = field(default="forward_kl", metadata={"choices": KINDS})

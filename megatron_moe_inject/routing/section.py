@@ -24,8 +24,8 @@ class Steering:
             probability on the experts that the domain chose in that layer.
         target_mass: where steering stops.
         layers: decoder layers to steer in; empty = all in which a domain chose experts.
-        confidence: weighs each domain token by its teacher's confidence there, one of
-            ``STEERING_CONFIDENCES``: by its probability of the label, or of its most likely token.
+        confidence: weighs each domain token by its teacher's confidence there: ``none`` (not),
+            ``label`` (its probability of the label) or ``top`` (that of its most likely token).
             A teacher that runs the whole step ahead (``window: 0``) weighs each token, on every
             stage; another weighs all tokens of a domain alike, by its mean confidence in those of
             earlier steps (``teachers.confidence.RunningConfidence``).

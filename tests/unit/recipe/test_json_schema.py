@@ -78,6 +78,8 @@ def test_compact_forms_and_schedules(validator, layers):
     recipe["domains"][0]["experts"]["layers"] = layers
     recipe["objective"] = {"alpha": {"points": {"0": 0.0, "500": 0.7}, "shape": "cosine"}}
     validator.validate(recipe)
+    recipe["domains"][0]["experts"] = layers
+    validator.validate(recipe)
     recipe["objective"]["alpha"]["shape"] = "square"
     assert not validator.is_valid(recipe)
 
@@ -95,6 +97,19 @@ def test_every_field_is_described_and_every_choice_is_a_field():
     assert train["experts"]["enum"] == ["selected", "all", "none"]
     assert steering["confidence"]["enum"] == ["none", "label", "top"]
     assert None in sections["ExpertChoice"]["properties"]["score"]["enum"]
+    assert None not in sections["ExpertChoice"]["properties"]["method"]["enum"]  # it asks for one
+
+
+def test_descriptions_say_the_choices_and_not_what_the_source_calls_them():
+    schema = recipe_schema()
+    for name, section in {"Recipe": schema, **schema["$defs"]}.items():
+        for key, found in section["properties"].items():
+            text = found.get("description", "")
+            assert not re.search(r"``[A-Z_]{4,}``", text), f"{name}.{key}: {text}"
+            # A key's own choices stand in its text, but for the one that is off.
+            offered = [choice for choice in found.get("enum", ()) if choice not in (None, "none")]
+            if text:
+                assert all(choice in text for choice in offered), f"{name}.{key}: {text}"
 
 
 def test_defaults_are_those_of_the_recipe():
