@@ -45,7 +45,59 @@ def hall(folder: Path) -> str:
     return "\n".join(rows) + "\n"
 
 
-TABLES: dict[str, Callable[[Path], str]] = {"files": files, "hall": hall}
+def flags(folder: Path) -> str:
+    """The plugin's flags, as its own parser describes them."""
+    from argparse import ArgumentParser
+
+    from megatron_moe_inject.recipe.flags import add_inject_arguments
+
+    parser = add_inject_arguments(ArgumentParser(add_help=False))
+    rows = ["| flag | what it does |", "|---|---|"]
+    for action in parser._actions:
+        value = f" {action.metavar}" if action.metavar else ""
+        more = " ..." if action.nargs == "+" else ""
+        rows.append(f"| `{action.option_strings[0]}{value}{more}` | {_cell(action.help or '')} |")
+    return "\n".join(rows) + "\n"
+
+
+def refused(folder: Path) -> str:
+    """Megatron's options that a recipe does not go with, by what they do not go with."""
+    from megatron_moe_inject.recipe.features import FEATURES
+    from megatron_moe_inject.recipe.refused_options import REFUSED
+
+    settings: dict[tuple[str, str], list[str]] = {}
+    for option in REFUSED:
+        settings[option.flag, option.reason] = ["any recipe"]
+    for feature in FEATURES:
+        for refusal in feature.refuses:
+            for option in refusal.options:
+                settings.setdefault((option.flag, option.reason), []).append(refusal.setting)
+    options: dict[tuple[str, str], list[str]] = {}
+    for (flag, reason), beside in sorted(settings.items()):
+        options.setdefault(("; ".join(beside), reason), []).append(f"`{flag}`")
+    rows = ["| with | Megatron's option is refused | since it |", "|---|---|---|"]
+    rows += [
+        f"| {_cell(beside)} | {', '.join(flags)} | {_cell(reason)} |"
+        for (beside, reason), flags in sorted(options.items(), key=_any_recipe_first)
+    ]
+    return "\n".join(rows) + "\n"
+
+
+def _any_recipe_first(row: tuple[tuple[str, str], list[str]]) -> tuple[bool, str, list[str]]:
+    (beside, _), flags = row
+    return beside != "any recipe", beside, flags
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "files": files,
+    "flags": flags,
+    "hall": hall,
+    "refused": refused,
+}
 
 
 def rendered(path: Path) -> str:
@@ -62,6 +114,7 @@ def pages() -> list[Path]:
     folders = ("megatron_moe_inject", "patches", "examples", "tests")
     return [
         ROOT / "README.md",
+        ROOT / ".github" / "CONTRIBUTING.md",
         *(p for f in folders for p in sorted((ROOT / f).rglob("README.md"))),
     ]
 
