@@ -1,5 +1,6 @@
-"""The READMEs: tables that are made from the code, links that lead somewhere, flags that exist."""
+"""The pages: tables made from the code, links that lead somewhere, flags and messages there are."""
 
+import ast
 import re
 
 import pytest
@@ -21,7 +22,43 @@ def test_every_room_has_its_page_and_the_readme_leads_there():
 
 
 def test_the_readme_is_read_in_one_go():
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 180
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 180
+    assert len(text.split()) <= 1800
+
+
+def messages():
+    """Every text of the package, what is put into it as ``...``."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(
+                    getattr(part, "value", "...") if isinstance(part, ast.Constant) else "..."
+                    for part in node.values
+                )
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_common_errors_are_what_the_code_says():
+    _, _, errors = (ROOT / "README.md").read_text(encoding="utf-8").partition("| it says | do |")
+    shown = re.findall(r"(?m)^\| `([^`]*)` \|", errors)
+    assert len(shown) == 8
+    texts = list(messages())
+    for message in shown:
+        pattern = ".*".join(map(re.escape, message.split("...")))
+        assert any(re.search(pattern, text) for text in texts), message
+
+
+def test_every_command_of_the_pages_exists():
+    from megatron_moe_inject.cli import _parser
+
+    (commands,) = (a for a in _parser()._actions if a.dest == "command")
+    texts = "".join(path.read_text(encoding="utf-8") for path in pages())
+    used = set(re.findall(r"(?<!-)\bmoe-inject ([a-z][a-z-]*)", texts))
+    used |= set(re.findall(r"megatron_moe_inject\.cli ([a-z][a-z-]*)", texts))
+    assert {"plan", "profile", "select", "evaluate", "compare"} <= used
+    assert used <= set(commands.choices), used - set(commands.choices)
 
 
 def test_local_links_lead_somewhere():
