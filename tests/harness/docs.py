@@ -45,6 +45,17 @@ def hall(folder: Path) -> str:
     return "\n".join(rows) + "\n"
 
 
+def commands(folder: Path) -> str:
+    """The commands of ``moe-inject``, as its own parser describes them."""
+    from megatron_moe_inject.cli import _parser
+
+    rows = ["| command | what it does |", "|---|---|"]
+    for action in _parser()._actions:
+        for choice in getattr(action, "_choices_actions", ()):
+            rows.append(f"| `moe-inject {choice.dest}` | {_cell(choice.help)} |")
+    return "\n".join(rows) + "\n"
+
+
 def flags(folder: Path) -> str:
     """The plugin's flags, as its own parser describes them."""
     from argparse import ArgumentParser
@@ -93,6 +104,7 @@ def _cell(text: str) -> str:
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
+    "commands": commands,
     "files": files,
     "flags": flags,
     "hall": hall,
