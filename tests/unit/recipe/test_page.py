@@ -15,10 +15,15 @@ SCHEMA = recipe_schema()
 NOTHING = object()
 
 
+def block(page):
+    """The recipe of a page."""
+    (found,) = re.findall(r"```yaml\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+    return found
+
+
 @pytest.fixture(scope="module")
 def text():
-    (block,) = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
-    return block
+    return block(PAGE)
 
 
 def resolved(schema):
@@ -95,7 +100,8 @@ def test_a_missing_key_and_an_unmarked_value_are_noticed(text):
     assert "default" not in dict(differing(changed))["steering.target_mass"]
 
 
-def test_a_plan_takes_it(text, tmp_path, capsys):
+@pytest.mark.parametrize("page", [PAGE, ROOT / "README.md"], ids=["page", "readme"])
+def test_a_plan_takes_it(page, tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(text, encoding="utf-8")
+    recipe.write_text(block(page), encoding="utf-8")
     assert main(["plan", str(recipe)]) == 0, capsys.readouterr().err
