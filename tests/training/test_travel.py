@@ -53,10 +53,16 @@ def losses(folder):
     ]
 
 
+def measured_at(folder):
+    return [iteration for iteration, *_ in losses(folder)]
+
+
 @pytest.fixture(scope="module")
 def whole(material):
     save = material.folder / "whole"
-    return inject(material, HELD, extra=(*KEEP, "--save", str(save))), save
+    run = inject(material, HELD, extra=(*KEEP, "--save", str(save)))
+    assert measured_at(save) == [0, 2, 4, 6]
+    return run, save
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +99,8 @@ def test_a_checkpoint_that_was_copied_alone_finds_its_state_or_says_where_it_was
     (alone / "latest_checkpointed_iteration.txt").write_text("4")
     run = go_on(material, "--exit-interval", "5", load=alone, save=tmp_path / "D")
     same(run, whole[0], 4)
-    assert losses(tmp_path / "D") == losses(whole[1])[:2] + losses(tmp_path / "D")[2:]
+    assert measured_at(tmp_path / "D")[:3] == [0, 2, 4]
+    assert losses(tmp_path / "D")[:2] == losses(whole[1])[:2]
 
     b.rename(tmp_path / "B")
     lost = go_on(material, load=alone, save=tmp_path / "E", check=False)
@@ -120,6 +127,7 @@ def test_another_injection_neither_takes_nor_destroys_what_it_finds(
     b = tmp_path / "B"
     shutil.copytree(moved[2], b)
     before = losses(b)
+    assert measured_at(b) == [0, 2, 4]
     over = inject(material, HELD, extra=(*KEEP, "--save", str(b)), check=False)
     assert_clean_end(over, (f"--save: '{b}' holds iteration", "of another injection", "--load"))
     assert losses(b) == before
@@ -127,7 +135,7 @@ def test_another_injection_neither_takes_nor_destroys_what_it_finds(
     new = inject(material, HELD, extra=(*KEEP, "--exit-interval", "2", "--save", str(b)))
     assert new.losses("retention loss")[0] == pytest.approx(0, abs=1e-6)
     assert "belongs to another injection, whose checkpoints may need it, and is now" in new.output
-    assert [line[0] for line in losses(b)] == [0, 2]
+    assert measured_at(b) == [0, 2]
     step = ("--ckpt-step", "4", "--exit-interval", "5")
     run = go_on(material, *step, load=b, save=tmp_path / "C")
     same(run, whole[0], 4)
@@ -159,7 +167,8 @@ def test_a_checkpoint_of_an_earlier_version_takes_what_lies_beside_it(material, 
     run = go_on(material, "--exit-interval", "3", load=a, save=c)
     same(run, whole[0], 2)
     assert "gave injections no identity" in run.output
-    assert losses(c) == losses(a)[:2] + losses(c)[2:]
+    assert measured_at(a) == measured_at(c)[:2] == [0, 2]
+    assert losses(c)[:2] == losses(a)
     shutil.rmtree(c / "inject_original")
     shutil.rmtree(a / "inject_original")
     lost = go_on(material, load=c, save=tmp_path / "D", check=False)
@@ -190,7 +199,7 @@ def test_what_the_gate_refused_it_refuses_again(material, ignorant, tmp_path):
             **dict(load=material.student, save=tmp_path, recipe=MEASURED, check=False),
         )
         assert_clean_end(run, ("does not predict its domain better than its student",))
-        assert [line[0] for line in losses(tmp_path)] == [3]
+        assert measured_at(tmp_path) == [3]
 
 
 def test_another_teacher_of_a_run_that_goes_on_is_asked(material, ignorant, tmp_path):

@@ -1,0 +1,302 @@
+"""The covering array: which features train together, at which layouts. Data, and what is missing.
+
+A set of features is one recipe. Every pair of two features stands in some set, every pair of a
+feature and a layout in some row, but those that are refused (``REFUSED``). ``gaps`` finds what is
+missing; ``tests/unit/test_array.py`` asks it, ``tests/training/test_array.py`` runs the rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.harness import lane
+from tests.harness.material import Material
+
+
+@dataclass(frozen=True)
+class Feature:
+    """Something that a recipe or a flag switches on.
+
+    Attributes:
+        recipe: fields of the recipe by dotted path; ``{llama}`` in a text is a folder.
+        flags: of the run; ``{folder}`` is a folder of its own.
+        terms: what the log then has, above 0 in the end.
+    """
+
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    flags: tuple[str, ...] = ()
+    terms: tuple[str, ...] = ()
+
+
+FEATURES = {
+    "distillation": Feature({"objective.alpha": 0.7}, terms=("kd loss", "kd loss/code")),
+    "temperature": Feature({"objective.temperature": 2.0}),
+    "divergence": Feature({"objective.divergence": "jsd", "objective.jsd_beta": 0.3}),
+    "weighted tokens": Feature(
+        {"objective.confidence": "label", "objective.skip_worse": True}, terms=("kd factor",)
+    ),
+    "scheduled weight": Feature({"objective.beta": {"points": {0: 0.1, 4: 0.5}}}),
+    "committee": Feature({"domains.0.committee": "label"}),
+    "hugging face teacher": Feature({"teachers.second.source": "hf:{llama}"}),
+    "window": Feature({"teachers.coder.window": 1, "teachers.second.window": 2}),
+    "trained router": Feature({"train.router": True}),
+    "trained rows": Feature({"train.router_rows": True}),
+    "trained head": Feature({"train.output_layer": True, "train.embedding": True}),
+    "pattern": Feature({"train.patterns": ["*.1.pre_mlp_layernorm.weight"]}),
+    "frozen experts in fp8": Feature(
+        {"train.frozen_experts": "fp8"}, flags=("--moe-grouped-gemm",)
+    ),
+    "gamma": Feature({"objective.gamma": 2.0}, terms=("retention loss",)),
+    "expert retention": Feature({"objective.retention.experts": 2.0}, terms=("expert retention",)),
+    "l2": Feature({"objective.retention.l2": 0.05}, terms=("l2 to start",)),
+    "originals on the host": Feature({"objective.retention.originals": "host"}),
+    "imitated states": Feature({"objective.features.hidden": 0.5}, terms=("feature loss",)),
+    "imitated experts": Feature(
+        {"objective.features.experts": 0.25}, terms=("expert feature loss",)
+    ),
+    "steering": Feature(
+        {"steering.coeff": 0.5, "steering.target_mass": 0.8, "steering.balance": 0.1},
+        terms=("steering loss", "target balance loss", "target share/code", "target mass/code"),
+    ),
+    "steering by confidence": Feature({"steering.confidence": "label"}),
+    "router retention": Feature({"steering.retention": 1.0}, terms=("router retention",)),
+    "scheduled shares": Feature(
+        {"mixing.general": {"points": {0: 0.75, 3: 0.375}}}, terms=("data share/general",)
+    ),
+    "evaluation": Feature(
+        {"evaluation.gate": False, "evaluation.file": "{folder}/evaluation.jsonl"},
+        flags=("--eval-iters", "2", "--eval-interval", "2"),
+    ),
+    "profile": Feature(flags=("--inject-profile", "{folder}/profile.json")),
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a row runs.
+
+    Attributes:
+        nproc: processes.
+        sizes: parallel sizes other than 1, as ``lane.moe`` takes them.
+        flags: of this layout.
+        grouped: flags besides where experts are grouped: the stand-in for TE's layer shards them
+            over nothing but experts.
+        shared, recipe: flags and recipe fields that the reference on one process has, too.
+        differs: terms that are logged otherwise there.
+        slow: whether the main suite leaves it to the slow one.
+    """
+
+    nproc: int = 1
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    flags: tuple[str, ...] = ()
+    grouped: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    differs: tuple[str, ...] = ()
+    slow: bool = False
+
+
+_VIRTUAL = ("--num-layers-per-virtual-pipeline-stage", "1")
+_FULL = ("--recompute-granularity", "full", "--recompute-method", "uniform")
+_SELECTIVE = ("--recompute-granularity", "selective", "--recompute-modules", "core_attn", "moe")
+_WHOLE = ("--expert-tensor-parallel-size", "1", "--expert-model-parallel-size", "2")
+_OVERLAPS = tuple(lane.DISTRIBUTED_OPTIMIZER)
+LAYOUTS = {
+    "ep2": Layout(2, {"ep": 2}),
+    "tp2-sp": Layout(2, {"tp": 2}, grouped=_WHOLE),
+    "pp2": Layout(2, {"pp": 2}),
+    "pp2-vpp2": Layout(2, {"pp": 2}, _VIRTUAL),
+    "cp2": Layout(2, {"cp": 2}),
+    "dp2, distributed optimizer": Layout(2, {}, _OVERLAPS),
+    "full recompute": Layout(flags=(*_FULL, "--recompute-num-layers", "1")),
+    "selective recompute": Layout(flags=_SELECTIVE),
+    "per-token loss": Layout(
+        flags=("--calculate-per-token-loss",),
+        # Where tokens are steered Megatron logs its own over general tokens, there not by share.
+        differs=("load_balancing_loss",),
+    ),
+    "micro-batches of one": Layout(
+        flags=("--micro-batch-size", "1"),
+        # Balance losses are taken by micro-batch, whatever trains.
+        shared=("--moe-router-load-balancing-type", "none"),
+        recipe={"steering.balance": 0.0},
+    ),
+    "ep2, distributed optimizer": Layout(2, {"ep": 2}, _OVERLAPS, slow=True),
+    "tp2-pp2": Layout(4, {"tp": 2, "pp": 2}, grouped=_WHOLE, slow=True),
+    "tp2-ep2": Layout(4, {"tp": 2, "ep": 2}, slow=True),
+    "pp2-vpp2-ep2": Layout(4, {"pp": 2, "ep": 2}, _VIRTUAL, slow=True),
+    "cp2-tp2": Layout(4, {"cp": 2, "tp": 2}, grouped=_WHOLE, slow=True),
+    "pp4": Layout(4, {"pp": 4}, slow=True),
+    "tp4": Layout(4, {"tp": 4}, grouped=(*_WHOLE[:-1], "4"), slow=True),
+}
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """A recipe by its features.
+
+    Attributes:
+        experts: layer -> experts that the domain chose.
+        features: names in ``FEATURES``.
+    """
+
+    experts: Mapping[int, list[int]]
+    features: frozenset[str]
+
+    @property
+    def grouped(self) -> bool:
+        """Whether its experts are grouped, which takes the script with the stand-in for TE's."""
+        return "frozen experts in fp8" in self.features
+
+
+_ALWAYS = frozenset(FEATURES) - {
+    "window", "imitated states", "imitated experts", "trained router", "trained rows",
+    "trained head", "frozen experts in fp8", "expert retention",
+}  # fmt: skip
+_IMITATED = {"imitated states", "imitated experts"}
+_FEW = {1: [2], 2: [0, 3], 3: [3]}
+SETS = {
+    "router": FeatureSet(
+        _FEW, _ALWAYS | _IMITATED | {"trained router", "trained head", "expert retention"}
+    ),
+    # Nothing trains on the last of two stages, no expert on the last of two expert ranks.
+    "rows": FeatureSet(
+        {0: [1], 1: [0, 1]}, _ALWAYS | {"window", "trained rows", "frozen experts in fp8"}
+    ),
+    # Routers are frozen: nothing trains on the first stage, nor on the first of two expert ranks.
+    "nothing first": FeatureSet(
+        {2: [3], 3: [3]},
+        _ALWAYS - {"divergence", "weighted tokens", "router retention", "pattern"}
+        | {"expert retention"},
+    ),
+    # The other pairs of what excludes each other.
+    "router, fp8": FeatureSet(
+        _FEW, _ALWAYS | _IMITATED | {"trained router", "trained head", "frozen experts in fp8"}
+    ),
+    "rows, imitation": FeatureSet(
+        _FEW, _ALWAYS | _IMITATED | {"trained rows", "trained head", "expert retention"}
+    ),
+    "router, window": FeatureSet(
+        _FEW, _ALWAYS | {"window", "trained router", "trained head", "expert retention"}
+    ),
+}
+ROWS = (
+    *itertools.product(LAYOUTS, ("router", "rows")),
+    *((layout, "nothing first") for layout in ("ep2", "pp2", "pp2-vpp2", "pp4", "tp2-ep2")),
+    ("dp2, distributed optimizer", "router, fp8"),
+    ("ep2", "rows, imitation"),
+    ("cp2", "router, window"),
+)
+"""Layout and set of each run."""
+RESUMED = (
+    ("pp2", "router", ()),
+    ("pp2-vpp2", "rows", ()),
+    ("ep2", "nothing first", ()),
+    ("ep2, distributed optimizer", "router", ("--bf16",)),
+)
+"""Layout, set and further flags of runs that are also stopped and resumed."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why two features do not go together: what the error begins with, and what it says."""
+
+    key: str
+    says: str
+
+
+REFUSED = {
+    frozenset({"trained router", "trained rows"}): Refusal(
+        "train.router_rows", "stands beside train.router"
+    ),
+    frozenset({"window", "imitated states"}): Refusal(
+        "teachers.coder.window", "splits the step's teacher forward"
+    ),
+    frozenset({"window", "imitated experts"}): Refusal(
+        "teachers.coder.window", "splits the step's teacher forward"
+    ),
+    frozenset({"frozen experts in fp8", "expert retention"}): Refusal(
+        "--fp8-format", "does not let experts run again as they were"
+    ),
+}
+"""Pairs that no run can have. The last is of the student's flag that FP8 needs."""
+
+
+def gaps(
+    features: Iterable[str] = FEATURES,
+    layouts: Iterable[str] = LAYOUTS,
+    sets: Mapping[str, FeatureSet] = SETS,
+    rows: Iterable[tuple[str, str]] = ROWS,
+    refused: Iterable[frozenset[str]] = REFUSED,
+) -> list[tuple[str, str]]:
+    """Pairs of features that stand in no row's set, and of a feature and a layout in no row."""
+    features, rows, refused = list(features), list(rows), set(refused)
+    used = [sets[name].features for _, name in rows]
+    missing = [
+        pair
+        for pair in itertools.combinations(features, 2)
+        if frozenset(pair) not in refused and not any(set(pair) <= own for own in used)
+    ]
+    return missing + [
+        (feature, layout)
+        for feature, layout in itertools.product(features, layouts)
+        if not any(at == layout and feature in sets[name].features for at, name in rows)
+    ]
+
+
+def recipe_of(own: FeatureSet, more: Mapping[str, Any] | None = None) -> str:
+    """The recipe of a set as YAML, with ``{teacher}``, ``{llama}`` and ``{folder}`` to fill in.
+
+    Args:
+        own: the set. The teacher of Hugging Face is the second of a committee.
+        more: further fields by dotted path.
+    """
+    names = ["coder", "second"] if "committee" in own.features else ["coder"]
+    weights: Any = {"coder": 0.7, "second": 0.3}
+    domain = {"name": "code", "data": [1], "experts": {"layers": dict(own.experts)}}
+    domain["teacher"] = weights if len(names) == 2 else "coder"
+    tree: dict[str, Any] = {
+        "domains": [domain],
+        "teachers": {name: {"source": "megatron:{teacher}"} for name in names},
+        "objective": {"alpha": 0.0, "beta": 0.3},
+    }
+    for name in sorted(own.features):
+        for dotted, value in FEATURES[name].recipe.items():
+            _set(tree, dotted, value)
+    for dotted, value in (more or {}).items():
+        _set(tree, dotted, value)
+    return yaml.safe_dump(tree, sort_keys=False)
+
+
+def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    """One field; of a teacher that there is not, nothing."""
+    parts = [int(part) if part.isdigit() else part for part in dotted.split(".")]
+    if parts[0] == "teachers" and parts[1] not in tree["teachers"]:
+        return
+    node: Any = tree
+    for part in parts[:-1]:
+        node = node[part] if isinstance(part, int) else node.setdefault(part, {})
+    node[parts[-1]] = value
+
+
+def flags_of(own: FeatureSet, at: Layout, folder: Path) -> list[str]:
+    """Flags of a set at a layout, in a run that may write to ``folder``."""
+    flags = [flag for name in sorted(own.features) for flag in FEATURES[name].flags]
+    return [
+        *lane.layout(**at.sizes),
+        *(*at.flags, *(at.grouped if own.grouped else ())),
+        *(flag.format(folder=folder) for flag in flags),
+    ]
+
+
+def blend_of(own: FeatureSet, material: Material) -> Sequence[str]:
+    """Data flags: shares by a schedule take a blend without weights."""
+    if "scheduled shares" in own.features:
+        return ("--data-path", material.general, material.domain, "--split", "90,5,5")
+    return material.blend

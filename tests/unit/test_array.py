@@ -1,0 +1,248 @@
+"""The covering array has no gap, and is of the recipe that there is: no field is forgotten."""
+
+import dataclasses
+import types
+import typing
+
+import pytest
+import yaml
+
+from megatron_moe_inject.host.errors import RecipeError
+from megatron_moe_inject.recipe.facts import PrecisionFacts
+from megatron_moe_inject.recipe.load import recipe_from_yaml
+from megatron_moe_inject.recipe.refused_options import in_use
+from megatron_moe_inject.recipe.schedule import Schedule
+from megatron_moe_inject.recipe.schema import Recipe
+from megatron_moe_inject.recipe.student import check_recipe
+from tests.harness import array
+from tests.harness.docs import assert_exists
+from tests.harness.recipes import facts
+
+
+def test_no_pair_is_missing():
+    assert array.gaps() == []
+
+
+@pytest.mark.parametrize("layout", array.LAYOUTS)
+def test_a_layout_that_runs_one_set_less_is_a_gap(layout):
+    for name in ("router", "rows"):
+        rows = [row for row in array.ROWS if row != (layout, name)]
+        assert len(rows) == len(array.ROWS) - 1
+        assert layout in {at for _, at in array.gaps(rows=rows)}
+
+
+@pytest.mark.parametrize("feature", array.FEATURES)
+def test_a_set_that_loses_a_feature_is_a_gap(feature):
+    """In whichever set it stands, or in the one of them that runs at most layouts."""
+    sets = {
+        name: dataclasses.replace(own, features=own.features - {feature})
+        if name in ("router", "rows")
+        else own
+        for name, own in array.SETS.items()
+    }
+    assert {pair[0] for pair in array.gaps(sets=sets)} >= {feature}
+
+
+def test_a_pair_that_no_set_has_is_a_gap():
+    rows = [row for row in array.ROWS if row[1] != "rows, imitation"]
+    missing = array.gaps(rows=rows)
+    assert ("trained rows", "imitated states") in missing
+    assert set(missing) == {
+        ("trained rows", other)
+        for other in ("trained head", "expert retention", "imitated states", "imitated experts")
+    }
+    new = [*array.FEATURES, "what nobody wrote"]
+    assert len(array.gaps(features=new)) == len(array.FEATURES) + len(array.LAYOUTS)
+
+
+def test_an_excuse_is_of_pairs_that_no_set_has():
+    for pair in array.REFUSED:
+        assert pair <= array.FEATURES.keys()
+        assert not any(pair <= own.features for own in array.SETS.values())
+
+
+@pytest.mark.parametrize("pair", array.REFUSED, ids=lambda pair: " and ".join(sorted(pair)))
+def test_what_is_excused_is_refused(pair):
+    """And each of the two alone is not."""
+    needed = {"distillation", "committee", "hugging face teacher"}
+
+    def check(features):
+        made = recipe_from_yaml(array.recipe_of(array.FeatureSet({2: [3]}, needed | features)))
+        options, precision = types.SimpleNamespace(), PrecisionFacts()
+        if "frozen experts in fp8" in features:
+            options.fp8 = "e4m3"
+            precision = PrecisionFacts("e4m3", "blockwise", True, True)
+        check_recipe(made, facts(options=in_use(options), precision=precision))
+
+    for feature in pair:
+        check({feature})
+    with pytest.raises(RecipeError, match=array.REFUSED[pair].says) as caught:
+        check(set(pair))
+    assert str(caught.value).startswith(array.REFUSED[pair].key)
+
+
+@pytest.mark.parametrize("name", array.SETS)
+def test_each_feature_of_a_set_is_in_its_recipe_or_flags(name):
+    own = array.SETS[name]
+    whole = yaml.safe_load(array.recipe_of(own))
+    recipe_from_yaml(array.recipe_of(own))
+    for feature in own.features:
+        less = dataclasses.replace(own, features=own.features - {feature})
+        changed = yaml.safe_load(array.recipe_of(less)) != whole
+        assert changed or array.FEATURES[feature].flags, feature
+
+
+def _leaves(kind, path=()):
+    """Fields of a recipe by path, with a ``*`` for one of several."""
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        inner, several = _section(hints[field.name])
+        if inner is None:
+            yield ".".join((*path, field.name))
+        else:
+            yield from _leaves(inner, (*path, field.name, *(("*",) if several else ())))
+
+
+def _section(hint):
+    """The dataclass that a type has inside, and whether as one of several."""
+    if dataclasses.is_dataclass(hint) and hint is not Schedule:
+        return hint, False
+    sections = [_section(part)[0] for part in typing.get_args(hint)]
+    inner = next((kind for kind in sections if kind is not None), None)
+    return inner, typing.get_origin(hint) in (list, dict)
+
+
+FIELDS = frozenset(_leaves(Recipe))
+TESTED_ELSEWHERE = {
+    "gpu/test_training.py": {"test_teachers_in_fp8": ["teachers.*.fp8"]},
+    "parallel/test_losses_divergences.py": {"test_value_and_gradient": ["objective.skew"]},
+    "parallel/test_teachers_megatron.py": {
+        "test_shared_forward_equals_the_plain_forward_on_every_rank": ["teachers.*.dtype"]
+    },
+    "te/test_construction.py": {
+        "test_a_published_student_is_saved_as_it_was_loaded": ["train.fp8_source"]
+    },
+    "training/test_frozen_bias.py": {
+        "test_frozen_routers_keep_their_bias_and_the_one_that_trains_does_not": [
+            "steering.bias_counts"
+        ]
+    },
+    "training/test_imitation.py": {
+        "test_a_dense_student_under_plain_tensor_parallelism": ["train.mlp"],
+        "test_two_domains_with_teachers_layers_and_experts_of_their_own": [
+            "objective.features.loss",
+            "teachers.*.layers",
+        ],
+    },
+    "training/test_injection.py": {
+        "test_a_single_component_trains_and_nothing_else": [
+            "train.attention",
+            "train.experts",
+            "train.norms",
+        ],
+        "test_a_trained_head_learns_the_same_from_one_pass_as_from_two": ["objective.masked_sum"],
+        "test_experts_by_profile_are_the_experts_that_train": [
+            "domains.*.experts.n",
+            "domains.*.experts.only_layers",
+        ],
+        "test_layers_and_parameters_train_by_name": ["train.layers"],
+    },
+    "training/test_objective.py": {
+        "test_all_that_goes_through_logits_is_told_which_kernels": ["objective.kernels"]
+    },
+    "training/test_packed.py": {
+        "test_each_sample_of_a_row_has_the_loss_of_its_class": ["objective.general_beta"]
+    },
+    "training/test_profile.py": {
+        "test_what_it_records_chooses_the_experts_of_a_run": [
+            "domains.*.experts.method",
+            "domains.*.experts.profile",
+            "domains.*.experts.threshold",
+        ]
+    },
+    "training/test_steering.py": {
+        "test_it_raises_the_share_until_the_target_mass_and_stops": ["steering.report"],
+        "test_layers_are_detailed_in_tensorboard": ["steering.detail_every"],
+        "test_mistakes": ["steering.layers"],
+        "test_other_balance_losses_leave_domain_tokens_out": ["steering.stock_balance"],
+    },
+    "training/test_teacher_reading.py": {
+        "test_a_megatron_teacher_reads_its_prefix_too": ["teachers.*.prefix"]
+    },
+    "unit/experts/choose/test_choice.py": {
+        "test_another_class_of_the_profile": ["domains.*.experts.domain"],
+        "test_methods": [
+            "domains.*.experts.at_least",
+            "domains.*.experts.at_most",
+            "domains.*.experts.budget",
+            "domains.*.experts.budget_of",
+            "domains.*.experts.ep",
+            "domains.*.experts.score",
+        ],
+        "test_resolved_recipe_is_plain_and_says_where_from": ["domains.*.experts.origin"],
+    },
+    "unit/experts/train/test_freeze.py": {
+        "test_all_experts_and_named_components": ["train.shared_experts"]
+    },
+    "unit/recipe/test_recipe.py": {
+        "test_good_recipe_and_its_defaults": ["verify_frozen"],
+        "test_mistake_names_key_value_and_remedy": ["version"],
+        "test_share_of_cross_entropy_is_a_shortcut": ["objective.ce_share"],
+        "test_weights_and_temperatures_by_domain": [
+            "domains.*.alpha",
+            "domains.*.beta",
+            "domains.*.temperature",
+            "teachers.*.temperature",
+        ],
+    },
+    "unit/recipe/test_student.py": {"test_validation_with_a_blend_of_its_own": ["general_data"]},
+}
+"""Fields that no set sets, by the test that does."""
+
+
+def _set_by(own):
+    """Fields that a set's recipe writes."""
+
+    def walk(node, path):
+        field = ".".join(path)
+        if field in FIELDS:
+            yield field
+        elif isinstance(node, list) or field in ("teachers",):
+            for inner in node if isinstance(node, list) else node.values():
+                yield from walk(inner, (*path, "*"))
+        else:
+            assert isinstance(node, dict), f"{field} is no field of a recipe"
+            for name, inner in node.items():
+                yield from walk(inner, (*path, name))
+
+    return set(walk(yaml.safe_load(array.recipe_of(own)), ()))
+
+
+def test_every_field_of_a_recipe_is_in_a_set_or_tested_elsewhere():
+    in_sets = set().union(*(_set_by(own) for own in array.SETS.values()))
+    elsewhere = [
+        field
+        for tests in TESTED_ELSEWHERE.values()
+        for fields in tests.values()
+        for field in fields
+    ]
+    assert len(elsewhere) == len(set(elsewhere))
+    assert FIELDS - in_sets == set(elsewhere)
+
+
+def test_a_field_that_nobody_tests_is_noticed():
+    assert {"objective.gamma", "steering.layers", "domains.*.experts.layers"} <= FIELDS
+    assert "steering.layers" not in _set_by(array.SETS["router"])
+    assert "objective.gamma" in _set_by(array.SETS["router"])
+
+
+@pytest.mark.parametrize("file", TESTED_ELSEWHERE)
+def test_what_is_tested_elsewhere_is(file):
+    for name in TESTED_ELSEWHERE[file]:
+        assert_exists(f"{file}::{name}")
+
+
+def test_a_test_that_is_not_there_is_noticed():
+    for named in ("training/test_nothing.py::test_a", "unit/test_array.py::test_nothing"):
+        with pytest.raises(AssertionError, match=r"no file|no such function"):
+            assert_exists(named)
