@@ -2,7 +2,7 @@
 
 A set of features is one recipe. Every pair of two features stands in some set, every pair of a
 feature and a layout in some row, but those that are refused (``REFUSED``). ``gaps`` finds what is
-missing; ``tests/unit/test_array.py`` asks it, ``tests/training/test_array.py`` runs the rows.
+missing; ``tests/unit/test_array.py`` asks it, ``tests/training/test_array_*.py`` run the rows.
 """
 
 from __future__ import annotations
@@ -159,11 +159,11 @@ _ALWAYS = frozenset(FEATURES) - {
     "window", "imitated states", "imitated experts", "trained router", "trained rows",
     "trained head", "frozen experts in fp8", "expert retention",
 }  # fmt: skip
-_IMITATED = {"imitated states", "imitated experts"}
+IMITATED = {"imitated states", "imitated experts"}
 _FEW = {1: [2], 2: [0, 3], 3: [3]}
 SETS = {
     "router": FeatureSet(
-        _FEW, _ALWAYS | _IMITATED | {"trained router", "trained head", "expert retention"}
+        _FEW, _ALWAYS | IMITATED | {"trained router", "trained head", "expert retention"}
     ),
     # Nothing trains on the last of two stages, no expert on the last of two expert ranks.
     "rows": FeatureSet(
@@ -177,10 +177,10 @@ SETS = {
     ),
     # The other pairs of what excludes each other.
     "router, fp8": FeatureSet(
-        _FEW, _ALWAYS | _IMITATED | {"trained router", "trained head", "frozen experts in fp8"}
+        _FEW, _ALWAYS | IMITATED | {"trained router", "trained head", "frozen experts in fp8"}
     ),
     "rows, imitation": FeatureSet(
-        _FEW, _ALWAYS | _IMITATED | {"trained rows", "trained head", "expert retention"}
+        _FEW, _ALWAYS | IMITATED | {"trained rows", "trained head", "expert retention"}
     ),
     "router, window": FeatureSet(
         _FEW, _ALWAYS | {"window", "trained router", "trained head", "expert retention"}

@@ -137,14 +137,17 @@ def readmes() -> list[Path]:
 
 
 def assert_exists(named: str) -> None:
-    """That a test is there, written as ``training/test_profile.py::test_virtual_stages``.
+    """That a test is there, by its file alone or as ``unit/test_step.py::test_a_step``.
 
     Raises:
         AssertionError: no such file under ``tests/``, or no such function in it.
     """
     file, _, name = named.partition("::")
     path = ROOT / "tests" / file
+    assert path.name.startswith("test_"), f"{named}: names no tests"
     assert path.is_file(), f"{named}: no file {path}"
+    if not name:
+        return
     functions = {
         node.name
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))

@@ -1,7 +1,10 @@
 """Shared material of the injection tests: a blend of two corpora, a student and a teacher."""
 
+import functools
+
 import pytest
 
+from tests.harness.array_runs import run_set
 from tests.harness.material import Material, make_material
 
 
@@ -28,3 +31,26 @@ def llama(tmp_path_factory):
     )
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(str(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def known_run(material, llama, tmp_path_factory):
+    """Each run of the covering array once, with its folder; see ``run_set``."""
+
+    @functools.cache
+    def run(*of, **options):
+        folder = tmp_path_factory.mktemp("set")
+        return run_set(material, llama, folder, *of, **options), folder
+
+    return run
+
+
+@pytest.fixture
+def stopped_run(material, llama, tmp_path):
+    """A run of the covering array that was stopped, and goes on; see ``run_set``."""
+
+    def run(*of, **options):
+        run_set(material, llama, tmp_path, *of, save=True, **options)
+        return run_set(material, llama, tmp_path, *of, load=True, **options), tmp_path
+
+    return run

@@ -1,6 +1,6 @@
 """Injection through the real ``pretrain()``: what trains, from what, and nothing frozen moves.
 
-That the curve is the same at every layout is in ``test_array.py``.
+That the curve is the same at every layout is in ``test_array_*.py``.
 """
 
 import re

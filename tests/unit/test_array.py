@@ -1,5 +1,6 @@
 """The covering array has no gap, and is of the recipe that there is: no field is forgotten."""
 
+import ast
 import dataclasses
 import types
 import typing
@@ -15,7 +16,7 @@ from megatron_moe_inject.recipe.schedule import Schedule
 from megatron_moe_inject.recipe.schema import Recipe
 from megatron_moe_inject.recipe.student import check_recipe
 from tests.harness import array
-from tests.harness.docs import assert_exists
+from tests.harness.docs import ROOT, assert_exists
 from tests.harness.recipes import facts
 
 
@@ -246,3 +247,31 @@ def test_a_test_that_is_not_there_is_noticed():
     for named in ("training/test_nothing.py::test_a", "unit/test_array.py::test_nothing"):
         with pytest.raises(AssertionError, match=r"no file|no such function"):
             assert_exists(named)
+
+
+def test_ranks_that_have_nothing_to_train_are_in_the_table():
+    """The first of two stages and expert ranks in one set, the last in another."""
+    trains_beside = {"trained router", "trained head", "pattern", *array.IMITATED}
+    first, last = array.SETS["nothing first"], array.SETS["rows"]
+    layers, experts = set(first.experts), {e for own in first.experts.values() for e in own}
+    assert min(layers) >= 2
+    assert min(experts) >= 2
+    assert not first.features & (trains_beside | {"trained rows"})
+    assert max(last.experts) <= 1
+    assert max(e for own in last.experts.values() for e in own) <= 1
+    assert not last.features & (trains_beside - {"pattern"})
+    assert array.FEATURES["pattern"].recipe["train.patterns"] == ["*.1.pre_mlp_layernorm.weight"]
+    runs = set(array.ROWS)
+    assert {(layout, "nothing first") for layout in ("ep2", "pp2", "pp2-vpp2")} <= runs
+    assert {(layout, "rows") for layout in array.LAYOUTS} <= runs
+
+
+def test_every_set_runs_in_one_file():
+    files = sorted((ROOT / "tests" / "training").glob("test_array_*.py"))
+    assigned = [
+        ast.literal_eval(node.value)
+        for file in files
+        for node in ast.parse(file.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.Assign) and node.targets[0].id == "SETS"
+    ]
+    assert sorted(name for names in assigned for name in names) == sorted(array.SETS)

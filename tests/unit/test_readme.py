@@ -5,7 +5,8 @@ import re
 
 import pytest
 
-from tests.harness.docs import PACKAGE, ROOMS, ROOT, pages, readmes, rendered
+from tests.harness import array
+from tests.harness.docs import PACKAGE, ROOMS, ROOT, assert_exists, pages, readmes, rendered
 
 
 @pytest.mark.parametrize("path", readmes(), ids=lambda path: str(path.relative_to(ROOT)))
@@ -87,3 +88,37 @@ def test_every_flag_of_the_pages_exists():
     used = set(re.findall(r"--inject-[a-z-]+[a-z]", texts))
     assert used
     assert used <= known, used - known
+
+
+def support_matrix():
+    """Row by row of ``tests/README.md``: its first cell, and what is named in the last."""
+    text = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
+    _, _, text = text.partition("| | supported | tested at | by |\n")
+    rows = [line.strip("| \n").split(" | ") for line in text.split("\n\n")[0].splitlines()[1:]]
+    return {cells[0]: re.findall(r"`([^`]+)`", cells[-1]) for cells in rows}
+
+
+def array_features(named):
+    """Features of the covering array that a row names, as in ``array: gamma, l2``."""
+    if not named.startswith("array: "):
+        return []
+    return named.removeprefix("array: ").split(", ")
+
+
+@pytest.mark.parametrize("row", support_matrix())
+def test_what_is_supported_names_tests_that_there_are(row):
+    assert support_matrix()[row]
+    for named in support_matrix()[row]:
+        features = array_features(named)
+        assert set(features) <= array.FEATURES.keys()
+        if not features:
+            assert_exists(named)
+
+
+def test_every_training_test_and_every_feature_is_in_the_matrix():
+    named = [name for row in support_matrix().values() for name in row]
+    files = {name.partition("::")[0] for name in named}
+    there = {f"training/{path.name}" for path in (ROOT / "tests/training").glob("test_*.py")}
+    assert there <= files
+    assert {f for name in named for f in array_features(name)} == array.FEATURES.keys()
+    assert len(support_matrix()) > 25
