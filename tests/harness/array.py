@@ -24,56 +24,68 @@ class Feature:
     """Something that a recipe or a flag switches on.
 
     Attributes:
+        of: the package's feature (``recipe.features``) that it is of.
         recipe: fields of the recipe by dotted path; ``{llama}`` in a text is a folder.
         flags: of the run; ``{folder}`` is a folder of its own.
         terms: what the log then has, above 0 in the end.
     """
 
+    of: str
     recipe: Mapping[str, Any] = field(default_factory=dict)
     flags: tuple[str, ...] = ()
     terms: tuple[str, ...] = ()
 
 
 FEATURES = {
-    "distillation": Feature({"objective.alpha": 0.7}, terms=("kd loss", "kd loss/code")),
-    "temperature": Feature({"objective.temperature": 2.0}),
-    "divergence": Feature({"objective.divergence": "jsd", "objective.jsd_beta": 0.3}),
+    "distillation": Feature(
+        "objective", {"objective.alpha": 0.7}, terms=("kd loss", "kd loss/code")
+    ),
+    "temperature": Feature("objective", {"objective.temperature": 2.0}),
+    "divergence": Feature("objective", {"objective.divergence": "jsd", "objective.jsd_beta": 0.3}),
     "weighted tokens": Feature(
-        {"objective.confidence": "label", "objective.skip_worse": True}, terms=("kd factor",)
+        "objective",
+        {"objective.confidence": "label", "objective.skip_worse": True},
+        terms=("kd factor",),
     ),
-    "scheduled weight": Feature({"objective.beta": {"points": {0: 0.1, 4: 0.5}}}),
-    "committee": Feature({"domains.0.committee": "label"}),
-    "hugging face teacher": Feature({"teachers.second.source": "hf:{llama}"}),
-    "window": Feature({"teachers.coder.window": 1, "teachers.second.window": 2}),
-    "trained router": Feature({"train.router": True}),
-    "trained rows": Feature({"train.router_rows": True}),
-    "trained head": Feature({"train.output_layer": True, "train.embedding": True}),
-    "pattern": Feature({"train.patterns": ["*.1.pre_mlp_layernorm.weight"]}),
+    "scheduled weight": Feature("objective", {"objective.beta": {"points": {0: 0.1, 4: 0.5}}}),
+    "committee": Feature("teachers", {"domains.0.committee": "label"}),
+    "hugging face teacher": Feature("teachers", {"teachers.second.source": "hf:{llama}"}),
+    "window": Feature("teachers", {"teachers.coder.window": 1, "teachers.second.window": 2}),
+    "trained router": Feature("train", {"train.router": True}),
+    "trained rows": Feature("router_rows", {"train.router_rows": True}),
+    "trained head": Feature("train", {"train.output_layer": True, "train.embedding": True}),
+    "pattern": Feature("train", {"train.patterns": ["*.1.pre_mlp_layernorm.weight"]}),
     "frozen experts in fp8": Feature(
-        {"train.frozen_experts": "fp8"}, flags=("--moe-grouped-gemm",)
+        "train", {"train.frozen_experts": "fp8"}, flags=("--moe-grouped-gemm",)
     ),
-    "gamma": Feature({"objective.gamma": 2.0}, terms=("retention loss",)),
-    "expert retention": Feature({"objective.retention.experts": 2.0}, terms=("expert retention",)),
-    "l2": Feature({"objective.retention.l2": 0.05}, terms=("l2 to start",)),
-    "originals on the host": Feature({"objective.retention.originals": "host"}),
-    "imitated states": Feature({"objective.features.hidden": 0.5}, terms=("feature loss",)),
+    "gamma": Feature("objective", {"objective.gamma": 2.0}, terms=("retention loss",)),
+    "expert retention": Feature(
+        "retention", {"retention.experts": 2.0}, terms=("expert retention",)
+    ),
+    "l2": Feature("retention", {"retention.l2": 0.05}, terms=("l2 to start",)),
+    "originals on the host": Feature("originals", {"retention.originals": "host"}),
+    "imitated states": Feature("imitation", {"imitation.hidden": 0.5}, terms=("feature loss",)),
     "imitated experts": Feature(
-        {"objective.features.experts": 0.25}, terms=("expert feature loss",)
+        "imitation", {"imitation.experts": 0.25}, terms=("expert feature loss",)
     ),
     "steering": Feature(
+        "steering",
         {"steering.coeff": 0.5, "steering.target_mass": 0.8, "steering.balance": 0.1},
         terms=("steering loss", "target balance loss", "target share/code", "target mass/code"),
     ),
-    "steering by confidence": Feature({"steering.confidence": "label"}),
-    "router retention": Feature({"steering.retention": 1.0}, terms=("router retention",)),
+    "steering by confidence": Feature("steering", {"steering.confidence": "label"}),
+    "router retention": Feature(
+        "steering", {"steering.retention": 1.0}, terms=("router retention",)
+    ),
     "scheduled shares": Feature(
-        {"mixing.general": {"points": {0: 0.75, 3: 0.375}}}, terms=("data share/general",)
+        "mixing", {"mixing.general": {"points": {0: 0.75, 3: 0.375}}}, terms=("data share/general",)
     ),
     "evaluation": Feature(
+        "evaluation",
         {"evaluation.gate": False, "evaluation.file": "{folder}/evaluation.jsonl"},
         flags=("--eval-iters", "2", "--eval-interval", "2"),
     ),
-    "profile": Feature(flags=("--inject-profile", "{folder}/profile.json")),
+    "profile": Feature("profile", flags=("--inject-profile", "{folder}/profile.json")),
 }
 
 

@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import types
 import typing
 
 import pytest
@@ -10,14 +9,30 @@ import yaml
 
 from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.recipe.facts import PrecisionFacts
+from megatron_moe_inject.recipe.features import FEATURES, sections
 from megatron_moe_inject.recipe.load import recipe_from_yaml
-from megatron_moe_inject.recipe.refused_options import in_use
 from megatron_moe_inject.recipe.schedule import Schedule
 from megatron_moe_inject.recipe.schema import Recipe
 from megatron_moe_inject.recipe.student import check_recipe
 from tests.harness import array
 from tests.harness.docs import ROOT, assert_exists
 from tests.harness.recipes import facts
+
+TESTED_ALONE = {
+    "report": "training/test_report.py",
+    "progress": "unit/host/test_progress.py",
+    "stages": "training/test_boundary.py",
+}
+"""Features of the package that no recipe asks for, and their tests."""
+
+
+def test_every_feature_of_the_package_is_in_the_array_or_tested_alone():
+    assert not [name for name, feature in array.FEATURES.items() if feature.of not in FEATURES]
+    assert {feature.of for feature in array.FEATURES.values()} == set(
+        FEATURES.names()
+    ) - TESTED_ALONE.keys()
+    for file in TESTED_ALONE.values():
+        assert_exists(file)
 
 
 def test_no_pair_is_missing():
@@ -69,11 +84,11 @@ def test_what_is_excused_is_refused(pair):
 
     def check(features):
         made = recipe_from_yaml(array.recipe_of(array.FeatureSet({2: [3]}, needed | features)))
-        options, precision = types.SimpleNamespace(), PrecisionFacts()
+        options, precision = {}, PrecisionFacts()
         if "frozen experts in fp8" in features:
-            options.fp8 = "e4m3"
+            options["fp8"] = "e4m3"
             precision = PrecisionFacts("e4m3", "blockwise", True, True)
-        check_recipe(made, facts(options=in_use(options), precision=precision))
+        check_recipe(made, facts(options=options, precision=precision))
 
     for feature in pair:
         check({feature})
@@ -97,11 +112,17 @@ def _leaves(kind, path=()):
     """Fields of a recipe by path, with a ``*`` for one of several."""
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
-        inner, several = _section(hints[field.name])
-        if inner is None:
-            yield ".".join((*path, field.name))
-        else:
-            yield from _leaves(inner, (*path, field.name, *(("*",) if several else ())))
+        if field.metadata.get("written", True):
+            yield from _within(hints[field.name], (*path, field.name))
+
+
+def _within(hint, path):
+    """The field itself, or those of the dataclass that its type has inside."""
+    inner, several = _section(hint)
+    if inner is None:
+        yield ".".join(path)
+    else:
+        yield from _leaves(inner, (*path, *(("*",) if several else ())))
 
 
 def _section(hint):
@@ -113,7 +134,9 @@ def _section(hint):
     return inner, typing.get_origin(hint) in (list, dict)
 
 
-FIELDS = frozenset(_leaves(Recipe))
+FIELDS = frozenset(
+    [*_leaves(Recipe), *(f for key, own in sections().items() for f in _within(own.kind, (key,)))]
+)
 TESTED_ELSEWHERE = {
     "gpu/test_training.py": {"test_teachers_in_fp8": ["teachers.*.fp8"]},
     "parallel/test_losses_divergences.py": {"test_value_and_gradient": ["objective.skew"]},
@@ -131,7 +154,7 @@ TESTED_ELSEWHERE = {
     "training/test_imitation.py": {
         "test_a_dense_student_under_plain_tensor_parallelism": ["train.mlp"],
         "test_two_domains_with_teachers_layers_and_experts_of_their_own": [
-            "objective.features.loss",
+            "imitation.loss",
             "teachers.*.layers",
         ],
     },
