@@ -22,6 +22,7 @@ from megatron_moe_inject.losses.rows import (
     RowKernels,
     RowStats,
     distillation_factor,
+    known,
     logit_gradient,
     row_statistics,
 )
@@ -41,13 +42,13 @@ from megatron_moe_inject.losses.target import Dense, Mixed, TeacherLogits
 
 
 def teacher_logits(
-    target: Dense | Mixed | SparseRows | None,
+    target: Dense | Mixed,
     labels: Tensor,
     temperature: float | Tensor,
     shard: VocabShard,
     weighting: TokenWeighting | None = None,
-) -> TeacherLogits | None:
-    """What a target says about every id of a chunk; None where it does not say that.
+) -> TeacherLogits:
+    """What a target with logits of every id says about a chunk.
 
     Args:
         target: of the chunk's t tokens.
@@ -60,9 +61,7 @@ def teacher_logits(
     """
     if isinstance(target, Mixed):
         return mix(target, labels, temperature, shard, weighting)
-    if isinstance(target, Dense):
-        return TeacherLogits(target.logits(shard.columns))
-    return None
+    return TeacherLogits(target.logits(shard.columns))
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,9 @@ class Plan:
     accumulate_main_grad: bool
 
     def teacher(self, chunk: "Inputs") -> TeacherLogits | None:
-        """``teacher_logits`` of a chunk."""
+        """``teacher_logits`` of a chunk; None where its target does not say that."""
+        if chunk.target is None or isinstance(chunk.target, SparseRows):
+            return None
         return teacher_logits(
             chunk.target, chunk.labels, chunk.temperature, self.shard, self.weighting
         )
@@ -105,6 +106,7 @@ class Plan:
     ) -> tuple[RowStats, SparseStats | None]:
         """Their losses."""
         if isinstance(chunk.target, SparseRows):
+            assert self.divergence is not None, "a target has a divergence"
             stats = row_statistics(logits, None, self.shard)
             sparse = sparse_statistics(logits, chunk.target, self.divergence, self.shard)
             return stats._replace(divergence=sparse.divergence), sparse
@@ -132,6 +134,7 @@ class Plan:
         if sparse is None or kd is None:
             logit_gradient(logits, stats, self.divergence, self.shard, kd, ce, out=logits.x)
             return logits.x
+        assert isinstance(chunk.target, SparseRows), "whose statistics these are"
         out = logits.x if ce is None else torch.empty_like(logits.x)
         sparse_gradient(logits, chunk.target, sparse, self.shard, kd, out)
         if ce is not None:
@@ -162,12 +165,12 @@ class Inputs(NamedTuple):
 
     def chunk(self, rows: slice, columns: int) -> "Inputs":
         """Some tokens, and of the student's head the rows of real vocabulary ids."""
-        per_token = isinstance(self.temperature, Tensor)
+        temperature = self.temperature
         return Inputs(
             self.hidden[rows],
             self.head[:columns],
             self.labels[rows],
-            self.temperature[rows] if per_token else self.temperature,
+            temperature[rows] if isinstance(temperature, Tensor) else temperature,
             self.alpha[rows],
             self.beta[rows],
             None if self.upstream_mask is None else self.upstream_mask[rows],
@@ -203,7 +206,7 @@ def forward_chunk(
     if unscaled is not None:
         hidden_gradient(gradient, chunk.head, out=unscaled)
     if head is not None:
-        head.add(gradient, chunk.hidden, chunk.upstream_mask)
+        head.add(gradient, chunk.hidden, known(chunk.upstream_mask))
     return stats, sparse
 
 

@@ -26,6 +26,7 @@ from megatron_moe_inject.losses.rows import (
     LogitRows,
     exchange,
     is_one,
+    known,
     label_logit,
     local_maximum,
     maths_dtype,
@@ -68,7 +69,10 @@ def mix(
     """
     entropy = weighting is not None and weighting.confidence == "entropy"
     at_one = entropy and not is_one(temperature)
-    mixed = unit = total = label = None
+    mixed: Tensor | None = None
+    unit: Tensor | None = None
+    total: Tensor | None = None
+    label: Tensor | None = None
     for member, weight in zip(committee.members, committee.weights, strict=True):
         rows = LogitRows(member.logits(shard.columns), None, labels, temperature)
         stats = _statistics(rows, shard, with_unit=bool(weighting) or committee.by != "fixed")
@@ -80,14 +84,15 @@ def mix(
             rows = replace(rows, temperature=1.0)
             unit = _added(unit, kept, rows, stats.maximum, own - stats.unit_lse)
         own = own + stats.label
-        label = own if before is None else torch.logaddexp(label + kept, own)
+        label = own if label is None or kept is None else torch.logaddexp(label + kept, own)
         del rows
+    mixed = known(mixed)  # a committee has a member
     found = None
     if entropy:
-        found = _entropy(unit if at_one else mixed, shard)
+        found = _entropy(mixed if unit is None else unit, shard)
     if not is_one(temperature):
         mixed.mul_(temperature[:, None] if isinstance(temperature, Tensor) else temperature)
-    return TeacherLogits(mixed, label.neg() if weighting else None, found)
+    return TeacherLogits(mixed, known(label).neg() if weighting else None, found)
 
 
 def _statistics(rows: LogitRows, shard: VocabShard, with_unit: bool) -> _Rows:
@@ -99,7 +104,7 @@ def _statistics(rows: LogitRows, shard: VocabShard, with_unit: bool) -> _Rows:
         if with_unit and not is_one(own.temperature):
             local["unit_sum"] = shifted(own.x, local["maximum"], 1.0).exp_().sum(-1)
         if with_unit:
-            local["label"] = label_logit(own.x, own.labels, shard)
+            local["label"] = label_logit(own.x, known(own.labels), shard)
         parts.append(local)
     ranks = exchange({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, shard)
     maximum = ranks["maximum"].amax(0)
@@ -125,13 +130,12 @@ def _added(
     mixed: Tensor | None, kept: Tensor | None, rows: LogitRows, maximum: Tensor, offset: Tensor
 ) -> Tensor:
     """log(exp(mixed + kept) + exp((z - maximum) / T + offset)), [t, c], in ``mixed`` if given."""
-    first = mixed is None
-    if first:
+    if mixed is None:
         mixed = torch.empty_like(rows.x, dtype=maths_dtype(rows.x.dtype))
     for block in rows.blocks():
         own = rows.rows(block)
         term = shifted(own.x, maximum[block], own.temperature).add_(offset[block, None])
-        if first:
+        if kept is None:
             mixed[block] = term
         else:
             so_far = mixed[block].add_(kept[block, None])

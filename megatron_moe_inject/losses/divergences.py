@@ -10,6 +10,8 @@ freed at once and code that overwrites the student's afterwards (Megatron's voca
 cross-entropy does, in fp32) does no harm.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -18,6 +20,7 @@ from torch.distributed import ProcessGroup
 from megatron_moe_inject.losses.rows import (
     LogitRows,
     RowKernels,
+    known,
     logit_gradient,
     row_statistics,
 )
@@ -84,8 +87,15 @@ def vocab_parallel_divergence(
 class _VocabParallelDivergence(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, student_logits, teacher_logits, divergence, temperature, shard, kernels, with_gradient
-    ):
+        ctx: Any,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        divergence: Divergence,
+        temperature: float,
+        shard: VocabShard,
+        kernels: RowKernels | None,
+        with_gradient: bool,
+    ) -> Tensor:
         tokens, width = student_logits.shape[:-1], student_logits.shape[-1]
         logits = LogitRows(
             student_logits.reshape(-1, width)[:, : shard.columns],
@@ -95,17 +105,19 @@ class _VocabParallelDivergence(torch.autograd.Function):
             kernels=kernels,
         )
         stats = row_statistics(logits, divergence, shard)
+        losses = known(stats.divergence)
         if with_gradient:
             gradient = torch.zeros_like(student_logits, memory_format=torch.contiguous_format)
             out = gradient.view(-1, width)[:, : shard.columns]
-            one = torch.ones_like(stats.divergence)
+            one = torch.ones_like(losses)
             logit_gradient(logits, stats, divergence, shard, one, None, out)
             ctx.save_for_backward(gradient)
-        return (stats.divergence * temperature**2).view(tokens)
+        return (losses * temperature**2).view(tokens)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss):
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_loss,) = grad_outputs
         (gradient,) = ctx.saved_tensors
         out = torch.empty_like(gradient)
         return torch.mul(gradient, grad_loss.unsqueeze(-1), out=out), *[None] * 6

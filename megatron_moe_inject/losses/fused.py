@@ -27,7 +27,7 @@ values run.
 
 import itertools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -50,7 +50,13 @@ from megatron_moe_inject.losses.chunks import (
 )
 from megatron_moe_inject.losses.head_gradient import HeadGradient
 from megatron_moe_inject.losses.products import hidden_gradient
-from megatron_moe_inject.losses.rows import RowKernels, RowStats, distillation_factor, maths_dtype
+from megatron_moe_inject.losses.rows import (
+    RowKernels,
+    RowStats,
+    distillation_factor,
+    known,
+    maths_dtype,
+)
 from megatron_moe_inject.losses.sparse import SparseRows
 from megatron_moe_inject.losses.spec import Divergence, TermWeights
 from megatron_moe_inject.losses.student import Student, Vocabulary
@@ -109,7 +115,7 @@ class FusedOptions:
     accumulate_main_grad: bool = False
     upstream_mask: Tensor | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.chunk_tokens is not None and self.chunk_tokens < 1:
             raise ValueError(f"chunk_tokens={self.chunk_tokens} must be at least 1")
 
@@ -161,16 +167,17 @@ def fused_loss(
     check_distilled(student, target, weights)
     plan = _plan(student, target, weights, options)
     if plan.head_gradient and plan.accumulate_main_grad:
-        HeadGradient.check(student.head)
+        HeadGradient.main_grad_of(student.head)
+    constant: Dense | Mixed | SparseRows | None = None
     if isinstance(target, Sparse):
-        target = SparseRows.of(
+        constant = SparseRows.of(
             target,
             kind=weights.divergence.kind,
             vocab_size=plan.shard.valid,
             dtype=maths_dtype(hidden.dtype),
         )
     elif target is not None:
-        target = target.changed(Tensor.detach)
+        constant = target.changed(Tensor.detach)
     upstream_mask = None
     if plan.head_gradient and options.upstream_mask is not None:
         upstream_mask = _per_token(options.upstream_mask, hidden)
@@ -184,7 +191,7 @@ def fused_loss(
             _per_token(weights.alpha, hidden),
             _per_token(weights.beta, hidden),
             upstream_mask,
-            target,
+            constant,
         )
     )
 
@@ -249,10 +256,13 @@ def fused_linear_distillation(
     """
     if (teacher_hidden is None) != (teacher_weight is None):
         raise ValueError("give teacher_hidden and teacher_weight together, or neither")
+    teacher = None
+    if teacher_hidden is not None and teacher_weight is not None:
+        teacher = Dense(teacher_hidden, teacher_weight)
     vocabulary = Vocabulary(tp_group, valid_vocab_size)
     return fused_loss(
         Student(student_hidden, student_weight, labels, vocabulary),
-        None if teacher_hidden is None else Dense(teacher_hidden, teacher_weight),
+        teacher,
         TermWeights(alpha, beta, Divergence(kind), temperature),
         FusedOptions(chunk_tokens),
     )
@@ -294,8 +304,8 @@ def default_chunk_tokens(
 
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, plan, *inputs):
-        inputs = Inputs(*inputs)
+    def forward(ctx: Any, plan: Plan, *given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        inputs = Inputs(*given)
         hidden, weight, upstream_mask = inputs.hidden, inputs.head, inputs.upstream_mask
         labels, temperature = inputs.labels, inputs.temperature
         unscaled = head = kept = None
@@ -322,36 +332,39 @@ class _FusedLoss(torch.autograd.Function):
             ctx.kept = kept  # no saved tensor, so that the backward pass can free it
             ctx.weight = weight
             ctx.temperature = temperature
-            if not isinstance(temperature, Tensor):
-                inputs = inputs._replace(temperature=None)
-            target_tensors, ctx.target_of = (), None
+            target_tensors: tuple[Tensor, ...] = ()
+            ctx.target_of = None
             if plan.kd_gradient:
+                assert inputs.target is not None, "what is distilled"
                 target_tensors, ctx.target_of = inputs.target.parts()
-            unused = {"divergence": None} if plan.weighting else {"divergence": None, "ce": None}
-            tensors = *inputs[:-1], *stats._replace(**unused), *target_tensors
-            ctx.save_for_backward(*tensors)
+            tensors = [part if isinstance(part, Tensor) else None for part in inputs[:-1]]
+            used = stats._replace(divergence=None)
+            if not plan.weighting:
+                used = used._replace(ce=None)
+            ctx.save_for_backward(*tensors, *used, *target_tensors)
         else:
             ctx.save_for_backward(unscaled, upstream_mask)
         alpha, beta = inputs.alpha, inputs.beta
         kd, factor = torch.zeros_like(alpha), torch.ones_like(alpha)
+        ce = known(stats.ce)
         if plan.divergence is not None:
-            kd = stats.divergence * temperature**2
+            kd = known(stats.divergence) * temperature**2
         if plan.weighting:
             factor = distillation_factor(stats, labels, plan.weighting, plan.shard)
         kd_weight = alpha * factor
         total = torch.where(kd_weight == 0, 0.0, kd_weight * kd) + torch.where(
-            beta == 0, 0.0, beta * stats.ce
+            beta == 0, 0.0, beta * ce
         )
-        ctx.mark_non_differentiable(kd, stats.ce, factor)
-        return total, kd, stats.ce, factor
+        ctx.mark_non_differentiable(kd, ce, factor)
+        return total, kd, ce, factor
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_total, *_detached):
-        plan = ctx.plan
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        plan, grad_total = ctx.plan, grad_outputs[0]  # the others are detached
         gradients = _recomputed_gradients if ctx.twice else _scaled_gradients
         grad_hidden, grad_weight = gradients(ctx, grad_total)
-        if plan.hidden_gradient and plan.reduce_hidden_grad and plan.shard.group is not None:
+        if grad_hidden is not None and plan.reduce_hidden_grad and plan.shard.group is not None:
             dist.all_reduce(grad_hidden, group=plan.shard.group)
         return None, grad_hidden, grad_weight, *[None] * 6
 
@@ -359,7 +372,7 @@ class _FusedLoss(torch.autograd.Function):
 # Both give the gradients by the hidden states (this rank's part) and by the head.
 
 
-def _scaled_gradients(ctx, grad_total: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _scaled_gradients(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Those of the forward pass, multiplied."""
     unscaled, mask = ctx.saved_tensors
     grad_hidden = grad_weight = None
@@ -377,7 +390,7 @@ def _scaled_gradients(ctx, grad_total: Tensor) -> tuple[Tensor | None, Tensor | 
     return grad_hidden, grad_weight
 
 
-def _recomputed_gradients(ctx, grad_total: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _recomputed_gradients(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """From logits made again, but for the last chunk's.
 
     The scale from above, [t], multiplies rows of [t, h] tensors, never of logits.
@@ -385,7 +398,7 @@ def _recomputed_gradients(ctx, grad_total: Tensor) -> tuple[Tensor | None, Tenso
     plan = ctx.plan
     saved, kept, ctx.kept = iter(ctx.saved_tensors), ctx.kept, None
     tensors = itertools.islice(saved, len(Inputs._fields) - 1)
-    inputs = Inputs(*tensors, target=None)
+    inputs = Inputs._make([*tensors, None])
     stats = RowStats(*itertools.islice(saved, len(RowStats._fields)))
     if ctx.target_of is not None:
         inputs = inputs._replace(target=ctx.target_of(*saved))

@@ -29,7 +29,7 @@ class HeadGradient:
 
     def __init__(self, weight: Tensor, accumulate_main_grad: bool, factor_later: bool = False):
         self.weight = weight
-        self.main_grad = weight.main_grad if accumulate_main_grad else None
+        self.main_grad = self.main_grad_of(weight) if accumulate_main_grad else None
         dtype = maths_dtype(weight.dtype)
         if self.main_grad is not None and self.main_grad.dtype == dtype and not factor_later:
             self.sum, self._begun = self.main_grad, True
@@ -38,8 +38,8 @@ class HeadGradient:
             self._begun = False
 
     @staticmethod
-    def check(weight: Tensor) -> None:
-        """Raise ValueError for a weight without the buffer that ``accumulate_main_grad`` needs."""
+    def main_grad_of(weight: Tensor) -> Tensor:
+        """The buffer that ``accumulate_main_grad`` needs; ValueError for a weight without one."""
         main_grad = getattr(weight, "main_grad", None)
         if main_grad is None or main_grad.shape != weight.shape:
             found = "none" if main_grad is None else f"one of shape {tuple(main_grad.shape)}"
@@ -47,6 +47,7 @@ class HeadGradient:
                 f"accumulate_main_grad=True needs student_weight.main_grad {tuple(weight.shape)}, "
                 f"found {found}; Megatron's DDP creates it, pass False elsewhere"
             )
+        return main_grad
 
     def add(self, gradient: Tensor, hidden: Tensor, scale: Tensor) -> None:
         """Add a chunk: ``gradient`` [t, c] by the logits of the first c rows, ``hidden`` [t, h].

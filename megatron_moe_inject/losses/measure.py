@@ -8,6 +8,7 @@ are no gradients, so a chunk costs the two matrix products, one pass over its co
 exchange. All numbers are at temperature 1: what is measured does not depend on how a run distils.
 """
 
+import operator
 from typing import NamedTuple, Self
 
 import torch
@@ -22,6 +23,7 @@ from megatron_moe_inject.losses.rows import (
     RowKernels,
     all_statistics,
     exchange,
+    known,
     label_logit,
     merge,
 )
@@ -58,7 +60,7 @@ class TokenMeasures(NamedTuple):
     def cat(cls, parts: list[Self]) -> Self:
         """The measures of consecutive tokens as one."""
         fields = zip(*parts, strict=True)
-        return cls(*(None if field[0] is None else torch.cat(field) for field in fields))
+        return cls._make(None if field[0] is None else torch.cat(field) for field in fields)
 
 
 @torch.no_grad()
@@ -102,7 +104,7 @@ def measure_tokens(
         if student.transform:
             student.transform.apply_(x)
         if target is not None:
-            part = target.changed(lambda tensor, rows=rows: tensor[rows])
+            part = target.changed(operator.itemgetter(rows))
             y = teacher_logits(part, labels, 1.0, shard).logits
         logits = LogitRows(x, y, labels, 1.0, kernels=kernels_for(kernels, x, y))
         parts.append(_measure_chunk(logits, shard, width))
@@ -145,7 +147,7 @@ def target_confidence(
         first = target.members[0]
         beside = Student(first.hidden, first.head, labels, vocabulary, first.transform)
         measured = measure_tokens(beside, target, kernels=kernels)
-        loss, top = measured.teacher_loss, measured.teacher_confidence
+        loss, top = known(measured.teacher_loss), known(measured.teacher_confidence)
     return top if kind == "top" else loss.neg().exp() * (labels >= 0)
 
 
@@ -188,15 +190,17 @@ def _measure_chunk(logits: LogitRows, shard: VocabShard, width: int) -> TokenMea
     divergence = None if logits.y is None else _FORWARD_KL
     ranks = exchange(_local(logits, divergence, shard), shard)
     stats = merge(ranks, logits, divergence)
-    measures = TokenMeasures(stats.ce, _top(ranks, "x", width), stats.ce_lse.neg().exp())
+    confidence = known(stats.ce_lse).neg().exp()
+    measures = TokenMeasures(known(stats.ce), _top(ranks, "x", width), confidence)
     if divergence is None:
         return measures
-    teacher_loss = stats.y_max - ranks["y_label_logit"].amax(0) + stats.y_lse
+    y_lse = known(stats.y_lse)
+    teacher_loss = known(stats.y_max) - ranks["y_label_logit"].amax(0) + y_lse
     return measures._replace(
-        teacher_loss=torch.where(logits.labels >= 0, teacher_loss, 0.0),
+        teacher_loss=torch.where(known(logits.labels) >= 0, teacher_loss, 0.0),
         teacher_top=_top(ranks, "y", width),
         kl=stats.divergence,
-        teacher_confidence=stats.y_lse.neg().exp(),
+        teacher_confidence=y_lse.neg().exp(),
     )
 
 
@@ -208,8 +212,9 @@ def _local(
     local = all_statistics(logits, divergence, shard, None)
     local["x_top"] = _top_column(logits.x, local["x_max"])
     if divergence is not None:
-        local["y_top"] = _top_column(logits.y, local["y_max"])
-        local["y_label_logit"] = label_logit(logits.y, logits.labels, shard)
+        y = known(logits.y)
+        local["y_top"] = _top_column(y, local["y_max"])
+        local["y_label_logit"] = label_logit(y, known(logits.labels), shard)
     return local
 
 

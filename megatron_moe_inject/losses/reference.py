@@ -10,10 +10,15 @@ by T^2, so that its gradient keeps its size when the temperature changes (Hinton
 which is the same as a logit of -inf on both. A teacher logit may be -inf: 0 log 0 counts as 0.
 """
 
+import functools
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+from megatron_moe_inject.losses.spec import LogitTransform, TokenWeighting
+from megatron_moe_inject.losses.target import Mixed
 
 
 def log_probs(
@@ -25,14 +30,26 @@ def log_probs(
     return torch.log_softmax(logits[..., :valid_vocab_size] / temperature, dim=-1)
 
 
-def forward_kl(student_logits, teacher_logits, *, temperature=1.0, valid_vocab_size=None) -> Tensor:
+def forward_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    valid_vocab_size: int | None = None,
+) -> Tensor:
     """T^2 KL(P || Q)."""
     log_q = log_probs(student_logits, temperature, valid_vocab_size)
     log_p = log_probs(teacher_logits, temperature, valid_vocab_size)
     return temperature**2 * _kl(log_p, log_q)
 
 
-def reverse_kl(student_logits, teacher_logits, *, temperature=1.0, valid_vocab_size=None) -> Tensor:
+def reverse_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    valid_vocab_size: int | None = None,
+) -> Tensor:
     """T^2 KL(Q || P); +inf where the teacher excludes an id (-inf) that the student does not."""
     log_q = log_probs(student_logits, temperature, valid_vocab_size)
     log_p = log_probs(teacher_logits, temperature, valid_vocab_size)
@@ -40,7 +57,12 @@ def reverse_kl(student_logits, teacher_logits, *, temperature=1.0, valid_vocab_s
 
 
 def jsd(
-    student_logits, teacher_logits, *, temperature=1.0, valid_vocab_size=None, beta=0.5
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    valid_vocab_size: int | None = None,
+    beta: float = 0.5,
 ) -> Tensor:
     """T^2 [beta KL(P || M) + (1-beta) KL(Q || M)], M = beta P + (1-beta) Q (GKD, 2306.13649)."""
     log_q = log_probs(student_logits, temperature, valid_vocab_size)
@@ -50,7 +72,12 @@ def jsd(
 
 
 def skew_kl(
-    student_logits, teacher_logits, *, temperature=1.0, valid_vocab_size=None, alpha=0.1
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    valid_vocab_size: int | None = None,
+    alpha: float = 0.1,
 ) -> Tensor:
     """T^2 KL(P || alpha P + (1 - alpha) Q) (DistiLLM, 2402.03898)."""
     log_q = log_probs(student_logits, temperature, valid_vocab_size)
@@ -58,38 +85,42 @@ def skew_kl(
     return temperature**2 * _kl(log_p, _log_mixture(log_p, log_q, alpha))
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, *, valid_vocab_size=None) -> Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor, *, valid_vocab_size: int | None = None) -> Tensor:
     """-log softmax(logits)[label], 0 where the label is negative (ignored)."""
     picked = log_probs(logits, 1.0, valid_vocab_size).gather(-1, labels.clamp(min=0).unsqueeze(-1))
     return torch.where(labels >= 0, -picked.squeeze(-1), 0.0)
 
 
 def linear_distillation(
-    student_hidden,
-    student_weight,
-    teacher_hidden,
-    teacher_weight,
-    labels,
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
+    labels: Tensor,
     *,
-    divergence=forward_kl,
-    temperature=1.0,
-    alpha=1.0,
-    beta=0.0,
-    valid_vocab_size=None,
-    weighting=None,
-    student_transform=None,
-    teacher_transform=None,
-    committee=None,
+    divergence: Callable[..., Tensor] = forward_kl,
+    temperature: float | Tensor = 1.0,
+    alpha: float | Tensor = 1.0,
+    beta: float | Tensor = 0.0,
+    valid_vocab_size: int | None = None,
+    weighting: TokenWeighting | None = None,
+    student_transform: LogitTransform | None = None,
+    teacher_transform: LogitTransform | None = None,
+    committee: Mixed | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(alpha factor kd + beta ce, kd, ce, factor) from hidden states and heads; see ``fused``."""
     x = transformed(student_hidden @ student_weight.t(), student_transform)
     if committee is None:
+        assert teacher_hidden is not None, "a teacher or a committee"
+        assert teacher_weight is not None, "a teacher or a committee"
         y = unit_y = transformed(teacher_hidden @ teacher_weight.t(), teacher_transform)
     else:
         teachers = [transformed(m.hidden @ m.head.t(), m.transform) for m in committee.members]
-        options = {"by": committee.by, "valid_vocab_size": valid_vocab_size}
-        unit_y = mixture(teachers, committee.weights, labels, 1.0, **options)
-        y = mixture(teachers, committee.weights, labels, temperature, **options)
+        mixed = functools.partial(
+            mixture, teachers, committee.weights, labels,
+            by=committee.by, valid_vocab_size=valid_vocab_size,
+        )  # fmt: skip
+        unit_y, y = mixed(temperature=1.0), mixed(temperature=temperature)
         y = y * (temperature[:, None] if isinstance(temperature, Tensor) else temperature)
     kd = divergence(x, y, temperature=temperature, valid_vocab_size=valid_vocab_size)
     ce = cross_entropy(x, labels, valid_vocab_size=valid_vocab_size)
@@ -101,7 +132,15 @@ def linear_distillation(
     return alpha * factor * kd + beta * ce, kd, ce, factor
 
 
-def mixture(teachers, weights, labels, temperature, *, by="fixed", valid_vocab_size=None) -> Tensor:
+def mixture(
+    teachers: Sequence[Tensor],
+    weights: Sequence[float],
+    labels: Tensor,
+    temperature: float | Tensor,
+    *,
+    by: str = "fixed",
+    valid_vocab_size: int | None = None,
+) -> Tensor:
     """log sum_k w_k softmax(z_k / T) of the real ids, the weights by token; see ``committee``."""
     shares = []
     for logits, weight in zip(teachers, weights, strict=True):
@@ -111,12 +150,13 @@ def mixture(teachers, weights, labels, temperature, *, by="fixed", valid_vocab_s
         if by == "top":
             sure = log_probs(logits, 1.0, valid_vocab_size).exp().amax(-1)
         shares.append(weight * sure)
-    total = sum(shares)
+    total = functools.reduce(torch.add, shares)
     probs = (log_probs(logits, temperature, valid_vocab_size).exp() for logits in teachers)
-    return sum((w / total)[..., None] * p for w, p in zip(shares, probs, strict=True)).log()
+    parts = ((w / total)[..., None] * p for w, p in zip(shares, probs, strict=True))
+    return functools.reduce(torch.add, parts).log()
 
 
-def transformed(logits: Tensor, transform) -> Tensor:
+def transformed(logits: Tensor, transform: LogitTransform | None) -> Tensor:
     """softcap tanh(scale logits / softcap), -inf where excluded; see ``spec.LogitTransform``."""
     if transform is None:
         return logits
@@ -130,7 +170,12 @@ def transformed(logits: Tensor, transform) -> Tensor:
 
 @torch.no_grad()
 def distillation_factor(
-    student_logits, teacher_logits, labels, weighting, *, valid_vocab_size=None
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    weighting: TokenWeighting,
+    *,
+    valid_vocab_size: int | None = None,
 ) -> Tensor:
     """How much of its distillation each token keeps, see ``spec.TokenWeighting``."""
     log_p = log_probs(teacher_logits, 1.0, valid_vocab_size)
@@ -159,16 +204,16 @@ def _log_mixture(log_p: Tensor, log_q: Tensor, weight: float) -> Tensor:
 
 
 def sparse_divergence(
-    student_logits,
-    teacher_ids,
-    teacher_log_probs,
+    student_logits: Tensor,
+    teacher_ids: Tensor,
+    teacher_log_probs: Tensor,
     *,
-    kind="forward_kl",
-    tail="renormalize",
-    temperature=1.0,
-    valid_vocab_size=None,
-    beta=0.5,
-    skew=0.1,
+    kind: str = "forward_kl",
+    tail: str = "renormalize",
+    temperature: float | Tensor = 1.0,
+    valid_vocab_size: int | None = None,
+    beta: float = 0.5,
+    skew: float = 0.1,
 ) -> Tensor:
     """T^2 times a divergence from k teacher ids [..., k] and their log-probabilities at T.
 
@@ -206,7 +251,13 @@ def sparse_divergence(
 
 
 @torch.no_grad()
-def measures(student_logits, teacher_logits, labels, *, valid_vocab_size=None) -> dict[str, Tensor]:
+def measures(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor,
+    *,
+    valid_vocab_size: int | None = None,
+) -> dict[str, Tensor]:
     """What ``measure.TokenMeasures`` says of each token, by name; without a teacher only a half."""
     log_q = log_probs(student_logits, 1.0, valid_vocab_size)
     found = {
@@ -226,7 +277,7 @@ def measures(student_logits, teacher_logits, labels, *, valid_vocab_size=None) -
     }
 
 
-def feature_loss(student, teacher, *, kind) -> Tensor:
+def feature_loss(student: Tensor, teacher: Tensor, *, kind: str) -> Tensor:
     """Distance of projected student states from teacher states [..., h_t]; see ``features``."""
     if kind == "cosine":
         return 1 - torch.nn.functional.cosine_similarity(student, teacher, dim=-1)

@@ -107,13 +107,13 @@ class RowStats(NamedTuple):
 
     def rows(self, rows: slice) -> Self:
         """The statistics of some rows."""
-        return type(self)(*(None if stat is None else stat[rows] for stat in self))
+        return type(self)._make(None if stat is None else stat[rows] for stat in self)
 
     @classmethod
     def cat(cls, parts: list[Self]) -> Self:
         """The statistics of consecutive blocks of rows as one."""
         fields = zip(*parts, strict=True)
-        return cls(*(None if field[0] is None else torch.cat(field) for field in fields))
+        return cls._make(None if field[0] is None else torch.cat(field) for field in fields)
 
 
 class RowKernels(Protocol):
@@ -123,12 +123,27 @@ class RowKernels(Protocol):
     stay here, so all ranks that share the vocabulary need the same statistics in the same order.
     """
 
-    def local_statistics(self, logits, divergence, shard, weighting) -> dict[str, Tensor]: ...
+    def local_statistics(
+        self,
+        logits: LogitRows,
+        divergence: Divergence | None,
+        shard: VocabShard,
+        weighting: TokenWeighting | None,
+    ) -> dict[str, Tensor]: ...
 
-    def mixture_terms(self, logits, stats, divergence) -> Tensor: ...
+    def mixture_terms(
+        self, logits: LogitRows, stats: RowStats, divergence: Divergence
+    ) -> Tensor: ...
 
     def logit_gradient(
-        self, logits, stats, divergence, shard, kd_weight, ce_weight, out
+        self,
+        logits: LogitRows,
+        stats: RowStats,
+        divergence: Divergence | None,
+        shard: VocabShard,
+        kd_weight: Tensor | None,
+        ce_weight: Tensor | None,
+        out: Tensor,
     ) -> None: ...
 
 
@@ -148,6 +163,12 @@ class Scratch:
 def maths_dtype(dtype: torch.dtype) -> torch.dtype:
     """What the loss is computed in: float32, or float64 for float64 input."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def known(tensor: Tensor | None) -> Tensor:
+    """A tensor that only some losses have, where one of those asks for it."""
+    assert tensor is not None, "this loss has no such tensor"
+    return tensor
 
 
 def row_statistics(
@@ -211,13 +232,13 @@ def distillation_factor(
 ) -> Tensor:
     """How much of its distillation each token keeps, [t] between 0 and 1; no collective."""
     if weighting.confidence == "label":
-        factor = torch.where(labels >= 0, stats.y_ce.neg().exp(), 0.0)
+        factor = torch.where(labels >= 0, known(stats.y_ce).neg().exp(), 0.0)
     elif weighting.confidence == "entropy":
-        factor = (1 - stats.y_entropy / math.log(max(shard.valid, 2))).clamp(0, 1)
+        factor = (1 - known(stats.y_entropy) / math.log(max(shard.valid, 2))).clamp(0, 1)
     else:
-        factor = torch.ones_like(stats.y_ce)
+        factor = torch.ones_like(known(stats.y_ce))
     if weighting.skip_worse:
-        factor.masked_fill_((labels >= 0) & (stats.y_ce > stats.ce), 0)
+        factor.masked_fill_((labels >= 0) & (known(stats.y_ce) > known(stats.ce)), 0)
     return factor
 
 
@@ -250,9 +271,9 @@ def local_statistics(
     a, b, c = scratch.of(logits)
     local = {"x_max": local_maximum(logits.x)}
     if divergence is not None:
-        local["y_max"] = local_maximum(logits.y)
+        local["y_max"] = local_maximum(known(logits.y))
         x = shifted(logits.x, local["x_max"], logits.temperature, out=a)
-        y = shifted(logits.y, local["y_max"], logits.temperature, out=b)
+        y = shifted(known(logits.y), local["y_max"], logits.temperature, out=b)
         if divergence.kind == "forward_kl":
             local["y_sum"], local["cross"] = _sum_and_cross(y, x, exp_a=c)
             local["x_sum"] = x.exp_().sum(-1)
@@ -268,10 +289,10 @@ def local_statistics(
             local["ce_sum"] = shifted(logits.x, local["x_max"], 1.0, out=a).exp_().sum(-1)
         local["label_logit"] = label_logit(logits.x, logits.labels, shard)
     if weighting:
-        y = shifted(logits.y, local["y_max"], 1.0, out=b)
+        y = shifted(known(logits.y), local["y_max"], 1.0, out=b)
         probs = torch.exp(y, out=c)
         local["y_ce_sum"], local["y_moment"] = probs.sum(-1), _zero_safe_sum(probs, y)
-        local["y_label_logit"] = label_logit(logits.y, logits.labels, shard)
+        local["y_label_logit"] = label_logit(known(logits.y), known(logits.labels), shard)
     return local
 
 
@@ -324,6 +345,7 @@ def merge(ranks: dict[str, Tensor], logits: LogitRows, divergence: Divergence | 
 def mixture_terms(logits: LogitRows, stats: RowStats, divergence: Divergence) -> Tensor:
     """This rank's part of D and of the slope of a mixture kind: [2, t], to be summed."""
     w = divergence.mixture
+    assert w is not None, "a kind with a mixture"
     p, q, log_p_over_m, log_q_over_m = _mixture(logits, stats, w)
     if divergence.kind == "jsd":
         slope = (1 - w) * _zero_safe_sum(q, log_q_over_m)
@@ -343,10 +365,10 @@ def block_gradient(
 ) -> Tensor:
     """``logit_gradient`` of a block of rows, in the scratch."""
     if ce_weight is not None:
-        ce_weight = torch.where(logits.labels >= 0, ce_weight, 0.0)
+        ce_weight = torch.where(known(logits.labels) >= 0, ce_weight, 0.0)
     gradient = _softmax_gradient(logits, stats, divergence, kd_weight, ce_weight, scratch)
     if ce_weight is not None and shard.columns:
-        column, here = shard.locate(logits.labels)
+        column, here = shard.locate(known(logits.labels))
         row = torch.arange(len(column), device=column.device)
         gradient[row, column] -= torch.where(here, ce_weight, 0.0)
     if logits.transform:
@@ -366,22 +388,23 @@ def _softmax_gradient(
     a, b, _ = scratch.of(logits)
     gradient = None
     if kd_weight is not None:
+        assert divergence is not None, "distillation has a divergence"
         scale = kd_weight * logits.temperature
         if divergence.kind == "forward_kl":
             q_scale = scale
             if ce_weight is not None and is_one(logits.temperature):
                 q_scale, ce_weight = scale + ce_weight, None  # one exponential serves both terms
             q = shifted(logits.x, stats.x_max, logits.temperature, out=a).exp_()
-            q.mul_((q_scale * stats.x_lse.neg().exp())[:, None])
-            p = shifted(logits.y, stats.y_max, logits.temperature, out=b).exp_()
-            p.mul_((scale * stats.y_lse.neg().exp())[:, None])
+            q.mul_((q_scale * known(stats.x_lse).neg().exp())[:, None])
+            p = shifted(known(logits.y), known(stats.y_max), logits.temperature, out=b).exp_()
+            p.mul_((scale * known(stats.y_lse).neg().exp())[:, None])
             gradient = q.sub_(p.masked_fill_((kd_weight == 0)[:, None], 0))
         else:
             gradient = _divergence_gradient(logits, stats, divergence).mul_(scale[:, None])
             gradient.masked_fill_((kd_weight == 0)[:, None], 0)
     if ce_weight is not None:
         probs = shifted(logits.x, stats.x_max, 1.0, out=b).exp_()
-        probs.mul_((ce_weight * stats.ce_lse.neg().exp())[:, None])
+        probs.mul_((ce_weight * known(stats.ce_lse).neg().exp())[:, None])
         gradient = probs if gradient is None else gradient.add_(probs)
     return a.zero_() if gradient is None else gradient
 
@@ -394,12 +417,13 @@ def _divergence_gradient(logits: LogitRows, stats: RowStats, divergence: Diverge
         g = log_q.sub_(_log_p(logits, stats))
     else:
         w = divergence.mixture
+        assert w is not None, "a kind with a mixture"
         _, q, log_p_over_m, log_q_over_m = _mixture(logits, stats, w)
         if divergence.kind == "jsd":
             g = log_q_over_m.mul_(1 - w)
         else:
             g = log_p_over_m.expm1_().mul_(w - 1)
-    return g.sub_(stats.slope[:, None]).mul_(q).masked_fill_(q == 0, 0)
+    return g.sub_(known(stats.slope)[:, None]).mul_(q).masked_fill_(q == 0, 0)
 
 
 def is_one(temperature: float | Tensor) -> bool:
@@ -424,11 +448,12 @@ def shifted(
 
 
 def _log_q(logits: LogitRows, stats: RowStats) -> Tensor:
-    return shifted(logits.x, stats.x_max, logits.temperature).sub_(stats.x_lse[:, None])
+    return shifted(logits.x, stats.x_max, logits.temperature).sub_(known(stats.x_lse)[:, None])
 
 
 def _log_p(logits: LogitRows, stats: RowStats) -> Tensor:
-    return shifted(logits.y, stats.y_max, logits.temperature).sub_(stats.y_lse[:, None])
+    y_shifted = shifted(known(logits.y), known(stats.y_max), logits.temperature)
+    return y_shifted.sub_(known(stats.y_lse)[:, None])
 
 
 def _zero_safe_sum(probs: Tensor, log_ratio: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ What stands for the teacher's part of the rest is the ``tail`` treatment:
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -104,12 +104,12 @@ class SparseRows(PerToken):
             log_p = log_p - log_mass[:, None]
         return cls(ids, torch.cat((log_p, log_rest[:, None]), -1), empty, invalid, tail)
 
-    def parts(self) -> tuple[tuple[Tensor, ...], Callable[..., Self]]:
+    def parts(self) -> tuple[tuple[Tensor, ...], Callable[..., "SparseRows"]]:
         """All but the tail; see ``PerToken``."""
         tail = self.tail
         return (
             (self.ids, self.log_p, self.empty, self.invalid),
-            lambda *tensors: SparseRows(*tensors, tail),
+            lambda ids, log_p, empty, invalid: SparseRows(ids, log_p, empty, invalid, tail),
         )
 
     def rows(self, rows: slice) -> Self:
@@ -290,7 +290,15 @@ def sparse_gradient(
 
 class _VocabParallelSparseDivergence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student_logits, target, divergence, temperature, shard, with_gradient):
+    def forward(
+        ctx: Any,
+        student_logits: Tensor,
+        target: SparseRows,
+        divergence: Divergence,
+        temperature: float,
+        shard: VocabShard,
+        with_gradient: bool,
+    ) -> Tensor:
         tokens, width = student_logits.shape[:-1], student_logits.shape[-1]
         rows = student_logits.reshape(-1, width)[:, : shard.columns]
         logits = LogitRows(rows, None, labels=None, temperature=temperature)
@@ -305,7 +313,8 @@ class _VocabParallelSparseDivergence(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss):
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_loss,) = grad_outputs
         (gradient,) = ctx.saved_tensors
         out = torch.empty_like(gradient)
         return torch.mul(gradient, grad_loss.unsqueeze(-1), out=out), *[None] * 5
@@ -360,6 +369,7 @@ def _outcomes(
         loss = slope = _kl(log_q, log_p)
     else:
         w = divergence.mixture
+        assert w is not None, "a kind with a mixture"
         log_m = torch.logaddexp(log_p + math.log(w), log_q + math.log1p(-w))
         loss = _kl(log_p, log_m)
         if divergence.kind == "jsd":

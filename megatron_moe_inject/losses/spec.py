@@ -18,7 +18,7 @@ class Divergence:
     beta: float = 0.5
     skew: float = 0.1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"kind={self.kind!r} is no divergence; use one of {', '.join(KINDS)}")
         if self.mixture is not None and not 0 < self.mixture < 1:
@@ -53,7 +53,7 @@ class LogitTransform:
     softcap: float | None = None
     excluded: Tensor | None = field(default=None, compare=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 < self.scale < float("inf"):
             raise ValueError(f"scale={self.scale} of the logits must be positive and finite")
         if self.softcap is not None and not 0 < self.softcap < float("inf"):
@@ -98,7 +98,7 @@ class TokenWeighting:
     confidence: str = "none"
     skip_worse: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.confidence not in CONFIDENCES:
             raise ValueError(
                 f"confidence={self.confidence!r} is not known; use one of {', '.join(CONFIDENCES)}"
@@ -169,7 +169,7 @@ class TermWeights:
     temperature: float | Tensor = 1.0
     weighting: TokenWeighting | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_temperature(self.temperature)
 
 

@@ -59,7 +59,7 @@ class Student:
     vocabulary: Vocabulary = WHOLE
     transform: LogitTransform | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         hidden, head, labels = self.hidden, self.head, self.labels
         if hidden.dim() < 2 or head.dim() != 2 or hidden.shape[-1] != head.shape[1]:
             raise ValueError(

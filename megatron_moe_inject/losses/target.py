@@ -15,7 +15,7 @@ take them flat.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, overload
 
 import torch
 from torch import Tensor
@@ -82,7 +82,7 @@ class Dense(PerToken):
     head: Tensor
     transform: LogitTransform | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         hidden, head = self.hidden, self.head
         if hidden.dim() < 2 or head.dim() != 2 or hidden.shape[-1] != head.shape[1]:
             raise ValueError(
@@ -94,7 +94,7 @@ class Dense(PerToken):
                 f"teacher's hidden is {hidden.dtype} and its head {head.dtype}; use one dtype"
             )
 
-    def parts(self) -> tuple[tuple[Tensor, ...], Callable[..., Self]]:
+    def parts(self) -> tuple[tuple[Tensor, ...], Callable[..., "Dense"]]:
         """``hidden``; see ``PerToken``."""
         head, transform = self.head, self.transform
         return (self.hidden,), lambda hidden: Dense(hidden, head, transform)
@@ -125,7 +125,7 @@ class Mixed(PerToken):
     weights: tuple[float, ...]
     by: str = "fixed"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.members or len(self.members) != len(self.weights):
             raise ValueError(
                 f"a committee of {len(self.members)} teachers with {len(self.weights)} weights; "
@@ -147,7 +147,7 @@ class Mixed(PerToken):
                 f"tokens and rows of the heads of a committee's teachers differ: {sizes}"
             )
 
-    def parts(self) -> tuple[tuple[Tensor, ...], Callable[..., Self]]:
+    def parts(self) -> tuple[tuple[Tensor, ...], Callable[..., "Mixed"]]:
         """The members' hidden states; see ``PerToken``."""
         heads = [(member.head, member.transform) for member in self.members]
         weights, by = self.weights, self.by
@@ -188,7 +188,7 @@ class Sparse(PerToken):
     tail: str = "renormalize"
     temperature: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         ids, log_probs = self.ids, self.log_probs
         if ids.shape != log_probs.shape or ids.dim() == 0 or ids.shape[-1] == 0:
             raise ValueError(
@@ -206,7 +206,7 @@ class Sparse(PerToken):
                 f"temperature={self.temperature} of stored log_probs must be positive and finite"
             )
 
-    def parts(self) -> tuple[tuple[Tensor, ...], Callable[..., Self]]:
+    def parts(self) -> tuple[tuple[Tensor, ...], Callable[..., "Sparse"]]:
         """``ids`` and ``log_probs``; see ``PerToken``."""
         tail, temperature = self.tail, self.temperature
         return (
@@ -218,6 +218,10 @@ class Sparse(PerToken):
 Target = Dense | Mixed | Sparse
 
 
+@overload
+def single(target: None) -> None: ...
+@overload
+def single(target: Target) -> Target: ...
 def single(target: Target | None) -> Target | None:
     """A committee of one as that teacher; any other target as it is."""
     if isinstance(target, Mixed) and len(target.members) == 1:

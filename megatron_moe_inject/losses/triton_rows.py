@@ -31,7 +31,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from megatron_moe_inject.losses.rows import LogitRows, RowKernels, RowStats, is_one
+from megatron_moe_inject.losses.rows import LogitRows, RowKernels, RowStats, is_one, known
 from megatron_moe_inject.losses.spec import (
     Divergence,
     LogitTransform,
@@ -59,7 +59,7 @@ class TritonRows:
     warps: int = 4
     width: int = 8
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         try:
             _kernels()
         except ImportError as error:
@@ -78,18 +78,20 @@ class TritonRows:
         """See ``RowKernels``."""
         kind, labels = "" if divergence is None else divergence.kind, logits.labels
         unit = _unit_temperature(logits, kind)
-        names = _kernels().STATISTICS
+        names: tuple[str, ...] = _kernels().STATISTICS
         out = torch.empty(len(names), len(logits.x), dtype=torch.float32, device=logits.x.device)
-        constants = dict(KIND=kind, CE=labels is not None, WEIGHTING=bool(weighting), UNIT=unit)
+        constants: dict[str, str | bool | int] = dict(
+            KIND=kind, CE=labels is not None, WEIGHTING=bool(weighting), UNIT=unit, **self._lanes
+        )
         self._launch(
             "statistics", logits, kind, out, dict(labels=labels), dict(first_id=shard.start),
-            constants | self._lanes,
+            constants,
         )  # fmt: skip
         written = dict(zip(names, out.unbind(), strict=True))
         if unit:  # sums at the temperature are sums at temperature 1
             written |= dict(ce_sum=written["x_sum"], y_ce_sum=written["y_sum"])
         needed = ["x_max"]
-        if kind:
+        if divergence is not None:
             needed += ["y_max", "x_sum", "y_sum"]
             needed += ["cross"] if divergence.mixture is None else []
         if labels is not None:
@@ -102,8 +104,10 @@ class TritonRows:
         """See ``RowKernels``."""
         out = torch.empty(2, len(logits.x), dtype=torch.float32, device=logits.x.device)
         per_row = {name: getattr(stats, name) for name in ("x_max", "x_lse", "y_max", "y_lse")}
+        w = divergence.mixture
+        assert w is not None, "a kind with a mixture"
         self._launch(
-            "mixture", logits, divergence.kind, out, per_row, dict(w=divergence.mixture),
+            "mixture", logits, divergence.kind, out, per_row, dict(w=w),
             dict(KIND=divergence.kind, **self._lanes),
         )  # fmt: skip
         return out
@@ -123,7 +127,10 @@ class TritonRows:
             out.zero_()
             return
         assert out.stride(1) == 1 or out.shape[1] <= 1, "columns must be neighbours in memory"
-        kind = "" if kd_weight is None else divergence.kind
+        kind, w = "", 0.0
+        if kd_weight is not None:
+            assert divergence is not None, "distillation has a divergence"
+            kind, w = divergence.kind, divergence.mixture or 0.0
         with_ce, transform = ce_weight is not None, logits.transform or LogitTransform()
         per_row = dict(
             labels=logits.labels if with_ce else None,
@@ -138,11 +145,11 @@ class TritonRows:
         )
         numbers = dict(
             first_id=shard.start,
-            w=(kind and divergence.mixture) or 0.0,
+            w=w,
             softcap=float(transform.softcap or 1.0),
             scale=float(transform.scale),
         )
-        constants = dict(
+        constants: dict[str, str | bool | int] = dict(
             KIND=kind,
             CE=with_ce,
             UNIT=_unit_temperature(logits, kind),
@@ -166,9 +173,15 @@ class TritonRows:
         constants: dict[str, str | bool | int],
     ) -> None:
         """Run a kernel into ``out``, a program per row of ``logits``; no teacher for kind ""."""
-        x, y = _neighbours(logits.x), _neighbours(logits.y) if kind else None
-        per_token = bool(kind) and isinstance(logits.temperature, Tensor)
-        per_row = per_row | dict(temperatures=logits.temperature if per_token else None)
+        x, y = _neighbours(logits.x), None
+        temperature, temperatures = 1.0, None
+        if kind:
+            y = _neighbours(known(logits.y))
+            if isinstance(logits.temperature, Tensor):
+                temperatures = logits.temperature
+            else:
+                temperature = float(logits.temperature)
+        per_row = per_row | dict(temperatures=temperatures)
         per_row = {key: None if v is None else v.contiguous() for key, v in per_row.items()}
         if out.numel() == 0:
             return
@@ -176,8 +189,8 @@ class TritonRows:
             getattr(_kernels(), name)[(len(x),)](
                 x=x, x_stride=x.stride(0), y=y, y_stride=0 if y is None else y.stride(0),
                 out=out, out_stride=out.stride(0), columns=x.shape[1],
-                temperature=1.0 if not kind or per_token else float(logits.temperature),
-                **per_row, **numbers, PER_TOKEN=per_token, **constants,
+                temperature=temperature, **per_row, **numbers,
+                PER_TOKEN=temperatures is not None, **constants,
                 num_warps=self.warps, enable_fp_fusion=False,
             )  # fmt: skip
 
