@@ -32,7 +32,7 @@ def to_units(shares: np.ndarray) -> np.ndarray:
     return np.diff(ends, axis=1, prepend=0)
 
 
-def diffuse(sizes: Sequence[int], units: np.ndarray) -> np.ndarray:
+def diffuse(sizes: Sequence[int] | np.ndarray, units: np.ndarray) -> np.ndarray:
     """How many samples of each part every batch gets, ``[I, C]`` int64.
 
     Args:
@@ -65,18 +65,18 @@ def diffuse(sizes: Sequence[int], units: np.ndarray) -> np.ndarray:
     return given
 
 
-def spread(counts: Sequence[int]) -> np.ndarray:
+def spread(counts: Sequence[int] | np.ndarray) -> np.ndarray:
     """An order of a batch in which each part is spread evenly: the part of each place, ``[B]``.
 
     The k-th of n samples stands at (k + phase) / n of the way, with a phase of each part's own, so
     that rare parts do not meet at one place. So any stretch of the batch has close to the batch's
     own shares.
     """
-    counts = np.asarray(counts)
-    parts = np.repeat(np.arange(len(counts)), counts)
-    ordinals = np.arange(len(parts)) - np.repeat(np.cumsum(counts) - counts, counts)
-    phases = (np.arange(len(counts)) + 0.5) / len(counts)
-    way = (ordinals + phases[parts]) / counts[parts]
+    sizes = np.asarray(counts)
+    parts = np.repeat(np.arange(len(sizes)), sizes)
+    ordinals = np.arange(len(parts)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    phases = (np.arange(len(sizes)) + 0.5) / len(sizes)
+    way = (ordinals + phases[parts]) / sizes[parts]
     return parts[np.argsort(way, kind="stable")]
 
 

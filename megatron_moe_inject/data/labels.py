@@ -111,12 +111,13 @@ class HostGroup:
         dist.all_gather_object(gathered, ranks)
         if all(len(other) == 1 for other in gathered):
             return cls(None, ranks[0])
-        own = None
+        twin: dist.ProcessGroup | None = None
         for members in sorted(set(gathered)):
             group = dist.new_group(list(members), backend="gloo")
             if members == ranks:
-                own = group
-        return cls(own if len(ranks) > 1 else None, min(ranks))
+                assert isinstance(group, dist.ProcessGroup), "this rank is one of the members"
+                twin = group
+        return cls(twin if len(ranks) > 1 else None, min(ranks))
 
     def broadcast_labels(
         self, labels: torch.Tensor | None, num_microbatches: int, micro_batch_size: int
@@ -133,5 +134,6 @@ class HostGroup:
             return labels
         if dist.get_rank() != self.source:
             labels = torch.empty(num_microbatches, micro_batch_size, dtype=torch.int64)
+        assert labels is not None, "the source rank has read the step's labels"
         dist.broadcast(labels, src=self.source, group=self.group)
         return labels

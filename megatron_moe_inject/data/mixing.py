@@ -98,7 +98,8 @@ def mix(recipe: Recipe, args: Namespace, facts: StudentFacts) -> SampleOrder | N
         label: np.array([value_at(share, i) for i in range(len(sizes))])
         for label, share in shares.items()
     }
-    _check_sums(recipe, sum(asked.values()), whole=set(labels) == set(shares))
+    sums = sum(asked.values(), np.zeros(len(sizes)))
+    _check_sums(recipe, sums, whole=set(labels) == set(shares))
     means = {label: float(values @ sizes / sizes.sum()) for label, values in asked.items()}
     for label in dict.fromkeys(labels):
         if means.get(label, 1 - sum(means.values())) < 1e-12:

@@ -48,7 +48,7 @@ class SampleOrder:
 
     def __init__(
         self,
-        sizes: Sequence[int],
+        sizes: Sequence[int] | np.ndarray,
         labels: Sequence[int],
         shares: dict[int, np.ndarray],
         weights: Sequence[float],
@@ -110,7 +110,7 @@ class ScheduledBlend(torch.utils.data.Dataset):
         if not 0 <= position < len(self):
             raise IndexError(f"{position} is not one of {len(self)} training samples")
         iteration = self._order.iteration(position)
-        if iteration != self._iteration:
+        if self._batch is None or iteration != self._iteration:
             self._batch, self._iteration = self._order.batch(iteration), iteration
         entries, samples = self._batch
         begin = int(self._order.starts[iteration])
