@@ -91,9 +91,11 @@ def describe_choice(choice: ExpertChoice, domain: str, checksum: str | None) -> 
     """How experts were chosen, on one line; without a checksum, how they will be."""
     method = choice.method
     score = _SCORE_NAMES[method if method in _SCORE_NAMES else choice.score or "token"]
-    rule = {"top_n": f"{choice.n} per layer", "budget": f"{choice.budget} of"}.get(
-        method, f"until {choice.threshold}"
-    )
+    rules: dict[str | None, str] = {
+        "top_n": f"{choice.n} per layer",
+        "budget": f"{choice.budget} of",
+    }
+    rule = rules.get(method, f"until {choice.threshold}")
     joint = " " if method in _SCORE_NAMES else ", "
     if method == "budget":
         rule += " all parameters" if choice.budget_of == "all" else " the routed parameters"

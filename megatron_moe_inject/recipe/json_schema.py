@@ -111,7 +111,7 @@ def _type(hint: Any, sections: dict[str, Any]) -> dict[str, Any]:
         if arguments[0] is int:
             found["propertyNames"] = {"pattern": "^[0-9]+$"}
         return found
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if hint.__name__ not in sections:
             sections[hint.__name__] = {}  # a section may hold itself
             sections[hint.__name__] = _section(hint, sections)

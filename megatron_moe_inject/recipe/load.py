@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from omegaconf import OmegaConf
 
@@ -125,7 +125,9 @@ def _expand_experts(plain: dict, later_wins: bool = False) -> dict:
         path = f"domains[{i}].experts"
         if _is_compact(experts, path):
             domain["experts"] = {"layers": parse_experts(experts, path)}
-        layers = experts.get("layers") if isinstance(experts, dict) else None
+        if not isinstance(experts, dict):
+            continue
+        layers = experts.get("layers")
         if _is_compact(layers, f"{path}.layers"):
             experts["layers"] = parse_experts(layers, f"{path}.layers")
         elif isinstance(layers, dict) and later_wins:
@@ -136,7 +138,7 @@ def _expand_experts(plain: dict, later_wins: bool = False) -> dict:
     return plain
 
 
-def _is_compact(value: Any, key: str) -> bool:
+def _is_compact(value: Any, key: str) -> TypeGuard[str]:
     """Whether a value is experts in compact form, whatever is wrong in it."""
     if type(value) is int:  # YAML 1.1 reads 12:3 as 12 * 60 + 3
         raise fail(key, value, "is not a mapping", 'quote the compact form, as in "12:3"')

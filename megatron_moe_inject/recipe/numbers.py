@@ -47,8 +47,10 @@ def check_weight_bounds(path: str, weight: Weight | None) -> None:
     Raises:
         RecipeError: naming the number's own key.
     """
-    points = {path: weight} if weight is not None else {}
+    points: dict[str, float] = {}
     if isinstance(weight, Schedule):
         points = {f"{path}.points.{at}": value for at, value in weight.points.items()}
+    elif weight is not None:
+        points = {path: weight}
     for key, value in points.items():
         check_bounds(key, value, WEIGHTS, besides=(0,))

@@ -48,7 +48,7 @@ def _check_objective(recipe: Recipe) -> None:
             raise fail(f"objective.{name}", share, "is not between 0 and 1", remedy)
         check_bounds(f"objective.{name}", share, MIXTURES)
     if objective.ce_share is not None:
-        _check_ce_share(objective)
+        _check_ce_share(objective, objective.ce_share)
     taught = [domain for domain in recipe.domains if domain.teacher is not None]
     if ever_positive(objective.weights()[0]) and not taught:
         name = "alpha" if objective.ce_share is None else "ce_share"
@@ -143,6 +143,7 @@ def check_profile_choice(path: str, choice: ExpertChoice) -> None:
     def key(name: str) -> str:
         return child(path, name)
 
+    assert choice.profile is not None, "a choice from a profile names it"
     if not is_file_path(choice.profile):
         raise fail(key("profile"), choice.profile, "is no file", "name a routing profile")
     method = choice.method
@@ -183,8 +184,7 @@ def check_profile_choice(path: str, choice: ExpertChoice) -> None:
             raise fail(f"{key('only_layers')}[{j}]", layer, problem, "decoder layers count from 0")
 
 
-def _check_ce_share(objective: Objective) -> None:
-    share = objective.ce_share
+def _check_ce_share(objective: Objective, share: float) -> None:
     if not 0 <= share <= 1:
         raise fail("objective.ce_share", share, "is not between 0 and 1", "write 0.3 for 30 % CE")
     check_bounds("objective.ce_share", share, MIXTURES, besides=(0, 1))

@@ -87,10 +87,11 @@ def begin_alike[Made](
         RecipeError: on every rank the same: the first failing rank's mistake, or the first key in
             which ranks differ, with both values and the ranks.
     """
-    made, own = None, {}
+    made: tuple[Recipe, Made] | None = None
+    own: dict[str, Any] = {}
     try:
-        recipe, made = make()
-        own["does"] = description(recipe, args, made)
+        made = make()
+        own["does"] = description(made[0], args, made[1])
     except RecipeError as error:
         named = name_error(error, args)
         own |= {"error": str(named), "key": named.key}
@@ -102,7 +103,8 @@ def begin_alike[Made](
         wrong = own
     if wrong is not None:
         raise RecipeError(wrong["error"], wrong["key"])
-    return made
+    assert made is not None, "a rank that could not make its run has an error"
+    return made[1]
 
 
 def judge(said: Mapping[int, Mapping[str, Any]], size: int) -> dict[str, Any] | None:

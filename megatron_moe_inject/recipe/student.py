@@ -30,6 +30,7 @@ def student_facts_from_args(args: Namespace) -> StudentFacts:
         raise RecipeError("--num-layers: missing; name it on the command line")
     experts = getattr(args, "num_experts", None) or None
     mock = bool(getattr(args, "mock_data", False))
+    tp = getattr(args, "tensor_model_parallel_size", 1)
     return StudentFacts(
         num_layers=args.num_layers or 0,
         num_moe_experts=experts,
@@ -41,13 +42,12 @@ def student_facts_from_args(args: Namespace) -> StudentFacts:
         mock_data=mock,
         hidden_size=getattr(args, "hidden_size", None),
         parallel=ParallelFacts(
-            tp=getattr(args, "tensor_model_parallel_size", 1),
+            tp=tp,
             pp=getattr(args, "pipeline_model_parallel_size", 1),
             vpp=getattr(args, "virtual_pipeline_model_parallel_size", None),
             cp=getattr(args, "context_parallel_size", 1),
             ep=getattr(args, "expert_model_parallel_size", 1),
-            etp=getattr(args, "expert_tensor_parallel_size", None)
-            or getattr(args, "tensor_model_parallel_size", 1),
+            etp=getattr(args, "expert_tensor_parallel_size", None) or tp,
         ),
         precision=PrecisionFacts(
             fp8=getattr(args, "fp8", None) or None,
