@@ -150,6 +150,7 @@ def packed_seq_params(batch: Batch, tokens_per_sample: int) -> PackedSeqParams |
     update_seqlen_stats_from_cu_seqlens(real)
     padded = None if batch.cu_seqlens_padded is None else batch.cu_seqlens_padded.squeeze(0)
     boundaries = real if padded is None else padded
+    assert batch.max_seqlen is not None, "packed documents come with the longest length"
     longest = int(batch.max_seqlen.item())
     fields = {
         "qkv_format": "thd",
@@ -220,4 +221,4 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
     return BlendedMegatronDatasetBuilder(kind, num_samples, reads, dataset_config(args)).build()
 
 
-datasets_provider.is_distributed = True
+datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron's mark

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from megatron_moe_inject.host.megatron_types import Chunk
+
 
 class ChunkClock:
     """Counts the forward passes of one bare model chunk.
@@ -22,7 +24,7 @@ class ChunkClock:
         inside: whether the chunk's forward pass is under way.
     """
 
-    def __init__(self, chunk: torch.nn.Module) -> None:
+    def __init__(self, chunk: Chunk) -> None:
         self.micro_batch = -1
         self.inside = False
         chunk.register_forward_pre_hook(self._enter)

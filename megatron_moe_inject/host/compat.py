@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_moe_inject.host.megatron_types import Chunk, Groups, Optimizer
 from megatron_moe_inject.host.uses import HELPERS
 from megatron_moe_inject.host.wrap import Call, wrap_function, wrap_of
 
@@ -39,7 +40,7 @@ def call_with_pre_wrap_hook(
     setup_model_and_optimizer: Callable,
     args: Sequence[Any],
     kwargs: dict[str, Any],
-    hook: Callable[[list[torch.nn.Module]], list[torch.nn.Module]],
+    hook: Callable[[list[Chunk]], list[Chunk]],
 ) -> Any:
     """Call ``setup_model_and_optimizer`` so that ``hook`` sees the bare chunks before DDP does.
 
@@ -58,14 +59,14 @@ def call_with_pre_wrap_hook(
             model_config.pre_wrap_hooks.remove(hook)
     provider = bound.arguments["model_provider_func"]
 
-    def hooked_provider(*provider_args, **provider_kwargs):
+    def hooked_provider(*provider_args: Any, **provider_kwargs: Any) -> Chunk:
         return hook([provider(*provider_args, **provider_kwargs)])[0]
 
     bound.arguments["model_provider_func"] = hooked_provider
     return setup_model_and_optimizer(*bound.args, **bound.kwargs)
 
 
-def bare_chunks(model: Sequence[torch.nn.Module]) -> list[torch.nn.Module]:
+def bare_chunks(model: Sequence[torch.nn.Module]) -> list[Chunk]:
     """Model chunks without DDP and Float16 wrappers."""
     from megatron.core.utils import unwrap_model
 
@@ -153,7 +154,7 @@ def run_forward_pre_hooks(module: torch.nn.Module, *inputs: Any) -> None:
         hook(module, inputs, {}) if key in takes_kwargs else hook(module, inputs)
 
 
-def process_groups(chunk: torch.nn.Module) -> Any:
+def process_groups(chunk: Chunk) -> Groups:
     """The ``ProcessGroupCollection`` that a bare model chunk was built with."""
     groups = getattr(chunk, "pg_collection", None)
     if groups is not None and all(hasattr(groups, g) for g in ("tp", "pp", "cp", "mp", "tp_cp")):
@@ -163,7 +164,7 @@ def process_groups(chunk: torch.nn.Module) -> Any:
     return ProcessGroupCollection.use_mpu_process_groups()
 
 
-def schedule_groups() -> Any:
+def schedule_groups() -> Groups:
     """The ``ProcessGroupCollection`` that a pipeline schedule makes when it is given none.
 
     It must be given one along with a communicator. 0.18 makes it inside its schedules.
@@ -199,9 +200,10 @@ def use_prebuilt_dataset_helpers() -> None:
         folder = os.path.dirname(utils.__file__)
         helper = importlib.util.find_spec("megatron.core.datasets.helpers_cpp")
         source = os.path.join(folder, "helpers.cpp")
-        if helper is None or (
+        built = None if helper is None else helper.origin
+        if built is None or (
             os.path.exists(os.path.join(folder, "Makefile"))
-            and os.path.getmtime(helper.origin) < os.path.getmtime(source)
+            and os.path.getmtime(built) < os.path.getmtime(source)
         ):
             call()
 
@@ -243,7 +245,7 @@ def say_which_megatron() -> None:
         )
 
 
-def batch_on_this_tp_rank(batch: dict, *, packed: bool, **arguments) -> dict:
+def batch_on_this_tp_rank(batch: dict, *, packed: bool, **arguments: Any) -> dict:
     """Stock ``get_batch_on_this_tp_rank``; 0.18 calls the packed flag ``is_sft``."""
     from megatron.core.utils import get_batch_on_this_tp_rank as stock
 
@@ -259,7 +261,7 @@ def flatten_packed_batch(batch: dict) -> dict:
     return batch if flatten is None else flatten(batch)
 
 
-def batch_on_this_cp_rank(batch: dict, *, per_sequence: bool, **arguments) -> dict:
+def batch_on_this_cp_rank(batch: dict, *, per_sequence: bool, **arguments: Any) -> dict:
     """Stock ``get_batch_on_this_cp_rank``; 0.18 cannot balance packs per sequence."""
     from megatron.core.utils import get_batch_on_this_cp_rank as stock
 
@@ -324,7 +326,8 @@ def batch_sizes(args: Any) -> list[int]:
     iterations, samples = args.train_iters, args.train_samples or 0
     if not iterations and not getattr(args, "step_batch_size_schedule", None):
         iterations = samples // args.global_batch_size  # a batch that is not full is not trained on
-    sizes, consumed = [], 0
+    sizes: list[int] = []
+    consumed = 0
     while len(sizes) < iterations if iterations else consumed < samples:
         calculator.update_num_microbatches(consumed, consistency_check=False)
         sizes.append(calculator.get_current_running_global_batch_size())
@@ -333,7 +336,7 @@ def batch_sizes(args: Any) -> list[int]:
     return sizes
 
 
-def optimized_part(optimizer: Any, parameter: torch.nn.Parameter) -> tuple[slice, int | None]:
+def optimized_part(optimizer: Optimizer, parameter: torch.nn.Parameter) -> tuple[slice, int | None]:
     """Which part of a flat parameter this rank's optimizer updates, and how many ranks do.
 
     Returns:

@@ -26,7 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from megatron_moe_inject.host.errors import (
     RecipeError,
@@ -38,7 +38,7 @@ _ABANDONED_SECONDS = 24 * 3600
 """A part that nobody has touched for so long is nobody's, whoever began it."""
 
 
-def is_plain_name(name: object) -> bool:
+def is_plain_name(name: object) -> TypeGuard[str]:
     """Whether a name found in a file means a file in the same folder, and nothing else."""
     return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
 
@@ -92,8 +92,8 @@ def try_file(path: Path, origin: str) -> None:
         if target.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         target.parent.mkdir(parents=True, exist_ok=True)
-        named = {"prefix": f".{target.name[:80]}.", "suffix": ".part"}
-        with tempfile.NamedTemporaryFile(dir=target.parent, **named) as file:
+        prefix = f".{target.name[:80]}."
+        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=prefix, suffix=".part") as file:
             file.write(b"tried")
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
         reason = getattr(error, "strerror", None) or type(error).__name__

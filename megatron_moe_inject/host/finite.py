@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from megatron_moe_inject.host import compat
+from megatron_moe_inject.host.megatron_types import Chunk, MegatronModule
 from megatron_moe_inject.host.model_parts import (
     decoder_layers,
 )
@@ -63,14 +64,14 @@ class FiniteWatch(StepPart):
         if tensor.requires_grad:
             tensor.register_hook(functools.partial(self.see, name))
 
-    def see_layers(self, chunks: Iterable[torch.nn.Module]) -> None:
+    def see_layers(self, chunks: Iterable[Chunk]) -> None:
         """From now on, what every decoder layer of the chunks puts out."""
         for chunk in chunks:
             for layer in decoder_layers(chunk):
                 name = f"output of decoder layer {layer.layer_number - 1}"
                 layer.register_forward_hook(functools.partial(self._layer_done, name))
 
-    def _layer_done(self, name: str, module: torch.nn.Module, inputs: Any, output: Any) -> None:
+    def _layer_done(self, name: str, module: MegatronModule, inputs: Any, output: Any) -> None:
         self.see(name, output[0] if isinstance(output, tuple) else output)
 
     def say(self) -> None:

@@ -37,7 +37,7 @@ _REFUSED = {
 }
 
 
-def loss_func(loss_mask: torch.Tensor, output: torch.Tensor) -> tuple:
+def loss_func(loss_mask: torch.Tensor | None, output: torch.Tensor) -> tuple:
     """Sum of the masked token losses, number of tokens, and both for the log.
 
     ``output`` and ``loss_mask`` are ``[b, s]`` (``[b, s/c]`` under context parallelism). A NaN,
@@ -45,6 +45,7 @@ def loss_func(loss_mask: torch.Tensor, output: torch.Tensor) -> tuple:
     from a faulty run. No collective.
     """
     args = get_args()
+    assert loss_mask is not None, "only stages without the output layer have no loss mask"
     mask = loss_mask.view(-1).float()
     loss = torch.sum(output.view(-1).float() * mask)
     num_tokens = mask.sum().clone().detach().to(torch.int)

@@ -108,6 +108,7 @@ class Lineage:
         """
         if self.begins:
             return None
+        assert self.identity is not None, "an injection that goes on has an identity"
         places = self._places(own, name)
         for place in [own, *places] if own_first else places:
             for path in (place, _aside(place, self.identity)):
@@ -116,6 +117,7 @@ class Lineage:
         return None
 
     def _places(self, own: Path, name: str) -> list[Path]:
+        assert self.checkpoint is not None, "an injection that goes on has a checkpoint"
         folders = [self.checkpoint.parent, *([Path(self._args.load)] if self._args.load else [])]
         kept = [Path(self._kept[name])] if name in self._kept else []
         return list(dict.fromkeys([*(folder / name for folder in folders), *kept, own]))

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from megatron_moe_inject.host.megatron_types import Chunk
+
 OutputProcessor = Callable[..., torch.Tensor]
 """Megatron's ``output_processor``: gets by name ``hidden_states`` ``[s(/p under SP), b, h]``,
 ``output_layer``, ``output_weight``, ``labels`` and ``loss_mask`` ``[b, s]``, and ``config``."""
@@ -26,7 +28,7 @@ class LossSeam:
         process: the output processor in force, ``None`` for stock's output.
     """
 
-    def __init__(self, chunk: torch.nn.Module) -> None:
+    def __init__(self, chunk: Chunk) -> None:
         self.process: OutputProcessor | None = None
         chunk.register_forward_pre_hook(self._add, with_kwargs=True)
 

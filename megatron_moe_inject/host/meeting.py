@@ -86,22 +86,23 @@ class Meeting:
 
         Traffic: one value to the store and one from it on each rank; all of them to the first rank.
         """
-        if self._store is None:
+        store = self._store
+        if store is None:
             return judge({0: own})
-        self._store.set(f"said by {self.rank}", json.dumps(own))
+        store.set(f"said by {self.rank}", json.dumps(own))
         if self.rank == 0:
-            self._store.set("decided", json.dumps(judge(self._all())))
+            store.set("decided", json.dumps(judge(self._all(store))))
         else:
-            self._store.wait(["decided"], timedelta(seconds=self._seconds + LEAVING_SECONDS))
-        return json.loads(self._store.get("decided"))
+            store.wait(["decided"], timedelta(seconds=self._seconds + LEAVING_SECONDS))
+        return json.loads(store.get("decided"))
 
-    def _all(self) -> dict[int, Any]:
+    def _all(self, store: dist.Store) -> dict[int, Any]:
         keys = {f"said by {rank}": rank for rank in range(self.size)}
         try:
-            self._store.wait(list(keys), timedelta(seconds=self._seconds))
+            store.wait(list(keys), timedelta(seconds=self._seconds))
         except RuntimeError:  # DistStoreError: too late
-            keys = {key: rank for key, rank in keys.items() if self._store.check([key])}
-        values = self._store.multi_get(list(keys))
+            keys = {key: rank for key, rank in keys.items() if store.check([key])}
+        values = store.multi_get(list(keys))
         return {rank: json.loads(value) for rank, value in zip(keys.values(), values, strict=True)}
 
     def is_first(self, message: str) -> bool:
@@ -109,13 +110,13 @@ class Meeting:
 
         True also where the store does not answer, so that no message is lost.
         """
-        found = []
-        if self._store is None:
+        store, found = self._store, []
+        if store is None:
             return True
 
         def ask() -> None:
             digest = hashlib.sha256(message.encode()).hexdigest()
-            found.append(self._store.add(f"{socket.gethostname()} {digest}", 1) == 1)
+            found.append(store.add(f"{socket.gethostname()} {digest}", 1) == 1)
 
         asking = threading.Thread(target=_quietly, args=(ask,), daemon=True)
         asking.start()

@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+
+from megatron_moe_inject.host.megatron_types import Chunk, Groups, MegatronModule
 
 EXPERTS = "experts"
 
@@ -104,28 +105,28 @@ def _component(name: str, in_layer: str | None) -> str:
     return "mlp" if in_layer.startswith("mlp.") else "other"
 
 
-def decoder_layers(chunk: torch.nn.Module) -> list[torch.nn.Module]:
+def decoder_layers(chunk: Chunk) -> list[MegatronModule]:
     """The chunk's decoder layers; each has a 1-based global ``layer_number``."""
     decoder = getattr(chunk, "decoder", None)
     return [] if decoder is None else list(decoder.layers)
 
 
-def grouped_linears(experts: torch.nn.Module) -> list[torch.nn.Module]:
+def grouped_linears(experts: MegatronModule) -> list[MegatronModule]:
     """The two grouped linear layers of Megatron's ``TEGroupedMLP``; none of other experts."""
     linears = [getattr(experts, name, None) for name in ("linear_fc1", "linear_fc2")]
     found = [linear for linear in linears if linear is not None and hasattr(linear, "weight0")]
     return found if len(found) == 2 else []
 
 
-def local_weights(linear: torch.nn.Module) -> list[torch.nn.Parameter]:
+def local_weights(linear: MegatronModule) -> list[torch.nn.Parameter]:
     """Weights of a grouped linear layer in the order of local experts."""
-    weights = []
+    weights: list[torch.nn.Parameter] = []
     while (weight := linear._parameters.get(f"weight{len(weights)}")) is not None:
         weights.append(weight)
     return weights
 
 
-def places(chunk: torch.nn.Module) -> Iterator[tuple[ParameterPlace, torch.nn.Parameter]]:
+def places(chunk: Chunk) -> Iterator[tuple[ParameterPlace, torch.nn.Parameter]]:
     """Place of every parameter of a bare model chunk (no DDP or Float16 wrapper)."""
     layers = decoder_layers(chunk)
     for name, parameter in chunk.named_parameters():
@@ -149,7 +150,7 @@ def _with_global_expert(in_layer: str, expert: int) -> str:
     return re.sub(r"experts\.(linear_fc[12]\.(?:weight|bias))\d+$", rf"experts.{expert}.\1", one)
 
 
-def routers(chunk: torch.nn.Module) -> Iterator[tuple[int, torch.nn.Module]]:
+def routers(chunk: Chunk) -> Iterator[tuple[int, MegatronModule]]:
     """The routers of a bare chunk's decoder, each with its 0-based global layer."""
     for layer in decoder_layers(chunk):
         router = getattr(layer.mlp, "router", None)
@@ -157,7 +158,7 @@ def routers(chunk: torch.nn.Module) -> Iterator[tuple[int, torch.nn.Module]]:
             yield layer.layer_number - 1, router
 
 
-def counts_here(parameter: torch.nn.Parameter, groups: Any, *, replicated: bool = True) -> bool:
+def counts_here(parameter: torch.nn.Parameter, groups: Groups, *, replicated: bool = True) -> bool:
     """Whether this rank's copy is the one that counts.
 
     Data-parallel replicas and tensor-parallel duplicates count on the first rank of their group;

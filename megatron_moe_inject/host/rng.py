@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ _TRACKER_MODULE = "megatron.core.tensor_parallel.random"
 _ROUTER_MODULE = "megatron.core.transformer.moe.moe_utils"
 
 
-def _tracker():
+def _tracker() -> Any:
     """Megatron's RNG tracker where a run has seeded one; asking for it would create it."""
     module = sys.modules.get(_TRACKER_MODULE)
     if module is None or not module._CUDA_RNG_STATE_TRACKER_INITIALIZED:
@@ -43,9 +44,8 @@ def untouched_rng(device: torch.device) -> Iterator[None]:
     """
     biases = _biases()
     known = dict(biases)
-    cuda = device if device.type == "cuda" else None
     cpu_state = torch.get_rng_state()
-    cuda_state = None if cuda is None else torch.cuda.get_rng_state(cuda)
+    cuda_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     tracker = _tracker()
     states = {} if tracker is None else tracker.get_states()
     inner = {
@@ -62,6 +62,6 @@ def untouched_rng(device: torch.device) -> Iterator[None]:
                 states[name].set_state(state)
         if states:
             tracker.set_states(states)
-        if cuda is not None:
-            torch.cuda.set_rng_state(cuda_state, cuda)
+        if cuda_state is not None:
+            torch.cuda.set_rng_state(cuda_state, device)
         torch.set_rng_state(cpu_state)

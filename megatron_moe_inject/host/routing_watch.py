@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_moe_inject.host.clock import ChunkClock
+from megatron_moe_inject.host.megatron_types import Chunk, Groups, MegatronModule
 from megatron_moe_inject.host.model_parts import routers
 from megatron_moe_inject.host.uses import WATCHED_ROUTING
 from megatron_moe_inject.host.wrap import Call, wrap_method
@@ -49,8 +49,8 @@ class RoutingWatch:
 
     def __init__(
         self,
-        chunks: Sequence[torch.nn.Module],
-        groups: Any,
+        chunks: Sequence[Chunk],
+        groups: Groups,
         on_routed: OnRouted | None = None,
     ) -> None:
         self._config = chunks[0].config
@@ -91,7 +91,7 @@ class RoutingWatch:
         self,
         clock: ChunkClock,
         layer: int,
-        router: torch.nn.Module,
+        router: MegatronModule,
         call: Call,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``TopKRouter.routing``: logits ``[l, b, E]`` to gates and choices ``[l b, E]``."""
@@ -106,7 +106,7 @@ class RoutingWatch:
         self,
         micro_batch: int,
         layer: int,
-        router: torch.nn.Module,
+        router: MegatronModule,
         logits: torch.Tensor,
         gates: torch.Tensor,
         chosen: torch.Tensor,
@@ -129,7 +129,7 @@ class RoutingWatch:
             self._on_routed(micro_batch, layer, logits.detach(), before, padding)
 
 
-def chosen_before_dropping(router: torch.nn.Module, logits: torch.Tensor) -> torch.Tensor:
+def chosen_before_dropping(router: MegatronModule, logits: torch.Tensor) -> torch.Tensor:
     """What the router chooses before its capacity drops anything, ``[l b, E]`` bool."""
     from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
 

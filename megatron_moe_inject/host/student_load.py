@@ -29,11 +29,16 @@ from megatron_moe_inject.host.errors import (
     RecipeError,
     listing,
 )
+from megatron_moe_inject.host.megatron_types import Chunk
 from megatron_moe_inject.host.model_parts import (
     is_own,
 )
 from megatron_moe_inject.host.norm_names import stored_name
-from megatron_moe_inject.host.stored_checkpoint import checkpoint_to_load, model_checksum
+from megatron_moe_inject.host.stored_checkpoint import (
+    StoredCheckpoint,
+    checkpoint_to_load,
+    model_checksum,
+)
 from megatron_moe_inject.host.torch_dist import is_training_state
 
 _EXTRA = "_extra_state"
@@ -84,7 +89,7 @@ class StudentLoad:
             "Megatron saved to, or add --inject-from-scratch if that is meant"
         )
 
-    def watch(self, chunks: Sequence[torch.nn.Module]) -> None:
+    def watch(self, chunks: Sequence[Chunk]) -> None:
         """Have bare chunks say what they were given. To be called before they are loaded."""
         for chunk in chunks:
             self._chunks.append(_ChunkLoad(len(self._chunks), chunk))
@@ -104,7 +109,8 @@ class StudentLoad:
         if given.get("rank0"):
             return stock(*args, **kwargs)
         if given.get("sharded_state_dict") is not None and self.checkpoint is not None:
-            given["sharded_state_dict"] = self._fitted(given["sharded_state_dict"])
+            asked = given["sharded_state_dict"]
+            given["sharded_state_dict"] = self._fitted(self.checkpoint, asked)
         result = self._read(lambda: stock(**given))
         found = None if result[0] is None else Path(result[1])
         expected = None if self.checkpoint is None else self.checkpoint.folder
@@ -118,14 +124,15 @@ class StudentLoad:
         return result
 
     def _read(self, stock: Callable[[], Any]) -> Any:
-        if self.checkpoint is None or self.checkpoint.format == "torch_dist":
+        checkpoint = self.checkpoint
+        if checkpoint is None or checkpoint.format == "torch_dist":
             return stock()
 
         def read() -> Any:
             try:
                 return stock()
             except SystemExit as error:  # Megatron prints what is wrong with a file of this rank
-                raise self.checkpoint.error(
+                raise checkpoint.error(
                     f"cannot be read by rank {dist.get_rank()}",
                     "keep the layout that it was saved at, or copy it again",
                 ) from error
@@ -142,8 +149,9 @@ class StudentLoad:
         """
         lacking = [name for chunk in self._chunks for name in chunk.lacking]
         left = [name for chunk in self._chunks for name in chunk.left]
-        if self.checkpoint is not None:
-            agree(lambda: self._check(lacking, left))
+        checkpoint = self.checkpoint
+        if checkpoint is not None:
+            agree(lambda: self._check(checkpoint, lacking, left))
         for chunk in self._chunks:
             chunk.forget()
 
@@ -161,9 +169,9 @@ class StudentLoad:
         sha256 = model_checksum(self.checkpoint)
         return Origin(str(self.checkpoint.root), self.checkpoint.iteration, sha256)
 
-    def _fitted(self, state: dict[str, Any]) -> dict[str, Any]:
+    def _fitted(self, checkpoint: StoredCheckpoint, state: dict[str, Any]) -> dict[str, Any]:
         """What to ask the checkpoint for, by the names that it has, compared with them."""
-        stored = on_first_rank(self.checkpoint.names)
+        stored = on_first_rank(checkpoint.names)
         fitted = fit(state, stored)
         asked = Request.of(fitted)
         ranks: list[Any] = [None] * dist.get_world_size()
@@ -174,29 +182,33 @@ class StudentLoad:
             for name, *flags in zip(model_names(stored), *(rank[3] for rank in ranks), strict=True)
             if not any(flags)
         ]
-        self._check(sorted(lacking), left, sorted(wrong))
+        self._check(checkpoint, sorted(lacking), left, sorted(wrong))
         if states:
-            raise self.checkpoint.error(
+            raise checkpoint.error(
                 f"holds no optimizer state of {listing(sorted(states), _SHOWN)}",
                 "add --no-load-optim to start the optimizer anew",
             )
         return fitted
 
     def _check(
-        self, lacking: Sequence[str], left: Sequence[str], wrong: Sequence[str] = ()
+        self,
+        checkpoint: StoredCheckpoint,
+        lacking: Sequence[str],
+        left: Sequence[str],
+        wrong: Sequence[str] = (),
     ) -> None:
         left = [name for name in left if not is_own(name) and _EXTRA not in name]
         more = [name for name in left if not name.startswith(_MTP)]
         if len(more) < len(left):
             self.remarks = [
-                f"{self.checkpoint.folder} holds layers of multi-token prediction, which are left "
+                f"{checkpoint.folder} holds layers of multi-token prediction, which are left "
                 "out (no --mtp-num-layers)"
             ]
         parts = [f"lacks {listing(lacking, _SHOWN)}"] if lacking else []
         parts += [f"holds {listing(wrong, _SHOWN)}"] if wrong else []
         parts += [f"holds {listing(more, _SHOWN)} besides"] if more else []
         if parts:
-            raise self.checkpoint.error(
+            raise checkpoint.error(
                 f"is not the student that the flags describe: it {' and '.join(parts)}",
                 "give the model's flags of the run that saved it",
             )
@@ -317,12 +329,12 @@ def _shards(state: Any) -> Iterator[Any]:
 class _ChunkLoad:
     """What a bare model chunk was given, and what it was not."""
 
-    def __init__(self, index: int, chunk: torch.nn.Module) -> None:
+    def __init__(self, index: int, chunk: Chunk) -> None:
         self.lacking = [f"model{index}"]
         self.left: list[str] = []
         self._handle = chunk.register_load_state_dict_post_hook(self._loaded)
 
-    def _loaded(self, chunk: torch.nn.Module, incompatible: Any) -> None:
+    def _loaded(self, chunk: Chunk, incompatible: Any) -> None:
         missing = incompatible.missing_keys
         missing[:] = [name for name in missing if _EXTRA not in name]
         self.lacking = [name for name in missing if not is_own(name)]

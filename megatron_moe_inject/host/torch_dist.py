@@ -90,7 +90,8 @@ class CheckpointSource(Protocol):
         path: a ``--save`` directory, or one iteration in it.
     """
 
-    path: Path
+    @property
+    def path(self) -> Path: ...
 
     def error(self, problem: str, remedy: str) -> RecipeError:
         """The error "<what the user wrote> problem; remedy"."""
@@ -147,6 +148,7 @@ class _Placer(DefaultLoadPlanner):
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
         index = read_item.dest_index
+        assert index.offset is not None, "parts of tensors have a place"
         view = self._views[index.fqn, tuple(index.offset)]
         for axis, (start, length) in enumerate(
             zip(read_item.dest_offsets, read_item.lengths, strict=True)
@@ -245,7 +247,8 @@ class TorchDistCheckpoint:
         """Files have plain names, and every part of the model lies within one that exists."""
         needed: dict[str, int] = {}
         for index, info in self.metadata.storage_data.items():
-            name, *place = (getattr(info, a, None) for a in ("relative_path", "offset", "length"))
+            name = getattr(info, "relative_path", None)
+            place: list[Any] = [getattr(info, part, None) for part in ("offset", "length")]
             if not is_plain_name(name) or name == INDEX:
                 raise self.source.error(
                     f"names a file {show(name)} in {INDEX}, which is none of its own",

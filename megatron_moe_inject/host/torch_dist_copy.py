@@ -122,6 +122,7 @@ def _with_changes(
         part = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
     except (*DAMAGED, pickle.UnpicklingError) as error:
         raise damaged(checkpoint.source, checkpoint.folder, error) from error
+    assert index.offset is not None, "parts of tensors have a place"
     begin = tuple(index.offset)
     touched = False
     for place, new in changes.items():

@@ -48,8 +48,9 @@ def parse_yaml(text: str) -> dict[Any, Any]:
         if root is None:
             raise RecipeError("the file is empty; a recipe needs at least 'domains'")
         if not isinstance(root, yaml.MappingNode):
+            kind = "sequence" if isinstance(root, yaml.SequenceNode) else "scalar"
             raise RecipeError(
-                f"the top level is a {root.id}, not a mapping; "
+                f"the top level is a {kind}, not a mapping; "
                 "a recipe starts with keys such as 'domains:' and 'teachers:'"
             )
         return OmegaConf.to_container(OmegaConf.create(text), resolve=False)

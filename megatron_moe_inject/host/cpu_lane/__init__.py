@@ -52,7 +52,8 @@ def enable(force: bool = False) -> None:
     # Megatron asserts this setting under tensor parallelism; it orders CUDA queues only.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     for name in _FOR_GPUS:
-        sys.modules.setdefault(name, None)  # as if it were not installed
+        # As if it were not installed.
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # typeshed knows no None here
     torch_device.install()
     setattr(torch.cuda, _MARK, True)
     compat.use_prebuilt_dataset_helpers()

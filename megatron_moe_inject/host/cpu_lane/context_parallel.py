@@ -12,12 +12,15 @@ rank, d head size. Megatron cuts the sequence into 2c chunks; rank r holds chunk
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
+
+from megatron_moe_inject.host.megatron_types import Config
 
 
 def zigzag_positions(cp_size: int, length: int) -> torch.Tensor:
@@ -31,18 +34,33 @@ def zigzag_positions(cp_size: int, length: int) -> torch.Tensor:
 class ContextParallelAttention(DotProductAttention):
     """Local attention of this rank's queries over the keys and values of the whole sequence."""
 
-    def __init__(self, config, layer_number, attn_mask_type, *args, **kwargs):
+    def __init__(
+        self,
+        config: Config,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
         alone = copy.copy(config)
         alone.context_parallel_size = 1
         super().__init__(alone, layer_number, attn_mask_type, *args, **kwargs)
         self.config = config
         assert self.scale_mask_softmax.window_size is None
         assert attn_mask_type is AttnMaskType.causal, "only causal attention is sliced zigzag"
-        self.cp_group = getattr(self.pg_collection, "cp", None)
-        if self.cp_group is None:
-            self.cp_group = parallel_state.get_context_parallel_group()
+        own = getattr(self.pg_collection, "cp", None)
+        self.cp_group = parallel_state.get_context_parallel_group() if own is None else own
 
-    def forward(self, query, key, value, attention_mask, *args, packed_seq_params=None, **kwargs):
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *args: Any,
+        packed_seq_params: Any = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
         """``[s/c, b, n, d]`` queries, ``[s/c, b, g, d]`` keys and values -> ``[s/c, b, n*d]``.
 
         ``attention_mask`` (true = hidden) is ``[b, 1, s/c, s]`` or None; tokens after the query
@@ -65,7 +83,7 @@ class ContextParallelAttention(DotProductAttention):
 def install() -> None:
     """``DotProductAttention(config, ...)`` is the class above under context parallelism."""
 
-    def new(cls, config=None, *args, **kwargs):
+    def new(cls: type, config: Config = None, *args: Any, **kwargs: Any) -> Any:
         several = config is not None and config.context_parallel_size > 1
         if cls is DotProductAttention and several:
             return object.__new__(ContextParallelAttention)

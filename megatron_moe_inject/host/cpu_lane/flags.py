@@ -55,7 +55,7 @@ def _flag(name: str) -> str:
     return _FLAG_NAMES.get(name, "--" + name.replace("_", "-"))
 
 
-def check(args) -> None:
+def check(args: argparse.Namespace) -> None:
     """Refuse flags that this lane cannot honour.
 
     Raises:

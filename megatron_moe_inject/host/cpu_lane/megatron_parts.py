@@ -7,8 +7,11 @@ branch, a type test that fails where Transformer Engine is absent.
 
 import copy
 import functools
+from typing import Any
 
 import torch
+
+from megatron_moe_inject.host.megatron_types import Config, MegatronModule
 
 
 def _counts_as_numpy() -> None:
@@ -18,7 +21,9 @@ def _counts_as_numpy() -> None:
     original = moe_utils.maybe_move_tensor_to_cpu
 
     @functools.wraps(original)
-    def maybe_move_tensor_to_cpu(tensor, as_numpy=False, record_stream=False):
+    def maybe_move_tensor_to_cpu(
+        tensor: Any, as_numpy: bool = False, record_stream: bool = False
+    ) -> Any:
         if as_numpy and torch.is_tensor(tensor):
             return tensor.numpy()
         return tensor
@@ -34,7 +39,7 @@ def _norm_under_sequence_parallelism() -> None:
     original = WrappedTorchNorm.__new__
 
     @functools.wraps(original)
-    def new(cls, config, *args, **kwargs):
+    def new(cls: type, config: Config, *args: Any, **kwargs: Any) -> MegatronModule:
         local = copy.copy(config)
         local.sequence_parallel = False
         norm = original(cls, local, *args, **kwargs)

@@ -13,11 +13,15 @@ import os
 import resource
 import time
 import types
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
+_torch: Any = torch
+"""What the stand-ins are put into: other functions and types than the stubs know there."""
 
 
 class Stream:
@@ -26,62 +30,62 @@ class Stream:
     cuda_stream = 0
     device = _CPU
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, Stream)
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return hash(Stream)
 
-    def wait_stream(self, stream):
+    def wait_stream(self, stream: Any) -> None:
         pass
 
-    def wait_event(self, event):
+    def wait_event(self, event: Any) -> None:
         pass
 
-    def synchronize(self):
+    def synchronize(self) -> None:
         pass
 
-    def record_event(self, event=None):
+    def record_event(self, event: "Event | None" = None) -> "Event":
         event = event or Event()
         event.record(self)
         return event
 
-    def query(self):
+    def query(self) -> bool:
         return True
 
     @staticmethod
-    def priority_range():
+    def priority_range() -> tuple[int, int]:
         return (0, 0)
 
-    def __enter__(self):
+    def __enter__(self) -> "Stream":
         return self
 
-    def __exit__(self, *exc_info):
-        return False
+    def __exit__(self, *exc_info: Any) -> None:
+        pass
 
 
 class Event:
     """Timers of the straggler detector and stream ordering: wall clock, always complete."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._recorded_at = 0.0
 
-    def record(self, stream=None):
+    def record(self, stream: Any = None) -> None:
         self._recorded_at = time.perf_counter()
 
-    def wait(self, stream=None):
+    def wait(self, stream: Any = None) -> None:
         pass
 
-    def synchronize(self):
+    def synchronize(self) -> None:
         pass
 
-    def query(self):
+    def query(self) -> bool:
         return True
 
-    def elapsed_time(self, end) -> float:
+    def elapsed_time(self, end: "Event") -> float:
         """Milliseconds from this event to ``end``."""
         return 1e3 * (end._recorded_at - self._recorded_at)
 
@@ -89,7 +93,7 @@ class Event:
 class OnCpu(TorchFunctionMode):
     """Factories and ``Tensor.to`` that name a CUDA device (``device="cuda"``, an index)."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if kwargs:
             if kwargs.get("device") is not None:
                 kwargs = {**kwargs, "device": _cpu_for(kwargs["device"])}
@@ -100,7 +104,7 @@ class OnCpu(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _cpu_for(device):
+def _cpu_for(device: Any) -> Any:
     """The CPU where ``device`` names a CUDA device; anything else unchanged."""
     if isinstance(device, int) and not isinstance(device, bool):
         return _CPU
@@ -119,7 +123,7 @@ def current_device() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def device_properties(device=None):
+def device_properties(device: Any = None) -> types.SimpleNamespace:
     """Read for architecture checks: an Ampere-class device with this machine's memory."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return types.SimpleNamespace(
@@ -141,17 +145,17 @@ def peak_resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def memory_stats(device=None):
+def memory_stats(device: Any = None) -> dict[str, int]:
     """Written to TensorBoard by ``--log-memory-to-tensorboard``: resident size, no breakdown."""
     now, peak = resident_bytes(), peak_resident_bytes()
-    stats = collections.defaultdict(int)
+    stats: dict[str, int] = collections.defaultdict(int)
     for kind in ("allocated_bytes", "reserved_bytes", "active_bytes"):
         stats[f"{kind}.all.current"] = now
         stats[f"{kind}.all.peak"] = peak
     return stats
 
 
-def _no_op():
+def _no_op() -> Callable[..., None]:
     """For calls that only order, free or mark device work.
 
     A fresh function each time: dynamo keys its tables of torch functions by object.
@@ -195,11 +199,11 @@ def _no_driver_calls() -> None:
 
 def _device_generator_is_cpu_generator() -> None:
     """Megatron's RNG tracker, recompute and checkpoints: torch's code over the CPU generator."""
-    torch.cuda._initialized = True
-    torch.cuda._is_in_bad_fork = lambda: False  # no driver state that a fork could spoil
-    torch.cuda.default_generators = (torch.default_generator,) * device_count()
-    torch.cuda.random.current_device = current_device
-    torch.cuda.random.device_count = device_count
+    _torch.cuda._initialized = True
+    _torch.cuda._is_in_bad_fork = lambda: False  # no driver state that a fork could spoil
+    _torch.cuda.default_generators = (torch.default_generator,) * device_count()
+    _torch.cuda.random.current_device = current_device
+    _torch.cuda.random.device_count = device_count
 
     def both_generators_moved(record: logging.LogRecord) -> bool:
         return "CPU RNG state changed within GPU RNG context" not in record.getMessage()
@@ -209,9 +213,9 @@ def _device_generator_is_cpu_generator() -> None:
 
 def _tensors_stay() -> None:
     """``.cuda()`` in the batch and model code, pinning and stream marks: the tensor itself."""
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self
-    torch.Tensor.pin_memory = lambda self, *args, **kwargs: self
-    torch.Tensor.record_stream = _no_op()
+    _torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    _torch.Tensor.pin_memory = lambda self, *args, **kwargs: self
+    _torch.Tensor.record_stream = _no_op()
 
 
 def _type_names_are_cuda() -> None:
@@ -219,28 +223,34 @@ def _type_names_are_cuda() -> None:
     original = torch.Tensor.type
 
     @functools.wraps(original)
-    def type_(self, *args, **kwargs):
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
         if isinstance(result, str) and not result.startswith("torch.cuda."):
             return result.replace("torch.", "torch.cuda.", 1)
         return result
 
-    torch.Tensor.type = type_
+    _torch.Tensor.type = type_
 
 
 def _backward_keeps_the_mode() -> None:
     """Recompute runs forward code in backward, where torch suspends ``OnCpu`` as it dispatches."""
 
-    def backward(self, gradient=None, retain_graph=None, create_graph=False, inputs=None):
+    def backward(
+        self: torch.Tensor,
+        gradient: torch.Tensor | None = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        inputs: Any = None,
+    ) -> None:
         torch.autograd.backward(self, gradient, retain_graph, create_graph, inputs=inputs)
 
-    torch.autograd.has_torch_function = lambda tensors: False
-    torch.Tensor.backward = backward
+    _torch.autograd.has_torch_function = lambda tensors: False
+    _torch.Tensor.backward = backward
 
 
 def _torch_sees_no_accelerator() -> None:
     """``torch`` itself (data loader pinning, checkpoint planners) must not look for a device."""
-    torch.accelerator.is_available = lambda: False
+    _torch.accelerator.is_available = lambda: False
 
 
 def install() -> None:
