@@ -147,13 +147,22 @@ class RunningConfidence:
         that share a sequence have the same groups.
         """
         for group in groups:
-            if group.taught and any(domains[sample] in self._domains for sample in group.samples):
-                self._add(group, labels, domains, vocabulary, kernels)
+            target = group.target
+            if target is not None and any(domains[i] in self._domains for i in group.samples):
+                self._add(group, target, labels, domains, vocabulary, kernels)
 
-    def _add(self, group, labels, domains, vocabulary, kernels) -> None:
+    def _add(
+        self,
+        group: SampleGroup,
+        target: Target,
+        labels: torch.Tensor,
+        domains: Sequence[int],
+        vocabulary: Vocabulary,
+        kernels: RowKernels | str | None,
+    ) -> None:
         samples = list(group.samples)
         labels = labels.index_select(0, index(samples, labels.device))
-        sure = _sure(self._kind, group.target, labels, vocabulary, kernels)
+        sure = _sure(self._kind, target, labels, vocabulary, kernels)
         if self._sums is None:
             self._sums = sure.new_zeros(len(self._domains), 2, dtype=torch.float64)
         rows = {domain: row for row, domain in enumerate(self._domains)}

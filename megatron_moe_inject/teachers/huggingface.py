@@ -17,12 +17,13 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_moe_inject.host.errors import (
+    RecipeError,
     listing,
     show,
 )
@@ -33,6 +34,9 @@ from megatron_moe_inject.teachers import vocabulary
 from megatron_moe_inject.teachers.base import Source, Teacher, TeacherInfo, padded_rows
 from megatron_moe_inject.teachers.prefix import resolved_prefix
 from megatron_moe_inject.teachers.sources import Folder, SourceKind
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _LOG = logging.getLogger(__name__)
 _INDEX = "model.safetensors.index.json"
@@ -58,7 +62,7 @@ class HuggingFaceTeacher(Teacher):
     def __init__(
         self,
         name: str,
-        model: torch.nn.Module,
+        model: PreTrainedModel,
         vocab_size: int,
         logit_transform: LogitTransform,
         resets_documents: bool,
@@ -288,7 +292,7 @@ def _vocabulary(source: Source, rows: int) -> vocabulary.Vocabulary:
     return vocabulary.within_rows(own, source, remedy)
 
 
-def _load_model(source: Source, params_dtype: torch.dtype) -> torch.nn.Module:
+def _load_model(source: Source, params_dtype: torch.dtype) -> PreTrainedModel:
     import transformers
 
     try:
@@ -348,7 +352,7 @@ def _no_progress_bar() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _check_head(source: Source, model: torch.nn.Module) -> None:
+def _check_head(source: Source, model: PreTrainedModel) -> None:
     head = model.get_output_embeddings()
     if head is None or getattr(head, "weight", None) is None or model.base_model is model:
         raise source.error(
@@ -360,7 +364,7 @@ def _check_head(source: Source, model: torch.nn.Module) -> None:
 
 @torch.no_grad()
 def _check_logits(
-    source: Source, model: torch.nn.Module, transform: LogitTransform, device: torch.device
+    source: Source, model: PreTrainedModel, transform: LogitTransform, device: torch.device
 ) -> None:
     """Compare the model's logits with ours on a few tokens, also with a larger input."""
     head = model.get_output_embeddings()
@@ -388,7 +392,7 @@ def _check_logits(
 
 
 def _check_documents(
-    source: Source, model: torch.nn.Module, teacher: HuggingFaceTeacher, device: torch.device
+    source: Source, model: PreTrainedModel, teacher: HuggingFaceTeacher, device: torch.device
 ) -> None:
     """Given the ordinary positions and mask from outside, the states must stay the same."""
     architecture = type(model).__name__
@@ -420,7 +424,9 @@ def _scaled_input(head: torch.nn.Module, factor: float) -> Iterator[list[bool]]:
     """Multiply what enters ``head`` by a power of two; the list tells whether it was called."""
     ran: list[bool] = []
 
-    def scale(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]):
+    def scale(
+        module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, ...]:
         ran.append(True)
         return (inputs[0] * factor, *inputs[1:])
 
@@ -444,7 +450,7 @@ def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
-def _damaged(source: Source, path: Path, error: Exception):
+def _damaged(source: Source, path: Path, error: Exception) -> RecipeError:
     return source.error(f"cannot be read at {path}: {_first_line(error)}", "copy it again")
 
 

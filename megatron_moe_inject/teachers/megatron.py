@@ -31,6 +31,7 @@ from megatron_moe_inject.host import compat
 from megatron_moe_inject.host.errors import (
     listing,
 )
+from megatron_moe_inject.host.megatron_types import Chunk, Config, Groups, MegatronModule
 from megatron_moe_inject.host.norm_names import stored_name
 from megatron_moe_inject.host.rng import untouched_rng
 from megatron_moe_inject.host.torch_dist import Piece, TorchDistCheckpoint, iteration_folder
@@ -44,7 +45,11 @@ from megatron_moe_inject.teachers.sources import SourceKind
 EMBEDDING = "embedding.word_embeddings.weight"
 
 _ATTENTION_SWITCHES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
-_KEY_LAYOUTS = ({}, {"non_homogeneous_layers": True}, {"singleton_local_shards": True})
+_KEY_LAYOUTS: tuple[dict[str, bool], ...] = (
+    {},
+    {"non_homogeneous_layers": True},
+    {"singleton_local_shards": True},
+)
 
 
 class MegatronTeacher(Teacher):
@@ -60,7 +65,7 @@ class MegatronTeacher(Teacher):
     def __init__(
         self,
         name: str,
-        model: torch.nn.Module,
+        model: Chunk,
         vocab_size: int,
         precision: Callable[[], AbstractContextManager] = contextlib.nullcontext,
     ) -> None:
@@ -99,7 +104,7 @@ class MegatronTeacher(Teacher):
         """Inside, the states after each of ``layers`` are kept as ``[s, n, h_t]``."""
         kept: dict[int, torch.Tensor] = {}
 
-        def keep(layer: int, module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        def keep(layer: int, module: MegatronModule, inputs: Any, output: Any) -> None:
             kept[layer] = output[0] if isinstance(output, tuple) else output
 
         blocks = self._model.decoder.layers
@@ -130,7 +135,7 @@ def check(
     args = checkpoint.args
     megatron_args.refuse_unsupported(source, args)
     rows = _rows(checkpoint)
-    own = _vocabulary(checkpoint, rows)
+    own = _vocabulary(source, checkpoint, rows)
     kind = getattr(args, "position_embedding_type", None)
     learned, rotary = kind == "learned_absolute", kind == "rope"
     sizes = [tensor.size.numel() for key, tensor in checkpoint.tensors.items() if _is_own(key)]
@@ -189,7 +194,7 @@ def load(
         model = _build(source, checkpoint.args, rows, params_dtype, on_gpu)
         model.to(device=device, dtype=params_dtype).eval().requires_grad_(False)
         _fill(checkpoint, model)
-    size = _vocabulary(checkpoint, rows).size or rows
+    size = _vocabulary(source, checkpoint, rows).size or rows
     return MegatronTeacher(source.name, model, size, precision)
 
 
@@ -215,16 +220,18 @@ def _rows(checkpoint: TorchDistCheckpoint) -> int:
     return tensors[EMBEDDING].size[0]
 
 
-def _vocabulary(checkpoint: TorchDistCheckpoint, rows: int) -> vocabulary.Vocabulary:
+def _vocabulary(
+    source: Source, checkpoint: TorchDistCheckpoint, rows: int
+) -> vocabulary.Vocabulary:
     flags = vocabulary.TokenizerFlags.from_args(checkpoint.args)
     own = dataclasses.replace(flags.vocabulary(checkpoint.folder / "tokenizer"), rows=rows)
     remedy = "its tokenizer files were replaced since it was trained"
-    return vocabulary.within_rows(own, checkpoint.source, remedy)
+    return vocabulary.within_rows(own, source, remedy)
 
 
 def _build(
     source: Source, saved: Namespace, rows: int, params_dtype: torch.dtype, on_gpu: bool
-) -> torch.nn.Module:
+) -> Chunk:
     from megatron.core import parallel_state
     from megatron.core.models.gpt import gpt_layer_specs
     from megatron.core.models.gpt.gpt_model import GPTModel
@@ -263,7 +270,7 @@ def _build(
         ) from error
 
 
-def _layer_spec(config: Any, use_te: bool) -> Any:
+def _layer_spec(config: Config, use_te: bool) -> Any:
     from megatron.core.models.gpt import gpt_layer_specs
 
     options: dict[str, Any] = {
@@ -279,7 +286,7 @@ def _layer_spec(config: Any, use_te: bool) -> Any:
     return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(**options)
 
 
-def _groups_of_one() -> Any:
+def _groups_of_one() -> Groups:
     """Every process group of Megatron's as a bare group that holds this rank alone.
 
     ``torch.distributed.new_group`` would advance the counter that names later groups on the
@@ -287,13 +294,18 @@ def _groups_of_one() -> Any:
     """
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    alone = torch.distributed.ProcessGroup(0, 1)
+    alone = _alone()
     groups = ProcessGroupCollection(
         **{field.name: alone for field in dataclasses.fields(ProcessGroupCollection)}
     )
     groups.hcp = [alone]
     groups.embd = groups.pos_embd = None
     return groups
+
+
+def _alone() -> torch.distributed.ProcessGroup:
+    """A group of this rank without a backend."""
+    return torch.distributed.ProcessGroup(0, 1)  # type: ignore[call-arg]  # not in torch's stub
 
 
 @contextlib.contextmanager
@@ -312,7 +324,7 @@ def _own_attention_switches() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _fill(checkpoint: TorchDistCheckpoint, model: torch.nn.Module) -> None:
+def _fill(checkpoint: TorchDistCheckpoint, model: Chunk) -> None:
     """Read every parameter of ``model`` from the checkpoint and prove that it was read."""
     source = checkpoint.source
     with torch.no_grad():
@@ -350,7 +362,7 @@ def _fill(checkpoint: TorchDistCheckpoint, model: torch.nn.Module) -> None:
 
 
 def _best_pieces(
-    model: torch.nn.Module, checkpoint: TorchDistCheckpoint, stored: dict[str, tuple[int, ...]]
+    model: Chunk, checkpoint: TorchDistCheckpoint, stored: dict[str, tuple[int, ...]]
 ) -> list[Piece]:
     """The model's pieces under the naming that the checkpoint was written with.
 
@@ -362,11 +374,11 @@ def _best_pieces(
     return max(candidates, key=lambda pieces: len({p.key for p in pieces} & stored.keys()))
 
 
-def _pieces(model: torch.nn.Module, layout: dict[str, Any]) -> list[Piece]:
+def _pieces(model: Chunk, layout: dict[str, Any]) -> list[Piece]:
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
-    metadata = {**layout, "dp_cp_group": torch.distributed.ProcessGroup(0, 1)}
+    metadata = {**layout, "dp_cp_group": _alone()}
     sharded = model.sharded_state_dict(metadata=metadata)
     apply_factories(sharded)
     return [

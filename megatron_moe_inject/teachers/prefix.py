@@ -214,7 +214,7 @@ def _bos(files: Path | None, ids: Mapping[str, int] | None, source: Source) -> i
     """Id of the beginning-of-sequence token, by the tokenizer's files or else the model's."""
     if files is not None and ids is not None:
         token = named_tokens(files if files.is_dir() else files.parent).get("bos_token")
-        if token in ids:
+        if token is not None and token in ids:
             return ids[token]
     path = source.path / "config.json"
     index = json.loads(path.read_text("utf-8")).get("bos_token_id") if path.is_file() else None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 
@@ -14,6 +13,7 @@ from megatron_moe_inject.host.errors import (
     fail,
     listing,
 )
+from megatron_moe_inject.host.megatron_types import Chunk, Groups
 from megatron_moe_inject.recipe.schema import Recipe
 from megatron_moe_inject.teachers.base import Teacher, TeacherInfo
 from megatron_moe_inject.teachers.loading import (
@@ -126,8 +126,8 @@ def teacher_pass(
     recipe: Recipe,
     info: TeacherInfo,
     args: Namespace,
-    chunk: torch.nn.Module,
-    groups: Any,
+    chunk: Chunk,
+    groups: Groups,
     *,
     valid_vocab_size: int,
     layers_of: Callable[[Teacher], Sequence[int]] = lambda teacher: (),
@@ -186,7 +186,7 @@ def by_domain(
     recipe: Recipe, passes: Mapping[str, TeacherPass]
 ) -> dict[int, TeacherPass | CommitteePass]:
     """The teacher or teachers of each domain that has one, by its index."""
-    found = {}
+    found: dict[int, TeacherPass | CommitteePass] = {}
     for index, domain in enumerate(recipe.domains):
         weights = domain.teacher_weights
         own = tuple(passes[name] for name in weights)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -114,6 +114,32 @@ class StepTeacher(DomainTeacher, Protocol):
         ...
 
 
+@runtime_checkable
+class LayeredTeacher(Protocol):
+    """A ``StepTeacher`` whose layers can be imitated, as of a ``TeacherPass``."""
+
+    def readable(self, micro_batch: int | None = None) -> torch.Tensor | None:
+        """As of a ``StepTeacher``; of the whole step unless a micro-batch is named."""
+        ...
+
+    def take_layer(self, layer: int) -> torch.Tensor:
+        """The step's states after a layer, ``[k, s/c, h_t]`` for its k samples, once."""
+        ...
+
+
+class _Inputs(NamedTuple):
+    """What a teacher reads of k samples; see ``Teacher.states``."""
+
+    tokens: torch.Tensor
+    position_ids: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
+
+    def of_rows(self, begin: int, end: int) -> _Inputs:
+        """Of some of the samples."""
+        others = (None if value is None else value[begin:end] for value in self[1:])
+        return _Inputs(self.tokens[begin:end], *others)
+
+
 class TeacherPass:
     """Runs one teacher over the step's samples and hands out what it says of them by micro-batch.
 
@@ -158,12 +184,12 @@ class TeacherPass:
         self._share_group = share_group if share_group.size() > 1 else None
         self._window = window
         self.layers = tuple(layers)
-        self._input_names = ("tokens",)
+        self._input_names: tuple[str, ...] = ("tokens",)
         if resets_documents:
             self._input_names += ("position_ids", "attention_mask")
         self._states: dict[int, torch.Tensor] = {}
         self._layer_states: dict[int, torch.Tensor] = {}
-        self._bare = False
+        self._bare_teacher: Teacher | None = None
         self._bare_states: dict[int, torch.Tensor] = {}
         self._readable: torch.Tensor | None = None
 
@@ -194,14 +220,16 @@ class TeacherPass:
         Collectives: one broadcast over the TP group per input that is in use; those of
         ``shared_forward`` once per window, with ``bare`` twice.
         """
-        self._bare = bare and isinstance(self.teacher, PrefixedTeacher)
+        self._bare_teacher = None
+        if bare and isinstance(self.teacher, PrefixedTeacher):
+            self._bare_teacher = self.teacher.bare
         self._selected = selected
         self._rows = selected.sum(dim=1).tolist()
         self._states.clear()
         self._layer_states.clear()
         self._bare_states.clear()
         self._inputs = self._share_inputs(batches, selected, sequence_length)
-        self._read(self._inputs["tokens"])
+        self._read(self._inputs.tokens)
         self._run_window(0)
 
     def _read(self, tokens: torch.Tensor) -> None:
@@ -217,20 +245,22 @@ class TeacherPass:
     def readable(self, micro_batch: int | None = None) -> torch.Tensor | None:
         """Where the teacher knows every token so far, ``[k, s/c]`` bool of a micro-batch's
         selected samples or of the step's; None where it knows them all."""
-        if self.unknown is None or micro_batch is None:
+        if self._readable is None or micro_batch is None:
             return self._readable
         return self._readable.split(self._rows)[micro_batch]
 
-    def _share_inputs(self, batches, selected, length) -> dict[str, torch.Tensor | None]:
+    def _share_inputs(
+        self, batches: Sequence[MicroBatch] | None, selected: torch.Tensor, length: int
+    ) -> _Inputs:
         count = int(selected.sum())
         device = self.head.device
-        shapes = {
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "tokens": ((count, length), torch.int64),
             "position_ids": ((count, length), torch.int64),
             "attention_mask": ((count, 1, length, length), torch.bool),
         }
         source = dist.get_process_group_ranks(self._tp_group)[0]
-        shared: dict[str, torch.Tensor | None] = dict.fromkeys(shapes)
+        shared: dict[str, torch.Tensor] = {}
         for name in self._input_names:
             shape, dtype = shapes[name]
             if batches is not None:
@@ -242,19 +272,17 @@ class TeacherPass:
             if self._tp_group.size() > 1 and count:
                 dist.broadcast(value, src=source, group=self._tp_group)
             shared[name] = value
-        return shared
+        return _Inputs(**shared)
 
     def _run_window(self, first: int) -> None:
         stop = len(self._rows) if not self._window else min(len(self._rows), first + self._window)
         begin, end = sum(self._rows[:first]), sum(self._rows[:stop])
-        inputs = self._inputs | {"tokens": self._known}
-        part = [inputs[name] for name in ("tokens", "position_ids", "attention_mask")]
-        part = [None if value is None else value[begin:end] for value in part]
+        part = self._inputs._replace(tokens=self._known).of_rows(begin, end)
         kept = shared_forward(self.teacher, *part, group=self._share_group, layers=self.layers)
-        if self._bare:
-            (bare,) = shared_forward(self.teacher.bare, *part, group=self._share_group)
-            bare = context_parallel_slice(bare, *self._cp).split(self._rows[first:stop])
-            self._bare_states |= dict(enumerate(bare, start=first))
+        if self._bare_teacher is not None:
+            (bare,) = shared_forward(self._bare_teacher, *part, group=self._share_group)
+            bare_rows = context_parallel_slice(bare, *self._cp).split(self._rows[first:stop])
+            self._bare_states |= dict(enumerate(bare_rows, start=first))
         states, *others = (context_parallel_slice(found, *self._cp) for found in kept)
         self._layer_states = dict(zip(self.layers, others, strict=True))
         for i, rows in enumerate(states.split(self._rows[first:stop]), start=first):
@@ -270,7 +298,7 @@ class TeacherPass:
     @property
     def ran_bare(self) -> bool:
         """Whether the step began ``bare`` and the teacher has a prefix."""
-        return self._bare
+        return self._bare_teacher is not None
 
     def bare_target(self, micro_batch: int) -> Target:
         """``target`` without the prefix, after that with it, in a step that began ``bare``."""
@@ -306,8 +334,8 @@ class TeacherPass:
         assert not self._window, "the teacher runs ahead by a window of micro-batches"
         states = torch.cat([self._states[i] for i in range(len(self._rows))])
         kept = wanted[self._selected].nonzero().flatten().tolist()
-        kept = index(kept, states.device)
-        return self._inputs["tokens"][kept], self._dense(states[kept])
+        rows = index(kept, states.device)
+        return self._inputs.tokens[rows], self._dense(states[rows])
 
     def readable_of_step(self, wanted: torch.Tensor) -> torch.Tensor | None:
         """``readable`` of the samples of ``of_step``."""
@@ -352,4 +380,5 @@ class CommitteePass:
 
     def together(self, targets: Sequence[Target]) -> Target:
         """What the domain's teachers say as one: their mixture, of a target of each."""
-        return Mixed(tuple(targets), self.weights, self.by)
+        # Mixed itself refuses what it cannot mix.
+        return Mixed(cast(tuple[Dense, ...], tuple(targets)), self.weights, self.by)

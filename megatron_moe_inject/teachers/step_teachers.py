@@ -181,7 +181,7 @@ class StepTeachers(StepPart):
         self._see_states(f"teacher {teacher.name}", target)
         return [i for i, domain in enumerate(domains) if domain in taught], target
 
-    def _see_states(self, name: str, target: Target) -> None:
+    def _see_states(self, name: str, target: Target | None) -> None:
         if isinstance(target, Dense):
             self._see(f"states of {name}", target.hidden)
 
@@ -200,7 +200,9 @@ class StepTeachers(StepPart):
             if own.unknown is None:
                 continue
             taught = [i for i, d in enumerate(domains) if d in self.taught_by(own)]
-            known = _pick(taught, samples)(own.readable(index))
+            readable = own.readable(index)
+            assert readable is not None, f"teacher {own.name} lacks tokens"
+            known = _pick(taught, samples)(readable)
             targets = labels.index_select(0, positions(samples, labels.device))
             known = known & ~torch.isin(targets, own.unknown)
             found = known if found is None else found & known

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from megatron_moe_inject.host.agreement import agree
 from megatron_moe_inject.host.finite import FiniteWatch
+from megatron_moe_inject.host.megatron_types import Chunk, Groups
 from megatron_moe_inject.host.step import StepPart
 from megatron_moe_inject.host.text import count, memory_text, table
 from megatron_moe_inject.recipe.run_kinds import INJECTION
@@ -60,10 +60,13 @@ class TeachersPart(RunPart):
         """
         run, last = self._run, student.last
         taught = agree(lambda: {} if last is None else self._taught(last, student.groups))
-        watch, compares = run.get(FiniteWatch), run.get(ComparesPrefix)
+        watch = run.get(FiniteWatch)
+        # Protocols are looked up, and never made.
+        compares = run.get(ComparesPrefix)  # type: ignore[type-abstract]
+        original = run.get(OriginalTeacher)  # type: ignore[type-abstract]
         teachers = StepTeachers(
             taught,
-            run.get(OriginalTeacher),
+            original,
             valid_vocab_size=run.valid_vocab_size,
             kernels=run.recipe.objective.row_kernels(),
             see=(lambda name, states: None) if watch is None else watch.see,
@@ -92,7 +95,7 @@ class TeachersPart(RunPart):
         }
         return teacher_lines(self._run.recipe, rows)
 
-    def _taught(self, chunk: torch.nn.Module, groups: Any) -> dict[int, Any]:
+    def _taught(self, chunk: Chunk, groups: Groups) -> dict[int, Any]:
         """The teachers of the domains, loaded beside the student's last chunk."""
         run = self._run
 
@@ -129,7 +132,7 @@ def teacher_lines(recipe: Recipe, rows: Mapping[str, tuple[str, ...]]) -> dict[s
 
 def texts_by_teacher(run: RunContext) -> dict[str, list[str]]:
     """Training text that each teacher reads."""
-    paths = run.facts.data_paths.get("train") or []
+    paths = run.facts.data_paths.get("train", ())
     labelled = list(zip(paths, run.labels["train"], strict=False))
     texts: dict[str, list[str]] = {}
     for index, domain in enumerate(run.recipe.domains):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +67,12 @@ def named_tokens(folder: Path) -> dict[str, str]:
     return found
 
 
-def with_special_tokens(ids: dict[str, int], special_tokens: Iterable[str]) -> dict[str, int]:
+def with_special_tokens(ids: Mapping[str, int], special_tokens: Iterable[str]) -> dict[str, int]:
     """``ids`` with new tokens numbered on, as tokenizers add them at run time."""
-    ids = dict(ids)
+    numbered = dict(ids)
     for token in special_tokens:
-        ids.setdefault(token, max(ids.values(), default=-1) + 1)
-    return ids
+        numbered.setdefault(token, max(numbered.values(), default=-1) + 1)
+    return numbered
 
 
 def _read_folder(folder: Path) -> dict[str, int]:

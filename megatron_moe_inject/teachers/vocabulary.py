@@ -80,14 +80,16 @@ class Vocabulary:
         return exact if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]} ids"
 
 
-def vocabulary_of_files(path: Path, *, origin: str, **known) -> Vocabulary:
-    """The vocabulary of a tokenizer folder or file; ``known`` are further fields."""
+def vocabulary_of_files(
+    path: Path, *, origin: str, rows: int | None, padding: int = COMMON_PADDING
+) -> Vocabulary:
+    """The vocabulary of a tokenizer folder or file; see ``Vocabulary`` for the arguments."""
     try:
         ids = read_token_ids(path)
     except UnreadableTokenizer as error:
-        return Vocabulary(origin, unreadable=str(error), **known)
+        return Vocabulary(origin, rows=rows, padding=padding, unreadable=str(error))
     added = read_added_tokens(path)
-    return Vocabulary(origin, size=max(ids.values()) + 1, ids=ids, added=added, **known)
+    return Vocabulary(origin, max(ids.values()) + 1, rows, padding, ids, added)
 
 
 def within_rows(own: Vocabulary, source: Source, remedy: str) -> Vocabulary:
@@ -152,15 +154,15 @@ class TokenizerFlags:
                 machine.
         """
         origin = f"{self.type} {self.model or self.vocab_file or ''}".strip()
-        known = {"rows": self.padded_vocab_size, "padding": self.padding}
+        rows, padding = self.padded_vocab_size, self.padding
         if self.type in ("NullTokenizer", "NullMultimodalTokenizer"):
             why = "NullTokenizer has no tokens"
-            return Vocabulary(origin, size=self.vocab_size, unreadable=why, **known)
+            return Vocabulary(origin, self.vocab_size, rows, padding, unreadable=why)
         path = self.files(saved_with_model)
         if path is None:
             why = f"vocabularies of {self.type} cannot be read"
-            return Vocabulary(origin, unreadable=why, **known)
-        found = vocabulary_of_files(path, origin=origin, **known)
+            return Vocabulary(origin, None, rows, padding, unreadable=why)
+        found = vocabulary_of_files(path, origin=origin, rows=rows, padding=padding)
         if found.ids is None:
             return found
         ids = with_special_tokens(found.ids, self.special_tokens)
@@ -208,14 +210,20 @@ def check_vocabulary(student: Vocabulary, teacher: Vocabulary, source: Source) -
             first tokens or the sizes that do.
     """
     if student.ids is not None and teacher.ids is not None:
-        found = _compare_tokens(student, teacher, source)
+        found = _compare_tokens(student, student.ids, teacher.ids, source)
         _check_rows(student, teacher, source, found.unknown)
         return found
     unread = [v for v in (student, teacher) if v.ids is None]
     why = "; ".join(dict.fromkeys(v.unreadable for v in unread if v.unreadable))
-    if student.sizes() is None or teacher.sizes() is None:
+    ours, theirs = student.sizes(), teacher.sizes()
+    if ours is None or theirs is None:
         return Comparison(f"not compared: {why or 'no size is known'}")
-    _compare_sizes(student, teacher, source)
+    if max(ours[0], theirs[0]) > min(ours[-1], theirs[-1]):
+        raise source.error(
+            f"has another vocabulary: {teacher.extent()} ({teacher.origin}) against the "
+            f"student's {student.extent()} ({student.origin})",
+            "use a teacher with the student's tokenizer",
+        )
     _check_rows(student, teacher, source)
     return Comparison(f"sizes agree ({teacher.extent()}), tokens not compared: {why}")
 
@@ -233,13 +241,18 @@ def _check_rows(
         )
 
 
-def _compare_tokens(student: Vocabulary, teacher: Vocabulary, source: Source) -> Comparison:
-    ours, theirs = set(student.ids.items()), set(teacher.ids.items())
-    used, known = set(student.ids.values()), set(teacher.ids.values())
+def _compare_tokens(
+    student: Vocabulary,
+    student_ids: Mapping[str, int],
+    teacher_ids: Mapping[str, int],
+    source: Source,
+) -> Comparison:
+    ours, theirs = set(student_ids.items()), set(teacher_ids.items())
+    used, known = set(student_ids.values()), set(teacher_ids.values())
     shared = {index for _, index in ours & theirs}
-    clash = any(student.ids.get(token, index) != index for token, index in theirs)
+    clash = any(student_ids.get(token, index) != index for token, index in theirs)
     if clash or (used & known) - shared:
-        _refuse(student.ids, teacher.ids, source, "has another tokenizer, {} ids differ")
+        _refuse(student_ids, teacher_ids, source, "has another tokenizer, {} ids differ")
     unknown = {index: token for token, index in ours if index not in known}
     ordinary = {token: index for index, token in unknown.items() if token not in student.added}
     if ordinary:
@@ -280,13 +293,3 @@ def _some(tokens: Mapping[int, str]) -> str:
 
 def _quoted(token: str | None) -> str:
     return "nothing" if token is None else repr(token)
-
-
-def _compare_sizes(student: Vocabulary, teacher: Vocabulary, source: Source) -> None:
-    ours, theirs = student.sizes(), teacher.sizes()
-    if max(ours[0], theirs[0]) > min(ours[-1], theirs[-1]):
-        raise source.error(
-            f"has another vocabulary: {teacher.extent()} ({teacher.origin}) against the "
-            f"student's {student.extent()} ({student.origin})",
-            "use a teacher with the student's tokenizer",
-        )

@@ -20,10 +20,9 @@ import torch.distributed as dist
 from megatron_moe_inject.host.context_parallel import (
     context_parallel_slice,
 )
+from megatron_moe_inject.host.megatron_types import Groups
 from megatron_moe_inject.host.step import MicroBatch
-from megatron_moe_inject.teachers.step_pass import (
-    TeacherPass,
-)
+from megatron_moe_inject.teachers.step_pass import LayeredTeacher, StepTeacher
 
 
 class LayerStates(NamedTuple):
@@ -71,7 +70,7 @@ class FeatureExchange:
         *,
         widths: Mapping[str, int],
         dtypes: Mapping[str, torch.dtype],
-        groups: object,
+        groups: Groups,
         sequence_parallel: bool,
         device: torch.device,
         partly: Collection[str] = (),
@@ -90,7 +89,7 @@ class FeatureExchange:
 
     def run(
         self,
-        passes: Mapping[str, TeacherPass],
+        passes: Mapping[str, StepTeacher],
         batches: Sequence[MicroBatch] | None,
         labels_shape: tuple[int, int],
         taught: Mapping[str, int],
@@ -112,11 +111,11 @@ class FeatureExchange:
         if own == last:
             mask, tokens = self._masks(batches, labels_shape, sequence_length)
             states = {
-                wish: self._slice(passes[wish.teacher].take_layer(wish.layer))
+                wish: self._slice(_layered(passes, wish.teacher).take_layer(wish.layer))
                 for wish in dict.fromkeys(wish for stage in self._wanted for wish in stage)
             }
             names = dict.fromkeys(name for stage in self._partly for name in stage)
-            readable = {name: self._readable(passes[name]) for name in names}
+            readable = {name: self._readable(_layered(passes, name)) for name in names}
             self._send(mask, tokens, states, readable)
             return StepTargets(mask, tokens, states, readable) if self._wanted[own] else None
         if not self._wanted[own]:
@@ -142,9 +141,11 @@ class FeatureExchange:
         _exchange([dist.P2POp(dist.irecv, t, peer, self._pp) for t in tensors if t.numel()])
         return StepTargets(mask, tokens, states, readable)
 
-    def _readable(self, teacher: TeacherPass) -> torch.Tensor:
+    def _readable(self, teacher: LayeredTeacher) -> torch.Tensor:
         """``[k, l]`` float32 of the step's samples."""
-        return self._slice(teacher.readable().float().unsqueeze(-1)).squeeze(-1).contiguous()
+        readable = teacher.readable()
+        assert readable is not None, "only teachers that lack tokens are asked"
+        return self._slice(readable.float().unsqueeze(-1)).squeeze(-1).contiguous()
 
     def _send(
         self,
@@ -170,8 +171,8 @@ class FeatureExchange:
         if batches is None:
             mask = torch.empty(n, b, length, device=self._device)
         else:
-            rows = [torch.as_tensor(batch["loss_mask"]).reshape(b, length) for batch in batches]
-            mask = torch.stack(rows).to(self._device, torch.float32, non_blocking=True)
+            masks = [torch.as_tensor(batch["loss_mask"]).reshape(b, length) for batch in batches]
+            mask = torch.stack(masks).to(self._device, torch.float32, non_blocking=True)
         if self._tp.size() > 1:
             dist.broadcast(mask, dist.get_global_rank(self._tp, 0), self._tp)
         rows = context_parallel_slice(mask.view(n * b, length, 1), *self._cp)
@@ -182,6 +183,13 @@ class FeatureExchange:
         """This tensor-parallel rank's part of ``[k, s/c, width]`` under sequence parallelism."""
         rank, size = self._parts
         return states if size == 1 else states.chunk(size, dim=1)[rank].contiguous()
+
+
+def _layered(passes: Mapping[str, StepTeacher], name: str) -> LayeredTeacher:
+    """A teacher whose layers are imitated."""
+    teacher = passes[name]
+    assert isinstance(teacher, LayeredTeacher), f"teacher {name} has no layers to imitate"
+    return teacher
 
 
 def _exchange(operations: list[dist.P2POp]) -> None:

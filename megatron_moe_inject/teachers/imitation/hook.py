@@ -27,6 +27,7 @@ from megatron_moe_inject.host.attached_loss import (
 )
 from megatron_moe_inject.host.clock import ChunkClock, Passages
 from megatron_moe_inject.host.indices import index as positions
+from megatron_moe_inject.host.megatron_types import Chunk, Groups, MegatronModule
 from megatron_moe_inject.host.model_parts import (
     decoder_layers,
 )
@@ -84,7 +85,7 @@ class ImitationHook(StepPart):
 
     def __init__(
         self,
-        chunks: Sequence[torch.nn.Module],
+        chunks: Sequence[Chunk],
         projections: Sequence[Projections],
         terms: Sequence[ImitationTerm],
         exchange: FeatureExchange,
@@ -95,7 +96,7 @@ class ImitationHook(StepPart):
         loss: str,
         domains: Sequence[str],
         by_domain: bool,
-        groups: Any,
+        groups: Groups,
     ) -> None:
         self._config = chunks[0].config
         self._device = next(chunks[0].parameters()).device
@@ -122,7 +123,7 @@ class ImitationHook(StepPart):
 
     def _watch(
         self,
-        layer: torch.nn.Module,
+        layer: MegatronModule,
         terms: list[ImitationTerm],
         clock: ChunkClock,
         own: Projections,
@@ -161,7 +162,8 @@ class ImitationHook(StepPart):
         )
         self._labels = labels.tolist()
         self._sums = torch.zeros(len(self._kinds), len(self._domains), 2, device=self._device)
-        for part in (*self._clocks, *self._places):
+        parts: list[ChunkClock | _Place] = [*self._clocks, *self._places]
+        for part in parts:
             part.reset()
         self._scales = self._step_scales(step.iteration, self._targets)
         self._active = True
@@ -256,12 +258,14 @@ class ImitationHook(StepPart):
             own = positions(samples, states.device)
             states = states.index_select(1, own)
             reached = None if reached is None else reached.index_select(1, own)
-        target = self._target(term, micro_batch, samples)
+        targets = self._targets
+        assert targets is not None, "a stage that imitates gets targets"
+        target = self._target(targets, term, micro_batch, samples)
         student = place.projections.project(term, states)
         losses = feature_loss(student, target, self._loss)
-        mask = self._targets.mask[micro_batch]
+        mask = targets.mask[micro_batch]
         weight = mask.index_select(0, positions(samples, mask.device)).t()
-        readable = self._targets.readable.get(term.teacher)
+        readable = targets.readable.get(term.teacher)
         if readable is not None:
             weight = weight * self._of_samples(term, readable, micro_batch, samples).t()
         if reached is not None:
@@ -277,10 +281,10 @@ class ImitationHook(StepPart):
         return (by_sample * shares).sum() * self._scales[term.kind][micro_batch]
 
     def _target(
-        self, term: ImitationTerm, micro_batch: int, samples: Sequence[int]
+        self, targets: StepTargets, term: ImitationTerm, micro_batch: int, samples: Sequence[int]
     ) -> torch.Tensor:
         """The teacher's states of some samples of a micro-batch, ``[l, k, h_t]``."""
-        states = self._targets.states[LayerStates(term.teacher, term.teacher_layer)]
+        states = targets.states[LayerStates(term.teacher, term.teacher_layer)]
         return self._of_samples(term, states, micro_batch, samples).transpose(0, 1)
 
     def _of_samples(
@@ -311,7 +315,7 @@ class _ExpertOutputs:
 
     def __init__(
         self,
-        layer: torch.nn.Module,
+        layer: MegatronModule,
         finish: Callable[[torch.Tensor, Callable[[frozenset[int]], Any]], torch.Tensor],
         is_active: Callable[[], bool],
     ) -> None:

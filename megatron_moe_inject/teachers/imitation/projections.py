@@ -57,8 +57,9 @@ class Projections(torch.nn.ModuleDict):
             generator = torch.Generator().manual_seed(seed + zlib.crc32(term.projection.encode()))
             start = torch.randn(width, hidden_size, generator=generator) * hidden_size**-0.5
             linear = torch.nn.Linear(hidden_size, width, bias=False, device="meta")
-            linear.weight = torch.nn.Parameter(start.to(like))
-            linear.weight.sequence_parallel = sequence_parallel
+            weight: Any = torch.nn.Parameter(start.to(like))
+            weight.sequence_parallel = sequence_parallel  # Megatron's mark
+            linear.weight = weight
             self[term.projection] = linear
         self.register_load_state_dict_post_hook(_forgive_missing)
 
@@ -67,6 +68,7 @@ class Projections(torch.nn.ModuleDict):
         if term.projection not in self:
             return states
         linear = self[term.projection]
+        assert isinstance(linear, torch.nn.Linear)
         return linear(states.to(linear.weight.dtype))
 
     def sharded_state_dict(

@@ -13,6 +13,7 @@ from megatron_moe_inject.host.errors import (
     RecipeError,
     listing,
 )
+from megatron_moe_inject.host.megatron_types import Chunk, Groups
 from megatron_moe_inject.host.model_parts import (
     PROJECTIONS,
     decoder_layers,
@@ -87,7 +88,7 @@ class ImitationPart(RunPart):
             )
         return bool(found)
 
-    def before_ddp(self, chunks: Sequence[torch.nn.Module]) -> None:
+    def before_ddp(self, chunks: Sequence[Chunk]) -> None:
         """Give each bare chunk the projections of its layers, before DDP and the optimizer."""
         for chunk in chunks:
             groups = compat.process_groups(chunk)
@@ -189,9 +190,7 @@ class ImitationPart(RunPart):
             groups=groups,
         )
 
-    def _wanted_by_stage(
-        self, chunks: Sequence[torch.nn.Module], groups: Any
-    ) -> list[list[LayerStates]]:
+    def _wanted_by_stage(self, chunks: Sequence[Chunk], groups: Groups) -> list[list[LayerStates]]:
         own = [layer.layer_number - 1 for chunk in chunks for layer in decoder_layers(chunk)]
         terms = self._terms
         stages: list[Any] = [None] * groups.pp.size()

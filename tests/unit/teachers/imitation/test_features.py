@@ -189,6 +189,9 @@ class Pass:
     def take_layer(self, layer):
         return random(100 + layer, self.rows, 4, 5)
 
+    def readable(self, micro_batch=None):
+        return None
+
 
 LABELS = torch.tensor([[-1, 0], [0, 1], [-1, -1], [1, 0]])
 MASK = (random(3, 4, 2, 4) > -0.5).float()
