@@ -34,14 +34,17 @@ room's ``uses.py`` those of its methods; ``moe-inject plan RECIPE --wraps`` list
 from __future__ import annotations
 
 import functools
+from argparse import ArgumentParser
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_moe_inject.host import compat
+from megatron_moe_inject.host.contract import Wrapped
 from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.host.wrap import Call, wrap_function, wrap_of
 
 if TYPE_CHECKING:
+    from megatron_moe_inject.recipe.schema import Recipe
     from megatron_moe_inject.run import Run
 
 
@@ -60,7 +63,7 @@ def install() -> None:
     if wrap_of(training.pretrain) is not None:
         return
     wiring = _Wiring()
-    for function, around in (
+    wrapped: tuple[tuple[Wrapped, Callable[..., Any]], ...] = (
         (contracts.ARGUMENTS, wiring.add_arguments),
         (contracts.PRETRAIN, wiring.pretrain),
         (contracts.SETUP, wiring.setup_model_and_optimizer),
@@ -71,7 +74,8 @@ def install() -> None:
             (function, functools.partial(wiring.around, function.name))
             for function in contracts.AROUND
         ),
-    ):
+    )
+    for function, around in wrapped:
         wrap_function(function, functools.partial(_spread, around))
     megatron.training.pretrain = training.pretrain
 
@@ -88,13 +92,13 @@ class _Wiring:
         self._run: Run | None = None
         self._verify: Callable[[], str] | None = None
 
-    def add_arguments(self, stock, parser):
+    def add_arguments(self, stock: Callable, parser: ArgumentParser) -> ArgumentParser:
         from megatron_moe_inject.host.help_texts import make_printable
         from megatron_moe_inject.recipe.flags import add_inject_arguments
 
         return add_inject_arguments(make_printable(stock(parser)))
 
-    def pretrain(self, stock, *args, **kwargs):
+    def pretrain(self, stock: Callable, *args: Any, **kwargs: Any) -> Any:
         from megatron.training import get_args
 
         from megatron_moe_inject.host import failure
@@ -110,23 +114,24 @@ class _Wiring:
         if recipe is None and mistake is None:
             return stock(*args, **kwargs)
 
-        def make():
+        def make() -> tuple[Recipe, Run]:
             from megatron_moe_inject.run import Run, run_kind
 
             if mistake is not None:
                 raise mistake
+            assert recipe is not None
             run = Run(run_kind(options), recipe, options, compat.tokenizer_vocab_size())
             return run.recipe, run
 
         meeting = Meeting.of_job(options, kwargs.get("store"))
         try:
-            self._run = begin_alike(meeting, options, make)
+            self._run = run = begin_alike(meeting, options, make)
             if options.inject_verify_inputs:
                 from megatron_moe_inject.teachers.verify_inputs import verify_inputs
 
-                self._verify = functools.partial(verify_inputs, recipe, options)
+                self._verify = functools.partial(verify_inputs, run.recipe, options)
             result = stock(*args, **kwargs)
-            self._finish()
+            _finish(run)
             return result
         except RecipeError as error:
             # One message per node and no traceback, whether every rank came here or one.
@@ -134,7 +139,7 @@ class _Wiring:
         finally:
             self._run = self._verify = None
 
-    def setup_model_and_optimizer(self, stock, *args, **kwargs):
+    def setup_model_and_optimizer(self, stock: Callable, *args: Any, **kwargs: Any) -> Any:
         run = self._run
         if run is None:
             return stock(*args, **kwargs)
@@ -155,44 +160,47 @@ class _Wiring:
             _leave()
         return built
 
-    def around(self, name, stock, *args, **kwargs):
+    def around(self, name: str, stock: Callable, *args: Any, **kwargs: Any) -> Any:
         """A function that features' parts may stand around."""
         if self._run is None:
             return stock(*args, **kwargs)
         return self._run.call(name, stock, *args, **kwargs)
 
-    def build_data_iterators(self, stock, *args, **kwargs):
+    def build_data_iterators(self, stock: Callable, *args: Any, **kwargs: Any) -> Any:
         iterators = self.around("build_train_valid_test_data_iterators", stock, *args, **kwargs)
         if self._run is not None:
             self._run.splits.register(*iterators)
         return iterators
 
-    def get_forward_backward_func(self, stock, *args, **kwargs):
+    def get_forward_backward_func(self, stock: Callable, *args: Any, **kwargs: Any) -> Callable:
         forward_backward = stock(*args, **kwargs)
         if self._run is None:
             return forward_backward
-        return self._run.step_hook.wrap(forward_backward)
+        hook = self._run.step_hook
+        assert hook is not None, "a schedule is asked for once the student is built"
+        return hook.wrap(forward_backward)
 
-    def train(self, stock, *args, **kwargs):
+    def train(self, stock: Callable, *args: Any, **kwargs: Any) -> Any:
         run = self._run
         if run is None:
             return stock(*args, **kwargs)
         run.begin_training()
 
         @functools.wraps(stock)
-        def training(*args, **kwargs):
+        def training(*args: Any, **kwargs: Any) -> Any:
             try:
                 return stock(*args, **kwargs)
             except SystemExit:  # --exit-interval and the like leave so, with everything saved
-                self._finish()
+                _finish(run)
                 raise
 
         return run.call("train", training, *args, **kwargs)
 
-    def _finish(self) -> None:
-        """What is left to do when all is saved, so that its failure costs no checkpoint."""
-        for said in self._run.finish():
-            _print_rank_0(said)
+
+def _finish(run: Run) -> None:
+    """What is left to do when all is saved, so that its failure costs no checkpoint."""
+    for said in run.finish():
+        _print_rank_0(said)
 
 
 def _print_rank_0(text: str | None) -> None:

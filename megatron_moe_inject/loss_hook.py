@@ -31,6 +31,7 @@ from megatron_moe_inject.host import compat
 from megatron_moe_inject.host.finite import FiniteWatch
 from megatron_moe_inject.host.labels import GENERAL
 from megatron_moe_inject.host.loss_seam import LossSeam
+from megatron_moe_inject.host.megatron_types import Config, MegatronModule
 from megatron_moe_inject.host.step import Step, StepPart
 from megatron_moe_inject.losses.objective import TermWeights, injection_loss
 from megatron_moe_inject.losses.report import LossReport, merge
@@ -127,7 +128,7 @@ class LossHook(StepPart):
         """The script's ``forward_step`` with its loss function reporting our terms as well."""
 
         @functools.wraps(forward_step)
-        def wrapped(*args, **kwargs):
+        def wrapped(*args: Any, **kwargs: Any) -> tuple[Any, Callable]:
             output, loss_func = forward_step(*args, **kwargs)
             return output, self._wrap_loss_func(loss_func)
 
@@ -135,7 +136,7 @@ class LossHook(StepPart):
 
     def _wrap_loss_func(self, loss_func: Callable) -> Callable:
         @functools.wraps(loss_func)
-        def wrapped(output_tensor, **kwargs):
+        def wrapped(output_tensor: torch.Tensor, **kwargs: Any) -> Any:
             outputs = loss_func(output_tensor, **kwargs)
             if kwargs.get("non_loss_data"):
                 return outputs
@@ -164,11 +165,11 @@ class LossHook(StepPart):
         self,
         *,
         hidden_states: torch.Tensor,
-        output_layer: torch.nn.Module,
+        output_layer: MegatronModule,
         output_weight: torch.Tensor | None,
         labels: torch.Tensor,
         loss_mask: torch.Tensor,
-        config: Any,
+        config: Config,
         **_: Any,
     ) -> torch.Tensor:
         """``output_processor`` of Megatron: ``[s(/p under SP), b, h]`` to total loss ``[b, s]``."""

@@ -12,8 +12,6 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
-
 from megatron_moe_inject import contracts
 from megatron_moe_inject.data.labels import HostGroup
 from megatron_moe_inject.data.read_once import MeasuredText
@@ -24,6 +22,7 @@ from megatron_moe_inject.host.agreement import agree, on_first_rank
 from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.host.finite import FiniteWatch
 from megatron_moe_inject.host.loss_seam import LossSeam
+from megatron_moe_inject.host.megatron_types import Chunk, Optimizer
 from megatron_moe_inject.host.save_lock import SaveLock
 from megatron_moe_inject.host.step import StepPart
 from megatron_moe_inject.host.student_load import StudentLoad
@@ -144,7 +143,11 @@ class Run:
             RecipeError: on every rank: something cannot.
         """
         if not self.dry_run:
-            agree(lambda: [part.try_outputs() for part in self.context.parts])
+            agree(self._try_outputs)
+
+    def _try_outputs(self) -> None:
+        for part in self.context.parts:
+            part.try_outputs()
 
     def building(self) -> contextlib.ExitStack:
         """Inside, Megatron builds and loads the student."""
@@ -153,7 +156,7 @@ class Run:
             stack.enter_context(part.building())
         return stack
 
-    def before_ddp(self, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+    def before_ddp(self, chunks: list[Chunk]) -> list[Chunk]:
         """``pre_wrap_hooks`` entry: watch what bare chunks are given, and let the parts change
         them. No collective."""
         self.student_load.watch(chunks)
@@ -161,7 +164,7 @@ class Run:
             part.before_ddp(chunks)
         return chunks
 
-    def attach(self, chunks: Sequence[torch.nn.Module], optimizer: Any = None) -> None:
+    def attach(self, chunks: Sequence[Chunk], optimizer: Optimizer = None) -> None:
         """Attach to the student once it is built and loaded.
 
         Args:

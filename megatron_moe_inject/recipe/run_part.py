@@ -17,6 +17,7 @@ import torch
 
 from megatron_moe_inject.host import compat
 from megatron_moe_inject.host.lineage import Lineage
+from megatron_moe_inject.host.megatron_types import Chunk, Groups, Optimizer
 from megatron_moe_inject.host.step import StepPart
 from megatron_moe_inject.host.student_load import Origin
 from megatron_moe_inject.host.term_log import TermLog
@@ -107,17 +108,17 @@ class Student:
         optimizer: Megatron's, ``None`` in a run that only evaluates.
     """
 
-    chunks: Sequence[torch.nn.Module]
-    groups: Any
-    optimizer: Any = None
+    chunks: Sequence[Chunk]
+    groups: Groups
+    optimizer: Optimizer = None
 
     @classmethod
-    def of_chunks(cls, chunks: Sequence[torch.nn.Module], optimizer: Any = None) -> Student:
+    def of_chunks(cls, chunks: Sequence[Chunk], optimizer: Optimizer = None) -> Student:
         """With the groups that the chunks were built with."""
         return cls(list(chunks), compat.process_groups(chunks[0]), optimizer)
 
     @property
-    def last(self) -> torch.nn.Module | None:
+    def last(self) -> Chunk | None:
         """The chunk with the output layer, ``None`` on other pipeline stages."""
         return next((chunk for chunk in self.chunks if chunk.post_process), None)
 
