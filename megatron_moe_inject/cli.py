@@ -197,8 +197,8 @@ def _teacher_lines(
 ) -> tuple[dict[str, list[str]], list[str]]:
     """What the teachers' files say, as lines of the plan, and remarks on it; RecipeError where a
     run would refuse them at start."""
-    from megatron_moe_inject.teachers.setup import checked_teachers, remarks
-    from megatron_moe_inject.teachers.teaching import teacher_lines
+    from megatron_moe_inject.teachers.fit import checked_teachers, remarks
+    from megatron_moe_inject.teachers.part import teacher_lines
 
     try:
         infos = checked_teachers(recipe, args)

@@ -39,7 +39,7 @@ from megatron_moe_inject.losses.spec import LogitTransform, TokenWeighting
 from megatron_moe_inject.losses.triton_rows import AUTO
 from megatron_moe_inject.losses.upstream import common_factor
 from megatron_moe_inject.recipe.run_kinds import EVALUATION
-from megatron_moe_inject.recipe.run_part import RunContext, RunPart, Student
+from megatron_moe_inject.recipe.run_part import BuiltStudent, RunContext, RunPart
 from megatron_moe_inject.recipe.schedule import ever_positive
 from megatron_moe_inject.recipe.weights import term_weights
 from megatron_moe_inject.teachers.confidence import RunningConfidence
@@ -247,7 +247,7 @@ class ObjectivePart(RunPart):
     def __init__(self, run: RunContext) -> None:
         self._run = run
 
-    def attach(self, student: Student) -> LossHook | None:
+    def attach(self, student: BuiltStudent) -> LossHook | None:
         """The hook, on the last stage."""
         run, recipe, seam = self._run, self._run.recipe, self._run.get(LossSeam)
         if seam is None:

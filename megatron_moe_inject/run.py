@@ -32,7 +32,7 @@ from megatron_moe_inject.recipe.feature import Feature
 from megatron_moe_inject.recipe.features import FEATURES
 from megatron_moe_inject.recipe.plan import Plan, render_plan
 from megatron_moe_inject.recipe.run_kinds import EVALUATION, INJECTION, PROFILE
-from megatron_moe_inject.recipe.run_part import RunContext, RunPart, Student
+from megatron_moe_inject.recipe.run_part import BuiltStudent, RunContext, RunPart
 from megatron_moe_inject.recipe.schema import Recipe
 from megatron_moe_inject.recipe.student import check_options, check_recipe, student_facts_from_args
 from megatron_moe_inject.step import StepHook
@@ -178,7 +178,7 @@ class Run:
         Raises:
             RecipeError: on every rank: a part cannot do what is asked.
         """
-        context, student = self.context, Student.of_chunks(chunks, optimizer)
+        context, student = self.context, BuiltStudent.of_chunks(chunks, optimizer)
         self.student_load.verify()
         if not self.dry_run and any(part.writes_about for part in context.parts):
             context.origin = self.student_load.origin()
@@ -198,7 +198,7 @@ class Run:
         if context.kind == INJECTION:
             context.plan = render_plan(self._plan())
 
-    def _watch(self, student: Student) -> list[StepPart]:
+    def _watch(self, student: BuiltStudent) -> list[StepPart]:
         """The seam of the loss; in training, what sees where a step stops being finite."""
         context = self.context
         if context.kind != PROFILE and student.last is not None:

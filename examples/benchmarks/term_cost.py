@@ -168,8 +168,8 @@ def child() -> None:
     from megatron_moe_inject.host.step import Step
     from megatron_moe_inject.loss_hook import LossHook
     from megatron_moe_inject.losses.objective import TermWeights
-    from megatron_moe_inject.retention.setup import RetentionStep
-    from megatron_moe_inject.routing.setup import RoutingStep
+    from megatron_moe_inject.retention.part import RetentionStep
+    from megatron_moe_inject.routing.part import RoutingStep
     from megatron_moe_inject.run import Run
     from megatron_moe_inject.step import StepHook
     from megatron_moe_inject.teachers.imitation.hook import ImitationHook

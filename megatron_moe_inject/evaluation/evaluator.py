@@ -28,7 +28,7 @@ from megatron_moe_inject.host.labels import (
     GENERAL,
 )
 from megatron_moe_inject.host.rng import untouched_rng
-from megatron_moe_inject.recipe.run_part import RunContext, RunPart, Student
+from megatron_moe_inject.recipe.run_part import BuiltStudent, RunContext, RunPart
 from megatron_moe_inject.teachers.step_teachers import ComparesPrefix
 
 NO_DATA = (
@@ -95,7 +95,7 @@ class Evaluator(RunPart):
             "evaluate_and_print_results": self.evaluate,
         }
 
-    def attach(self, student: Student) -> Measurement:
+    def attach(self, student: BuiltStudent) -> Measurement:
         """Make the measurement of this rank."""
         groups = student.groups
         self._device = student.device

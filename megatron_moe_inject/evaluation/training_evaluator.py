@@ -20,7 +20,7 @@ from megatron_moe_inject.host import compat
 from megatron_moe_inject.host.agreement import on_first_rank
 from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.host.files import try_file
-from megatron_moe_inject.recipe.run_part import RunContext, Student
+from megatron_moe_inject.recipe.run_part import BuiltStudent, RunContext
 
 
 class TrainingEvaluator(Evaluator):
@@ -55,7 +55,7 @@ class TrainingEvaluator(Evaluator):
         if dist.get_rank() == 0:
             try_file(self.path, self._named_by)
 
-    def attach(self, student: Student) -> Measurement:
+    def attach(self, student: BuiltStudent) -> Measurement:
         """Make the measurement of this rank, and find the list of the injection that goes on.
 
         Collectives: those of ``on_first_rank``.

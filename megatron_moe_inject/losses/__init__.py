@@ -8,8 +8,9 @@ how sure a teacher is, without gradients. ``divergences`` and ``sparse`` take lo
 ``reference`` says what each loss means; the maths is in ``rows`` (for GPUs: ``triton_rows``).
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from megatron_moe_inject.host.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from megatron_moe_inject.losses.divergences import vocab_parallel_divergence
@@ -74,10 +75,5 @@ _HOMES = {
 }
 """By module, the public names of the room."""
 
-
-def __getattr__(name: str) -> Any:
-    """The public names need torch, which what only reads recipes does without."""
-    for module, names in _HOMES.items():
-        if name in names:
-            return getattr(import_module(f"{__name__}.{module}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:
+    __getattr__ = lazy_names(__name__, _HOMES)

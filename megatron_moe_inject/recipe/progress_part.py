@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron_moe_inject.host import compat
 from megatron_moe_inject.host.progress import StepProgress
 from megatron_moe_inject.recipe.run_kinds import EVALUATION
-from megatron_moe_inject.recipe.run_part import RunContext, RunPart, Student
+from megatron_moe_inject.recipe.run_part import BuiltStudent, RunContext, RunPart
 
 
 class EvaluationProgress(RunPart):
@@ -20,7 +20,7 @@ class EvaluationProgress(RunPart):
         self._args = run.args
         self._progress: StepProgress | None = None
 
-    def attach(self, student: Student) -> StepProgress | None:
+    def attach(self, student: BuiltStudent) -> StepProgress | None:
         """No collective."""
         if dist.get_rank() == 0:
             interval = self._args.log_interval
@@ -49,7 +49,7 @@ class TrainingProgress(RunPart):
         self._progress: StepProgress | None = None
         run.terms.listeners.append(self._listen)
 
-    def attach(self, student: Student) -> StepProgress | None:
+    def attach(self, student: BuiltStudent) -> StepProgress | None:
         """No collective."""
         if dist.get_rank() == dist.get_world_size() - 1:
             begun = compat.optimizer_steps(self._args)

@@ -99,7 +99,7 @@ class RunContext:
 
 
 @dataclass(frozen=True)
-class Student:
+class BuiltStudent:
     """The student once it is built and loaded.
 
     Attributes:
@@ -113,7 +113,7 @@ class Student:
     optimizer: Optimizer = None
 
     @classmethod
-    def of_chunks(cls, chunks: Sequence[Chunk], optimizer: Optimizer = None) -> Student:
+    def of_chunks(cls, chunks: Sequence[Chunk], optimizer: Optimizer = None) -> BuiltStudent:
         """With the groups that the chunks were built with."""
         return cls(list(chunks), compat.process_groups(chunks[0]), optimizer)
 
@@ -195,10 +195,10 @@ class RunPart:
     def before_ddp(self, chunks: Sequence[torch.nn.Module]) -> None:
         """Change bare chunks before DDP and the optimizer exist. No collective."""
 
-    def loaded(self, student: Student) -> None:
+    def loaded(self, student: BuiltStudent) -> None:
         """The student holds what was loaded."""
 
-    def attach(self, student: Student) -> StepPart | None:
+    def attach(self, student: BuiltStudent) -> StepPart | None:
         """Attach to the student; what takes part in steps on this rank."""
         return None
 

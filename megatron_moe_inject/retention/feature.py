@@ -111,7 +111,7 @@ class Originals(Feature):
         """Keeps them."""
         if kept_originals(run.recipe) == []:
             return None
-        from megatron_moe_inject.retention.setup import OriginalsPart
+        from megatron_moe_inject.retention.part import OriginalsPart
 
         return OriginalsPart(run, kept_originals(run.recipe))
 
@@ -185,7 +185,7 @@ class RetentionFeature(Feature):
         """Holds them."""
         if not run.recipe[RETENTION].in_use():
             return None
-        from megatron_moe_inject.retention.setup import RetentionPart
+        from megatron_moe_inject.retention.part import RetentionPart
 
         return RetentionPart(run)
 

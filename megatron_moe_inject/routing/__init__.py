@@ -4,15 +4,13 @@
 ``balance`` keeps the stock balance losses to general tokens, ``setup`` puts it together.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING
+
+from megatron_moe_inject.host.lazy_names import lazy_names
+
+if TYPE_CHECKING:
+    from megatron_moe_inject.routing.losses import steering_loss
+else:
+    __getattr__ = lazy_names(__name__, {"losses": ("steering_loss",)})
 
 __all__ = ["steering_loss"]
-
-
-def __getattr__(name: str) -> Any:
-    """``steering_loss`` needs torch, which what only reads files does without."""
-    if name == "steering_loss":
-        from megatron_moe_inject.routing.losses import steering_loss
-
-        return steering_loss
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -183,7 +183,7 @@ class SteeringFeature(Feature):
         """Find targets, and what the checkpoint keeps of confidences."""
         if not run.recipe[STEERING].watches:
             return None
-        from megatron_moe_inject.routing.setup import SteeringPart
+        from megatron_moe_inject.routing.part import SteeringPart
 
         return SteeringPart(run)
 

@@ -32,7 +32,7 @@ from megatron_moe_inject.host.own_keys import (
 )
 from megatron_moe_inject.host.stored_checkpoint import checkpoint_to_load
 from megatron_moe_inject.host.wrap import Call, wrap_method
-from megatron_moe_inject.recipe.run_part import RunContext, RunPart, Student
+from megatron_moe_inject.recipe.run_part import BuiltStudent, RunContext, RunPart
 from megatron_moe_inject.routing.uses import ROWS_GATING, ROWS_SHARDED
 
 _ROW_IDS = f"{ROWS}_ids"
@@ -132,7 +132,7 @@ class RouterRows(RunPart):
                     rows = TrainedRows(router, layer, self._experts[layer], stored=self._stored)
                     self._all.append(rows)
 
-    def loaded(self, student: Student) -> None:
+    def loaded(self, student: BuiltStudent) -> None:
         """From now on checkpoints hold the rows."""
         for rows in self._all:
             rows.stored = True

@@ -4,15 +4,26 @@
 of any kind.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING
+
+from megatron_moe_inject.host.lazy_names import lazy_names
+
+if TYPE_CHECKING:
+    from megatron_moe_inject.teachers.loading import (
+        StudentTokenizer,
+        Teacher,
+        TeacherInfo,
+        check_teacher,
+        load_teacher,
+    )
+else:
+    __getattr__ = lazy_names(
+        __name__,
+        {
+            "loading": (
+                "StudentTokenizer", "Teacher", "TeacherInfo", "check_teacher", "load_teacher",
+            )
+        },
+    )  # fmt: skip
 
 __all__ = ["StudentTokenizer", "Teacher", "TeacherInfo", "check_teacher", "load_teacher"]
-
-
-def __getattr__(name: str) -> Any:
-    """The room's names need torch, which what only reads recipes does without."""
-    if name in __all__:
-        from megatron_moe_inject.teachers import loading
-
-        return getattr(loading, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -90,7 +90,7 @@ class Teachers(Feature):
 
     def start(self, run: RunContext) -> RunPart | None:
         """Look at the teachers' files."""
-        from megatron_moe_inject.teachers.teaching import TeachersPart
+        from megatron_moe_inject.teachers.part import TeachersPart
 
         return TeachersPart(run)
 

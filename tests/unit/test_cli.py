@@ -25,10 +25,10 @@ from megatron_moe_inject.recipe.plan import (
     render_plan,
 )
 from megatron_moe_inject.recipe.student import student_facts_from_args
-from megatron_moe_inject.teachers import setup
+from megatron_moe_inject.teachers import fit
 from megatron_moe_inject.teachers.base import TeacherInfo
 from megatron_moe_inject.teachers.imitation.terms import ImitationTerm, imitation_lines
-from megatron_moe_inject.teachers.teaching import teacher_lines
+from megatron_moe_inject.teachers.part import teacher_lines
 
 RECIPE = """
 domains:
@@ -97,7 +97,7 @@ def test_plan_against_a_student(recipe_file, capsys, monkeypatch):
     )  # fmt: skip
     seen = []
     monkeypatch.setattr(
-        setup,
+        fit,
         "check_teacher",
         lambda name, source, student_tokenizer, prefix: seen.append((name, source)) or found,
     )

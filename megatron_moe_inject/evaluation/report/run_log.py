@@ -30,7 +30,7 @@ from megatron_moe_inject.evaluation.report.run_file import (
     write_run,
 )
 from megatron_moe_inject.evaluation.training_evaluator import TrainingEvaluator
-from megatron_moe_inject.experts.train.freezing import Census
+from megatron_moe_inject.experts.train.part import Census
 from megatron_moe_inject.host import compat
 from megatron_moe_inject.host.agreement import agree
 from megatron_moe_inject.host.errors import RecipeError

@@ -33,6 +33,6 @@ class ProfileFeature(Feature):
         """Look for room in memory and on disk."""
         if run.args.inject_profile is None:
             return None
-        from megatron_moe_inject.experts.choose.profile_setup import ProfilePart
+        from megatron_moe_inject.experts.choose.part import ProfilePart
 
         return ProfilePart(run)

@@ -179,7 +179,7 @@ class Freezing(Feature):
 
     def start(self, run: RunContext) -> RunPart | None:
         """Applies the policy."""
-        from megatron_moe_inject.experts.train.freezing import FreezingPart
+        from megatron_moe_inject.experts.train.part import FreezingPart
 
         return FreezingPart(run)
 
@@ -189,7 +189,7 @@ class ForwardStages(Feature):
 
     def start(self, run: RunContext) -> RunPart | None:
         """Its part is the step's last but one, since other passes use stock communication."""
-        from megatron_moe_inject.experts.train.freezing import ForwardStagesPart
+        from megatron_moe_inject.experts.train.part import ForwardStagesPart
 
         return ForwardStagesPart(run)
 

@@ -102,6 +102,6 @@ class ImitationFeature(Feature):
         """Find the layers and the checkpoint's projections."""
         if not run.recipe[IMITATION].in_use():
             return None
-        from megatron_moe_inject.teachers.imitation.setup import ImitationPart
+        from megatron_moe_inject.teachers.imitation.part import ImitationPart
 
         return ImitationPart(run)

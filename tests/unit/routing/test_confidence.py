@@ -12,9 +12,9 @@ from megatron_moe_inject.recipe.facts import StudentFacts
 from megatron_moe_inject.recipe.load import recipe_from_yaml
 from megatron_moe_inject.recipe.plan import Plan, render_plan
 from megatron_moe_inject.recipe.run_part import RunContext
-from megatron_moe_inject.routing import setup
+from megatron_moe_inject.routing import part
+from megatron_moe_inject.routing.part import KEPT, SteeringPart
 from megatron_moe_inject.routing.section import weighed_by_mean, weighed_by_token
-from megatron_moe_inject.routing.setup import KEPT, SteeringPart
 from megatron_moe_inject.teachers.confidence import LATEST, RunningConfidence
 
 GENERAL = -1
@@ -159,7 +159,7 @@ def test_a_mean_that_can_change_nothing_is_remarked():
 
 def begun(monkeypatch, stored, folder="/saved/iter_0000003", recipe=RECIPE):
     """A set-up that goes on from ``stored``, and Megatron's arguments."""
-    monkeypatch.setattr(setup, "stored_argument", lambda args, name: (folder, stored))
+    monkeypatch.setattr(part, "stored_argument", lambda args, name: (folder, stored))
     facts = StudentFacts(2, num_moe_experts=4, moe_layers=(0, 1))
     args = Namespace(inject_dry_run=None, micro_batch_size=1, load=None)
     run = RunContext("injection", recipe_from_yaml(recipe), args, facts, 8, {"train": []})

@@ -22,7 +22,7 @@ from megatron_moe_inject.routing.losses import (
     steering_losses,
     target_balance_losses,
 )
-from megatron_moe_inject.routing.setup import write_details
+from megatron_moe_inject.routing.part import write_details
 from megatron_moe_inject.routing.steering import SteeringHook, SteeringWeights
 from tests.harness.routers import EXPERTS, GROUPS, LENGTH, Chunk, inputs
 

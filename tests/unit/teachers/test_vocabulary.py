@@ -10,7 +10,7 @@ import pytest
 
 from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.teachers.base import Source, padded_rows
-from megatron_moe_inject.teachers.setup import excluded_ids
+from megatron_moe_inject.teachers.fit import excluded_ids
 from megatron_moe_inject.teachers.sources import parse_source
 from megatron_moe_inject.teachers.tokenizer_files import (
     UnreadableTokenizer,

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_moe_inject.experts.choose.part import ProfilePart
 from megatron_moe_inject.experts.choose.profile_file import (
     merge_profiles,
     read_profile,
     write_profile,
 )
-from megatron_moe_inject.experts.choose.profile_setup import ProfilePart
 from megatron_moe_inject.experts.choose.router_logits import (
     LogitSample,
     LogitSampler,

@@ -19,7 +19,7 @@ from megatron_moe_inject.host.model_parts import (
     decoder_layers,
 )
 from megatron_moe_inject.host.stored_checkpoint import checkpoint_to_load
-from megatron_moe_inject.recipe.run_part import Boundary, RunContext, RunPart, Student
+from megatron_moe_inject.recipe.run_part import Boundary, BuiltStudent, RunContext, RunPart
 from megatron_moe_inject.recipe.schedule import value_at
 from megatron_moe_inject.teachers.base import Teacher
 from megatron_moe_inject.teachers.imitation.exchange import FeatureExchange, LayerStates
@@ -28,8 +28,8 @@ from megatron_moe_inject.teachers.imitation.projections import Projections
 from megatron_moe_inject.teachers.imitation.section import IMITATION
 from megatron_moe_inject.teachers.imitation.terms import imitation_lines, imitation_terms
 from megatron_moe_inject.teachers.loading import states_dtype
+from megatron_moe_inject.teachers.part import TeacherInfos
 from megatron_moe_inject.teachers.step_teachers import StepTeachers
-from megatron_moe_inject.teachers.teaching import TeacherInfos
 
 
 class ImitationPart(RunPart):
@@ -144,7 +144,7 @@ class ImitationPart(RunPart):
                 )
         return layers
 
-    def attach(self, student: Student) -> ImitationHook | None:
+    def attach(self, student: BuiltStudent) -> ImitationHook | None:
         """The hooks of this rank.
 
         Collectives: one all-gather of layer numbers over the pipeline group.

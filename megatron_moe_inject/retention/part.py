@@ -13,7 +13,7 @@ from megatron_moe_inject.host import compat
 from megatron_moe_inject.host.loss_seam import LossSeam
 from megatron_moe_inject.host.original_values import OriginalValues
 from megatron_moe_inject.host.step import Step, StepPart
-from megatron_moe_inject.recipe.run_part import RunContext, RunPart, Student
+from megatron_moe_inject.recipe.run_part import BuiltStudent, RunContext, RunPart
 from megatron_moe_inject.recipe.schedule import ever_positive, value_at
 from megatron_moe_inject.retention.experts import ExpertRetention
 from megatron_moe_inject.retention.original_pass import OriginalPass
@@ -59,7 +59,7 @@ class OriginalsPart(RunPart):
         self._run = run
         self._components = components
 
-    def attach(self, student: Student) -> StepPart | None:
+    def attach(self, student: BuiltStudent) -> StepPart | None:
         """Keep them: as loaded, or as the injection began.
 
         Collectives: those of ``OriginalParameters.carry``; one ``new_group`` over the whole world
@@ -81,7 +81,7 @@ class OriginalsPart(RunPart):
             run.provide(OriginalTeacher, self._original_pass(originals, student))
         return None
 
-    def _original_pass(self, originals: OriginalParameters, student: Student) -> OriginalPass:
+    def _original_pass(self, originals: OriginalParameters, student: BuiltStudent) -> OriginalPass:
         groups, config = student.groups, student.chunks[0].config
         interleaved = len(student.chunks) > 1
         everyone = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
@@ -110,7 +110,7 @@ class RetentionPart(RunPart):
         if "experts" in self._spec.in_use():
             check_packed(run.args, run.largest_micro_batch, "retention.experts")
 
-    def attach(self, student: Student) -> StepPart | None:
+    def attach(self, student: BuiltStudent) -> StepPart | None:
         """The retentions of this rank.
 
         Collectives: those of ``ExpertRetention``.

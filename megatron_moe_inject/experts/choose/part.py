@@ -44,7 +44,7 @@ from megatron_moe_inject.host.text import (
 )
 from megatron_moe_inject.recipe.entries import SPLITS
 from megatron_moe_inject.recipe.run_kinds import PROFILE
-from megatron_moe_inject.recipe.run_part import RunContext, RunPart, Student
+from megatron_moe_inject.recipe.run_part import BuiltStudent, RunContext, RunPart
 
 _FLAG = "--inject-profile"
 
@@ -104,7 +104,7 @@ class ProfilePart(RunPart):
         for path in (self._path, *beside) if dist.get_rank() == 0 else ():
             try_file(path, _FLAG)
 
-    def attach(self, student: Student) -> RoutingRecorder:
+    def attach(self, student: BuiltStudent) -> RoutingRecorder:
         """The recorder of this rank.
 
         Collectives: those of ``parameter_rows`` and ``agree``.

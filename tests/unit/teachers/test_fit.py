@@ -9,8 +9,8 @@ import torch
 from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.recipe.load import recipe_from_flags
 from megatron_moe_inject.teachers.base import Comparison, TeacherInfo
+from megatron_moe_inject.teachers.fit import check_fit, remarks
 from megatron_moe_inject.teachers.occurrences import occurrences
-from megatron_moe_inject.teachers.setup import check_fit, remarks
 
 
 def info(shared=None, **more) -> TeacherInfo:

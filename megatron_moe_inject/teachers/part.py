@@ -14,16 +14,16 @@ from megatron_moe_inject.host.megatron_types import Chunk, Groups
 from megatron_moe_inject.host.step import StepPart
 from megatron_moe_inject.host.text import count, memory_text, table
 from megatron_moe_inject.recipe.run_kinds import INJECTION
-from megatron_moe_inject.recipe.run_part import RunContext, RunPart, Student
+from megatron_moe_inject.recipe.run_part import BuiltStudent, RunContext, RunPart
 from megatron_moe_inject.recipe.schema import Recipe
 from megatron_moe_inject.teachers.base import TeacherInfo
-from megatron_moe_inject.teachers.loading import states_dtype
-from megatron_moe_inject.teachers.setup import (
+from megatron_moe_inject.teachers.fit import (
     by_domain,
     checked_teachers,
     remarks,
     teacher_pass,
 )
+from megatron_moe_inject.teachers.loading import states_dtype
 from megatron_moe_inject.teachers.step_teachers import ComparesPrefix, OriginalTeacher, StepTeachers
 
 
@@ -50,7 +50,7 @@ class TeachersPart(RunPart):
             for field, value in asdict(info).items()
         }
 
-    def attach(self, student: Student) -> StepPart | None:
+    def attach(self, student: BuiltStudent) -> StepPart | None:
         """Load them on the last stage.
 
         Collectives: those of ``agree``.

@@ -28,7 +28,7 @@ from megatron_moe_inject.host.agreement import agree
 from megatron_moe_inject.host.errors import RecipeError, fail
 from megatron_moe_inject.host.model_parts import places
 from megatron_moe_inject.host.step import StepPart
-from megatron_moe_inject.recipe.run_part import Boundary, RunContext, RunPart, Student
+from megatron_moe_inject.recipe.run_part import Boundary, BuiltStudent, RunContext, RunPart
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class FreezingPart(RunPart):
         train_grouped_experts(list(chunks))
         drop_transposes(list(chunks))
 
-    def attach(self, student: Student) -> StepPart | None:
+    def attach(self, student: BuiltStudent) -> StepPart | None:
         """Agree on where backward stops, and let it.
 
         Collectives: over the whole world those of ``agree`` with FP8, one all-gather of pattern
@@ -150,7 +150,7 @@ class ForwardStagesPart(RunPart):
     def __init__(self, run: RunContext) -> None:
         self._run = run
 
-    def attach(self, student: Student) -> StepPart | None:
+    def attach(self, student: BuiltStudent) -> StepPart | None:
         """No collective."""
         stages = self._run.need(Boundary).forward_stages
         return boundary_step(student.chunks, stages, student.groups.pp)

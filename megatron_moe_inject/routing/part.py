@@ -22,7 +22,7 @@ from megatron_moe_inject.host.run_arguments import (
     stored_argument,
 )
 from megatron_moe_inject.host.step import Step, StepPart
-from megatron_moe_inject.recipe.run_part import Boundary, RunContext, RunPart, Student
+from megatron_moe_inject.recipe.run_part import Boundary, BuiltStudent, RunContext, RunPart
 from megatron_moe_inject.recipe.schedule import value_at
 from megatron_moe_inject.routing.section import STEERING, weighed_by_mean, weighed_by_token
 from megatron_moe_inject.routing.shares import RoutingShares
@@ -147,7 +147,7 @@ class SteeringPart(RunPart):
                 f"{' and '.join(new)}, which begins anew at 1"
             )
 
-    def attach(self, student: Student) -> RoutingStep | None:
+    def attach(self, student: BuiltStudent) -> RoutingStep | None:
         """The parts of this rank.
 
         Collectives: one all-gather of layer numbers over the whole world.
