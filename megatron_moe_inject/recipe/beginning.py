@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 class BeginningFeature(Feature):
     """From which checkpoint and iteration a run goes on, and with which recipe; see
-    ``recipe.begin``."""
+    ``recipe.beginning_checks``."""
 
     runs = (INJECTION, EVALUATION, PROFILE)
 
     def foresee(self, recipe: Recipe, facts: StudentFacts, args: Namespace) -> list[str]:
         """As ``start``, and that the student is there."""
         from megatron_moe_inject.host.student_load import StudentLoad
-        from megatron_moe_inject.recipe.begin import check_beginning
+        from megatron_moe_inject.recipe.beginning_checks import check_beginning
 
         named = (args.load, getattr(args, "pretrained_checkpoint", None), args.inject_from_scratch)
         if not any(named):
@@ -35,7 +35,11 @@ class BeginningFeature(Feature):
         """A run that only evaluates takes weights alone from its checkpoint, which may hold no
         more, as after ``moe-inject apply-delta``; one that trains is checked, and lets its own
         checkpoints know its recipe."""
-        from megatron_moe_inject.recipe.begin import VALUES, check_beginning, recipe_values
+        from megatron_moe_inject.recipe.beginning_checks import (
+            VALUES,
+            check_beginning,
+            recipe_values,
+        )
 
         if run.kind != INJECTION:
             run.args.no_load_optim = run.args.no_load_rng = True

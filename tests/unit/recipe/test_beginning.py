@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_moe_inject.recipe.begin import VALUES, check_beginning, recipe_values
 from megatron_moe_inject.recipe.beginning import BeginningFeature
+from megatron_moe_inject.recipe.beginning_checks import VALUES, check_beginning, recipe_values
 from megatron_moe_inject.recipe.load import recipe_from_yaml
 from megatron_moe_inject.recipe.run_kinds import EVALUATION, INJECTION, PROFILE
 from tests.harness.checkpoints import load_arguments, write_described
