@@ -21,6 +21,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -88,6 +89,7 @@ def run_arm(folder: Path, work: Path, arm: str, seed: int, steps: int) -> dict:
     """Inject and evaluate; the numbers of one run."""
     work.mkdir(parents=True, exist_ok=True)
     data, saved = folder / "data", work / "injected"
+    shutil.rmtree(saved, ignore_errors=True)  # an arm that is run again begins anew
     sets = [
         f"teachers.coder.source=megatron:{folder}/teacher",
         f"domains[0].experts.profile={folder}/profile.json",

@@ -75,6 +75,15 @@ def test_two_runs_do_not_save_into_one_folder(material, tmp_path):
     assert_clean_end(run, ("--save", str(tmp_path), "in use by another run"))
 
 
+def test_data_that_is_not_there_leaves_nothing_behind(material, tmp_path):
+    save = tmp_path / "save"
+    extra = ("--data-path", "1", f"{material.general}-none", "1", material.domain)
+    extra += ("--save", str(save), "--save-interval", "100")
+    run = inject(material, nproc=2, ep=2, extra=extra, check=False)
+    assert_clean_end(run, ("--data-path: ", f"{material.general}-none' has no ", "found on rank 0"))
+    assert not save.exists()
+
+
 def test_a_teacher_that_only_the_last_stage_finds_broken_ends_every_rank(material, tmp_path):
     broken = tmp_path / "teacher"
     shutil.copytree(material.teacher, broken)

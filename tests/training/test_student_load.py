@@ -96,6 +96,7 @@ def test_the_old_format(material, tmp_path):
     keep += ("--exit-interval", "4")
     first = run(*keep, "--load", student, check=True)
     assert "was saved without injection: its optimizer state is left" in first.output
+    assert "is of no injection and stands at iteration 2: training goes on there" in first.output
     other = RECIPE.replace("[3]", "[1]")
     on = ("--load", saved, "--train-iters", "6")
     held = ("optimizer state of experts {2: [3], 3: [3]}, but now experts {2: [1], 3: [1]} trains",)
