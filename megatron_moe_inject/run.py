@@ -270,6 +270,7 @@ class _Own(RunPart):
         self.around = {
             "_load_base_checkpoint": run.student_load.read,
             "evaluate": terms.evaluate,
+            "evaluate_and_print_results": terms.print_evaluation,
             "training_log": terms.log,
         }
 

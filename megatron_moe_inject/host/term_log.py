@@ -13,7 +13,7 @@ Shapes: K terms.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ from megatron_moe_inject.host.attached_loss import (
 )
 from megatron_moe_inject.host.step import Step, StepPart
 
+CROSS_ENTROPIES = ("lm loss", "teacher loss")
+"""Of our terms, by the word before the class: those whose exponential is a perplexity."""
 _TAKEN = "advanced iterations"
 
 
@@ -101,6 +103,25 @@ class _Line(dict):
         return {name: value for name, value in self.items() if name not in self._own}
 
 
+class _Means(dict):
+    """What an evaluation found: Megatron's own means and ours.
+
+    Megatron prints what it iterates over, each number also as a perplexity. Of ours that makes
+    sense of cross-entropies alone, so the others are passed over, and printed behind its line.
+    """
+
+    def __init__(self, own: Mapping[str, Any], terms: Mapping[str, Any]) -> None:
+        super().__init__({**terms, **own})
+        self.beside = {
+            name: value
+            for name, value in terms.items()
+            if name not in own and name.partition("/")[0] not in CROSS_ENTROPIES
+        }
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in super().__iter__() if name not in self.beside)
+
+
 class TermLog:
     """The terms of one run on this rank.
 
@@ -117,6 +138,7 @@ class TermLog:
         self._step: tuple[list[str], torch.Tensor | None] = ([], None)
         self._line, self._board, self._evaluation = Interval(), Interval(), Interval()
         self._others: list[Interval] = []
+        self._beside: Mapping[str, torch.Tensor] = {}
         self.listeners: list[Callable[[dict[str, Any], dict[str, Any] | None], None]] = []
 
     def interval(self) -> Interval:
@@ -191,7 +213,26 @@ class TermLog:
         if means is None:  # the time was up
             return result
         ours = {name: _scalar(mean) for name, mean in self._evaluation.read().items()}
-        return (ours | means, *rest)
+        found = _Means(means, ours)
+        self._beside = found.beside
+        return (found, *rest)
+
+    def print_evaluation(self, stock: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Megatron's ``evaluate_and_print_results``, and behind its line our terms that have no
+        perplexity, under the names that it would give them. No collective."""
+        given = compat.bound_arguments(stock, args, kwargs)
+        self._beside = {}
+        result = stock(*args, **kwargs)
+        terms, self._beside = self._beside, {}
+        if not terms:
+            return result
+        numbers = {name: value.item() for name, value in terms.items()}
+        if dist.get_rank() == dist.get_world_size() - 1:
+            shown = " | ".join(f"{name} value: {value:.6E}" for name, value in numbers.items())
+            print(f" validation loss at {given['prefix']} | {shown} |", flush=True)
+        if given.get("write_to_tensorboard", True):
+            _write_validation(numbers, given["iteration"], self._args.consumed_train_samples)
+        return result
 
 
 class TermStep(StepPart):
@@ -221,3 +262,17 @@ def _writes_scalars() -> bool:
     from megatron.training import get_tensorboard_writer
 
     return get_tensorboard_writer() is not None
+
+
+def _write_validation(numbers: Mapping[str, float], iteration: int, samples: int) -> None:
+    """To TensorBoard and W&B, on the rank that has them, under Megatron's names."""
+    from megatron.training import get_tensorboard_writer, get_wandb_writer
+
+    writer, wandb = get_tensorboard_writer(), get_wandb_writer()
+    if writer is None:  # Megatron writes to W&B only beside TensorBoard
+        return
+    for name, value in numbers.items():
+        writer.add_scalar(f"{name} validation", value, iteration)
+        writer.add_scalar(f"{name} validation vs samples", value, samples)
+    if wandb is not None:
+        wandb.log({f"{name} validation": value for name, value in numbers.items()}, iteration)

@@ -39,6 +39,7 @@ EVERY_RUN = Contract(
             "megatron.training",
             "get_args",
             "get_tensorboard_writer",
+            "get_wandb_writer",
             "print_rank_0",
         ),
         *symbols("megatron.training.global_vars", "get_timers", "get_tokenizer"),
@@ -65,7 +66,10 @@ EVERY_RUN = Contract(
                 "is_first_iteration",
             ),
         ),
-        Use(f"{_TRAINING}.evaluate_and_print_results", ("data_iterator", "iteration")),
+        Use(
+            f"{_TRAINING}.evaluate_and_print_results",
+            ("prefix", "data_iterator", "iteration", "write_to_tensorboard"),
+        ),
         *symbols(
             _TRAINING,
             "build_pretraining_data_loader",

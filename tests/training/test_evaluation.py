@@ -140,6 +140,9 @@ def test_a_run_measures_before_between_and_after(trained, single):
     assert before["general"].mean("original_kl") == pytest.approx(0, abs=1e-6)
     assert after["general"].mean("original_kl") > 1e-5
     assert after["code"].mean("loss") < before["code"].mean("loss")
+    assert "accuracy/code value: " in run.output
+    assert "lm loss/code PPL: " in run.output
+    assert "accuracy/code PPL: " not in run.output
     # Megatron's own line of the same evaluation has the same numbers.
     log = run.evaluations[0]
     assert log["lm loss/code"] == pytest.approx(before["code"].mean("loss"), rel=1e-5)

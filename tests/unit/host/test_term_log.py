@@ -3,10 +3,12 @@
 import functools
 import math
 from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from megatron_moe_inject.host import term_log
 from megatron_moe_inject.host.attached_loss import (
     add_reports,
     take_terms,
@@ -158,3 +160,50 @@ def test_an_evaluation_has_sums_over_its_steps_and_nothing_of_an_earlier_one():
     }
     assert evaluate(dict(a=[3.0, 1.0], b=[1.0, 1.0])) == {"a": 3.0, "b": 1.0, "total loss": 1.0}
     assert log.evaluate(lambda: (None, None, True)) == (None, None, True)
+
+
+@pytest.fixture
+def boards(monkeypatch):
+    """What is written to TensorBoard and W&B by the last of two ranks."""
+    written, logged = {}, {}
+    board = SimpleNamespace(add_scalar=lambda name, value, at: written.update({(name, at): value}))
+    wandb = SimpleNamespace(log=lambda values, at: logged.setdefault(at, {}).update(values))
+    monkeypatch.setattr("megatron.training.get_tensorboard_writer", lambda: board)
+    monkeypatch.setattr("megatron.training.get_wandb_writer", lambda: wandb)
+    monkeypatch.setattr(term_log.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(term_log.dist, "get_world_size", lambda: 2)
+    return written, logged
+
+
+def test_only_cross_entropies_have_a_perplexity(boards, capsys):
+    """Megatron's loop gives one to whatever it iterates over."""
+    log = TermLog(Namespace(log_interval=1, tensorboard_log_interval=1, consumed_train_samples=80))
+    terms = {"accuracy/code": [1.0, 4.0], "target share/code": [1.0, 2.0]}
+    terms["lm loss/code"] = [3.0, 2.0]
+
+    def evaluate():
+        log.end_step([report(**terms)], GROUPS, evaluation=True)
+        return {"total loss": torch.tensor(1.0)}, None, False
+
+    def stock(prefix, iteration, write_to_tensorboard=True):
+        means, *_ = log.evaluate(evaluate)
+        assert set(means.keys()) == {"total loss", *terms}
+        for name in means:
+            print(f"{name} PPL: {math.exp(means[name].item()):.2f}")
+
+    log.print_evaluation(stock, "iteration 10", 10)
+    printed = capsys.readouterr().out.splitlines()
+    assert set(printed[:2]) == {"total loss PPL: 2.72", "lm loss/code PPL: 4.48"}
+    assert printed[2:] == [
+        " validation loss at iteration 10 | accuracy/code value: 2.500000E-01 | "
+        "target share/code value: 5.000000E-01 |"
+    ]
+    written, logged = boards
+    assert written[("accuracy/code validation", 10)] == 0.25
+    assert written[("target share/code validation vs samples", 80)] == 0.5
+    assert logged == {10: {"accuracy/code validation": 0.25, "target share/code validation": 0.5}}
+    written.clear()
+    log.print_evaluation(stock, "iteration 20", 20, write_to_tensorboard=False)
+    assert written == {}
+    log.print_evaluation(lambda prefix, iteration: None, "iteration 30", 30)
+    assert "iteration 30" not in capsys.readouterr().out
