@@ -70,7 +70,7 @@ def recipe_values(recipe: Recipe) -> dict[str, str]:
     plain = recipe.plain()
     for key, section in sections().items():
         value: Any = recipe[section]
-        plain[key] = asdict(value) if is_dataclass(value) else value
+        plain[key] = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
     return {k: v for k, v in leaves("", plain) if k not in _CHECKS_ONLY}
 
 

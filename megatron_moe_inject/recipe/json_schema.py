@@ -85,7 +85,8 @@ def _section(kind: type, sections: dict[str, Any]) -> dict[str, Any]:
 
 def _or_compact(choice: dict[str, Any]) -> dict[str, Any]:
     """A choice of experts, or of layers with experts, may be written ``"12:3,40;13:1"``."""
-    told = {name: choice[name] for name in ("description", "default") if name in choice}
+    names = ("description", "default")
+    told: dict[str, Any] = {name: choice[name] for name in names if name in choice}
     plain = {name: value for name, value in choice.items() if name not in told}
     return {"anyOf": [plain, {"type": "string", "pattern": _COMPACT}], **told}
 
