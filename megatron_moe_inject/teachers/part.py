@@ -61,9 +61,8 @@ class TeachersPart(RunPart):
         run, last = self._run, student.last
         taught = agree(lambda: {} if last is None else self._taught(last, student.groups))
         watch = run.get(FiniteWatch)
-        # Protocols are looked up, and never made.
-        compares = run.get(ComparesPrefix)  # type: ignore[type-abstract]
-        original = run.get(OriginalTeacher)  # type: ignore[type-abstract]
+        compares = run.get(ComparesPrefix)
+        original = run.get(OriginalTeacher)
         teachers = StepTeachers(
             taught,
             original,
