@@ -146,17 +146,21 @@ def choose_experts(
     statistics = profile.of(domain, key)
     rows, layers = _rows(choice, profile, child(path, "only_layers"))
     limits = Limits(choice.at_least or 0, choice.at_most, choice.ep or 1)
-    named = {"limits": limits, "layers": layers}
     try:
         if choice.method == "top_n":
             scores = _scores(choice.score or "token", profile, statistics)
-            chosen = by_count(scores[rows], n=choice.n, **named)
+            assert choice.n is not None, "the recipe's rules ask for n"
+            chosen = by_count(scores[rows], n=choice.n, limits=limits, layers=layers)
         elif choice.method == "budget":
             scores = _scores(choice.score or "token", profile, statistics)
-            chosen = by_budget(scores[rows], experts=affordable(choice, profile), **named)
+            experts = affordable(choice, profile)
+            chosen = by_budget(scores[rows], experts=experts, limits=limits, layers=layers)
         else:
+            threshold = choice.threshold
+            assert choice.method is not None, "the recipe's rules ask for a method"
+            assert threshold is not None, "they ask for its threshold"
             sums = _sums(choice.method, profile, statistics)
-            chosen = by_threshold(sums[rows], threshold=choice.threshold, **named)
+            chosen = by_threshold(sums[rows], threshold=threshold, limits=limits, layers=layers)
     except RecipeError as error:
         raise RecipeError(f"{path}: {error}" if path else str(error), path or error.key) from None
     return {layer: ids for layer, ids in zip(layers, chosen, strict=True) if ids}
@@ -173,6 +177,7 @@ def shortened(choice: ExpertChoice, profile: RoutingProfile, domain: str) -> lis
 
 def affordable(choice: ExpertChoice, profile: RoutingProfile) -> int:
     """How many experts the budget pays for."""
+    assert choice.budget is not None, "the recipe's rules ask for a budget"
     found = profile.provenance
     layers, experts = found.shape
     total = layers * experts * found.expert_parameters

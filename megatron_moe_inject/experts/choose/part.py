@@ -65,13 +65,14 @@ class ProfilePart(RunPart):
         self._args = args = run.args
         self._facts = facts = run.facts
         recipe = run.recipe
-        splits = SPLITS[:1]
+        splits: tuple[str, ...] = SPLITS[:1]
         if run.kind == PROFILE:
             splits = self.measured_splits = SPLITS[1:]
             self.measured_for = _FLAG
         self._path = Path(args.inject_profile)
-        if not facts.moe_layers:
+        if not facts.moe_layers or facts.num_moe_experts is None:
             raise RecipeError(f"{_FLAG}: the student has no routers (no --num-experts)")
+        self._experts = facts.num_moe_experts
         self._names = [GENERAL_CLASS, *(domain.name for domain in recipe.domains)]
         self._check_logits()
         self._data = [
@@ -81,7 +82,7 @@ class ProfilePart(RunPart):
 
     def _check_logits(self) -> None:
         asked = self._args.inject_profile_logits
-        layers, experts = len(self._facts.moe_layers), self._facts.num_moe_experts
+        layers, experts = len(self._facts.moe_layers), self._experts
         most = most_tokens(classes=len(self._names), layers=layers, experts=experts)
         if asked is not None and asked > most:
             raise RecipeError(
@@ -116,7 +117,7 @@ class ProfilePart(RunPart):
         rows = parameter_rows(chunks, groups)
         experts = sum(row.trained + row.frozen for row in rows if row.component == EXPERTS)
         self._parameters = sum(row.trained + row.frozen for row in rows)
-        count = len(self._facts.moe_layers) * self._facts.num_moe_experts
+        count = len(self._facts.moe_layers) * self._experts
         self._expert_parameters = experts // count
         self._first_iteration = compat.optimizer_steps(self._args)
         if self._args.skip_train and self._run.origin.iteration is not None:
@@ -174,7 +175,7 @@ class ProfilePart(RunPart):
             parameters=self._parameters,
             expert_parameters=self._expert_parameters,
             router=RouterSettings(
-                num_moe_experts=self._facts.num_moe_experts,
+                num_moe_experts=self._experts,
                 topk=args.moe_router_topk,
                 score_function=args.moe_router_score_function,
                 pre_softmax=bool(args.moe_router_pre_softmax),

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from megatron_moe_inject.experts.choose.router_logits import LogitSample, LogitSampler
 from megatron_moe_inject.experts.choose.routing_profile import ClassStatistics, Spread
+from megatron_moe_inject.host.megatron_types import Chunk, Groups
 from megatron_moe_inject.host.routing_watch import (
     SUMS,
     RoutingWatch,
@@ -44,9 +45,9 @@ class RoutingRecorder(StepPart):
 
     def __init__(
         self,
-        chunks: Sequence[torch.nn.Module],
+        chunks: Sequence[Chunk],
         classes: int,
-        groups: Any,
+        groups: Groups,
         *,
         coselections: bool = False,
         logits: int | None = None,

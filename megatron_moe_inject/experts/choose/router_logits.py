@@ -32,6 +32,7 @@ from megatron_moe_inject.host.errors import (
     one_line,
 )
 from megatron_moe_inject.host.files import replace_file
+from megatron_moe_inject.host.megatron_types import Groups
 
 POSITIONS = 8
 """Tokens of one sequence, which resemble each other: more sequences are worth more."""
@@ -84,7 +85,7 @@ class LogitSampler:
         layers: int,
         experts: int,
         sequence_length: int,
-        groups: Any,
+        groups: Groups,
         sequence_parallel: bool,
         device: torch.device,
     ) -> None:
@@ -174,7 +175,7 @@ class LogitSampler:
                 dist.all_reduce(buffer, group=group)
         group = self._groups.pp
         own = (list(layers), *(buffer.cpu().numpy() for buffer in buffers))
-        stages = [own]
+        stages: list[Any] | None = [own]
         if group.size() > 1:
             stages = [None] * group.size() if group.rank() == 0 else None
             dist.gather_object(own, stages, dst=dist.get_global_rank(group, 0), group=group)

@@ -13,7 +13,7 @@ Shapes: L MoE layers, E experts, k top-k.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -212,7 +212,7 @@ def check_profile(profile: RoutingProfile) -> None:
     if not profile.classes:
         raise _contradiction("classes", "is empty")
     if profile.logits is not None:
-        _check_logit_file(profile)
+        _check_logit_file(profile.logits, profile.classes)
     for name, statistics in profile.classes.items():
         key = f"classes.{name}"
         if not _NAME.fullmatch(name):
@@ -220,12 +220,11 @@ def check_profile(profile: RoutingProfile) -> None:
         _check_class(key, statistics, profile.provenance)
 
 
-def _check_logit_file(profile: RoutingProfile) -> None:
-    logits = profile.logits
+def _check_logit_file(logits: LogitFile, classes: Collection[str]) -> None:
     if not is_plain_name(logits.file):
         raise _contradiction("logits.file", f"{logits.file!r} is no file beside the profile")
     for name, count in logits.tokens.items():
-        if name not in profile.classes or count < 0:
+        if name not in classes or count < 0:
             raise _contradiction(f"logits.tokens.{name}", f"{count} tokens of no class")
 
 
@@ -310,7 +309,7 @@ def _check_class(key: str, found: ClassStatistics, provenance: Provenance) -> No
     if found.spread is not None:
         _check_spread(f"{key}.spread", found.spread, (layers, experts))
     if found.coselections is not None:
-        _check_coselections(f"{key}.coselections", found, topk)
+        _check_coselections(f"{key}.coselections", found.coselections, found.selections, topk)
 
 
 def _check_spread(key: str, spread: Spread, shape: tuple[int, int]) -> None:
@@ -330,16 +329,15 @@ def _check_spread(key: str, spread: Spread, shape: tuple[int, int]) -> None:
     _refuse(f"{key}.share_squares", squares, ~possible, "does not fit share_sums")
 
 
-def _check_coselections(key: str, found: ClassStatistics, topk: int) -> None:
-    pairs = found.coselections
-    layers, experts = found.selections.shape
+def _check_coselections(key: str, pairs: np.ndarray, selections: np.ndarray, topk: int) -> None:
+    layers, experts = selections.shape
     _check_array(key, pairs, (layers, experts, experts), np.int64)
     assert (pairs == pairs.transpose(0, 2, 1)).all(), key
     assert not pairs.diagonal(axis1=1, axis2=2).any(), key
     _refuse(
         key,
         pairs.sum(axis=2),
-        pairs.sum(axis=2) != (topk - 1) * found.selections,
+        pairs.sum(axis=2) != (topk - 1) * selections,
         f"in sum is not (topk {topk} - 1) times the expert's selections",
     )
 

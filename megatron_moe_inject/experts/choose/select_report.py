@@ -115,12 +115,13 @@ def expert_table(choice: Choice) -> list[str]:
     tokens, gates, errors = own.selection_share(), own.gate_share(), own.share_error()
     certainty = _certainty(choice)
     rows = [["layer", "expert", "tokens", "gates", "general", "lift", "contrast [nats]", "z"]]
+    score_errors = None
     if general is not None:
         others, general_errors = general.selection_share(), general.share_error()
         scores = contrast_scores(choice.profile, own)
-    score_errors = None
-    if certainty is not None:
-        score_errors = contrast_error(own.selections, general.selections, errors, general_errors)
+        if errors is not None and general_errors is not None:
+            counts = own.selections, general.selections
+            score_errors = contrast_error(*counts, errors, general_errors)
     for layer, row, ids in choice.rows():
         for expert in ids:
             at = row, expert
@@ -175,18 +176,20 @@ def _certainty(choice: Choice) -> np.ndarray | None:
     """``[L, E]`` (share - general share) / standard error; None without both spreads."""
     if choice.general is None:
         return None
-    errors = choice.statistics.share_error(), choice.general.share_error()
-    if errors[0] is None or errors[1] is None:
+    error, general_error = choice.statistics.share_error(), choice.general.share_error()
+    if error is None or general_error is None:
         return None
     excess = choice.statistics.selection_share() - choice.general.selection_share()
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.nan_to_num(excess / np.hypot(*errors), posinf=np.inf, neginf=-np.inf)
+        return np.nan_to_num(excess / np.hypot(error, general_error), posinf=np.inf, neginf=-np.inf)
 
 
 def _remarks(choice: Choice) -> list[str]:
     remarks = []
     if choice.shortened:
-        remarks.append(f"at most keeps below the threshold: layers {ranges(choice.shortened)}")
+        remarks.append(
+            f"at most keeps below the threshold: layers {ranges(list(choice.shortened))}"
+        )
     missing = set(choice.profile.provenance.moe_layers) - set(choice.layers)
     if missing:
         remarks.append(f"no expert chosen: layers {ranges(sorted(missing))}")

@@ -18,6 +18,9 @@ import torch
 from megatron_moe_inject.experts.fp8 import blocks as fp8_blocks
 from megatron_moe_inject.recipe.schema import FP8_SCALINGS
 
+Fp8Tensor = Any
+"""A tensor of one of Transformer Engine's quantised types, which may not be installed."""
+
 
 @dataclass(frozen=True)
 class Fp8Weight:
@@ -56,7 +59,7 @@ def is_fp8(tensor: Any) -> bool:
     return hasattr(tensor, "_rowwise_scale_inv") or hasattr(tensor, "_scale_inv")
 
 
-def stored(tensor: torch.Tensor) -> Fp8Weight:
+def stored(tensor: Fp8Tensor) -> Fp8Weight:
     """What an FP8 parameter keeps, without a copy of the codes."""
     if hasattr(tensor, "_rowwise_scale_inv"):
         codes = tensor._rowwise_data.view(fp8_blocks.CODES)
@@ -66,7 +69,7 @@ def stored(tensor: torch.Tensor) -> Fp8Weight:
     return Fp8Weight(tensor._data.view(fp8_blocks.CODES), tensor._scale_inv.view(1, 1))
 
 
-def encoded_like(other: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+def encoded_like(other: Fp8Tensor, values: torch.Tensor) -> Fp8Tensor:
     """``values`` as an FP8 tensor of the kind of ``other``, by TE's own quantizer.
 
     These are the codes by which TE multiplies where it quantises weights itself.
@@ -75,14 +78,14 @@ def encoded_like(other: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def overwrite(tensor: torch.Tensor, weight: Fp8Weight) -> None:
+def overwrite(tensor: Fp8Tensor, weight: Fp8Weight) -> None:
     """Make an FP8 parameter keep ``weight``, from any device, in the memory that it has."""
     kept = stored(tensor)
     kept.codes.view(torch.uint8).copy_(weight.codes.view(torch.uint8))
     kept.scales.copy_(weight.scales)
 
 
-def drop_transpose(tensor: torch.Tensor) -> None:
+def drop_transpose(tensor: Fp8Tensor) -> None:
     """Free the transposed codes that a backward pass made."""
     tensor.update_usage(rowwise_usage=True, columnwise_usage=False)
 

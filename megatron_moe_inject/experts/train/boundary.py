@@ -36,6 +36,7 @@ from megatron_moe_inject.experts.train.uses import BOUNDARY_FORWARD
 from megatron_moe_inject.host.errors import (
     RecipeError,
 )
+from megatron_moe_inject.host.megatron_types import Chunk, Config, MegatronModule
 from megatron_moe_inject.host.model_parts import (
     decoder_layers,
 )
@@ -44,7 +45,7 @@ from megatron_moe_inject.host.wrap import Call, wrap_method
 _OFFLOADING = ("cpu_offloading", "fine_grained_activation_offloading")
 
 
-def agree_boundary(chunks: Sequence[torch.nn.Module], num_layers: int, device: torch.device) -> int:
+def agree_boundary(chunks: Sequence[Chunk], num_layers: int, device: torch.device) -> int:
     """Lowest trainable position over all ranks, see ``first_trainable_layer``.
 
     Collectives: one all-reduce (MIN) of one int64 over the whole world.
@@ -75,7 +76,7 @@ class GradientBoundary:
             counts on a backward of every layer.
     """
 
-    def __init__(self, chunk: torch.nn.Module, boundary: int, *, cut: bool = False) -> None:
+    def __init__(self, chunk: Chunk, boundary: int, *, cut: bool = False) -> None:
         self._block = chunk.decoder
         layers = decoder_layers(chunk)
         if boundary > 0:
@@ -100,7 +101,7 @@ class GradientBoundary:
             self._block.register_forward_pre_hook(self._start_at_block, with_kwargs=True)
 
     def _start_at_block(
-        self, block: torch.nn.Module, args: tuple, kwargs: dict[str, Any]
+        self, block: MegatronModule, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]] | None:
         if not torch.is_grad_enabled():
             return None
@@ -133,7 +134,7 @@ class GradientBoundary:
             return call.of(upper.forward, hidden_states=hidden)
 
 
-def _part(block: torch.nn.Module, layers: slice) -> torch.nn.Module:
+def _part(block: MegatronModule, layers: slice) -> MegatronModule:
     """A shallow copy of a transformer block with some of its layers, given its input directly.
 
     It shares parameters, submodules and configuration with the block, which stays as it is.
@@ -147,19 +148,19 @@ def _part(block: torch.nn.Module, layers: slice) -> torch.nn.Module:
     return part
 
 
-def _keeps_histories(config: Any) -> bool:
+def _keeps_histories(config: Config) -> bool:
     """Whether FP8 modules carry histories of what they have seen, by delayed scaling."""
     return bool(config.fp8) and config.fp8_recipe == "delayed"
 
 
-def _one_fp8_region(config: Any) -> AbstractContextManager:
+def _one_fp8_region(config: Config) -> AbstractContextManager:
     """Delayed scaling updates its histories when the outermost region of a forward ends: once."""
     if _keeps_histories(config):
         return get_fp8_context(config)
     return nullcontext()
 
 
-def _run_without_graphs(layer: torch.nn.Module) -> None:
+def _run_without_graphs(layer: MegatronModule) -> None:
     """Megatron's local CUDA graphs capture a backward pass too, which this layer does not have."""
     for name in [name for name in layer._modules if name.startswith("cudagraph_manager")]:
         manager = layer._modules.pop(name)
@@ -167,7 +168,7 @@ def _run_without_graphs(layer: torch.nn.Module) -> None:
             setattr(layer, manager.func.__name__, manager.func)
 
 
-def _starts_at_experts(layer: torch.nn.Module) -> bool:
+def _starts_at_experts(layer: MegatronModule) -> bool:
     """Whether the graph may start at what the layer's experts put out.
 
     The same on all ranks of a stage: what they do not share are experts alone. Not under delayed
@@ -187,7 +188,7 @@ def _starts_at_experts(layer: torch.nn.Module) -> bool:
     return experts is not None and trained <= set(experts.parameters())
 
 
-def _start_at_experts(experts: torch.nn.Module, args: tuple, output: tuple) -> tuple | None:
+def _start_at_experts(experts: MegatronModule, args: tuple, output: tuple) -> tuple | None:
     """Forward hook of a layer's experts, which return their rows and a bias."""
     if not torch.is_grad_enabled():
         return None
@@ -207,7 +208,7 @@ def _with_hidden(
     return args, kwargs | {"hidden_states": hidden}
 
 
-def _refuse_offloading(config: Any, boundary: int) -> None:
+def _refuse_offloading(config: Config, boundary: int) -> None:
     for option in _OFFLOADING:
         if getattr(config, option, False):
             flag = "cpu-offloading-num-layers" if option == "cpu_offloading" else option

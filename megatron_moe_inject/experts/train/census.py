@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_moe_inject.host.megatron_types import Chunk, Groups
 from megatron_moe_inject.host.model_parts import (
     COMPONENTS,
     ParameterPlace,
@@ -37,13 +38,13 @@ class ParameterRow:
 
 
 def _all_places(
-    chunks: Iterable[torch.nn.Module],
+    chunks: Iterable[Chunk],
 ) -> Iterator[tuple[ParameterPlace, torch.nn.Parameter]]:
     for chunk in chunks:
         yield from places(chunk)
 
 
-def parameter_rows(chunks: Iterable[torch.nn.Module], groups: Any) -> list[ParameterRow]:
+def parameter_rows(chunks: Iterable[Chunk], groups: Groups) -> list[ParameterRow]:
     """One row per component that the model has, in the order of ``COMPONENTS``.
 
     Args:
@@ -52,7 +53,9 @@ def parameter_rows(chunks: Iterable[torch.nn.Module], groups: Any) -> list[Param
 
     Collectives: one all-gather of three small counters over the whole world.
     """
-    trained, frozen, here = Counter(), Counter(), Counter()
+    trained: Counter[str] = Counter()
+    frozen: Counter[str] = Counter()
+    here: Counter[str] = Counter()
     for place, parameter in _all_places(chunks):
         if parameter.requires_grad:
             here[place.component] += parameter.numel()

@@ -17,16 +17,18 @@ import torch
 import torch.distributed as dist
 
 from megatron_moe_inject.experts.train.uses import SHARE_SHARDS, SHARE_STATE
+from megatron_moe_inject.host.megatron_types import Optimizer
 from megatron_moe_inject.host.wrap import Call, wrap_method
 
 
-def has_empty_share(optimizer: Any) -> bool:
+def has_empty_share(optimizer: Optimizer) -> bool:
     """Whether some rank of a ``DistributedOptimizer``, not only this one, has such a share. No
     collective: every rank knows how all of them are cut."""
     ranks = optimizer.data_parallel_group.size()
     for buffer in optimizer.buffers:
         for bucket in buffer.buckets:
-            size, used = bucket.grad_data.numel() // ranks, set()
+            size = bucket.grad_data.numel() // ranks
+            used: set[int] = set()
             for parameter in bucket.params:
                 start, end, _ = buffer.param_index_map[parameter]
                 first, last = start - bucket.offset, end - bucket.offset - 1
@@ -43,7 +45,7 @@ class EmptyShares:
     one all-gather of a few names over the optimizer's data-parallel group.
     """
 
-    def __init__(self, optimizer: Any) -> None:
+    def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
         wrap_method(optimizer, SHARE_STATE, self._state)
         wrap_method(optimizer, SHARE_SHARDS, self._shards)

@@ -14,9 +14,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from megatron_moe_inject.experts.train.uses import FROZEN_BIAS
+from megatron_moe_inject.host.megatron_types import Chunk, MegatronModule
 from megatron_moe_inject.host.model_parts import EXPERTS, ROWS, ParameterPlace, places
 from megatron_moe_inject.host.wrap import Call, wrap_method
 
@@ -68,6 +67,7 @@ class FreezePolicy:
             return place.component in self.components
         if self.experts is None:
             return True
+        assert place.layer is not None, "experts are those of a decoder layer"
         chosen = self.experts.get(place.layer, frozenset())
         if chosen and place.expert is None:
             raise NotImplementedError(
@@ -80,7 +80,7 @@ class FreezePolicy:
         """The patterns that name the parameter at ``place``."""
         return [p for p in self.patterns if fnmatch.fnmatchcase(place.global_name, p)]
 
-    def apply(self, chunks: Iterable[torch.nn.Module]) -> None:
+    def apply(self, chunks: Iterable[Chunk]) -> None:
         """Set ``requires_grad`` on every parameter, and freeze the bias of frozen routers.
 
         Must run before DDP and the optimizer are built. No collective.
@@ -93,7 +93,7 @@ class FreezePolicy:
                 freeze_expert_bias(module, not trains)
 
 
-def freeze_expert_bias(router: torch.nn.Module, frozen: bool) -> None:
+def freeze_expert_bias(router: MegatronModule, frozen: bool) -> None:
     """Let Megatron update a router's ``expert_bias`` after each step, or leave it bitwise as it is.
 
     0.19 leaves it where ``frozen_expert_bias`` says so. 0.18 updates that of every router, by the
@@ -115,7 +115,7 @@ def _plain(by_layer: Mapping[int, Iterable[int]]) -> dict[str, list[int]]:
     return {str(layer): sorted(ids) for layer, ids in sorted(by_layer.items()) if ids}
 
 
-def first_trainable_layer(chunks: Iterable[torch.nn.Module], num_layers: int) -> int:
+def first_trainable_layer(chunks: Iterable[Chunk], num_layers: int) -> int:
     """Lowest position on this rank that needs gradients.
 
     Returns:

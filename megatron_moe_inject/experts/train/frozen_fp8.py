@@ -29,6 +29,7 @@ from megatron_moe_inject.host import compat
 from megatron_moe_inject.host.errors import (
     RecipeError,
 )
+from megatron_moe_inject.host.megatron_types import Chunk, MegatronModule
 from megatron_moe_inject.host.model_parts import (
     EXPERTS,
     ParameterPlace,
@@ -80,7 +81,7 @@ class FrozenFp8:
         No collective; no random numbers are drawn.
         """
 
-        def registered(module: torch.nn.Module, name: str, child: Any) -> None:
+        def registered(module: MegatronModule, name: str, child: Any) -> None:
             decoder = hasattr(module, "layer_number") and not getattr(module, "is_mtp_layer", False)
             if name == "mlp" and decoder and hasattr(child, "local_expert_indices"):
                 self._encode_layer(module.layer_number - 1, child)
@@ -91,7 +92,7 @@ class FrozenFp8:
         finally:
             handle.remove()
 
-    def _encode_layer(self, layer: int, moe: torch.nn.Module) -> None:
+    def _encode_layer(self, layer: int, moe: MegatronModule) -> None:
         if compat.runs_in_high_precision(moe.config, layer):
             return
         for name, linear in zip(LINEARS, grouped_linears(moe.experts), strict=False):
@@ -109,7 +110,7 @@ class FrozenFp8:
                 )
 
     def _encode_parameter(
-        self, linear: torch.nn.Module, name: str, weight: torch.nn.Parameter
+        self, linear: MegatronModule, name: str, weight: torch.nn.Parameter
     ) -> None:
         values = weight.detach()
         if fp8_weights.is_fp8(values):  # --fp8-param-gather builds all weights so
@@ -128,7 +129,7 @@ class FrozenFp8:
         layer: int,
         linear: str,
         frozen: dict[str, int],
-        module: torch.nn.Module,
+        module: MegatronModule,
         state_dict: dict[str, Any],
         prefix: str,
         *_: Any,
@@ -169,7 +170,7 @@ def _place(layer: int, expert: int, linear: str, index: int) -> ParameterPlace:
 
 
 def _decode_saved(
-    names: Sequence[str], module: torch.nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
+    names: Sequence[str], module: MegatronModule, state_dict: dict[str, Any], prefix: str, *_: Any
 ) -> None:
     """``state_dict`` post-hook: FP8 weights as plain tensors on the host, one at a time."""
     for name in names:
@@ -179,7 +180,7 @@ def _decode_saved(
             state_dict[prefix + name] = kept.decoded(weight.dtype).cpu()
 
 
-def drop_transposes(chunks: Iterable[torch.nn.Module]) -> None:
+def drop_transposes(chunks: Iterable[Chunk]) -> None:
     """From now on layers with FP8 experts free the transposed codes after each backward pass.
 
     No collective.
@@ -193,7 +194,7 @@ def drop_transposes(chunks: Iterable[torch.nn.Module]) -> None:
                 wrap_method(experts, FP8_FORWARD, functools.partial(_forward, weights))
 
 
-def _forward(weights: list[torch.Tensor], call: Call) -> Any:
+def _forward(weights: Sequence[torch.Tensor], call: Call) -> Any:
     states = _DropTransposes.apply(call["permuted_local_hidden_states"], weights)
     return call(permuted_local_hidden_states=states)
 
@@ -202,7 +203,7 @@ class _DropTransposes(torch.autograd.Function):
     """Identity on the experts' input, whose gradient is the last that their backward makes."""
 
     @staticmethod
-    def forward(ctx: Any, states: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
+    def forward(ctx: Any, states: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
         ctx.weights = weights
         return states.view_as(states)
 

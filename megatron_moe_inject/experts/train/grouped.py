@@ -32,6 +32,7 @@ from torch.autograd.function import once_differentiable
 from megatron_moe_inject.experts.fp8 import weights as fp8_weights
 from megatron_moe_inject.experts.train.uses import GROUPED_FORWARD
 from megatron_moe_inject.host.accumulate import multiply_into, placeholder
+from megatron_moe_inject.host.megatron_types import Chunk, MegatronModule
 from megatron_moe_inject.host.model_parts import (
     decoder_layers,
     grouped_linears,
@@ -40,7 +41,7 @@ from megatron_moe_inject.host.model_parts import (
 from megatron_moe_inject.host.wrap import Call, wrap_method
 
 
-def train_grouped_experts(chunks: Sequence[torch.nn.Module]) -> int:
+def train_grouped_experts(chunks: Sequence[Chunk]) -> int:
     """Let every layer with frozen and trainable local experts in one grouped MLP train the latter.
 
     Must run after ``requires_grad`` is set and frozen experts are encoded, and before DDP. No
@@ -57,7 +58,7 @@ def train_grouped_experts(chunks: Sequence[torch.nn.Module]) -> int:
     return count
 
 
-def train_some(experts: torch.nn.Module) -> bool:
+def train_some(experts: MegatronModule) -> bool:
     """Let a grouped MLP make the gradients of those of its experts that train.
 
     Weight gradients are added to ``main_grad`` in the product where the layer's
@@ -88,7 +89,7 @@ class _GradientsOfSome:
             storage, before the backward pass of the layer. Then no copy is kept.
     """
 
-    def __init__(self, linear: torch.nn.Module, recomputed: bool) -> None:
+    def __init__(self, linear: MegatronModule, recomputed: bool) -> None:
         self._linear = linear
         self._recomputed = recomputed
         self._names = [
@@ -141,7 +142,7 @@ class _GradientsOfSome:
         return found
 
 
-def _parameters(linear: torch.nn.Module) -> list[tuple[int, str, str]]:
+def _parameters(linear: MegatronModule) -> list[tuple[int, str, str]]:
     """Expert, kind and name of what a layer multiplies by or adds itself.
 
     Biases that it returns are not among them: autograd sees these.

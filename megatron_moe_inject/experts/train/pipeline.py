@@ -27,14 +27,18 @@ from megatron_moe_inject.host import compat
 from megatron_moe_inject.host.errors import (
     RecipeError,
 )
+from megatron_moe_inject.host.megatron_types import Chunk, Config
 from megatron_moe_inject.host.model_parts import (
     decoder_layers,
 )
 from megatron_moe_inject.host.step import Step, StepPart
 
+Tensors = torch.Tensor | list[torch.Tensor | None] | None
+"""What goes over an edge between stages, as Megatron's schedules have it: one or several."""
+
 
 def agree_forward_stages(
-    chunks: Sequence[torch.nn.Module], boundary: int, pp_group: dist.ProcessGroup
+    chunks: Sequence[Chunk], boundary: int, pp_group: dist.ProcessGroup
 ) -> int:
     """How many leading stages run forward only: they and all before them lie below the boundary.
 
@@ -99,7 +103,7 @@ class BoundaryCommunicator(P2PCommunicator):
     """
 
     def __init__(
-        self, pp_group: dist.ProcessGroup, config: Any, chunks: int, forward_stages: int
+        self, pp_group: dist.ProcessGroup, config: Config, chunks: int, forward_stages: int
     ) -> None:
         super().__init__(pp_group, config)
         self._chunks = chunks
@@ -140,23 +144,29 @@ class BoundaryCommunicator(P2PCommunicator):
         assert stage is not None, "the schedule asks for one gradient too many"
         return stage >= self._forward_stages
 
-    def recv_backward(self, tensor_shapes, is_last_stage):
+    def recv_backward(self, tensor_shapes: Any, is_last_stage: bool) -> Tensors:
         return super().recv_backward(tensor_shapes, is_last_stage or not self._comes())
 
-    def send_backward(self, input_tensor_grads, is_first_stage):
+    def send_backward(self, input_tensor_grads: Tensors, is_first_stage: bool) -> None:
         own = input_tensor_grads if isinstance(input_tensor_grads, list) else [input_tensor_grads]
         nothing = all(grad is None for grad in own)
         super().send_backward(input_tensor_grads, is_first_stage or nothing)
 
-    def send_forward_recv_backward(self, output_tensors, tensor_shapes, is_last_stage):
+    def send_forward_recv_backward(
+        self, output_tensors: Tensors, tensor_shapes: Any, is_last_stage: bool
+    ) -> Tensors:
         if is_last_stage or self._comes():
             return super().send_forward_recv_backward(output_tensors, tensor_shapes, is_last_stage)
         super().send_forward(output_tensors, is_last_stage)
         return [None] * len(output_tensors) if isinstance(output_tensors, list) else None
 
     def send_backward_recv_backward(
-        self, input_tensor_grad, recv_next, tensor_shape, overlap_p2p_comm=False
-    ):
+        self,
+        input_tensor_grad: torch.Tensor | None,
+        recv_next: bool,
+        tensor_shape: Any,
+        overlap_p2p_comm: bool = False,
+    ) -> Any:
         comes = recv_next and self._comes()
         received = super().send_backward_recv_backward(
             input_tensor_grad, comes, tensor_shape, overlap_p2p_comm
@@ -167,8 +177,13 @@ class BoundaryCommunicator(P2PCommunicator):
         return received
 
     def send_forward_backward_recv_forward_backward(
-        self, output_tensor, input_tensor_grad, recv_prev, recv_next, tensor_shape
-    ):
+        self,
+        output_tensor: torch.Tensor,
+        input_tensor_grad: torch.Tensor | None,
+        recv_prev: bool,
+        recv_next: bool,
+        tensor_shape: Any,
+    ) -> Any:
         return super().send_forward_backward_recv_forward_backward(
             output_tensor,
             input_tensor_grad,
@@ -197,7 +212,7 @@ class BoundaryStep(StepPart):
 
 
 def boundary_step(
-    chunks: Sequence[torch.nn.Module], forward_stages: int, pp_group: dist.ProcessGroup
+    chunks: Sequence[Chunk], forward_stages: int, pp_group: dist.ProcessGroup
 ) -> BoundaryStep | None:
     """The part of these chunks' steps, None where Megatron's own communicator is right."""
     if forward_stages == 0:

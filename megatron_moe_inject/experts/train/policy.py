@@ -40,10 +40,12 @@ def frozen_fp8(recipe: Recipe, policy: FreezePolicy, facts: StudentFacts) -> Fro
     if train.fp8_source is not None:
         source = NativeFp8(train.fp8_source)
         chosen = policy.experts or {}
+        assert facts.num_moe_experts is not None, "the recipe's rules refuse a dense student"
         source.check(
             (layer, expert)
             for layer in facts.moe_layers
             for expert in range(facts.num_moe_experts)
             if layer not in policy.layers and expert not in chosen.get(layer, ())
         )
+    assert facts.precision.fp8_recipe is not None, "they refuse a student without FP8, too"
     return FrozenFp8(policy, facts.precision.fp8_recipe, source)

@@ -68,7 +68,11 @@ def frozen_tensors(
                 stored = fp8_weights.stored(parameter)
                 yield name, stored.codes
                 yield f"{name} scales", stored.scales
-            elif place.name.endswith(".mlp.router.weight") and place.layer in rows:
+            elif (
+                place.layer is not None
+                and place.layer in rows
+                and place.name.endswith(".mlp.router.weight")
+            ):
                 kept = torch.ones(len(value), dtype=torch.bool, device=value.device)
                 kept[sorted(rows[place.layer])] = False
                 yield name, value[kept]
