@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import torch
 
 from megatron_moe_inject.host.indices import index
+from megatron_moe_inject.host.megatron_types import MegatronModule
 from megatron_moe_inject.host.wrap import Call, wrap_method
 from megatron_moe_inject.routing.uses import AUX_LOSS, BIAS_COUNTS, GLOBAL_LOSS, SEQUENCE_LOSS
 
@@ -36,7 +37,7 @@ class GeneralBalance:
             many samples it has; ``None`` = leave everything stock.
     """
 
-    def __init__(self, router: torch.nn.Module, bias_counts: float) -> None:
+    def __init__(self, router: MegatronModule, bias_counts: float) -> None:
         self._router = router
         self._bias_counts = bias_counts
         self.general: tuple[Sequence[int], int] | None = None

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from megatron_moe_inject.data.packed import check_packed
 from megatron_moe_inject.host.errors import RecipeError
+from megatron_moe_inject.host.megatron_types import Chunk
 from megatron_moe_inject.host.model_parts import (
     decoder_layers,
     routers,
@@ -83,6 +84,7 @@ class RoutingStep(StepPart):
         training those of ``RunningConfidence.end``.
         """
         if self._running is not None and step.training:
+            assert self._hook is not None, "running means weigh what it attaches"
             self._running.end(self._hook.device)
         if self._hook is not None:
             self._hook.end(reports)
@@ -102,15 +104,19 @@ class SteeringPart(RunPart):
         self._running: RunningConfidence | None = None
         self._targets: dict[int, torch.Tensor] = {}
         facts = run.facts
-        shape = (len(run.recipe.domains) + 1, facts.num_moe_experts)
         for index, domain in enumerate(run.recipe.domains):
             for layer, ids in domain.experts.layers.items():
                 if layer in self._spec.layers or not self._spec.layers:
-                    table = self._targets.setdefault(layer, torch.zeros(shape, dtype=torch.bool))
+                    table = self._targets.setdefault(layer, self._no_targets())
                     table[index + 1, ids] = True
         if self._spec.retains:
             for layer in facts.moe_layers:
-                self._targets.setdefault(layer, torch.zeros(shape, dtype=torch.bool))
+                self._targets.setdefault(layer, self._no_targets())
+
+    def _no_targets(self) -> torch.Tensor:
+        experts = self._run.facts.num_moe_experts
+        assert experts is not None, "a dense student has neither targets nor MoE layers"
+        return torch.zeros(len(self._recipe.domains) + 1, experts, dtype=torch.bool)
 
     def prepare(self) -> None:
         """Let running means of confidence begin, or go on from the checkpoint that is loaded; they
@@ -201,7 +207,7 @@ class SteeringPart(RunPart):
             *(value_at(weight, iteration) for weight in (spec.coeff, spec.balance, spec.retention))
         )
 
-    def _check_acts(self, chunks: Sequence[torch.nn.Module], boundary: int) -> None:
+    def _check_acts(self, chunks: Sequence[Chunk], boundary: int) -> None:
         """Steering acts where a router trains, or where what trains changes its input."""
         own = {layer for chunk in chunks for layer in _acting(chunk, boundary)}
         ranks: list[Any] = [None] * dist.get_world_size()
@@ -220,7 +226,7 @@ class SteeringPart(RunPart):
             )
 
 
-def _acting(chunk: torch.nn.Module, boundary: int) -> set[int]:
+def _acting(chunk: Chunk, boundary: int) -> set[int]:
     """Layers of a chunk whose router's logits depend on something that trains."""
     own = {layer.layer_number - 1: layer for layer in decoder_layers(chunk)}
     found = set()

@@ -63,16 +63,16 @@ def add_commands(commands: Commands) -> None:
 
 
 def _report(options: argparse.Namespace) -> str:
-    profiles = [read_profile(path) for path in (options.before, options.after)]
-    check_same_student(*profiles, (options.before, options.after))
-    domain = options.domain or _shared_domain(*profiles)
-    for profile in profiles:
+    before, after = (read_profile(path) for path in (options.before, options.after))
+    check_same_student(before, after, (options.before, options.after))
+    domain = options.domain or _shared_domain(before, after)
+    for profile in (before, after):
         profile.of(domain, "--domain")
-    targets = _targets(options, domain, profiles[0])
-    sections = [_remark(domain, profiles), layer_table(*profiles, domain, targets)]
+    targets = _targets(options, domain, before)
+    sections = [_remark(domain, (before, after)), layer_table(before, after, domain, targets)]
     if options.heat_map is not None:
         _refuse_overwriting(options)
-        replace_file(options.heat_map, picture(*profiles, domain, targets))
+        replace_file(options.heat_map, picture(before, after, domain, targets))
         sections.append([f"heat map: {options.heat_map}"])
     return "\n\n".join("\n".join(lines) for lines in sections)
 

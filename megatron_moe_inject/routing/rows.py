@@ -23,6 +23,7 @@ from megatron_moe_inject.host.errors import (
     RecipeError,
     listing,
 )
+from megatron_moe_inject.host.megatron_types import Chunk, MegatronModule
 from megatron_moe_inject.host.model_parts import (
     ROWS,
     routers,
@@ -51,14 +52,14 @@ class TrainedRows:
     """
 
     def __init__(
-        self, router: torch.nn.Module, layer: int, experts: Collection[int], *, stored: bool
+        self, router: MegatronModule, layer: int, experts: Collection[int], *, stored: bool
     ) -> None:
         self._router = router
         self._layer = layer
         self.stored = stored
         weight = router.weight
         ids = torch.tensor(sorted(experts), device=weight.device)
-        rows = torch.nn.Parameter(weight.detach()[ids].clone())
+        rows: Any = torch.nn.Parameter(weight.detach()[ids].clone())
         rows.sequence_parallel = weight.sequence_parallel
         router.register_parameter(ROWS, rows)
         # A buffer, since Megatron moves the model to its device after this.
@@ -91,7 +92,7 @@ class TrainedRows:
         self._router.weight.data[self._ids] = self._rows.data
 
     @torch.no_grad()
-    def _read_rows(self, router: Any, incompatible: Any) -> None:
+    def _read_rows(self, router: MegatronModule, incompatible: Any) -> None:
         self._rows.data.copy_(self._router.weight.data[self._ids])
         if not self.stored:
             own = [key for key in incompatible.missing_keys if key.endswith(f"router.{ROWS}")]
@@ -124,7 +125,7 @@ class RouterRows(RunPart):
         self._all: list[TrainedRows] = []
         self._stored = self._found_in_checkpoint()
 
-    def before_ddp(self, chunks: Sequence[torch.nn.Module]) -> None:
+    def before_ddp(self, chunks: Sequence[Chunk]) -> None:
         """Give the routers of bare chunks their rows."""
         for chunk in chunks:
             for layer, router in routers(chunk):
@@ -164,7 +165,7 @@ def _described(shapes: Mapping[int, tuple[int, ...]]) -> str:
 
 
 def original_weight(
-    router: torch.nn.Module, original: Callable[[torch.Tensor], torch.Tensor]
+    router: MegatronModule, original: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
     """The original router's matrix ``[E, h]``, whatever of it trains.
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -35,6 +35,7 @@ from megatron_moe_inject.host.clock import ChunkClock, Passages
 from megatron_moe_inject.host.labels import (
     GENERAL,
 )
+from megatron_moe_inject.host.megatron_types import Chunk, Groups, MegatronModule
 from megatron_moe_inject.host.model_parts import (
     routers,
 )
@@ -81,7 +82,7 @@ class _SteeredRouter(Passages):
     def __init__(
         self,
         clock: ChunkClock,
-        router: torch.nn.Module,
+        router: MegatronModule,
         targets: torch.Tensor,
         balance: GeneralBalance | None,
     ) -> None:
@@ -117,8 +118,8 @@ class SteeringHook:
 
     def __init__(
         self,
-        chunks: Sequence[torch.nn.Module],
-        groups: Any,
+        chunks: Sequence[Chunk],
+        groups: Groups,
         targets: Mapping[int, torch.Tensor],
         weights_at: Callable[[int], SteeringWeights],
         *,
@@ -154,7 +155,7 @@ class SteeringHook:
     def _watch(
         self,
         clock: ChunkClock,
-        router: torch.nn.Module,
+        router: MegatronModule,
         targets: torch.Tensor,
         exclude: bool,
         bias_counts: float,
@@ -166,7 +167,8 @@ class SteeringHook:
             GeneralBalance(router, bias_counts) if exclude and targets.any() else None,
         )
         if self._original is not None:
-            wrap_method(router, STEERED_GATING, functools.partial(self._gating, steered))
+            gating = functools.partial(self._gating, steered, self._original)
+            wrap_method(router, STEERED_GATING, gating)
         wrap_method(router, STEERED_ROUTING, functools.partial(self._routing, steered))
         self._routers.append(steered)
 
@@ -212,9 +214,10 @@ class SteeringHook:
         }
         self._weights = self._weights_at(iteration)
         scale = self._scale(labels.numel() * sequence_length * self._groups.dp.size())
-        for part in (*self._clocks, *self._routers):
-            part.reset()
+        for clock in self._clocks:
+            clock.reset()
         for steered in self._routers:
+            steered.reset()
             tokens, weights = (sums * steered.on_device).sum(1)
             steered.per_token = {
                 STEERING: self._weights.coeff * scale / weights.clamp(min=1e-6),
@@ -296,7 +299,12 @@ class SteeringHook:
             | self._confidence,
         )
 
-    def _gating(self, steered: _SteeredRouter, call: Call) -> torch.Tensor:
+    def _gating(
+        self,
+        steered: _SteeredRouter,
+        original: Callable[[torch.Tensor], torch.Tensor],
+        call: Call,
+    ) -> torch.Tensor:
         """``Router.gating``: states ``[l, b, h]`` to logits ``[l, b, E]``."""
         logits = call()
         if self._active and self._weights.retention > 0:
@@ -304,8 +312,8 @@ class SteeringHook:
                 bias = steered.router.bias
                 steered.original_logits = router_gating_linear(
                     call["input"],
-                    original_weight(steered.router, self._original),
-                    None if bias is None else self._original(bias),
+                    original_weight(steered.router, original),
+                    None if bias is None else original(bias),
                     logits.dtype,
                 )
         return logits
@@ -354,12 +362,15 @@ class SteeringHook:
             before = chosen_before_dropping(steered.router, logits.detach())
             full = (before & ~chosen).any(0)
         steering = steering_losses(probs, targets, target_mass=self._target_mass, full=full)
-        tokens = weight = int(steered.has_targets[labels + 1].sum()) * len(probs)
+        tokens = int(steered.has_targets[labels + 1].sum()) * len(probs)
+        weight: torch.Tensor | int = tokens
         if self._token_weights is not None:
             own = self._token_weights[micro_batch]
             steering = steering * own
             weight = (own * steered.on_device[index]).sum()
-        sums = {STEERING: (steering.sum(), weight)}
+        sums: dict[str, tuple[torch.Tensor, torch.Tensor | int]] = {
+            STEERING: (steering.sum(), weight)
+        }
         if self._weights.coeff > 0 and self._weights.balance > 0:
             shares = self._shares(targets, chosen.view_as(targets), index, steered.targets)
             sums[WITHIN] = target_balance_losses(probs, targets, shares).sum(), tokens
@@ -373,7 +384,8 @@ class SteeringHook:
                 row = self._sums[TERMS.index(name)]
                 row[0] += value.detach()
                 row[1] += count
-        return sum(steered.per_token[name] * value for name, (value, _) in sums.items())
+        whole = sum(steered.per_token[name] * value for name, (value, _) in sums.items())
+        return cast(torch.Tensor, whole)  # typeshed's sum may be of nothing, and so 0
 
     def _shares(
         self,
