@@ -40,6 +40,7 @@ from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.host.labels import (
     GENERAL,
 )
+from megatron_moe_inject.host.megatron_types import Chunk, Groups, MegatronModule
 from megatron_moe_inject.host.model_parts import (
     EXPERTS,
     decoder_layers,
@@ -67,7 +68,7 @@ class _HeldLayer(Passages):
     def __init__(
         self,
         clock: ChunkClock,
-        layer: torch.nn.Module,
+        layer: MegatronModule,
         trains: Mapping[int, Sequence[torch.nn.Parameter]],
     ) -> None:
         super().__init__(clock)
@@ -95,8 +96,8 @@ class ExpertRetention:
 
     def __init__(
         self,
-        chunks: Sequence[torch.nn.Module],
-        groups: Any,
+        chunks: Sequence[Chunk],
+        groups: Groups,
         originals: OriginalParameters,
         weight_at: Callable[[int], float],
     ) -> None:
@@ -124,7 +125,7 @@ class ExpertRetention:
     def _watch(
         self,
         clock: ChunkClock,
-        layer: torch.nn.Module,
+        layer: MegatronModule,
         trains: Mapping[int, Sequence[torch.nn.Parameter]],
     ) -> None:
         """Every rank marks the tokens of every MoE layer: others' experts may train there."""
@@ -175,8 +176,10 @@ class ExpertRetention:
         self._factor = weight * scale / (self._count.clamp(min=1) * self._num_layers)
         self._sum = torch.zeros((), dtype=torch.float32, device=self._device)
         self._attaches = weight > 0
-        for part in (*self._clocks, *self._layers):
-            part.reset()
+        for clock in self._clocks:
+            clock.reset()
+        for layer in self._layers:
+            layer.reset()
         self._active = True
 
     def end(self, reports: Any) -> None:
@@ -254,12 +257,14 @@ class ExpertRetention:
 
 
 def _trained_experts(
-    chunk: torch.nn.Module,
+    chunk: Chunk,
 ) -> dict[int, dict[int, list[torch.nn.Parameter]]]:
     """Parameters that train, by 0-based layer and global id of the expert."""
     found: dict[int, dict[int, list[torch.nn.Parameter]]] = {}
     for place, parameter in places(chunk):
         if place.component == EXPERTS and parameter.requires_grad:
+            assert place.layer is not None, place.name
+            assert place.expert is not None, f"{place.name} is of several experts"
             found.setdefault(place.layer, {}).setdefault(place.expert, []).append(parameter)
     return found
 

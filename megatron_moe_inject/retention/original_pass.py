@@ -25,6 +25,7 @@ from megatron_moe_inject.host.labels import (
     GENERAL,
 )
 from megatron_moe_inject.host.loss_seam import LossSeam
+from megatron_moe_inject.host.megatron_types import Chunk
 from megatron_moe_inject.host.rng import untouched_rng
 from megatron_moe_inject.host.step import MicroBatch, Step
 from megatron_moe_inject.losses.objective import SampleGroup, TermWeights
@@ -189,11 +190,13 @@ def _packed(
 def _without_loss(forward_step: Callable) -> Callable:
     """The script's ``forward_step`` with a loss function that reports nothing."""
 
-    def loss_func(output: torch.Tensor, **_: Any):
+    def loss_func(
+        output: torch.Tensor, **_: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
         tokens = torch.ones((), dtype=torch.int, device=output.device)
         return output.new_zeros(()), tokens, {}
 
-    def wrapped(*args, **kwargs):
+    def wrapped(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, Callable]:
         output, _ = forward_step(*args, **kwargs)
         return output, loss_func
 
@@ -201,7 +204,7 @@ def _without_loss(forward_step: Callable) -> Callable:
 
 
 @contextlib.contextmanager
-def _evaluating(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+def _evaluating(chunks: Sequence[Chunk]) -> Iterator[None]:
     """Chunks in eval mode: no expert-bias counts, no dropout, no auxiliary losses."""
     training = [chunk.training for chunk in chunks]
     try:

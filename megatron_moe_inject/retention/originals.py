@@ -30,6 +30,7 @@ from megatron_moe_inject.host.errors import (
 )
 from megatron_moe_inject.host.files import new_folder, replace_file
 from megatron_moe_inject.host.lineage import CARD, Lineage
+from megatron_moe_inject.host.megatron_types import Chunk
 from megatron_moe_inject.host.model_parts import (
     places,
 )
@@ -53,7 +54,7 @@ class OriginalParameters:
 
     def __init__(
         self,
-        chunks: Iterable[torch.nn.Module],
+        chunks: Iterable[Chunk],
         trains: dict[str, Any],
         components: Sequence[str] | None = None,
         *,
@@ -83,7 +84,8 @@ class OriginalParameters:
         Args:
             part: of the flattened parameter, which is then what is returned.
         """
-        value = self._copies.get(parameter, parameter).detach()
+        copies: Mapping[Any, torch.Tensor] = self._copies  # any tensor may be asked for
+        value = copies.get(parameter, parameter).detach()
         value = value if part is None else value.view(-1)[part]
         return value.to(parameter.device, non_blocking=True) if self.on_host else value
 
@@ -130,16 +132,17 @@ class OriginalParameters:
             RecipeError: on every rank: the originals of an injection that goes on are missing,
                 damaged or of other parameters, or they cannot be written.
         """
-        own = None if save is None else save / FOLDER
-        found, remarks = on_first_rank(lambda: self._sought(lineage, own or Path(FOLDER)))
+        own = Path(FOLDER) if save is None else save / FOLDER
+        found, remarks = on_first_rank(lambda: self._sought(lineage, own))
         if found is not None:
             agree(lambda: self.load(found, metadata))
-        if own is None:
+        if save is None:
             return "; ".join(remarks) or None
         if found is not None and found.parent.resolve() == save.resolve():
             lineage.keep(FOLDER, found)
             return "; ".join(remarks) or None
         lineage.keep(FOLDER, own)
+        assert lineage.identity is not None, "agreed before parts are attached"
         moved = self.save(own, metadata, lineage.identity, lambda: lineage.make_room(own))
         return "; ".join([*remarks, *([moved] if moved else [])]) or None
 
@@ -285,7 +288,7 @@ def _writing(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return one_line(lines[-1], 160) if lines else type(error).__name__
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 
@@ -84,7 +84,10 @@ class OriginalsPart(RunPart):
     def _original_pass(self, originals: OriginalParameters, student: BuiltStudent) -> OriginalPass:
         groups, config = student.groups, student.chunks[0].config
         interleaved = len(student.chunks) > 1
-        everyone = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+        everyone: dist.ProcessGroup | None = None
+        if dist.get_world_size() > 1:
+            # torch's stub has what it gives ranks outside, and every rank is inside.
+            everyone = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
         resets = {
             "position_ids": self._run.args.reset_position_ids,
             "attention_mask": self._run.args.reset_attention_mask,

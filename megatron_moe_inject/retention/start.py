@@ -22,6 +22,7 @@ from megatron_moe_inject.host.attached_loss import (
     loss_scale,
     sum_and_count,
 )
+from megatron_moe_inject.host.megatron_types import Chunk, Groups, Optimizer
 from megatron_moe_inject.host.model_parts import (
     counts_here,
 )
@@ -34,11 +35,12 @@ class _Held(NamedTuple):
     """A parameter that trains.
 
     Attributes:
+        parameter: in Megatron's DDP, which gives it a ``main_grad`` that torch's types do not know.
         part: of the flat parameter, what this rank's optimizer steps.
         share: what this rank's sum counts in the one over the whole world.
     """
 
-    parameter: torch.nn.Parameter
+    parameter: Any
     part: slice
     share: float
 
@@ -56,10 +58,10 @@ class PullToStart:
 
     def __init__(
         self,
-        chunks: Sequence[torch.nn.Module],
-        groups: Any,
+        chunks: Sequence[Chunk],
+        groups: Groups,
         originals: OriginalParameters,
-        optimizer: Any,
+        optimizer: Optimizer,
         weight_at: Callable[[int], float],
     ) -> None:
         self._config = chunks[0].config
