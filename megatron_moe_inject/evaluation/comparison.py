@@ -100,10 +100,11 @@ def _class_rows(name: str, before: ClassEvaluation, after: ClassEvaluation) -> l
         teacher = None if bits is None else bits / math.log(2)
         rows.append(_row("bits per byte", "loss", before, after, teacher, "", per="bytes"))
     rows.append(_row("top-1 accuracy", "correct", before, after, None, ""))
-    errors = [found.calibration_error() for found in (before, after)]
-    rows.append(
-        ("calibration error", *map(_number, errors), "", f"{errors[1] - errors[0]:+.4f}", "")
-    )
+    first, last = before.calibration_error(), after.calibration_error()
+    assert first is not None, "there are tokens"
+    assert last is not None, "they are the same"
+    change = f"{last - first:+.4f}"
+    rows.append(("calibration error", _number(first), _number(last), "", change, ""))
     for title, key in (
         ("KL to the teacher", "teacher_kl"),
         ("agreement with the teacher", "agreement"),
@@ -128,7 +129,7 @@ def _row(
     scale = 1 / math.log(2) if per == "bytes" else 1.0
     weights = before.sums[per]
     found = paired_difference(scale * before.sums[key], scale * after.sums[key], weights)
-    values = [scale * side.mean(key, per) for side in (before, after)]
+    values = [scale * side.measured(key, per) for side in (before, after)]
     return (title, *map(_number, values), _number(teacher), show_interval(found), taken)
 
 

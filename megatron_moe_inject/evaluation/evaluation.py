@@ -73,6 +73,12 @@ class ClassEvaluation:
         count = self.sums[per].sum()
         return float(self.sums[name].sum() / count) if count else None
 
+    def measured(self, name: str, per: str = "tokens") -> float:
+        """``mean`` of what is known to have been measured."""
+        value = self.mean(name, per)
+        assert value is not None, f"{name} per {per} was not measured"
+        return value
+
     def loss_beside_teacher(self) -> tuple[np.ndarray, np.ndarray]:
         """``[n]`` the student's loss and tokens, where the teacher was asked."""
         loss, tokens = reversed(PARTLY) if PARTLY[0] in self.sums else ("loss", "tokens")

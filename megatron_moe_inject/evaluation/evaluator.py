@@ -111,7 +111,7 @@ class Evaluator(RunPart):
         self._run.provide(ComparesPrefix, self.measurement)
         return self.measurement
 
-    def evaluate(self, stock: Callable, *args, **kwargs) -> Any:
+    def evaluate(self, stock: Callable, *args: Any, **kwargs: Any) -> Any:
         """Megatron's ``evaluate_and_print_results``, measured where it reads the held-out text.
 
         Training goes on with the random numbers that it would have had without.

@@ -65,10 +65,9 @@ def judge(
     said = []
     spec = recipe[EVALUATION]
     if spec is None or spec.gate:
-        start = None
-        if not begins:
-            same = verdict is not None and verdict["text"] == now.text()
-            start = verdict["student"] if same else {}
+        start: Mapping[str, float | None] | None = None if begins else {}
+        if not begins and verdict is not None and verdict["text"] == now.text():
+            start = verdict["student"]
         said = teacher_gate(now, recipe.domains, asked, start)
         compared = asked if start is None else asked & start.keys() - _read_in_part(now)
         passed |= {name: teachers[name] for name in compared if teachers[name] is not None}
@@ -139,25 +138,26 @@ def teacher_gate(
                 f"{domain.name}, so that it was not compared with the student"
             )
             continue
-        if start is not None and (partly or start.get(domain.name) is None):
+        begun = None if start is None else start.get(domain.name)
+        if start is not None and (partly or begun is None):
             what = f"what teacher {domain.taught_by} reads of this text" if partly else "this text"
             said.append(
                 f"teacher gate: {domain.name}: the student was not measured on {what} as its "
                 f"injection began, so that teacher {domain.taught_by} was not compared with it"
             )
             continue
-        teacher, chance = found.mean("teacher_loss"), False
+        teacher, chance = found.measured("teacher_loss"), False
         bare = found.mean(BARE)
         told = f"{domain.name}: loss of teacher {domain.taught_by} {teacher:.4f}"
         told += ", " if bare is None else f" ({bare:.4f} without its prefix), "
-        if start is None:
+        if begun is None:
             interval = paired_difference(found.sums["teacher_loss"], loss, tokens)
             lead, chance = interval.value, interval.low <= 0
             told += f"of the student {loss.sum() / tokens.sum():.4f} nats per token, lead "
             told += show_interval(interval)
         else:
-            lead = start[domain.name] - teacher
-            told += f"of the student as its injection began {start[domain.name]:.4f} nats per "
+            lead = begun - teacher
+            told += f"of the student as its injection began {begun:.4f} nats per "
             told += f"token, lead {lead:+.4f}"
         told += f" on {len(found.sequences)} sequences"
         if partly:

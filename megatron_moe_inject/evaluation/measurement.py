@@ -169,6 +169,9 @@ class Measurement(StepPart):
             if group.taught and found.kl is None:  # a teacher of which only some ids are known
                 readable[samples], limited = False, True
             elif group.taught:
+                assert found.kl is not None
+                assert found.teacher_loss is not None
+                assert found.teacher_top is not None, "there are all three, or no divergence"
                 same = found.top == found.teacher_top
                 asked = torch.ones_like(found.loss)
                 if group.readable is not None:
@@ -177,6 +180,7 @@ class Measurement(StepPart):
                 taught = [found.teacher_loss, found.kl, same, asked, found.loss]
                 if group.bare is not None:
                     other = _measure(group.bare, samples, student, targets, kernels)
+                    assert other.teacher_loss is not None, "it is the same teacher"
                     taught.append(other.teacher_loss)
                 # Where it cannot be asked, the teacher's loss may be infinite.
                 tokens += [torch.where(asked > 0, value, 0) for value in taught]
@@ -222,6 +226,7 @@ class Measurement(StepPart):
         """Hash and text length of a micro-batch's sequences, from the whole samples."""
         if not self._names_sequences:
             return
+        assert self._batches is not None, "begin() takes what this rank reads"
         batch = self._batches[index]
         fields = [torch.as_tensor(batch[name]) for name in ("tokens", "labels", "loss_mask")]
         for tokens, labels, mask in zip(*fields, strict=True):
@@ -270,7 +275,7 @@ class Measurement(StepPart):
             same = [part["sums"] for part in parts if part["place"] == named["place"]]
             total = np.sum(same, axis=0)
             for i, domain in enumerate(named["domains"]):
-                extra = (*PARTLY,) if named["partly"][i] else ()
+                extra: tuple[str, ...] = PARTLY if named["partly"][i] else ()
                 extra += (BARE,) if named["bare"][i] else ()
                 told = named["against"][i], extra, named["bytes"][i]
                 sums = _named_sums(total[:, i], *told)
@@ -281,6 +286,7 @@ class Measurement(StepPart):
         part = self._part
         if not part.sums:
             return None
+        assert part.bins is not None, "each micro-batch has sums and bins"
         return {
             "place": self._place,
             "sums": torch.cat(part.sums, dim=1).cpu().numpy(),

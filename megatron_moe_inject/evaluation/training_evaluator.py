@@ -164,7 +164,9 @@ class TrainingEvaluator(Evaluator):
         Collectives: before training those of ``agree``; none later, when a full disk is worth a
         warning and not the run.
         """
-        provenance = replace(evaluation.provenance, injection=self._lineage.identity)
+        injection = self._lineage.identity
+        assert injection is not None, "agreed before parts are attached"
+        provenance = replace(evaluation.provenance, injection=injection)
         evaluation = self._measured = replace(evaluation, provenance=provenance)
         if self._text is not None and evaluation.text() != self._text:
             raise RecipeError(

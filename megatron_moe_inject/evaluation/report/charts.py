@@ -50,7 +50,7 @@ def gain_charts(evaluations: Sequence[Evaluation]) -> list[Chart]:
     for name, found in first.classes.items():
         if found.mean("loss") is None:
             continue
-        losses = [evaluation.classes[name].mean("loss") for evaluation in evaluations]
+        losses = [evaluation.classes[name].measured("loss") for evaluation in evaluations]
         changes[name] = [loss - losses[0] for loss in losses]
         intervals[name] = _last_change(first, last, name)
     if not changes:

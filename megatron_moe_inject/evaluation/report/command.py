@@ -338,7 +338,7 @@ def _report(options: argparse.Namespace) -> str:
 
 
 def _refuse_overwriting(output: Path, folder: Path, data: RunData, profiles: Sequence[str]) -> None:
-    read = [folder / FILE, folder / LIST, *profiles]
+    read = [str(folder / FILE), str(folder / LIST), *profiles]
     read += [start.evaluations for start in data.starts]
     if os.path.realpath(output) in map(os.path.realpath, read):
         raise RecipeError(f"--output: {show_path(output)} is what the report is made from")

@@ -10,6 +10,7 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -95,7 +96,7 @@ def line_charts(charts: Sequence[Chart]) -> bytes:
     return buffer.getvalue()
 
 
-def _draw(axes, chart: Chart) -> None:
+def _draw(axes: Any, chart: Chart) -> None:
     if "x" in chart.zero:
         axes.axvline(0, color="#bbbbbb", linewidth=0.8, zorder=0)
     if "y" in chart.zero:
@@ -117,7 +118,7 @@ def _draw(axes, chart: Chart) -> None:
         axes.legend(handles, names, fontsize=7, frameon=False)
 
 
-def _line(axes, series: Series, number: int):
+def _line(axes: Any, series: Series, number: int) -> Any:
     colour = _COLOURS[number % len(_COLOURS)]
     y = np.array([math.nan if value is None else value for value in series.y], dtype=float)
     x, y = thinned(np.array(series.x, dtype=float), y)

@@ -85,6 +85,8 @@ class RunLog(RunPart):
     def _begin(self) -> None:
         now = compat.optimizer_steps(self._args)
         rows = self._run.need(Census).rows
+        injection = self._lineage.identity
+        assert injection is not None, "agreed before parts are attached"
         start = Start(
             iteration=now,
             time=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -100,7 +102,7 @@ class RunLog(RunPart):
             world_size=dist.get_world_size(),
             evaluations=str(self._run.need(TrainingEvaluator).path.absolute()),
             train_iters=int(self._args.train_iters or 0),
-            injection=self._lineage.identity,
+            injection=injection,
             loaded=Loaded(**asdict(self._run.origin)),
         )
         source = self._lineage.find(self.path, FILE)
