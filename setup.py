@@ -30,6 +30,7 @@ setup(
             "jsonschema>=4.20",
             "pytest-xdist>=3.6",
             "ruff>=0.9",
+            "mypy>=1.13",
             "transformers>=4.56",
             "tokenizers>=0.21",
             "matplotlib>=3.8",

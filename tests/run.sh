@@ -19,6 +19,7 @@ fi
 
 "$PYTHON" -m ruff check --quiet .
 "$PYTHON" -m ruff format --check --quiet .
+"$PYTHON" -m mypy --no-error-summary
 set -- -n "${TEST_WORKERS:-3}" --dist loadfile "$@"
 case " $* " in
   *" -m "*) exec "$PYTHON" -m pytest "$@" ;;
