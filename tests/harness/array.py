@@ -64,9 +64,9 @@ FEATURES = {
     ),
     "l2": Feature("retention", {"retention.l2": 0.05}, terms=("l2 to start",)),
     "originals on the host": Feature("originals", {"retention.originals": "host"}),
-    "imitated states": Feature("imitation", {"imitation.hidden": 0.5}, terms=("feature loss",)),
+    "imitated states": Feature("imitation", {"imitation.hidden": 0.5}, terms=("imitation loss",)),
     "imitated experts": Feature(
-        "imitation", {"imitation.experts": 0.25}, terms=("expert feature loss",)
+        "imitation", {"imitation.experts": 0.25}, terms=("expert imitation loss",)
     ),
     "steering": Feature(
         "steering",

@@ -61,9 +61,9 @@ def test_steering_and_imitation_take_both_teachers(material, prose):
     one = inject(material, recipe)
     plain = inject(material, recipe.replace("confidence: top", "confidence: none"))
     assert one.losses("steering loss")[0] != plain.losses("steering loss")[0]
-    assert one.losses("feature loss")[0] == plain.losses("feature loss")[0] > 0
+    assert one.losses("imitation loss")[0] == plain.losses("imitation loss")[0] > 0
     run = inject(material, recipe, nproc=2, pp=2)
-    for term in (*TERMS, "feature loss", "steering loss"):
+    for term in (*TERMS, "imitation loss", "steering loss"):
         assert run.losses(term) == pytest.approx(one.losses(term), rel=2e-5, abs=1e-6), term
 
 

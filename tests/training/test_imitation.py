@@ -15,9 +15,9 @@ from tests.harness.training_recipes import FEATURES
 TERMS = (
     "lm loss",
     "kd loss",
-    "feature loss",
-    "feature loss/code",
-    "expert feature loss",
+    "imitation loss",
+    "imitation loss/code",
+    "expert imitation loss",
     "total loss",
     "grad norm",
 )
@@ -33,7 +33,7 @@ def test_both_losses_are_reported_and_fall(material):
     imitating = inject(
         material, FEATURES.replace("0.5, experts: 0.25", "3.0, experts: 3.0"), extra=more
     )
-    for name in ("feature loss", "expert feature loss"):
+    for name in ("imitation loss", "expert imitation loss"):
         values = imitating.losses(name)
         assert values[-1] < 0.8 * values[0], (name, values)
         assert imitating.losses(f"{name}/code") == values
@@ -67,7 +67,7 @@ imitation: {{hidden: {{points: {{0: 0.0, 2: 0.5}}}}, experts: 0.5, loss: cosine}
 
 @pytest.mark.parametrize("layout", ["ep2", "pp2"])
 def test_two_domains_with_teachers_layers_and_experts_of_their_own(material, layout):
-    names = ("feature loss", "expert feature loss")
+    names = ("imitation loss", "expert imitation loss")
     terms = ["lm loss", "grad norm", *names]
     terms += [f"{name}/{domain}" for name in names for domain in ("code", "text")]
     alone, run = inject(material, TWO), inject(material, TWO, **LAYOUTS[layout])
@@ -77,8 +77,8 @@ def test_two_domains_with_teachers_layers_and_experts_of_their_own(material, lay
 
 
 def test_evaluation_reports_them_too(single):
-    assert single.evaluations[-1]["feature loss"] > 0
-    assert single.evaluations[-1]["expert feature loss"] > 0
+    assert single.evaluations[-1]["imitation loss"] > 0
+    assert single.evaluations[-1]["expert imitation loss"] > 0
 
 
 def test_the_checkpoint_is_one_for_plain_megatron(material, tmp_path):
@@ -172,7 +172,7 @@ def test_a_dense_student_under_plain_tensor_parallelism(material, tmp_path):
     small += ["--load", start, "--finetune", "--no-load-optim", "--no-load-rng"]
     single = lane.run(small)
     split = lane.run([*small, "--tensor-model-parallel-size", "2"], nproc=2)
-    for term in ("lm loss", "kd loss", "feature loss", "grad norm"):
+    for term in ("lm loss", "kd loss", "imitation loss", "grad norm"):
         assert split.losses(term) == pytest.approx(single.losses(term), rel=2e-5), term
 
 

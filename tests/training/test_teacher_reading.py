@@ -37,7 +37,7 @@ objective: {{alpha: 0.7, beta: 0.3, temperature: 2.0}}
 imitation: {{hidden: 0.1}}
 """
 MEASURED = RECIPE.replace(", layers: {{3: 0}}", "").replace("imitation: {{hidden: 0.1}}\n", "")
-TERMS = ("lm loss", "kd loss", "feature loss", "total loss", "grad norm")
+TERMS = ("lm loss", "kd loss", "imitation loss", "total loss", "grad norm")
 RESETS = ("--reset-position-ids", "--reset-attention-mask", "--eod-mask-loss")
 
 
@@ -194,7 +194,7 @@ def single(text):
 def test_one_curve_at_every_layout(text, single, layout):
     material, flags, _ = text
     run = inject(material, RECIPE, extra=flags, **layout)
-    assert all(step["kd loss"] > 0 and step["feature loss"] > 0 for step in single.iterations)
+    assert all(step["kd loss"] > 0 and step["imitation loss"] > 0 for step in single.iterations)
     for term in TERMS:
         assert run.losses(term) == pytest.approx(single.losses(term), rel=3e-5), term
     assert PROVEN.search(run.output)

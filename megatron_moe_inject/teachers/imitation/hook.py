@@ -46,7 +46,9 @@ from megatron_moe_inject.teachers.imitation.terms import ImitationTerm
 from megatron_moe_inject.teachers.step_teachers import StepTeachers
 from megatron_moe_inject.teachers.uses import COMBINED
 
-REPORTED = {"hidden": "feature loss", "experts": "expert feature loss"}
+REPORTED = {"hidden": "imitation loss", "experts": "expert imitation loss"}
+FORMERLY = "feature loss"
+"""What the log called an imitation loss in version 0.1; written too until the next one."""
 
 
 class _Place(Passages):
@@ -203,7 +205,8 @@ class ImitationHook(StepPart):
             values[REPORTED[kind]] = sum_and_count(*sums.sum(0))
             for index in self._taught_domains if self._by_domain else ():
                 values[f"{REPORTED[kind]}/{self._domains[index]}"] = sum_and_count(*sums[index])
-        return values
+        before = {n.replace("imitation loss", FORMERLY): value for n, value in values.items()}
+        return values | before
 
     def _after_layer(self, place: _Place, layer: Any, args: Any, output: Any) -> Any:
         """Forward hook of a decoder layer, whose output is ``([l, b, h], context)``."""

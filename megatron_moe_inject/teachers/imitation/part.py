@@ -23,7 +23,7 @@ from megatron_moe_inject.recipe.run_part import Boundary, BuiltStudent, RunConte
 from megatron_moe_inject.recipe.schedule import value_at
 from megatron_moe_inject.teachers.base import Teacher
 from megatron_moe_inject.teachers.imitation.exchange import FeatureExchange, LayerStates
-from megatron_moe_inject.teachers.imitation.hook import ImitationHook
+from megatron_moe_inject.teachers.imitation.hook import FORMERLY, ImitationHook
 from megatron_moe_inject.teachers.imitation.projections import Projections
 from megatron_moe_inject.teachers.imitation.section import IMITATION
 from megatron_moe_inject.teachers.imitation.terms import imitation_lines, imitation_terms
@@ -52,6 +52,9 @@ class ImitationPart(RunPart):
         self._hidden_size = run.facts.hidden_size
         self._stored = bool(self._terms) and self._found_in_checkpoint()
         self._projections: list[Projections] = []
+        run.warnings.append(
+            f"the log's {FORMERLY!r} is called 'imitation loss' now, and written as both"
+        )
 
     def trains(self) -> dict[str, list[str]]:
         """Names of the projections of the whole student."""

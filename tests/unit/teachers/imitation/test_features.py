@@ -267,8 +267,9 @@ def test_gradients_of_a_model_are_those_of_plain_autograd(kind, recompute, per_t
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     reported = dict(zip(*take_terms(reports), strict=True))
     for index, name in enumerate(("code", "law")):
-        values = reported[f"feature loss/{name}"]
+        values = reported[f"imitation loss/{name}"]
         torch.testing.assert_close(values, torch.tensor(sums[index]), rtol=1e-4, atol=1e-6)
+        assert torch.equal(reported[f"feature loss/{name}"], values)  # as in version 0.1
     assert row == 5
 
 
