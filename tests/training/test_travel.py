@@ -215,7 +215,7 @@ def test_another_teacher_of_a_run_that_goes_on_is_asked(material, ignorant, tmp_
             **dict(load=save, save=tmp_path / "B", recipe=MEASURED, check=False),
         )
         assert_clean_end(other, ("of the student as its injection began", "coder"))
-        assert "recipe differs from that of iteration 2 in teachers.coder.source\n" in other.output
+        assert "recipe differs from that of iteration 4 in teachers.coder.source\n" in other.output
 
 
 def test_what_fails_at_the_end_costs_no_checkpoint(material, tmp_path):
