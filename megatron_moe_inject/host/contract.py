@@ -121,8 +121,9 @@ def lacking(use: Use) -> Iterator[str]:
         return
     if use.parameters:
         present = inspect.signature(value).parameters
+        hands_on = any(p.kind is p.VAR_KEYWORD for p in present.values())  # as others' wrappers do
         for name in use.parameters:
-            if name not in present and not use.optional:
+            if name not in present and not (use.optional or hands_on):
                 yield f"{use.path}({name})"
     for name in use.attributes:
         if not has_attribute(value, name) and not use.optional:

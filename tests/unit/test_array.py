@@ -19,6 +19,8 @@ from tests.harness.docs import ROOT, assert_exists
 from tests.harness.recipes import facts
 
 TESTED_ALONE = {
+    "data": "training/test_errors.py",
+    "beginning": "unit/recipe/test_beginning.py",
     "report": "training/test_report.py",
     "progress": "unit/host/test_progress.py",
     "stages": "training/test_boundary.py",

@@ -443,3 +443,15 @@ def test_the_table_of_a_plan_names_parts_methods_and_purposes(recipe):
         "writes the rows into the whole router",
     ] in rows
     assert ["every run", "megatron.training.training.train"] in [row[:2] for row in rows]
+
+
+def test_anothers_wrapper_that_hands_everything_on_lacks_nothing(monkeypatch):
+    """Scripts and other tools put plain closures in the place of Megatron's functions."""
+    from megatron.training import training
+
+    use = Use("megatron.training.training.setup_model_and_optimizer", ("model_provider_func",))
+    assert list(lacking(use)) == []
+    monkeypatch.setattr(training, "setup_model_and_optimizer", lambda *args, **kwargs: None)
+    assert list(lacking(use)) == []
+    monkeypatch.setattr(training, "setup_model_and_optimizer", lambda provider: None)
+    assert list(lacking(use)) == [f"{use.path}(model_provider_func)"]
