@@ -9,7 +9,8 @@ import pytest
 
 from megatron_moe_inject.evaluation.evaluation_file import read_list
 from megatron_moe_inject.experts.choose.profile_file import read_profile
-from tests.harness import array, lane
+from tests.harness import covering_array as array
+from tests.harness import lane
 from tests.harness.evaluating import assert_same
 from tests.harness.grouped import SCRIPT
 from tests.harness.injection import PROVEN

@@ -4,7 +4,8 @@ import os
 import re
 import zlib
 
-from tests.harness import array, lane
+from tests.harness import covering_array as array
+from tests.harness import lane
 
 RECIPE = """
 domains:

@@ -14,7 +14,7 @@ from megatron_moe_inject.recipe.load import recipe_from_yaml
 from megatron_moe_inject.recipe.schedule import Schedule
 from megatron_moe_inject.recipe.schema import Recipe
 from megatron_moe_inject.recipe.student import check_recipe
-from tests.harness import array
+from tests.harness import covering_array as array
 from tests.harness.docs import ROOT, assert_exists
 from tests.harness.recipes import facts
 

@@ -1,6 +1,7 @@
 """What tests share stands in ``tests/harness``: no test module imports another, nor is imported."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,3 +76,9 @@ def test_a_test_stands_in_a_room_of_the_package():
     }
     package = ROOT / "megatron_moe_inject"
     assert {room for room in rooms if not (package / room).is_dir()} == {"examples"}
+
+
+def test_no_shared_module_stands_in_the_way_of_the_standard_librarys():
+    """The launcher puts a script's folder first on the path, and scripts stand here."""
+    names = {path.stem for path in (ROOT / "tests" / "harness").glob("*.py")}
+    assert names & sys.stdlib_module_names == set()

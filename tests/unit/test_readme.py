@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from tests.harness import array
+from tests.harness import covering_array as array
 from tests.harness.docs import PACKAGE, ROOMS, ROOT, assert_exists, pages, readmes, rendered
 
 
