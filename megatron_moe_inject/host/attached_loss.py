@@ -95,16 +95,18 @@ def take_terms(reports: Any) -> tuple[list[str], torch.Tensor | None]:
     """
     if not (reports and _are_reports(reports)):
         return [], None
-    own = [report.pop(_OWN, {}) for report in reports]
+    reported = [report.pop(_OWN, {}) for report in reports]
     of_step = reports[0].pop(_OF_STEP, {})
-    assert all(list(terms) == list(own[0]) for terms in own), "micro-batches report other terms"
+    assert all(list(terms) == list(reported[0]) for terms in reported), (
+        "micro-batches report other terms"
+    )
     sums = []
-    if own[0]:
-        sums.append(torch.stack([v for terms in own for v in terms.values()]).float())
-        sums[0] = sums[0].view(len(own), -1, 2).sum(0)
+    if reported[0]:
+        sums.append(torch.stack([v for terms in reported for v in terms.values()]).float())
+        sums[0] = sums[0].view(len(reported), -1, 2).sum(0)
     if of_step:
         sums.append(torch.stack(list(of_step.values())).float())
-    return [*own[0], *of_step], torch.cat(sums) if sums else None
+    return [*reported[0], *of_step], torch.cat(sums) if sums else None
 
 
 def _are_reports(reports: Any) -> bool:

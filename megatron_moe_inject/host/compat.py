@@ -32,8 +32,8 @@ def megatron_version() -> str:
     """
     from megatron.core import package_info
 
-    own = (Path(package_info.__file__).resolve().parents[2] / ".git").exists()
-    return package_info.__version__ if own else package_info.__version__.partition("+")[0]
+    is_checkout = (Path(package_info.__file__).resolve().parents[2] / ".git").exists()
+    return package_info.__version__ if is_checkout else package_info.__version__.partition("+")[0]
 
 
 def call_with_pre_wrap_hook(
@@ -113,28 +113,28 @@ def evaluate_before_training(train: Callable, args: Sequence[Any], kwargs: dict[
     from megatron.training import get_args, training
 
     options = get_args()
-    given = inspect.signature(train).bind(*args, **kwargs).arguments
+    bound = inspect.signature(train).bind(*args, **kwargs).arguments
     evaluate = training.evaluate_and_print_results
     iteration = optimizer_steps(options)
     arguments = {
         "prefix": f"iteration {iteration} before training",
-        "forward_step_func": given["forward_step_func"],
-        "data_iterator": given["valid_data_iterator"],
-        "model": given["model"],
+        "forward_step_func": bound["forward_step_func"],
+        "data_iterator": bound["valid_data_iterator"],
+        "model": bound["model"],
         "iteration": iteration,
-        "process_non_loss_data_func": given["process_non_loss_data_func"],
-        "config": given["config"],
-        "non_loss_data_func": given.get("non_loss_data_func"),
-        "pg_collection": given.get("pg_collection"),
-        "p2p_communicator": given.get("p2p_communicator"),
+        "process_non_loss_data_func": bound["process_non_loss_data_func"],
+        "config": bound["config"],
+        "non_loss_data_func": bound.get("non_loss_data_func"),
+        "pg_collection": bound.get("pg_collection"),
+        "p2p_communicator": bound.get("p2p_communicator"),
     }
     consumed = options.consumed_valid_samples
     hooked = training.should_disable_forward_pre_hook(options)
     if hooked:
-        training.disable_forward_pre_hook(given["model"], param_sync=False)
+        training.disable_forward_pre_hook(bound["model"], param_sync=False)
     evaluate(**accepted(evaluate, arguments))
     if hooked:
-        training.enable_forward_pre_hook(given["model"])
+        training.enable_forward_pre_hook(bound["model"])
     options.consumed_valid_samples = consumed
 
 
@@ -349,8 +349,8 @@ def optimized_part(optimizer: Optimizer, parameter: torch.nn.Parameter) -> tuple
             continue
         part = slice(0, 0)
         if parameter in parts:
-            own = inner._get_model_param_range_map(parameter)["param"]
-            part = slice(own.start, own.end)
+            param_range = inner._get_model_param_range_map(parameter)["param"]
+            part = slice(param_range.start, param_range.end)
         return part, inner.ddp_config.num_distributed_optimizer_instances
     return slice(0, parameter.numel()), None
 

@@ -56,8 +56,8 @@ def _leave_for_torchrun(text: str) -> None:
     if file is None:
         return
     # It shows the earliest failure as the cause, in whole seconds: those ended by it come after.
-    shown = {"py_callstack": f"\n\n{text}\n", "timestamp": str(int(time.time()) - 1)}
+    extra_info = {"py_callstack": f"\n\n{text}\n", "timestamp": str(int(time.time()) - 1)}
     try:
-        Path(file).write_text(json.dumps({"message": {"message": text, "extraInfo": shown}}))
+        Path(file).write_text(json.dumps({"message": {"message": text, "extraInfo": extra_info}}))
     except OSError as error:  # the line still stands on stderr
         print(f"megatron_moe_inject: warning: {file}: {error}", file=sys.stderr, flush=True)

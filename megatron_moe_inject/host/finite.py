@@ -40,11 +40,11 @@ class FiniteWatch(StepPart):
     def failed(self, error: Exception) -> None:
         """Add to the error what was not finite in the step."""
         try:
-            found = self.found()
+            message = self.found()
         except RuntimeError:  # the device itself is gone
             return
-        if found is not None:
-            error.add_note(found)
+        if message is not None:
+            error.add_note(message)
 
     def end(self, step: Step, reports: Any) -> None:
         """Say what was not finite where Megatron's own check has rejected the step."""
@@ -79,9 +79,9 @@ class FiniteWatch(StepPart):
         if self._said == self._iteration:
             return
         self._said = self._iteration
-        found = self.found()
-        if found is not None:
-            print(found, file=sys.stderr, flush=True)
+        message = self.found()
+        if message is not None:
+            print(message, file=sys.stderr, flush=True)
 
     def found(self) -> str | None:
         """What was not finite in this step, None if all was; waits for the device."""

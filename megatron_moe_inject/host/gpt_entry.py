@@ -163,7 +163,7 @@ def main() -> None:
     training_loop, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
     ours = (getattr(args, name, None) for name in ("inject_recipe", "inject_domain_data"))
-    if any(given is not None for given in ours) and args.inject_progress is None:
+    if any(value is not None for value in ours) and args.inject_progress is None:
         args.inject_progress = True
     try:
         check_supported(args)

@@ -119,8 +119,8 @@ class Lineage:
     def _places(self, own: Path, name: str) -> list[Path]:
         assert self.checkpoint is not None, "an injection that goes on has a checkpoint"
         folders = [self.checkpoint.parent, *([Path(self._args.load)] if self._args.load else [])]
-        kept = [Path(self._kept[name])] if name in self._kept else []
-        return list(dict.fromkeys([*(folder / name for folder in folders), *kept, own]))
+        last = [Path(self._kept[name])] if name in self._kept else []
+        return list(dict.fromkeys([*(folder / name for folder in folders), *last, own]))
 
     def sought(self, own: Path, name: str) -> str:
         """For a message: where ``find`` has looked, and where it was last kept."""
@@ -175,7 +175,7 @@ class Lineage:
     def _has_checkpoints(self) -> bool:
         save = Path(self._args.save) if self._args.save else None
         return save is not None and any(
-            found.is_dir() for pattern in ("iter_*", "*/iter_*") for found in save.glob(pattern)
+            folder.is_dir() for pattern in ("iter_*", "*/iter_*") for folder in save.glob(pattern)
         )
 
 

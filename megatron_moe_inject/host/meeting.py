@@ -110,18 +110,18 @@ class Meeting:
 
         True also where the store does not answer, so that no message is lost.
         """
-        store, found = self._store, []
+        store, answers = self._store, []
         if store is None:
             return True
 
         def ask() -> None:
             digest = hashlib.sha256(message.encode()).hexdigest()
-            found.append(store.add(f"{socket.gethostname()} {digest}", 1) == 1)
+            answers.append(store.add(f"{socket.gethostname()} {digest}", 1) == 1)
 
         asking = threading.Thread(target=_quietly, args=(ask,), daemon=True)
         asking.start()
         asking.join(LEAVING_SECONDS)
-        return found[0] if found else True
+        return answers[0] if answers else True
 
     def leave(self) -> bool:
         """Wait a moment for all ranks to come here too; whether they did."""

@@ -114,8 +114,8 @@ def decoder_layers(chunk: Chunk) -> list[MegatronModule]:
 def grouped_linears(experts: MegatronModule) -> list[MegatronModule]:
     """The two grouped linear layers of Megatron's ``TEGroupedMLP``; none of other experts."""
     linears = [getattr(experts, name, None) for name in ("linear_fc1", "linear_fc2")]
-    found = [linear for linear in linears if linear is not None and hasattr(linear, "weight0")]
-    return found if len(found) == 2 else []
+    grouped = [linear for linear in linears if linear is not None and hasattr(linear, "weight0")]
+    return grouped if len(grouped) == 2 else []
 
 
 def local_weights(linear: MegatronModule) -> list[torch.nn.Parameter]:

@@ -24,7 +24,7 @@ def stored_name(name: str, stored: Container[str]) -> str:
     if name in stored:
         return name
     for pair in _NORMS:
-        for own, other in (pair, pair[::-1]):
-            if own in name and (found := name.replace(own, other)) in stored:
-                return found
+        for part, other in (pair, pair[::-1]):
+            if part in name and (renamed := name.replace(part, other)) in stored:
+                return renamed
     return name

@@ -71,14 +71,14 @@ class StepProgress(StepPart):
         Args:
             losses: by name; terms of one domain or layer (``name/domain``) are left out.
         """
-        shown = [f"{n} {value:.4g}" for n, value in losses.items() if "/" not in n][:_MOST_TERMS]
+        texts = [f"{n} {value:.4g}" for n, value in losses.items() if "/" not in n][:_MOST_TERMS]
         if self._bar is not None:
-            self._bar.set_postfix_str(", ".join(shown))
+            self._bar.set_postfix_str(", ".join(texts))
             return
         total = self._total()
         done = f"{self._name}: step {self._done}" + ("" if total is None else f" of {total}")
         left = self._left(total)
-        line = ", ".join([done, *([] if left is None else [f"{left} left"]), *shown])
+        line = ", ".join([done, *([] if left is None else [f"{left} left"]), *texts])
         print(line, file=self._stream, flush=True)
 
     def close(self) -> None:

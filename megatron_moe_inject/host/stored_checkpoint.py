@@ -47,16 +47,16 @@ class Part(NamedTuple):
 
     def digest(self) -> bytes:
         """Their SHA-256."""
-        found, rest = hashlib.sha256(), self.length
+        hasher, rest = hashlib.sha256(), self.length
         with self.path.open("rb") as file:
             file.seek(self.offset)
             while rest:
                 block = file.read(min(rest, _BLOCK))
                 if not block:
                     raise EOFError(f"{self.path} ends {rest} bytes too early")
-                found.update(block)
+                hasher.update(block)
                 rest -= len(block)
-        return found.digest()
+        return hasher.digest()
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class StoredCheckpoint:
                 files = sorted(self.folder.glob("mp_rank_*/model_optim_rng.pt"))
                 return [Part(file.parent.name, file, 0, file.stat().st_size) for file in files]
             stored = read_metadata(self.folder)
-            found = [
+            parts = [
                 Part(
                     f"{index.fqn}@{'.'.join(map(str, index.offset or ()))}",
                     self.folder / info.relative_path,
@@ -152,7 +152,7 @@ class StoredCheckpoint:
             ]
         except Exception as error:  # a pickle, in which anything can be wrong
             raise self.damaged(error) from error
-        return sorted(found, key=lambda part: (part.path, part.offset))
+        return sorted(parts, key=lambda part: (part.path, part.offset))
 
     def damaged(self, error: BaseException) -> RecipeError:
         """The error that says why it cannot be read."""
@@ -239,7 +239,7 @@ def newest_saved(args: Namespace) -> StoredCheckpoint | None:
         return None
     folder = checkpointing.get_checkpoint_name(args.save, iteration, release, return_base_dir=True)
     try:
-        found = checkpointing._get_checkpoint_format(folder, args)
+        ckpt_format = checkpointing._get_checkpoint_format(folder, args)
     except (OSError, ValueError, NotImplementedError):  # not there, or nothing that can be loaded
         return None
     return StoredCheckpoint(
@@ -247,7 +247,7 @@ def newest_saved(args: Namespace) -> StoredCheckpoint | None:
         Path(args.save),
         Path(folder),
         None if release else iteration,
-        found,
+        ckpt_format,
         resumes=False,
     )
 
@@ -267,22 +267,24 @@ def model_checksum(checkpoint: StoredCheckpoint) -> str:
 
     def read() -> list[tuple[str, bytes]]:
         parts = checkpoint.parts()
-        total, before, own = max(1, sum(part.length for part in parts)), 0, []
+        total, before, share = max(1, sum(part.length for part in parts)), 0, []
         for part in parts:
-            own += [part] if before * world // total == rank else []
+            share += [part] if before * world // total == rank else []
             before += part.length
         try:
             with ThreadPoolExecutor(_READERS) as pool:
-                return [(p.name, d) for p, d in zip(own, pool.map(Part.digest, own), strict=True)]
+                return [
+                    (p.name, d) for p, d in zip(share, pool.map(Part.digest, share), strict=True)
+                ]
         except (OSError, EOFError) as error:
             raise checkpoint.damaged(error) from error
 
     ranks: list[Any] = [None] * world
     dist.all_gather_object(ranks, agree(read))
-    found = hashlib.sha256()
-    for name, digest in sorted(pair for own in ranks for pair in own):
-        found.update(f"{name}:{digest.hex()};".encode())
-    return found.hexdigest()
+    hasher = hashlib.sha256()
+    for name, digest in sorted(pair for share in ranks for pair in share):
+        hasher.update(f"{name}:{digest.hex()};".encode())
+    return hasher.hexdigest()
 
 
 def _wrong(flag: str, path: str | Path, problem: str, remedy: str) -> RecipeError:
@@ -328,7 +330,7 @@ def _format(args: Namespace, flag: str, folder: str) -> str:
     from megatron.training import checkpointing
 
     try:
-        found = checkpointing._get_checkpoint_format(folder, args)
+        ckpt_format = checkpointing._get_checkpoint_format(folder, args)
     except (OSError, ValueError, NotImplementedError) as error:
         reason = "is not there" if isinstance(error, FileNotFoundError) else "is no checkpoint"
         raise _wrong(
@@ -337,17 +339,17 @@ def _format(args: Namespace, flag: str, folder: str) -> str:
             f"{reason} ({one_line(str(error), 120)})",
             "name a folder that Megatron saved, or another iteration by --ckpt-step",
         ) from error
-    if found not in FORMATS:
+    if ckpt_format not in FORMATS:
         raise _wrong(
             flag,
             folder,
-            f"is a {found} checkpoint, which a student is not loaded from",
+            f"is a {ckpt_format} checkpoint, which a student is not loaded from",
             f"convert it to {FORMATS[0]} with Megatron's --ckpt-convert-format",
         )
     # With --auto-detect-ckpt-format Megatron reads it, and asks it for no weights.
-    if found == "torch_dist" != args.ckpt_format:
+    if ckpt_format == "torch_dist" != args.ckpt_format:
         raise fail(
-            "--ckpt-format", args.ckpt_format, f"does not load {folder}, a {found} checkpoint",
-            f"use {found}",
+            "--ckpt-format", args.ckpt_format,
+            f"does not load {folder}, a {ckpt_format} checkpoint", f"use {ckpt_format}",
         )  # fmt: skip
-    return found
+    return ckpt_format

@@ -83,9 +83,9 @@ class StudentLoad:
         self._chunks: list[_ChunkLoad] = []
         if self.checkpoint is not None or getattr(args, "inject_from_scratch", None):
             return
-        found = ": missing" if args.load is None else f" {args.load} holds no checkpoint"
+        problem = ": missing" if args.load is None else f" {args.load} holds no checkpoint"
         raise RecipeError(
-            f"--load{found}, so the student would begin with random weights; name a folder that "
+            f"--load{problem}, so the student would begin with random weights; name a folder that "
             "Megatron saved to, or add --inject-from-scratch if that is meant"
         )
 
@@ -105,20 +105,20 @@ class StudentLoad:
             RecipeError: on every rank: the checkpoint lacks what the student asks for, holds more
                 of it, or is not the one that was looked into.
         """
-        given = compat.bound_arguments(stock, args, kwargs)
-        if given.get("rank0"):
+        bound = compat.bound_arguments(stock, args, kwargs)
+        if bound.get("rank0"):
             return stock(*args, **kwargs)
-        if given.get("sharded_state_dict") is not None and self.checkpoint is not None:
-            asked = given["sharded_state_dict"]
-            given["sharded_state_dict"] = self._fitted(self.checkpoint, asked)
-        result = self._read(lambda: stock(**given))
-        found = None if result[0] is None else Path(result[1])
+        if bound.get("sharded_state_dict") is not None and self.checkpoint is not None:
+            state = bound["sharded_state_dict"]
+            bound["sharded_state_dict"] = self._fitted(self.checkpoint, state)
+        result = self._read(lambda: stock(**bound))
+        loaded = None if result[0] is None else Path(result[1])
         expected = None if self.checkpoint is None else self.checkpoint.folder
-        if found is not None and self.checkpoint is not None and found.suffix == ".pt":
-            found = found.parents[1]  # a file of this rank's
-        if found != expected:
+        if loaded is not None and self.checkpoint is not None and loaded.suffix == ".pt":
+            loaded = loaded.parents[1]  # a file of this rank's
+        if loaded != expected:
             raise RecipeError(
-                f"--load: {found or 'no checkpoint'} was loaded, but {expected or 'none'} was "
+                f"--load: {loaded or 'no checkpoint'} was loaded, but {expected or 'none'} was "
                 "there when this run started; another run writes there: start again"
             )
         return result
@@ -173,9 +173,9 @@ class StudentLoad:
         """What to ask the checkpoint for, by the names that it has, compared with them."""
         stored = on_first_rank(checkpoint.names)
         fitted = fit(state, stored)
-        asked = Request.of(fitted)
+        request = Request.of(fitted)
         ranks: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(ranks, asked.compared(stored, compat.tokenizer_vocab_size()))
+        dist.all_gather_object(ranks, request.compared(stored, compat.tokenizer_vocab_size()))
         lacking, wrong, states = ({n for rank in ranks for n in rank[i]} for i in range(3))
         left = [
             name
@@ -235,14 +235,14 @@ def fit(state: dict[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
 
     fitted = dict(state)
     for section in (*_sections(state, "model"), *_sections(state, "optimizer")):
-        kept = state[section]
+        entries = state[section]
         if section.startswith("model"):
-            kept = {
+            entries = {
                 name: value
-                for name, value in kept.items()
+                for name, value in entries.items()
                 if _EXTRA not in name or getattr(value, "key", None) in stored
             }
-        fitted[section] = changed_shards(kept, renamed)
+        fitted[section] = changed_shards(entries, renamed)
     return fitted
 
 
@@ -284,14 +284,14 @@ class Request:
         lacking = [n for n in self.model if n not in stored and not is_own(n) and _EXTRA not in n]
         wrong = []
         for name, shape in self.model.items():
-            found = stored.get(name)
-            if found is None or shape is None:
+            stored_shape = stored.get(name)
+            if stored_shape is None or shape is None:
                 continue
             if name in self.vocabulary:
-                if found[0] < min(ids, shape[0]):
-                    wrong.append(f"{name} of {found[0]} rows for a tokenizer of {ids} ids")
-            elif found != shape:
-                wrong.append(f"{name} of shape {list(found)}, not {list(shape)}")
+                if stored_shape[0] < min(ids, shape[0]):
+                    wrong.append(f"{name} of {stored_shape[0]} rows for a tokenizer of {ids} ids")
+            elif stored_shape != shape:
+                wrong.append(f"{name} of shape {list(stored_shape)}, not {list(shape)}")
         states = [name for name in self.optimizer if name not in stored]
         return lacking, wrong, states, bytes(n in self.model for n in model_names(stored))
 

@@ -172,10 +172,10 @@ class TermLog:
         No collective. The host waits where Megatron's own code does: for a line, and on the rank
         that writes TensorBoard's numbers for these.
         """
-        given = compat.bound_arguments(stock, args, kwargs)
-        result, read = self._log(stock, given)
+        bound = compat.bound_arguments(stock, args, kwargs)
+        result, read = self._log(stock, bound)
         for listener in self.listeners:
-            listener(given, read)
+            listener(bound, read)
         return result
 
     def _log(self, stock: Callable, given: dict[str, Any]) -> tuple[Any, dict[str, Any] | None]:
@@ -187,17 +187,17 @@ class TermLog:
         iteration, sums = given["iteration"], given["total_loss_dict"]
         first = bool(given.get("is_first_iteration"))
         printed = first or iteration % self._args.log_interval == 0
-        shown: dict[str, torch.Tensor] = {}
+        scalars: dict[str, torch.Tensor] = {}
         if iteration % self._args.tensorboard_log_interval == 0:
             if printed or _writes_scalars():
-                shown = {name: _scalar(mean) for name, mean in self._board.read().items()}
+                scalars = {name: _scalar(mean) for name, mean in self._board.read().items()}
             self._board.clear()
         means = self._line.read() if printed else {}
         steps = max(1, sums.get(_TAKEN, 0) + (not given["skipped_iter"]))
         terms = {name: _scalar(mean * steps) for name, mean in means.items()}
-        line = _Line(sums, terms, (*means, *shown))
+        line = _Line(sums, terms, (*means, *scalars))
         result = stock(
-            **{**given, "loss_dict": {**shown, **given["loss_dict"]}, "total_loss_dict": line}
+            **{**given, "loss_dict": {**scalars, **given["loss_dict"]}, "total_loss_dict": line}
         )
         sums.clear()
         sums.update(line.stock())
@@ -213,14 +213,14 @@ class TermLog:
         if means is None:  # the time was up
             return result
         ours = {name: _scalar(mean) for name, mean in self._evaluation.read().items()}
-        found = _Means(means, ours)
-        self._beside = found.beside
-        return (found, *rest)
+        all_means = _Means(means, ours)
+        self._beside = all_means.beside
+        return (all_means, *rest)
 
     def print_evaluation(self, stock: Callable, *args: Any, **kwargs: Any) -> Any:
         """Megatron's ``evaluate_and_print_results``, and behind its line our terms that have no
         perplexity, under the names that it would give them. No collective."""
-        given = compat.bound_arguments(stock, args, kwargs)
+        bound = compat.bound_arguments(stock, args, kwargs)
         self._beside = {}
         result = stock(*args, **kwargs)
         terms, self._beside = self._beside, {}
@@ -228,10 +228,10 @@ class TermLog:
             return result
         numbers = {name: value.item() for name, value in terms.items()}
         if dist.get_rank() == dist.get_world_size() - 1:
-            shown = " | ".join(f"{name} value: {value:.6E}" for name, value in numbers.items())
-            print(f" validation loss at {given['prefix']} | {shown} |", flush=True)
-        if given.get("write_to_tensorboard", True):
-            _write_validation(numbers, given["iteration"], self._args.consumed_train_samples)
+            text = " | ".join(f"{name} value: {value:.6E}" for name, value in numbers.items())
+            print(f" validation loss at {bound['prefix']} | {text} |", flush=True)
+        if bound.get("write_to_tensorboard", True):
+            _write_validation(numbers, bound["iteration"], self._args.consumed_train_samples)
         return result
 
 

@@ -263,9 +263,9 @@ class TorchDistCheckpoint:
             path = self.folder / name
             size = path.stat().st_size if path.is_file() else None
             if size is None or size < end:
-                found = "it is not there" if size is None else f"it has {size}"
+                actual = "it is not there" if size is None else f"it has {size}"
                 raise self.source.error(
-                    f"is incomplete: {path} must have {end} bytes, {found}",
+                    f"is incomplete: {path} must have {end} bytes, {actual}",
                     "copy the checkpoint again or name another iteration",
                 )
 
@@ -339,10 +339,10 @@ def iteration_folder(source: CheckpointSource) -> Path:
         return root
     tracker = root / "latest_checkpointed_iteration.txt"
     if not tracker.is_file():
-        found = sorted(path.name for path in root.glob("iter_*") if path.is_dir())
+        iterations = sorted(path.name for path in root.glob("iter_*") if path.is_dir())
         remedy = (
-            f"name one of its iterations, such as {root / found[-1]}"
-            if found
+            f"name one of its iterations, such as {root / iterations[-1]}"
+            if iterations
             else "name a directory given to Megatron's --save, or an iter_* directory in it"
         )
         raise source.error("has no latest_checkpointed_iteration.txt", remedy)

@@ -72,12 +72,12 @@ def rewritten_copy(
         with (folder / info.relative_path).open("ab") as out:
             storage[index] = dataclasses.replace(info, offset=out.tell(), length=len(blob))
             out.write(blob)
-    kept = {index.fqn for index in storage}
+    names = {index.fqn for index in storage}
     metadata.storage_data = storage
     metadata.state_dict_metadata = {
-        name: value for name, value in metadata.state_dict_metadata.items() if name in kept
+        name: value for name, value in metadata.state_dict_metadata.items() if name in names
     }
-    metadata.planner_data = _only(metadata.planner_data, kept)
+    metadata.planner_data = _only(metadata.planner_data, names)
     (folder / INDEX).write_bytes(pickle.dumps(metadata))
     for path in others:
         (shutil.copytree if path.is_dir() else shutil.copyfile)(path, folder / path.name)

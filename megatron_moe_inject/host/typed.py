@@ -190,13 +190,13 @@ def build_beside(
     """
     known = [f.name for f in dataclasses.fields(kind) if f.metadata.get("written", True)]
     _check_known(value, [*known, *beside], "")
-    own = {key: entry for key, entry in value.items() if key not in beside}
+    field_values = {key: entry for key, entry in value.items() if key not in beside}
     built = {
         key: build(annotation, value[key], key)
         for key, annotation in beside.items()
         if value.get(key) is not None
     }
-    return build(kind, own), built
+    return build(kind, field_values), built
 
 
 def _check_known(value: dict[Any, Any], known: Iterable[str], path: str) -> None:
@@ -237,9 +237,9 @@ def _how_to_write(kind: Any, path: str) -> str:
     """What a mapping at ``path`` may look like, and its keys."""
     fields = dataclasses.fields(kind)
     defaults = {f.name: default() for f in fields if (default := _default(f))}
-    shown = {f.name: "..." for f in fields if f.name not in defaults}
-    shown = shown or dict(_first_shown(defaults))
-    example = ", ".join(f"{name}: {text}" for name, text in shown.items())
+    entries = {f.name: "..." for f in fields if f.name not in defaults}
+    entries = entries or dict(_first_shown(defaults))
+    example = ", ".join(f"{name}: {text}" for name, text in entries.items())
     name = "" if path.endswith("]") else f"{path.rpartition('.')[2]}: "
     text = getattr(kind, "EXAMPLE", f"{{{example}}}")
     empty = f", or {name}{{}} for its defaults" if len(defaults) == len(fields) else ""

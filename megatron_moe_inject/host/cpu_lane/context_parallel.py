@@ -48,8 +48,8 @@ class ContextParallelAttention(DotProductAttention):
         self.config = config
         assert self.scale_mask_softmax.window_size is None
         assert attn_mask_type is AttnMaskType.causal, "only causal attention is sliced zigzag"
-        own = getattr(self.pg_collection, "cp", None)
-        self.cp_group = parallel_state.get_context_parallel_group() if own is None else own
+        group = getattr(self.pg_collection, "cp", None)
+        self.cp_group = parallel_state.get_context_parallel_group() if group is None else group
 
     def forward(
         self,
