@@ -76,10 +76,12 @@ def check_distilled(student: Student, target: Target | None, weights: TermWeight
         raise ValueError(f"{weights.weighting} needs a teacher's whole vocabulary, not Sparse")
     check_tail(weights.divergence.kind, target.tail)
     if isinstance(weights.temperature, Tensor) or weights.temperature != target.temperature:
-        asked = "one per token" if isinstance(weights.temperature, Tensor) else weights.temperature
+        temperature = (
+            "one per token" if isinstance(weights.temperature, Tensor) else weights.temperature
+        )
         raise ValueError(
-            f"temperature: {asked}, but the teacher's log_probs were stored at one temperature, "
-            f"{target.temperature}; distil at that"
+            f"temperature: {temperature}, but the teacher's log_probs were stored at one "
+            f"temperature, {target.temperature}; distil at that"
         )
 
 

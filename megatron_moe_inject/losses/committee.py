@@ -76,35 +76,41 @@ def mix(
     for member, weight in zip(committee.members, committee.weights, strict=True):
         rows = LogitRows(member.logits(shard.columns), None, labels, temperature)
         stats = _statistics(rows, shard, with_unit=bool(weighting) or committee.by != "fixed")
-        own = _log_confidence(committee.by, stats, labels) + math.log(weight)
-        before, total = total, own if total is None else torch.logaddexp(total, own)
-        kept, own = None if before is None else before - total, own - total
-        mixed = _added(mixed, kept, rows, stats.maximum, own - stats.lse)
+        log_share = _log_confidence(committee.by, stats, labels) + math.log(weight)
+        before, total = total, log_share if total is None else torch.logaddexp(total, log_share)
+        log_scale, log_share = None if before is None else before - total, log_share - total
+        mixed = _added(mixed, log_scale, rows, stats.maximum, log_share - stats.lse)
         if at_one:
             rows = replace(rows, temperature=1.0)
-            unit = _added(unit, kept, rows, stats.maximum, own - stats.unit_lse)
-        own = own + stats.label
-        label = own if label is None or kept is None else torch.logaddexp(label + kept, own)
+            unit = _added(unit, log_scale, rows, stats.maximum, log_share - stats.unit_lse)
+        log_share = log_share + stats.label
+        label = (
+            log_share
+            if label is None or log_scale is None
+            else torch.logaddexp(label + log_scale, log_share)
+        )
         del rows
     mixed = known(mixed)  # a committee has a member
-    found = None
+    entropies = None
     if entropy:
-        found = _entropy(mixed if unit is None else unit, shard)
+        entropies = _entropy(mixed if unit is None else unit, shard)
     if not is_one(temperature):
         mixed.mul_(temperature[:, None] if isinstance(temperature, Tensor) else temperature)
-    return TeacherLogits(mixed, known(label).neg() if weighting else None, found)
+    return TeacherLogits(mixed, known(label).neg() if weighting else None, entropies)
 
 
 def _statistics(rows: LogitRows, shard: VocabShard, with_unit: bool) -> _Rows:
     parts = []
     for block in rows.blocks():
-        own = rows.rows(block)
-        local = {"maximum": local_maximum(own.x)}
-        local["sum"] = shifted(own.x, local["maximum"], own.temperature).exp_().sum(-1)
-        if with_unit and not is_one(own.temperature):
-            local["unit_sum"] = shifted(own.x, local["maximum"], 1.0).exp_().sum(-1)
+        block_rows = rows.rows(block)
+        local = {"maximum": local_maximum(block_rows.x)}
+        local["sum"] = (
+            shifted(block_rows.x, local["maximum"], block_rows.temperature).exp_().sum(-1)
+        )
+        if with_unit and not is_one(block_rows.temperature):
+            local["unit_sum"] = shifted(block_rows.x, local["maximum"], 1.0).exp_().sum(-1)
         if with_unit:
-            local["label"] = label_logit(own.x, known(own.labels), shard)
+            local["label"] = label_logit(block_rows.x, known(block_rows.labels), shard)
         parts.append(local)
     ranks = exchange({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, shard)
     maximum = ranks["maximum"].amax(0)
@@ -133,8 +139,10 @@ def _added(
     if mixed is None:
         mixed = torch.empty_like(rows.x, dtype=maths_dtype(rows.x.dtype))
     for block in rows.blocks():
-        own = rows.rows(block)
-        term = shifted(own.x, maximum[block], own.temperature).add_(offset[block, None])
+        block_rows = rows.rows(block)
+        term = shifted(block_rows.x, maximum[block], block_rows.temperature).add_(
+            offset[block, None]
+        )
         if kept is None:
             mixed[block] = term
         else:
@@ -145,7 +153,7 @@ def _added(
 
 def _entropy(log_probs: Tensor, shard: VocabShard) -> Tensor:
     blocks = LogitRows(log_probs, None, None, 1.0).blocks()
-    found = torch.cat([torch.special.entr(log_probs[rows].exp()).sum(-1) for rows in blocks])
+    entropies = torch.cat([torch.special.entr(log_probs[rows].exp()).sum(-1) for rows in blocks])
     if shard.group is not None:
-        dist.all_reduce(found, group=shard.group)
-    return found
+        dist.all_reduce(entropies, group=shard.group)
+    return entropies

@@ -308,7 +308,7 @@ class _FusedLoss(torch.autograd.Function):
         inputs = Inputs(*given)
         hidden, weight, upstream_mask = inputs.hidden, inputs.head, inputs.upstream_mask
         labels, temperature = inputs.labels, inputs.temperature
-        unscaled = head = kept = None
+        unscaled = head = last_gradient = None
         twice = plan.head_gradient and upstream_mask is None
         if plan.hidden_gradient and not twice:
             unscaled = hidden.new_empty(hidden.shape, dtype=maths_dtype(hidden.dtype))
@@ -318,7 +318,7 @@ class _FusedLoss(torch.autograd.Function):
         for rows in chunks:
             chunk = inputs.chunk(rows, plan.shard.columns)
             if twice and rows is chunks[-1]:
-                chunk_stats, sparse_stats, kept = statistics_and_gradient(chunk, plan)
+                chunk_stats, sparse_stats, last_gradient = statistics_and_gradient(chunk, plan)
             else:
                 out = None if unscaled is None else unscaled[rows]
                 chunk_stats, sparse_stats = forward_chunk(chunk, plan, out, head)
@@ -329,7 +329,7 @@ class _FusedLoss(torch.autograd.Function):
         ctx.plan, ctx.twice, ctx.head, ctx.dtype = plan, twice, head, hidden.dtype
         if twice:
             ctx.sparse_parts = sparse_parts
-            ctx.kept = kept  # no saved tensor, so that the backward pass can free it
+            ctx.kept = last_gradient  # no saved tensor, so that the backward pass can free it
             ctx.weight = weight
             ctx.temperature = temperature
             target_tensors: tuple[Tensor, ...] = ()
@@ -396,7 +396,7 @@ def _recomputed_gradients(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, 
     The scale from above, [t], multiplies rows of [t, h] tensors, never of logits.
     """
     plan = ctx.plan
-    saved, kept, ctx.kept = iter(ctx.saved_tensors), ctx.kept, None
+    saved, last_gradient, ctx.kept = iter(ctx.saved_tensors), ctx.kept, None
     tensors = itertools.islice(saved, len(Inputs._fields) - 1)
     inputs = Inputs._make([*tensors, None])
     stats = RowStats(*itertools.islice(saved, len(RowStats._fields)))
@@ -413,7 +413,7 @@ def _recomputed_gradients(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, 
     # The kept chunk first: its memory is free before another's is taken. (A second backward pass
     # through a retained graph finds none and computes it again.)
     for rows, sparse in zip(reversed(chunks), reversed(ctx.sparse_parts), strict=True):
-        chunk, gradient = inputs.chunk(rows, plan.shard.columns), kept
+        chunk, gradient = inputs.chunk(rows, plan.shard.columns), last_gradient
         if gradient is None:
             gradient = recomputed_gradient(chunk, stats.rows(rows), sparse, plan)
         scale = grad_total[rows]
@@ -422,7 +422,7 @@ def _recomputed_gradients(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, 
             hidden_gradient(gradient, chunk.head, out=wide)
             torch.mul(wide, scale[:, None], out=grad_hidden[rows])
         head.add(gradient, chunk.hidden, scale)
-        kept = gradient = None
+        last_gradient = gradient = None
     return grad_hidden, head.finish()
 
 

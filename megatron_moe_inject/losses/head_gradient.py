@@ -42,10 +42,10 @@ class HeadGradient:
         """The buffer that ``accumulate_main_grad`` needs; ValueError for a weight without one."""
         main_grad = getattr(weight, "main_grad", None)
         if main_grad is None or main_grad.shape != weight.shape:
-            found = "none" if main_grad is None else f"one of shape {tuple(main_grad.shape)}"
+            actual = "none" if main_grad is None else f"one of shape {tuple(main_grad.shape)}"
             raise ValueError(
                 f"accumulate_main_grad=True needs student_weight.main_grad {tuple(weight.shape)}, "
-                f"found {found}; Megatron's DDP creates it, pass False elsewhere"
+                f"found {actual}; Megatron's DDP creates it, pass False elsewhere"
             )
         return main_grad
 

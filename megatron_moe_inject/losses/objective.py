@@ -100,8 +100,10 @@ def injection_loss(
         if readable is not None:
             terms[2:] = [term.masked_fill(~readable, 0) for term in terms[2:]]
         if limited:
-            asked = torch.ones_like(loss.ce, dtype=torch.bool) if readable is None else readable
-            terms.append(asked)
+            is_readable = (
+                torch.ones_like(loss.ce, dtype=torch.bool) if readable is None else readable
+            )
+            terms.append(is_readable)
         parts.append([term.view(shape).t() for term in terms])
     if len(parts) == 1:
         total, *others = parts[0]

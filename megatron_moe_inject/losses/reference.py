@@ -144,12 +144,12 @@ def mixture(
     """log sum_k w_k softmax(z_k / T) of the real ids, the weights by token; see ``committee``."""
     shares = []
     for logits, weight in zip(teachers, weights, strict=True):
-        sure = torch.ones_like(logits[..., 0])
+        confidence = torch.ones_like(logits[..., 0])
         if by == "label":  # a label that is ignored has cross-entropy 0: all alike
-            sure = (-cross_entropy(logits, labels, valid_vocab_size=valid_vocab_size)).exp()
+            confidence = (-cross_entropy(logits, labels, valid_vocab_size=valid_vocab_size)).exp()
         if by == "top":
-            sure = log_probs(logits, 1.0, valid_vocab_size).exp().amax(-1)
-        shares.append(weight * sure)
+            confidence = log_probs(logits, 1.0, valid_vocab_size).exp().amax(-1)
+        shares.append(weight * confidence)
     total = functools.reduce(torch.add, shares)
     probs = (log_probs(logits, temperature, valid_vocab_size).exp() for logits in teachers)
     parts = ((w / total)[..., None] * p for w, p in zip(shares, probs, strict=True))
@@ -260,16 +260,16 @@ def measures(
 ) -> dict[str, Tensor]:
     """What ``measure.TokenMeasures`` says of each token, by name; without a teacher only a half."""
     log_q = log_probs(student_logits, 1.0, valid_vocab_size)
-    found = {
+    values = {
         "loss": cross_entropy(student_logits, labels, valid_vocab_size=valid_vocab_size),
         "top": log_q.argmax(-1),
         "confidence": log_q.exp().amax(-1),
     }
     if teacher_logits is None:
-        return found
+        return values
     log_p = log_probs(teacher_logits, 1.0, valid_vocab_size)
     teacher_loss = cross_entropy(teacher_logits, labels, valid_vocab_size=valid_vocab_size)
-    return found | {
+    return values | {
         "teacher_loss": teacher_loss,
         "teacher_top": log_p.argmax(-1),
         "kl": _kl(log_p, log_q),

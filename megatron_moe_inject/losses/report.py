@@ -73,18 +73,18 @@ class LossReport:
         """
         mask = loss_mask.float()
         summed = [(term * mask).sum(1) for term in (terms.ce, terms.kd, terms.kd_factor)]
-        asked = mask if terms.readable is None else mask * terms.readable
-        rows = torch.stack([*summed, mask.sum(1), asked.sum(1)])
+        readable = mask if terms.readable is None else mask * terms.readable
+        rows = torch.stack([*summed, mask.sum(1), readable.sum(1)])
         member = torch.tensor([[float(x == c) for c in self._classes] for x in labels])
-        ce, kd, factor, count, asked = rows @ member.to(rows.device, non_blocking=True)
+        ce, kd, factor, count, readable = rows @ member.to(rows.device, non_blocking=True)
         report = {LM_LOSS: sum_and_count(ce.sum(), count.sum())}
         if self._distilled:
             taught = index(self._distilled, kd.device)
-            taught_count = asked.index_select(0, taught).sum()
+            taught_count = readable.index_select(0, taught).sum()
             report[KD_LOSS] = sum_and_count(kd.index_select(0, taught).sum(), taught_count)
             if self._weighted:
-                given = factor.index_select(0, taught).sum()
-                report[KD_FACTOR] = sum_and_count(given, taught_count)
+                factor_sum = factor.index_select(0, taught).sum()
+                report[KD_FACTOR] = sum_and_count(factor_sum, taught_count)
         if self._retained:
             report[RETENTION] = sum_and_count(kd[0], count[0])
         if self._by_class:
@@ -93,9 +93,9 @@ class LossReport:
                 if self._shares:
                     report[f"{SHARE}/{name}"] = sum_and_count(count[i], count.sum())
                 if i in self._distilled:
-                    report[f"{KD_LOSS}/{name}"] = sum_and_count(kd[i], asked[i])
+                    report[f"{KD_LOSS}/{name}"] = sum_and_count(kd[i], readable[i])
                     if self._weighted:
-                        report[f"{KD_FACTOR}/{name}"] = sum_and_count(factor[i], asked[i])
+                        report[f"{KD_FACTOR}/{name}"] = sum_and_count(factor[i], readable[i])
         return report
 
 

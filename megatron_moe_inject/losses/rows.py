@@ -368,9 +368,9 @@ def block_gradient(
         ce_weight = torch.where(known(logits.labels) >= 0, ce_weight, 0.0)
     gradient = _softmax_gradient(logits, stats, divergence, kd_weight, ce_weight, scratch)
     if ce_weight is not None and shard.columns:
-        column, here = shard.locate(known(logits.labels))
+        column, in_shard = shard.locate(known(logits.labels))
         row = torch.arange(len(column), device=column.device)
-        gradient[row, column] -= torch.where(here, ce_weight, 0.0)
+        gradient[row, column] -= torch.where(in_shard, ce_weight, 0.0)
     if logits.transform:
         logits.transform.pull_back_(gradient, logits.x)
     return gradient
@@ -472,9 +472,9 @@ def label_logit(logits: Tensor, labels: Tensor, shard: VocabShard) -> Tensor:
     dtype = maths_dtype(logits.dtype)
     if shard.columns == 0:
         return logits.new_full(labels.shape, -torch.inf, dtype=dtype)
-    column, here = shard.locate(labels)
+    column, in_shard = shard.locate(labels)
     picked = logits.gather(-1, column[:, None]).squeeze(-1).to(dtype)
-    return torch.where(here, picked, -torch.inf)
+    return torch.where(in_shard, picked, -torch.inf)
 
 
 def _mixture(logits: LogitRows, stats: RowStats, w: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -118,8 +118,8 @@ class SparseRows(PerToken):
 
     def locate(self, shard: VocabShard) -> Tensor:
         """Column of each id in this shard; one behind the last where it is not here. [t, k]"""
-        column, here = shard.locate(self.ids)
-        return torch.where(here & (self.log_p[:, :-1] != -torch.inf), column, shard.columns)
+        column, in_shard = shard.locate(self.ids)
+        return torch.where(in_shard & (self.log_p[:, :-1] != -torch.inf), column, shard.columns)
 
 
 class SparseStats(NamedTuple):

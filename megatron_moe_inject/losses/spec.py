@@ -141,8 +141,8 @@ class VocabShard:
     def locate(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Column of each label [t], any where it is not here, and whether it is here [t]."""
         column = labels - self.start
-        here = (column >= 0) & (column < self.columns)
-        return column.clamp(0, max(self.columns - 1, 0)), here
+        in_shard = (column >= 0) & (column < self.columns)
+        return column.clamp(0, max(self.columns - 1, 0)), in_shard
 
 
 @dataclass(frozen=True)

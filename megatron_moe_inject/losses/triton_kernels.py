@@ -187,11 +187,11 @@ def statistics(
             ce_sum *= tl.exp2(x_below * _LOG2_E)
             tl.store(out + out_stride * _CE_SUM, tl.sum(ce_sum, axis=0))
         column = tl.load(labels + row) - first_id
-        here = (column >= 0) & (column < columns)
-        logit = tl.load(x + column, mask=here, other=-float("inf")).to(tl.float32)
+        in_shard = (column >= 0) & (column < columns)
+        logit = tl.load(x + column, mask=in_shard, other=-float("inf")).to(tl.float32)
         tl.store(out + out_stride * _LABEL, logit)
         if WEIGHTING:
-            logit = tl.load(y + column, mask=here, other=-float("inf")).to(tl.float32)
+            logit = tl.load(y + column, mask=in_shard, other=-float("inf")).to(tl.float32)
             tl.store(out + out_stride * _Y_LABEL, logit)
     if KIND != "":
         y_top = tl.max(y_max, axis=0)

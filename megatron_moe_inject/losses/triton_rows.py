@@ -210,8 +210,8 @@ def kernels_for(kernels: RowKernels | str | None, *sources: Tensor | None) -> Ro
         return kernels
     if kernels != AUTO:
         raise ValueError(f"kernels={kernels!r} is neither {AUTO!r}, None nor an object")
-    given = [source for source in sources if source is not None]
-    fit = all(source.is_cuda and source.dtype in _DTYPES for source in given)
+    tensors = [source for source in sources if source is not None]
+    fit = all(source.is_cuda and source.dtype in _DTYPES for source in tensors)
     return _triton_rows() if fit and torch.version.cuda is not None else None
 
 
