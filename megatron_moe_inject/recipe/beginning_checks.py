@@ -94,14 +94,14 @@ def _check_left(
     """Something is left to train."""
     if args.skip_train:
         return
-    done, asked, flag, unit = checkpoint.iteration or 0, args.train_iters, "iters", "iteration"
-    if not asked:
+    done, total, flag, unit = checkpoint.iteration or 0, args.train_iters, "iters", "iteration"
+    if not total:
         done = getattr(stored, "consumed_train_samples", None) or 0
-        asked, flag, unit = args.train_samples, "samples", "sample"
-    if asked and done >= asked:
+        total, flag, unit = args.train_samples, "samples", "sample"
+    if total and done >= total:
         remedy = "add --finetune to begin an injection at 0, or raise it" if begins else "raise it"
         raise checkpoint.error(
-            f"stands at {unit} {done}, so that --train-{flag} {asked} leaves nothing to train",
+            f"stands at {unit} {done}, so that --train-{flag} {total} leaves nothing to train",
             remedy,
         )
 

@@ -38,8 +38,8 @@ def check_committee(recipe: Recipe, path: str, domain: Domain) -> None:
             f"{path}.committee", domain.committee, "weighs teachers against each other",
             f"name several, as in {where}: {{coder: 0.7, prose: 0.3}}, or write fixed",
         )  # fmt: skip
-    own = {recipe.teachers[name].temperature for name in names}
-    if len(own) > 1 and domain.temperature is None:
+    temperatures = {recipe.teachers[name].temperature for name in names}
+    if len(temperatures) > 1 and domain.temperature is None:
         raise RecipeError(
             f"{path}.temperature: missing; the teachers {' and '.join(names)} name different "
             "temperatures, and a committee is mixed at one: write it here",

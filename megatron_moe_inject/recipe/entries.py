@@ -133,12 +133,12 @@ def split_labels(recipe: Recipe, facts: StudentFacts, split: str) -> list[int]:
     for entry, label in zip(train_entries, train, strict=True):
         if entry not in named:
             classes.setdefault(entry, set()).add(label)
-    own = [classes.get(entry, set()) for entry in entries]
-    open_ones = [entry for entry, known in zip(entries, own, strict=True) if len(known) != 1]
+    candidates = [classes.get(entry, set()) for entry in entries]
+    open_ones = [entry for entry, known in zip(entries, candidates, strict=True) if len(known) != 1]
     if not open_ones:
-        return [next(iter(known)) for known in own]
+        return [next(iter(known)) for known in candidates]
     aligned = len(entries) == len(train) and all(
-        not known or at in known for known, at in zip(own, train, strict=True)
+        not known or at in known for known, at in zip(candidates, train, strict=True)
     )
     if not aligned:
         entry = open_ones[0]

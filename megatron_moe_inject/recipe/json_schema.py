@@ -34,18 +34,18 @@ def recipe_schema() -> dict[str, Any]:
 
 
 def _of_feature(section: Section[Any], definitions: dict[str, Any]) -> dict[str, Any]:
-    shown = {**_type(section.kind, definitions), "description": section.about}
+    schema = {**_type(section.kind, definitions), "description": section.about}
     default = section.default()
-    return shown if dataclasses.is_dataclass(default) else {**shown, "default": default}
+    return schema if dataclasses.is_dataclass(default) else {**schema, "default": default}
 
 
 def attribute_texts(kind: type) -> dict[str, str]:
     """What a dataclass's docstring says of each field, on one line each."""
     text = inspect.getdoc(kind) or ""
-    _, found, text = text.partition("Attributes:\n")
+    _, header, text = text.partition("Attributes:\n")
     texts: dict[str, str] = {}
     names: list[str] = []
-    for line in text.splitlines() if found else ():
+    for line in text.splitlines() if header else ():
         if line.strip() and not line.startswith(" "):
             break
         if match := re.match(r"    (\w+(?:, \w+)*): (.*)", line):
@@ -63,32 +63,32 @@ def _section(kind: type, sections: dict[str, Any]) -> dict[str, Any]:
     for spec in dataclasses.fields(kind):
         if not spec.metadata.get("written", True):
             continue
-        found = _type(hints[spec.name], sections)
+        property_schema = _type(hints[spec.name], sections)
         choices = spec.metadata.get("choices")
         if choices is not None:
             offers_null = spec.metadata.get("offers_null", True)
             null = [None] if offers_null and type(None) in get_args(hints[spec.name]) else []
-            found = {"enum": [*choices, *null]}
+            property_schema = {"enum": [*choices, *null]}
         if spec.name in texts:
-            found = {**found, "description": texts[spec.name]}
+            property_schema = {**property_schema, "description": texts[spec.name]}
         default = _default(spec)
         if default is dataclasses.MISSING:
             required.append(spec.name)
         elif not dataclasses.is_dataclass(default) and spec.metadata.get("offers_null", True):
-            found = {**found, "default": default}
+            property_schema = {**property_schema, "default": default}
         if (kind, spec.name) in _TAKES_COMPACT:
-            found = _or_compact(found)
-        properties[spec.name] = found
-    shown = {"type": "object", "properties": properties, "additionalProperties": False}
-    return {**shown, "required": required} if required else shown
+            property_schema = _or_compact(property_schema)
+        properties[spec.name] = property_schema
+    schema = {"type": "object", "properties": properties, "additionalProperties": False}
+    return {**schema, "required": required} if required else schema
 
 
 def _or_compact(choice: dict[str, Any]) -> dict[str, Any]:
     """A choice of experts, or of layers with experts, may be written ``"12:3,40;13:1"``."""
     names = ("description", "default")
-    told: dict[str, Any] = {name: choice[name] for name in names if name in choice}
-    plain = {name: value for name, value in choice.items() if name not in told}
-    return {"anyOf": [plain, {"type": "string", "pattern": _COMPACT}], **told}
+    annotations: dict[str, Any] = {name: choice[name] for name in names if name in choice}
+    plain = {name: value for name, value in choice.items() if name not in annotations}
+    return {"anyOf": [plain, {"type": "string", "pattern": _COMPACT}], **annotations}
 
 
 def _default(spec: dataclasses.Field) -> Any:
@@ -108,10 +108,10 @@ def _type(hint: Any, sections: dict[str, Any]) -> dict[str, Any]:
     if hint is Any:
         return {}
     if origin is dict:
-        found = {"type": "object", "additionalProperties": _type(arguments[1], sections)}
+        schema = {"type": "object", "additionalProperties": _type(arguments[1], sections)}
         if arguments[0] is int:
-            found["propertyNames"] = {"pattern": "^[0-9]+$"}
-        return found
+            schema["propertyNames"] = {"pattern": "^[0-9]+$"}
+        return schema
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if hint.__name__ not in sections:
             sections[hint.__name__] = {}  # a section may hold itself

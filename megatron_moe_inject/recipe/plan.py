@@ -115,8 +115,8 @@ def _data_of(plan: Plan, label: int) -> str:
         return "mock data" if label != GENERAL else ""
     labels = split_labels(plan.recipe, plan.facts, "train")
     entries = plan.facts.data_paths["train"]
-    shown = [f"{j}: {entries[j]}" for j, found in enumerate(labels) if found == label]
-    return listing(shown, limit=4)
+    paths = [f"{j}: {entries[j]}" for j, entry_label in enumerate(labels) if entry_label == label]
+    return listing(paths, limit=4)
 
 
 def _expert_lines(recipe: Recipe) -> list[str]:
@@ -171,10 +171,10 @@ def _loss_lines(recipe: Recipe) -> list[str]:
     for where, terms in formulas.items():
         name = where if where == EVERYWHERE else f"({where})" if where == "general" else where
         rows.append((name, "=", " + ".join(terms) or "0"))
-    shown = table(rows)
+    lines = table(rows)
     if objective.skip_worse:
-        shown.append("no distillation where the teacher predicts the label worse than the student")
-    return shown
+        lines.append("no distillation where the teacher predicts the label worse than the student")
+    return lines
 
 
 def _student_lines(facts: StudentFacts | None) -> list[str]:
@@ -186,5 +186,5 @@ def _student_lines(facts: StudentFacts | None) -> list[str]:
     layout = facts.parallel
     sizes = [("TP", layout.tp), ("PP", layout.pp), ("VPP", layout.vpp), ("CP", layout.cp)]
     sizes += [("EP", layout.ep), ("ETP", layout.etp)]
-    shown = " ".join(f"{name}={size}" for name, size in sizes if size and size > 1)
-    return [f"{facts.num_layers} layers, {kind}", f"layout: {shown or 'no model parallelism'}"]
+    text = " ".join(f"{name}={size}" for name, size in sizes if size and size > 1)
+    return [f"{facts.num_layers} layers, {kind}", f"layout: {text or 'no model parallelism'}"]

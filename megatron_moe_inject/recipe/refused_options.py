@@ -35,10 +35,10 @@ class Refusal:
         return flag if self.value is None else f"{flag} {self.value}"
 
     def matches(self, options: Mapping[str, Any]) -> bool:
-        found = options.get(self.name)
+        option = options.get(self.name)
         if self.value is not None:
-            return found == self.value or (isinstance(found, list) and self.value in found)
-        return bool(found) and found != "none" and found != self.unset
+            return option == self.value or (isinstance(option, list) and self.value in option)
+        return bool(option) and option != "none" and option != self.unset
 
 
 _OUTPUT_LAYER = "the output layer's own forward pass, in whose place the loss is computed"

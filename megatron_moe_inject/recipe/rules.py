@@ -150,8 +150,8 @@ def check_profile_choice(path: str, choice: ExpertChoice) -> None:
     if method is None:
         raise RecipeError(f"{key('method')}: missing; choose {listing(METHODS)}", key("method"))
     check_choice(key("method"), method, METHODS)
-    own = {"top_n": ("n", "score"), "budget": ("budget", "budget_of", "score")}
-    used = own.get(method, ("threshold",))
+    by_method = {"top_n": ("n", "score"), "budget": ("budget", "budget_of", "score")}
+    used = by_method.get(method, ("threshold",))
     for name in ("threshold", "n", "budget", "budget_of", "score"):
         value = getattr(choice, name)
         if value is not None and name not in used:

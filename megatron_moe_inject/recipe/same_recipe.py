@@ -43,14 +43,14 @@ def description(recipe: Recipe, args: Namespace, made: Any) -> dict[str, str]:
         args: Megatron's arguments.
         made: the run; ``describe()`` gives what it found in files.
     """
-    found = dict(leaves("", recipe.plain()))
+    values = dict(leaves("", recipe.plain()))
     for name, value in sorted(vars(args).items()):
         if name.startswith("inject_") and name not in _READ:
-            given = value is not None if name in _WRITTEN else value
-            found["--" + name.replace("_", "-")] = _short(given)
+            entry = value is not None if name in _WRITTEN else value
+            values["--" + name.replace("_", "-")] = _short(entry)
     for key, value in made.describe().items():
-        found[key] = _short(value)
-    return found
+        values[key] = _short(value)
+    return values
 
 
 def leaves(path: str, value: Any) -> Iterator[tuple[str, str]]:
@@ -87,24 +87,24 @@ def begin_alike[Made](
         RecipeError: on every rank the same: the first failing rank's mistake, or the first key in
             which ranks differ, with both values and the ranks.
     """
-    made: tuple[Recipe, Made] | None = None
-    own: dict[str, Any] = {}
+    recipe_and_run: tuple[Recipe, Made] | None = None
+    report: dict[str, Any] = {}
     try:
-        made = make()
-        own["does"] = description(made[0], args, made[1])
+        recipe_and_run = make()
+        report["does"] = description(recipe_and_run[0], args, recipe_and_run[1])
     except RecipeError as error:
         named = name_error(error, args)
-        own |= {"error": str(named), "key": named.key}
+        report |= {"error": str(named), "key": named.key}
     try:
-        wrong = meeting.decide(own, lambda said: judge(said, meeting.size))
+        wrong = meeting.decide(report, lambda said: judge(said, meeting.size))
     except RuntimeError:  # the others have gone
-        if "error" not in own:
+        if "error" not in report:
             raise
-        wrong = own
+        wrong = report
     if wrong is not None:
         raise RecipeError(wrong["error"], wrong["key"])
-    assert made is not None, "a rank that could not make its run has an error"
-    return made[1]
+    assert recipe_and_run is not None, "a rank that could not make its run has an error"
+    return recipe_and_run[1]
 
 
 def judge(said: Mapping[int, Mapping[str, Any]], size: int) -> dict[str, Any] | None:
@@ -114,7 +114,7 @@ def judge(said: Mapping[int, Mapping[str, Any]], size: int) -> dict[str, Any] | 
         said: by rank, either ``does`` (``description``) or ``error`` and ``key``.
         size: how many ranks there are.
     """
-    failed = sorted(rank for rank, own in said.items() if "error" in own)
+    failed = sorted(rank for rank, report in said.items() if "error" in report)
     if failed:
         first = said[failed[0]]
         where = "" if len(failed) == size else f" (found on {_ranks(failed)} of {size})"
@@ -125,16 +125,16 @@ def judge(said: Mapping[int, Mapping[str, Any]], size: int) -> dict[str, Any] | 
             f"{_ranks(silent)} of {size} did not begin an injection in time; every rank needs the "
             "same --inject-* flags"
         )
-    texts = {rank: json.dumps(own["does"]) for rank, own in said.items()}
+    texts = {rank: json.dumps(report["does"]) for rank, report in said.items()}
     usual = Counter(texts[rank] for rank in sorted(texts)).most_common(1)[0][0]
     other = next((rank for rank in sorted(texts) if texts[rank] != usual), None)
     if other is None:
         return None
-    expected, found = json.loads(usual), said[other]["does"]
+    expected, actual = json.loads(usual), said[other]["does"]
     key = next(
-        key for key in (*expected, *found) if expected.get(key, None) != found.get(key, None)
+        key for key in (*expected, *actual) if expected.get(key, None) != actual.get(key, None)
     )
-    value = found.get(key, _NOTHING)
+    value = actual.get(key, _NOTHING)
     alike = [rank for rank in sorted(said) if said[rank]["does"].get(key, _NOTHING) == value]
     rest = sorted(set(said) - set(alike))
     return _problem(

@@ -231,9 +231,9 @@ class Recipe:
 
     def plain(self) -> dict[str, Any]:
         """As it would be written, in plain values."""
-        found = asdict(self)
-        del found["remarks"]
-        return found | found.pop("sections")
+        values = asdict(self)
+        del values["remarks"]
+        return values | values.pop("sections")
 
     def temperature(self, domain: Domain) -> float:
         """Its own temperature, else its teachers', which is one, else the objective's."""
@@ -252,8 +252,8 @@ class Recipe:
 
     def general_beta(self) -> Weight:
         """Cross-entropy weight on general tokens."""
-        own = self.objective.general_beta
-        return self.objective.weights()[1] if own is None else own
+        beta = self.objective.general_beta
+        return self.objective.weights()[1] if beta is None else beta
 
     def experts_by_layer(self) -> dict[int, list[int]]:
         """Union of all domains' chosen experts: layer -> sorted global ids, layers sorted."""
