@@ -46,10 +46,10 @@ def diffuse(sizes: Sequence[int] | np.ndarray, units: np.ndarray) -> np.ndarray:
         more in each batch; where several are due less, it can be a little more (a search for bad
         cases found 1.06 with four parts and 1.25 with eight).
     """
-    given = np.zeros(units.shape, dtype=np.int64)
+    samples = np.zeros(units.shape, dtype=np.int64)
     parts = range(units.shape[1])
     owed = [0] * len(parts)
-    for row, size, shares in zip(given, map(int, sizes), units.tolist(), strict=True):
+    for row, size, shares in zip(samples, map(int, sizes), units.tolist(), strict=True):
         owed = [debt + size * share for debt, share in zip(owed, shares, strict=True)]
         counts = [max(0, debt // UNIT) for debt in owed]
         owed = [debt - count * UNIT for debt, count in zip(owed, counts, strict=True)]
@@ -62,7 +62,7 @@ def diffuse(sizes: Sequence[int] | np.ndarray, units: np.ndarray) -> np.ndarray:
             owed[part] -= step * UNIT
             left -= step
         row[:] = counts
-    return given
+    return samples
 
 
 def spread(counts: Sequence[int] | np.ndarray) -> np.ndarray:

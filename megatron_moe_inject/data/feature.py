@@ -102,8 +102,8 @@ class Mixing(Feature):
         """The shares asked for, in the order of the domains."""
         shares = recipe[MIXING]
         names = [*(domain.name for domain in recipe.domains), "general"]
-        asked: list[tuple[str, Any]] = [(name, shares[name]) for name in names if name in shares]
-        rows = [(f"({n})" if n == "general" else n, "=", show_weight(share)) for n, share in asked]
+        pairs: list[tuple[str, Any]] = [(name, shares[name]) for name in names if name in shares]
+        rows = [(f"({n})" if n == "general" else n, "=", show_weight(share)) for n, share in pairs]
         return {"mixing": table(rows)} if rows else {}
 
     def uses(

@@ -42,13 +42,13 @@ def check_data_files(args: Namespace, facts: StudentFacts, *, other_formats: boo
             if other_formats and not prefix.endswith(suffixes) and Path(prefix).exists():
                 continue
             if missing and not prefix.startswith(_REMOTE):
-                given = show(prefix)
+                text = show(prefix)
                 if prefix.endswith((".bin", ".idx")) and Path(prefix).is_file():
                     remedy = f"write it without its ending, as in {show(prefix[:-4])}"
                 else:
                     remedy = "correct the path or prepare the data first"
                 raise RecipeError(
-                    f"{_flag(args, split)}: {given} has no {listing(missing)}; {remedy}"
+                    f"{_flag(args, split)}: {text} has no {listing(missing)}; {remedy}"
                 )
 
 

@@ -94,7 +94,7 @@ class HeldOutText:
             iterators: an iterator or None, or a list of them, one per model chunk.
         """
         several = iterators if isinstance(iterators, list) else [iterators]
-        own = [self._iterators[id(it)] for it in several if id(it) in self._iterators]
-        for iterator in own:
+        held_out = [self._iterators[id(it)] for it in several if id(it) in self._iterators]
+        for iterator in held_out:
             iterator.restart()
-        return bool(own)
+        return bool(held_out)

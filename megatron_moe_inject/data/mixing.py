@@ -94,22 +94,22 @@ def mix(recipe: Recipe, args: Namespace, facts: StudentFacts) -> SampleOrder | N
                 "blend lacks", "add some to --data-path, or remove it",
             )  # fmt: skip
     sizes = _batch_sizes(recipe, args)
-    asked = {
+    by_label = {
         label: np.array([value_at(share, i) for i in range(len(sizes))])
         for label, share in shares.items()
     }
-    sums = sum(asked.values(), np.zeros(len(sizes)))
+    sums = sum(by_label.values(), np.zeros(len(sizes)))
     _check_sums(recipe, sums, whole=set(labels) == set(shares))
-    means = {label: float(values @ sizes / sizes.sum()) for label, values in asked.items()}
+    means = {label: float(values @ sizes / sizes.sum()) for label, values in by_label.items()}
     for label in dict.fromkeys(labels):
         if means.get(label, 1 - sum(means.values())) < 1e-12:
             raise fail(
                 "mixing", recipe[MIXING], f"leaves {names[label]} no sample in this run",
                 "give it a share, or remove its data from --data-path",
             )  # fmt: skip
-    flag, given = _given(args)
-    wanted = blend_weights(labels, given, means)
-    if given is None:
+    flag, weights = _given(args)
+    wanted = blend_weights(labels, weights, means)
+    if weights is None:
         if flag is None:
             raise RecipeError(
                 "mixing: the blend comes from a file without weights; add them there, or name the "
@@ -119,10 +119,10 @@ def mix(recipe: Recipe, args: Namespace, facts: StudentFacts) -> SampleOrder | N
         pairs = zip(wanted, entries, strict=True)
         setattr(args, flag, [text for weight, path in pairs for text in (repr(weight), path)])
     else:
-        _check(names, labels, given, wanted, facts.data_paths["train"])
+        _check(names, labels, weights, wanted, facts.data_paths["train"])
     if not scheduled(recipe):
         return None
-    return SampleOrder(sizes, labels, _of_all_classes(labels, asked, wanted), wanted)
+    return SampleOrder(sizes, labels, _of_all_classes(labels, by_label, wanted), wanted)
 
 
 def mix_held_out(recipe: Recipe, args: Namespace, facts: StudentFacts) -> None:
@@ -190,12 +190,17 @@ def _check(
 ) -> None:
     total = sum(given)
     for label in dict.fromkeys(labels):
-        found = sum(w for w, own in zip(given, labels, strict=True) if own == label) / total
-        asked = sum(w for w, own in zip(wanted, labels, strict=True) if own == label)
-        if abs(found - asked) > TOLERANCE:
+        share = (
+            sum(w for w, entry_label in zip(given, labels, strict=True) if entry_label == label)
+            / total
+        )
+        target = sum(
+            w for w, entry_label in zip(wanted, labels, strict=True) if entry_label == label
+        )
+        if abs(share - target) > TOLERANCE:
             blend = " ".join(f"{w:.4g} {e}" for w, e in zip(wanted, entries, strict=True))
             raise RecipeError(
-                f"mixing: {names[label]} has {found:.1%} of the training blend, but {asked:.1%} "
+                f"mixing: {names[label]} has {share:.1%} of the training blend, but {target:.1%} "
                 f"is asked for; leave out the weights, or write {blend}",
                 "mixing",
             )
@@ -206,7 +211,7 @@ def _given(args: Namespace) -> tuple[str | None, list[float] | None]:
     from megatron.training.utils import get_blend_and_blend_per_split
 
     blend, per_split = get_blend_and_blend_per_split(args)
-    found = blend if per_split is None else per_split[0]
+    train_blend = blend if per_split is None else per_split[0]
     named = ("data_path", "train_data_path")
     flag = next((name for name in named if getattr(args, name, None) is not None), None)
-    return flag, found[1]
+    return flag, train_blend[1]

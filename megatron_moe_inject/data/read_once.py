@@ -111,23 +111,23 @@ class MeasuredText(RunPart):
         args = self._args
         if self._built is None:  # data of the script's own making
             return
-        found = dict(zip(SPLITS, self._built, strict=True))
-        if isinstance(found["valid"], list):
+        datasets = dict(zip(SPLITS, self._built, strict=True))
+        if isinstance(datasets["valid"], list):
             raise RecipeError(
                 "--multiple-validation-sets: yields samples that do not say which dataset they are "
                 "from; remove it"
             )
         reads = bool(args.eval_iters or getattr(args, "full_validation", False))
         if self._measured:
-            there = [split for split in self._measured if found[split] is not None]
+            there = [split for split in self._measured if datasets[split] is not None]
             if not (reads and there):
                 names = " or ".join(_TEXT[split] for split in self._measured)
                 flags = " or ".join(_FLAGS[split] for split in self._measured)
                 raise RecipeError(_NOTHING.format(self._origin, names, flags))
             for split in there:
-                self._check_once(split, found[split])
+                self._check_once(split, datasets[split])
             self._check_twice(there)
-        elif reads and found["valid"] is None:
+        elif reads and datasets["valid"] is None:
             raise RecipeError(
                 f"--eval-iters {args.eval_iters}: there is no validation data, on which Megatron "
                 "evaluates at the latest when training has ended; set it to 0, or a --split or "
@@ -149,14 +149,14 @@ class MeasuredText(RunPart):
                 )
             return
         batch = args.eval_global_batch_size
-        asked = args.eval_iters * batch
-        if len(dataset) >= asked and not any(map(_repeats, parts)):
+        needed = args.eval_iters * batch
+        if len(dataset) >= needed and not any(map(_repeats, parts)):
             return
         once = [_samples_once(part) for part in parts]
         weights = _weights(dataset, parts)
         blended = hasattr(dataset, "datasets")
         surplus = dataset.config.mid_level_dataset_surplus if blended else 0.0
-        largest = _largest(asked // batch, batch, once, weights, surplus)
+        largest = _largest(needed // batch, batch, once, weights, surplus)
         entries = self._entries(split)
         named = entries if len(entries) == len(parts) else [type(part).__name__ for part in parts]
         have = ", ".join(f"{n} of {entry}" for n, entry in zip(once, named, strict=True))
@@ -165,7 +165,7 @@ class MeasuredText(RunPart):
         else:
             remedy = f"hold out more text, or evaluate in batches of less than {batch} samples"
         raise RecipeError(
-            f"--eval-iters {args.eval_iters}: takes {asked} samples of {_TEXT[split]} text, of "
+            f"--eval-iters {args.eval_iters}: takes {needed} samples of {_TEXT[split]} text, of "
             f"which there are {have}, so that some would count twice ({self._origin}); {remedy} "
             f"(--split, {_FLAGS[split]})"
         )
@@ -207,8 +207,8 @@ def _samples_once(part: Any) -> int:
 
 def _repeats(part: Any) -> bool:
     """Whether Megatron shuffles repetitions of a dataset's documents into its samples."""
-    asked = getattr(part, "num_samples", None)
-    return asked is not None and asked > _samples_once(part)
+    num_samples = getattr(part, "num_samples", None)
+    return num_samples is not None and num_samples > _samples_once(part)
 
 
 def _weights(dataset: Any, parts: Sequence[Any]) -> Sequence[float] | None:
@@ -237,8 +237,8 @@ def _largest(
         return min(most, sum(once) // batch)
 
     def fits(batches: int) -> bool:
-        asked = [math.ceil(math.ceil(batches * batch * w) * (1 + surplus)) for w in weights]
-        return all(a <= n for a, n in zip(asked, once, strict=True))
+        needed = [math.ceil(math.ceil(batches * batch * w) * (1 + surplus)) for w in weights]
+        return all(a <= n for a, n in zip(needed, once, strict=True))
 
     low, high = 0, most
     while low < high:

@@ -56,10 +56,10 @@ class SampleOrder:
         self._members = [np.flatnonzero(np.equal(labels, label)) for label in shares]
         by_class = diffuse(sizes, to_units(np.stack(list(shares.values()), axis=1)))
         self.counts = np.zeros((len(sizes), len(labels)), dtype=np.int64)
-        for own, entries in zip(by_class.T, self._members, strict=True):
+        for class_counts, entries in zip(by_class.T, self._members, strict=True):
             units = to_units(np.asarray(weights)[None, entries])
             within = np.broadcast_to(units, (len(sizes), len(entries)))
-            self.counts[:, entries] = diffuse(own, within)
+            self.counts[:, entries] = diffuse(class_counts, within)
         self.starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
         self._first = np.cumsum(self.counts, axis=0) - self.counts
 
@@ -76,14 +76,14 @@ class SampleOrder:
         """Entry and sample of it at each place of an evenly spread batch, ``[B]`` each."""
         counts = self.counts[iteration]
         classes = spread([counts[entries].sum() for entries in self._members])
-        found = np.empty(len(classes), dtype=np.int16)  # as in BlendedDataset
+        dataset_index = np.empty(len(classes), dtype=np.int16)  # as in BlendedDataset
         samples = np.empty(len(classes), dtype=np.int64)
         for index, entries in enumerate(self._members):
-            found[classes == index] = entries[spread(counts[entries])]
+            dataset_index[classes == index] = entries[spread(counts[entries])]
         for entry in np.flatnonzero(counts):
             first = self._first[iteration, entry]
-            samples[found == entry] = np.arange(first, first + counts[entry])
-        return found, samples
+            samples[dataset_index == entry] = np.arange(first, first + counts[entry])
+        return dataset_index, samples
 
 
 class ScheduledBlend(torch.utils.data.Dataset):
@@ -185,12 +185,12 @@ class BlendSchedule(RunPart):
                 f"of {len(self._entries)} entries, so shares cannot change; write them as numbers",
                 "mixing",
             )
-        asked = self._order.samples
-        for entry, dataset, needed in zip(self._entries, train.datasets, asked, strict=True):
+        samples = self._order.samples
+        for entry, dataset, needed in zip(self._entries, train.datasets, samples, strict=True):
             if needed > len(dataset):
                 weights = " ".join(
-                    f"{count / asked.sum():.6g} {name}"
-                    for count, name in zip(asked, self._entries, strict=True)
+                    f"{count / samples.sum():.6g} {name}"
+                    for count, name in zip(samples, self._entries, strict=True)
                 )
                 raise RecipeError(
                     f"mixing: the run takes {needed} samples of {entry}, but Megatron built "
