@@ -174,9 +174,9 @@ def _plan(options: argparse.Namespace, flags: list[str] | None) -> Plan:
         raise RecipeError("--inject-recipe: the recipe is already named; leave it out after --")
     args.inject_recipe = options.recipe
     args.inject_set = [overrides, *(args.inject_set or [])]
-    found = recipe_for_student(args, profiles_may_be_missing=True)
-    assert found is not None
-    recipe, facts = found
+    recipe_and_facts = recipe_for_student(args, profiles_may_be_missing=True)
+    assert recipe_and_facts is not None
+    recipe, facts = recipe_and_facts
     lines, remarks = _teacher_lines(recipe, args)
     for feature in FEATURES:
         remarks += feature.foresee(recipe, facts, args)

@@ -199,8 +199,8 @@ class _Wiring:
 
 def _finish(run: Run) -> None:
     """What is left to do when all is saved, so that its failure costs no checkpoint."""
-    for said in run.finish():
-        _print_rank_0(said)
+    for message in run.finish():
+        _print_rank_0(message)
 
 
 def _print_rank_0(text: str | None) -> None:

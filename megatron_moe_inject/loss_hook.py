@@ -231,10 +231,10 @@ class LossHook(StepPart):
         size, rank = 1, 0
         if self._cp_group is not None:
             size, rank = self._cp_group.size(), self._cp_group.rank()
-        own = segments(len(domains), labels.numel(), size, rank, by_document=self._by_document)
-        hidden = hidden.view(len(own), -1, hidden.shape[-1]).transpose(0, 1)
-        labels, loss_mask = (x.reshape(len(own), -1) for x in (labels, loss_mask))
-        return hidden, labels, loss_mask, [domains[sample] for sample in own]
+        samples = segments(len(domains), labels.numel(), size, rank, by_document=self._by_document)
+        hidden = hidden.view(len(samples), -1, hidden.shape[-1]).transpose(0, 1)
+        labels, loss_mask = (x.reshape(len(samples), -1) for x in (labels, loss_mask))
+        return hidden, labels, loss_mask, [domains[sample] for sample in samples]
 
     def _see(self, name: str, tensor: torch.Tensor) -> None:
         if self._watch is not None:

@@ -215,9 +215,9 @@ class Run:
         recipe, facts = self.context.recipe, self.context.facts
         lines: dict[str, list[str]] = {}
         for name, feature in self._features.items():
-            told = feature.plan_lines(recipe, facts)
+            planned = feature.plan_lines(recipe, facts)
             part = self.parts.get(name)
-            for title, more in (told if part is None else part.plan_lines(told)).items():
+            for title, more in (planned if part is None else part.plan_lines(planned)).items():
                 lines.setdefault(title, []).extend(more)
         return Plan(recipe, facts, lines, self.context.warnings + self.student_load.remarks)
 
@@ -250,12 +250,12 @@ class Run:
         failed: list[str] = []
         for part in self.context.parts:
             try:
-                said = part.finish()
+                message = part.finish()
             except RecipeError as error:
                 failed.append(str(error))
             else:
-                if said is not None:
-                    yield said
+                if message is not None:
+                    yield message
         if failed:
             save = self.context.args.save if self.context.kind == INJECTION else None
             saved = f"; what was trained is saved in {save}" if save else ""

@@ -101,10 +101,10 @@ class StepHook:
         micro_batch_size: int,
     ) -> torch.Tensor:
         """Labels ``[n, b]`` of the step on this rank; one broadcast, see ``HostGroup``."""
-        own = None
+        labels = None
         for iterator, chunk in zip(iterators, batches, strict=True):
             if chunk is not None:
                 entries = self._splits.domain_of_entry(iterator)
-                own = domain_labels.domains_of(chunk, entries, micro_batch_size)
+                labels = domain_labels.domains_of(chunk, entries, micro_batch_size)
                 break
-        return self._host_group.broadcast_labels(own, num_microbatches, micro_batch_size)
+        return self._host_group.broadcast_labels(labels, num_microbatches, micro_batch_size)
