@@ -58,11 +58,11 @@ def confidences(
     tokens, targets = zip(*(teacher.of_step(wanted) for teacher in own.passes), strict=True)
     target = own.together(targets)
     labels = first.next_tokens(tokens[0]).view(target.tokens)
-    sure = _sure(kind, target, labels, vocabulary, kernels)
+    confidence = _sure(kind, target, labels, vocabulary, kernels)
     for teacher in own.passes:
         readable = teacher.readable_of_step(wanted)
-        sure = sure if readable is None else sure * readable
-    return sure
+        confidence = confidence if readable is None else confidence * readable
+    return confidence
 
 
 def _sure(
@@ -75,8 +75,8 @@ def _sure(
     """``target_confidence`` of samples: tensors per token ``[k, s/c, ...]`` and labels ``[k, s/c]``
     to fp32 ``[k, s/c]``."""
     flat = target.changed(lambda tensor: tensor.flatten(0, 1))
-    sure = target_confidence(flat, kind, labels.flatten(), vocabulary, kernels=kernels)
-    return sure.float().view(labels.shape)
+    confidence = target_confidence(flat, kind, labels.flatten(), vocabulary, kernels=kernels)
+    return confidence.float().view(labels.shape)
 
 
 class RunningConfidence:
@@ -162,12 +162,14 @@ class RunningConfidence:
     ) -> None:
         samples = list(group.samples)
         labels = labels.index_select(0, index(samples, labels.device))
-        sure = _sure(self._kind, target, labels, vocabulary, kernels)
+        confidence = _sure(self._kind, target, labels, vocabulary, kernels)
         if self._sums is None:
-            self._sums = sure.new_zeros(len(self._domains), 2, dtype=torch.float64)
+            self._sums = confidence.new_zeros(len(self._domains), 2, dtype=torch.float64)
         rows = {domain: row for row, domain in enumerate(self._domains)}
-        asked = torch.ones_like(sure) if group.readable is None else group.readable
-        sums = torch.stack([(sure * asked).double().sum(1), asked.double().sum(1)], dim=1)
+        readable = torch.ones_like(confidence) if group.readable is None else group.readable
+        sums = torch.stack(
+            [(confidence * readable).double().sum(1), readable.double().sum(1)], dim=1
+        )
         for sample, value in zip(samples, sums, strict=True):
             if domains[sample] in rows:
                 self._sums[rows[domains[sample]]] += value

@@ -102,24 +102,24 @@ def remarks(
         texts: path prefixes of the training text that each teacher reads; tokens that it lacks are
             counted there.
     """
-    said = []
+    lines = []
     for name, info in infos.items():
         if not info.shared.by_token and info.vocabulary.startswith("not compared"):
-            said.append(f"teacher {name}: {info.vocabulary}")
+            lines.append(f"teacher {name}: {info.vocabulary}")
         if info.shared.dropped or info.shared.unknown:
-            said.append(f"teacher {name} has {info.vocabulary}")
+            lines.append(f"teacher {name} has {info.vocabulary}")
         if info.shared.unknown:
-            found = occurrences(texts.get(name, ()), info.shared.unknown)
-            said.append(f"teacher {name}: nothing is taught from such a token on; {found}")
+            frequency = occurrences(texts.get(name, ()), info.shared.unknown)
+            lines.append(f"teacher {name}: nothing is taught from such a token on; {frequency}")
         if info.prefix or info.prefix_told.startswith("its "):
-            said.append(f"teacher {name} {words(info.prefix, info.prefix_told)}")
+            lines.append(f"teacher {name} {words(info.prefix, info.prefix_told)}")
         reads = (length or 0) + len(info.prefix)
         if info.trained_positions is not None and reads > info.trained_positions:
-            said.append(
+            lines.append(
                 f"teacher {name} has rotary positions for {info.trained_positions} tokens and "
                 f"reads {reads}: it may predict badly beyond the first {info.trained_positions}"
             )
-    return said
+    return lines
 
 
 def teacher_pass(
@@ -166,8 +166,8 @@ def teacher_pass(
     columns = sorted(i - start for i in excluded if start <= i < stop)
     transform = teacher.logit_transform
     if columns:
-        here = torch.tensor(columns, device=head_weight.device)
-        transform = dataclasses.replace(transform, excluded=here)
+        excluded_columns = torch.tensor(columns, device=head_weight.device)
+        transform = dataclasses.replace(transform, excluded=excluded_columns)
     return TeacherPass(
         teacher,
         teacher.head_weight(start, start + rows),
@@ -186,12 +186,12 @@ def by_domain(
     recipe: Recipe, passes: Mapping[str, TeacherPass]
 ) -> dict[int, TeacherPass | CommitteePass]:
     """The teacher or teachers of each domain that has one, by its index."""
-    found: dict[int, TeacherPass | CommitteePass] = {}
+    teachers: dict[int, TeacherPass | CommitteePass] = {}
     for index, domain in enumerate(recipe.domains):
         weights = domain.teacher_weights
-        own = tuple(passes[name] for name in weights)
-        if len(own) > 1:
-            found[index] = CommitteePass(own, tuple(weights.values()), domain.committee)
-        elif own:
-            found[index] = own[0]
-    return found
+        members = tuple(passes[name] for name in weights)
+        if len(members) > 1:
+            teachers[index] = CommitteePass(members, tuple(weights.values()), domain.committee)
+        elif members:
+            teachers[index] = members[0]
+    return teachers

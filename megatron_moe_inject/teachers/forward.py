@@ -70,8 +70,8 @@ def shared_forward(
     if count == 0:
         return [empty] * (1 + len(layers))
     gathered = []
-    for own in zip(*parts, strict=True) if parts else [()] * (1 + len(layers)):
-        mine = torch.cat([*own, empty])
+    for layer_parts in zip(*parts, strict=True) if parts else [()] * (1 + len(layers)):
+        mine = torch.cat([*layer_parts, empty])
         if size > 1:
             padded = empty.new_zeros(share, length, teacher.hidden_size)
             padded[: last - first] = mine

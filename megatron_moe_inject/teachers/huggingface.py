@@ -85,8 +85,8 @@ class HuggingFaceTeacher(Teacher):
         layers: Sequence[int] = (),
     ) -> list[torch.Tensor]:
         """See ``base.Teacher``; positions and masks need ``resets_documents`` at loading."""
-        given = position_ids is not None or attention_mask is not None
-        assert self._resets_documents or not given, "load the teacher with resets_documents"
+        resets = position_ids is not None or attention_mask is not None
+        assert self._resets_documents or not resets, "load the teacher with resets_documents"
         inputs: dict[str, Any] = {"input_ids": tokens}
         if position_ids is None and attention_mask is not None:
             position_ids = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
@@ -100,10 +100,13 @@ class HuggingFaceTeacher(Teacher):
         if layers:
             inputs["output_hidden_states"] = True
         with untouched_rng(tokens.device):
-            found = self._base(**inputs, use_cache=False, return_dict=True)
+            outputs = self._base(**inputs, use_cache=False, return_dict=True)
         # ``hidden_states`` begins with the embedding's.
-        kept = [found.last_hidden_state, *(found.hidden_states[layer + 1] for layer in layers)]
-        return [states.to(self._head.dtype).contiguous() for states in kept]
+        layer_states = [
+            outputs.last_hidden_state,
+            *(outputs.hidden_states[layer + 1] for layer in layers),
+        ]
+        return [states.to(self._head.dtype).contiguous() for states in layer_states]
 
     def head_weight(self, start: int, stop: int) -> torch.Tensor:
         """See ``base.Teacher``."""
@@ -124,14 +127,14 @@ def check(
     config = _config(source)
     text = config.get_text_config()
     shapes = _stored_shapes(source)
-    own = _vocabulary(source, text.vocab_size)
+    teacher_vocabulary = _vocabulary(source, text.vocab_size)
     positions = getattr(text, "max_position_embeddings", None)
     rotary = getattr(text, "rope_parameters", None) or getattr(text, "rope_theta", None)
     names = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "hidden_act")
     details = {name: getattr(text, name) for name in names if hasattr(text, name)}
-    shared = vocabulary.check_vocabulary(student, own, source)
-    front, told = resolved_prefix(
-        source, prefix, files=source.path, ids=own.ids, rows=text.vocab_size
+    shared = vocabulary.check_vocabulary(student, teacher_vocabulary, source)
+    front, prefix_origin = resolved_prefix(
+        source, prefix, files=source.path, ids=teacher_vocabulary.ids, rows=text.vocab_size
     )
     return TeacherInfo(
         name=source.name,
@@ -142,7 +145,7 @@ def check(
         num_layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
         vocab_rows=text.vocab_size,
-        vocab_size=own.size or text.vocab_size,
+        vocab_size=teacher_vocabulary.size or text.vocab_size,
         parameters=sum(math.prod(shape) for shape in shapes.values()),
         max_positions=None if rotary else positions,
         vocabulary=shared.told,
@@ -150,7 +153,7 @@ def check(
         shared=shared,
         trained_positions=positions if rotary else None,
         prefix=front,
-        prefix_told=told,
+        prefix_told=prefix_origin,
     )
 
 
@@ -173,8 +176,8 @@ def load(
         transform = _logit_transform(source, config)
         _check_logits(source, model, transform, device)
         rows = model.get_output_embeddings().weight.shape[0]
-        own = _vocabulary(source, config.get_text_config().vocab_size)
-        ids = min(own.size or rows, rows)
+        teacher_vocabulary = _vocabulary(source, config.get_text_config().vocab_size)
+        ids = min(teacher_vocabulary.size or rows, rows)
         teacher = HuggingFaceTeacher(source.name, model, ids, transform, resets_documents)
         if resets_documents:
             _check_documents(source, model, teacher, device)
@@ -225,13 +228,13 @@ def _config(source: Source) -> Any:
 
 def _refuse_gguf(source: Source) -> None:
     """A folder whose only weights are GGUF files, which llama.cpp and its like quantise."""
-    found = sorted(path.name for path in source.path.glob("*.gguf"))
-    if not found or any(source.path.glob("*.safetensors")):
+    names = sorted(path.name for path in source.path.glob("*.gguf"))
+    if not names or any(source.path.glob("*.safetensors")):
         return
     raise source.error(
-        f"holds its weights as GGUF ({listing(found, 2)})",
+        f"holds its weights as GGUF ({listing(names, 2)})",
         "dequantise them into another folder OUT: transformers.AutoModelForCausalLM"
-        f".from_pretrained(FOLDER, gguf_file={found[0]!r}, dtype='bfloat16').save_pretrained(OUT), "
+        f".from_pretrained(FOLDER, gguf_file={names[0]!r}, dtype='bfloat16').save_pretrained(OUT), "
         "and the same with AutoTokenizer (both need pip install gguf); then name hf:OUT. Better, "
         "use the model that it was quantised from",
     )
@@ -271,9 +274,9 @@ def _stored_shapes(source: Source) -> dict[str, tuple[int, ...]]:
         path = source.path / name
         if not path.is_file():
             pickled = sorted(p.name for p in source.path.glob("*.bin"))
-            found = f", only {pickled[0]}" if pickled else ""
+            instead = f", only {pickled[0]}" if pickled else ""
             raise source.error(
-                f"has no {name}{found}",
+                f"has no {name}{instead}",
                 "save the model with safetensors: save_pretrained(folder)",
             )
         try:
@@ -287,9 +290,9 @@ def _stored_shapes(source: Source) -> dict[str, tuple[int, ...]]:
 
 def _vocabulary(source: Source, rows: int) -> vocabulary.Vocabulary:
     origin = f"tokenizer of {source.path.name}"
-    own = vocabulary.vocabulary_of_files(source.path, origin=origin, rows=rows)
+    teacher_vocabulary = vocabulary.vocabulary_of_files(source.path, origin=origin, rows=rows)
     remedy = "resize the embedding or restore the tokenizer that it was trained with"
-    return vocabulary.within_rows(own, source, remedy)
+    return vocabulary.within_rows(teacher_vocabulary, source, remedy)
 
 
 def _load_model(source: Source, params_dtype: torch.dtype) -> PreTrainedModel:
@@ -343,12 +346,12 @@ def _no_progress_bar() -> Iterator[None]:
     """Every rank would draw its own."""
     from transformers.utils import logging as transformers_logging
 
-    shown = transformers_logging.is_progress_bar_enabled()
+    enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        if enabled:
             transformers_logging.enable_progress_bar()
 
 
@@ -406,14 +409,14 @@ def _check_documents(
     positions = torch.arange(tokens.shape[1], device=device)[None]
     mask = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=device).triu(1)
     try:
-        given = teacher.hidden_states(tokens, positions, mask[None, None]).float()
+        masked = teacher.hidden_states(tokens, positions, mask[None, None]).float()
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
         raise source.error(
             f"is a {architecture}, which takes no positions and mask from outside", remedy
         ) from error
     plain = teacher.hidden_states(tokens).float()
     tolerance = 64 * torch.finfo(teacher.head_weight(0, 0).dtype).eps
-    if not (given - plain).abs().max() <= tolerance * plain.abs().max():
+    if not (masked - plain).abs().max() <= tolerance * plain.abs().max():
         raise source.error(
             f"is a {architecture}, which reads positions or masks in its own way", remedy
         )

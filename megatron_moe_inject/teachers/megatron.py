@@ -92,27 +92,27 @@ class MegatronTeacher(Teacher):
         does for the student."""
         if position_ids is None:
             position_ids = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        with untouched_rng(self._head.device), self._after(layers) as kept, self._precision():
+        with untouched_rng(self._head.device), self._after(layers) as by_layer, self._precision():
             states = self._model(
                 tokens, position_ids, attention_mask, output_processor=_keep_hidden_states
             )
-        found = [states, *(kept[layer] for layer in layers)]
-        return [s.transpose(0, 1).to(self._head.dtype).contiguous() for s in found]
+        layer_states = [states, *(by_layer[layer] for layer in layers)]
+        return [s.transpose(0, 1).to(self._head.dtype).contiguous() for s in layer_states]
 
     @contextlib.contextmanager
     def _after(self, layers: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
         """Inside, the states after each of ``layers`` are kept as ``[s, n, h_t]``."""
-        kept: dict[int, torch.Tensor] = {}
+        by_layer: dict[int, torch.Tensor] = {}
 
         def keep(layer: int, module: MegatronModule, inputs: Any, output: Any) -> None:
-            kept[layer] = output[0] if isinstance(output, tuple) else output
+            by_layer[layer] = output[0] if isinstance(output, tuple) else output
 
         blocks = self._model.decoder.layers
         handles = [
             blocks[layer].register_forward_hook(functools.partial(keep, layer)) for layer in layers
         ]
         try:
-            yield kept
+            yield by_layer
         finally:
             for handle in handles:
                 handle.remove()
@@ -135,18 +135,18 @@ def check(
     args = checkpoint.args
     megatron_args.refuse_unsupported(source, args)
     rows = _rows(checkpoint)
-    own = _vocabulary(source, checkpoint, rows)
+    teacher_vocabulary = _vocabulary(source, checkpoint, rows)
     kind = getattr(args, "position_embedding_type", None)
     learned, rotary = kind == "learned_absolute", kind == "rope"
     sizes = [tensor.size.numel() for key, tensor in checkpoint.tensors.items() if _is_own(key)]
     iteration = checkpoint.common.get("iteration", checkpoint.folder.name)
-    shared = vocabulary.check_vocabulary(student, own, source)
+    shared = vocabulary.check_vocabulary(student, teacher_vocabulary, source)
     flags = vocabulary.TokenizerFlags.from_args(args)
-    front, told = resolved_prefix(
+    front, prefix_origin = resolved_prefix(
         source,
         prefix,
         files=flags.files(checkpoint.folder / "tokenizer"),
-        ids=own.ids,
+        ids=teacher_vocabulary.ids,
         rows=rows,
         adds=not getattr(args, "tokenizer_hf_no_include_special_tokens", False),
     )
@@ -160,7 +160,7 @@ def check(
         num_layers=args.num_layers,
         hidden_size=args.hidden_size,
         vocab_rows=rows,
-        vocab_size=own.size or rows,
+        vocab_size=teacher_vocabulary.size or rows,
         parameters=sum(sizes),
         max_positions=positions if learned else None,
         vocabulary=shared.told,
@@ -168,7 +168,7 @@ def check(
         shared=shared,
         trained_positions=positions if rotary else None,
         prefix=front,
-        prefix_told=told,
+        prefix_told=prefix_origin,
     )
 
 
@@ -224,9 +224,11 @@ def _vocabulary(
     source: Source, checkpoint: TorchDistCheckpoint, rows: int
 ) -> vocabulary.Vocabulary:
     flags = vocabulary.TokenizerFlags.from_args(checkpoint.args)
-    own = dataclasses.replace(flags.vocabulary(checkpoint.folder / "tokenizer"), rows=rows)
+    teacher_vocabulary = dataclasses.replace(
+        flags.vocabulary(checkpoint.folder / "tokenizer"), rows=rows
+    )
     remedy = "its tokenizer files were replaced since it was trained"
-    return vocabulary.within_rows(own, source, remedy)
+    return vocabulary.within_rows(teacher_vocabulary, source, remedy)
 
 
 def _build(

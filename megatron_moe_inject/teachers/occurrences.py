@@ -18,23 +18,23 @@ def occurrences(texts: Sequence[str], tokens: Mapping[int, str]) -> str:
         texts: path prefixes of Megatron's indexed data sets.
         tokens: text by id.
     """
-    read, found = 0, dict.fromkeys(sorted(tokens), 0)
+    read, counts = 0, dict.fromkeys(sorted(tokens), 0)
     for text in texts:
         part = _beginning(text)
         if part is None:
             continue
         read += len(part)
-        for index in found:
-            found[index] += int((part == index).sum())
+        for index in counts:
+            counts[index] += int((part == index).sum())
     if not read:
         return "how often they occur was not counted"
-    there = {index: number for index, number in found.items() if number}
+    there = {index: number for index, number in counts.items() if number}
     counted = f"the first {READ:,} tokens of each of its {len(texts)} texts ({read:,} in all)"
     if not there:
         return f"they do not occur in {counted}"
-    shown = [f"{i} {tokens[i]!r} {number:,} times" for i, number in there.items()][:_SHOWN]
+    examples = [f"{i} {tokens[i]!r} {number:,} times" for i, number in there.items()][:_SHOWN]
     more = f" and {len(there) - _SHOWN} others" if len(there) > _SHOWN else ""
-    return f"in {counted} occur {', '.join(shown)}{more}"
+    return f"in {counted} occur {', '.join(examples)}{more}"
 
 
 def _beginning(text: str) -> np.ndarray | None:

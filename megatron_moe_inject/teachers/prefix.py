@@ -77,8 +77,8 @@ class PrefixedTeacher(Teacher):
             position_ids = self._positions(tokens, position_ids, behind)
         if attention_mask is not None:
             attention_mask = self._mask(attention_mask, behind)
-        found = self.bare.states(torch.cat(parts, dim=1), position_ids, attention_mask, layers)
-        return [states[:, ahead : ahead + length] for states in found]
+        prefixed = self.bare.states(torch.cat(parts, dim=1), position_ids, attention_mask, layers)
+        return [states[:, ahead : ahead + length] for states in prefixed]
 
     def _positions(
         self, tokens: torch.Tensor, position_ids: torch.Tensor | None, behind: int
@@ -131,7 +131,7 @@ def resolved_prefix(
     if written == "none":
         return (), "as the recipe says"
     if not isinstance(written, str):
-        found, told = tuple(written), "as the recipe says"
+        front, prefix_origin = tuple(written), "as the recipe says"
     elif written == "bos":
         bos = _bos(files, ids, source)
         if bos is None:
@@ -139,21 +139,21 @@ def resolved_prefix(
                 key, written, f"is not named by the files of {source.text}",
                 "write its id, as in prefix: [1]",
             )  # fmt: skip
-        found, told = (bos,), "as the recipe says"
+        front, prefix_origin = (bos,), "as the recipe says"
     elif files is None or ids is None:
         return (), "its tokenizer cannot be read, so that nobody knows what stood in front"
     elif not adds:
         return (), "its text was prepared without what its tokenizer adds"
     else:
-        found, told = _automatic(source, files, ids), "as its tokenizer does"
-    beyond = [index for index in found if not 0 <= index < rows]
+        front, prefix_origin = _automatic(source, files, ids), "as its tokenizer does"
+    beyond = [index for index in front if not 0 <= index < rows]
     if beyond:
         raise fail(
             key, written if isinstance(written, str) else list(written),
             f"holds the id {beyond[0]}, and the embedding has {rows} rows",
             "name ids of its own, or none",
         )  # fmt: skip
-    return found, told
+    return front, prefix_origin
 
 
 def words(prefix: Sequence[int], told: str) -> str:
@@ -194,20 +194,20 @@ def _in_front(processor: Mapping[str, Any]) -> tuple[int, ...]:
         return (int(processor["cls"][1]),)
     if kind != "TemplateProcessing":
         return ()
-    found: list[int] = []
+    ids: list[int] = []
     for piece in processor["single"]:
         if "SpecialToken" not in piece:
             break
-        found += processor["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
-    return tuple(found)
+        ids += processor["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
+    return tuple(ids)
 
 
 def _adds_bos(folder: Path) -> bool:
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     kind = str(config.get("tokenizer_class") or "").removesuffix("Fast")
-    given = config.get("add_bos_token")
-    return kind in _ADD_BOS if given is None else bool(given)
+    adds = config.get("add_bos_token")
+    return kind in _ADD_BOS if adds is None else bool(adds)
 
 
 def _bos(files: Path | None, ids: Mapping[str, int] | None, source: Source) -> int | None:

@@ -278,12 +278,14 @@ class TeacherPass:
         stop = len(self._rows) if not self._window else min(len(self._rows), first + self._window)
         begin, end = sum(self._rows[:first]), sum(self._rows[:stop])
         part = self._inputs._replace(tokens=self._known).of_rows(begin, end)
-        kept = shared_forward(self.teacher, *part, group=self._share_group, layers=self.layers)
+        layer_states = shared_forward(
+            self.teacher, *part, group=self._share_group, layers=self.layers
+        )
         if self._bare_teacher is not None:
             (bare,) = shared_forward(self._bare_teacher, *part, group=self._share_group)
             bare_rows = context_parallel_slice(bare, *self._cp).split(self._rows[first:stop])
             self._bare_states |= dict(enumerate(bare_rows, start=first))
-        states, *others = (context_parallel_slice(found, *self._cp) for found in kept)
+        states, *others = (context_parallel_slice(whole, *self._cp) for whole in layer_states)
         self._layer_states = dict(zip(self.layers, others, strict=True))
         for i, rows in enumerate(states.split(self._rows[first:stop]), start=first):
             self._states[i] = rows
@@ -333,16 +335,16 @@ class TeacherPass:
         """
         assert not self._window, "the teacher runs ahead by a window of micro-batches"
         states = torch.cat([self._states[i] for i in range(len(self._rows))])
-        kept = wanted[self._selected].nonzero().flatten().tolist()
-        rows = index(kept, states.device)
+        samples = wanted[self._selected].nonzero().flatten().tolist()
+        rows = index(samples, states.device)
         return self._inputs.tokens[rows], self._dense(states[rows])
 
     def readable_of_step(self, wanted: torch.Tensor) -> torch.Tensor | None:
         """``readable`` of the samples of ``of_step``."""
         if self._readable is None:
             return None
-        kept = wanted[self._selected].nonzero().flatten().tolist()
-        return self._readable[index(kept, self._readable.device)]
+        samples = wanted[self._selected].nonzero().flatten().tolist()
+        return self._readable[index(samples, self._readable.device)]
 
     def next_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         """The next token of each position of ``[k, s]``, -1 at the last; this rank's, flat."""
@@ -376,7 +378,7 @@ class CommitteePass:
     @property
     def windowed(self) -> bool:
         """Whether the states of any come by windows of micro-batches."""
-        return any(own.windowed for own in self.passes)
+        return any(member.windowed for member in self.passes)
 
     def together(self, targets: Sequence[Target]) -> Target:
         """What the domain's teachers say as one: their mixture, of a target of each."""

@@ -96,8 +96,8 @@ class StepTeachers(StepPart):
     @property
     def passes(self) -> dict[str, StepTeacher]:
         """Those of the recipe's teachers that run on this rank, by name."""
-        own = (run for teacher in self._taught.values() for run in teacher.passes)
-        return {run.name: run for run in own}
+        passes = (run for teacher in self._taught.values() for run in teacher.passes)
+        return {run.name: run for run in passes}
 
     @property
     def domains(self) -> list[int]:
@@ -106,7 +106,11 @@ class StepTeachers(StepPart):
 
     def taught_by(self, teacher: StepTeacher) -> list[int]:
         """Indices of the domains that ``teacher`` teaches."""
-        return [index for index, own in self._taught.items() if teacher in own.passes]
+        return [
+            index
+            for index, domain_teacher in self._taught.items()
+            if teacher in domain_teacher.passes
+        ]
 
     def begin(self, step: Step) -> None:
         """Run the teachers ahead, then the original model.
@@ -195,18 +199,18 @@ class StepTeachers(StepPart):
     ) -> torch.Tensor | None:
         """Where all of a domain's teachers know the text of ``samples`` and the label,
         ``[k, s/c]``; None where they know it all."""
-        found = None
-        for own in teacher.passes:
-            if own.unknown is None:
+        known_by_all = None
+        for member in teacher.passes:
+            if member.unknown is None:
                 continue
-            taught = [i for i, d in enumerate(domains) if d in self.taught_by(own)]
-            readable = own.readable(index)
-            assert readable is not None, f"teacher {own.name} lacks tokens"
+            taught = [i for i, d in enumerate(domains) if d in self.taught_by(member)]
+            readable = member.readable(index)
+            assert readable is not None, f"teacher {member.name} lacks tokens"
             known = _pick(taught, samples)(readable)
             targets = labels.index_select(0, positions(samples, labels.device))
-            known = known & ~torch.isin(targets, own.unknown)
-            found = known if found is None else found & known
-        return found
+            known = known & ~torch.isin(targets, member.unknown)
+            known_by_all = known if known_by_all is None else known_by_all & known
+        return known_by_all
 
     def confidences(self, kind: str, labels: torch.Tensor) -> torch.Tensor:
         """Of the teacher or teachers of each sample, fp32 ``[n, b, s/c]``; 0 where it has none, or
@@ -219,17 +223,19 @@ class StepTeachers(StepPart):
         Collectives: those of ``confidence.confidences``, for each such teacher or committee.
         """
         whole = None
-        for own in dict.fromkeys(self._taught.values()):
-            if own.windowed:
+        for domain_teacher in dict.fromkeys(self._taught.values()):
+            if domain_teacher.windowed:
                 continue
-            domains = [index for index, other in self._taught.items() if other == own]
+            domains = [index for index, other in self._taught.items() if other == domain_teacher]
             wanted = torch.isin(labels, torch.tensor(domains))
-            vocabulary = Vocabulary(own.passes[0].tp_group, self._valid_vocab_size)
-            sure = confidences(own, kind, wanted, vocabulary, kernels=self._kernels)
+            vocabulary = Vocabulary(domain_teacher.passes[0].tp_group, self._valid_vocab_size)
+            confidence = confidences(
+                domain_teacher, kind, wanted, vocabulary, kernels=self._kernels
+            )
             if whole is None:
-                whole = sure.new_zeros(labels.numel(), sure.shape[1])
+                whole = confidence.new_zeros(labels.numel(), confidence.shape[1])
             where = wanted.flatten().nonzero().flatten().tolist()
-            whole.index_copy_(0, positions(where, whole.device), sure)
+            whole.index_copy_(0, positions(where, whole.device), confidence)
         assert whole is not None, "every teacher has a window"
         return whole.view(*labels.shape, -1)
 

@@ -42,29 +42,29 @@ def read_added_tokens(path: Path) -> frozenset[str]:
     """
     folder = path if path.is_dir() else path.parent
     try:
-        found = set(_added_tokens(folder)) | set(named_tokens(folder).values())
+        tokens = set(_added_tokens(folder)) | set(named_tokens(folder).values())
         if (folder / "tokenizer.json").is_file() and path.suffix not in (".model", ".txt"):
             content = json.loads((folder / "tokenizer.json").read_text("utf-8"))
-            found |= {entry["content"] for entry in content.get("added_tokens") or []}
+            tokens |= {entry["content"] for entry in content.get("added_tokens") or []}
         elif path.suffix == ".model" or (path.is_dir() and (folder / "tokenizer.model").is_file()):
-            found |= _control_pieces(folder / "tokenizer.model" if path.is_dir() else path)
+            tokens |= _control_pieces(folder / "tokenizer.model" if path.is_dir() else path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, UnreadableTokenizer):
         return frozenset()  # what is damaged is reported by read_token_ids
-    return frozenset(found)
+    return frozenset(tokens)
 
 
 def named_tokens(folder: Path) -> dict[str, str]:
     """Tokens with a role, such as ``bos_token``, from ``special_tokens_map.json`` and
     ``tokenizer_config.json``, which wins."""
-    found: dict[str, str] = {}
+    by_role: dict[str, str] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
             continue
         for role, token in json.loads((folder / name).read_text("utf-8")).items():
             text = token.get("content") if isinstance(token, dict) else token
             if role.endswith("_token") and isinstance(text, str):
-                found[role] = text
-    return found
+                by_role[role] = text
+    return by_role
 
 
 def with_special_tokens(ids: Mapping[str, int], special_tokens: Iterable[str]) -> dict[str, int]:

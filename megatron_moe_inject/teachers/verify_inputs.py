@@ -66,25 +66,25 @@ def verify_inputs(recipe: Recipe, args: Namespace) -> str:
 
 
 def _verify(recipe: Recipe, args: Namespace, node: tuple[int, int], world: tuple[int, int]) -> str:
-    said = []
+    lines = []
     for name, spec in recipe.teachers.items():
         folder = _folder(f"teachers.{name}.source", spec.source)
         result = "not checked, since it is no folder" if folder is None else _check(folder, *node)
-        said.append(f"teacher {name}: {result}")
+        lines.append(f"teacher {name}: {result}")
     if recipe.train.fp8_source is not None:
         folder = _folder("train.fp8_source", recipe.train.fp8_source)
         assert folder is not None
-        said.append(f"train.fp8_source: {_check(folder, *node)}")
+        lines.append(f"train.fp8_source: {_check(folder, *node)}")
     for flag in ("load", "pretrained_checkpoint"):
         student = _student(flag, args)
         if student is None:
             continue
         where = f"--{flag.replace('_', '-')} {student.path}"
         if _known(student):
-            said.append(f"{where}: {_check(student, *world)}")
+            lines.append(f"{where}: {_check(student, *world)}")
         else:
-            said.append(f"{where}: not checked, since it has no {SUMS}")
-    return "\n".join(f"verified inputs: {line}" for line in said)
+            lines.append(f"{where}: not checked, since it has no {SUMS}")
+    return "\n".join(f"verified inputs: {line}" for line in lines)
 
 
 def _folder(key: str, written: str) -> _Folder | None:
@@ -120,21 +120,21 @@ def _everything(path: Path) -> tuple[Path, ...]:
 
 def _known(folder: _Folder) -> dict[Path, str]:
     """Checksums by file, from the list and from files beside."""
-    found: dict[Path, str] = {}
+    checksums: dict[Path, str] = {}
     listed = folder.path / SUMS
     if listed.is_file():
         for line in listed.read_text("utf-8", errors="replace").splitlines():
             match = _LINE.fullmatch(line.strip())
             if match and match[2]:
-                found[folder.path / match[2].removeprefix("./")] = match[1].lower()
+                checksums[folder.path / match[2].removeprefix("./")] = match[1].lower()
     for file in folder.files:
         beside = file.with_name(f"{file.name}.sha256")
         if not beside.is_file():
             continue
         match = _LINE.match(beside.read_text("utf-8", errors="replace"))
         if match:
-            found[file] = match[1].lower()
-    return found
+            checksums[file] = match[1].lower()
+    return checksums
 
 
 def _check(folder: _Folder, rank: int, size: int) -> str:
@@ -151,11 +151,11 @@ def _check(folder: _Folder, rank: int, size: int) -> str:
             )
         for file in _share(folder.files, rank, size):
             with file.open("rb") as content:
-                found = hashlib.file_digest(content, "sha256").hexdigest()
-            if found != known[file]:
+                digest = hashlib.file_digest(content, "sha256").hexdigest()
+            if digest != known[file]:
                 raise folder.error(
                     f"is damaged or was changed: {file.relative_to(folder.path)} has the SHA-256 "
-                    f"{found}, and its checksum is {known[file]}",
+                    f"{digest}, and its checksum is {known[file]}",
                     "copy it again",
                 )
     except OSError as error:
@@ -167,10 +167,10 @@ def _check(folder: _Folder, rank: int, size: int) -> str:
 def _share(files: Sequence[Path], rank: int, size: int) -> list[Path]:
     """This rank's files: in falling order of size each goes to whoever has least so far."""
     loads = [0] * size
-    own = []
+    share = []
     for file in sorted(files, key=lambda path: (-path.stat().st_size, str(path))):
         least = loads.index(min(loads))
         loads[least] += file.stat().st_size
         if least == rank:
-            own.append(file)
-    return own
+            share.append(file)
+    return share

@@ -162,12 +162,12 @@ class TokenizerFlags:
         if path is None:
             why = f"vocabularies of {self.type} cannot be read"
             return Vocabulary(origin, None, rows, padding, unreadable=why)
-        found = vocabulary_of_files(path, origin=origin, rows=rows, padding=padding)
-        if found.ids is None:
-            return found
-        ids = with_special_tokens(found.ids, self.special_tokens)
-        added = found.added | set(self.special_tokens)
-        return dataclasses.replace(found, ids=ids, size=max(ids.values()) + 1, added=added)
+        stored = vocabulary_of_files(path, origin=origin, rows=rows, padding=padding)
+        if stored.ids is None:
+            return stored
+        ids = with_special_tokens(stored.ids, self.special_tokens)
+        added = stored.added | set(self.special_tokens)
+        return dataclasses.replace(stored, ids=ids, size=max(ids.values()) + 1, added=added)
 
     def files(self, saved_with_model: Path | None = None) -> Path | None:
         """The folder or file that ``vocabulary`` reads; None where there is none."""
@@ -195,10 +195,10 @@ def _cached_hub_file(name: str) -> Path | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(name, "tokenizer.json")
+        cached = try_to_load_from_cache(name, "tokenizer.json")
     except HFValidationError:
         return None
-    return Path(found) if isinstance(found, str) else None
+    return Path(cached) if isinstance(cached, str) else None
 
 
 def check_vocabulary(student: Vocabulary, teacher: Vocabulary, source: Source) -> Comparison:
@@ -210,9 +210,9 @@ def check_vocabulary(student: Vocabulary, teacher: Vocabulary, source: Source) -
             first tokens or the sizes that do.
     """
     if student.ids is not None and teacher.ids is not None:
-        found = _compare_tokens(student, student.ids, teacher.ids, source)
-        _check_rows(student, teacher, source, found.unknown)
-        return found
+        comparison = _compare_tokens(student, student.ids, teacher.ids, source)
+        _check_rows(student, teacher, source, comparison.unknown)
+        return comparison
     unread = [v for v in (student, teacher) if v.ids is None]
     why = "; ".join(dict.fromkeys(v.unreadable for v in unread if v.unreadable))
     ours, theirs = student.sizes(), teacher.sizes()
@@ -258,12 +258,12 @@ def _compare_tokens(
     if ordinary:
         _refuse(ordinary, {}, source, "lacks {} ordinary tokens of the student's")
     dropped = {index: token for token, index in theirs if index not in used}
-    told = f"the same {len(ours & theirs)} tokens as the student's"
+    summary = f"the same {len(ours & theirs)} tokens as the student's"
     if dropped:
-        told += f"; {_some(dropped)} that the student lacks take no part"
+        summary += f"; {_some(dropped)} that the student lacks take no part"
     if unknown:
-        told += f"; it lacks {_some(unknown)} of the student's"
-    return Comparison(told, True, student.size, unknown, dropped)
+        summary += f"; it lacks {_some(unknown)} of the student's"
+    return Comparison(summary, True, student.size, unknown, dropped)
 
 
 def _refuse(
@@ -274,21 +274,21 @@ def _refuse(
         {index: token for token, index in side.items() if index in ids[:_SHOWN]}
         for side in (student, teacher)
     ]
-    shown = ", ".join(
+    examples = ", ".join(
         f"id {index} is {_quoted(by_id[0].get(index))} for the student "
         f"and {_quoted(by_id[1].get(index))} for the teacher"
         for index in ids[:_SHOWN]
     )
     raise source.error(
-        f"{problem.format(len(ids))}: {shown}", "use a teacher with the student's tokenizer"
+        f"{problem.format(len(ids))}: {examples}", "use a teacher with the student's tokenizer"
     )
 
 
 def _some(tokens: Mapping[int, str]) -> str:
     """The number of tokens, and the first of them."""
-    shown = ", ".join(f"{i} {tokens[i]!r}" for i in sorted(tokens)[:_SHOWN])
+    examples = ", ".join(f"{i} {tokens[i]!r}" for i in sorted(tokens)[:_SHOWN])
     more = ", ..." if len(tokens) > _SHOWN else ""
-    return f"{len(tokens)} tokens ({shown}{more})"
+    return f"{len(tokens)} tokens ({examples}{more})"
 
 
 def _quoted(token: str | None) -> str:

@@ -107,8 +107,8 @@ class FeatureExchange:
         Collectives: on the last stage one broadcast of the loss mask over the tensor-parallel
         group; then a send to each other stage that wants something.
         """
-        own, last = self._pp.rank(), self._pp.size() - 1
-        if own == last:
+        rank, last = self._pp.rank(), self._pp.size() - 1
+        if rank == last:
             mask, tokens = self._masks(batches, labels_shape, sequence_length)
             states = {
                 wish: self._slice(_layered(passes, wish.teacher).take_layer(wish.layer))
@@ -117,8 +117,8 @@ class FeatureExchange:
             names = dict.fromkeys(name for stage in self._partly for name in stage)
             readable = {name: self._readable(_layered(passes, name)) for name in names}
             self._send(mask, tokens, states, readable)
-            return StepTargets(mask, tokens, states, readable) if self._wanted[own] else None
-        if not self._wanted[own]:
+            return StepTargets(mask, tokens, states, readable) if self._wanted[rank] else None
+        if not self._wanted[rank]:
             return None
         n, b = labels_shape
         length = sequence_length // self._cp[1] // self._parts[1]
@@ -130,11 +130,11 @@ class FeatureExchange:
                 dtype=self._dtypes[wish.teacher],
                 device=self._device,
             )
-            for wish in self._wanted[own]
+            for wish in self._wanted[rank]
         }
         readable = {
             name: torch.empty(taught[name], length, device=self._device)
-            for name in self._partly[own]
+            for name in self._partly[rank]
         }
         peer = dist.get_global_rank(self._pp, last)
         tensors = [mask, tokens, *states.values(), *readable.values()]

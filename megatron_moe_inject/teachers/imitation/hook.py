@@ -116,12 +116,12 @@ class ImitationHook(StepPart):
         self._active = False
         self._clocks: list[ChunkClock] = []
         self._places: list[_Place] = []
-        for chunk, own in zip(chunks, projections, strict=True):
+        for chunk, chunk_projections in zip(chunks, projections, strict=True):
             clock = ChunkClock(chunk)
             self._clocks.append(clock)
             for layer in decoder_layers(chunk):
-                here = [term for term in terms if term.layer == layer.layer_number - 1]
-                self._watch(layer, here, clock, own)
+                layer_terms = [term for term in terms if term.layer == layer.layer_number - 1]
+                self._watch(layer, layer_terms, clock, chunk_projections)
 
     def _watch(
         self,
@@ -258,9 +258,9 @@ class ImitationHook(StepPart):
         domains = self._labels[micro_batch]
         samples = [i for i, domain in enumerate(domains) if domain in term.shares]
         if len(samples) < len(domains):
-            own = positions(samples, states.device)
-            states = states.index_select(1, own)
-            reached = None if reached is None else reached.index_select(1, own)
+            sample_index = positions(samples, states.device)
+            states = states.index_select(1, sample_index)
+            reached = None if reached is None else reached.index_select(1, sample_index)
         targets = self._targets
         assert targets is not None, "a stage that imitates gets targets"
         target = self._target(targets, term, micro_batch, samples)
@@ -274,12 +274,14 @@ class ImitationHook(StepPart):
         if reached is not None:
             weight = weight * reached
         by_sample = (losses * weight).sum(0)
-        here = [domains[i] for i in samples]
+        sample_domains = [domains[i] for i in samples]
         if first and self._counts_here:
-            index = positions(here, self._device)
+            index = positions(sample_domains, self._device)
             both = torch.stack([by_sample.detach(), weight.sum(0)], dim=1)
             self._sums[self._kinds.index(term.kind)].index_add_(0, index, both)
-        shares = torch.tensor([term.shares[domain] for domain in here], dtype=torch.float32)
+        shares = torch.tensor(
+            [term.shares[domain] for domain in sample_domains], dtype=torch.float32
+        )
         shares = shares.to(self._device, non_blocking=True)
         return (by_sample * shares).sum() * self._scales[term.kind][micro_batch]
 
@@ -355,5 +357,5 @@ class _ExpertOutputs:
         counts = torch.as_tensor(tokens_per_expert).to(outputs.device)
         rows = chosen.repeat_interleave(counts, output_size=len(outputs))
         dispatcher = self._layer.token_dispatcher
-        kept = dispatcher.combine_preprocess(outputs * rows.unsqueeze(1).to(outputs.dtype))
-        return dispatcher.combine_postprocess(dispatcher.token_combine(kept))
+        prepared = dispatcher.combine_preprocess(outputs * rows.unsqueeze(1).to(outputs.dtype))
+        return dispatcher.combine_postprocess(dispatcher.token_combine(prepared))

@@ -77,19 +77,19 @@ class ImitationPart(RunPart):
         checkpoint = checkpoint_to_load(self._args) if needed else None
         if checkpoint is None or not checkpoint.resumes:
             return False
-        folder, found = checkpoint.folder, checkpoint.shapes(f"{PROJECTIONS}.")
-        if not found:
+        folder, stored = checkpoint.folder, checkpoint.shapes(f"{PROJECTIONS}.")
+        if not stored:
             self._run.warnings.append(
                 f"imitation: {folder} holds no projections, so they start anew in a run that goes "
                 "on"
             )
-        elif found != needed:
+        elif stored != needed:
             raise RecipeError(
-                f"imitation: {folder} holds projections {listing(sorted(found), 4)}, but "
+                f"imitation: {folder} holds projections {listing(sorted(stored), 4)}, but "
                 f"now {listing(sorted(needed), 4)} are needed; keep layers and teachers as the run "
                 "began, or start an injection of its own with --finetune"
             )
-        return bool(found)
+        return bool(stored)
 
     def before_ddp(self, chunks: Sequence[Chunk]) -> None:
         """Give each bare chunk the projections of its layers, before DDP and the optimizer."""
@@ -138,10 +138,10 @@ class ImitationPart(RunPart):
         if layers:
             device = teacher.head_weight(0, 0).device
             tokens = torch.zeros(1, 8, dtype=torch.int64, device=device)
-            found = [tuple(s.shape) for s in teacher.states(tokens, layers=layers)]
-            if found != [(1, 8, teacher.hidden_size)] * (1 + len(layers)):
+            shapes = [tuple(s.shape) for s in teacher.states(tokens, layers=layers)]
+            if shapes != [(1, 8, teacher.hidden_size)] * (1 + len(layers)):
                 raise RecipeError(
-                    f"teachers.{teacher.name}.source: gives states of shapes {found} where "
+                    f"teachers.{teacher.name}.source: gives states of shapes {shapes} where "
                     f"[1, 8, {teacher.hidden_size}] after each layer are needed; set "
                     "imitation to 0 or use another teacher"
                 )
@@ -194,11 +194,11 @@ class ImitationPart(RunPart):
         )
 
     def _wanted_by_stage(self, chunks: Sequence[Chunk], groups: Groups) -> list[list[LayerStates]]:
-        own = [layer.layer_number - 1 for chunk in chunks for layer in decoder_layers(chunk)]
+        layers = [layer.layer_number - 1 for chunk in chunks for layer in decoder_layers(chunk)]
         terms = self._terms
         stages: list[Any] = [None] * groups.pp.size()
-        dist.all_gather_object(stages, own, group=groups.pp)
+        dist.all_gather_object(stages, layers, group=groups.pp)
         return [
-            sorted({LayerStates(t.teacher, t.teacher_layer) for t in terms if t.layer in here})
-            for here in stages
+            sorted({LayerStates(t.teacher, t.teacher_layer) for t in terms if t.layer in stage})
+            for stage in stages
         ]

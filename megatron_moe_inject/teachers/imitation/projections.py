@@ -89,6 +89,6 @@ class Projections(torch.nn.ModuleDict):
 def _forgive_missing(projections: Projections, incompatible: Any) -> None:
     """Not an error: what was not asked of the checkpoint."""
     if not projections.stored:
-        own = [key for key in incompatible.missing_keys if f"{PROJECTIONS}." in key]
-        for key in own:
+        keys = [key for key in incompatible.missing_keys if f"{PROJECTIONS}." in key]
+        for key in keys:
             incompatible.missing_keys.remove(key)

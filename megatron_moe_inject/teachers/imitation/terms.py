@@ -61,7 +61,8 @@ def imitation_terms(
             if kind == "hidden":
                 parts = {i: d.teacher_weights[name] / len(pairs) for i, d in taught.items()}
                 terms += [
-                    ImitationTerm(kind, name, own, other, parts) for own, other in pairs.items()
+                    ImitationTerm(kind, name, student_layer, other, parts)
+                    for student_layer, other in pairs.items()
                 ]
             else:
                 terms += _expert_terms(name, pairs, taught)
@@ -71,16 +72,16 @@ def imitation_terms(
 def _layer_pairs(
     recipe: Recipe, teacher: str, teacher_layers: int, num_layers: int
 ) -> dict[int, int]:
-    path, given = f"teachers.{teacher}.layers", recipe.teachers[teacher].layers
-    for own, other in given.items():
-        if own >= num_layers:
+    path, pairs = f"teachers.{teacher}.layers", recipe.teachers[teacher].layers
+    for student_layer, other in pairs.items():
+        if student_layer >= num_layers:
             remedy = f"the student's layers are 0 to {num_layers - 1}"
-            raise fail(path, own, "is no layer of the student", remedy)
+            raise fail(path, student_layer, "is no layer of the student", remedy)
         if other >= teacher_layers:
             remedy = f"the teacher's layers are 0 to {teacher_layers - 1}"
-            raise fail(f"{path}.{own}", other, "is no layer of the teacher", remedy)
-    if given:
-        return dict(sorted(given.items()))
+            raise fail(f"{path}.{student_layer}", other, "is no layer of the teacher", remedy)
+    if pairs:
+        return dict(sorted(pairs.items()))
     domains = [domain for domain in recipe.domains if teacher in domain.teacher_weights]
     chosen = {layer for domain in domains for layer in domain.experts.layers}
     layers = sorted(chosen) or range(num_layers)
@@ -91,10 +92,10 @@ def _expert_terms(
     teacher: str, pairs: Mapping[int, int], taught: Mapping[int, Domain]
 ) -> Iterable[ImitationTerm]:
     """Domains with the same experts in a layer share a term, and its exchange of outputs."""
-    for own in pairs:
-        if not any(own in domain.experts.layers for domain in taught.values()):
+    for student_layer in pairs:
+        if not any(student_layer in domain.experts.layers for domain in taught.values()):
             raise fail(
-                f"teachers.{teacher}.layers", own, "has no experts that a domain chose",
+                f"teachers.{teacher}.layers", student_layer, "has no experts that a domain chose",
                 "remove the layer or set imitation.experts to 0",
             )  # fmt: skip
     groups: dict[tuple[int, frozenset[int]], dict[int, float]] = {}
