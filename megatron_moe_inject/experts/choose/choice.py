@@ -109,12 +109,12 @@ def check_student(profile: RoutingProfile, facts: StudentFacts, key: str, file: 
     Raises:
         RecipeError: a difference in layers, experts or top-k, with both values.
     """
-    found = profile.provenance
+    provenance = profile.provenance
     pairs = (
-        ("layers", found.num_layers, facts.num_layers),
-        ("experts in a layer", found.router.num_moe_experts, facts.num_moe_experts or 0),
-        ("MoE layers", ranges(found.moe_layers), ranges(facts.moe_layers) or "(none)"),
-        ("experts per token", found.router.topk, facts.router_topk),
+        ("layers", provenance.num_layers, facts.num_layers),
+        ("experts in a layer", provenance.router.num_moe_experts, facts.num_moe_experts or 0),
+        ("MoE layers", ranges(provenance.moe_layers), ranges(facts.moe_layers) or "(none)"),
+        ("experts per token", provenance.router.topk, facts.router_topk),
     )
     for what, theirs, ours in pairs:
         if theirs != ours:
@@ -178,12 +178,12 @@ def shortened(choice: ExpertChoice, profile: RoutingProfile, domain: str) -> lis
 def affordable(choice: ExpertChoice, profile: RoutingProfile) -> int:
     """How many experts the budget pays for."""
     assert choice.budget is not None, "the recipe's rules ask for a budget"
-    found = profile.provenance
-    layers, experts = found.shape
-    total = layers * experts * found.expert_parameters
+    provenance = profile.provenance
+    layers, experts = provenance.shape
+    total = layers * experts * provenance.expert_parameters
     if choice.budget_of == "all":
-        total = found.parameters
-    return int(choice.budget * total / found.expert_parameters + 1e-9)
+        total = provenance.parameters
+    return int(choice.budget * total / provenance.expert_parameters + 1e-9)
 
 
 def contrast_scores(profile: RoutingProfile, domain: ClassStatistics) -> np.ndarray:

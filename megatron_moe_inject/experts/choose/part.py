@@ -81,12 +81,12 @@ class ProfilePart(RunPart):
         ]
 
     def _check_logits(self) -> None:
-        asked = self._args.inject_profile_logits
+        tokens = self._args.inject_profile_logits
         layers, experts = len(self._facts.moe_layers), self._experts
         most = most_tokens(classes=len(self._names), layers=layers, experts=experts)
-        if asked is not None and asked > most:
+        if tokens is not None and tokens > most:
             raise RecipeError(
-                f"--inject-profile-logits: {asked} tokens of each of {len(self._names)} classes, "
+                f"--inject-profile-logits: {tokens} tokens of each of {len(self._names)} classes, "
                 f"in {layers} layers with {experts} experts, are more than "
                 f"{memory_text(MOST_BYTES)}; write {most} or less"
             )
@@ -97,7 +97,11 @@ class ProfilePart(RunPart):
         if not entries:
             return []
         labels = self._run.labels[split]
-        return [entry for entry, found in zip(entries, labels, strict=True) if found == label]
+        return [
+            entry
+            for entry, entry_label in zip(entries, labels, strict=True)
+            if entry_label == label
+        ]
 
     def try_outputs(self) -> None:
         """The first rank writes the profile, and what goes beside it."""
@@ -152,9 +156,9 @@ class ProfilePart(RunPart):
         recorder, repeated = self._recorder, set[int]()
         if self._run.kind != PROFILE:
             repeated = self._run.need(MeasuredText).repeated_in_training()
-        found = recorder.statistics(self._data)
+        statistics = recorder.statistics(self._data)
         sampled = recorder.sampled_logits()
-        classes = {n: s for n, s in zip(self._names, found, strict=True) if s is not None}
+        classes = {n: s for n, s in zip(self._names, statistics, strict=True) if s is not None}
         counts = ", ".join(f"{n} {s.spread.sequences} sequences" for n, s in classes.items())
         again = [self._names[label + 1] for label in sorted(repeated)]
         again = [name for name in again if name in classes]
@@ -201,7 +205,7 @@ class ProfilePart(RunPart):
         beside = ""
         if args.inject_profile_logits is not None:
             beside = f", router logits to {logit_path(self._path)}"
-        said = f"routing profile: {counts}, written to {self._path}{beside}"
+        message = f"routing profile: {counts}, written to {self._path}{beside}"
         for name in again:
-            said += f"\nrouting profile: {name} was read more than once, so it has no spread"
-        return said
+            message += f"\nrouting profile: {name} was read more than once, so it has no spread"
+        return message

@@ -181,7 +181,7 @@ def _content(profile: RoutingProfile) -> dict[str, Any]:
     content = {
         "parts": list(profile.parts),
         "provenance": _plain_provenance(profile.provenance),
-        "classes": {name: _plain_class(found) for name, found in profile.classes.items()},
+        "classes": {name: _plain_class(statistics) for name, statistics in profile.classes.items()},
     }
     return content if profile.logits is None else content | {"logits": asdict(profile.logits)}
 
@@ -189,8 +189,8 @@ def _content(profile: RoutingProfile) -> dict[str, Any]:
 def _plain_provenance(provenance: Provenance) -> dict[str, Any]:
     """Without what files of earlier versions did not have, whose checksums stay theirs."""
     later = ("checkpoint_iteration", "checkpoint_sha256")
-    found = asdict(provenance).items()
-    return {name: value for name, value in found if value is not None or name not in later}
+    fields = asdict(provenance).items()
+    return {name: value for name, value in fields if value is not None or name not in later}
 
 
 def _plain_class(found: ClassStatistics) -> dict[str, Any]:
@@ -269,8 +269,8 @@ def _parse(plain: Any) -> RoutingProfile:
     profile = RoutingProfile(
         provenance,
         {
-            name: _class(f"classes.{name}", found, *provenance.shape)
-            for name, found in classes.items()
+            name: _class(f"classes.{name}", content, *provenance.shape)
+            for name, content in classes.items()
         },
         tuple(parts),
         typed.build(LogitFile, plain["logits"], "logits") if sampled else None,
@@ -291,12 +291,12 @@ def _class(key: str, plain: Any, layers: int, experts: int) -> ClassStatistics:
         return None if plain[name] is None else build()
 
     def spread() -> Spread:
-        where, found = f"{key}.spread", plain["spread"]
-        typed.check_keys(where, found, _SPREAD_KEYS, _AGAIN)
+        where, content = f"{key}.spread", plain["spread"]
+        typed.check_keys(where, content, _SPREAD_KEYS, _AGAIN)
         return Spread(
-            typed.build(int, found["sequences"], f"{where}.sequences"),
-            matrix("share_sums", float, found, where),
-            matrix("share_squares", float, found, where),
+            typed.build(int, content["sequences"], f"{where}.sequences"),
+            matrix("share_sums", float, content, where),
+            matrix("share_squares", float, content, where),
         )
 
     return ClassStatistics(

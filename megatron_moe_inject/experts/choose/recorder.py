@@ -126,9 +126,9 @@ class RoutingRecorder(StepPart):
         if self._sampler is not None:
             self._sampler.record(micro_batch, layer, logits, chosen, padding)
         if self._pairs is not None and self._counts_here:
-            kept = chosen if padding is None else chosen & ~padding.unsqueeze(-1)
+            unpadded = chosen if padding is None else chosen & ~padding.unsqueeze(-1)
             for sample, label in enumerate(self._labels[micro_batch].tolist()):
-                together = kept[:, sample].float()
+                together = unpadded[:, sample].float()
                 self._pairs[label + 1, layer] += together.t() @ together
 
     def sampled_logits(self) -> list[LogitSample] | None:
@@ -156,14 +156,14 @@ class RoutingRecorder(StepPart):
             for group in (self._groups.dp, self._groups.tp_cp):
                 if group.size() > 1:
                     dist.all_reduce(self._pairs, group=group)
-        own = {
+        local = {
             "layers": self.watch.layers,
             "sums": whole.cpu().numpy(),
             "pairs": None if self._pairs is None else self._pairs.cpu().numpy(),
             "sequences": self._sequences.cpu().numpy(),
         }
         stages: list[Any] = [None] * self._groups.pp.size()
-        dist.all_gather_object(stages, own, group=self._groups.pp)
+        dist.all_gather_object(stages, local, group=self._groups.pp)
         layers = [layer for stage in stages for layer in stage["layers"]]
         order = np.argsort(layers)
         sums = np.concatenate([stage["sums"] for stage in stages], axis=2)[:, :, order]

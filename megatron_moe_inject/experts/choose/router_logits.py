@@ -94,13 +94,15 @@ class LogitSampler:
         self._quota = tokens // self._each
         steps = torch.arange(self._each)
         self._positions = (2 * steps + 1) * sequence_length // (2 * self._each)
-        own = torch.arange(sequence_length).view(1, -1, 1)
-        own = context_parallel_slice(own, groups.cp.rank(), groups.cp.size()).flatten()
+        local_positions = torch.arange(sequence_length).view(1, -1, 1)
+        local_positions = context_parallel_slice(
+            local_positions, groups.cp.rank(), groups.cp.size()
+        ).flatten()
         if sequence_parallel:
-            own = own.chunk(groups.tp.size())[groups.tp.rank()]
+            local_positions = local_positions.chunk(groups.tp.size())[groups.tp.rank()]
         elif groups.tp.rank() > 0:
-            own = own[:0]
-        rows, columns = (own[:, None] == self._positions).nonzero(as_tuple=True)
+            local_positions = local_positions[:0]
+        rows, columns = (local_positions[:, None] == self._positions).nonzero(as_tuple=True)
         self._rows, self._columns = rows.to(device), columns.to(device)
         shape = (classes, layers, self._quota, self._each, experts)
         try:
@@ -128,9 +130,9 @@ class LogitSampler:
         group = self._groups.dp
         ranks = [labels]
         if group.size() > 1:
-            own = labels.to(self._logits.device)
-            ranks = [torch.empty_like(own) for _ in range(group.size())]
-            dist.all_gather(ranks, own, group=group)
+            local_labels = labels.to(self._logits.device)
+            ranks = [torch.empty_like(local_labels) for _ in range(group.size())]
+            dist.all_gather(ranks, local_labels, group=group)
         dealt = torch.stack(ranks, dim=1).cpu()
         slots = torch.full_like(dealt, -1)
         for number, label in enumerate(dealt.flatten().tolist()):
@@ -157,8 +159,8 @@ class LogitSampler:
             at = (label + 1, layer, slot, self._columns)
             self._logits[at] = logits[self._rows, sample].float()
             self._chosen[at] = chosen[self._rows, sample].to(torch.uint8)
-            kept = 1 if padding is None else (~padding[self._rows, sample]).to(torch.uint8)
-            self._seen[at] = kept
+            seen = 1 if padding is None else (~padding[self._rows, sample]).to(torch.uint8)
+            self._seen[at] = seen
 
     def collect(self, layers: Sequence[int]) -> list[LogitSample] | None:
         """The sample of each class on the first pipeline rank, None on others.
@@ -174,11 +176,11 @@ class LogitSampler:
             for buffer in buffers if group.size() > 1 else ():
                 dist.all_reduce(buffer, group=group)
         group = self._groups.pp
-        own = (list(layers), *(buffer.cpu().numpy() for buffer in buffers))
-        stages: list[Any] | None = [own]
+        local = (list(layers), *(buffer.cpu().numpy() for buffer in buffers))
+        stages: list[Any] | None = [local]
         if group.size() > 1:
             stages = [None] * group.size() if group.rank() == 0 else None
-            dist.gather_object(own, stages, dst=dist.get_global_rank(group, 0), group=group)
+            dist.gather_object(local, stages, dst=dist.get_global_rank(group, 0), group=group)
         if stages is None:
             return None
         order = np.argsort([layer for stage in stages for layer in stage[0]])
@@ -192,8 +194,8 @@ class LogitSampler:
     def _of_class(
         self, logits: np.ndarray, chosen: np.ndarray, seen: np.ndarray, sequences: list[int]
     ) -> LogitSample:
-        kept = seen.all(axis=0)  # [quota, each]; padding is not
-        slots, columns = kept.nonzero()
+        complete = seen.all(axis=0)  # [quota, each]; padding is not
+        slots, columns = complete.nonzero()
         return LogitSample(
             np.ascontiguousarray(logits[:, slots, columns]),
             np.ascontiguousarray(chosen[:, slots, columns].astype(bool)),

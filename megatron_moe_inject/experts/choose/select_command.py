@@ -94,22 +94,22 @@ def add_commands(commands: Commands) -> None:
 
 
 def _select(options: argparse.Namespace) -> str:
-    asked = ExpertChoice(
+    expert_choice = ExpertChoice(
         profile=options.profile,
         only_layers=_layers(options.layers),
         **{name: getattr(options, name) for name in _OPTIONS},
     )
     _refuse_overwriting(options)
     try:
-        check_profile_choice("", asked)
+        check_profile_choice("", expert_choice)
         profile = read_profile(options.profile)
         domain = options.domain or _only_domain(profile)
-        layers = choose_experts(asked, profile, domain)
-        cut = shortened(asked, profile, domain)
+        layers = choose_experts(expert_choice, profile, domain)
+        cut = shortened(expert_choice, profile, domain)
     except RecipeError as error:
         raise _as_flag(error) from None
-    origin = describe_choice(asked, domain, profile_checksum(profile))
-    choice = select_report.Choice(profile, domain, layers, origin, asked.ep or 1, cut)
+    origin = describe_choice(expert_choice, domain, profile_checksum(profile))
+    choice = select_report.Choice(profile, domain, layers, origin, expert_choice.ep or 1, cut)
     sections = [select_report.summary(choice), select_report.layer_table(choice)]
     if options.per_expert:
         sections.append(select_report.expert_table(choice))
@@ -134,9 +134,16 @@ def _merge(options: argparse.Namespace) -> str:
     merged = merge_profiles({path: read_profile(path) for path in paths})
     checksum = write_profile(options.output, merged)
     rows = [("class", "tokens", "sequences", "data")]
-    for name, found in merged.classes.items():
-        sequences = "" if found.spread is None else str(found.spread.sequences)
-        rows.append((name, count(int(found.tokens.max())), sequences, listing(found.data, limit=4)))
+    for name, statistics in merged.classes.items():
+        sequences = "" if statistics.spread is None else str(statistics.spread.sequences)
+        rows.append(
+            (
+                name,
+                count(int(statistics.tokens.max())),
+                sequences,
+                listing(statistics.data, limit=4),
+            )
+        )
     lines = table(rows, right=(1, 2))
     return "\n".join([*lines, "", f"{options.output} (sha256 {checksum[:12]})"])
 

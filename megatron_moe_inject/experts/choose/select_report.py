@@ -69,22 +69,22 @@ class Choice:
 
 def summary(choice: Choice) -> list[str]:
     """What was chosen, in two lines."""
-    found = choice.profile.provenance
-    layers, experts = found.shape
+    provenance = choice.profile.provenance
+    layers, experts = provenance.shape
     total = sum(len(ids) for ids in choice.layers.values())
-    size = total * found.expert_parameters
+    size = total * provenance.expert_parameters
     return [
         choice.origin,
         f"{total} of {layers * experts} experts ({_percent(total / (layers * experts))}) in "
         f"{len(choice.layers)} of {layers} MoE layers: {count(size)} parameters, "
-        f"{_percent(size / found.parameters)} of the model",
+        f"{_percent(size / provenance.parameters)} of the model",
     ]
 
 
 def layer_table(choice: Choice) -> list[str]:
     """One line per layer: how much of the domain, and of general data, its choice carries."""
-    own, general = choice.statistics, choice.general
-    tokens, gates = own.selection_share(), own.gate_share()
+    statistics, general = choice.statistics, choice.general
+    tokens, gates = statistics.selection_share(), statistics.gate_share()
     certainty = _certainty(choice)
     rows = [["layer", "n", "tokens", "gates", "general", "lift", "least z", "experts"]]
     for layer, row, ids in choice.rows():
@@ -111,16 +111,20 @@ def layer_table(choice: Choice) -> list[str]:
 
 def expert_table(choice: Choice) -> list[str]:
     """One line per chosen expert, with standard errors over sequences where recorded."""
-    own, general = choice.statistics, choice.general
-    tokens, gates, errors = own.selection_share(), own.gate_share(), own.share_error()
+    statistics, general = choice.statistics, choice.general
+    tokens, gates, errors = (
+        statistics.selection_share(),
+        statistics.gate_share(),
+        statistics.share_error(),
+    )
     certainty = _certainty(choice)
     rows = [["layer", "expert", "tokens", "gates", "general", "lift", "contrast [nats]", "z"]]
     score_errors = None
     if general is not None:
         others, general_errors = general.selection_share(), general.share_error()
-        scores = contrast_scores(choice.profile, own)
+        scores = contrast_scores(choice.profile, statistics)
         if errors is not None and general_errors is not None:
-            counts = own.selections, general.selections
+            counts = statistics.selections, general.selections
             score_errors = contrast_error(*counts, errors, general_errors)
     for layer, row, ids in choice.rows():
         for expert in ids:
@@ -140,11 +144,11 @@ def expert_table(choice: Choice) -> list[str]:
 
 def fragment(choice: Choice) -> str:
     """YAML that goes under one of a recipe's domains."""
-    found = choice.profile.provenance
-    student = found.checkpoint or "a random start"
+    provenance = choice.profile.provenance
+    student = provenance.checkpoint or "a random start"
     lines = [
         f"    # {json.dumps(choice.domain)} by moe-inject select; the student was {student} at "
-        f"iteration {found.first_iteration}",
+        f"iteration {provenance.first_iteration}",
         "    experts:",
         f"      origin: {json.dumps(choice.origin)}",
         "      layers:",

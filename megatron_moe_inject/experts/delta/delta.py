@@ -241,8 +241,8 @@ def apply_delta(
     index = described.slices
     changes = _changes(delta, index, before)
     for entry in progress(index.values(), len(index)):
-        found = _checksum(_read(before, entry.tensor, tuple(entry.place)))
-        if found != entry.base_sha256:
+        checksum = _checksum(_read(before, entry.tensor, tuple(entry.place)))
+        if checksum != entry.base_sha256:
             raise base.error(
                 f"holds other values of {entry.tensor} {entry.place} than the delta's base",
                 "name the base it was made from",
@@ -272,21 +272,21 @@ class _Stored:
 
     def __call__(self) -> torch.Tensor:
         with safe_open(self.delta / self.file, framework="pt") as file:
-            found = file.get_tensor(self.name)
-        if (tuple(found.shape), found.dtype) != (self.shape, self.dtype):
+            value = file.get_tensor(self.name)
+        if (tuple(value.shape), value.dtype) != (self.shape, self.dtype):
             raise _damaged(
                 self.delta,
-                f"holds {show(self.name)} as {list(found.shape)} {found.dtype}, which the base has "
+                f"holds {show(self.name)} as {list(value.shape)} {value.dtype}, which the base has "
                 f"as {list(self.shape)} {self.dtype}",
             )
-        return found
+        return value
 
 
 def _common_tensors(before: TorchDistCheckpoint, after: TorchDistCheckpoint) -> list[str]:
-    own = {name for name in after.tensors if not is_own(name)}
+    after_names = {name for name in after.tensors if not is_own(name)}
     base = {name for name in before.tensors if not is_own(name)}
-    if own != base:
-        missing, more = sorted(base - own), sorted(own - base)
+    if after_names != base:
+        missing, more = sorted(base - after_names), sorted(after_names - base)
         parts = [f"lacks {listing(missing, 4)}"] if missing else []
         parts += [f"holds {listing(more, 4)} besides"] if more else []
         raise after.source.error(

@@ -80,9 +80,9 @@ def encoded_like(other: Fp8Tensor, values: torch.Tensor) -> Fp8Tensor:
 @torch.no_grad()
 def overwrite(tensor: Fp8Tensor, weight: Fp8Weight) -> None:
     """Make an FP8 parameter keep ``weight``, from any device, in the memory that it has."""
-    kept = stored(tensor)
-    kept.codes.view(torch.uint8).copy_(weight.codes.view(torch.uint8))
-    kept.scales.copy_(weight.scales)
+    target = stored(tensor)
+    target.codes.view(torch.uint8).copy_(weight.codes.view(torch.uint8))
+    target.scales.copy_(weight.scales)
 
 
 def drop_transpose(tensor: Fp8Tensor) -> None:

@@ -116,16 +116,16 @@ class GradientBoundary:
             return call()
         assert not call["extract_layer_indices"], "layers of a part are not numbered alike"
         block = self._block
-        given = call["hidden_states"] if block.pre_process else block.input_tensor
+        block_input = call["hidden_states"] if block.pre_process else block.input_tensor
         with _one_fp8_region(block.config):
             lower = _part(block, slice(0, self._below))
             lower.config = copy.copy(block.config)
             lower.config.recompute_granularity = None
             lower.final_layernorm = None
-            hidden = call.of(lower.forward, hidden_states=given.detach())
+            hidden = call.of(lower.forward, hidden_states=block_input.detach())
             if not block.pre_process:
                 # The schedule keeps what was received for a backward that never comes.
-                given.data = given.new_empty(1)
+                block_input.data = block_input.new_empty(1)
             upper = _part(block, slice(self._below, None))
             if len(upper.layers):
                 hidden = _requiring_grad(hidden)

@@ -55,15 +55,15 @@ def parameter_rows(chunks: Iterable[Chunk], groups: Groups) -> list[ParameterRow
     """
     trained: Counter[str] = Counter()
     frozen: Counter[str] = Counter()
-    here: Counter[str] = Counter()
+    on_rank: Counter[str] = Counter()
     for place, parameter in _all_places(chunks):
         if parameter.requires_grad:
-            here[place.component] += parameter.numel()
+            on_rank[place.component] += parameter.numel()
         if counts_here(parameter, groups):
             counter = trained if parameter.requires_grad else frozen
             counter[place.component] += parameter.numel()
     ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, (trained, frozen, here))
+    dist.all_gather_object(ranks, (trained, frozen, on_rank))
     rows = [
         ParameterRow(
             component,

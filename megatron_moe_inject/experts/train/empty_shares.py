@@ -54,20 +54,20 @@ class EmptyShares:
         """Stock's state, with a place of length 0 in each share without a parameter."""
         state = call()
         buckets = [
-            (found, bucket.grad_data.device)
+            (share, bucket.grad_data.device)
             for index, buffer in enumerate(self._optimizer.buffers)
-            for all_found in state[index].values()
-            for found, bucket in zip(all_found, buffer.buckets, strict=True)
+            for shares in state[index].values()
+            for share, bucket in zip(shares, buffer.buckets, strict=True)
         ]
-        own = next((_dtypes(found[0]) for found, _ in buckets if found), None)
+        local_dtypes = next((_dtypes(share[0]) for share, _ in buckets if share), None)
         group = self._optimizer.data_parallel_group
         ranks: list[Any] = [None] * group.size()
-        dist.all_gather_object(ranks, own, group=group)
-        dtypes = next(found for found in ranks if found is not None)
-        for found, device in buckets:
-            if not found:
+        dist.all_gather_object(ranks, local_dtypes, group=group)
+        dtypes = next(share for share in ranks if share is not None)
+        for share, device in buckets:
+            if not share:
                 nothing = {k: torch.empty(0, dtype=d, device=device) for k, d in dtypes.items()}
-                found.append(
+                share.append(
                     nothing | {"gbuf_local_start": 0, "gbuf_local_end": 0, "padding": True}
                 )
         return state
@@ -78,12 +78,12 @@ class EmptyShares:
         state = call()
         for index in range(len(self._optimizer.buffers)):
             for buckets in state[index].values():
-                for found in buckets:
-                    kept = [
+                for share in buckets:
+                    places = [
                         {k: v for k, v in place.items() if getattr(v, "local_shape", None) != (0,)}
-                        for place in found
+                        for place in share
                     ]
-                    found[:] = [place for place in kept if len(place) > 1] or kept
+                    share[:] = [place for place in places if len(place) > 1] or places
         return state
 
 

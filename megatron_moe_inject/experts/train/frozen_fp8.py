@@ -176,8 +176,8 @@ def _decode_saved(
     for name in names:
         weight = state_dict.get(prefix + name)
         if weight is not None:
-            kept = fp8_weights.stored(weight)
-            state_dict[prefix + name] = kept.decoded(weight.dtype).cpu()
+            encoded = fp8_weights.stored(weight)
+            state_dict[prefix + name] = encoded.decoded(weight.dtype).cpu()
 
 
 def drop_transposes(chunks: Iterable[Chunk]) -> None:

@@ -68,13 +68,13 @@ def train_some(experts: MegatronModule) -> bool:
         False for other experts, and where all train or none does: then nothing changes.
     """
     recomputed = getattr(experts, "activation_recompute", False)
-    found = False
+    changed = False
     for linear in grouped_linears(experts):
         trains = [linear._parameters[name].requires_grad for _, _, name in _parameters(linear)]
         if any(trains) and not all(trains):
             _GradientsOfSome(linear, recomputed and linear is experts.linear_fc2)
-            found = True
-    return found
+            changed = True
+    return changed
 
 
 class _GradientsOfSome:
@@ -129,17 +129,17 @@ class _GradientsOfSome:
         changed = getattr(linear, "is_first_microbatch", True)
         if changed or getattr(linear, "disable_parameter_transpose_cache", False):
             self._encoded.clear()
-        found = {}
+        constants = {}
         for _, kind, name in self._names:
             parameter = linear._parameters[name]
             encodes = kind == "weight" and self._in_fp8 is not None
             if encodes and not fp8_weights.is_fp8(parameter):
                 if name not in self._encoded:
                     self._encoded[name] = fp8_weights.encoded_like(self._in_fp8, parameter)
-                found[name] = self._encoded[name]
+                constants[name] = self._encoded[name]
             else:
-                found[name] = parameter.detach()
-        return found
+                constants[name] = parameter.detach()
+        return constants
 
 
 def _parameters(linear: MegatronModule) -> list[tuple[int, str, str]]:
@@ -175,23 +175,23 @@ class _AddGradients(torch.autograd.Function):
         *parameters: torch.nn.Parameter,
     ) -> Tensor:
         ctx.wanted, ctx.parameters, ctx.fused = wanted, parameters, accumulate_main_grad
-        kept = [rows[one.rows] for one in wanted if one.kind == "weight"]
+        inputs = [rows[one.rows] for one in wanted if one.kind == "weight"]
         if not recomputed:
-            kept = [part.to(output.dtype, copy=True) for part in kept]
-        ctx.save_for_backward(*kept)
+            inputs = [part.to(output.dtype, copy=True) for part in inputs]
+        ctx.save_for_backward(*inputs)
         return output.view_as(output)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        kept = iter(ctx.saved_tensors)
+        inputs = iter(ctx.saved_tensors)
         gradients: list[Tensor | None] = []
         for one, parameter in zip(ctx.wanted, ctx.parameters, strict=True):
             part = grad[one.rows]
             if one.kind == "bias":
                 gradients.append(part.sum(0))
                 continue
-            rows = next(kept).to(grad.dtype)
+            rows = next(inputs).to(grad.dtype)
             if ctx.fused:
                 multiply_into(parameter.main_grad, part.t(), rows)
                 gradients.append(placeholder(parameter))

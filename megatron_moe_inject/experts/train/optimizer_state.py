@@ -125,15 +125,15 @@ def make_checkpointable(optimizer: Any) -> Any:
             EmptyShares(part)
 
     def sharded_state_dict(call: Call) -> Any:
-        own = [_steps(part.optimizer) for part in optimizer.chained_optimizers]
+        steps = [_steps(part.optimizer) for part in optimizer.chained_optimizers]
         ranks: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(ranks, own)
+        dist.all_gather_object(ranks, steps)
         for index, state in empty.items():
-            found = [r[index] for r in ranks if index < len(r) and r[index][0] is not None]
-            state.step, state.in_groups = max(found, default=(0.0, False))
+            known = [r[index] for r in ranks if index < len(r) and r[index][0] is not None]
+            state.step, state.in_groups = max(known, default=(0.0, False))
         packed = call()
         for index in empty:
-            _keep_local(packed if len(own) == 1 else packed[index], "fp32_from_fp16_params")
+            _keep_local(packed if len(steps) == 1 else packed[index], "fp32_from_fp16_params")
         return with_own_keys(packed)
 
     wrap_method(optimizer, CHAIN_SHARDED, sharded_state_dict)

@@ -50,9 +50,9 @@ def agree_forward_stages(
     """
     device = next(chunks[0].parameters()).device
     highest = [max((at.layer_number for at in decoder_layers(c)), default=0) for c in chunks]
-    own = torch.tensor(highest, device=device)
-    ranks = [torch.empty_like(own) for _ in range(pp_group.size())]
-    dist.all_gather(ranks, own, group=pp_group)
+    local_highest = torch.tensor(highest, device=device)
+    ranks = [torch.empty_like(local_highest) for _ in range(pp_group.size())]
+    dist.all_gather(ranks, local_highest, group=pp_group)
     up_to_stage = list(accumulate(torch.stack(ranks, dim=1).flatten().tolist(), max))
     # The last stage ends in the loss, whatever trains.
     return sum(layers <= boundary for layers in up_to_stage[:-1])
@@ -148,8 +148,10 @@ class BoundaryCommunicator(P2PCommunicator):
         return super().recv_backward(tensor_shapes, is_last_stage or not self._comes())
 
     def send_backward(self, input_tensor_grads: Tensors, is_first_stage: bool) -> None:
-        own = input_tensor_grads if isinstance(input_tensor_grads, list) else [input_tensor_grads]
-        nothing = all(grad is None for grad in own)
+        gradients = (
+            input_tensor_grads if isinstance(input_tensor_grads, list) else [input_tensor_grads]
+        )
+        nothing = all(grad is None for grad in gradients)
         super().send_backward(input_tensor_grads, is_first_stage or nothing)
 
     def send_forward_recv_backward(
@@ -202,8 +204,8 @@ class BoundaryStep(StepPart):
     def begin(self, step: Step) -> None:
         """Hand the communicator to the schedule."""
         if step.training:
-            given = step.arguments.get("p2p_communicator")
-            step.arguments |= self._communicator.begin(len(step.labels), given)
+            communicator = step.arguments.get("p2p_communicator")
+            step.arguments |= self._communicator.begin(len(step.labels), communicator)
 
     def end(self, step: Step, reports: Any) -> None:
         """The schedule must have asked for every gradient."""

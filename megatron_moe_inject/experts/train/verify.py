@@ -73,14 +73,14 @@ def frozen_tensors(
                 and place.layer in rows
                 and place.name.endswith(".mlp.router.weight")
             ):
-                kept = torch.ones(len(value), dtype=torch.bool, device=value.device)
-                kept[sorted(rows[place.layer])] = False
-                yield name, value[kept]
+                frozen = torch.ones(len(value), dtype=torch.bool, device=value.device)
+                frozen[sorted(rows[place.layer])] = False
+                yield name, value[frozen]
             else:
                 yield name, value
         for name, buffer in chunk.named_buffers():
-            module, _, own = name.rpartition(".")
-            if module not in trained and own not in MAY_CHANGE:
+            module, _, buffer_name = name.rpartition(".")
+            if module not in trained and buffer_name not in MAY_CHANGE:
                 yield f"chunk{index}.{name}", buffer.detach()
 
 
@@ -154,10 +154,10 @@ class FrozenCheck:
         broken = {rank: names for rank, (_, names) in enumerate(reports) if names}
         if broken:
             rank, names = next(iter(broken.items()))
-            shown = ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
+            examples = ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
             raise FrozenChangedError(
                 f"{sum(map(len, broken.values()))} frozen tensors changed during training on "
-                f"ranks {sorted(broken)}; first on rank {rank}: {shown}"
+                f"ranks {sorted(broken)}; first on rank {rank}: {examples}"
             )
         count = sum(total for total, _ in reports)
         return f"frozen check: {count} frozen tensors on {len(reports)} ranks bitwise unchanged"
