@@ -57,15 +57,15 @@ class GeneralBalance:
         mixed = self._mixed()
         if mixed is None:
             return call()
-        kept, samples = mixed
-        if not kept:
+        indices, samples = mixed
+        if not indices:
             return call["probs"]
         # With calculate_per_token_loss Megatron weighs the loss by the tokens it is given.
         whole = self._router.calculate_per_token_loss
-        share = 1.0 if whole else len(kept) / samples
+        share = 1.0 if whole else len(indices) / samples
         return call(
-            scores_for_aux_loss=_samples(call["scores_for_aux_loss"], kept, samples) * share,
-            routing_map=_samples(call["routing_map"], kept, samples),
+            scores_for_aux_loss=_samples(call["scores_for_aux_loss"], indices, samples) * share,
+            routing_map=_samples(call["routing_map"], indices, samples),
             **sizes,
         )
 
@@ -85,10 +85,10 @@ class GeneralBalance:
             return call()
         from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 
-        kept, samples = self.general
+        indices, samples = self.general
         scores, routing_map = call["scores_for_aux_loss"], call["routing_map"]
         tokens = len(routing_map)
-        scores, chosen = _samples(scores, kept, samples), _samples(routing_map, kept, samples)
+        scores, chosen = _samples(scores, indices, samples), _samples(routing_map, indices, samples)
         group = router.tp_dp_cp_group
         router.global_tokens_per_expert += reduce_from_tensor_model_parallel_region(
             chosen.sum(0), group
@@ -117,9 +117,9 @@ class GeneralBalance:
             return
         routing_map = call["routing_map"]
         if router.enable_expert_bias and torch.is_grad_enabled():
-            kept, samples = mixed
+            indices, samples = mixed
             with torch.no_grad():
-                general = _samples(routing_map, kept, samples).sum(0)
+                general = _samples(routing_map, indices, samples).sum(0)
                 others = routing_map.sum(0) - general
                 router.local_tokens_per_expert += general + self._bias_counts * others
 
@@ -127,5 +127,5 @@ class GeneralBalance:
 def _samples(rows: torch.Tensor, kept: Sequence[int], samples: int) -> torch.Tensor:
     """Rows ``[l b, E]`` of some samples, ``[l g, E]``."""
     experts = rows.shape[-1]
-    own = index(kept, rows.device)
-    return rows.view(-1, samples, experts).index_select(1, own).reshape(-1, experts)
+    sample_index = index(kept, rows.device)
+    return rows.view(-1, samples, experts).index_select(1, sample_index).reshape(-1, experts)

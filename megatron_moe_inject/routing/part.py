@@ -66,14 +66,14 @@ class RoutingStep(StepPart):
         Collectives: those of ``StepTeachers.confidences`` on the last stage, and of
         ``SteeringHook.begin``.
         """
-        sure = means = None
+        confidence = means = None
         if self._confidence != "none" and self._teachers.passes:
-            sure = self._teachers.confidences(self._confidence, step.labels)
+            confidence = self._teachers.confidences(self._confidence, step.labels)
         if self._running is not None:
             self._running.begin(step.iteration)
             means = self._running.means
         if self._hook is not None:
-            self._hook.begin(step.labels, step.iteration, step.sequence_length, sure, means)
+            self._hook.begin(step.labels, step.iteration, step.sequence_length, confidence, means)
         if self._shares is not None:
             self._shares.begin(step.labels)
 
@@ -209,9 +209,9 @@ class SteeringPart(RunPart):
 
     def _check_acts(self, chunks: Sequence[Chunk], boundary: int) -> None:
         """Steering acts where a router trains, or where what trains changes its input."""
-        own = {layer for chunk in chunks for layer in _acting(chunk, boundary)}
+        layers = {layer for chunk in chunks for layer in _acting(chunk, boundary)}
         ranks: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(ranks, own)
+        dist.all_gather_object(ranks, layers)
         acting = set().union(*ranks)
         steered = {layer for layer, table in self._targets.items() if table.any()}
         if not steered & acting:
@@ -228,18 +228,18 @@ class SteeringPart(RunPart):
 
 def _acting(chunk: Chunk, boundary: int) -> set[int]:
     """Layers of a chunk whose router's logits depend on something that trains."""
-    own = {layer.layer_number - 1: layer for layer in decoder_layers(chunk)}
-    found = set()
+    layers = {layer.layer_number - 1: layer for layer in decoder_layers(chunk)}
+    acting = set()
     for number, router in routers(chunk):
         before = (
             parameter
-            for name, parameter in own[number].named_parameters()
+            for name, parameter in layers[number].named_parameters()
             if not name.startswith("mlp.")
         )
         trained = any(p.requires_grad for p in (*router.parameters(), *before))
         if trained or boundary < number:
-            found.add(number)
-    return found
+            acting.add(number)
+    return acting
 
 
 def write_details(scalars: Mapping[str, float], iteration: int) -> None:

@@ -93,7 +93,7 @@ def layer_table(
         cells = [str(layer)]
         for name in names:
             pair = before.classes[name], after.classes[name]
-            shares = [found.selection_share()[row] for found in pair]
+            shares = [statistics.selection_share()[row] for statistics in pair]
             if targets:
                 ids = list(targets.get(layer, ()))
                 on = [f"{100 * share[ids].sum():.1f}" if ids else "" for share in shares]
@@ -143,7 +143,7 @@ def _columns(targets: Mapping[int, Sequence[int]]) -> list[str]:
 
 
 def _unused(profile: RoutingProfile, row: int) -> int:
-    counts = sum(found.selections[row] for found in profile.classes.values())
+    counts = sum(statistics.selections[row] for statistics in profile.classes.values())
     return int((counts == 0).sum())
 
 
@@ -164,13 +164,13 @@ def _targets(
         targets = parse_experts(options.experts, "--experts")
     elif options.recipe is not None:
         recipe = resolve_experts(load_recipe(options.recipe))
-        found = [own for own in recipe.domains if own.name == domain]
-        if not found:
-            names = listing(own.name for own in recipe.domains)
+        matches = [candidate for candidate in recipe.domains if candidate.name == domain]
+        if not matches:
+            names = listing(candidate.name for candidate in recipe.domains)
             raise RecipeError(
                 f"--recipe: {options.recipe} has no domain {domain!r}; it has {names}"
             )
-        targets = found[0].experts.layers
+        targets = matches[0].experts.layers
     else:
         return {}
     known = profile.provenance
@@ -196,7 +196,7 @@ def check_same_student(
     """
     pair = before.provenance, after.provenance
     for name in ("moe_layers", "num_layers", "router", "parameters"):
-        values = [getattr(found, name) for found in pair]
+        values = [getattr(provenance, name) for provenance in pair]
         if values[0] != values[1]:
             raise RecipeError(
                 f"{files[1]}: {name} is {show(values[1])}, in {files[0]} "

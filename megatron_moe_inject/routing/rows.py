@@ -84,8 +84,8 @@ class TrainedRows:
 
         logits = call()
         bias = None if self._router.bias is None else self._router.bias[self._ids]
-        own = router_gating_linear(call["input"], self._rows, bias, logits.dtype)
-        return logits.index_copy(-1, self._ids, own)
+        row_logits = router_gating_linear(call["input"], self._rows, bias, logits.dtype)
+        return logits.index_copy(-1, self._ids, row_logits)
 
     @torch.no_grad()
     def _write_rows(self, *_: Any) -> None:
@@ -95,8 +95,8 @@ class TrainedRows:
     def _read_rows(self, router: MegatronModule, incompatible: Any) -> None:
         self._rows.data.copy_(self._router.weight.data[self._ids])
         if not self.stored:
-            own = [key for key in incompatible.missing_keys if key.endswith(f"router.{ROWS}")]
-            for key in own:
+            keys = [key for key in incompatible.missing_keys if key.endswith(f"router.{ROWS}")]
+            for key in keys:
                 incompatible.missing_keys.remove(key)
 
     def _sharded_state_dict(self, call: Call) -> dict[str, Any]:
@@ -149,15 +149,15 @@ class RouterRows(RunPart):
         if checkpoint is None or not checkpoint.resumes:
             return False
         stored = checkpoint.shapes(f".router.{ROWS}.")
-        found = {int(name.rpartition(".")[2]): shape for name, shape in stored.items()}
+        by_layer = {int(name.rpartition(".")[2]): shape for name, shape in stored.items()}
         needed = {layer: (len(ids), self._args.hidden_size) for layer, ids in self._experts.items()}
-        if not found.items() <= needed.items():
+        if not by_layer.items() <= needed.items():
             raise RecipeError(
-                f"train.router_rows: {checkpoint.folder} holds {_described(found)}, but now "
+                f"train.router_rows: {checkpoint.folder} holds {_described(by_layer)}, but now "
                 f"{_described(needed)} train; keep what the run began with, or start an injection "
                 "of its own with --finetune"
             )
-        return bool(found)
+        return bool(by_layer)
 
 
 def _described(shapes: Mapping[int, tuple[int, ...]]) -> str:

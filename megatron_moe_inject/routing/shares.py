@@ -66,9 +66,9 @@ class RoutingShares:
             {i - 1 for mask in targets.values() for i in mask.any(1).nonzero().flatten().tolist()}
         )
         shape = next(iter(targets.values())).shape
-        own = [targets.get(layer, torch.zeros(shape, dtype=torch.bool)) for layer in watch.layers]
+        masks = [targets.get(layer, torch.zeros(shape, dtype=torch.bool)) for layer in watch.layers]
         empty = torch.zeros(0, *shape, dtype=torch.bool)
-        self._targets = (torch.stack(own) if own else empty).transpose(0, 1).to(device)
+        self._targets = (torch.stack(masks) if masks else empty).transpose(0, 1).to(device)
 
     def begin(self, labels: torch.Tensor) -> None:
         """Watch the step whose micro-batches have these labels, ``[n, b]`` on the host."""
@@ -96,8 +96,8 @@ class RoutingShares:
             dist.all_reduce(table, group=self._groups.pp)
         named = {
             f"{name}/{self._domains[domain]}": sum_and_count(*pair)
-            for domain, own, rows in zip(self._steered, values, table, strict=True)
-            for name, pair in zip(own, rows, strict=True)
+            for domain, names, rows in zip(self._steered, values, table, strict=True)
+            for name, pair in zip(names, rows, strict=True)
         }
         add_reports(reports, named)
         if iteration is not None and self._detail_every and iteration % self._detail_every == 0:
@@ -133,17 +133,17 @@ class RoutingShares:
         whole = by_class.clone()
         if self._groups.dp.size() > 1:
             dist.all_reduce(whole, group=self._groups.dp)
-        own = self._watch.layers, whole.cpu(), self._targets.cpu()
+        local = self._watch.layers, whole.cpu(), self._targets.cpu()
         stages: list[Any] = [None] * self._groups.pp.size()
-        dist.all_gather_object(stages, own, group=self._groups.pp)
+        dist.all_gather_object(stages, local, group=self._groups.pp)
         scalars: dict[str, float] = {}
         for layers, sums, targets in stages:
             for place, layer in enumerate(layers):
                 for domain in self._steered:
                     if not targets[domain + 1, place].any():
                         continue
-                    found = layer_shares(sums[:, :, place], targets[domain + 1, place], domain + 1)
-                    for name, value in found.items():
+                    shares = layer_shares(sums[:, :, place], targets[domain + 1, place], domain + 1)
+                    for name, value in shares.items():
                         scalars[f"inject-routing/{self._domains[domain]}/{name}/{layer}"] = value
         self._write(scalars, iteration)
 

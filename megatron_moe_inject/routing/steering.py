@@ -326,8 +326,8 @@ class SteeringHook:
         labels = self._labels[micro_batch]
         balance = steered.balance
         if balance is not None and self._weights.coeff > 0:
-            kept = ~steered.has_targets[labels + 1]
-            balance.general = (kept.nonzero().flatten().tolist(), len(labels))
+            general = ~steered.has_targets[labels + 1]
+            balance.general = (general.nonzero().flatten().tolist(), len(labels))
         try:
             gates, chosen = call()
         finally:
@@ -365,9 +365,9 @@ class SteeringHook:
         tokens = int(steered.has_targets[labels + 1].sum()) * len(probs)
         weight: torch.Tensor | int = tokens
         if self._token_weights is not None:
-            own = self._token_weights[micro_batch]
-            steering = steering * own
-            weight = (own * steered.on_device[index]).sum()
+            token_weights = self._token_weights[micro_batch]
+            steering = steering * token_weights
+            weight = (token_weights * steered.on_device[index]).sum()
         sums: dict[str, tuple[torch.Tensor, torch.Tensor | int]] = {
             STEERING: (steering.sum(), weight)
         }
