@@ -25,7 +25,7 @@ def units(
             ``decoder.layers`` and ``mtp.layers``).
         wanted: parameters; a parameter that several modules share belongs to the first.
     """
-    found: dict[torch.nn.Module, list[torch.nn.Parameter]] = {}
+    by_module: dict[torch.nn.Module, list[torch.nn.Parameter]] = {}
     seen: set[torch.nn.Parameter] = set()
     for chunk in chunks:
         layers = [
@@ -37,11 +37,11 @@ def units(
         inside = {module for layer in layers for module in layer.modules()}
         owners = [(m, list(m.parameters(False))) for m in chunk.modules() if m not in inside]
         for module, parameters in (*whole, *owners):
-            own = [p for p in parameters if p in wanted and p not in seen]
-            seen.update(own)
-            if own:
-                found[module] = own
-    return found
+            unit = [p for p in parameters if p in wanted and p not in seen]
+            seen.update(unit)
+            if unit:
+                by_module[module] = unit
+    return by_module
 
 
 @contextlib.contextmanager
@@ -55,17 +55,17 @@ def borrowing(
         parts: as ``units`` gives them. Parts run one at a time, each through its ``__call__``.
         value_of: of a parameter, on the part's device.
     """
-    own: dict[torch.nn.Parameter, torch.Tensor] = {}
+    saved: dict[torch.nn.Parameter, torch.Tensor] = {}
 
     def begin(module: torch.nn.Module, *_: Any) -> None:
         for parameter in parts[module]:
-            own[parameter] = parameter.data
+            saved[parameter] = parameter.data
             parameter.data = value_of(parameter)
 
     def end(module: torch.nn.Module, *_: Any) -> None:
         for parameter in parts[module]:
-            if parameter in own:
-                parameter.data = own.pop(parameter)
+            if parameter in saved:
+                parameter.data = saved.pop(parameter)
 
     with contextlib.ExitStack() as hooks:
         for module in parts:
@@ -74,5 +74,5 @@ def borrowing(
         try:
             yield
         finally:
-            for parameter, data in own.items():
+            for parameter, data in saved.items():
                 parameter.data = data

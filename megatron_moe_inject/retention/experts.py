@@ -73,7 +73,7 @@ class _HeldLayer(Passages):
     ) -> None:
         super().__init__(clock)
         self.experts = layer.experts
-        self.parameters = [p for own in trains.values() for p in own]
+        self.parameters = [p for parameters in trains.values() for p in parameters]
         self.trains = torch.tensor([i in trains for i in range(layer.num_local_experts)])
         self.first = False
 
@@ -115,12 +115,12 @@ class ExpertRetention:
         self._clocks: list[ChunkClock] = []
         self._layers: list[_HeldLayer] = []
         trained = [_trained_experts(chunk) for chunk in chunks]
-        self._num_layers = _count_layers({layer for own in trained for layer in own})
-        for chunk, own in zip(chunks, trained, strict=True):
+        self._num_layers = _count_layers({layer for by_layer in trained for layer in by_layer})
+        for chunk, by_layer in zip(chunks, trained, strict=True):
             clock = ChunkClock(chunk)
             self._clocks.append(clock)
             for layer in decoder_layers(chunk):
-                self._watch(clock, layer, own.get(layer.layer_number - 1, {}))
+                self._watch(clock, layer, by_layer.get(layer.layer_number - 1, {}))
 
     def _watch(
         self,
@@ -133,7 +133,7 @@ class ExpertRetention:
         if getattr(moe, "token_dispatcher", None) is None:
             return
         first = moe.local_expert_indices[0]
-        held = _HeldLayer(clock, moe, {i - first: own for i, own in trains.items()})
+        held = _HeldLayer(clock, moe, {i - first: parameters for i, parameters in trains.items()})
         self._layers.append(held)
         grouped = bool(grouped_linears(moe.experts))
         forward = HELD_GROUPED_EXPERTS if grouped else HELD_EXPERTS
@@ -232,12 +232,12 @@ class ExpertRetention:
         rows, expert = rows[wanted], expert[wanted]
         if not len(rows):
             return output
-        own = torch.bincount(expert, minlength=len(counts)).to(counts)
+        wanted_counts = torch.bincount(expert, minlength=len(counts)).to(counts)
         gates = probs.detach()[rows]
         again = functools.partial(
             call.stock,
             permuted_local_hidden_states=call["permuted_local_hidden_states"].detach()[rows],
-            tokens_per_expert=own,
+            tokens_per_expert=wanted_counts,
             permuted_probs=gates,
         )
         with torch.no_grad(), self._originals.running(held.parameters):
@@ -260,13 +260,13 @@ def _trained_experts(
     chunk: Chunk,
 ) -> dict[int, dict[int, list[torch.nn.Parameter]]]:
     """Parameters that train, by 0-based layer and global id of the expert."""
-    found: dict[int, dict[int, list[torch.nn.Parameter]]] = {}
+    by_layer: dict[int, dict[int, list[torch.nn.Parameter]]] = {}
     for place, parameter in places(chunk):
         if place.component == EXPERTS and parameter.requires_grad:
             assert place.layer is not None, place.name
             assert place.expert is not None, f"{place.name} is of several experts"
-            found.setdefault(place.layer, {}).setdefault(place.expert, []).append(parameter)
-    return found
+            by_layer.setdefault(place.layer, {}).setdefault(place.expert, []).append(parameter)
+    return by_layer
 
 
 def _count_layers(own: set[int]) -> int:

@@ -51,13 +51,13 @@ def kept_originals(recipe: Recipe) -> list[str] | None:
 
     ``None`` = all components, ``[]`` = nothing is kept.
     """
-    kept: set[str] = set()
+    names: set[str] = set()
     for feature in FEATURES:
         components = feature.kept_originals(recipe)
         if components is None:
             return None
-        kept |= set(components)
-    return sorted(kept)
+        names |= set(components)
+    return sorted(names)
 
 
 class Originals(Feature):

@@ -96,9 +96,9 @@ class OriginalPass:
         replay = [None if chunk is None else iter(chunk) for chunk in packed]
         model = step.arguments["model"]
         chunks = model if isinstance(model, list) else [model]
-        kept = contextlib.nullcontext() if self._seam is None else self._seam.using(self._keep)
+        seam = contextlib.nullcontext() if self._seam is None else self._seam.using(self._keep)
         alone = untouched_rng(next(chunks[0].parameters()).device)
-        with torch.no_grad(), alone, _evaluating(chunks), self.originals.running(), kept:
+        with torch.no_grad(), alone, _evaluating(chunks), self.originals.running(), seam:
             step.schedule(
                 forward_step_func=_without_loss(step.forward_step),
                 data_iterator=replay if len(replay) > 1 else replay[0],

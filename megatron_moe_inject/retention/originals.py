@@ -62,8 +62,8 @@ class OriginalParameters:
     ) -> None:
         self._chunks = list(chunks)
         self.on_host = on_host
-        kept = {} if components is None else {"originals": list(components)}
-        self._trains = json.loads(json.dumps(trains | kept))
+        extra = {} if components is None else {"originals": list(components)}
+        self._trains = json.loads(json.dumps(trains | extra))
         self._copies = {
             parameter: _on_host(parameter) if on_host else parameter.detach().clone()
             for chunk in self._chunks
@@ -132,18 +132,18 @@ class OriginalParameters:
             RecipeError: on every rank: the originals of an injection that goes on are missing,
                 damaged or of other parameters, or they cannot be written.
         """
-        own = Path(FOLDER) if save is None else save / FOLDER
-        found, remarks = on_first_rank(lambda: self._sought(lineage, own))
-        if found is not None:
-            agree(lambda: self.load(found, metadata))
+        folder = Path(FOLDER) if save is None else save / FOLDER
+        source, remarks = on_first_rank(lambda: self._sought(lineage, folder))
+        if source is not None:
+            agree(lambda: self.load(source, metadata))
         if save is None:
             return "; ".join(remarks) or None
-        if found is not None and found.parent.resolve() == save.resolve():
-            lineage.keep(FOLDER, found)
+        if source is not None and source.parent.resolve() == save.resolve():
+            lineage.keep(FOLDER, source)
             return "; ".join(remarks) or None
-        lineage.keep(FOLDER, own)
+        lineage.keep(FOLDER, folder)
         assert lineage.identity is not None, "agreed before parts are attached"
-        moved = self.save(own, metadata, lineage.identity, lambda: lineage.make_room(own))
+        moved = self.save(folder, metadata, lineage.identity, lambda: lineage.make_room(folder))
         return "; ".join([*remarks, *([moved] if moved else [])]) or None
 
     @staticmethod
@@ -154,8 +154,8 @@ class OriginalParameters:
                 f"retention: {known} is of no injection, so the original is the model as loaded"
             )
             return None, [] if known is None else [remark]
-        found = lineage.find(own, FOLDER, own_first=True)
-        if found is None:
+        source = lineage.find(own, FOLDER, own_first=True)
+        if source is None:
             remedy = (
                 f"copy {FOLDER} of that run beside the checkpoint"
                 if lineage.was_kept(FOLDER) or not lineage.identity
@@ -167,10 +167,10 @@ class OriginalParameters:
                 "start an injection of its own with --finetune"
             )
         if lineage.identity:
-            return found, []
-        return found, [
+            return source, []
+        return source, [
             f"retention: {lineage.checkpoint} was saved by a version that gave injections no "
-            f"identity, so {found} is taken for its original"
+            f"identity, so {source} is taken for its original"
         ]
 
     def save(
@@ -213,9 +213,9 @@ class OriginalParameters:
                 with _writing(folder):
                     card = {"injection": injection, "trains": self._trains}
                     replace_file(beside / CARD, json.dumps(card).encode())
-                    said = make_room()
+                    moved = make_room()
                     stack.close()
-                    return said
+                    return moved
 
             beside = on_first_rank(begin)
             agree(write)
