@@ -50,12 +50,12 @@ def paired_difference(
     difference = after - before
     n = len(difference)
     generator = np.random.default_rng(seed)
-    found, block = [], max(1, _BLOCK // n)
+    means, block = [], max(1, _BLOCK // n)
     for start in range(0, resamples, block):
         rows = min(block, resamples - start)
         counts = generator.multinomial(n, np.full(n, 1 / n), size=rows).astype(np.float64)
         total = counts @ weights
-        found.append((counts @ difference)[total > 0] / total[total > 0])
+        means.append((counts @ difference)[total > 0] / total[total > 0])
     tail = 100 * (1 - level) / 2
-    low, high = np.percentile(np.concatenate(found), [tail, 100 - tail])
+    low, high = np.percentile(np.concatenate(means), [tail, 100 - tail])
     return Interval(float(difference.sum() / weights.sum()), float(low), float(high))

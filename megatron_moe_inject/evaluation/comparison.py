@@ -53,11 +53,11 @@ def comparison(
             f"{provenance.checkpoint or 'nothing'})."
         )
     counts = ", ".join(
-        f"{name} {len(found.sequences)} sequences, {int(found.sums['tokens'].sum()):,} tokens"
-        for name, found in before.classes.items()
+        f"{name} {len(results.sequences)} sequences, {int(results.sums['tokens'].sum()):,} tokens"
+        for name, results in before.classes.items()
     )
     notes.append(f"Text: {counts}. Loss and KL in nats per token; less is better.")
-    if not any("bytes" in found.sums for found in before.classes.values()):
+    if not any("bytes" in results.sums for results in before.classes.values()):
         notes.append("No bits per byte: a tokenizer without text (NullTokenizer) measured them.")
     return rows, notes
 
@@ -66,7 +66,7 @@ def lead_taken_over(before: ClassEvaluation, after: ClassEvaluation) -> float | 
     """Share of the teacher's lead in loss that the student has taken over; None where the teacher
     was not measured or had no lead."""
     source = after if "teacher_loss" in after.sums else before
-    start, end = (_beside_teacher(found) for found in (before, after))
+    start, end = (_beside_teacher(results) for results in (before, after))
     teacher = source.mean("teacher_loss")
     if teacher is None or start is None or end is None or teacher >= start:
         return None
@@ -84,19 +84,19 @@ def _class_rows(name: str, before: ClassEvaluation, after: ClassEvaluation) -> l
         return [(name, "no tokens", "", "", "", "", "")]
     share = lead_taken_over(before, after)
     taken = "" if share is None else f"{100 * share:.0f} %"
-    told = after if "teacher_loss" in after.sums else before
+    source = after if "teacher_loss" in after.sums else before
     rows = [
-        _row("loss", "loss", before, after, told.mean("teacher_loss"), taken),
+        _row("loss", "loss", before, after, source.mean("teacher_loss"), taken),
         (
             "perplexity",
-            *(_number(found.summary()["perplexity"], 3) for found in (before, after)),
-            _number(_exp(told.mean("teacher_loss")), 3),
+            *(_number(results.summary()["perplexity"], 3) for results in (before, after)),
+            _number(_exp(source.mean("teacher_loss")), 3),
             "",
             "",
         ),
     ]
     if all("bytes" in side.sums and side.sums["bytes"].sum() for side in (before, after)):
-        bits = told.mean("teacher_loss", "bytes")
+        bits = source.mean("teacher_loss", "bytes")
         teacher = None if bits is None else bits / math.log(2)
         rows.append(_row("bits per byte", "loss", before, after, teacher, "", per="bytes"))
     rows.append(_row("top-1 accuracy", "correct", before, after, None, ""))
@@ -128,9 +128,9 @@ def _row(
 ) -> Sequence[str]:
     scale = 1 / math.log(2) if per == "bytes" else 1.0
     weights = before.sums[per]
-    found = paired_difference(scale * before.sums[key], scale * after.sums[key], weights)
+    interval = paired_difference(scale * before.sums[key], scale * after.sums[key], weights)
     values = [scale * side.measured(key, per) for side in (before, after)]
-    return (title, *map(_number, values), _number(teacher), show_interval(found), taken)
+    return (title, *map(_number, values), _number(teacher), show_interval(interval), taken)
 
 
 def show_interval(found: Interval) -> str:

@@ -147,10 +147,10 @@ class Evaluation:
     def text(self) -> str:
         """Hash of the text: equal where the same sequences were read, each as often and as the
         same class."""
-        found = hashlib.sha256()
+        digest = hashlib.sha256()
         for name in sorted(self.classes):
-            found.update(f"{name}:{','.join(self.classes[name].sequences)};".encode())
-        return found.hexdigest()
+            digest.update(f"{name}:{','.join(self.classes[name].sequences)};".encode())
+        return digest.hexdigest()
 
 
 def build_class(
@@ -213,12 +213,12 @@ def _reasons(before: Evaluation, after: Evaluation) -> str:
         for name in settings
     ]
     pairs += [
-        (f"data of {name}", list(found.data), list(after.classes[name].data))
-        for name, found in before.classes.items()
+        (f"data of {name}", list(results.data), list(after.classes[name].data))
+        for name, results in before.classes.items()
         if name in after.classes
     ]
-    told = [f"{name} was {a} and is {b}" for name, a, b in pairs if a != b]
-    return f" {'; '.join(told)};" if told else ""
+    changes = [f"{name} was {a} and is {b}" for name, a, b in pairs if a != b]
+    return f" {'; '.join(changes)};" if changes else ""
 
 
 LARGEST = 3.4028234663852886e38

@@ -65,10 +65,10 @@ def read_evaluation(path: str | Path, *, last: bool = True) -> Evaluation:
             The message begins with the file.
     """
     if Path(path).suffix == ".jsonl":
-        found = read_list(path)
-        if not found:
+        evaluations = read_list(path)
+        if not evaluations:
             raise RecipeError(f"{typed.one_line(str(path), 200)}: has no evaluation yet")
-        return found[-1 if last else 0]
+        return evaluations[-1 if last else 0]
     try:
         return _parse(_text(path))
     except RecipeError as error:
@@ -83,14 +83,14 @@ def read_list(path: str | Path) -> list[Evaluation]:
     """
     if not Path(path).exists():
         return []
-    found, where = [], typed.one_line(str(path), 200)
+    evaluations, where = [], typed.one_line(str(path), 200)
     try:
         for number, line in enumerate(files.whole_lines(_text(path)), start=1):
             where = f"{typed.one_line(str(path), 200)}, line {number}"
-            found.append(_parse(line))
+            evaluations.append(_parse(line))
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}", error.key) from None
-    return found
+    return evaluations
 
 
 def write_list(path: str | Path, evaluations: list[Evaluation]) -> None:
@@ -123,14 +123,14 @@ def _content(evaluation: Evaluation) -> dict[str, Any]:
         "text": evaluation.text(),
         "classes": {
             name: {
-                "data": list(found.data),
-                "teacher": found.teacher,
-                "summary": found.summary(),
-                "calibration": found.bins.tolist(),
-                "sequences": list(found.sequences),
-                "sums": {key: found.sums[key].tolist() for key in SUMS if key in found.sums},
+                "data": list(results.data),
+                "teacher": results.teacher,
+                "summary": results.summary(),
+                "calibration": results.bins.tolist(),
+                "sequences": list(results.sequences),
+                "sums": {key: results.sums[key].tolist() for key in SUMS if key in results.sums},
             }
-            for name, found in evaluation.classes.items()
+            for name, results in evaluation.classes.items()
         },
     }
 
@@ -174,14 +174,16 @@ def _parse(text: str) -> Evaluation:
     provenance = typed.build(Provenance, plain["provenance"], "provenance")
     if not isinstance(plain["classes"], dict):
         raise _wrong("classes", "is not a mapping")
-    classes = {name: _class(f"classes.{name}", found) for name, found in plain["classes"].items()}
+    classes = {
+        name: _class(f"classes.{name}", results) for name, results in plain["classes"].items()
+    }
     if plain["sha256"] != _checksum({key: plain[key] for key in ("provenance", "text", "classes")}):
         raise RecipeError(f"sha256: does not fit the content, which was changed; {_AGAIN}")
     evaluation = Evaluation(provenance, classes)
     if plain["text"] != evaluation.text():
         raise _wrong("text", "is not the hash of the sequences")
-    for name, found in classes.items():
-        _check_summary(f"classes.{name}.summary", plain["classes"][name]["summary"], found)
+    for name, results in classes.items():
+        _check_summary(f"classes.{name}.summary", plain["classes"][name]["summary"], results)
     return evaluation
 
 
@@ -189,12 +191,12 @@ def _check_summary(key: str, plain: Any, found: ClassEvaluation) -> None:
     expected = found.summary()
     typed.check_keys(key, plain, tuple(expected), _AGAIN)
     for name, value in expected.items():
-        given = plain[name]
-        if value is None or given is None:
-            right = given is value
+        stored = plain[name]
+        if value is None or stored is None:
+            right = stored is value
         else:
-            number = type(given) in (int, float)
-            right = number and math.isclose(given, value, rel_tol=1e-9, abs_tol=1e-12)
+            number = type(stored) in (int, float)
+            right = number and math.isclose(stored, value, rel_tol=1e-9, abs_tol=1e-12)
         if not right:
             raise _wrong(f"{key}.{name}", "does not follow from the sums")
 

@@ -119,14 +119,14 @@ class Evaluator(RunPart):
         Collectives: one all-reduce of one number over the whole world, and where it is measured
         those of ``Measurement.collect`` and ``record``.
         """
-        given = compat.bound_arguments(stock, args, kwargs)
-        if not self._on_any_rank(self.text.restart(given["data_iterator"])):
+        arguments = compat.bound_arguments(stock, args, kwargs)
+        if not self._on_any_rank(self.text.restart(arguments["data_iterator"])):
             return self.other_data(lambda: stock(*args, **kwargs))
         with self.measurement.running(), untouched_rng(self._device):
             result = stock(*args, **kwargs)
             collected = self.measurement.collect()
         if sum(map(len, collected.rows.values())) == self.samples:  # else the time was up
-            self.measured(collected, self.iteration(given["iteration"]))
+            self.measured(collected, self.iteration(arguments["iteration"]))
         return result
 
     def measured(self, collected: Collected, iteration: int) -> None:
@@ -172,8 +172,8 @@ class Evaluator(RunPart):
                 classes[name] = build_class(
                     collected.rows[label], collected.bins[label], teacher, self._data(label)
                 )
-        for name, found in classes.items():
-            for key, values in found.sums.items():
+        for name, results in classes.items():
+            for key, values in results.sums.items():
                 if not values.sum() < float("inf"):
                     raise RecipeError(
                         f"evaluation: {key} of {name} is not finite at iteration {iteration}; the "
@@ -185,4 +185,8 @@ class Evaluator(RunPart):
         if self._facts.mock_data:
             return ["(mock data)"]
         entries = self._facts.data_paths["valid"]
-        return [entry for entry, own in zip(entries, self._labels, strict=True) if own == label]
+        return [
+            entry
+            for entry, entry_label in zip(entries, self._labels, strict=True)
+            if entry_label == label
+        ]

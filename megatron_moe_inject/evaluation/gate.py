@@ -61,38 +61,44 @@ def judge(
         verdict = _begun(first) | {"passed": {d.name: _teacher(d, first) for d in taught}}
     passed = {} if verdict is None else dict(verdict["passed"])
     teachers = {domain.name: _teacher(domain, now) for domain in taught}
-    asked = {name for name, own in teachers.items() if own is None or own != passed.get(name)}
-    said = []
+    pending = {
+        name for name, teacher in teachers.items() if teacher is None or teacher != passed.get(name)
+    }
+    lines = []
     spec = recipe[EVALUATION]
     if spec is None or spec.gate:
         start: Mapping[str, float | None] | None = None if begins else {}
         if not begins and verdict is not None and verdict["text"] == now.text():
             start = verdict["student"]
-        said = teacher_gate(now, recipe.domains, asked, start)
-        compared = asked if start is None else asked & start.keys() - _read_in_part(now)
+        lines = teacher_gate(now, recipe.domains, pending, start)
+        compared = pending if start is None else pending & start.keys() - _read_in_part(now)
         passed |= {name: teachers[name] for name in compared if teachers[name] is not None}
-    return said, None if verdict is None else verdict | {"passed": passed}
+    return lines, None if verdict is None else verdict | {"passed": passed}
 
 
 def _teacher(domain: Domain, evaluation: Evaluation) -> dict[str, Any] | None:
     """Who taught the domain when it was measured, and where from; None where nobody did, or nobody
     of whom a loss was measured."""
-    found = evaluation.classes.get(domain.name)
-    if found is None or found.teacher is None or "teacher_loss" not in found.sums:
+    results = evaluation.classes.get(domain.name)
+    if results is None or results.teacher is None or "teacher_loss" not in results.sums:
         return None
     sources = evaluation.provenance.teachers
     names = {name: sources.get(name) for name in domain.teacher_weights}
-    return {"teacher": found.teacher, "sources": names}
+    return {"teacher": results.teacher, "sources": names}
 
 
 def _read_in_part(evaluation: Evaluation) -> set[str]:
     """Classes of which the teacher can be asked about some tokens only."""
-    found = evaluation.classes.items()
-    return {name for name, own in found if own.loss_beside_teacher()[1] is not own.sums["tokens"]}
+    classes = evaluation.classes.items()
+    return {
+        name
+        for name, results in classes
+        if results.loss_beside_teacher()[1] is not results.sums["tokens"]
+    }
 
 
 def _begun(evaluation: Evaluation) -> Verdict:
-    student = {name: found.mean("loss") for name, found in evaluation.classes.items()}
+    student = {name: results.mean("loss") for name, results in evaluation.classes.items()}
     return {"text": evaluation.text(), "student": student, "passed": {}}
 
 
@@ -113,27 +119,27 @@ def teacher_gate(
         RecipeError: a teacher that is not better on one of its domains. The message shows every
             comparison that failed.
     """
-    said, worse, key = [], [], None
+    lines, worse, key = [], [], None
     for index, domain in enumerate(domains):
         if domain.teacher is None or (asked is not None and domain.name not in asked):
             continue
-        found = evaluation.classes.get(domain.name)
-        if found is None or not found.sums["tokens"].sum():
-            said.append(
+        results = evaluation.classes.get(domain.name)
+        if results is None or not results.sums["tokens"].sum():
+            lines.append(
                 f"teacher gate: no held-out text of {domain.name}, so that teacher "
                 f"{domain.taught_by} was not compared with the student"
             )
             continue
-        if "teacher_loss" not in found.sums:
-            said.append(
+        if "teacher_loss" not in results.sums:
+            lines.append(
                 f"teacher gate: of teacher {domain.taught_by} only some ids of each token of "
                 f"{domain.name} are known, so that it has no loss to compare with the student's"
             )
             continue
-        loss, tokens = found.loss_beside_teacher()
-        partly = tokens is not found.sums["tokens"]
+        loss, tokens = results.loss_beside_teacher()
+        partly = tokens is not results.sums["tokens"]
         if not tokens.sum():
-            said.append(
+            lines.append(
                 f"teacher gate: teacher {domain.taught_by} can read none of the held-out text of "
                 f"{domain.name}, so that it was not compared with the student"
             )
@@ -141,37 +147,37 @@ def teacher_gate(
         begun = None if start is None else start.get(domain.name)
         if start is not None and (partly or begun is None):
             what = f"what teacher {domain.taught_by} reads of this text" if partly else "this text"
-            said.append(
+            lines.append(
                 f"teacher gate: {domain.name}: the student was not measured on {what} as its "
                 f"injection began, so that teacher {domain.taught_by} was not compared with it"
             )
             continue
-        teacher, chance = found.measured("teacher_loss"), False
-        bare = found.mean(BARE)
-        told = f"{domain.name}: loss of teacher {domain.taught_by} {teacher:.4f}"
-        told += ", " if bare is None else f" ({bare:.4f} without its prefix), "
+        teacher, chance = results.measured("teacher_loss"), False
+        bare = results.mean(BARE)
+        line = f"{domain.name}: loss of teacher {domain.taught_by} {teacher:.4f}"
+        line += ", " if bare is None else f" ({bare:.4f} without its prefix), "
         if begun is None:
-            interval = paired_difference(found.sums["teacher_loss"], loss, tokens)
+            interval = paired_difference(results.sums["teacher_loss"], loss, tokens)
             lead, chance = interval.value, interval.low <= 0
-            told += f"of the student {loss.sum() / tokens.sum():.4f} nats per token, lead "
-            told += show_interval(interval)
+            line += f"of the student {loss.sum() / tokens.sum():.4f} nats per token, lead "
+            line += show_interval(interval)
         else:
             lead = begun - teacher
-            told += f"of the student as its injection began {begun:.4f} nats per "
-            told += f"token, lead {lead:+.4f}"
-        told += f" on {len(found.sequences)} sequences"
+            line += f"of the student as its injection began {begun:.4f} nats per "
+            line += f"token, lead {lead:+.4f}"
+        line += f" on {len(results.sequences)} sequences"
         if partly:
-            share = tokens.sum() / found.sums["tokens"].sum()
-            told += f", {100 * share:.1f} % of whose tokens the teacher can be asked about"
+            share = tokens.sum() / results.sums["tokens"].sum()
+            line += f", {100 * share:.1f} % of whose tokens the teacher can be asked about"
         if not lead > 0:
-            worse.append(told)
+            worse.append(line)
             key = key or f"domains[{index}].teacher"
         else:
-            said.append(f"teacher gate: {told}{'; so small a lead may be chance' * chance}")
+            lines.append(f"teacher gate: {line}{'; so small a lead may be chance' * chance}")
     if worse:
         raise RecipeError(
             f"{key}: does not predict its domain better than its student ({'; '.join(worse)}); "
             "take another teacher, or go on with evaluation.gate: false",
             key,
         )
-    return said
+    return lines

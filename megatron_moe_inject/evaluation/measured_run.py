@@ -66,17 +66,17 @@ class MeasuredRun(Evaluator):
 
 def describe(evaluation: Evaluation) -> str:
     """An evaluation as a table, a line for each class."""
-    shown = {
+    formats = {
         "tokens": "{:,d}", "loss": "{:.4f}", "bits_per_byte": "{:.4f}", "accuracy": "{:.4f}",
         "calibration_error": "{:.4f}", "teacher_loss": "{:.4f}", "teacher_kl": "{:.4f}",
         "teacher_agreement": "{:.4f}",
     }  # fmt: skip
-    rows = [("class", *(name.replace("_", " ") for name in shown))]
-    for name, found in evaluation.classes.items():
-        summary = found.summary()
-        cells = ["-" if summary[k] is None else f.format(summary[k]) for k, f in shown.items()]
+    rows = [("class", *(name.replace("_", " ") for name in formats))]
+    for name, results in evaluation.classes.items():
+        summary = results.summary()
+        cells = ["-" if summary[k] is None else f.format(summary[k]) for k, f in formats.items()]
         rows.append((name, *cells))
     lines = table(rows, right=range(1, len(rows[0])))
-    if not any("bytes" in found.sums for found in evaluation.classes.values()):
+    if not any("bytes" in results.sums for results in evaluation.classes.values()):
         lines.append("(no bits per byte: this tokenizer has no text)")
     return "\n".join(lines)

@@ -163,27 +163,27 @@ class Measurement(StepPart):
         for group in groups:
             samples = list(group.samples)
             targets, mask = labels[samples], loss_mask[samples].double()
-            found = _measure(group.target, samples, student, targets, kernels)
-            correct = found.top == targets.flatten()
-            tokens = [torch.ones_like(found.loss), found.loss, correct]
-            if group.taught and found.kl is None:  # a teacher of which only some ids are known
+            measured = _measure(group.target, samples, student, targets, kernels)
+            correct = measured.top == targets.flatten()
+            tokens = [torch.ones_like(measured.loss), measured.loss, correct]
+            if group.taught and measured.kl is None:  # a teacher of which only some ids are known
                 readable[samples], limited = False, True
             elif group.taught:
-                assert found.kl is not None
-                assert found.teacher_loss is not None
-                assert found.teacher_top is not None, "there are all three, or no divergence"
-                same = found.top == found.teacher_top
-                asked = torch.ones_like(found.loss)
+                assert measured.kl is not None
+                assert measured.teacher_loss is not None
+                assert measured.teacher_top is not None, "there are all three, or no divergence"
+                same = measured.top == measured.teacher_top
+                compared = torch.ones_like(measured.loss)
                 if group.readable is not None:
                     readable[samples], limited = group.readable, True
-                    asked = group.readable.flatten().to(asked.dtype)
-                taught = [found.teacher_loss, found.kl, same, asked, found.loss]
+                    compared = group.readable.flatten().to(compared.dtype)
+                taught = [measured.teacher_loss, measured.kl, same, compared, measured.loss]
                 if group.bare is not None:
                     other = _measure(group.bare, samples, student, targets, kernels)
                     assert other.teacher_loss is not None, "it is the same teacher"
                     taught.append(other.teacher_loss)
                 # Where it cannot be asked, the teacher's loss may be infinite.
-                tokens += [torch.where(asked > 0, value, 0) for value in taught]
+                tokens += [torch.where(compared > 0, value, 0) for value in taught]
                 kl[samples] = tokens[len(ALWAYS) + 1].view(targets.shape).to(kl.dtype)
                 for i in samples:
                     partly[i], bare[i] = group.readable is not None, group.bare is not None
@@ -192,8 +192,8 @@ class Measurement(StepPart):
             # A masked token may have any loss, an infinite one too.
             values = torch.where(mask > 0, values * mask, 0.0)
             sums[: len(values), samples] = values.sum(-1)
-            ce[samples] = found.loss.view(targets.shape).to(ce.dtype)
-            self._add_bins(found.confidence, correct, mask, [domains[i] for i in samples])
+            ce[samples] = measured.loss.view(targets.shape).to(ce.dtype)
+            self._add_bins(measured.confidence, correct, mask, [domains[i] for i in samples])
         if self._reads:
             self._part.sums.append(sums)
             self._part.domains += domains
@@ -232,10 +232,10 @@ class Measurement(StepPart):
         for tokens, labels, mask in zip(*fields, strict=True):
             counted = (mask > 0).cpu()
             labels = labels.cpu().long()
-            found = hashlib.blake2b(digest_size=16)
+            digest = hashlib.blake2b(digest_size=16)
             for value in (tokens.cpu().long(), labels, counted):
-                found.update(value.contiguous().numpy().tobytes())
-            name = found.hexdigest()
+                digest.update(value.contiguous().numpy().tobytes())
+            name = digest.hexdigest()
             self._part.hashes.append(name)
             if self._text_length is not None and name not in self._lengths:
                 self._lengths[name] = self._text_length(labels[counted].tolist())
@@ -277,8 +277,8 @@ class Measurement(StepPart):
             for i, domain in enumerate(named["domains"]):
                 extra: tuple[str, ...] = PARTLY if named["partly"][i] else ()
                 extra += (BARE,) if named["bare"][i] else ()
-                told = named["against"][i], extra, named["bytes"][i]
-                sums = _named_sums(total[:, i], *told)
+                details = named["against"][i], extra, named["bytes"][i]
+                sums = _named_sums(total[:, i], *details)
                 rows.setdefault(domain, []).append((named["hashes"][i], sums))
         return Collected(rows, bins)
 
@@ -321,12 +321,12 @@ def _measure(
 def _named_sums(
     values: np.ndarray, against: str | None, extra: Sequence[str], length: int | None
 ) -> dict[str, float]:
-    found = dict(zip(_COLUMNS, values.tolist(), strict=True))
-    sums = {name: found[name] for name in ALWAYS}
+    by_column = dict(zip(_COLUMNS, values.tolist(), strict=True))
+    sums = {name: by_column[name] for name in ALWAYS}
     if against == "teacher":
-        sums |= {name: found[name] for name in (*TAUGHT, *extra)}
+        sums |= {name: by_column[name] for name in (*TAUGHT, *extra)}
     if against == "original":
-        sums["original_kl"] = found["teacher_kl"]
+        sums["original_kl"] = by_column["teacher_kl"]
     if length is not None:
         sums["bytes"] = length
     return sums

@@ -107,7 +107,7 @@ class TrainingEvaluator(Evaluator):
         self._training = True
         if self._measured is not None:
             lineage = self._lineage
-            said, verdict = judge(
+            lines, verdict = judge(
                 self._measured,
                 self.recipe,
                 begins=lineage.begins,
@@ -116,8 +116,8 @@ class TrainingEvaluator(Evaluator):
                 first=None if lineage.identity else first,
             )
             lineage.judge(verdict)
-            if said and dist.get_rank() == 0:
-                print("\n".join(said), flush=True)
+            if lines and dist.get_rank() == 0:
+                print("\n".join(lines), flush=True)
         elif self._lineage.begins and self._gate:
             raise RecipeError(
                 "evaluation: the held-out text was not read to the end, so that no teacher was "
@@ -128,13 +128,13 @@ class TrainingEvaluator(Evaluator):
     def _continued(self) -> tuple[set[int], Evaluation | None]:
         """Iterations that the list keeps, and its first line."""
         now = compat.optimizer_steps(self.args)
-        found = [] if self._source is None else read_list(self._source)
-        found = [e for e in found if e.provenance.iteration <= now]
+        listed = [] if self._source is None else read_list(self._source)
+        listed = [e for e in listed if e.provenance.iteration <= now]
         moved = self._lineage.make_room(self.path)
         if moved is not None:
             print(f"evaluation: {moved}", flush=True)
-        write_list(self.path, found)
-        return {e.provenance.iteration for e in found}, found[0] if found else None
+        write_list(self.path, listed)
+        return {e.provenance.iteration for e in listed}, listed[0] if listed else None
 
     def measured(self, collected: Collected, iteration: int) -> None:
         """Make a line of what was measured. In training, what is wrong with it is said, and is the

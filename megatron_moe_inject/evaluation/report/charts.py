@@ -29,10 +29,10 @@ def term_charts(steps: Sequence[Step], shares: bool) -> list[Chart]:
     for term, names in terms.items():
         series = []
         for name in names:
-            own = [step for step in steps if name in step.terms]
+            logged = [step for step in steps if name in step.terms]
             title = name.partition("/")[2] or ("all tokens" if len(names) > 1 else "")
-            values = [step.terms[name] for step in own]
-            series.append(Series(title, [step.iteration for step in own], values))
+            values = [step.terms[name] for step in logged]
+            series.append(Series(title, [step.iteration for step in logged], values))
         if len(series) == 2 and list(series[0].y) == list(series[1].y):
             del series[0]  # all tokens are those of the only class
         charts.append(Chart(term, series))
@@ -47,8 +47,8 @@ def gain_charts(evaluations: Sequence[Evaluation]) -> list[Chart]:
     """
     first, last = evaluations[0], evaluations[-1]
     changes, intervals = {}, {}
-    for name, found in first.classes.items():
-        if found.mean("loss") is None:
+    for name, results in first.classes.items():
+        if results.mean("loss") is None:
             continue
         losses = [evaluation.classes[name].measured("loss") for evaluation in evaluations]
         changes[name] = [loss - losses[0] for loss in losses]
@@ -108,16 +108,16 @@ def time_charts(steps: Sequence[Step]) -> list[Chart]:
 
 def weights(recipe: Recipe) -> dict[str, Weight]:
     """The loss weights that the recipe uses, by the names of its keys."""
-    found: dict[str, Weight] = {}
+    by_name: dict[str, Weight] = {}
     for domain in recipe.domains:
         if domain.teacher is not None:
-            found[f"alpha, {domain.name}"] = recipe.alpha(domain)
-        found[f"beta, {domain.name}"] = recipe.beta(domain)
-    found["general_beta"] = recipe.general_beta()
-    found["gamma"] = recipe.objective.gamma
+            by_name[f"alpha, {domain.name}"] = recipe.alpha(domain)
+        by_name[f"beta, {domain.name}"] = recipe.beta(domain)
+    by_name["general_beta"] = recipe.general_beta()
+    by_name["gamma"] = recipe.objective.gamma
     for feature in FEATURES:
-        found |= feature.weights(recipe)
-    return {name: weight for name, weight in found.items() if ever_positive(weight)}
+        by_name |= feature.weights(recipe)
+    return {name: weight for name, weight in by_name.items() if ever_positive(weight)}
 
 
 def weight_charts(

@@ -94,8 +94,8 @@ def read_folder(folder: str | Path) -> RunData:
     lines = read_run(folder / FILE)
     starts = [line for line in lines if isinstance(line, Start)]
     places = [folder / LIST] + [Path(start.evaluations) for start in starts[-1:]]
-    found = next((place for place in places if place.exists()), places[0])
-    if not lines and not found.exists():
+    list_path = next((place for place in places if place.exists()), places[0])
+    if not lines and not list_path.exists():
         raise RecipeError(
             f"{show_path(folder)} has no {FILE} and no {LIST}; give the --save folder of a "
             "run whose recipe has evaluation: {}"
@@ -107,7 +107,7 @@ def read_folder(folder: str | Path) -> RunData:
         except RecipeError:
             recipe = None
     steps = [line for line in lines if isinstance(line, Step)]
-    return RunData(starts, steps, read_list(found), recipe)
+    return RunData(starts, steps, read_list(list_path), recipe)
 
 
 def report_page(data: RunData, title: str) -> str:
@@ -135,19 +135,19 @@ def sections(data: RunData) -> list[Section]:
 
 
 def _subtitle(data: RunData) -> str:
-    told = []
+    parts = []
     if data.steps:
         total = data.starts[-1].train_iters if data.starts else 0
-        told.append(
+        parts.append(
             f"{data.steps[-1].iteration:,}{f' of {total:,}' if total else ''} iterations, "
             f"{data.steps[-1].samples:,} samples"
         )
     if data.starts:
         resumed = [f"{start.iteration:,}" for start in data.starts if start.iteration]
-        told.append(f"begun or resumed last on {data.starts[-1].time}")
+        parts.append(f"begun or resumed last on {data.starts[-1].time}")
         if resumed:
-            told.append(f"resumed from iteration {', '.join(resumed)}")
-    return "; ".join(told) + "." if told else "No step was logged yet."
+            parts.append(f"resumed from iteration {', '.join(resumed)}")
+    return "; ".join(parts) + "." if parts else "No step was logged yet."
 
 
 def _charts(charts: Sequence[Chart]) -> Picture:
@@ -202,8 +202,8 @@ def _first_and_last(steps: Sequence[Step]) -> list[Sequence[str]]:
     for name in dict.fromkeys(name for step in steps for name in step.terms):
         values = [step.terms[name] for step in steps if name in step.terms]
         known = [value for value in values if value is not None]
-        shown = (values[0], values[-1], min(known, default=None), max(known, default=None))
-        rows.append((name, *map(_number, shown)))
+        numbers = (values[0], values[-1], min(known, default=None), max(known, default=None))
+        rows.append((name, *map(_number, numbers)))
     return rows
 
 
@@ -228,13 +228,13 @@ def _weights(data: RunData) -> Section:
     if data.recipe is None:
         known = "this version of the package cannot read the recipe" if data.starts else _NO_START
         return Section(title, missing=known)
-    found = weights(data.recipe)
+    by_name = weights(data.recipe)
     shares = {f"mixing.{name}": share for name, share in data.recipe[MIXING].items()}
-    rows = [("weight", "value"), *((n, show_weight(w)) for n, w in {**found, **shares}.items())]
+    rows = [("weight", "value"), *((n, show_weight(w)) for n, w in {**by_name, **shares}.items())]
     parts: list = [Table(rows)]
     reached = data.steps[-1].iteration if data.steps else 0
     until = max(reached, data.starts[-1].train_iters)
-    charts = weight_charts(found, until)
+    charts = weight_charts(by_name, until)
     charts += weight_charts(shares, until, "shares of the training data, as asked for")
     return Section(title, [_charts(charts), *parts] if charts else parts)
 

@@ -127,9 +127,12 @@ def _line(axes: Any, series: Series, number: int) -> Any:
     (line,) = axes.plot(x, y, style, color=colour, linewidth=1.3, marker=marker, markersize=3.5)
     if series.across is not None or series.along is not None:
         errors = {
-            name: [[max(0.0, at - found.low)], [max(0.0, found.high - at)]]
-            for name, found, at in (("xerr", series.across, x[-1]), ("yerr", series.along, y[-1]))
-            if found is not None
+            name: [[max(0.0, at - interval.low)], [max(0.0, interval.high - at)]]
+            for name, interval, at in (
+                ("xerr", series.across, x[-1]),
+                ("yerr", series.along, y[-1]),
+            )
+            if interval is not None
         }
         axes.errorbar(x[-1:], y[-1:], **errors, color=colour, capsize=3, linewidth=1.2)
     return line

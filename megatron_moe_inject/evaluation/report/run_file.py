@@ -120,7 +120,7 @@ def read_run(path: str | Path) -> list[Line]:
         RecipeError: the file cannot be read, or a line is damaged or of another version. The
             message begins with file and line.
     """
-    where, found = typed.one_line(str(path), 200), []
+    where, lines = typed.one_line(str(path), 200), []
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -131,10 +131,10 @@ def read_run(path: str | Path) -> list[Line]:
         raise RecipeError(f"{where}: is damaged (not UTF-8 text); {_AGAIN}") from None
     for number, line in enumerate(files.whole_lines(text), start=1):
         try:
-            found.append(_parse(line))
+            lines.append(_parse(line))
         except RecipeError as error:
             raise RecipeError(f"{where}, line {number}: {error}", error.key) from None
-    return found
+    return lines
 
 
 def kept(lines: Sequence[Line], iteration: int) -> list[Line]:
@@ -181,10 +181,10 @@ def _parse(line: str) -> Line:
     kind = plain.pop("kind", None)
     if kind not in list(_KINDS):
         raise RecipeError(f"kind: {show(kind)} is not known; a line is a start or a step", "kind")
-    found = typed.build(_KINDS[kind], plain)
-    if isinstance(found, Step):
-        _check_numbers(found)
-    return found
+    parsed = typed.build(_KINDS[kind], plain)
+    if isinstance(parsed, Step):
+        _check_numbers(parsed)
+    return parsed
 
 
 def _check_numbers(step: Step) -> None:
