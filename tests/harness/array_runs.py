@@ -64,10 +64,6 @@ def reference_of(known_run, name, layout):
     return known_run(name, like=layout if at.shared or at.recipe else None)
 
 
-SECOND_ORDER = ("retention loss", "l2 to start")
-"""Terms of the size of the square of what training has changed, small against the others."""
-
-
 def flipped(ours, theirs):
     """How many choices of experts two profiles do not share; of the same tokens."""
     assert ours.classes.keys() == theirs.classes.keys()
@@ -91,7 +87,7 @@ def tolerance(term, iteration, ties=0):
         return dict(rel=2e-5 if iteration <= 2 else 1e-4, abs=1e-6)
     if term.startswith(SHARES):
         return dict(abs=1e-2)
-    return dict(rel=3e-2 if term.startswith(SECOND_ORDER) else 3e-3, abs=1e-6)
+    return dict(rel=3e-3, abs=1e-6)
 
 
 def assert_same_steps(run, reference, ties, but=()):
@@ -115,13 +111,18 @@ def assert_same_steps(run, reference, ties, but=()):
 def rows(*names):
     """Layout and set of the rows of these sets, those of slow layouts marked so."""
     return [
-        pytest.param(
-            layout, name, id=f"{name}: {layout}",
-            marks=[pytest.mark.slow] if array.LAYOUTS[layout].slow else [],
-        )
+        pytest.param(layout, name, id=f"{name}: {layout}", marks=_marks(layout, name))
         for layout, name in array.ROWS
         if name in names
-    ]  # fmt: skip
+    ]
+
+
+def _marks(layout, name):
+    marks = [pytest.mark.slow] if array.LAYOUTS[layout].slow else []
+    if (layout, name) in array.UNEXPLAINED:
+        reason = array.UNEXPLAINED[layout, name]
+        marks.append(pytest.mark.xfail(reason=reason, strict=True, raises=AssertionError))
+    return marks
 
 
 def resumed(*names):
