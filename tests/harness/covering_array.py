@@ -206,10 +206,6 @@ ROWS = (
     ("cp2", "router, window"),
 )
 """Layout and set of each run."""
-UNEXPLAINED = {
-    ("tp4", "rows"): "l2 to start is 0.4 % off from the second step on, whatever the seed",
-}
-"""Rows that do not give what one process gives, and nobody knows why: faults until someone does."""
 RESUMED = (
     ("pp2", "router", ()),
     ("pp2-vpp2", "rows", ()),

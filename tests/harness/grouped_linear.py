@@ -22,11 +22,13 @@ from tests.harness.fp8_tensor import BlockwiseTensor
 
 class _GroupedProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, splits, *weights):
+    def forward(ctx, rows, splits, rounded, *weights):
+        assert len({is_fp8(weight) for weight in weights}) == 1, "TE asks the first weight alone"
+        ctx.wanted = weights[0].requires_grad
+        if rounded:  # the products' weights; the gradients are the parameters'
+            weights = [w if is_fp8(w) else BlockwiseTensor._quantizer(w.detach()) for w in weights]
         ctx.save_for_backward(rows, *weights)
         ctx.splits = splits
-        ctx.wanted = weights[0].requires_grad
-        assert len({is_fp8(weight) for weight in weights}) == 1, "TE asks the first weight alone"
         parts = zip(rows.split(splits), weights, strict=True)
         return torch.cat([part @ weight.t() for part, weight in parts])
 
@@ -38,7 +40,7 @@ class _GroupedProduct(torch.autograd.Function):
         parts = list(zip(grad.split(ctx.splits), rows.split(ctx.splits), weights, strict=True))
         to_rows = torch.cat([g @ w for g, _, w in parts])
         to_weights = [g.t() @ r if ctx.wanted else None for g, r, _ in parts]
-        return (to_rows, None, *to_weights)
+        return (to_rows, None, None, *to_weights)
 
 
 class GroupedLinear(torch.nn.Module):
@@ -66,9 +68,8 @@ class GroupedLinear(torch.nn.Module):
     def forward(self, x, m_splits):
         self.is_first_microbatch = False
         weights = [getattr(self, f"weight{i}") for i in range(self.num_gemms)]
-        if os.environ.get("TESTS_FP8_PRODUCTS"):  # weights rounded, and nothing else
-            weights = [w if is_fp8(w) else BlockwiseTensor._quantizer(w.detach()) for w in weights]
-        return _GroupedProduct.apply(x, m_splits, *weights), None
+        rounded = bool(os.environ.get("TESTS_FP8_PRODUCTS"))
+        return _GroupedProduct.apply(x, m_splits, rounded, *weights), None
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         ep, state = self._groups.ep, {}
