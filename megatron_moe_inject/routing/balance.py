@@ -22,7 +22,13 @@ import torch
 from megatron_moe_inject.host.indices import index
 from megatron_moe_inject.host.megatron_types import MegatronModule
 from megatron_moe_inject.host.wrap import Call, wrap_method
-from megatron_moe_inject.routing.uses import AUX_LOSS, BIAS_COUNTS, GLOBAL_LOSS, SEQUENCE_LOSS
+from megatron_moe_inject.routing.uses import (
+    ATTACHED_LOSS,
+    AUX_LOSS,
+    BIAS_COUNTS,
+    GLOBAL_LOSS,
+    SEQUENCE_LOSS,
+)
 
 
 class GeneralBalance:
@@ -45,6 +51,9 @@ class GeneralBalance:
         wrap_method(router, SEQUENCE_LOSS, self._apply_seq_aux_loss)
         wrap_method(router, GLOBAL_LOSS, self._apply_global_aux_loss)
         wrap_method(router, BIAS_COUNTS, self._apply_expert_bias)
+        self._share = 1.0
+        if router.calculate_per_token_loss:
+            wrap_method(router, ATTACHED_LOSS, self._attach)
 
     def _mixed(self) -> tuple[Sequence[int], int] | None:
         """The general samples where there are others too."""
@@ -60,14 +69,24 @@ class GeneralBalance:
         indices, samples = mixed
         if not indices:
             return call["probs"]
-        # With calculate_per_token_loss Megatron weighs the loss by the tokens it is given.
-        whole = self._router.calculate_per_token_loss
-        share = 1.0 if whole else len(indices) / samples
-        return call(
-            scores_for_aux_loss=_samples(call["scores_for_aux_loss"], indices, samples) * share,
-            routing_map=_samples(call["routing_map"], indices, samples),
-            **sizes,
-        )
+        self._share = len(indices) / samples
+        try:
+            return call(
+                scores_for_aux_loss=_samples(call["scores_for_aux_loss"], indices, samples)
+                * self._share,
+                routing_map=_samples(call["routing_map"], indices, samples),
+                **sizes,
+            )
+        finally:
+            self._share = 1.0
+
+    def _attach(self, call: Call) -> torch.Tensor:
+        """With ``calculate_per_token_loss``, where Megatron logs the loss and attaches it times the
+        tokens that it was given: times those of the whole micro-batch, as the loss is a share of
+        theirs."""
+        if self._share == 1:
+            return call()
+        return call(valid_token_count=call["valid_token_count"] / self._share)
 
     def _apply_seq_aux_loss(self, call: Call) -> torch.Tensor:
         """On the general samples alone, of which there are fewer."""

@@ -15,6 +15,11 @@ SEQUENCE_LOSS = Wrapped(
     f"{ROUTER}._apply_seq_aux_loss", (*_LOSS, "seq_length", "bsz"), does=_GENERAL_ONLY
 )
 GLOBAL_LOSS = Wrapped(f"{ROUTER}._apply_global_aux_loss", _LOSS, does=_GENERAL_ONLY)
+ATTACHED_LOSS = Wrapped(
+    f"{ROUTER}.attach_and_log_load_balancing_loss",
+    ("needs_dp_avg", "valid_token_count"),
+    does="with --calculate-per-token-loss: weighs what is left by all tokens",
+)
 BIAS_COUNTS = Wrapped(
     f"{ROUTER}._apply_expert_bias",
     ("routing_map", "padding_mask"),
@@ -28,6 +33,7 @@ STEERING = Contract(
         AUX_LOSS,
         SEQUENCE_LOSS,
         GLOBAL_LOSS,
+        ATTACHED_LOSS,
         BIAS_COUNTS,
         Use(
             ROUTER,
@@ -44,7 +50,6 @@ STEERING = Contract(
                 "weight",
             ),
         ),
-        Use(f"{ROUTER}.attach_and_log_load_balancing_loss", ("needs_dp_avg", "valid_token_count")),
         *symbols("megatron.core.transformer.moe.moe_utils", "router_gating_linear"),
         *symbols("megatron.core.tensor_parallel", "reduce_from_tensor_model_parallel_region"),
         *symbols("megatron.training", "get_tensorboard_writer", "get_wandb_writer"),

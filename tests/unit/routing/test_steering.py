@@ -274,7 +274,11 @@ def test_a_mean_weighs_all_tokens_of_its_domain(by_token):
 
 
 def balanced(kind, per_token, labels):
-    """A router's gradient of its stock balance loss on one micro-batch; ``None`` = untouched."""
+    """A router's gradient of its stock balance loss on one micro-batch, and what it logs of it.
+
+    ``None`` = stock, on general samples alone.
+    """
+    get_moe_metrics_tracker().metrics.clear()
     chunk = Chunk(
         moe_router_load_balancing_type=kind,
         moe_aux_loss_coeff=0.5,
@@ -290,7 +294,8 @@ def balanced(kind, per_token, labels):
         samples = [1, 3]
     gates, _ = router(hidden[:, samples].clone().requires_grad_())
     (gates.sum() * 0).backward()
-    return router.weight.grad
+    logged = {name: entry.values for name, entry in get_moe_metrics_tracker().metrics.items()}
+    return router.weight.grad, logged
 
 
 @pytest.mark.parametrize("per_token", [False, True])
@@ -298,16 +303,24 @@ def balanced(kind, per_token, labels):
 def test_stock_balance_of_a_mixed_batch_is_that_of_its_general_samples(kind, per_token):
     """Where half the samples are general, theirs, with the weight they had among all tokens.
 
-    With ``calculate_per_token_loss`` Megatron's own weight is the number of tokens it is given.
+    With ``calculate_per_token_loss`` Megatron weighs by tokens, in the gradient and not in the log.
     """
-    mixed = balanced(kind, per_token, [0, GENERAL, 0, GENERAL])
-    alone = balanced(kind, per_token, None)
-    torch.testing.assert_close(mixed, alone if per_token else alone / 2, rtol=1e-4, atol=1e-7)
+    gradient, logged = balanced(kind, per_token, [0, GENERAL, 0, GENERAL])
+    alone, logged_alone = balanced(kind, per_token, None)
+    torch.testing.assert_close(gradient, alone if per_token else alone / 2, rtol=1e-4, atol=1e-7)
+    assert len(logged) == 1
+    assert logged.keys() == logged_alone.keys()
+    for name, values in logged.items():
+        assert values.any()
+        torch.testing.assert_close(values, logged_alone[name] / 2, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("kind", ["aux_loss", "seq_aux_loss", "global_aux_loss"])
-def test_stock_balance_without_general_samples_is_nothing(kind):
-    assert torch.equal(balanced(kind, False, [0] * 4), torch.zeros(EXPERTS, 8))
+def test_stock_balance_without_general_samples_is_nothing(kind, per_token):
+    gradient, logged = balanced(kind, per_token, [0] * 4)
+    assert torch.equal(gradient, torch.zeros(EXPERTS, 8))
+    assert not any(values.any() for values in logged.values())
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.25])
