@@ -2,7 +2,8 @@
 
 A set of features is one recipe. Every pair of two features stands in some set, every pair of a
 feature and a layout in some row, but those that are refused (``REFUSED``). ``gaps`` finds what is
-missing; ``tests/unit/test_array.py`` asks it, ``tests/training/test_array_*.py`` run the rows.
+missing; ``tests/unit/test_array.py`` asks it, ``tests/training/test_array_*.py`` run the rows
+(``array_tests.py``). Weights are schedules where they can be, so that each row follows some.
 """
 
 from __future__ import annotations
@@ -36,9 +37,12 @@ class Feature:
     terms: tuple[str, ...] = ()
 
 
+SHARED_EXPERTS = ("--moe-shared-expert-intermediate-size", "32")
 FEATURES = {
     "distillation": Feature(
-        "objective", {"objective.alpha": 0.7}, terms=("kd loss", "kd loss/code")
+        "objective",
+        {"objective.alpha": {"points": {1: 0.4, 3: 0.8}}},
+        terms=("kd loss", "kd loss/code"),
     ),
     "temperature": Feature("objective", {"objective.temperature": 2.0}),
     "divergence": Feature("objective", {"objective.divergence": "jsd", "objective.jsd_beta": 0.3}),
@@ -54,17 +58,29 @@ FEATURES = {
     "trained router": Feature("train", {"train.router": True}),
     "trained rows": Feature("router_rows", {"train.router_rows": True}),
     "trained head": Feature("train", {"train.output_layer": True, "train.embedding": True}),
+    "trained attention": Feature("train", {"train.attention": True, "train.norms": True}),
+    "trained shared experts": Feature(
+        "train", {"train.shared_experts": True}, flags=SHARED_EXPERTS
+    ),
     "pattern": Feature("train", {"train.patterns": ["*.1.pre_mlp_layernorm.weight"]}),
     "frozen experts in fp8": Feature(
         "train", {"train.frozen_experts": "fp8"}, flags=("--moe-grouped-gemm",)
     ),
-    "gamma": Feature("objective", {"objective.gamma": 2.0}, terms=("retention loss",)),
+    "gamma": Feature(
+        "objective",
+        {"objective.gamma": {"points": {1: 0.5, 4: 2.0}}},
+        terms=("retention loss",),
+    ),
     "expert retention": Feature(
         "retention", {"retention.experts": 2.0}, terms=("expert retention",)
     ),
     "l2": Feature("retention", {"retention.l2": 0.05}, terms=("l2 to start",)),
     "originals on the host": Feature("originals", {"retention.originals": "host"}),
-    "imitated states": Feature("imitation", {"imitation.hidden": 0.5}, terms=("imitation loss",)),
+    "imitated states": Feature(
+        "imitation",
+        {"imitation.hidden": {"points": {0: 0.2, 4: 0.6}}},
+        terms=("imitation loss",),
+    ),
     "imitated experts": Feature(
         "imitation", {"imitation.experts": 0.25}, terms=("expert imitation loss",)
     ),
@@ -100,7 +116,6 @@ class Layout:
         grouped: flags besides where experts are grouped: the stand-in for TE's layer shards them
             over nothing but experts.
         shared, recipe: flags and recipe fields that the reference on one process has, too.
-        differs: terms that are logged otherwise there.
         slow: whether the main suite leaves it to the slow one.
     """
 
@@ -110,7 +125,6 @@ class Layout:
     grouped: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
     recipe: Mapping[str, Any] = field(default_factory=dict)
-    differs: tuple[str, ...] = ()
     slow: bool = False
 
 
@@ -128,11 +142,7 @@ LAYOUTS = {
     "dp2, distributed optimizer": Layout(2, {}, _OVERLAPS),
     "full recompute": Layout(flags=(*_FULL, "--recompute-num-layers", "1")),
     "selective recompute": Layout(flags=_SELECTIVE),
-    "per-token loss": Layout(
-        flags=("--calculate-per-token-loss",),
-        # Where tokens are steered Megatron logs its own over general tokens, there not by share.
-        differs=("load_balancing_loss",),
-    ),
+    "per-token loss": Layout(flags=("--calculate-per-token-loss",)),
     "micro-batches of one": Layout(
         flags=("--micro-batch-size", "1"),
         # Balance losses are taken by micro-batch, whatever trains.
@@ -156,30 +166,42 @@ class FeatureSet:
     Attributes:
         experts: layer -> experts that the domain chose.
         features: names in ``FEATURES``.
+        instead: values by dotted path that fields of these features have instead.
     """
 
     experts: Mapping[int, list[int]]
     features: frozenset[str]
+    instead: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def grouped(self) -> bool:
         """Whether its experts are grouped, which takes the script with the stand-in for TE's."""
         return "frozen experts in fp8" in self.features
 
+    @property
+    def shared_experts(self) -> bool:
+        """Whether its student has shared experts, and so is another than the others' one."""
+        return "trained shared experts" in self.features
 
-_ALWAYS = frozenset(FEATURES) - {
-    "window", "imitated states", "imitated experts", "trained router", "trained rows",
-    "trained head", "frozen experts in fp8", "expert retention",
-}  # fmt: skip
+
 IMITATED = {"imitated states", "imitated experts"}
+TRAINED = {"trained router", "trained head", "trained attention", "trained shared experts"}
+_ALWAYS = frozenset(FEATURES) - IMITATED - TRAINED - {
+    "window", "trained rows", "frozen experts in fp8", "expert retention",
+}  # fmt: skip
 _FEW = {1: [2], 2: [0, 3], 3: [3]}
 SETS = {
+    # The one whose originals are on the device.
     "router": FeatureSet(
-        _FEW, _ALWAYS | IMITATED | {"trained router", "trained head", "expert retention"}
+        _FEW,
+        _ALWAYS - {"originals on the host"} | IMITATED | TRAINED | {"expert retention"},
+        instead={"steering.confidence": "top"},
     ),
     # Nothing trains on the last of two stages, no expert on the last of two expert ranks.
     "rows": FeatureSet(
-        {0: [1], 1: [0, 1]}, _ALWAYS | {"window", "trained rows", "frozen experts in fp8"}
+        {0: [1], 1: [0, 1]},
+        _ALWAYS | {"window", "trained rows", "frozen experts in fp8"},
+        instead={"domains.0.committee": "top", "objective.confidence": "entropy"},
     ),
     # Routers are frozen: nothing trains on the first stage, nor on the first of two expert ranks.
     "nothing first": FeatureSet(
@@ -188,15 +210,12 @@ SETS = {
         | {"expert retention"},
     ),
     # The other pairs of what excludes each other.
-    "router, fp8": FeatureSet(
-        _FEW, _ALWAYS | IMITATED | {"trained router", "trained head", "frozen experts in fp8"}
-    ),
+    "router, fp8": FeatureSet(_FEW, _ALWAYS | IMITATED | TRAINED | {"frozen experts in fp8"}),
     "rows, imitation": FeatureSet(
-        _FEW, _ALWAYS | IMITATED | {"trained rows", "trained head", "expert retention"}
+        _FEW,
+        _ALWAYS | IMITATED | TRAINED - {"trained router"} | {"trained rows", "expert retention"},
     ),
-    "router, window": FeatureSet(
-        _FEW, _ALWAYS | {"window", "trained router", "trained head", "expert retention"}
-    ),
+    "router, window": FeatureSet(_FEW, _ALWAYS | TRAINED | {"window", "expert retention"}),
 }
 ROWS = (
     *itertools.product(LAYOUTS, ("router", "rows")),
@@ -206,13 +225,31 @@ ROWS = (
     ("cp2", "router, window"),
 )
 """Layout and set of each run."""
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A run that is also stopped and resumed.
+
+    Attributes:
+        layout, name: of the layout and the set.
+        flags: further ones.
+        slow: whether the main suite leaves it to the slow one.
+    """
+
+    layout: str
+    name: str
+    flags: tuple[str, ...] = ()
+    slow: bool = False
+
+
 RESUMED = (
-    ("pp2", "router", ()),
-    ("pp2-vpp2", "rows", ()),
-    ("ep2", "nothing first", ()),
-    ("ep2, distributed optimizer", "router", ("--bf16",)),
+    Resumed("pp2", "router"),
+    Resumed("pp2-vpp2", "rows"),
+    Resumed("ep2", "nothing first"),
+    Resumed("ep2, distributed optimizer", "router", ("--bf16",)),
+    Resumed("dp2, distributed optimizer", "rows, imitation", ("--bf16",), slow=True),
 )
-"""Layout, set and further flags of runs that are also stopped and resumed."""
 
 
 @dataclass(frozen=True)
@@ -280,7 +317,7 @@ def recipe_of(own: FeatureSet, more: Mapping[str, Any] | None = None) -> str:
     }
     for name in sorted(own.features):
         for dotted, value in FEATURES[name].recipe.items():
-            _set(tree, dotted, value)
+            _set(tree, dotted, own.instead.get(dotted, value))
     for dotted, value in (more or {}).items():
         _set(tree, dotted, value)
     return yaml.safe_dump(tree, sort_keys=False)

@@ -24,7 +24,7 @@ _TABLE = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.S)
 
 def first_line(path: Path) -> str:
     """The first line of a module's docstring, without its full stop."""
-    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    text = ast.get_docstring(ast_of(path)) or ""
     return text.split("\n\n")[0].replace("\n", " ").rstrip(".").replace("|", "\\|")
 
 
@@ -137,24 +137,50 @@ def readmes() -> list[Path]:
 
 
 def assert_exists(named: str) -> None:
-    """That a test is there, by its file alone or as ``unit/test_step.py::test_a_step``.
+    """That a test is there, by its file alone or as ``unit/test_step.py::test_a_step``, one of a
+    class as ``training/test_array_rows.py::TestRows::test_a_row``.
 
     Raises:
-        AssertionError: no such file under ``tests/``, or no such function in it.
+        AssertionError: no such file under ``tests/``, or no such function or class in it.
     """
-    file, _, name = named.partition("::")
+    file, *inside = named.split("::")
     path = ROOT / "tests" / file
     assert path.name.startswith("test_"), f"{named}: names no tests"
     assert path.is_file(), f"{named}: no file {path}"
-    if not name:
+    if not inside:
         return
-    functions = {
-        node.name
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.FunctionDef)
-    }
+    *owner, name = inside
     assert name.startswith("test_"), f"{named}: names no test"
+    functions = _methods(path, *owner) if owner else _functions(ast_of(path))
     assert name in functions, f"{named}: no such function in {path}"
+
+
+def ast_of(path: Path) -> ast.Module:
+    """A module's syntax tree."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def _functions(node: ast.AST) -> set[str]:
+    return {inner.name for inner in ast.walk(node) if isinstance(inner, ast.FunctionDef)}
+
+
+def _methods(path: Path, name: str) -> set[str]:
+    """Methods of a class of a module, and those that it has from a class of the harness."""
+    tree = ast_of(path)
+    places = {
+        alias.name: ROOT.joinpath(*(node.module or "").split(".")).with_suffix(".py")
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    found = set()
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            found |= _functions(node)
+            for base in node.bases:
+                if isinstance(base, ast.Name) and base.id in places:
+                    found |= _methods(places[base.id], base.id)
+    return found
 
 
 def main() -> None:

@@ -43,19 +43,20 @@ def student_flags(*extra: str, **layout: int) -> list[str]:
     return [f for f in lane.moe(**layout) if f != "--mock-data"] + [*small, *optimizer, *extra]
 
 
+def make_student(path: str, general: str, *extra: str, pythonpath: Sequence[str] = ()) -> None:
+    """Train a student on general text for three steps, with ``extra`` flags, and save it."""
+    data = ("--data-path", general, "--split", "90,5,5", "--train-iters", "3")
+    save = ("--save", path, "--save-interval", "100")
+    lane.run(student_flags(*data, *save, *extra), pythonpath=pythonpath)
+
+
 def make_material(folder: Path, pythonpath: Sequence[str] = ()) -> Material:
     """Write the corpora, and train student and teacher for a moment; see ``lane.run``."""
     from tests.harness.corpus import write_corpora
 
     general, domain = write_corpora(folder)
     student, teacher = str(folder / "student"), str(folder / "teacher")
-    lane.run(
-        student_flags(
-            *("--data-path", general, "--split", "90,5,5", "--train-iters", "3"),
-            *("--save", student, "--save-interval", "100"),
-        ),
-        pythonpath=pythonpath,
-    )
+    make_student(student, general, pythonpath=pythonpath)
     teacher_flags = [f for f in lane.dense() if f != "--mock-data"]
     lane.run(
         [

@@ -67,7 +67,7 @@ def test_a_pair_that_no_set_has_is_a_gap():
     assert ("trained rows", "imitated states") in missing
     assert set(missing) == {
         ("trained rows", other)
-        for other in ("trained head", "expert retention", "imitated states", "imitated experts")
+        for other in (array.TRAINED - {"trained router"}) | array.IMITATED | {"expert retention"}
     }
     new = [*array.FEATURES, "what nobody wrote"]
     assert len(array.gaps(features=new)) == len(array.FEATURES) + len(array.LAYOUTS)
@@ -161,11 +161,7 @@ TESTED_ELSEWHERE = {
         ],
     },
     "training/test_injection.py": {
-        "test_a_single_component_trains_and_nothing_else": [
-            "train.attention",
-            "train.experts",
-            "train.norms",
-        ],
+        "test_a_single_component_trains_and_nothing_else": ["train.experts"],
         "test_a_trained_head_learns_the_same_from_one_pass_as_from_two": ["objective.masked_sum"],
         "test_experts_by_profile_are_the_experts_that_train": [
             "domains.*.experts.n",
@@ -206,9 +202,6 @@ TESTED_ELSEWHERE = {
             "domains.*.experts.score",
         ],
         "test_resolved_recipe_is_plain_and_says_where_from": ["domains.*.experts.origin"],
-    },
-    "unit/experts/train/test_freeze.py": {
-        "test_all_experts_and_named_components": ["train.shared_experts"]
     },
     "unit/recipe/test_recipe.py": {
         "test_good_recipe_and_its_defaults": ["verify_frozen"],
@@ -268,15 +261,25 @@ def test_what_is_tested_elsewhere_is(file):
         assert_exists(f"{file}::{name}")
 
 
+def test_a_test_that_a_class_takes_from_the_harness_is_there():
+    assert_exists("training/test_array_rows.py::TestRows::test_a_resumed_run_goes_on_bitwise")
+
+
 def test_a_test_that_is_not_there_is_noticed():
-    for named in ("training/test_nothing.py::test_a", "unit/test_array.py::test_nothing"):
+    for named in (
+        "training/test_nothing.py::test_a",
+        "unit/test_array.py::test_nothing",
+        "training/test_array_rows.py::TestRows::test_nothing",
+        "training/test_array_rows.py::TestNothing::test_a_resumed_run_goes_on_bitwise",
+        "training/test_array_rows.py::test_a_resumed_run_goes_on_bitwise",
+    ):
         with pytest.raises(AssertionError, match=r"no file|no such function"):
             assert_exists(named)
 
 
 def test_ranks_that_have_nothing_to_train_are_in_the_table():
     """The first of two stages and expert ranks in one set, the last in another."""
-    trains_beside = {"trained router", "trained head", "pattern", *array.IMITATED}
+    trains_beside = {"pattern", *array.TRAINED, *array.IMITATED}
     first, last = array.SETS["nothing first"], array.SETS["rows"]
     layers, experts = set(first.experts), {e for own in first.experts.values() for e in own}
     assert min(layers) >= 2
@@ -291,12 +294,23 @@ def test_ranks_that_have_nothing_to_train_are_in_the_table():
     assert {(layout, "rows") for layout in array.LAYOUTS} <= runs
 
 
+@pytest.mark.parametrize("name", array.SETS)
+def test_what_a_set_has_instead_is_of_its_features(name):
+    own = array.SETS[name]
+    values = {}
+    for feature in own.features:
+        values |= array.FEATURES[feature].recipe
+    for field, value in own.instead.items():
+        assert values[field] != value, field
+
+
 def test_every_set_runs_in_one_file():
     files = sorted((ROOT / "tests" / "training").glob("test_array_*.py"))
     assigned = [
         ast.literal_eval(node.value)
         for file in files
-        for node in ast.parse(file.read_text(encoding="utf-8")).body
-        if isinstance(node, ast.Assign) and node.targets[0].id == "SETS"
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Assign) and node.targets[0].id == "sets"
     ]
+    assert len(assigned) == len(files)
     assert sorted(name for names in assigned for name in names) == sorted(array.SETS)

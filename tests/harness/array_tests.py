@@ -1,0 +1,93 @@
+"""The tests of the covering array, for the sets that a subclass names.
+
+``tests/training/test_array_*.py`` are these tests, with the sets of each; every file is one
+process's share of the suite (``pytest --dist loadfile``).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import pytest
+
+from megatron_moe_inject.evaluation.evaluation_file import read_list
+from megatron_moe_inject.experts.choose.profile_file import read_profile
+from tests.harness import covering_array as array
+from tests.harness.array_runs import CLOCK, STEPS, assert_same_routing, different, reference_of
+from tests.harness.evaluating import assert_same
+from tests.harness.injection import PROVEN
+
+
+class ArrayTests:
+    """What each set has to show; ``sets`` names those of a subclass."""
+
+    sets: ClassVar[tuple[str, ...]]
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """Rows and resumed runs of the sets, those of slow layouts marked so."""
+        if "flags" in metafunc.fixturenames:
+            runs = [run for run in array.RESUMED if run.name in self.sets]
+            cases = [
+                _case(run.layout, run.name, run.flags, slow=run.slow, named=run.flags)
+                for run in runs
+            ]
+            metafunc.parametrize(("layout", "name", "flags"), cases)
+        elif "layout" in metafunc.fixturenames:
+            rows = [row for row in array.ROWS if row[1] in self.sets]
+            cases = [_case(*row, slow=array.LAYOUTS[row[0]].slow) for row in rows]
+            metafunc.parametrize(("layout", "name"), cases)
+        else:
+            metafunc.parametrize("name", self.sets)
+
+    def test_a_layout_gives_what_one_process_gives(self, known_run, layout, name):
+        """Not one choice of an expert, no term and no evaluation differs; nothing frozen moves."""
+        one, one_folder = reference_of(known_run, name, layout)
+        run, folder = known_run(name, layout)
+        assert PROVEN.search(run.output)
+        assert_same_routing(*(read_profile(path / "profile.json") for path in (folder, one_folder)))
+        assert len(run.iterations) == STEPS
+        assert different(run.iterations, one.iterations, {CLOCK}, rel=2e-5, abs=1e-6) == []
+        assert len(run.evaluations) > 0
+        assert different(run.evaluations, one.evaluations, {CLOCK}, rel=2e-5, abs=1e-6) == []
+        ours, theirs = (read_list(path / "evaluation.jsonl") for path in (folder, one_folder))
+        assert [measured.provenance.iteration for measured in ours] == [0, 2, 4]
+        for measured, expected in zip(ours, theirs, strict=True):
+            assert_same(measured, expected, rtol=2e-5)
+
+    def test_each_feature_of_a_set_shows_in_the_log(self, known_run, name):
+        """Or it has no term of its own."""
+        last = known_run(name)[0].iterations[-1]
+        terms = {
+            term for feature in array.SETS[name].features for term in array.FEATURES[feature].terms
+        }
+        assert len(terms) > 8
+        assert terms <= last.keys()
+        assert {
+            term for term in terms if not (math.isfinite(last[term]) and last[term] > 0)
+        } == set()
+
+    def test_a_resumed_run_goes_on_bitwise(self, known_run, stopped_run, layout, name, flags):
+        """One that was stopped after two steps, as if nothing had happened."""
+        whole, folder = known_run(name, layout, flags=flags)
+        run, own = stopped_run(name, layout, flags=flags)
+        assert PROVEN.search(run.output)
+        assert [step["iteration"] for step in run.iterations] == [3, 4]
+        assert different(run.iterations[:1], whole.iterations[2:3], {CLOCK}) == []
+        # Megatron's second line of a run has its first one's sum, too.
+        assert (
+            different(run.iterations[1:], whole.iterations[3:], {CLOCK, "load_balancing_loss"})
+            == []
+        )
+        ours, theirs = (read_list(path / "evaluation.jsonl") for path in (own, folder))
+        assert [measured.provenance.iteration for measured in ours] == [0, 2, 4]
+        for measured, expected in zip(ours, theirs, strict=True):
+            assert_same(measured, expected, rtol=0)
+
+
+def _case(layout: str, name: str, *more: tuple[str, ...], slow: bool, named: tuple[str, ...] = ()):
+    """One row; its name begins with the set's."""
+    marks = [pytest.mark.slow] if slow else []
+    return pytest.param(
+        layout, name, *more, id=": ".join((name, " ".join((layout, *named)))), marks=marks
+    )
