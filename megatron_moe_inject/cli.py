@@ -38,6 +38,7 @@ from megatron_moe_inject.recipe.features import FEATURES
 from megatron_moe_inject.recipe.flags import add_inject_arguments, name_error, recipe_from_args
 from megatron_moe_inject.recipe.load import load_recipe, located
 from megatron_moe_inject.recipe.plan import Plan, render_plan
+from megatron_moe_inject.recipe.run_kinds import INJECTION
 from megatron_moe_inject.recipe.schema import Recipe
 from megatron_moe_inject.recipe.student import check_recipe, student_facts_from_args
 from megatron_moe_inject.routing import report as routing_report
@@ -82,8 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         with _quiet():
             if options.command == "plan":
-                plan = _plan(options, flags)
-                text = render_plan(plan) + (_wraps(plan) if options.wraps else "")
+                plan, args = _plan(options, flags)
+                text = render_plan(plan) + (_wraps(plan, args) if options.wraps else "")
             elif flags:
                 raise RecipeError(
                     f"{options.command} takes no training flags; leave out -- and them"
@@ -155,12 +156,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _plan(options: argparse.Namespace, flags: list[str] | None) -> Plan:
+def _plan(
+    options: argparse.Namespace, flags: list[str] | None
+) -> tuple[Plan, argparse.Namespace | None]:
+    """The plan, and the arguments of the training command where it is given."""
     overrides = [item for group in options.inject_set for item in group]
     if not flags:
         recipe = load_recipe(options.recipe, overrides)
         try:
-            return Plan(resolve_experts(recipe, may_be_missing=True))
+            return Plan(resolve_experts(recipe, may_be_missing=True)), None
         except RecipeError as error:
             raise located(error, options.recipe, overrides) from None
     from megatron.training.arguments import add_megatron_arguments
@@ -182,14 +186,16 @@ def _plan(options: argparse.Namespace, flags: list[str] | None) -> Plan:
         remarks += feature.foresee(recipe, facts, args)
     if unknown:
         remarks.append(f"not Megatron flags, ignored: {' '.join(unknown)}")
-    return Plan(recipe, facts, lines, remarks)
+    return Plan(recipe, facts, lines, remarks), args
 
 
-def _wraps(plan: Plan) -> str:
+def _wraps(plan: Plan, args: argparse.Namespace | None) -> str:
     from megatron_moe_inject.contracts import in_use
     from megatron_moe_inject.host.wrap_list import render_table
+    from megatron_moe_inject.run import run_kind
 
-    return "\n\n" + render_table(in_use(plan.recipe, plan.facts))
+    kind = INJECTION if args is None else run_kind(args)
+    return "\n\n" + render_table(in_use(plan.recipe, plan.facts, args, kind=kind))
 
 
 def _teacher_lines(

@@ -120,6 +120,38 @@ def test_plan_against_a_student(recipe_file, capsys, monkeypatch):
         assert line in captured.out.splitlines()
 
 
+UNTAUGHT = """
+domains: [{name: code, data: [1], experts: {layers: {3: [0]}}}]
+objective: {alpha: 0, beta: 1}
+steering: {coeff: 0.1, target_mass: 0.5, confidence: none}
+train: {router: true}
+"""
+WATCHES, STEERS = "routing in the log and in profiles", "steering"
+
+
+@pytest.mark.parametrize(
+    ("steered", "flags", "parts"),
+    [
+        (False, "", set()),
+        (False, "--inject-profile p.json", {WATCHES}),
+        (True, "", {WATCHES, STEERS}),
+        (True, "--inject-profile p.json --skip-train", {WATCHES}),
+    ],
+)
+def test_what_a_run_would_wrap_follows_its_flags(
+    tmp_path, capsys, monkeypatch, steered, flags, parts
+):
+    monkeypatch.setattr(feature, "check_data_files", lambda args, facts: None)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(UNTAUGHT if steered else "\n".join(UNTAUGHT.splitlines()[:3]))
+    assert main(["plan", str(path), "--wraps", "--", *STUDENT.split(), *flags.split()]) == 0
+    plan, _, wraps = capsys.readouterr().out.partition("\nwraps:\n")
+    assert plan
+    shown = {line.split("  ")[1] for line in wraps.splitlines()}
+    assert "every run" in shown
+    assert shown & {WATCHES, STEERS} == parts
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
