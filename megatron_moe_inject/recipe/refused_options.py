@@ -53,6 +53,7 @@ _ONE_PARAMETER = "keeps all experts of a layer in one parameter"
 _OWN_GRADIENTS = "makes the weight gradients of a layer's grouped experts all at once"
 NO_PARTS = (
     Refusal("moe_single_grouped_weight", _ONE_PARAMETER),
+    Refusal("moe_single_grouped_bias", _ONE_PARAMETER),
     Refusal("use_transformer_engine_op_fuser", _OWN_GRADIENTS),
     Refusal("delay_wgrad_compute", _OWN_GRADIENTS),
     Refusal("overlap_dispatch_backward_with_experts_wgrad", _OWN_GRADIENTS),

@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 
+from megatron_moe_inject.host.agreement import agree
 from megatron_moe_inject.host.attached_loss import (
     add_reports,
     attach_loss,
@@ -87,11 +88,11 @@ class ExpertRetention:
         originals: those of the experts that train, at least.
         weight_at: the weight after that many optimizer steps.
 
-    Collectives: one all-gather of layer numbers over the whole world.
+    Collectives: one all-gather of errors and one of layer numbers over the whole world.
 
     Raises:
-        RecipeError: on every rank, where no expert of any rank trains, or weight gradients of
-            experts are delayed.
+        RecipeError: on every rank, where no expert of any rank trains, a layer keeps its experts in
+            one parameter, or weight gradients of experts are delayed.
     """
 
     def __init__(
@@ -114,7 +115,7 @@ class ExpertRetention:
         self._active = False
         self._clocks: list[ChunkClock] = []
         self._layers: list[_HeldLayer] = []
-        trained = [_trained_experts(chunk) for chunk in chunks]
+        trained = agree(lambda: [_trained_experts(chunk) for chunk in chunks])
         self._num_layers = _count_layers({layer for by_layer in trained for layer in by_layer})
         for chunk, by_layer in zip(chunks, trained, strict=True):
             clock = ChunkClock(chunk)
@@ -259,12 +260,22 @@ class ExpertRetention:
 def _trained_experts(
     chunk: Chunk,
 ) -> dict[int, dict[int, list[torch.nn.Parameter]]]:
-    """Parameters that train, by 0-based layer and global id of the expert."""
+    """Parameters that train, by 0-based layer and global id of the expert.
+
+    Raises:
+        RecipeError: one is of several experts.
+    """
     by_layer: dict[int, dict[int, list[torch.nn.Parameter]]] = {}
     for place, parameter in places(chunk):
         if place.component == EXPERTS and parameter.requires_grad:
             assert place.layer is not None, place.name
-            assert place.expert is not None, f"{place.name} is of several experts"
+            if place.expert is None:
+                raise RecipeError(
+                    f"retention.experts: holds each expert to its own outputs, but layer "
+                    f"{place.layer} keeps its experts in one parameter ({place.name}); build it "
+                    "with a parameter for each, or set retention.experts to 0",
+                    "retention.experts",
+                )
             by_layer.setdefault(place.layer, {}).setdefault(place.expert, []).append(parameter)
     return by_layer
 

@@ -95,6 +95,35 @@ def _held(expert_parallel, dispatcher, labels, recompute=False, capacity=None, m
     return value, gradients
 
 
+def _fused_on(rank):
+    """What retention says where this rank's layer has a parameter of all its experts."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from megatron_moe_inject.host.errors import RecipeError
+    from megatron_moe_inject.retention.experts import ExpertRetention
+    from megatron_moe_inject.retention.originals import OriginalParameters
+
+    chunk = _Chunk(moe_layer(2, "alltoall", None), recompute=False)
+    originals = OriginalParameters([chunk], {}, ["experts"])
+    if dist.get_rank() == rank:
+        fused = torch.nn.Parameter(torch.zeros(2, HIDDEN))
+        chunk.decoder.layers[0].mlp.experts.register_parameter("weight1", fused)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    try:
+        ExpertRetention([chunk], groups, originals, lambda iteration: WEIGHT)
+    except RecipeError as error:
+        return str(error)
+    return None
+
+
+def test_experts_in_one_parameter_are_an_error_on_every_rank(processes):
+    assert processes.run(_fused_on, None) == [None, None]
+    message, again = processes.run(_fused_on, 1)
+    assert message == again
+    assert message.startswith("retention.experts: holds each expert to its own outputs, but layer")
+    assert "layer 0 keeps its experts in one parameter (decoder.layers.0.mlp.experts." in message
+
+
 @functools.cache
 def _brute_force(labels):
     """One product per token and expert, over both ranks: value and gradients."""
