@@ -112,7 +112,7 @@ class Pool:
                 rank = waiting.pop(pipe)
                 try:
                     succeeded, answer = _unpack(pipe.recv_bytes())
-                except EOFError:
+                except (EOFError, ConnectionResetError):
                     self._processes[rank].join(timeout=5)
                     succeeded = False
                     answer = f"died with exit code {self._processes[rank].exitcode}"
@@ -180,7 +180,7 @@ def _serve(rank: int, world_size: int, port: int, timeout: float, pipe: Connecti
         try:
             case, args, kwargs = _unpack(request)
             answer = _pack((True, case(*args, **kwargs)))
-        except Exception:
+        except BaseException:  # also pytest.fail and sys.exit: the pool says which rank, and why
             answer = _pack((False, traceback.format_exc()))
         pipe.send_bytes(answer)
 

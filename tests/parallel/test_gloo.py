@@ -1,6 +1,7 @@
 """The gloo pool reports what went wrong and where, and recovers."""
 
 import os
+import sys
 import time
 
 import pytest
@@ -19,6 +20,12 @@ def _sum_of_ranks(size):
 def _fail_on(rank):
     if dist.get_rank() == rank:
         raise KeyError("broken on purpose")
+    dist.barrier()
+
+
+def _leave_on(rank, leave):
+    if dist.get_rank() == rank:
+        leave("left on purpose")
     dist.barrier()
 
 
@@ -49,6 +56,12 @@ def test_failure_names_the_rank_and_the_next_run_works(pair):
     with pytest.raises(gloo.RankFailedError, match=r"rank 1: (.|\n)*broken on purpose"):
         pair.run(_fail_on, 1)
     assert [total for _, total in pair.run(_sum_of_ranks, 2)] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("leave", [sys.exit, pytest.fail, pytest.skip])
+def test_a_case_that_leaves_otherwise_has_failed_and_says_where(pair, leave):
+    with pytest.raises(gloo.RankFailedError, match=r"rank 1: (.|\n)*left on purpose"):
+        pair.run(_leave_on, 1, leave)
 
 
 def test_death_is_reported(pair):
