@@ -123,13 +123,7 @@ class OriginalPass:
     def group(
         self, micro_batch: int, samples: Sequence[int], weights: TermWeights, head: torch.Tensor
     ) -> SampleGroup:
-        """General samples of a micro-batch of the step, with the original model as their teacher.
-
-        Args:
-            micro_batch: its place in the step.
-            samples: positions in the batch.
-            weights: of their loss.
-            head: the student's ``[v/p, h]``.
+        """See ``teachers.step_teachers.OriginalTeacher.group``.
 
         Collectives: under sequence parallelism one all-gather over the tensor-parallel group.
         """
