@@ -4,7 +4,7 @@ import pytest
 
 from tests.harness import lane
 from tests.harness.evaluating import assert_same, evaluate
-from tests.harness.injection import RECIPE, TERMS, inject
+from tests.harness.injection import LAYOUTS, PROVEN, RECIPE, TERMS, inject
 
 NAMES = 'coder: {{source: "megatron:{teacher}"}}'
 TWINS = RECIPE.replace("teacher: coder", "teacher: {{coder: 0.2, twin: 0.8}}").replace(
@@ -46,25 +46,46 @@ def test_two_teachers_give_one_curve_by_window_and_layout(material, prose):
     one = inject(material, recipe)
     windowed = inject(material, recipe, extra=("--inject-set", "teachers.prose.window=1"))
     assert windowed.losses("kd loss") == pytest.approx(one.losses("kd loss"), rel=2e-5)
-    run = inject(material, recipe, nproc=2, tp=2)
-    for term in TERMS:
-        assert run.losses(term) == pytest.approx(one.losses(term), rel=2e-5), term
+    for layout in (dict(ep=2), dict(tp=2), dict(pp=2)):
+        run = inject(material, recipe, nproc=2, **layout)
+        assert PROVEN.search(run.output)
+        for term in TERMS:
+            assert run.losses(term) == pytest.approx(one.losses(term), rel=2e-5), (layout, term)
 
 
-def test_steering_and_imitation_take_both_teachers(material, prose):
-    """The mixture's confidence steers; the layers of each teacher are imitated."""
-    more = (
-        "imitation: {{hidden: 0.5}}\nobjective: {{",
-        "steering: {{coeff: 0.5, confidence: top}}\ntrain: {{router: true}}\n",
-    )
-    recipe = _two(prose, "label").replace("objective: {{", more[0]) + more[1]
-    one = inject(material, recipe)
-    plain = inject(material, recipe.replace("confidence: top", "confidence: none"))
-    assert one.losses("steering loss")[0] != plain.losses("steering loss")[0]
-    assert one.losses("imitation loss")[0] == plain.losses("imitation loss")[0] > 0
-    run = inject(material, recipe, nproc=2, pp=2)
+STEERED_BY_BOTH = (
+    "imitation: {{hidden: 0.5}}\nobjective: {{",
+    "steering: {{coeff: 0.5, confidence: top}}\ntrain: {{router: true}}\n",
+)
+
+
+def _steered_by_both(prose: str) -> str:
+    imitation, steering = STEERED_BY_BOTH
+    return _two(prose, "label").replace("objective: {{", imitation) + steering
+
+
+@pytest.fixture(scope="module")
+def both(material, prose):
+    return inject(material, _steered_by_both(prose))
+
+
+def test_confidence_steers_and_leaves_imitation_as_it_is(material, prose, both):
+    """The confidence is the mixture's; the layers of each teacher are imitated."""
+    recipe = _steered_by_both(prose).replace("confidence: top", "confidence: none")
+    plain = inject(material, recipe)
+    assert both.losses("steering loss")[0] != plain.losses("steering loss")[0]
+    assert both.losses("imitation loss")[0] == plain.losses("imitation loss")[0] > 0
+
+
+@pytest.mark.parametrize(
+    "layout", ["tp2-sp", "pp2", "cp2", pytest.param("pp2-vpp2", marks=pytest.mark.slow)]
+)
+def test_steering_and_imitation_take_both_teachers(material, prose, both, layout):
+    """Their confidence is sliced with the sequence, and reaches the chunks of every stage."""
+    run = inject(material, _steered_by_both(prose), **LAYOUTS[layout])
+    assert PROVEN.search(run.output)
     for term in (*TERMS, "imitation loss", "steering loss"):
-        assert run.losses(term) == pytest.approx(one.losses(term), rel=2e-5, abs=1e-6), term
+        assert run.losses(term) == pytest.approx(both.losses(term), rel=2e-5, abs=1e-6), term
 
 
 def test_the_mixture_lies_between_its_teachers(material, prose):

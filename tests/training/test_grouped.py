@@ -9,7 +9,7 @@ import pytest
 
 from tests.harness import lane
 from tests.harness.grouped import GROUPED, SCRIPT, TWO_OF_FOUR, grouped
-from tests.harness.injection import PROVEN, RECIPE, TERMS, inject, recipe_file
+from tests.harness.injection import LAYOUTS, PROVEN, RECIPE, TERMS, inject, recipe_file
 from tests.harness.material import student_flags
 
 
@@ -18,10 +18,17 @@ def sequential(material):
     return inject(material, TWO_OF_FOUR)
 
 
-@pytest.mark.parametrize("ep", [1, 2])
-def test_the_curve_is_that_of_one_module_per_expert(material, sequential, ep):
-    """At two expert ranks with the distributed optimizer and both overlaps."""
-    run = grouped(material, *(lane.DISTRIBUTED_OPTIMIZER if ep > 1 else ()), nproc=ep, ep=ep)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        None,
+        "ep2, distributed optimizer",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("pp2", "selective recompute")),
+    ],
+)
+def test_the_curve_is_that_of_one_module_per_expert(material, sequential, layout):
+    sizes = dict(LAYOUTS[layout]) if layout else {}
+    run = grouped(material, *sizes.pop("extra", ()), **sizes)
     for term in TERMS:
         assert run.losses(term) == pytest.approx(sequential.losses(term), rel=2e-5), term
     assert PROVEN.search(run.output)

@@ -65,15 +65,20 @@ imitation: {{hidden: {{points: {{0: 0.0, 2: 0.5}}}}, experts: 0.5, loss: cosine}
 """
 
 
-@pytest.mark.parametrize("layout", ["ep2", "pp2"])
-def test_two_domains_with_teachers_layers_and_experts_of_their_own(material, layout):
+@pytest.fixture(scope="module")
+def two(material):
+    return inject(material, TWO)
+
+
+@pytest.mark.parametrize("layout", ["ep2", "pp2", "tp2-sp", "full recompute"])
+def test_two_domains_with_teachers_layers_and_experts_of_their_own(material, two, layout):
     names = ("imitation loss", "expert imitation loss")
     terms = ["lm loss", "grad norm", *names]
     terms += [f"{name}/{domain}" for name in names for domain in ("code", "text")]
-    alone, run = inject(material, TWO), inject(material, TWO, **LAYOUTS[layout])
+    run = inject(material, TWO, **LAYOUTS[layout])
     for term in terms:
-        assert run.losses(term) == pytest.approx(alone.losses(term), rel=2e-5), term
-        assert len(set(alone.losses(term))) == 4, term
+        assert run.losses(term) == pytest.approx(two.losses(term), rel=2e-5), term
+        assert len(set(two.losses(term))) == 4, term
 
 
 def test_evaluation_reports_them_too(single):

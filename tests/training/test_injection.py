@@ -15,6 +15,7 @@ from megatron_moe_inject.host.contract import Hooked
 from tests.harness import lane
 from tests.harness.injection import (
     CE_ONLY,
+    LAYOUTS,
     OTHER,
     PROVEN,
     RECIPE,
@@ -145,10 +146,16 @@ BY_NAME = RECIPE.replace(
 )
 
 
-def test_layers_and_parameters_train_by_name(material):
-    single, run = inject(material, BY_NAME), inject(material, BY_NAME, nproc=2, pp=2)
+@pytest.fixture(scope="module")
+def by_name(material):
+    return inject(material, BY_NAME)
+
+
+@pytest.mark.parametrize("layout", [pytest.param("ep2", marks=pytest.mark.slow), "tp2-sp", "pp2"])
+def test_layers_and_parameters_train_by_name(material, by_name, layout):
+    run = inject(material, BY_NAME, **LAYOUTS[layout])
     for term in TERMS:
-        assert run.losses(term) == pytest.approx(single.losses(term), rel=2e-5), term
+        assert run.losses(term) == pytest.approx(by_name.losses(term), rel=2e-5), term
     assert PROVEN.search(run.output)
     assert "layers 3, *.2.mlp.experts.3.*, *.final_layernorm.*; everything else is frozen" in (
         run.output

@@ -5,7 +5,9 @@ Both entries of the blend are domains; one teacher is much surer of its own kind
 
 import pytest
 
-from tests.harness.injection import LAYOUTS, inject
+from tests.harness import lane
+from tests.harness.injection import LAYOUTS, PROVEN, inject, recipe_file
+from tests.harness.material import student_flags
 
 TWO = """
 domains:
@@ -53,6 +55,32 @@ def test_it_changes_what_is_steered_from_the_second_step_on(material, both):
     assert both.losses("steering loss")[1] != pytest.approx(
         plain.losses("steering loss")[1], rel=1e-3
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["ep2", "tp2-sp", "pp2"])
+def test_means_of_two_domains_do_not_depend_on_the_layout(material, both, layout):
+    sizes = dict(LAYOUTS[layout])
+    run = inject(material, BOTH, extra=(*LONGER, *sizes.pop("extra", ())), **sizes)
+    agrees(run, both)
+    assert PROVEN.search(run.output)
+    for name in SURE:
+        ours, theirs = run.evaluations[-1][name], both.evaluations[-1][name]
+        assert ours == pytest.approx(theirs, rel=2e-5), name
+
+
+@pytest.mark.slow
+def test_means_of_two_domains_go_on_bitwise_in_a_resumed_run(material, tmp_path):
+    """At two pipeline stages, where the last one measures them."""
+    keep = (*LONGER, "--save", str(tmp_path), "--save-interval", "3")
+    whole = inject(material, BOTH, nproc=2, pp=2, extra=LONGER)
+    inject(material, BOTH, nproc=2, pp=2, extra=(*keep, "--exit-interval", "3"))
+    ours = ("--inject-recipe", recipe_file(material, BOTH), "--load", str(tmp_path))
+    resumed = lane.run(student_flags(*material.blend, *keep, *ours, pp=2), nproc=2)
+    assert [step["iteration"] for step in resumed.iterations] == [4, 5, 6]
+    for term in TERMS:
+        assert resumed.losses(term) == whole.losses(term)[3:], term
+    assert "begins anew" not in resumed.output
 
 
 @pytest.mark.parametrize("layout", [pytest.param("tp2-sp", marks=pytest.mark.slow), "pp2"])

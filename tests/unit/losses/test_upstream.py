@@ -1,7 +1,7 @@
 """upstream_mask: the head's gradient formed in the forward pass, if the promise is kept.
 
 Its values and gradients against the dense reference are beside those of the other ways, in
-test_fused.py, test_main_grad.py, test_every_divergence.py and tests/parallel/test_losses_fused.py.
+test_fused.py, test_main_grad.py and tests/parallel (test_losses_fused.py, test_losses_sparse.py).
 """
 
 import pytest
