@@ -223,6 +223,26 @@ def test_ranks_without_a_domain_token(material, confidence):
         assert two.losses(term) == lane.approx(one.losses(term), rel=2e-5, abs=1e-6), term
 
 
+STILL = ("--lr", "1e-30", "--train-iters", "3")
+
+
+@pytest.mark.parametrize("per_token", [(), ("--calculate-per-token-loss",)], ids=["", "per token"])
+def test_the_balance_loss_of_a_step_without_a_domain_token_is_logged_as_stocks(material, per_token):
+    """Weights stay as they are; the blend begins with one sample of each entry. The second line of
+    a run has the first one's balance loss, too."""
+    one = ("--data-path", "1", material.general, "1e-9", material.domain, "--split", "90,5,5")
+    flags = material.flags(*STILL, *per_token)
+    flags[(at := flags.index("--data-path")) : at + 7] = one
+    ours = ("--inject-recipe", recipe_file(material, STEERED))
+    stock, steered = (lane.run([*flags, *more]).iterations for more in ((), ours))
+    first, last = steered[0], steered[-1]
+    assert "lm loss/code" in first
+    assert "lm loss/code" not in last
+    assert last["load_balancing_loss"] == stock[-1]["load_balancing_loss"] > 0
+    share = first["load_balancing_loss"] / stock[0]["load_balancing_loss"]
+    assert share == pytest.approx((1 + 3 * 7 / 8) / 4, abs=5e-3)  # layer 0 is not steered
+
+
 @pytest.mark.parametrize(
     "kind", [pytest.param("seq_aux_loss", marks=pytest.mark.slow), "global_aux_loss"]
 )
