@@ -27,15 +27,24 @@ class ArrayTests:
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """Rows and resumed runs of the sets, those of slow layouts marked so."""
         if "flags" in metafunc.fixturenames:
-            runs = [run for run in array.RESUMED if run.name in self.sets]
             cases = [
-                _case(run.layout, run.name, run.flags, slow=run.slow, named=run.flags)
-                for run in runs
+                pytest.param(
+                    *(run.layout, run.name, run.flags),
+                    id=f"{run.name}: {' '.join((run.layout, *run.flags))}",
+                    marks=_marks(run.slow),
+                )
+                for run in array.RESUMED
+                if run.name in self.sets
             ]
             metafunc.parametrize(("layout", "name", "flags"), cases)
         elif "layout" in metafunc.fixturenames:
-            rows = [row for row in array.ROWS if row[1] in self.sets]
-            cases = [_case(*row, slow=array.LAYOUTS[row[0]].slow) for row in rows]
+            cases = [
+                pytest.param(
+                    layout, name, id=f"{name}: {layout}", marks=_marks(array.LAYOUTS[layout].slow)
+                )
+                for layout, name in array.ROWS
+                if name in self.sets
+            ]
             metafunc.parametrize(("layout", "name"), cases)
         else:
             metafunc.parametrize("name", self.sets)
@@ -85,9 +94,5 @@ class ArrayTests:
             assert_same(measured, expected, rtol=0)
 
 
-def _case(layout: str, name: str, *more: tuple[str, ...], slow: bool, named: tuple[str, ...] = ()):
-    """One row; its name begins with the set's."""
-    marks = [pytest.mark.slow] if slow else []
-    return pytest.param(
-        layout, name, *more, id=": ".join((name, " ".join((layout, *named)))), marks=marks
-    )
+def _marks(slow: bool) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.slow] if slow else []

@@ -294,6 +294,14 @@ def test_ranks_that_have_nothing_to_train_are_in_the_table():
     assert {(layout, "rows") for layout in array.LAYOUTS} <= runs
 
 
+def test_originals_are_on_the_device_and_on_the_host_at_every_layout():
+    """The device is no feature: it is where they are without one."""
+    for layout in array.LAYOUTS:
+        own = [array.SETS[name].features for at, name in array.ROWS if at == layout]
+        assert all("gamma" in features for features in own)
+        assert {"originals on the host" in features for features in own} == {False, True}
+
+
 @pytest.mark.parametrize("name", array.SETS)
 def test_what_a_set_has_instead_is_of_its_features(name):
     own = array.SETS[name]
