@@ -37,7 +37,7 @@ class Feature:
     terms: tuple[str, ...] = ()
 
 
-SHARED_EXPERTS = ("--moe-shared-expert-intermediate-size", "32")
+SHARED_EXPERTS = ("--moe-shared-expert-intermediate-size", "64")
 FEATURES = {
     "distillation": Feature(
         "objective",
