@@ -10,11 +10,18 @@ from argparse import Namespace
 from collections.abc import Iterable
 
 from megatron_moe_inject.data.uses import MIXING
-from megatron_moe_inject.experts.train.uses import FROZEN_FP8, GROUPED, TRAIN
+from megatron_moe_inject.experts.train.uses import FROZEN_FP8, GROUPED, HYBRID_TRAIN, TRAIN
 from megatron_moe_inject.host import compat
 from megatron_moe_inject.host.contract import Contract, Use, Wrapped, symbols, unmet
 from megatron_moe_inject.host.errors import RecipeError
-from megatron_moe_inject.host.uses import CPU_LANE, EVERY_RUN, MODEL, OWN_ENTRY, ROUTING_WATCH
+from megatron_moe_inject.host.uses import (
+    CPU_LANE,
+    EVERY_RUN,
+    HYBRID_STUDENT,
+    MODEL,
+    OWN_ENTRY,
+    ROUTING_WATCH,
+)
 from megatron_moe_inject.recipe.facts import StudentFacts
 from megatron_moe_inject.recipe.feature import Feature
 from megatron_moe_inject.recipe.features import FEATURES
@@ -76,7 +83,8 @@ ALWAYS = (WIRING, EVERY_RUN, MODEL, RECIPE)
 
 EVERYTHING = (
     *ALWAYS,
-    *(TRAIN, GROUPED, FROZEN_FP8),
+    HYBRID_STUDENT,
+    *(TRAIN, HYBRID_TRAIN, GROUPED, FROZEN_FP8),
     *(ROUTING_WATCH, STEERING, ROUTER_ROWS),
     *(ORIGINALS, EXPERT_RETENTION, L2),
     *(DATA_FILES, MEGATRON, IMITATION),
@@ -105,6 +113,8 @@ def in_use(
         features: those that may take part; all, unless given.
     """
     parts = list(ALWAYS)
+    if facts is None or facts.pattern is not None:
+        parts.append(HYBRID_STUDENT)
     for feature in FEATURES if features is None else features:
         if kind in feature.runs:
             parts += [part for part in feature.uses(recipe, facts, args) if part not in parts]

@@ -276,11 +276,13 @@ def accepted(function: Callable, arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if name in parameters}
 
 
-def gpt_model_config(args: Any) -> Any:
-    """Megatron's own GPT model config and builder (0.19+), or None where there is none (0.18)."""
+def model_config(args: Any) -> Any:
+    """Megatron's own model config with its builder: of a hybrid model where there is a pattern,
+    else of GPT (0.19+); None where there is none (GPT in 0.18)."""
     from megatron.training import argument_utils
 
-    from_args = getattr(argument_utils, "gpt_config_from_args", None)
+    kind = "gpt" if getattr(args, "hybrid_layer_pattern", None) is None else "hybrid"
+    from_args = getattr(argument_utils, f"{kind}_config_from_args", None)
     return None if from_args is None else from_args(args)
 
 

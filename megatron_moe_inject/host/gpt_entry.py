@@ -169,7 +169,7 @@ def main() -> None:
         check_supported(args)
     except ValueError as error:
         sys.exit(f"moe-inject: {error}")
-    model_config = compat.gpt_model_config(args)
+    model_config = compat.model_config(args)
     provider = {"model_provider": model_provider} if model_config is None else {}
     training_loop(
         pretrain_cfg_container_from_args(args, model_config),

@@ -2,8 +2,9 @@
 
 ``GPTModel.forward`` takes an ``output_processor`` that gets the states after the final norm and
 returns the model's output. Stock scripts do not pass it, so a forward pre-hook on the chunk with
-the output layer adds the one that is in force. Without one, and where a forward pass has no labels,
-the output is stock's.
+the output layer adds the one that is in force. ``HybridModel.forward`` takes none yet: there
+``hybrid_seam`` stands in. Without one, and where a forward pass has no labels, the output is
+stock's.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from megatron_moe_inject.host.hybrid_seam import HybridTail, takes_output_processor
 from megatron_moe_inject.host.megatron_types import Chunk
 
 OutputProcessor = Callable[..., torch.Tensor]
@@ -30,7 +32,10 @@ class LossSeam:
 
     def __init__(self, chunk: Chunk) -> None:
         self.process: OutputProcessor | None = None
-        chunk.register_forward_pre_hook(self._add, with_kwargs=True)
+        if takes_output_processor(chunk):
+            chunk.register_forward_pre_hook(self._add, with_kwargs=True)
+        else:
+            HybridTail(chunk, lambda: self.process)
 
     @contextlib.contextmanager
     def using(self, process: OutputProcessor) -> Iterator[None]:

@@ -41,6 +41,7 @@ COMPONENTS = (
     "attention",
     "norms",
     "mlp",
+    "mamba",
     "embedding",
     "output_layer",
     "mtp",
@@ -100,6 +101,8 @@ def _component(name: str, in_layer: str | None) -> str:
         return "router"
     if _NORM.search(in_layer):
         return "norms"
+    if in_layer.startswith("mixer."):
+        return "mamba"
     if in_layer.startswith(("self_attention.", "cross_attention.")):
         return "attention"
     return "mlp" if in_layer.startswith("mlp.") else "other"
@@ -109,6 +112,11 @@ def decoder_layers(chunk: Chunk) -> list[MegatronModule]:
     """The chunk's decoder layers; each has a 1-based global ``layer_number``."""
     decoder = getattr(chunk, "decoder", None)
     return [] if decoder is None else list(decoder.layers)
+
+
+def mlp_of(layer: MegatronModule) -> MegatronModule | None:
+    """The MLP or the experts of a decoder layer, None for one that has none (Mamba)."""
+    return getattr(layer, "mlp", None)
 
 
 def grouped_linears(experts: MegatronModule) -> list[MegatronModule]:
@@ -153,7 +161,7 @@ def _with_global_expert(in_layer: str, expert: int) -> str:
 def routers(chunk: Chunk) -> Iterator[tuple[int, MegatronModule]]:
     """The routers of a bare chunk's decoder, each with its 0-based global layer."""
     for layer in decoder_layers(chunk):
-        router = getattr(layer.mlp, "router", None)
+        router = getattr(mlp_of(layer), "router", None)
         if router is not None:
             yield layer.layer_number - 1, router
 

@@ -7,6 +7,8 @@ from megatron_moe_inject.host.contract import Contract, Hooked, Use, Wrapped, sy
 BLOCK = "megatron.core.transformer.transformer_block.TransformerBlock"
 DISPATCHER = "megatron.core.transformer.moe.token_dispatcher.MoETokenDispatcher"
 GPT = "megatron.core.models.gpt.gpt_model.GPTModel"
+HYBRID = "megatron.core.models.hybrid.hybrid_model.HybridModel"
+STACK = "megatron.core.models.hybrid.hybrid_block.HybridStack"
 GROUPED_EXPERTS = "megatron.core.transformer.moe.experts.TEGroupedMLP"
 EXPERTS = "megatron.core.transformer.moe.experts.SequentialMLP"
 LAYER = "megatron.core.transformer.transformer_layer.TransformerLayer"
@@ -146,6 +148,7 @@ EVERY_RUN = Contract(
         Use(f"{_PARALLEL}.get_position_embedding_group", ("check_initialized",)),
         Use(f"{_PARALLEL}.get_tensor_and_data_parallel_group", ("with_context_parallel",)),
         Use("megatron.training.argument_utils.gpt_config_from_args", optional="0.19 and later"),
+        Use("megatron.training.argument_utils.hybrid_config_from_args"),
     ),
 )
 
@@ -201,6 +204,32 @@ MODEL = Contract(
             GPT, kind="load_state_dict post-hook", does="notes what was loaded; gone after loading"
         ),
         Hooked(LAYER, kind="forward hook", does="in FP8: notes what is not finite"),
+    ),
+)
+
+OUTPUT_LAYER = Wrapped(
+    f"{_CORE}.tensor_parallel.ColumnParallelLinear.forward",
+    ("input_", "weight"),
+    does="of a hybrid model: keeps the last states, and forms no logits",
+)
+HYBRID_LOSS = Wrapped(
+    f"{HYBRID}.compute_language_model_loss",
+    ("labels", "logits"),
+    does="of a hybrid model: the loss of the states that were kept",
+)
+HYBRID_STUDENT = Contract(
+    "--hybrid-layer-pattern",
+    (
+        OUTPUT_LAYER,
+        HYBRID_LOSS,
+        Hooked(HYBRID, kind="forward pre-hook", does="tells multi-token prediction apart"),
+        Use(f"{HYBRID}.forward", ("labels", "loss_mask")),
+        Use(
+            HYBRID,
+            attributes=("decoder", "embedding", "mtp_process", "output_layer", "post_process"),
+        ),
+        Use(STACK, attributes=("layers",)),
+        Use(_CONFIG, attributes=("mtp_num_layers",)),
     ),
 )
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_moe_inject.host.layer_pattern import LayerPattern
+
 
 @dataclass(frozen=True)
 class ParallelFacts:
@@ -40,6 +42,8 @@ class StudentFacts:
 
     Attributes:
         num_layers: decoder layers, multi-token-prediction layers not counted.
+        pattern: what the layers of a hybrid student are; None for a GPT model, whose layers are
+            blocks of an attention and an MLP each.
         num_moe_experts: experts of each MoE layer; None for a dense student.
         router_topk: experts per token; None for a dense student.
         moe_layers: 0-based global ids of the MoE layers.
@@ -63,3 +67,11 @@ class StudentFacts:
     parallel: ParallelFacts = ParallelFacts()
     precision: PrecisionFacts = PrecisionFacts()
     options: Mapping[str, Any] = field(default_factory=dict)
+    pattern: LayerPattern | None = None
+
+    @property
+    def has_dense_layers(self) -> bool:
+        """Whether the student has MLPs that are no experts."""
+        if self.pattern is not None:
+            return bool(self.pattern.where("-"))
+        return len(self.moe_layers) < self.num_layers

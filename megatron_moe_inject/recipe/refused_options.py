@@ -47,7 +47,6 @@ _SHARDS_WEIGHTS = "stores each weight in parts that only its own layer's forward
 _SHARDS = "shards the parameters before they can be frozen"
 _PACKED = "packs documents into one sequence, which a teacher's forward does not follow yet"
 PACKED = (Refusal("sft", _PACKED), Refusal("dataloader_inter_document_masking", _PACKED))
-_HYBRID = "builds a hybrid model, whose forward has no output_processor for the loss"
 GRAPHS_OF_LAYERS = Refusal("cuda_graph_impl", "replays layers without the losses on their states")
 _ONE_PARAMETER = "keeps all experts of a layer in one parameter"
 _OWN_GRADIENTS = "makes the weight gradients of a layer's grouped experts all at once"
@@ -77,8 +76,6 @@ REFUSED = (
     Refusal("perform_rl_step", "replaces the training step"),
     Refusal("modelopt_enabled", "replaces the model and its loss"),
     Refusal("logits_load_dir", "distils stored logits with a loss of its own"),
-    Refusal("hybrid_layer_pattern", _HYBRID),
-    Refusal("hybrid_override_pattern", _HYBRID),
     Refusal(
         "multiple_validation_sets", "yields samples that do not say which dataset they are from"
     ),

@@ -167,6 +167,7 @@ class Train:
         experts: ``selected`` (those of the domains), ``all`` or ``none``.
         router_rows: of each router, the rows of the experts that the domains chose.
         mlp: the MLPs of dense layers. The other names are the model's components.
+        mamba: the mixers of Mamba layers, of a hybrid student.
         layers: 0-based decoder layers that train whole.
         patterns: parameters by name, with shell wildcards, as in
             ``decoder.layers.3.self_attention.*`` or ``*.experts.17.*``. Layers and experts have
@@ -185,6 +186,7 @@ class Train:
     attention: bool = False
     norms: bool = False
     mlp: bool = False
+    mamba: bool = False
     embedding: bool = False
     output_layer: bool = False
     layers: list[int] = field(default_factory=list)

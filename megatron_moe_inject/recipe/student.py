@@ -9,6 +9,7 @@ from __future__ import annotations
 from argparse import Namespace
 
 from megatron_moe_inject.host.errors import RecipeError, fail, listing
+from megatron_moe_inject.host.layer_pattern import LayerPattern, pattern_of
 from megatron_moe_inject.host.text import ranges
 from megatron_moe_inject.recipe.entries import SPLITS, data_paths, split_labels
 from megatron_moe_inject.recipe.facts import ParallelFacts, PrecisionFacts, StudentFacts
@@ -25,17 +26,17 @@ def student_facts_from_args(args: Namespace) -> StudentFacts:
     Raises:
         RecipeError: ``--moe-layer-freq`` or a file that lists data paths cannot be read.
     """
-    hybrid = any(getattr(args, name, None) for name in ("hybrid_layer_pattern", "yaml_cfg"))
-    if args.num_layers is None and not hybrid:
+    pattern = pattern_of(args)
+    if args.num_layers is None and pattern is None and not getattr(args, "yaml_cfg", None):
         raise RecipeError("--num-layers: missing; name it on the command line")
     experts = getattr(args, "num_experts", None) or None
     mock = bool(getattr(args, "mock_data", False))
     tp = getattr(args, "tensor_model_parallel_size", 1)
     return StudentFacts(
-        num_layers=args.num_layers or 0,
+        num_layers=pattern.num_layers if pattern else args.num_layers or 0,
         num_moe_experts=experts,
         router_topk=getattr(args, "moe_router_topk", None) if experts else None,
-        moe_layers=_moe_layers(args) if experts else (),
+        moe_layers=_moe_layers(args, pattern) if experts else (),
         shared_experts=bool(getattr(args, "moe_shared_expert_intermediate_size", None)),
         tied_embeddings=not getattr(args, "untie_embeddings_and_output_weights", False),
         data_paths={} if mock else data_paths(args),
@@ -56,11 +57,15 @@ def student_facts_from_args(args: Namespace) -> StudentFacts:
             grouped_gemm=bool(getattr(args, "moe_grouped_gemm", False)),
         ),
         options=vars(args),
+        pattern=pattern,
     )
 
 
-def _moe_layers(args: Namespace) -> tuple[int, ...]:
-    """0-based MoE layers: every freq-th from layer 0, or the ones of a 0/1 pattern."""
+def _moe_layers(args: Namespace, pattern: LayerPattern | None) -> tuple[int, ...]:
+    """0-based MoE layers: ``E`` of a hybrid pattern, else every freq-th from layer 0, or the ones
+    of a 0/1 pattern."""
+    if pattern is not None:
+        return pattern.moe_layers
     freq, layers = getattr(args, "moe_layer_freq", 1), args.num_layers or 0
     if isinstance(freq, int):
         return tuple(i for i in range(layers) if i % freq == 0)

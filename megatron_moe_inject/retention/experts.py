@@ -46,6 +46,7 @@ from megatron_moe_inject.host.model_parts import (
     EXPERTS,
     decoder_layers,
     grouped_linears,
+    mlp_of,
     places,
 )
 from megatron_moe_inject.host.wrap import Call, wrap_method
@@ -130,7 +131,7 @@ class ExpertRetention:
         trains: Mapping[int, Sequence[torch.nn.Parameter]],
     ) -> None:
         """Every rank marks the tokens of every MoE layer: others' experts may train there."""
-        moe = layer.mlp
+        moe = mlp_of(layer)
         if getattr(moe, "token_dispatcher", None) is None:
             return
         first = moe.local_expert_indices[0]

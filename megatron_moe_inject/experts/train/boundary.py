@@ -32,13 +32,14 @@ import torch.distributed as dist
 from megatron.core.fp8_utils import get_fp8_context
 
 from megatron_moe_inject.experts.train.freeze import first_trainable_layer
-from megatron_moe_inject.experts.train.uses import BOUNDARY_FORWARD
+from megatron_moe_inject.experts.train.uses import BOUNDARY_FORWARD, HYBRID_BOUNDARY_FORWARD
 from megatron_moe_inject.host.errors import (
     RecipeError,
 )
 from megatron_moe_inject.host.megatron_types import Chunk, Config, MegatronModule
 from megatron_moe_inject.host.model_parts import (
     decoder_layers,
+    mlp_of,
 )
 from megatron_moe_inject.host.wrap import Call, wrap_method
 
@@ -65,7 +66,7 @@ class GradientBoundary:
     Forwards without gradients (evaluation, retention) are stock.
 
     Args:
-        chunk: bare GPT model chunk, after ``requires_grad`` is set.
+        chunk: bare model chunk, after ``requires_grad`` is set.
         boundary: the agreed position (``agree_boundary``).
         cut: the stage before runs forward only (``pipeline.gets_no_graph``), so that what the
             chunk receives must get no gradient. So it is wherever ``boundary`` is not below the
@@ -90,7 +91,9 @@ class GradientBoundary:
             below += 1
         if below > 0:
             self._below = min(below, len(layers))
-            wrap_method(self._block, BOUNDARY_FORWARD, self._forward)
+            self._hybrid = not hasattr(self._block, "final_layernorm")
+            forward = HYBRID_BOUNDARY_FORWARD if self._hybrid else BOUNDARY_FORWARD
+            wrap_method(self._block, forward, self._forward)
             # Without a backward pass a checkpointed router would never count its losses.
             for layer in layers[: self._below]:
                 _run_without_graphs(layer)
@@ -110,18 +113,29 @@ class GradientBoundary:
         block.input_tensor = block.input_tensor.detach().requires_grad_(True)
         return None
 
+    @property
+    def _ends_in_norm(self) -> bool:
+        """Whether the chunk's last layer is followed by the decoder's norm."""
+        if self._hybrid:
+            return bool(self._block.post_process and self._block.post_layer_norm)
+        return self._block.final_layernorm is not None
+
     def _forward(self, call: Call) -> torch.Tensor:
         """In the place of the block's forward; arguments and result ``[s, b, h]`` are its own."""
         if not torch.is_grad_enabled():
             return call()
-        assert not call["extract_layer_indices"], "layers of a part are not numbered alike"
+        layers_alike = self._hybrid or not call["extract_layer_indices"]
+        assert layers_alike, "layers of a part are not numbered alike"
         block = self._block
         block_input = call["hidden_states"] if block.pre_process else block.input_tensor
         with _one_fp8_region(block.config):
             lower = _part(block, slice(0, self._below))
             lower.config = copy.copy(block.config)
             lower.config.recompute_granularity = None
-            lower.final_layernorm = None
+            if self._hybrid:
+                lower.post_layer_norm = False
+            else:
+                lower.final_layernorm = None
             hidden = call.of(lower.forward, hidden_states=block_input.detach())
             if not block.pre_process:
                 # The schedule keeps what was received for a backward that never comes.
@@ -129,7 +143,7 @@ class GradientBoundary:
             upper = _part(block, slice(self._below, None))
             if len(upper.layers):
                 hidden = _requiring_grad(hidden)
-            if not len(upper.layers) and upper.final_layernorm is None:
+            if not len(upper.layers) and not self._ends_in_norm:
                 return hidden
             return call.of(upper.forward, hidden_states=hidden)
 
@@ -183,7 +197,7 @@ def _starts_at_experts(layer: MegatronModule) -> bool:
         recomputed = None
     if recomputed or graphs != "none" or _keeps_histories(config):
         return False
-    experts = getattr(layer.mlp, "experts", None)
+    experts = getattr(mlp_of(layer), "experts", None)
     trained = {parameter for parameter in layer.parameters() if parameter.requires_grad}
     return experts is not None and trained <= set(experts.parameters())
 

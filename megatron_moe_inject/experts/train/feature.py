@@ -171,6 +171,8 @@ class Freezing(Feature):
     ) -> list[Contract]:
         """The boundary and the optimizer; of grouped experts and FP8 where they are there."""
         parts = [uses.TRAIN]
+        if facts is None or facts.pattern is not None:
+            parts.append(uses.HYBRID_TRAIN)
         if facts is None or facts.precision.grouped_gemm:
             parts.append(uses.GROUPED)
         if recipe.train.frozen_experts == "fp8":
@@ -237,7 +239,12 @@ def _check_components(recipe: Recipe, facts: StudentFacts) -> None:
             moe and facts.shared_experts,
             "the student has none (no --moe-shared-expert-intermediate-size)",
         ),
-        ("mlp", len(facts.moe_layers) < facts.num_layers, "every layer is a MoE layer"),
+        ("mlp", facts.has_dense_layers, "every layer is a MoE layer"),
+        (
+            "mamba",
+            facts.pattern is not None and bool(facts.pattern.where("M")),
+            "the student has no Mamba layer (M in --hybrid-layer-pattern)",
+        ),
     ):
         if getattr(train, name) and not exists:
             raise fail(f"train.{name}", True, "matches nothing", f"{why}; set it to false")

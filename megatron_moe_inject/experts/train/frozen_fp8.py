@@ -36,6 +36,7 @@ from megatron_moe_inject.host.model_parts import (
     decoder_layers,
     grouped_linears,
     local_weights,
+    mlp_of,
 )
 from megatron_moe_inject.host.wrap import Call, wrap_method
 
@@ -187,7 +188,7 @@ def drop_transposes(chunks: Iterable[Chunk]) -> None:
     """
     for chunk in chunks:
         for layer in decoder_layers(chunk):
-            experts = getattr(layer.mlp, "experts", None)
+            experts = getattr(mlp_of(layer), "experts", None)
             linears = [] if experts is None else grouped_linears(experts)
             weights = [w for one in linears for w in local_weights(one) if fp8_weights.is_fp8(w)]
             if weights:

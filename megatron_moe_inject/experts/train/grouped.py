@@ -37,6 +37,7 @@ from megatron_moe_inject.host.model_parts import (
     decoder_layers,
     grouped_linears,
     local_weights,
+    mlp_of,
 )
 from megatron_moe_inject.host.wrap import Call, wrap_method
 
@@ -53,7 +54,7 @@ def train_grouped_experts(chunks: Sequence[Chunk]) -> int:
     count = 0
     for chunk in chunks:
         for layer in decoder_layers(chunk):
-            experts = getattr(layer.mlp, "experts", None)
+            experts = getattr(mlp_of(layer), "experts", None)
             count += experts is not None and train_some(experts)
     return count
 

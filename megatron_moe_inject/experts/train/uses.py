@@ -1,7 +1,15 @@
 """What training experts uses of Megatron, and what it wraps."""
 
 from megatron_moe_inject.host.contract import Contract, Hooked, Use, Wrapped, symbols
-from megatron_moe_inject.host.uses import BLOCK, EXPERTS, GROUPED_EXPERTS, LAYER, MOE_LAYER, ROUTER
+from megatron_moe_inject.host.uses import (
+    BLOCK,
+    EXPERTS,
+    GROUPED_EXPERTS,
+    LAYER,
+    MOE_LAYER,
+    ROUTER,
+    STACK,
+)
 
 _COMMUNICATOR = "megatron.core.pipeline_parallel.p2p_communication.P2PCommunicator"
 _OPTIMIZER = "megatron.core.optimizer.optimizer"
@@ -13,6 +21,11 @@ _TE = "transformer_engine"
 BOUNDARY_FORWARD = Wrapped(
     f"{BLOCK}.forward",
     ("hidden_states", "extract_layer_indices"),
+    does="runs the layers below the gradient boundary without a graph",
+)
+HYBRID_BOUNDARY_FORWARD = Wrapped(
+    f"{STACK}.forward",
+    ("hidden_states",),
     does="runs the layers below the gradient boundary without a graph",
 )
 FROZEN_BIAS = Wrapped(
@@ -116,6 +129,27 @@ TRAIN = Contract(
         ),
         Use(f"{_BUFFERS}._ParamAndGradBuffer", attributes=("buckets", "param_index_map")),
         Use(f"{_BUFFERS}._ParamAndGradBucket", attributes=("grad_data", "offset", "params")),
+    ),
+)
+
+HYBRID_TRAIN = Contract(
+    "train, with --hybrid-layer-pattern",
+    (
+        HYBRID_BOUNDARY_FORWARD,
+        Hooked(STACK, kind="forward pre-hook", does="the graph begins at a chunk's first layer"),
+        Use(
+            STACK,
+            attributes=(
+                "config",
+                "final_norm",
+                "input_tensor",
+                "layers",
+                "num_layers_per_pipeline_rank",
+                "post_layer_norm",
+                "post_process",
+                "pre_process",
+            ),
+        ),
     ),
 )
 

@@ -58,11 +58,12 @@ def enable(force: bool = False) -> None:
     setattr(torch.cuda, _MARK, True)
     compat.use_prebuilt_dataset_helpers()
     megatron_parts.install()
-    from megatron_moe_inject.host.cpu_lane import context_parallel, optimizer, packed
+    from megatron_moe_inject.host.cpu_lane import context_parallel, hybrid, optimizer, packed
 
     optimizer.load_distributed_optimizer_without_te()
     context_parallel.install()
     packed.install()
+    hybrid.install()
     flags.install()
     if os.environ.get("RANK", "0") == "0":
         print(

@@ -1,0 +1,71 @@
+"""A hybrid model (``--hybrid-layer-pattern``) of Megatron's own modules.
+
+The stack that Megatron ships names Transformer Engine's modules, and takes its norm for the end of
+the decoder. Here ``*`` is the first half of ``GPTModel``'s local layer, ``E`` and ``-`` the second,
+so that ``*E`` is one local GPT block, digit for digit, with the same names in checkpoints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+
+def local_stack_spec() -> Any:
+    """The ``ModuleSpec`` of a ``HybridStack`` for ``*``, ``E``, ``-``, also behind ``/``."""
+    from megatron.core.models.backends import LocalSpecProvider
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
+    from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+    from megatron.core.ssm.mlp_layer import MLPLayer
+    from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
+    from megatron.core.transformer.multi_token_prediction import (
+        MultiTokenPredictionBlock,
+        MultiTokenPredictionBlockSubmodules,
+        get_mtp_layer_spec_for_backend,
+    )
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+    from megatron.core.transformer.transformer_layer import MoETransformerLayer, TransformerLayer
+
+    # What is called RMSNorm follows the config, as the number of experts does.
+    block = functools.partial(get_gpt_layer_local_submodules, normalization="RMSNorm")
+    no_attention = {
+        "input_layernorm": IdentityOp,
+        "self_attention": IdentityOp,
+        "self_attn_bda": IdentityFuncOp,
+    }
+    no_mlp = {"pre_mlp_layernorm": IdentityOp, "mlp": IdentityOp, "mlp_bda": IdentityFuncOp}
+    # What comes after the slash: Megatron fills in the layers by the pattern.
+    mtp = get_mtp_layer_spec_for_backend(None, LocalSpecProvider())  # type: ignore[arg-type]
+    for name in ("enorm", "hnorm", "layer_norm"):
+        setattr(mtp.submodules, name, WrappedTorchNorm)
+    return ModuleSpec(
+        module=HybridStack,
+        submodules=HybridStackSubmodules(
+            attention_layer=ModuleSpec(
+                module=TransformerLayer, submodules=dataclasses.replace(block(), **no_mlp)
+            ),
+            mlp_layer=ModuleSpec(
+                module=MLPLayer, submodules=dataclasses.replace(block(), **no_attention)
+            ),
+            moe_layer=ModuleSpec(
+                module=MoETransformerLayer,
+                submodules=dataclasses.replace(block(num_experts=1), **no_attention),
+            ),
+            mtp_block_spec=ModuleSpec(
+                module=MultiTokenPredictionBlock,
+                submodules=MultiTokenPredictionBlockSubmodules(layer_specs=[mtp]),
+            ),
+        ),
+    )
+
+
+def install() -> None:
+    """The local stack where Megatron's builder looks for its default, and a local last norm."""
+    from megatron.core.models.hybrid import hybrid_block
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+    from megatron.training.models import hybrid as builder
+
+    hybrid_block.TENorm = WrappedTorchNorm
+    builder.default_hybrid_stack_spec = local_stack_spec()

@@ -1,0 +1,95 @@
+"""``--hybrid-layer-pattern``: what each layer of a hybrid model is, and which GPT block it is of.
+
+A ``HybridModel`` has one layer for each symbol, numbered from 0: ``*`` attention, ``+`` and ``D``
+multi-latent attention, ``E`` experts, ``-`` MLP, ``M`` Mamba, ``G`` gated delta net. ``|`` ends a
+pipeline segment, ``/`` begins multi-token prediction. A ``GPTModel`` has blocks of an attention and
+an MLP each, so that its block n is the n-th such pair of a pattern, as Megatron pairs them where it
+loads a GPT checkpoint (``megatron.core.dist_checkpointing.gpt_checkpoint_interop``).
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+ATTENTION = "*+D"
+MLP = "E-"
+EXPERTS = "E"
+
+
+@dataclass(frozen=True)
+class LayerPattern:
+    """A pattern as written.
+
+    Attributes:
+        text: of the flag.
+    """
+
+    text: str
+
+    @cached_property
+    def segments(self) -> tuple[str, ...]:
+        """The symbols of each pipeline segment of the decoder."""
+        return tuple(self.text.partition("/")[0].split("|"))
+
+    @property
+    def symbols(self) -> str:
+        """One for each layer of the decoder."""
+        return "".join(self.segments)
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the decoder."""
+        return len(self.symbols)
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """The layers of experts."""
+        return self.where(EXPERTS)
+
+    def where(self, kinds: str) -> tuple[int, ...]:
+        """The layers whose symbols are among these."""
+        return tuple(i for i, symbol in enumerate(self.symbols) if symbol in kinds)
+
+    @cached_property
+    def blocks(self) -> tuple[tuple[int, int], ...] | None:
+        """GPT block n as its attention's and its MLP's layer; None where they do not take turns."""
+        pairs = self.where(ATTENTION + MLP)
+        kinds = [self.symbols[layer] in MLP for layer in pairs]
+        if not pairs or len(pairs) % 2 or kinds != [False, True] * (len(pairs) // 2):
+            return None
+        return tuple(zip(pairs[::2], pairs[1::2], strict=True))
+
+    def stages_without_experts(self, pipeline_size: int) -> list[int]:
+        """Pipeline ranks none of whose segments has experts; segment i is rank ``i % size``'s.
+
+        A pattern of one segment is cut into equal stages.
+        """
+        segments = self.segments
+        if len(segments) == 1:
+            length = max(1, self.num_layers // pipeline_size)
+            segments = tuple(
+                self.symbols[start : start + length]
+                for start in range(0, length * pipeline_size, length)
+            )
+        held = ["".join(segments[rank::pipeline_size]) for rank in range(pipeline_size)]
+        return [rank for rank, symbols in enumerate(held) if EXPERTS not in symbols]
+
+    def table(self) -> str:
+        """Which layers each GPT block is, in words."""
+        if self.blocks is None:
+            return f"attention and MLP do not take turns in {self.symbols}"
+        pairs = ", ".join(f"block {n} = layers {a} and {m}" for n, (a, m) in enumerate(self.blocks))
+        return f"in {self.symbols} {pairs}"
+
+
+def pattern_of(args: Namespace | Mapping[str, Any]) -> LayerPattern | None:
+    """The pattern of Megatron's options, of this run or saved ones; None for a GPT model."""
+    options = args if isinstance(args, Mapping) else vars(args)
+    for name in ("hybrid_layer_pattern", "hybrid_override_pattern"):
+        if options.get(name):
+            return LayerPattern(options[name])
+    return None
