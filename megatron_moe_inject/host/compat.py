@@ -286,6 +286,13 @@ def model_config(args: Any) -> Any:
     return None if from_args is None else from_args(args)
 
 
+def logs_balance_of_any_stage() -> bool:
+    """Whether Megatron's log of balance losses takes hybrid stages without experts (0.20 does)."""
+    from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
+
+    return "num_moe_layers" in inspect.signature(MoEMetricsTracker.report).parameters
+
+
 def step_was_rejected() -> bool:
     """Whether a check of Megatron's rerun state machine failed in the step that just ran.
 

@@ -18,6 +18,15 @@ from typing import Any
 ATTENTION = "*+D"
 MLP = "E-"
 EXPERTS = "E"
+_KINDS = {
+    "*": "an attention layer",
+    "+": "an attention layer",
+    "D": "an attention layer",
+    "E": "a layer of experts",
+    "-": "a dense MLP layer",
+    "M": "a Mamba layer",
+    "G": "a layer of gated delta nets",
+}
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,14 @@ class LayerPattern:
         if not pairs or len(pairs) % 2 or kinds != [False, True] * (len(pairs) // 2):
             return None
         return tuple(zip(pairs[::2], pairs[1::2], strict=True))
+
+    def kind(self, layer: int) -> str:
+        """What a layer is, in words."""
+        return _KINDS.get(self.symbols[layer], f"a layer {self.symbols[layer]}")
+
+    def block_of(self, layer: int) -> int | None:
+        """The GPT block that a layer is part of, ``None`` if it is of none."""
+        return next((n for n, pair in enumerate(self.blocks or ()) if layer in pair), None)
 
     def stages_without_experts(self, pipeline_size: int) -> list[int]:
         """Pipeline ranks none of whose segments has experts; segment i is rank ``i % size``'s.

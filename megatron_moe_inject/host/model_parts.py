@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_moe_inject.host.layer_pattern import LayerPattern
 from megatron_moe_inject.host.megatron_types import Chunk, Groups, MegatronModule
 
 EXPERTS = "experts"
@@ -32,6 +33,10 @@ PROJECTIONS = f"{OWN_PREFIX}projections"
 def is_own(name: str) -> bool:
     """Whether a tensor of a checkpoint is one that the plugin added to the student."""
     return any(part.startswith(OWN_PREFIX) for part in name.split("."))
+
+
+GPT_NAMES = "gpt:"
+"""In front of a pattern of names: their layers are the blocks of a GPT model."""
 
 
 COMPONENTS = (
@@ -72,6 +77,7 @@ class ParameterPlace:
         layer: 0-based global decoder layer, ``None`` outside the decoder's layers.
         expert: global expert id for a parameter of one expert, ``None`` otherwise.
         global_name: its name with global layer and expert numbers, the same at every layout.
+        gpt_name: the same in a GPT model of these weights; ``None`` where it has no such layer.
     """
 
     name: str
@@ -79,6 +85,7 @@ class ParameterPlace:
     layer: int | None
     expert: int | None
     global_name: str
+    gpt_name: str | None = None
 
 
 def _component(name: str, in_layer: str | None) -> str:
@@ -114,7 +121,7 @@ def decoder_layers(chunk: Chunk) -> list[MegatronModule]:
     return [] if decoder is None else list(decoder.layers)
 
 
-def mlp_of(layer: MegatronModule) -> MegatronModule | None:
+def mlp_of(layer: MegatronModule) -> MegatronModule:
     """The MLP or the experts of a decoder layer, None for one that has none (Mamba)."""
     return getattr(layer, "mlp", None)
 
@@ -137,10 +144,11 @@ def local_weights(linear: MegatronModule) -> list[torch.nn.Parameter]:
 def places(chunk: Chunk) -> Iterator[tuple[ParameterPlace, torch.nn.Parameter]]:
     """Place of every parameter of a bare model chunk (no DDP or Float16 wrapper)."""
     layers = decoder_layers(chunk)
+    blocks = _gpt_blocks(chunk)
     for name, parameter in chunk.named_parameters():
         match = _LAYER.search(name) if not re.search(r"(^|\.)mtp\.", name) else None
         if match is None:
-            yield ParameterPlace(name, _component(name, None), None, None, name), parameter
+            yield ParameterPlace(name, _component(name, None), None, None, name, name), parameter
             continue
         module, in_layer = layers[int(match[1])], match[2]
         expert = None
@@ -149,7 +157,19 @@ def places(chunk: Chunk) -> Iterator[tuple[ParameterPlace, torch.nn.Parameter]]:
         number = module.layer_number - 1
         rest = in_layer if expert is None else _with_global_expert(in_layer, expert)
         whole = f"decoder.layers.{number}.{rest}"
-        yield ParameterPlace(name, _component(name, in_layer), number, expert, whole), parameter
+        block = blocks.get(number)
+        in_gpt = None if block is None else f"decoder.layers.{block}.{rest}"
+        component = _component(name, in_layer)
+        yield ParameterPlace(name, component, number, expert, whole, in_gpt), parameter
+
+
+def _gpt_blocks(chunk: Chunk) -> dict[int, int]:
+    """The GPT block of each of the chunk's layers that is part of one."""
+    text = getattr(chunk, "hybrid_layer_pattern", None)
+    if text is None:
+        return {n: n for n in (layer.layer_number - 1 for layer in decoder_layers(chunk))}
+    blocks = LayerPattern(text).blocks or ()
+    return {layer: n for n, pair in enumerate(blocks) for layer in pair}
 
 
 def _with_global_expert(in_layer: str, expert: int) -> str:

@@ -230,6 +230,7 @@ HYBRID_STUDENT = Contract(
         ),
         Use(STACK, attributes=("layers",)),
         Use(_CONFIG, attributes=("mtp_num_layers",)),
+        *symbols(f"{_CORE}.transformer.moe.moe_logging", "MoEMetricsTracker.report"),
     ),
 )
 

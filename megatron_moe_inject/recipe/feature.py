@@ -89,6 +89,14 @@ class Feature:
             RecipeError: the student lacks something, or cannot do it.
         """
 
+    def renumbered(self, recipe: Recipe, number_of: Callable[[str, int], int]) -> Recipe:
+        """The recipe with the layers that its section names in other numbers.
+
+        Args:
+            number_of: the number of a layer with an MLP, given its key and the number there.
+        """
+        return recipe
+
     def warnings(self, recipe: Recipe) -> list[str]:
         """What is allowed but worth a second look, one sentence each."""
         return []

@@ -55,7 +55,7 @@ def render_plan(plan: Plan) -> str:
     """The plan as lines of plain text, without a trailing newline."""
     lines = {
         "domains": _domain_lines(plan),
-        "experts": _expert_lines(plan.recipe),
+        "experts": _expert_lines(plan.recipe, plan.facts),
         "loss": _loss_lines(plan.recipe),
         **feature_lines(plan.recipe, plan.facts),
         **plan.lines,
@@ -119,14 +119,17 @@ def _data_of(plan: Plan, label: int) -> str:
     return listing(paths, limit=4)
 
 
-def _expert_lines(recipe: Recipe) -> list[str]:
+def _expert_lines(recipe: Recipe, facts: StudentFacts | None) -> list[str]:
     if recipe.train.experts == "all":
         return ["all experts of all MoE layers"]
-    rows = [("domain", "layer", "experts")]
+    pattern = None if facts is None else facts.pattern
+    paired = pattern is not None and pattern.blocks is not None
+    rows = [("domain", "layer (GPT block)" if paired else "layer", "experts")]
     for domain in recipe.domains:
         layers = sorted(domain.experts.layers.items())
         for layer, ids in layers[:_MAX_LAYERS]:
-            rows.append((domain.name, str(layer), ranges(ids)))
+            number = f"{layer} ({pattern.block_of(layer)})" if pattern and paired else str(layer)
+            rows.append((domain.name, number, ranges(ids)))
         if len(layers) > _MAX_LAYERS:
             rest = layers[_MAX_LAYERS:]
             total = sum(len(ids) for _, ids in rest)
@@ -187,4 +190,7 @@ def _student_lines(facts: StudentFacts | None) -> list[str]:
     sizes = [("TP", layout.tp), ("PP", layout.pp), ("VPP", layout.vpp), ("CP", layout.cp)]
     sizes += [("EP", layout.ep), ("ETP", layout.etp)]
     text = " ".join(f"{name}={size}" for name, size in sizes if size and size > 1)
-    return [f"{facts.num_layers} layers, {kind}", f"layout: {text or 'no model parallelism'}"]
+    layers = f"{facts.num_layers} layers"
+    if facts.pattern is not None:
+        layers += f" {facts.pattern.symbols}"
+    return [f"{layers}, {kind}", f"layout: {text or 'no model parallelism'}"]

@@ -17,7 +17,7 @@ from megatron_moe_inject.recipe.features import FEATURES
 from megatron_moe_inject.recipe.fields import check_choice, check_fields, check_temperature
 from megatron_moe_inject.recipe.numbers import MIXTURES, check_bounds
 from megatron_moe_inject.recipe.schedule import ever_positive
-from megatron_moe_inject.recipe.schema import Domain, Objective, Recipe
+from megatron_moe_inject.recipe.schema import LAYER_NUMBERS, Domain, Objective, Recipe
 
 
 def validate(recipe: Recipe) -> None:
@@ -28,6 +28,8 @@ def validate(recipe: Recipe) -> None:
     """
     if recipe.version != 1:
         raise fail("version", recipe.version, "is not known here", "this version reads version: 1")
+    if recipe.layer_numbers is not None:
+        check_choice("layer_numbers", recipe.layer_numbers, LAYER_NUMBERS)
     if not recipe.domains:
         raise fail("domains", [], "is empty", "a recipe needs at least one domain")
     check_fields("", {"domains": recipe.domains, "teachers": recipe.teachers})

@@ -6,7 +6,8 @@ the student (layers, experts, datasets) is checked by ``recipe.student.check_rec
 is one ``RecipeError`` that names the key, the value and what would be right, because a recipe is
 read on every rank of a large job and a stack of frames per rank helps nobody.
 
-Layers are 0-based global decoder layers, as in checkpoint names ``decoder.layers.N``; expert
+Layers are 0-based global decoder layers, as in checkpoint names ``decoder.layers.N``, or blocks
+of a GPT model (``recipe.layer_numbers``); expert
 ids are global. Domain ``i`` of ``domains`` has label ``i``; ``GENERAL`` labels everything else.
 """
 
@@ -28,6 +29,7 @@ FP8_SCALINGS = ("blockwise", "tensorwise")
 """Values of ``--fp8-recipe`` whose weights need no history."""
 TEACHER_FP8 = ("none", *FP8_SCALINGS)
 FROZEN_EXPERTS = ("params", "fp8")
+LAYER_NUMBERS = ("gpt", "hybrid")
 
 
 @dataclass
@@ -209,6 +211,8 @@ class Recipe:
         general_data: blend entries that belong to no domain. The rest of a blend is general
             without being named; naming helps only where a validation or test blend of its own
             cannot be matched to the training blend.
+        layer_numbers: what the recipe's layers count: ``gpt``, the blocks of a GPT model, or
+            ``hybrid``, the layers of ``--hybrid-layer-pattern``; None = the student's own.
         verify_frozen: compare checksums of frozen parameters before and after training.
         sections: by key, those of the features (``recipe.features``) that are not as their
             defaults; ``recipe[section]`` reads one.
@@ -222,6 +226,7 @@ class Recipe:
     objective: Objective = field(default_factory=Objective)
     train: Train = field(default_factory=Train)
     general_data: list[int | str] = field(default_factory=list)
+    layer_numbers: str | None = field(default=None, metadata={"choices": LAYER_NUMBERS})
     verify_frozen: bool = False
     version: int = 1
     sections: dict[str, Any] = field(default_factory=dict, metadata={"written": False})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 
+from megatron_moe_inject.host import compat
 from megatron_moe_inject.host.errors import RecipeError, fail, listing
 from megatron_moe_inject.host.layer_pattern import LayerPattern, pattern_of
 from megatron_moe_inject.host.text import ranges
@@ -85,6 +86,7 @@ def check_recipe(recipe: Recipe, facts: StudentFacts) -> None:
     """
     validate(recipe)
     check_options(recipe, facts)
+    _check_pattern(facts)
     _check_layers(recipe, facts)
     for split in ("train", *(s for s in SPLITS[1:] if s in facts.data_paths)):
         split_labels(recipe, facts, split)
@@ -109,6 +111,35 @@ def check_options(recipe: Recipe, facts: StudentFacts, kind: str = INJECTION) ->
             refused.check(recipe, facts)
 
 
+def _check_pattern(facts: StudentFacts) -> None:
+    """A hybrid student with ``--num-experts`` has experts, where Megatron logs them on each stage.
+
+    Stages without a layer of experts make Megatron's log wait for ever: they sum up another number
+    of balance losses than the others (``training_log`` of 0.18 and 0.19).
+    """
+    pattern = facts.pattern
+    if pattern is None or facts.num_moe_experts is None:
+        return
+    flag = "--hybrid-layer-pattern"
+    if not facts.moe_layers:
+        remedy = "write E where experts are, or leave --num-experts out"
+        raise fail(flag, pattern.text, "has no layer of experts (E)", remedy)
+    balanced = facts.options.get("moe_router_load_balancing_type") not in (None, "none", ["none"])
+    logged = balanced or facts.options.get("moe_z_loss_coeff") is not None
+    without = pattern.stages_without_experts(facts.parallel.pp)
+    if without and logged and not compat.logs_balance_of_any_stage():
+        raise fail(
+            flag, pattern.text, f"gives pipeline {_stages(without)} no layer of experts (E), for "
+            f"which Megatron-Core {compat.megatron_version()} waits for ever when it logs balance "
+            "losses", "move a |, or set --moe-router-load-balancing-type none without "
+            "--moe-z-loss-coeff",
+        )  # fmt: skip
+
+
+def _stages(ranks: list[int]) -> str:
+    return f"{'stage' if len(ranks) == 1 else 'stages'} {ranges(ranks)}"
+
+
 def _check_layers(recipe: Recipe, facts: StudentFacts) -> None:
     count = facts.num_moe_experts
     for i, domain in enumerate(recipe.domains):
@@ -120,12 +151,10 @@ def _check_layers(recipe: Recipe, facts: StudentFacts) -> None:
                 raise fail(key, layer, "is not a layer", f"layers are 0 to {facts.num_layers - 1}")
             if layer not in facts.moe_layers:
                 near = sorted(facts.moe_layers, key=lambda moe: abs(moe - layer))[:2]
-                raise fail(
-                    key,
-                    layer,
-                    "is a dense layer",
-                    f"MoE layers: {ranges(facts.moe_layers)} (nearest {listing(sorted(near))})",
-                )
+                kind = "a dense layer" if facts.pattern is None else facts.pattern.kind(layer)
+                known = ranges(facts.moe_layers) or "(none)"
+                nearest = f" (nearest {listing(sorted(near))})" if near else ""
+                raise fail(key, layer, f"is {kind}", f"MoE layers: {known}{nearest}")
             for expert in ids:
                 if expert >= count:
                     raise fail(key, ids, f"names expert {expert}", f"experts are 0 to {count - 1}")

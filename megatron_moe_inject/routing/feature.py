@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from megatron_moe_inject.host.errors import fail
@@ -53,6 +54,15 @@ def _refused(name: str, asked: Callable[[Steering], bool]) -> RefusedBeside:
 
 class RouterRowsFeature(Feature):
     """``train.router_rows``: of each router, the rows of the experts that the domains chose."""
+
+    def renumbered(self, recipe: Recipe, number_of: Callable[[str, int], int]) -> Recipe:
+        """``steering.layers``."""
+        steering = recipe[STEERING]
+        if not steering.layers:
+            return recipe
+        layers = [number_of(f"steering.layers[{i}]", n) for i, n in enumerate(steering.layers)]
+        sections = recipe.sections | {STEERING.key: replace(steering, layers=layers)}
+        return replace(recipe, sections=sections)
 
     def rules(self, recipe: Recipe) -> None:
         """Each domain names rows, and the routers do not train whole."""

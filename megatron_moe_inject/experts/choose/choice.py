@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_moe_inject.experts.choose.profile_file import profile_checksum, read_profile
+from megatron_moe_inject.experts.choose.profile_numbers import in_numbers_of
 from megatron_moe_inject.experts.choose.routing_profile import (
     GENERAL_CLASS,
     ClassStatistics,
@@ -37,16 +38,18 @@ from megatron_moe_inject.host.text import (
 )
 from megatron_moe_inject.recipe.expert_choice import ExpertChoice, describe_choice
 from megatron_moe_inject.recipe.facts import StudentFacts
+from megatron_moe_inject.recipe.layer_numbers import renumbered
 from megatron_moe_inject.recipe.schema import Recipe
 
 
 def resolve_experts(
     recipe: Recipe, facts: StudentFacts | None = None, *, may_be_missing: bool = False
 ) -> Recipe:
-    """The recipe with every profile replaced by the experts that it gives.
+    """The recipe in its student's layer numbers, every profile replaced by the experts it gives.
 
     Args:
-        facts: the student that every profile must be of; None skips that check.
+        facts: the student that every profile must be of; None skips that check, and leaves numbers
+            as they are.
         may_be_missing: leave the choice of a profile that is not there yet as it is, for a plan.
 
     Returns:
@@ -56,6 +59,8 @@ def resolve_experts(
         RecipeError: a profile that cannot be read, is of another student or lacks the domain, or
             a choice that it cannot give. The message begins with the recipe's key.
     """
+    if facts is not None:
+        recipe = renumbered(recipe, facts.pattern)
     profiles: dict[str, tuple[RoutingProfile, str]] = {}
     domains = []
     for i, domain in enumerate(recipe.domains):
@@ -73,6 +78,7 @@ def resolve_experts(
                 profiles[choice.profile] = profile, profile_checksum(profile)
             profile, checksum = profiles[choice.profile]
             if facts is not None:
+                profile = in_numbers_of(profile, facts.pattern, key, choice.profile)
                 check_student(profile, facts, key, choice.profile)
             name = choice.domain or domain.name
             layers = choose_experts(choice, profile, name, path)

@@ -176,6 +176,7 @@ class ProfilePart(RunPart):
             sequence_length=args.seq_length,
             num_layers=self._facts.num_layers,
             moe_layers=list(self._facts.moe_layers),
+            hybrid_layer_pattern=None if self._facts.pattern is None else self._facts.pattern.text,
             parameters=self._parameters,
             expert_parameters=self._expert_parameters,
             router=RouterSettings(

@@ -63,6 +63,8 @@ class Provenance:
         num_layers: decoder layers, multi-token-prediction layers not counted.
         moe_layers: 0-based global ids of the MoE layers, rising; row ``l`` of every array is
             layer ``moe_layers[l]``.
+        hybrid_layer_pattern: of a hybrid student, whose layers the numbers count; ``None`` for a
+            GPT model, whose blocks they count.
         parameters: of the whole model.
         expert_parameters: of one routed expert.
     """
@@ -79,6 +81,7 @@ class Provenance:
     router: RouterSettings = field(metadata=_MISSING)
     checkpoint_iteration: int | None = None
     checkpoint_sha256: str | None = None
+    hybrid_layer_pattern: str | None = None
 
     @property
     def shape(self) -> tuple[int, int]:

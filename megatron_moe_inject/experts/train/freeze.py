@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_moe_inject.experts.train.uses import FROZEN_BIAS
 from megatron_moe_inject.host.megatron_types import Chunk, MegatronModule
-from megatron_moe_inject.host.model_parts import EXPERTS, ROWS, ParameterPlace, places
+from megatron_moe_inject.host.model_parts import EXPERTS, GPT_NAMES, ROWS, ParameterPlace, places
 from megatron_moe_inject.host.wrap import Call, wrap_method
 
 
@@ -28,7 +28,8 @@ class FreezePolicy:
         experts: global expert ids that train, by 0-based global layer; ``None`` trains all.
         components: other components that train whole, from ``COMPONENTS``.
         layers: 0-based global layers that train whole.
-        patterns: shell patterns over ``ParameterPlace.global_name`` that train.
+        patterns: shell patterns over ``ParameterPlace.global_name`` that train, behind
+            ``GPT_NAMES`` over ``gpt_name``.
         rows: rows of routers that train, expert ids by 0-based global layer.
     """
 
@@ -78,7 +79,7 @@ class FreezePolicy:
 
     def matches(self, place: ParameterPlace) -> list[str]:
         """The patterns that name the parameter at ``place``."""
-        return [p for p in self.patterns if fnmatch.fnmatchcase(place.global_name, p)]
+        return [pattern for pattern in self.patterns if _names(pattern, place)]
 
     def apply(self, chunks: Iterable[Chunk]) -> None:
         """Set ``requires_grad`` on every parameter, and freeze the bias of frozen routers.
@@ -105,6 +106,13 @@ def freeze_expert_bias(router: MegatronModule, frozen: bool) -> None:
     elif frozen and getattr(router, "expert_bias", None) is not None:
         router.frozen_expert_bias = True
         wrap_method(router, FROZEN_BIAS, _count_nothing)
+
+
+def _names(pattern: str, place: ParameterPlace) -> bool:
+    if not pattern.startswith(GPT_NAMES):
+        return fnmatch.fnmatchcase(place.global_name, pattern)
+    in_gpt = pattern.removeprefix(GPT_NAMES)
+    return place.gpt_name is not None and fnmatch.fnmatchcase(place.gpt_name, in_gpt)
 
 
 def _count_nothing(call: Call) -> None:
