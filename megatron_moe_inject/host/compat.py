@@ -281,8 +281,9 @@ def model_config(args: Any) -> Any:
     else of GPT (0.19+); None where there is none (GPT in 0.18)."""
     from megatron.training import argument_utils
 
-    kind = "gpt" if getattr(args, "hybrid_layer_pattern", None) is None else "hybrid"
-    from_args = getattr(argument_utils, f"{kind}_config_from_args", None)
+    if getattr(args, "hybrid_layer_pattern", None) is not None:
+        return argument_utils.hybrid_config_from_args(args)
+    from_args = getattr(argument_utils, "gpt_config_from_args", None)
     return None if from_args is None else from_args(args)
 
 

@@ -230,6 +230,7 @@ HYBRID_STUDENT = Contract(
         ),
         Use(STACK, attributes=("layers",)),
         Use(_CONFIG, attributes=("mtp_num_layers",)),
+        *symbols(f"{_CORE}.transformer.moe.moe_logging", "MoEMetricsTracker"),
         *symbols(f"{_CORE}.transformer.moe.moe_logging", "MoEMetricsTracker.report"),
     ),
 )
@@ -387,6 +388,30 @@ CPU_LANE = Contract(
         *symbols(f"{_CORE}.transformer.moe.moe_utils", "maybe_move_tensor_to_cpu"),
         *symbols(f"{_CORE}.transformer.moe.token_dispatcher", "maybe_move_tensor_to_cpu"),
         *symbols(f"{_CORE}.transformer.torch_norm", "WrappedTorchNorm"),
+        *symbols(f"{_CORE}.models.backends", "LocalSpecProvider"),
+        Use(
+            f"{_CORE}.models.gpt.gpt_layer_specs.get_gpt_layer_local_submodules",
+            ("normalization", "num_experts"),
+        ),
+        *symbols(f"{_CORE}.models.hybrid.hybrid_block", "HybridStack", "TENorm"),
+        Use(
+            f"{_CORE}.models.hybrid.hybrid_block.HybridStackSubmodules",
+            ("attention_layer", "mlp_layer", "moe_layer", "mtp_block_spec"),
+        ),
+        *symbols("megatron.training.models.hybrid", "default_hybrid_stack_spec"),
+        *symbols(f"{_CORE}.ssm.mlp_layer", "MLPLayer"),
+        *symbols(f"{_CORE}.transformer.identity_op", "IdentityFuncOp", "IdentityOp"),
+        *symbols(f"{_CORE}.transformer.transformer_layer", "MoETransformerLayer"),
+        Use(f"{_CORE}.transformer.spec_utils.ModuleSpec", ("module", "submodules")),
+        *symbols(
+            f"{_CORE}.transformer.multi_token_prediction",
+            "MultiTokenPredictionBlock",
+            "get_mtp_layer_spec_for_backend",
+        ),
+        Use(
+            f"{_CORE}.transformer.multi_token_prediction.MultiTokenPredictionBlockSubmodules",
+            ("layer_specs",),
+        ),
         *symbols(f"{_CORE}.tensor_parallel.inference_layers", "HAVE_TE"),
         Use(
             f"{_CORE}.transformer.multi_token_prediction.is_inference_column_parallel_linear",

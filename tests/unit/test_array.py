@@ -160,6 +160,9 @@ TESTED_ELSEWHERE = {
             "teachers.*.layers",
         ],
     },
+    "training/test_hybrid.py": {
+        "test_a_recipe_in_gpt_blocks_trains_the_same_as_a_gpt_model": ["layer_numbers"],
+    },
     "training/test_injection.py": {
         "test_a_single_component_trains_and_nothing_else": ["train.experts"],
         "test_a_trained_head_learns_the_same_from_one_pass_as_from_two": ["objective.masked_sum"],

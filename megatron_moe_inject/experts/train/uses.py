@@ -141,7 +141,6 @@ HYBRID_TRAIN = Contract(
             STACK,
             attributes=(
                 "config",
-                "final_norm",
                 "input_tensor",
                 "layers",
                 "num_layers_per_pipeline_rank",

@@ -37,7 +37,7 @@ def local_stack_spec() -> Any:
     }
     no_mlp = {"pre_mlp_layernorm": IdentityOp, "mlp": IdentityOp, "mlp_bda": IdentityFuncOp}
     # What comes after the slash: Megatron fills in the layers by the pattern.
-    mtp = get_mtp_layer_spec_for_backend(None, LocalSpecProvider())  # type: ignore[arg-type]
+    mtp = get_mtp_layer_spec_for_backend(None, LocalSpecProvider())
     for name in ("enorm", "hnorm", "layer_norm"):
         setattr(mtp.submodules, name, WrappedTorchNorm)
     return ModuleSpec(

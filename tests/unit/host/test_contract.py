@@ -28,6 +28,7 @@ from megatron_moe_inject.host.contract import (
     unmet,
 )
 from megatron_moe_inject.host.errors import RecipeError
+from megatron_moe_inject.host.layer_pattern import LayerPattern
 from megatron_moe_inject.host.wrap_list import HOOKS, render_table
 from megatron_moe_inject.recipe.facts import StudentFacts
 from megatron_moe_inject.recipe.feature import Feature
@@ -358,8 +359,11 @@ def test_the_parts_in_use_are_those_of_the_recipe_and_the_run(recipe):
 
     always = {contract.part for contract in contracts.ALWAYS}
     small, whole = recipe(RECIPE), recipe(RECIPE + WHOLE)
-    assert parts(small) == always | {"train", "--moe-grouped-gemm", "teachers"}
+    hybrid = {"--hybrid-layer-pattern", "train, with --hybrid-layer-pattern"}
+    assert parts(small) == always | hybrid | {"train", "--moe-grouped-gemm", "teachers"}
     assert parts(small, StudentFacts(4)) == always | {"train", "teachers"}
+    student = StudentFacts(4, pattern=LayerPattern("*E*E"))
+    assert parts(small, student) == always | hybrid | {"train", "teachers"}
     routing = "routing in the log and in profiles"
     assert parts(whole) - parts(small) == {
         "train.router_rows",

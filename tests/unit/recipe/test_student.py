@@ -256,8 +256,6 @@ REFUSED = [
     ("--init-model-with-meta-device", False),
     ("--perform-rl-step", False),
     ("--logits-load-dir /x", False),
-    ("--hybrid-layer-pattern M*M*", False),
-    ("--hybrid-override-pattern M*M*", False),
     ("--multiple-validation-sets", False),
     ("--cuda-graph-impl full_iteration", False),
     ("--freeze-all-layers", False),
