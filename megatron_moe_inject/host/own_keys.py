@@ -10,15 +10,17 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensorFactory
 
 
-def _unstacked(tensor: ShardedTensor) -> ShardedTensor:
-    """The same shard as part of a tensor without the axes stacked in front (layers, experts)."""
+def unstacked(tensor: ShardedTensor) -> ShardedTensor:
+    """The same shard as part of a tensor without the axes stacked in front (layers, experts); what
+    was stacked once more has the new axes' indices in front."""
     axes = tensor.prepend_axis_num
     if axes == 0:
         return tensor
-    place = ".".join(str(index) for index in tensor.global_offset[:axes])
+    name, _, inner = tensor.key.partition("@")
+    place = ".".join([*map(str, tensor.global_offset[:axes]), *([inner] if inner else [])])
     return replace(
         tensor,
-        key=f"{tensor.key}@{place}",
+        key=f"{name}@{place}",
         global_shape=tensor.global_shape[axes:],
         global_offset=tensor.global_offset[axes:],
         axis_fragmentations=tensor.axis_fragmentations[axes:],
@@ -29,7 +31,7 @@ def _unstacked(tensor: ShardedTensor) -> ShardedTensor:
 def with_own_keys(state: Any) -> Any:
     """Unstack every tensor of a sharded state dict, also those that a factory builds later."""
     return changed_shards(
-        state, lambda shard: _unstacked(shard) if isinstance(shard, ShardedTensor) else shard
+        state, lambda shard: unstacked(shard) if isinstance(shard, ShardedTensor) else shard
     )
 
 

@@ -225,13 +225,18 @@ def fit(state: dict[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
         The same with the stored names of norms, and without the ``_extra_state`` of modules of
         which none is stored.
     """
-    from megatron_moe_inject.host.own_keys import (
-        changed_shards,
-    )
+    from megatron_moe_inject.host.own_keys import changed_shards, unstacked
 
     def renamed(shard: Any) -> Any:
         name = stored_name(shard.key, stored)
         return shard if name == shard.key else replace(shard, key=name)
+
+    def own(shard: Any) -> Any:
+        """A hybrid run's own key, which Megatron stacks for a GPT checkpoint, as it is there."""
+        if not getattr(shard, "prepend_axis_num", 0):
+            return renamed(shard)
+        alone = renamed(unstacked(shard))
+        return alone if alone.key in stored else renamed(shard)
 
     fitted = dict(state)
     for section in (*_sections(state, "model"), *_sections(state, "optimizer")):
@@ -242,7 +247,7 @@ def fit(state: dict[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
                 for name, value in entries.items()
                 if _EXTRA not in name or getattr(value, "key", None) in stored
             }
-        fitted[section] = changed_shards(entries, renamed)
+        fitted[section] = changed_shards(entries, renamed if section.startswith("model") else own)
     return fitted
 
 

@@ -18,25 +18,27 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_moe_inject.experts.train.described import in_layers_of
 from megatron_moe_inject.host.agreement import agree, on_first_rank
 from megatron_moe_inject.host.errors import (
     RecipeError,
     one_line,
 )
 from megatron_moe_inject.host.files import new_folder, replace_file
+from megatron_moe_inject.host.gpt_names import to_gpt
+from megatron_moe_inject.host.layer_pattern import LayerPattern
 from megatron_moe_inject.host.lineage import CARD, Lineage
 from megatron_moe_inject.host.megatron_types import Chunk
 from megatron_moe_inject.host.model_parts import (
     places,
 )
-from megatron_moe_inject.host.own_keys import (
-    with_own_keys,
-)
+from megatron_moe_inject.host.own_keys import changed_shards, with_own_keys
 from megatron_moe_inject.retention.borrowed import borrowing, units
 
 FOLDER = "inject_original"
@@ -64,6 +66,8 @@ class OriginalParameters:
         self.on_host = on_host
         extra = {} if components is None else {"originals": list(components)}
         self._trains = json.loads(json.dumps(trains | extra))
+        text = getattr(self._chunks[0], "hybrid_layer_pattern", None)
+        self._pattern = None if text is None else LayerPattern(text)
         self._copies = {
             parameter: _on_host(parameter) if on_host else parameter.detach().clone()
             for chunk in self._chunks
@@ -212,6 +216,8 @@ class OriginalParameters:
             def end() -> str | None:
                 with _writing(folder):
                     card = {"injection": injection, "trains": self._trains}
+                    if self._pattern is not None:
+                        card["layers"] = self._pattern.symbols
                     replace_file(beside / CARD, json.dumps(card).encode())
                     moved = make_room()
                     stack.close()
@@ -233,25 +239,30 @@ class OriginalParameters:
         from megatron.core.dist_checkpointing.core import CheckpointingException
         from torch.distributed.checkpoint.api import CheckpointException
 
-        begun = self._read_trains(folder)
+        begun, layers = self._read_card(folder)
+        pattern = self._pattern if layers is None else None
+        if pattern is not None:
+            begun = in_layers_of(begun, pattern)
         if begun != self._trains:
             raise _unfit(folder, f"holds the originals of {begun}, but now {self._trains} trains")
         with _exchanged(self._copies):
             try:
-                state = dist_checkpointing.load(self._sharded(metadata), str(folder))
+                state = dist_checkpointing.load(self._sharded(metadata, pattern), str(folder))
             except (CheckpointException, CheckpointingException, OSError, ValueError) as error:
                 raise _unfit(folder, f"cannot be read ({_reason(error)})") from error
             for name, parameter in self._kept():
                 parameter.data.copy_(state[name])
 
     @staticmethod
-    def _read_trains(folder: Path) -> Any:
+    def _read_card(folder: Path) -> tuple[Any, str | None]:
+        """What trained, and the layers of a hybrid model that its numbers are of."""
         try:
             card = json.loads((folder / CARD).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise _unfit(folder, f"is damaged ({error})") from error
         # Before folders had an identity, what trains stood alone.
-        return card["trains"] if isinstance(card, dict) and "trains" in card else card
+        whole = isinstance(card, dict) and "trains" in card
+        return (card["trains"], card.get("layers")) if whole else (card, None)
 
     def _kept(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Parameters with an original, by a name that is theirs on this rank alone."""
@@ -260,8 +271,11 @@ class OriginalParameters:
                 if parameter in self._copies:
                     yield f"{index}.{name}", parameter
 
-    def _sharded(self, metadata: dict[str, Any]) -> dict[str, Any]:
-        """Sharded state of the parameters with an original.
+    def _sharded(
+        self, metadata: dict[str, Any], of_gpt: LayerPattern | None = None
+    ) -> dict[str, Any]:
+        """Sharded state of the parameters with an original; by the names of a GPT model whose
+        blocks are of that pattern.
 
         Flat, and nothing but tensors: what else there is, Megatron stores as the first rank has it
         and gives to every rank, whatever the layout.
@@ -271,7 +285,19 @@ class OriginalParameters:
             names = [name for name, p in chunk.named_parameters() if p in self._copies]
             whole = chunk.sharded_state_dict(metadata=metadata) if names else {}
             state |= {f"{index}.{name}": with_own_keys(whole[name]) for name in names}
-        return state
+        if of_gpt is None:
+            return state
+        return changed_shards(state, lambda shard: replace(shard, key=_gpt_key(shard.key, of_gpt)))
+
+
+def _gpt_key(key: str, pattern: LayerPattern) -> str:
+    """The key under which a GPT model stores the original of a hybrid model's tensor."""
+    name, _, place = key.partition("@")
+    axes = tuple(int(part) for part in place.split(".")) if place else ()
+    in_gpt = to_gpt(name, axes, pattern)
+    if in_gpt is None:
+        return key
+    return "@".join([in_gpt[0], ".".join(map(str, in_gpt[1]))]) if in_gpt[1] else in_gpt[0]
 
 
 @contextlib.contextmanager

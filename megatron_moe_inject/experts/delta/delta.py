@@ -17,10 +17,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import operator
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from megatron_moe_inject.experts.delta.weights import Weights, stacked_axes
 from megatron_moe_inject.host import typed
 from megatron_moe_inject.host.errors import (
     RecipeError,
@@ -37,10 +39,7 @@ from megatron_moe_inject.host.errors import (
     show,
 )
 from megatron_moe_inject.host.files import is_plain_name, new_folder
-from megatron_moe_inject.host.model_parts import (
-    is_own,
-)
-from megatron_moe_inject.host.torch_dist import Piece, TorchDistCheckpoint
+from megatron_moe_inject.host.torch_dist import TorchDistCheckpoint
 from megatron_moe_inject.host.torch_dist_copy import rewritten_copy
 
 FORMAT, VERSION = "megatron_moe_inject.delta", 1
@@ -120,6 +119,8 @@ class DeltaIndex:
         model: fingerprint of names, shapes and types of the base's weights.
         base_iteration, trained_iteration: folders that were compared.
         bytes: size of the values.
+        layers: the layers of a hybrid base, one symbol each, which the slices' tensors number;
+            ``None`` for a base that is a GPT model, and where one of both was.
         files: SHA-256 of each file, by name.
         slices: by their name in the files.
     """
@@ -132,17 +133,7 @@ class DeltaIndex:
     bytes: int = field(metadata=_NEEDED)
     files: dict[str, str] = field(metadata=_NEEDED)
     slices: dict[str, Slice] = field(metadata=_NEEDED)
-
-
-def stacked_axes(name: str) -> int:
-    """Leading axes of a stored tensor that number layers and experts, not part of a weight.
-
-    Megatron stacks ``decoder.layers.3.x`` of all layers as ``decoder.layers.x``, and experts as
-    ``experts.experts.x``, unless the checkpoint says otherwise in the name.
-    """
-    layers = bool(re.search(r"(^|\.)layers\.(?!\d)", name))
-    experts = bool(re.search(r"\.experts\.experts\.(?!\d)", name))
-    return layers + experts
+    layers: str | None = None
 
 
 def export_delta(
@@ -167,9 +158,9 @@ def export_delta(
             that exists, or nothing that changed.
     """
     _must_not_exist(output)
-    before, after = base.open(), trained.open()
+    before, after = _of_one_kind(Weights(base.open()), Weights(trained.open()))
     names = _common_tensors(before, after)
-    slices = [(name, place) for name in names for place in _places(before, name)]
+    slices = [(name, place) for name in names for place in before.places(name)]
     index: dict[str, Slice] = {}
     with new_folder(output) as folder:
         batch: dict[str, torch.Tensor] = {}
@@ -189,7 +180,7 @@ def export_delta(
 
         size = 0
         for name, place in progress(slices, len(slices)):
-            old, new = _read(before, name, place), _read(after, name, place)
+            old, new = before.read(name, place), after.read(name, place)
             if torch.equal(_bytes(old), _bytes(new)):
                 continue
             if batch and size + new.nbytes > file_bytes:
@@ -206,9 +197,10 @@ def export_delta(
         described = DeltaIndex(
             format=FORMAT,
             version=VERSION,
-            model=_fingerprint(before),
-            base_iteration=before.folder.name,
-            trained_iteration=after.folder.name,
+            model=before.fingerprint(),
+            base_iteration=before.checkpoint.folder.name,
+            trained_iteration=after.checkpoint.folder.name,
+            layers=before.layers,
             bytes=summary.bytes,
             files={path.name: _file_checksum(path) for path in sorted(folder.iterdir())},
             slices=index,
@@ -235,22 +227,23 @@ def apply_delta(
     """
     _must_not_exist(output)
     described = _read_index(delta)
-    before = base.open()
-    if _fingerprint(before) != described.model:
+    before = _numbered(Weights(base.open()), described.layers)
+    if before.fingerprint() != described.model:
         raise base.error("is another model than the delta's base", "name the base it was made from")
     index = described.slices
     changes = _changes(delta, index, before)
     for entry in progress(index.values(), len(index)):
-        checksum = _checksum(_read(before, entry.tensor, tuple(entry.place)))
+        checksum = _checksum(before.read(entry.tensor, tuple(entry.place)))
         if checksum != entry.base_sha256:
             raise base.error(
                 f"holds other values of {entry.tensor} {entry.place} than the delta's base",
                 "name the base it was made from",
             )
     with new_folder(output) as folder:
-        number = re.fullmatch(r"iter_(\d{7,})", before.folder.name)
-        name = before.folder.name if number else "release"
-        rewritten_copy(before, folder / name, changes, progress)
+        checkpoint = before.checkpoint
+        number = re.fullmatch(r"iter_(\d{7,})", checkpoint.folder.name)
+        name = checkpoint.folder.name if number else "release"
+        rewritten_copy(checkpoint, folder / name, changes, progress)
         tracker = folder / "latest_checkpointed_iteration.txt"
         tracker.write_text(str(int(number[1])) if number else "release")
     return _summary(before, index)
@@ -282,41 +275,50 @@ class _Stored:
         return value
 
 
-def _common_tensors(before: TorchDistCheckpoint, after: TorchDistCheckpoint) -> list[str]:
-    after_names = {name for name in after.tensors if not is_own(name)}
-    base = {name for name in before.tensors if not is_own(name)}
+def _of_one_kind(before: Weights, after: Weights) -> tuple[Weights, Weights]:
+    """Both by the same names: where one is a hybrid model, by those of a GPT model."""
+    if before.layers == after.layers:
+        return before, after
+    if before.layers is not None and after.layers is not None:
+        raise after.error(
+            f"has the layers {after.layers}, the base {before.layers}",
+            "compare two checkpoints of one model",
+        )
+    problem = "is a hybrid model, and the other checkpoint a GPT model"
+    return before.as_gpt(problem), after.as_gpt(problem)
+
+
+def _numbered(base: Weights, layers: str | None) -> Weights:
+    """The base by the names of a delta's slices."""
+    if base.layers == layers:
+        return base
+    if layers is None:
+        return base.as_gpt("is a hybrid model, and the delta's base was a GPT model")
+    problem = "is a GPT model" if base.layers is None else f"has the layers {base.layers}"
+    raise base.error(
+        f"{problem}, and the delta's base the layers {layers}", "name the base it was made from"
+    )
+
+
+def _common_tensors(before: Weights, after: Weights) -> list[str]:
+    base, after_names = before.tensors.keys(), after.tensors.keys()
     if after_names != base:
         missing, more = sorted(base - after_names), sorted(after_names - base)
         parts = [f"lacks {listing(missing, 4)}"] if missing else []
         parts += [f"holds {listing(more, 4)} besides"] if more else []
-        raise after.source.error(
+        raise after.error(
             f"is another model than the base: it {' and '.join(parts)}",
             "compare two checkpoints of one model",
         )
     for name in base:
         old, new = before.tensors[name], after.tensors[name]
-        kinds = old.properties.dtype, new.properties.dtype
-        if old.size != new.size or kinds[0] != kinds[1]:
-            raise after.source.error(
-                f"has {name} as {list(new.size)} {kinds[1]}, the base as {list(old.size)} "
-                f"{kinds[0]}",
+        if old != new:
+            raise after.error(
+                f"has {name} as {list(new.size)} {new.dtype}, the base as {list(old.size)} "
+                f"{old.dtype}",
                 "compare two checkpoints of one model in one precision",
             )
     return sorted(base)
-
-
-def _places(checkpoint: TorchDistCheckpoint, name: str) -> Iterator[tuple[int, ...]]:
-    sizes = checkpoint.tensors[name].size[: stacked_axes(name)]
-    return itertools.product(*(range(size) for size in sizes))
-
-
-def _read(checkpoint: TorchDistCheckpoint, name: str, place: tuple[int, ...]) -> torch.Tensor:
-    stored = checkpoint.tensors[name]
-    rest = tuple(stored.size)[len(place) :]
-    target = torch.empty(rest, dtype=stored.properties.dtype)
-    offset = (*place, *(0 for _ in rest))
-    checkpoint.read([Piece(name, tuple(stored.size), offset, target)])
-    return target
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -333,27 +335,14 @@ def _file_checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _fingerprint(checkpoint: TorchDistCheckpoint) -> str:
-    """Names, shapes and types of all weights."""
-    rows = sorted(
-        (name, tuple(stored.size), str(stored.properties.dtype))
-        for name, stored in checkpoint.tensors.items()
-        if not is_own(name)
-    )
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-
-
-def _total_bytes(checkpoint: TorchDistCheckpoint) -> int:
-    return sum(s.size.numel() * s.properties.dtype.itemsize for s in checkpoint.tensors.values())
-
-
-def _summary(base: TorchDistCheckpoint, index: Mapping[str, Slice]) -> DeltaSummary:
+def _summary(base: Weights, index: Mapping[str, Slice]) -> DeltaSummary:
     size = 0
     for entry in index.values():
         stored = base.tensors[entry.tensor]
-        size += stored.size[len(entry.place) :].numel() * stored.properties.dtype.itemsize
-    counts = Counter(entry.tensor for entry in index.values())
-    return DeltaSummary(counts, size, _total_bytes(base))
+        size += math.prod(stored.size[len(entry.place) :]) * stored.dtype.itemsize
+    whole = base.checkpoint.tensors.values()
+    total = sum(s.size.numel() * s.properties.dtype.itemsize for s in whole)
+    return DeltaSummary(Counter(entry.tensor for entry in index.values()), size, total)
 
 
 def _damaged(delta: Path, problem: object) -> RecipeError:
@@ -399,19 +388,22 @@ def _read_index(delta: Path) -> DeltaIndex:
 
 
 def _changes(
-    delta: Path, index: Mapping[str, Slice], base: TorchDistCheckpoint
+    delta: Path, index: Mapping[str, Slice], base: Weights
 ) -> dict[str, dict[tuple[int, ...], _Stored]]:
-    """The new values by tensor and place; every slice must be one of the base's, once."""
+    """The new values by the base's own tensors and places; every slice must be one of its, once."""
     changes: dict[str, dict[tuple[int, ...], _Stored]] = {}
     for name, entry in index.items():
         place, stored = tuple(entry.place), base.tensors.get(entry.tensor)
         sizes = () if stored is None else stored.size[: stacked_axes(entry.tensor)]
         exists = len(place) == len(sizes) and all(map(operator.contains, map(range, sizes), place))
-        if stored is None or not exists or place in changes.get(entry.tensor, {}):
+        if stored is None or not exists:
             raise _damaged(delta, f"has a slice {show(name)} that is none of the base's")
-        shape, dtype = stored.size[len(place) :], stored.properties.dtype
-        new = _Stored(delta, entry.file, name, tuple(shape), dtype)
-        changes.setdefault(entry.tensor, {})[place] = new
+        tensor, own_place = base.place_of(entry.tensor, place)
+        if own_place in changes.setdefault(tensor, {}):
+            raise _damaged(delta, f"has a slice {show(name)} that is none of the base's")
+        shape = stored.size[len(place) :]
+        new = _Stored(delta, entry.file, name, shape, stored.dtype)
+        changes[tensor][own_place] = new
     return changes
 
 

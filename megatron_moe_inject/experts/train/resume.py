@@ -11,10 +11,12 @@ from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_moe_inject.experts.train.described import in_layers_of
 from megatron_moe_inject.experts.train.freeze import FreezePolicy
 from megatron_moe_inject.host.errors import (
     RecipeError,
 )
+from megatron_moe_inject.host.layer_pattern import pattern_of
 from megatron_moe_inject.host.run_arguments import stored_argument
 
 
@@ -41,6 +43,8 @@ def begin_or_resume(
     args.inject_policy = policy.described() | {
         n: what for n, what in (besides or {}).items() if what
     }
+    # Megatron would load that of a GPT checkpoint into a hybrid run all the same.
+    args.no_load_optim = args.no_load_optim or args.finetune
     if args.no_load_optim:
         return None
     folder, stored = stored_argument(args, "inject_policy")
@@ -51,7 +55,10 @@ def begin_or_resume(
         return (
             f"{folder} was saved without injection: its optimizer state is left, ours starts anew"
         )
-    if _as_now(stored) != args.inject_policy:
+    stored, pattern = _as_now(stored), pattern_of(args)
+    if pattern is not None and stored_argument(args, "hybrid_layer_pattern")[1] is None:
+        stored = in_layers_of(stored, pattern)
+    if stored != args.inject_policy:
         raise RecipeError(
             f"train: {folder} holds the optimizer state of {_shown(stored)}, but now "
             f"{_shown(args.inject_policy)} trains; add --no-load-optim to start the optimizer "

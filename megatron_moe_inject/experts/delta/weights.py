@@ -1,0 +1,132 @@
+"""The weights of a checkpoint, slice by slice, by names that two checkpoints share.
+
+A GPT model and a hybrid model of the same weights store them under different names
+(``host.gpt_names``). Seen from a GPT model, both have the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from megatron_moe_inject.host.errors import RecipeError
+from megatron_moe_inject.host.gpt_names import Place, to_gpt, to_hybrid
+from megatron_moe_inject.host.layer_pattern import LayerPattern, pattern_of
+from megatron_moe_inject.host.model_parts import is_own
+from megatron_moe_inject.host.torch_dist import Piece, TorchDistCheckpoint
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A stored tensor: its shape, with the axes that number layers and experts, and its type."""
+
+    size: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def stacked_axes(name: str) -> int:
+    """Leading axes of a stored tensor that number layers and experts, not part of a weight.
+
+    Megatron stacks ``decoder.layers.3.x`` of all layers as ``decoder.layers.x``, and experts as
+    ``experts.experts.x``, unless the checkpoint says otherwise in the name.
+    """
+    layers = bool(re.search(r"(^|\.)layers\.(?!\d)", name))
+    experts = bool(re.search(r"\.experts\.experts\.(?!\d)", name))
+    return layers + experts
+
+
+class Weights:
+    """What a checkpoint holds of a model, but for what the plugin added.
+
+    Args:
+        checkpoint: opened.
+
+    Attributes:
+        checkpoint: as given.
+        pattern: of a hybrid model, ``None`` of a GPT model.
+    """
+
+    def __init__(self, checkpoint: TorchDistCheckpoint) -> None:
+        self.checkpoint = checkpoint
+        self.pattern = pattern_of(checkpoint.args)
+        self._as_gpt: LayerPattern | None = None
+
+    @property
+    def layers(self) -> str | None:
+        """The symbols that the layers in names are numbered by; ``None`` where they are blocks."""
+        return None if self._as_gpt or self.pattern is None else self.pattern.symbols
+
+    def as_gpt(self, problem: str) -> Weights:
+        """The same by the names of a GPT model.
+
+        Args:
+            problem: why they are asked for, for the error.
+
+        Raises:
+            RecipeError: the model has layers that are no blocks.
+        """
+        if self.pattern is None:
+            return self
+        if self.pattern.blocks is None:
+            raise self.error(f"{problem}, but {self.pattern.table()}", "name two of one kind")
+        seen = Weights(self.checkpoint)
+        seen._as_gpt = self.pattern
+        return seen
+
+    def error(self, problem: str, remedy: str) -> RecipeError:
+        """An error that begins with the checkpoint."""
+        return self.checkpoint.source.error(problem, remedy)
+
+    @cached_property
+    def tensors(self) -> dict[str, Stored]:
+        """By name, each with its shape and type."""
+        stored = {
+            name: Stored(tuple(entry.size), entry.properties.dtype)
+            for name, entry in self.checkpoint.tensors.items()
+            if not is_own(name)
+        }
+        if self._as_gpt is None:
+            return stored
+        blocks = len(self._as_gpt.blocks or ())
+        seen: dict[str, Stored] = {}
+        for name, entry in stored.items():
+            renamed = to_gpt(name, (), self._as_gpt)
+            if renamed is None:
+                seen[name] = entry
+            else:
+                in_gpt, place = renamed
+                seen[in_gpt] = Stored((*((blocks,) if place else ()), *entry.size), entry.dtype)
+        return seen
+
+    def place_of(self, name: str, place: Place) -> tuple[str, Place]:
+        """Where the checkpoint itself has a slice."""
+        return (name, place) if self._as_gpt is None else to_hybrid(name, place, self._as_gpt)
+
+    def places(self, name: str) -> Iterator[Place]:
+        """Places of a tensor's slices."""
+        sizes = self.tensors[name].size[: stacked_axes(name)]
+        return itertools.product(*(range(size) for size in sizes))
+
+    def read(self, name: str, place: Place) -> torch.Tensor:
+        """One slice. No collective."""
+        name, place = self.place_of(name, place)
+        stored = self.checkpoint.tensors[name]
+        rest = tuple(stored.size)[len(place) :]
+        target = torch.empty(rest, dtype=stored.properties.dtype)
+        offset = (*place, *(0 for _ in rest))
+        self.checkpoint.read([Piece(name, tuple(stored.size), offset, target)])
+        return target
+
+    def fingerprint(self) -> str:
+        """SHA-256 of names, shapes and types."""
+        rows = sorted(
+            (name, stored.size, str(stored.dtype)) for name, stored in self.tensors.items()
+        )
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()

@@ -1,0 +1,41 @@
+"""Stored names of a hybrid model's tensors, as a GPT model of the same weights stores them.
+
+A ``GPTModel`` stores ``decoder.layers.x`` of all its blocks as one tensor, with the block as its
+first axis; a ``HybridModel`` stores ``decoder.layers.7.x`` of each layer alone, and calls the
+decoder's last norm ``final_norm``. A place is the indices on a tensor's leading axes that number
+layers and experts. Megatron renames in the same way where it loads a GPT checkpoint into a hybrid
+run (``megatron.core.dist_checkpointing.gpt_checkpoint_interop``).
+"""
+
+from __future__ import annotations
+
+import re
+
+from megatron_moe_inject.host.layer_pattern import LayerPattern
+
+Place = tuple[int, ...]
+
+_HYBRID_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+_GPT_LAYER = "decoder.layers."
+_NORMS = ("decoder.final_norm.", "decoder.final_layernorm.")
+_ATTENTION = ("self_attention.", "input_layernorm.")
+
+
+def to_gpt(name: str, place: Place, pattern: LayerPattern) -> tuple[str, Place] | None:
+    """A hybrid model's tensor and place as a GPT model has them; ``None`` for what it has not."""
+    match = _HYBRID_LAYER.match(name)
+    if match is None:
+        return name.replace(*_NORMS) if name.startswith(_NORMS[0]) else name, place
+    block = pattern.block_of(int(match[1]))
+    return None if block is None else (_GPT_LAYER + name[match.end() :], (block, *place))
+
+
+def to_hybrid(name: str, place: Place, pattern: LayerPattern) -> tuple[str, Place]:
+    """A GPT model's tensor and place as a hybrid model of ``pattern``, made of blocks, has them."""
+    if not name.startswith(_GPT_LAYER):
+        return name.replace(*_NORMS[::-1]) if name.startswith(_NORMS[1]) else name, place
+    assert pattern.blocks is not None, "the pattern was checked"
+    rest = name.removeprefix(_GPT_LAYER)
+    attention, mlp = pattern.blocks[place[0]]
+    layer = attention if rest.startswith(_ATTENTION) else mlp
+    return f"{_GPT_LAYER}{layer}.{rest}", place[1:]
