@@ -10,6 +10,7 @@ run (``megatron.core.dist_checkpointing.gpt_checkpoint_interop``).
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from megatron_moe_inject.host.layer_pattern import LayerPattern
 
@@ -18,7 +19,35 @@ Place = tuple[int, ...]
 _HYBRID_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _GPT_LAYER = "decoder.layers."
 _NORMS = ("decoder.final_norm.", "decoder.final_layernorm.")
+_PARTS = (
+    ("mixer.", "M"),
+    ("self_attention.A_log", "G"),
+    ("self_attention.", "*"),
+    ("mlp.experts.", "E"),
+    ("mlp.linear_fc2.", "-"),
+)
+"""Beginnings of names that tell what a layer is, in an order in which the first decides."""
 _ATTENTION = ("self_attention.", "input_layernorm.")
+
+
+def pattern_of_names(names: Iterable[str]) -> LayerPattern | None:
+    """The layers of a hybrid model, one symbol each, by the names of its stored tensors; ``None``
+    for a GPT model. Attention is ``*`` of whatever kind."""
+    kinds: dict[int, str] = {}
+    hybrid = False
+    for name in sorted(names):
+        hybrid = hybrid or name.startswith(_NORMS[0])
+        match = _HYBRID_LAYER.match(name)
+        if match is not None:
+            rest = name[match.end() :]
+            kind = next((symbol for part, symbol in _PARTS if rest.startswith(part)), None)
+            if kind is not None:
+                kinds.setdefault(int(match[1]), kind)
+    if not hybrid:
+        return None
+    return LayerPattern(
+        "".join(kinds.get(layer, "?") for layer in range(max(kinds, default=-1) + 1))
+    )
 
 
 def to_gpt(name: str, place: Place, pattern: LayerPattern) -> tuple[str, Place] | None:

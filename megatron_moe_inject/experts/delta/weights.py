@@ -17,8 +17,8 @@ from functools import cached_property
 import torch
 
 from megatron_moe_inject.host.errors import RecipeError
-from megatron_moe_inject.host.gpt_names import Place, to_gpt, to_hybrid
-from megatron_moe_inject.host.layer_pattern import LayerPattern, pattern_of
+from megatron_moe_inject.host.gpt_names import Place, pattern_of_names, to_gpt, to_hybrid
+from megatron_moe_inject.host.layer_pattern import LayerPattern
 from megatron_moe_inject.host.model_parts import is_own
 from megatron_moe_inject.host.torch_dist import Piece, TorchDistCheckpoint
 
@@ -55,7 +55,7 @@ class Weights:
 
     def __init__(self, checkpoint: TorchDistCheckpoint) -> None:
         self.checkpoint = checkpoint
-        self.pattern = pattern_of(checkpoint.args)
+        self.pattern = pattern_of_names(checkpoint.tensors)
         self._as_gpt: LayerPattern | None = None
 
     @property

@@ -48,7 +48,7 @@ class ImitationPart(RunPart):
         self._widths = {name: info.hidden_size for name, info in teachers.items()}
         self._partly = [name for name, info in teachers.items() if info.shared.unknown]
         layers = {name: info.num_layers for name, info in teachers.items()}
-        self._terms = imitation_terms(run.recipe, layers, run.facts.num_layers)
+        self._terms = imitation_terms(run.recipe, layers, run.facts.num_layers, run.facts.pattern)
         self._hidden_size = run.facts.hidden_size
         self._stored = bool(self._terms) and self._found_in_checkpoint()
         self._projections: list[Projections] = []

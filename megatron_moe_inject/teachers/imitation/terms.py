@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from megatron_moe_inject.host.errors import (
     fail,
 )
+from megatron_moe_inject.host.layer_pattern import LayerPattern
 from megatron_moe_inject.host.text import ranges, table
 from megatron_moe_inject.losses.features import proportional_layer
 from megatron_moe_inject.recipe.schema import Domain, Recipe
@@ -25,6 +26,7 @@ class ImitationTerm:
         shares: by index of the domains whose tokens count, the layer's part of the mean over a
             domain's layers, times the teacher's weight where the domain has several.
         experts: global ids of the experts whose output is meant, for ``experts``.
+        named: the layer in the projection's name, its number unless given.
     """
 
     kind: str
@@ -33,15 +35,19 @@ class ImitationTerm:
     teacher_layer: int
     shares: Mapping[int, float] = field(hash=False)
     experts: frozenset[int] = frozenset()
+    named: str | None = None
 
     @property
     def projection(self) -> str:
         """Name of its projection; domains of one teacher share it."""
-        return f"{self.kind}_{self.layer}_{self.teacher}"
+        return f"{self.kind}_{self.named or self.layer}_{self.teacher}"
 
 
 def imitation_terms(
-    recipe: Recipe, teacher_layers: Mapping[str, int], num_layers: int
+    recipe: Recipe,
+    teacher_layers: Mapping[str, int],
+    num_layers: int,
+    pattern: LayerPattern | None = None,
 ) -> list[ImitationTerm]:
     """All terms that ``imitation`` asks for, in the order of the student's layers.
 
@@ -49,6 +55,8 @@ def imitation_terms(
         recipe: checked by itself and against the student.
         teacher_layers: number of decoder layers of each teacher.
         num_layers: the student's.
+        pattern: of a hybrid student. A projection behind a block of a GPT model has the block's
+            number in its name, so that it is the same in both.
 
     Raises:
         RecipeError: a layer that student or teacher does not have, or one without chosen experts.
@@ -66,7 +74,15 @@ def imitation_terms(
                 ]
             else:
                 terms += _expert_terms(name, pairs, taught)
-    return sorted(terms, key=lambda t: (t.layer, t.kind, t.teacher, sorted(t.experts)))
+    terms.sort(key=lambda t: (t.layer, t.kind, t.teacher, sorted(t.experts)))
+    if pattern is None:
+        return terms
+    return [replace(term, named=_named(term.layer, pattern)) for term in terms]
+
+
+def _named(layer: int, pattern: LayerPattern) -> str:
+    ends = {mlp: n for n, (_, mlp) in enumerate(pattern.blocks or ())}
+    return str(ends[layer]) if layer in ends else f"layer{layer}"
 
 
 def _layer_pairs(
