@@ -70,6 +70,8 @@ GRAPHS = {
     ),
 }
 CP2 = ("--context-parallel-size", "2", "--attention-backend", "fused")
+BLOCKS = ("--inject-set", "layer_numbers=gpt")
+HYBRID = ("--hybrid-layer-pattern", "*E*E*E*E")
 LAYOUTS = {  # name -> flags, the run of one process that it must equal
     "two dp": ((), "bf16"),
     "two ep": (EP2, "bf16"),
@@ -83,6 +85,8 @@ LAYOUTS = {  # name -> flags, the run of one process that it must equal
         (*EP2, *FP8["blockwise"], "--inject-set", "train.frozen_experts=fp8"),
         "frozen blockwise",
     ),
+    "two pp, hybrid": ((*PP2, "--hybrid-layer-pattern", "*E*E|*E*E", *BLOCKS), "hybrid"),
+    "two ep, hybrid": ((*EP2, *HYBRID, *BLOCKS), "hybrid"),
     "two ep, everything": ((*EP2, "--inject-set", *FEATURES["everything"]), "everything"),
     "two tp, everything": ((*TP2, "--inject-set", *FEATURES["everything"]), "everything"),
     "two pp, everything": ((*PP2, "--inject-set", *FEATURES["everything"]), "everything"),
@@ -121,6 +125,13 @@ def runs(tmp_path_factory) -> Runs:
         ours = ("--inject-set", *fields)
         runs.inject(name, *BF16, *ours, recipe=RECIPE)
         runs.inject(f"fp8 {name}", *BF16, *FP8["blockwise"], *ours, recipe=RECIPE)
+    stock = runs.flags(*exact, *LENIENT, *HYBRID)
+    runs.start("hybrid, plugin off", stock, env=EXACT)
+    runs.start("hybrid, stock", stock, env={**EXACT, "STOCK_MEGATRON": "1"})
+    runs.inject("hybrid", *BF16, *HYBRID, *BLOCKS, recipe=RECIPE)
+    runs.inject("hybrid, fp8", *BF16, *FP8["blockwise"], *HYBRID, *BLOCKS, recipe=RECIPE)
+    kept = (*BLOCKS, "train.frozen_experts=fp8", *FEATURES["everything"])
+    runs.inject("hybrid, frozen", *BF16, *FP8["blockwise"], *HYBRID, *kept, recipe=RECIPE)
     gather = (*FP8["blockwise"], *DISTRIBUTED, "--fp8-param-gather")
     runs.inject("fp8 parameters", *BF16, *gather, recipe=RECIPE)
     runs.inject("distributed optimizer", *BF16, *DISTRIBUTED, recipe=RECIPE)
@@ -241,6 +252,26 @@ def test_apex_without_te(runs):
 )
 def test_one_curve(runs, name):
     assert losses(runs, name) == pytest.approx(losses(runs, "bf16"), rel=3e-3)
+
+
+def test_a_hybrid_student_without_the_plugin_is_bitwise_stock(runs):
+    for term in ("lm loss", "grad norm"):
+        assert losses(runs, "hybrid, plugin off", term) == losses(runs, "hybrid, stock", term)
+
+
+@pytest.mark.parametrize("term", ["lm loss", "kd loss", "total loss"])
+def test_a_hybrid_student_is_a_gpt_student_of_the_same_weights(runs, term):
+    """The same products of the same numbers, by TE's own hybrid stack; in FP8 near it."""
+    assert losses(runs, "hybrid", term) == pytest.approx(losses(runs, "bf16", term), rel=3e-3)
+    fp8 = losses(runs, "fp8 blockwise", term)
+    assert losses(runs, "hybrid, fp8", term) == pytest.approx(fp8, rel=1e-2)
+    assert PROVEN.search(runs["hybrid, fp8"].output)
+
+
+def test_frozen_experts_of_a_hybrid_student_in_fp8_alone(runs):
+    near = pytest.approx(losses(runs, "fp8 everything"), rel=5e-2)
+    assert losses(runs, "hybrid, frozen") == near
+    assert PROVEN.search(runs["hybrid, frozen"].output)
 
 
 @pytest.mark.parametrize("name", [*FEATURES])
