@@ -1,6 +1,6 @@
 """What the plugin adds to a training step beyond the teacher's forward pass.
 
-    python examples/benchmarks/step_overhead.py [--steps 40] [--hidden 256] [--vocab 4096]
+    python examples/benchmarks/step_overhead.py [--steps 40] [--hidden 256] [--vocab 4096] [--hybrid]
 
 One run of real Megatron on the CPU lane. Steps alternate between stock (cross-entropy) and injected
 (the same model and trained parameters, distillation and cross-entropy on every token), so that
@@ -18,6 +18,7 @@ import argparse
 import itertools
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -92,6 +93,8 @@ def parent(options: argparse.Namespace) -> None:
         moe += f"--expert-model-parallel-size {options.nproc} --inject-recipe {recipe} "
         moe += "--inject-from-scratch "
         moe += f"--train-iters {2 * options.steps + WARM_UP}"
+        if options.hybrid:
+            moe += f" --hybrid-layer-pattern {'*E' * options.layers}"
         environment["STEP_OVERHEAD_TIMES"] = str(times)
         flags = [*model_flags(options, options.hidden), *moe.split()]
         train(options.nproc, *flags, module=str(Path(__file__).resolve()), environment=environment)
@@ -100,13 +103,14 @@ def parent(options: argparse.Namespace) -> None:
 
 def print_table(times: dict[str, list[float]], options: argparse.Namespace) -> None:
     """Medians in milliseconds, and the ratio that counts."""
-    median = {name: 1e3 * statistics.median(values) for name, values in times.items()}
+    timed = {name: values for name, values in times.items() if name != "resident"}
+    median = {name: 1e3 * statistics.median(values) for name, values in timed.items()}
     expected = median["stock"] + median["teacher"]
     print(
         f"{options.layers} layers, hidden {options.hidden}, teacher {options.teacher_hidden}, "
         f"vocabulary {options.vocab}, "
         f"2,048 tokens a step, {options.nproc} process(es) of {options.threads} thread(s), "
-        f"{options.steps} steps each, medians, "
+        f"{options.steps} steps each, medians, {'HybridModel' if options.hybrid else 'GPTModel'}, "
         f"head {'trained' if options.train_head else 'frozen'}"
     )
     for name, value in (
@@ -118,6 +122,7 @@ def print_table(times: dict[str, list[float]], options: argparse.Namespace) -> N
         print(f"{name:<18}{value:>9.1f} ms")
     print(f"{'beyond teacher':<18}{100 * (median['injected'] / expected - 1):>+9.1f} %")
     print(f"{'start-up added':<18}{median['start-up'] / 1e3:>9.1f} s (checks, teacher, hooks)")
+    print(f"{'resident at most':<18}{times['resident'][0]:>9.0f} MiB (one process, all of it)")
 
 
 def child() -> None:
@@ -181,6 +186,7 @@ def child() -> None:
         times["injected"] = own
         start_up = sum(times.pop("start-up"))
         kept = {name: values[skip:] for name, values in times.items()} | {"start-up": [start_up]}
+        kept["resident"] = [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]
         Path(os.environ["STEP_OVERHEAD_TIMES"]).write_text(json.dumps(kept))
 
 
@@ -193,6 +199,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=4096)
     parser.add_argument("--nproc", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1, help="per process")
+    parser.add_argument("--hybrid", action="store_true", help="the same student as a HybridModel")
     parser.add_argument("--train-head", action="store_true", help="train head and embedding too")
     parent(parser.parse_args())
 

@@ -17,6 +17,13 @@ from tests.harness.gpu_runs import BF16, DISTRIBUTED, EP2, FP8, MLA, PP2, RECIPE
 pytest.importorskip("transformer_engine.pytorch", reason="needs Transformer Engine")
 
 ROWS = ("objective.gamma=5.0", "train.router_rows=true", "steering.coeff=0.1")
+
+
+def hybrid(pattern):
+    """Flags of a hybrid student for a recipe in GPT blocks."""
+    return "--hybrid-layer-pattern", pattern, "--inject-set", "layer_numbers=gpt"
+
+
 ONE_BY_ONE = tuple(flag for flag in BF16 if flag != "--moe-grouped-gemm")
 CASES = {
     "grouped": (1, BF16),
@@ -30,6 +37,9 @@ CASES = {
     "fp8 delayed, all experts": (
         *(1, (*BF16, *FP8["delayed"], "--inject-set", "train.experts=all")),
     ),
+    "hybrid": (1, (*BF16, *hybrid("*E*E*E*E"))),
+    "hybrid, pp2": (2, (*BF16, *PP2, *hybrid("*E*E|*E*E"))),
+    "hybrid, ep2, fp8 blockwise": (*(2, (*BF16, *EP2, *FP8["blockwise"], *hybrid("*E*E*E*E"))),),
     "rows, steering, gamma": (1, (*BF16, "--inject-set", *ROWS)),
 }
 PUBLISH = lane.HARNESS / "published_gpt.py"
@@ -123,6 +133,8 @@ def test_a_published_student_is_saved_as_it_was_loaded(runs, published, tmp_path
     assert sum(differences(loaded, encoded, tmp_path / "anew").values()) == 2 * 13
 
 
-def test_multi_latent_attention(runs):
-    output, _ = build(runs, "mla", 1, (*BF16, *MLA), student=False)
+@pytest.mark.parametrize("pattern", [None, "+E+E+E+E"])
+def test_multi_latent_attention(runs, pattern):
+    flags = (*BF16, *MLA, *(() if pattern is None else hybrid(pattern)))
+    output, _ = build(runs, f"mla {pattern}", 1, flags, student=False)
     assert re.search(r"experts +295 k +1\.28 M", output)
