@@ -1,6 +1,6 @@
 """What the plugin adds to a training step beyond the teacher's forward pass.
 
-    python examples/benchmarks/step_overhead.py [--steps 40] [--hidden 256] [--vocab 4096] [--hybrid]
+    python examples/benchmarks/step_overhead.py [--steps 40] [--hidden 256] [--hybrid]
 
 One run of real Megatron on the CPU lane. Steps alternate between stock (cross-entropy) and injected
 (the same model and trained parameters, distillation and cross-entropy on every token), so that
