@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -38,6 +40,8 @@ def run_set(
         load: go on from there.
     """
     own, at = array.SETS[name], array.LAYOUTS[layout] if layout else array.Layout()
+    if layout is None:
+        own = replace(own, features=own.features - {array.HYBRID})
     shared = array.LAYOUTS[like or layout] if like or layout else at
     recipe = folder / "recipe.yaml"
     text = array.recipe_of(own, shared.recipe)

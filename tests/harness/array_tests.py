@@ -40,7 +40,7 @@ class ArrayTests:
         elif "layout" in metafunc.fixturenames:
             cases = [
                 pytest.param(
-                    layout, name, id=f"{name}: {layout}", marks=_marks(array.LAYOUTS[layout].slow)
+                    layout, name, id=f"{name}: {layout}", marks=_marks(array.is_slow(layout, name))
                 )
                 for layout, name in array.ROWS
                 if name in self.sets

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class Feature:
     terms: tuple[str, ...] = ()
 
 
+HYBRID = "hybrid model"
 SHARED_EXPERTS = ("--moe-shared-expert-intermediate-size", "64")
 FEATURES = {
     "distillation": Feature(
@@ -102,6 +103,8 @@ FEATURES = {
         flags=("--eval-iters", "2", "--eval-interval", "2"),
     ),
     "profile": Feature("profile", flags=("--inject-profile", "{folder}/profile.json")),
+    # A run on one process, which others are compared with, is of a GPT model all the same.
+    HYBRID: Feature("train", {"layer_numbers": "gpt"}),
 }
 
 
@@ -115,6 +118,7 @@ class Layout:
         flags: of this layout.
         grouped: flags besides where experts are grouped: the stand-in for TE's layer shards them
             over nothing but experts.
+        pattern: of a hybrid student.
         shared, recipe: flags and recipe fields that the reference on one process has, too.
         slow: whether the main suite leaves it to the slow one.
     """
@@ -123,6 +127,7 @@ class Layout:
     sizes: Mapping[str, int] = field(default_factory=dict)
     flags: tuple[str, ...] = ()
     grouped: tuple[str, ...] = ()
+    pattern: str = "*E*E*E*E"
     shared: tuple[str, ...] = ()
     recipe: Mapping[str, Any] = field(default_factory=dict)
     slow: bool = False
@@ -132,12 +137,13 @@ _VIRTUAL = ("--num-layers-per-virtual-pipeline-stage", "1")
 _FULL = ("--recompute-granularity", "full", "--recompute-method", "uniform")
 _SELECTIVE = ("--recompute-granularity", "selective", "--recompute-modules", "core_attn", "moe")
 _WHOLE = ("--expert-tensor-parallel-size", "1", "--expert-model-parallel-size", "2")
+_FOUR = "*E|*E|*E|*E"
 _OVERLAPS = tuple(lane.DISTRIBUTED_OPTIMIZER)
 LAYOUTS = {
     "ep2": Layout(2, {"ep": 2}),
     "tp2-sp": Layout(2, {"tp": 2}, grouped=_WHOLE),
-    "pp2": Layout(2, {"pp": 2}),
-    "pp2-vpp2": Layout(2, {"pp": 2}, _VIRTUAL),
+    "pp2": Layout(2, {"pp": 2}, pattern="*E*E|*E*E"),
+    "pp2-vpp2": Layout(2, {"pp": 2}, _VIRTUAL, pattern=_FOUR),
     "cp2": Layout(2, {"cp": 2}),
     "dp2, distributed optimizer": Layout(2, {}, _OVERLAPS),
     "full recompute": Layout(flags=(*_FULL, "--recompute-num-layers", "1")),
@@ -150,11 +156,11 @@ LAYOUTS = {
         recipe={"steering.balance": 0.0},
     ),
     "ep2, distributed optimizer": Layout(2, {"ep": 2}, _OVERLAPS, slow=True),
-    "tp2-pp2": Layout(4, {"tp": 2, "pp": 2}, grouped=_WHOLE, slow=True),
+    "tp2-pp2": Layout(4, {"tp": 2, "pp": 2}, grouped=_WHOLE, pattern="*E*E|*E*E", slow=True),
     "tp2-ep2": Layout(4, {"tp": 2, "ep": 2}, slow=True),
-    "pp2-vpp2-ep2": Layout(4, {"pp": 2, "ep": 2}, _VIRTUAL, slow=True),
+    "pp2-vpp2-ep2": Layout(4, {"pp": 2, "ep": 2}, _VIRTUAL, pattern=_FOUR, slow=True),
     "cp2-tp2": Layout(4, {"cp": 2, "tp": 2}, grouped=_WHOLE, slow=True),
-    "pp4": Layout(4, {"pp": 4}, slow=True),
+    "pp4": Layout(4, {"pp": 4}, pattern=_FOUR, slow=True),
     "tp4": Layout(4, {"tp": 4}, grouped=(*_WHOLE[:-1], "4"), slow=True),
 }
 
@@ -167,11 +173,13 @@ class FeatureSet:
         experts: layer -> experts that the domain chose.
         features: names in ``FEATURES``.
         instead: values by dotted path that fields of these features have instead.
+        slow_at: layouts at which the main suite leaves it to the slow one.
     """
 
     experts: Mapping[int, list[int]]
     features: frozenset[str]
     instead: Mapping[str, Any] = field(default_factory=dict)
+    slow_at: frozenset[str] = frozenset()
 
     @property
     def grouped(self) -> bool:
@@ -187,10 +195,10 @@ class FeatureSet:
 IMITATED = {"imitated states", "imitated experts"}
 TRAINED = {"trained router", "trained head", "trained attention", "trained shared experts"}
 _ALWAYS = frozenset(FEATURES) - IMITATED - TRAINED - {
-    "window", "trained rows", "frozen experts in fp8", "expert retention",
+    "window", "trained rows", "frozen experts in fp8", "expert retention", HYBRID,
 }  # fmt: skip
 _FEW = {1: [2], 2: [0, 3], 3: [3]}
-SETS = {
+SETS: dict[str, FeatureSet] = {
     # The one whose originals are on the device.
     "router": FeatureSet(
         _FEW,
@@ -217,12 +225,22 @@ SETS = {
     ),
     "router, window": FeatureSet(_FEW, _ALWAYS | TRAINED | {"window", "expert retention"}),
 }
+SETS |= {
+    "hybrid": replace(
+        SETS["router"],
+        features=SETS["router"].features | {HYBRID},
+        slow_at=frozenset(LAYOUTS) - {"ep2", "tp2-sp", "pp2-vpp2", "cp2", "full recompute"},
+    ),
+    "hybrid, rows": replace(SETS["rows"], features=SETS["rows"].features | {HYBRID}),
+}
 ROWS = (
     *itertools.product(LAYOUTS, ("router", "rows")),
     *((layout, "nothing first") for layout in ("ep2", "pp2", "pp2-vpp2", "pp4", "tp2-ep2")),
     ("dp2, distributed optimizer", "router, fp8"),
     ("ep2", "rows, imitation"),
     ("cp2", "router, window"),
+    *((layout, "hybrid") for layout in LAYOUTS),
+    ("pp2", "hybrid, rows"),
 )
 """Layout and set of each run."""
 
@@ -247,6 +265,7 @@ RESUMED = (
     Resumed("pp2", "router"),
     Resumed("pp2-vpp2", "rows"),
     Resumed("ep2", "nothing first"),
+    Resumed("pp2-vpp2", "hybrid"),
     Resumed("ep2, distributed optimizer", "router", ("--bf16",)),
     Resumed("dp2, distributed optimizer", "rows, imitation", ("--bf16",), slow=True),
 )
@@ -284,19 +303,24 @@ def gaps(
     rows: Iterable[tuple[str, str]] = ROWS,
     refused: Iterable[frozenset[str]] = REFUSED,
 ) -> list[tuple[str, str]]:
-    """Pairs of features that stand in no row's set, and of a feature and a layout in no row."""
+    """Pairs of features that stand in no row's set, and of a feature and a layout in no row.
+
+    What a hybrid student shows of others' pairs is not counted: a GPT student has rows of its own.
+    """
     features, rows, refused = list(features), list(rows), set(refused)
-    used = [sets[name].features for _, name in rows]
-    missing = [
-        pair
-        for pair in itertools.combinations(features, 2)
-        if frozenset(pair) not in refused and not any(set(pair) <= own for own in used)
+
+    def shown(pair: tuple[str, str]) -> bool:
+        return any(
+            set(pair) <= sets[name].features | {layout}
+            and (HYBRID in pair or HYBRID not in sets[name].features)
+            for layout, name in rows
+        )
+
+    pairs = [
+        *(p for p in itertools.combinations(features, 2) if frozenset(p) not in refused),
+        *itertools.product(features, layouts),
     ]
-    return missing + [
-        (feature, layout)
-        for feature, layout in itertools.product(features, layouts)
-        if not any(at == layout and feature in sets[name].features for at, name in rows)
-    ]
+    return [pair for pair in pairs if not shown(pair)]
 
 
 def recipe_of(own: FeatureSet, more: Mapping[str, Any] | None = None) -> str:
@@ -337,11 +361,23 @@ def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
 def flags_of(own: FeatureSet, at: Layout, folder: Path) -> list[str]:
     """Flags of a set at a layout, in a run that may write to ``folder``."""
     flags = [flag for name in sorted(own.features) for flag in FEATURES[name].flags]
+    own_flags = at.flags
+    if HYBRID in own.features:  # whose virtual stages are in the pattern
+        own_flags = (
+            "--hybrid-layer-pattern",
+            at.pattern,
+            *(at.flags if at.flags != _VIRTUAL else ()),
+        )
     return [
         *lane.layout(**at.sizes),
-        *(*at.flags, *(at.grouped if own.grouped else ())),
+        *(*own_flags, *(at.grouped if own.grouped else ())),
         *(flag.format(folder=folder) for flag in flags),
     ]
+
+
+def is_slow(layout: str, name: str) -> bool:
+    """Whether the main suite leaves a row to the slow one."""
+    return LAYOUTS[layout].slow or layout in SETS[name].slow_at
 
 
 def blend_of(own: FeatureSet, material: Material) -> Sequence[str]:

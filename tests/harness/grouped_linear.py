@@ -120,6 +120,10 @@ grouped_mlp = partial(
 def use_for_grouped_gemm() -> None:
     """From now on ``--moe-grouped-gemm`` builds it under the local specification."""
     from megatron.core.models.backends import LocalSpecProvider
+    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+    from megatron.training.models import hybrid as builder
+
+    from megatron_moe_inject.host.cpu_lane import hybrid
 
     stock = LocalSpecProvider.grouped_mlp_modules
 
@@ -127,3 +131,8 @@ def use_for_grouped_gemm() -> None:
         return grouped_mlp if moe_use_grouped_gemm else stock(self, moe_use_grouped_gemm)
 
     LocalSpecProvider.grouped_mlp_modules = grouped_mlp_modules
+    stack = hybrid.local_stack_spec()
+    stack.submodules.moe_layer.submodules.mlp = get_moe_module_spec(
+        use_te=False, num_experts=1, moe_grouped_gemm=True
+    )
+    builder.default_hybrid_stack_spec = stack

@@ -54,7 +54,7 @@ def test_a_set_that_loses_a_feature_is_a_gap(feature):
     """In whichever set it stands, or in the one of them that runs at most layouts."""
     sets = {
         name: dataclasses.replace(own, features=own.features - {feature})
-        if name in ("router", "rows")
+        if name in ("router", "rows") or feature == array.HYBRID
         else own
         for name, own in array.SETS.items()
     }
@@ -159,9 +159,6 @@ TESTED_ELSEWHERE = {
             "imitation.loss",
             "teachers.*.layers",
         ],
-    },
-    "training/test_hybrid.py": {
-        "test_a_recipe_in_gpt_blocks_trains_the_same_as_a_gpt_model": ["layer_numbers"],
     },
     "training/test_injection.py": {
         "test_a_single_component_trains_and_nothing_else": ["train.experts"],
