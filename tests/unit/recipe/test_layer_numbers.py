@@ -12,9 +12,10 @@ from megatron_moe_inject.host.layer_pattern import LayerPattern
 from megatron_moe_inject.host.model_parts import ParameterPlace
 from megatron_moe_inject.recipe.layer_numbers import renumbered
 from megatron_moe_inject.recipe.load import recipe_from_yaml
+from megatron_moe_inject.recipe.plan import Plan, render_plan
 from megatron_moe_inject.routing.section import STEERING
 from tests.harness.profiles import profile
-from tests.harness.recipes import message_of
+from tests.harness.recipes import facts, message_of
 
 PATTERN = LayerPattern("M*E|M*-*E")
 TEXT = """
@@ -49,6 +50,19 @@ def test_blocks_become_layers():
     assert renumbered(recipe, PATTERN) == recipe
 
 
+def test_the_plan_shows_both_numbers():
+    recipe = recipe_from_yaml(NUMBERED)
+    student = facts(pattern=PATTERN, num_layers=8, moe_layers=PATTERN.moe_layers)
+    lines = render_plan(Plan(renumbered(recipe, PATTERN), student)).splitlines()
+    table = lines[lines.index("experts") + 1 :][:3]
+    assert [line.split() for line in table] == [
+        ["domain", "layer", "(GPT", "block)", "experts"],
+        ["code", "2", "(0)", "1"],
+        ["code", "7", "(2)", "0,", "3"],
+    ]
+    assert "  8 layers M*EM*-*E, 16 experts in layers 2, 7" in lines
+
+
 def test_numbers_of_the_student_stay():
     recipe = recipe_from_yaml(TEXT)
     assert renumbered(recipe, None) is recipe
@@ -59,6 +73,11 @@ def test_numbers_of_the_student_stay():
     assert renumbered(unsaid, LayerPattern("*E-")) == replace(recipe, layer_numbers="hybrid")
 
 
+NUMBERED = """
+layer_numbers: gpt
+domains: [{name: code, data: [1], experts: {layers: {0: [1], 2: [0, 3]}}}]
+objective: {alpha: 0, beta: 1}
+"""
 NAMELESS = """
 domains: [{name: code, data: [1], experts: {profile: p.json, method: top_n, n: 1}}]
 objective: {alpha: 0, beta: 1}
