@@ -16,9 +16,10 @@ _RUNS_ON_A_GPU = ("transformer_impl", "moe_grouped_gemm", "fp8", "multi_latent_a
 def allow() -> None:
     """Before the lane is enabled: TE can be imported, its flags pass, the device is a Hopper."""
     from megatron_moe_inject.host import cpu_lane
-    from megatron_moe_inject.host.cpu_lane import flags, torch_device
+    from megatron_moe_inject.host.cpu_lane import flags, hybrid, torch_device
 
     cpu_lane._FOR_GPUS = ()
+    hybrid.install = lambda: None  # the stack is Megatron's own
     for name in _RUNS_ON_A_GPU:
         del flags._REFUSED[name]
     ampere = torch_device.device_properties
