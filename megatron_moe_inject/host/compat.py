@@ -294,6 +294,15 @@ def logs_balance_of_any_stage() -> bool:
     return "num_moe_layers" in inspect.signature(MoEMetricsTracker.report).parameters
 
 
+def builds_from_config() -> bool:
+    """Whether ``pretrain`` builds the model that its config describes (0.19+); that of 0.18 takes a
+    ``model_provider`` alone."""
+    from megatron.training import training
+
+    parameters = inspect.signature(training.pretrain).parameters
+    return parameters["model_provider"].default is not inspect.Parameter.empty
+
+
 def step_was_rejected() -> bool:
     """Whether a check of Megatron's rerun state machine failed in the step that just ran.
 

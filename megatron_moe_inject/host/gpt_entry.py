@@ -1,4 +1,4 @@
-"""What our own GPT entry feeds Megatron's training loop: forward step, loss, model, start.
+"""What our own entry feeds Megatron's training loop: forward step, loss, model, start.
 
 Behind ``pretrain.py``, which puts the plugin in before this module binds Megatron's names.
 Shapes: b micro-batch, s sequence, c context-parallel size.
@@ -16,6 +16,8 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_layer_specs,
     get_gpt_mtp_block_spec,
 )
+from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
 from megatron.core.utils import StragglerDetector, get_attr_wrapped_model, get_model_config
@@ -133,6 +135,42 @@ def model_provider(
     )
 
 
+def hybrid_model_provider(
+    model_config: Any,
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+    config: Any = None,
+    pg_collection: Any = None,
+) -> HybridModel:
+    """This rank's chunk of the hybrid model, for Megatron versions that build from no config.
+
+    The builder of 0.18 refuses virtual stages, which its model has; NVIDIA's script does not use it
+    either.
+
+    Args:
+        model_config: Megatron's ``HybridModelConfig``.
+    """
+    return HybridModel(
+        config=config or model_config.transformer,
+        hybrid_stack_spec=model_config.hybrid_stack_spec or hybrid_stack_spec,
+        vocab_size=get_args().padded_vocab_size,
+        max_sequence_length=model_config.seq_length,
+        hybrid_layer_pattern=model_config.hybrid_layer_pattern,
+        fp16_lm_cross_entropy=model_config.fp16_lm_cross_entropy,
+        parallel_output=model_config.parallel_output,
+        share_embeddings_and_output_weights=model_config.share_embeddings_and_output_weights,
+        position_embedding_type=model_config.position_embedding_type,
+        rotary_percent=model_config.rotary_percent,
+        rotary_base=model_config.rotary_base,
+        seq_len_interpolation_factor=model_config.seq_len_interpolation_factor,
+        pre_process=pre_process,
+        post_process=post_process,
+        pg_collection=pg_collection,
+        vp_stage=vp_stage,
+    )
+
+
 def embedding_ranks(pp_ranks: list[int]) -> list[int]:
     """Ranks of a pipeline that hold the word embedding: first, last if tied, and MTP's."""
     ranks = {pp_ranks[0]}
@@ -170,7 +208,11 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f"moe-inject: {error}")
     model_config = compat.model_config(args)
-    provider = {"model_provider": model_provider} if model_config is None else {}
+    provider = {}
+    if model_config is None:
+        provider["model_provider"] = model_provider
+    elif not compat.builds_from_config():
+        provider["model_provider"] = partial(hybrid_model_provider, model_config)
     training_loop(
         pretrain_cfg_container_from_args(args, model_config),
         train_valid_test_dataset_provider=datasets_provider,

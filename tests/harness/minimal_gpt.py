@@ -2,7 +2,8 @@
 
 It has the interface of NVIDIA's ``pretrain_gpt.py`` (binds Megatron's names at import, parses
 through ``parse_and_validate_args``, tensor-parallel rank 0 of the end stages reads the data) and
-only its plain path: GPT, mock or indexed data, no packing, no fine-tuning.
+only its plain path: GPT, mock or indexed data, no packing, no fine-tuning. With
+``--hybrid-layer-pattern`` it is a ``pretrain_hybrid.py``.
 """
 
 import inspect
@@ -16,6 +17,8 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, Moc
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
 from megatron.training import argument_utils, get_args, get_timers, pretrain
@@ -106,14 +109,22 @@ datasets_provider.is_distributed = True
 def model_provider(pre_process=True, post_process=True, vp_stage=None, config=None, **groups):
     args = get_args()
     config = config or core_transformer_config_from_args(args)
-    return GPTModel(
-        config=config,
-        transformer_layer_spec=get_gpt_decoder_block_spec(
+    if args.hybrid_layer_pattern is None:
+        layers = get_gpt_decoder_block_spec(
             config,
             use_transformer_engine=args.transformer_impl == "transformer_engine",
             normalization=args.normalization,
             vp_stage=vp_stage,
-        ),
+        )
+        build = partial(GPTModel, transformer_layer_spec=layers)
+    else:
+        build = partial(
+            HybridModel,
+            hybrid_stack_spec=hybrid_stack_spec,
+            hybrid_layer_pattern=args.hybrid_layer_pattern,
+        )
+    return build(
+        config=config,
         vocab_size=args.padded_vocab_size,
         max_sequence_length=args.max_position_embeddings,
         pre_process=pre_process,
@@ -130,10 +141,10 @@ def model_provider(pre_process=True, post_process=True, vp_stage=None, config=No
 if __name__ == "__main__":
     print(f"minimal_gpt: {sys.argv[0]} {len(sys.argv) - 1}")
     args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
+    model, provider = None, {"model_provider": model_provider}
     if hasattr(argument_utils, "gpt_config_from_args"):
-        model, provider = argument_utils.gpt_config_from_args(args), {}
-    else:
-        model, provider = None, {"model_provider": model_provider}
+        kind = "gpt" if args.hybrid_layer_pattern is None else "hybrid"
+        model, provider = getattr(argument_utils, f"{kind}_config_from_args")(args), {}
     pretrain(
         argument_utils.pretrain_cfg_container_from_args(args, model),
         train_valid_test_dataset_provider=datasets_provider,

@@ -62,10 +62,16 @@ def local_stack_spec() -> Any:
 
 
 def install() -> None:
-    """The local stack where Megatron's builder looks for its default, and a local last norm."""
-    from megatron.core.models.hybrid import hybrid_block
+    """The local stack in the place of Megatron's own, and a local last norm.
+
+    Builders take their default by its name in two modules; scripts name it after ``--spec``
+    (those of 0.18 must), by its new or its old name.
+    """
+    from megatron.core.models.hybrid import hybrid_block, hybrid_layer_specs
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
     from megatron.training.models import hybrid as builder
 
     hybrid_block.TENorm = WrappedTorchNorm
-    builder.default_hybrid_stack_spec = local_stack_spec()
+    stack = local_stack_spec()
+    hybrid_layer_specs.hybrid_stack_spec = hybrid_layer_specs.mamba_stack_spec = stack
+    builder.default_hybrid_stack_spec = stack
