@@ -240,6 +240,7 @@ def test_origin_warns_only_about_packages_that_would_mix(monkeypatch, tmp_path, 
 
 
 VERSIONS = ("0.18.2", "0.19", "main-2026-08")
+SCRIPTS = ("pretrain_gpt", "pretrain_hybrid")
 
 
 def test_every_patch_folder_is_listed():
@@ -248,11 +249,17 @@ def test_every_patch_folder_is_listed():
     assert all(f"`{version}/`" in readme for version in VERSIONS)
 
 
+def test_every_version_has_a_patch_for_each_script():
+    there = sorted(str(path.relative_to(PATCHES)) for path in PATCHES.rglob("*.patch"))
+    assert there == [f"{version}/{script}.patch" for version in VERSIONS for script in SCRIPTS]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("version", VERSIONS)
-def test_patch_adds_the_import_and_the_call_and_nothing_else(version):
-    lines = (PATCHES / version / "pretrain_gpt.patch").read_text().splitlines()
+def test_patch_adds_the_import_and_the_call_and_nothing_else(version, script):
+    lines = (PATCHES / version / f"{script}.patch").read_text().splitlines()
     header, body = lines[:3], lines[3:]
-    assert header[1:] == ["--- a/pretrain_gpt.py", "+++ b/pretrain_gpt.py"]
+    assert header[1:] == [f"--- a/{script}.py", f"+++ b/{script}.py"]
     hunk = re.match(r"@@ -(\d+),(\d+) \+(\d+),(\d+) @@", body[0])
     start, before, new_start, after = map(int, hunk.groups())
     changed = [line for line in body[1:] if line[:1] in "+-"]
@@ -265,12 +272,13 @@ def test_patch_adds_the_import_and_the_call_and_nothing_else(version):
     assert after == before + len(changed) == len(body[1:])
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("version", VERSIONS)
-def test_patch_applies_to_the_checkout(version):
+def test_patch_applies_to_the_checkout(version, script):
     variable = "MEGATRON_CHECKOUT_" + re.sub(r"\W", "_", version).upper()
     if variable not in os.environ:
         pytest.skip(f"set {variable} to a Megatron-LM checkout of {version}")
-    patch = PATCHES / version / "pretrain_gpt.patch"
+    patch = PATCHES / version / f"{script}.patch"
     checkout = os.environ[variable]
     for direction in ((), ("--reverse",)):
         check = subprocess.run(
@@ -280,7 +288,7 @@ def test_patch_applies_to_the_checkout(version):
             text=True,
         )
         assert (check.returncode == 0) == (direction == ()), check.stderr
-        assert "pretrain_gpt.py" in check.stderr
+        assert f"{script}.py" in check.stderr
 
 
 def test_imports_of_a_main_module_are_cheap(tmp_path):
