@@ -303,6 +303,12 @@ def builds_from_config() -> bool:
     return parameters["model_provider"].default is not inspect.Parameter.empty
 
 
+def translates_gpt_checkpoints() -> bool:
+    """Whether Megatron loads a GPT model's checkpoint into a hybrid model (0.19+)."""
+    interop = "megatron.core.dist_checkpointing.gpt_checkpoint_interop"
+    return importlib.util.find_spec(interop) is not None
+
+
 def step_was_rejected() -> bool:
     """Whether a check of Megatron's rerun state machine failed in the step that just ran.
 

@@ -29,6 +29,7 @@ from megatron_moe_inject.host.errors import (
     RecipeError,
     listing,
 )
+from megatron_moe_inject.host.layer_pattern import pattern_of
 from megatron_moe_inject.host.megatron_types import Chunk
 from megatron_moe_inject.host.model_parts import (
     is_own,
@@ -74,14 +75,17 @@ class StudentLoad:
 
     Raises:
         RecipeError: there is no checkpoint and ``--inject-from-scratch`` is not given, or it is one
-            that Megatron cannot load.
+            that Megatron cannot load, as a GPT model's into a hybrid model before 0.19.
     """
 
     def __init__(self, args: Namespace) -> None:
         self.checkpoint = checkpoint_to_load(args)
         self.remarks: list[str] = []
         self._chunks: list[_ChunkLoad] = []
-        if self.checkpoint is not None or getattr(args, "inject_from_scratch", None):
+        if self.checkpoint is not None:
+            _check_translated(self.checkpoint, args)
+            return
+        if getattr(args, "inject_from_scratch", None):
             return
         problem = ": missing" if args.load is None else f" {args.load} holds no checkpoint"
         raise RecipeError(
@@ -212,6 +216,22 @@ class StudentLoad:
                 f"is not the student that the flags describe: it {' and '.join(parts)}",
                 "give the model's flags of the run that saved it",
             )
+
+
+def _check_translated(checkpoint: StoredCheckpoint, args: Namespace) -> None:
+    """Megatron reads a GPT model's checkpoint into a hybrid model, from 0.19 on. No collective."""
+    pattern = pattern_of(args)
+    if pattern is None or compat.translates_gpt_checkpoints():
+        return
+    saved = checkpoint.arguments()
+    if saved is None or pattern_of(saved) is not None:
+        return
+    raise checkpoint.error(
+        f"was saved by a GPT model, which Megatron-Core {compat.megatron_version()} does not load "
+        f"into a hybrid model (--hybrid-layer-pattern {pattern.text})",
+        "run Megatron-Core 0.19 or later, which translates it, start from a hybrid model's "
+        "checkpoint, or train it as the GPT model that it is, without a pattern",
+    )
 
 
 def fit(state: dict[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:

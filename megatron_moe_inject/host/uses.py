@@ -229,6 +229,7 @@ HYBRID_STUDENT = Contract(
             attributes=("decoder", "embedding", "mtp_process", "output_layer", "post_process"),
         ),
         Use(STACK, attributes=("layers",)),
+        Use(f"{_CORE}.dist_checkpointing.gpt_checkpoint_interop", optional="0.19 and later"),
         Use(_CONFIG, attributes=("mtp_num_layers",)),
         *symbols(f"{_CORE}.transformer.moe.moe_logging", "MoEMetricsTracker"),
         *symbols(f"{_CORE}.transformer.moe.moe_logging", "MoEMetricsTracker.report"),

@@ -7,8 +7,10 @@ import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensorFactory
 
+from megatron_moe_inject.host import compat, student_load
 from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.host.norm_names import stored_name
+from megatron_moe_inject.host.stored_checkpoint import StoredCheckpoint
 from megatron_moe_inject.host.student_load import Request, StudentLoad, _ChunkLoad, fit, model_names
 
 PRE = "decoder.layers.3.pre_mlp_layernorm.weight"
@@ -114,6 +116,35 @@ def test_no_checkpoint_is_an_error_unless_it_is_meant(tmp_path):
             StudentLoad(arguments(load))
         assert str(error.value).startswith(told)
         assert StudentLoad(arguments(load, inject_from_scratch=True)).checkpoint is None
+
+
+@pytest.mark.parametrize(
+    ("saved", "told"),
+    [
+        (
+            {"num_layers": 2},
+            "was saved by a GPT model, which Megatron-Core .*--hybrid-layer-pattern",
+        ),
+        ({"hybrid_layer_pattern": "*E"}, None),
+        ({"hybrid_override_pattern": "*E"}, None),
+    ],
+)
+def test_a_gpt_checkpoint_goes_into_a_hybrid_model_where_megatron_translates_it(
+    monkeypatch, tmp_path, saved, told
+):
+    stored = StoredCheckpoint("--load", tmp_path, tmp_path, 3, "torch_dist", resumes=False)
+    monkeypatch.setattr(StoredCheckpoint, "arguments", lambda self: Namespace(**saved))
+    monkeypatch.setattr(student_load, "checkpoint_to_load", lambda args: stored)
+    hybrid = arguments(tmp_path, hybrid_layer_pattern="*E")
+    for can in (True, False):
+        monkeypatch.setattr(compat, "translates_gpt_checkpoints", lambda can=can: can)
+        assert StudentLoad(arguments(tmp_path, hybrid_layer_pattern=None)).checkpoint is stored
+        if can or told is None:
+            assert StudentLoad(hybrid).checkpoint is stored
+        else:
+            with pytest.raises(RecipeError, match=f"--load {tmp_path} {told}") as error:
+                StudentLoad(hybrid)
+            assert "run Megatron-Core 0.19 or later" in str(error.value)
 
 
 def test_what_a_chunk_was_not_given():
