@@ -47,7 +47,8 @@ class HybridTail:
         self._states = self._depths_left = None
         if self._process() is None or kwargs.get("labels") is None:
             return
-        self._depths_left = chunk.config.mtp_num_layers or 0 if chunk.mtp_process else 0
+        predicts = chunk.mtp_process and kwargs.get("compute_mtp_loss", True)
+        self._depths_left = chunk.config.mtp_num_layers or 0 if predicts else 0
         self._loss_mask = kwargs.get("loss_mask")
 
     def _keep_states(self, call: Call) -> Any:
