@@ -224,6 +224,7 @@ HYBRID_STUDENT = Contract(
         HYBRID_LOSS,
         Hooked(HYBRID, kind="forward pre-hook", does="tells multi-token prediction apart"),
         Use(f"{HYBRID}.forward", ("labels", "loss_mask")),
+        Use(f"{HYBRID}.forward", ("compute_mtp_loss",), optional="0.20 and later"),
         Use(
             HYBRID,
             attributes=("decoder", "embedding", "mtp_process", "output_layer", "post_process"),
@@ -310,6 +311,32 @@ OWN_ENTRY = Contract(
                 "vp_stage",
             ),
         ),
+        Use(
+            HYBRID,
+            (
+                "config",
+                "fp16_lm_cross_entropy",
+                "hybrid_layer_pattern",
+                "hybrid_stack_spec",
+                "max_sequence_length",
+                "parallel_output",
+                "pg_collection",
+                "position_embedding_type",
+                "post_process",
+                "pre_process",
+                "rotary_base",
+                "rotary_percent",
+                "seq_len_interpolation_factor",
+                "share_embeddings_and_output_weights",
+                "vocab_size",
+                "vp_stage",
+            ),
+        ),
+        Use(
+            "megatron.training.models.hybrid.HybridModelConfig",
+            attributes=("hybrid_stack_spec", "seq_length", "transformer"),
+        ),
+        *symbols(f"{_CORE}.models.hybrid.hybrid_layer_specs", "hybrid_stack_spec"),
         *symbols(
             f"{_CORE}.models.gpt.gpt_layer_specs",
             "get_gpt_decoder_block_spec",
@@ -398,6 +425,9 @@ CPU_LANE = Contract(
         Use(
             f"{_CORE}.models.hybrid.hybrid_block.HybridStackSubmodules",
             ("attention_layer", "mlp_layer", "moe_layer", "mtp_block_spec"),
+        ),
+        *symbols(
+            f"{_CORE}.models.hybrid.hybrid_layer_specs", "hybrid_stack_spec", "mamba_stack_spec"
         ),
         *symbols("megatron.training.models.hybrid", "default_hybrid_stack_spec"),
         *symbols(f"{_CORE}.ssm.mlp_layer", "MLPLayer"),

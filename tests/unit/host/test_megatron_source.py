@@ -1,10 +1,11 @@
 """What Megatron's source does where the plugin steps in: an addition there must be looked at.
 
-The loss takes the place of the end of ``GPTModel.forward``: the output layer's own forward pass and
-the cross-entropy behind it. Whatever these read, the plugin serves, refuses or has no use for; a
-name that stands in none of these tables is new, and this test fails until somebody has decided.
-The same for what ``train_step`` calls from the optimizer's step on, which could move frozen
-parameters. Sources are read, not imported, so that one run looks at all versions that are there.
+The loss takes the place of the end of ``GPTModel.forward`` and ``HybridModel.forward``: the output
+layer's own forward pass and the cross-entropy behind it. Whatever these read, the plugin serves,
+refuses or has no use for; a name that stands in none of these tables is new, and this test fails
+until somebody has decided. The same for what ``train_step`` calls from the optimizer's step on,
+which could move frozen parameters. Sources are read, not imported, so that one run looks at all
+versions that are there.
 
 A refused option that Megatron renames would never be refused again: each is one that a parser has.
 """
@@ -32,6 +33,9 @@ for name, variable in (("other", "MEGATRON_OTHER"), ("checkout", "MEGATRON_CHECK
 VERSIONS = pytest.mark.parametrize("root", ROOTS.values(), ids=ROOTS)
 
 GPT = ("core/models/gpt/gpt_model.py", "GPTModel._postprocess")
+HYBRID = ("core/models/hybrid/hybrid_model.py", "HybridModel.forward")
+"""From where it runs the decoder on."""
+PREDICTION = ("core/transformer/multi_token_prediction.py", "process_mtp_loss")
 CROSS_ENTROPY = (
     "core/models/common/language_module/language_module.py",
     "LanguageModule.compute_language_model_loss",
@@ -86,6 +90,12 @@ CALLED = {
         "self.shared_embedding_or_output_weight",
         *("has_config_logger_enabled", "log_config_to_disk", "OrderedDict"),  # refused
         *("InferenceMode.is_active", "gather_from_sequence_parallel_region"),  # inference
+    },
+    HYBRID: {
+        "self.decoder", "self.mtp", "process_mtp_loss", "output_processor", "self.output_layer",
+        "self._scale_logits", "self.compute_language_model_loss",
+        "self.shared_embedding_or_output_weight",
+        "gather_from_sequence_parallel_region",  # inference
     },
     OUTPUT_LAYER: {
         "self._forward_impl", "copy_to_tensor_model_parallel_region",
@@ -176,6 +186,9 @@ def read_of(tree, owner):
 @pytest.mark.parametrize("where", CALLED, ids=[name for _, name in CALLED])
 def test_what_the_loss_stands_in_for_does_nothing_unknown(root, where):
     tree = function(root, *where)
+    if where == HYBRID:
+        start = next(i for i, part in enumerate(tree.body) if "self.decoder" in called([part]))
+        tree = ast.Module(tree.body[start:], [])
     objects = {"hidden_states", "logits", "labels", "loss", "inference_context"}
     assert called([tree], objects) - CALLED[where] == set()
     configs = read_of(tree, {"config", "self.config", "inference_context.config"})
@@ -185,15 +198,43 @@ def test_what_the_loss_stands_in_for_does_nothing_unknown(root, where):
 
 
 @VERSIONS
-def test_the_output_layer_is_one_that_is_known_and_has_no_bias(root):
-    tree = function(root, "core/models/gpt/gpt_model.py", "GPTModel.__init__")
-    made = [
+def test_prediction_calls_the_output_layer_once_for_each_depth_before_the_model_does(root):
+    """The seam of a hybrid model counts these calls."""
+    (depths,) = (n for n in ast.walk(function(root, *PREDICTION)) if isinstance(n, ast.For))
+    assert ast.unparse(depths.iter) == "range(config.mtp_num_layers)"
+    calls = [dotted(n.func) for n in ast.walk(function(root, *PREDICTION)) if hasattr(n, "func")]
+    within = [dotted(n.func) for n in ast.walk(depths) if hasattr(n, "func")]
+    assert within.count("output_layer") == calls.count("output_layer") == 1
+    body = function(root, *HYBRID).body
+    lines = [
+        [i for i, part in enumerate(body) if name in called([part])]
+        for name in ("process_mtp_loss", "self.output_layer", "self.compute_language_model_loss")
+    ]
+    assert lines == sorted(lines)
+    assert all(len(found) == 1 for found in lines)
+
+
+def output_layer_made(tree):
+    """The one assignment to ``self.output_layer``."""
+    (made,) = (
         node for node in ast.walk(tree)
         if isinstance(node, ast.Assign) and dotted(node.targets[0]) == "self.output_layer"
-    ]  # fmt: skip
-    assert len(made) == 1
-    given = {word.arg: word.value for word in made[0].value.keywords}
+    )  # fmt: skip
+    given = {word.arg: word.value for word in made.value.keywords}
     assert given["bias"].value is False
+    return made.value
+
+
+@VERSIONS
+def test_the_output_layer_of_a_hybrid_model_is_the_one_that_is_known(root):
+    made = output_layer_made(function(root, HYBRID[0], "HybridModel.__init__"))
+    assert dotted(made.func) == "tensor_parallel.ColumnParallelLinear"
+
+
+@VERSIONS
+def test_the_output_layer_is_one_that_is_known_and_has_no_bias(root):
+    tree = function(root, "core/models/gpt/gpt_model.py", "GPTModel.__init__")
+    output_layer_made(tree)
     chosen = [
         node for node in ast.walk(tree)
         if isinstance(node, ast.Assign) and dotted(node.targets[0]) == "output_layer_cls"
