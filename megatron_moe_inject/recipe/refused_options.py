@@ -104,6 +104,10 @@ REFUSED = (
         "alone, with padding between them", since="0.20",
     ),
     Refusal(
+        "ckpt_pg_tensors_cache_path", "takes from a file which rank saves what, and a file of a "
+        "run that trains something else leaves out optimizer state without a word", since="0.20",
+    ),
+    Refusal(
         "logit_dtype", f"gives another precision to {_OUTPUT_LAYER}", since="0.20",
         written="--output-logit-dtype",
     ),
