@@ -9,7 +9,12 @@ import pytest
 
 from tests.harness import lane
 from tests.harness.corpus import write_corpora
+from tests.harness.injection import CE_ONLY, OTHER, PROVEN, assert_clean_end, recipe_file
 from tests.harness.lane import same_runs
+from tests.harness.material import make_material
+
+HYBRID = ("--hybrid-layer-pattern", "*E|*E|*E|*E/*E")
+"""For two pipeline ranks: two stages on each, and multi-token prediction."""
 
 
 @pytest.fixture(scope="session")
@@ -53,21 +58,38 @@ def test_splits_may_have_datasets_of_their_own(blend):
     assert apart.evaluations[0]["lm loss"] > apart.losses()[-1]
 
 
+def test_entry_equals_script_on_a_hybrid_model_with_virtual_stages_and_prediction():
+    ours, script = both_entries(lane.moe(*HYBRID, pp=2), 2)
+    assert "mtp_1 loss" in ours.iterations[0]
+    same_runs(ours, script)
+
+
+def test_a_script_injects_into_a_hybrid_model_as_our_entry_does(material):
+    recipe = CE_ONLY + "layer_numbers: hybrid\n"
+    ours = ("--inject-recipe", recipe_file(material, recipe), "--inject-verify-frozen")
+    flags = material.flags("--hybrid-layer-pattern", "*E*E|*E*E", *ours, pp=2)
+    entry, script = both_entries(flags, 2)
+    assert "lm loss/code" in entry.iterations[-1]
+    assert PROVEN.search(script.output)
+    same_runs(entry, script)
+
+
 @pytest.mark.slow
 def test_entry_equals_script_on_pipeline_stages():
     same_runs(*both_entries(lane.dense("--num-layers", "4", pp=2), 2))
 
 
 @pytest.mark.parametrize(
-    ("layout", "nproc"),
+    ("layout", "nproc", "more"),
     [
-        pytest.param({"ep": 2}, 2, id="ep2"),
-        pytest.param({"tp": 2}, 2, id="tp2-sp"),
-        pytest.param({"pp": 2}, 2, id="pp2", marks=pytest.mark.slow),
+        pytest.param({"ep": 2}, 2, (), id="ep2"),
+        pytest.param({"tp": 2}, 2, (), id="tp2-sp"),
+        pytest.param({"pp": 2}, 2, HYBRID, id="pp2-hybrid"),
+        pytest.param({"pp": 2}, 2, (), id="pp2", marks=pytest.mark.slow),
     ],
 )
-def test_installed_but_unused_the_plugin_changes_no_bit(blend, layout, nproc):
-    flags = on_files(lane.moe(*lane.DISTRIBUTED_OPTIMIZER, **layout), blend)
+def test_installed_but_unused_the_plugin_changes_no_bit(blend, layout, nproc, more):
+    flags = on_files(lane.moe(*lane.DISTRIBUTED_OPTIMIZER, *more, **layout), blend)
     stock = lane.run(
         flags, nproc=nproc, script=lane.MINIMAL_GPT, fresh=True, env={"STOCK_MEGATRON": "1"}
     )
@@ -121,19 +143,49 @@ def test_missing_script_ends_in_one_line():
     assert "Traceback" not in run.stderr
 
 
+needs_other = pytest.mark.skipif(
+    OTHER is None, reason="set MEGATRON_OTHER to an unpacked wheel or a checkout of another version"
+)
+
+
 @pytest.mark.slow
-def test_other_megatron_computes_the_same(tmp_path):
-    """Set MEGATRON_OTHER to an unpacked wheel or a checkout of another supported version."""
-    if "MEGATRON_OTHER" not in os.environ:
-        pytest.skip("set MEGATRON_OTHER to the folder of another Megatron version")
-    other = (os.environ["MEGATRON_OTHER"],)
+@needs_other
+@pytest.mark.parametrize(
+    ("layout", "more"),
+    [
+        pytest.param({"ep": 2}, lane.DEEPSEEK_ROUTER, id="gpt"),
+        pytest.param({"pp": 2}, HYBRID, id="hybrid"),
+    ],
+)
+def test_other_megatron_computes_the_same(tmp_path, layout, more):
     where = tmp_path / "where.py"
     where.write_text("import megatron.core; print('imported', megatron.core.__file__)")
-    place = lane.run((), script=(str(where),), pythonpath=other).output
-    assert f"imported {other[0]}" in place
-    flags = lane.moe("--bf16", *lane.DEEPSEEK_ROUTER, *lane.DISTRIBUTED_OPTIMIZER, ep=2)
+    place = lane.run((), script=(str(where),), pythonpath=(OTHER,)).output
+    assert f"imported {OTHER}" in place
+    flags = lane.moe("--bf16", *more, *lane.DISTRIBUTED_OPTIMIZER, **layout)
     here = lane.run(flags, nproc=2)
     for script in (lane.PRETRAIN, lane.MINIMAL_GPT):
-        there = lane.run(flags, nproc=2, script=script, pythonpath=other)
+        there = lane.run(flags, nproc=2, script=script, pythonpath=(OTHER,))
         assert there.losses() == here.losses()
         assert there.losses("grad norm") == here.losses("grad norm")
+
+
+@pytest.mark.slow
+@needs_other
+def test_other_megatron_injects_into_a_hybrid_model_from_a_hybrid_checkpoint_alone(tmp_path):
+    """0.18 does not translate a GPT model's."""
+    material = make_material(tmp_path, pythonpath=(OTHER,))
+    hybrid = ("--hybrid-layer-pattern", "*E*E*E*E")
+    recipe = recipe_file(material, CE_ONLY + "layer_numbers: hybrid\n")
+    ours = ("--inject-recipe", recipe, "--inject-verify-frozen")
+    flags = material.flags(*hybrid, *ours)
+    run = lane.run(flags, pythonpath=(OTHER,), check=False)
+    assert_clean_end(run, ("saved by a GPT model", "Megatron-Core 0.18", "--hybrid-layer-pattern"))
+    own = str(tmp_path / "own")
+    start = material.flags(*hybrid, "--save", own, "--save-interval", "100")
+    del start[start.index("--load") : start.index("--load") + 2]
+    lane.run(start, pythonpath=(OTHER,))
+    flags += ["--load", own]
+    there = lane.run(flags, pythonpath=(OTHER,))
+    assert PROVEN.search(there.output)
+    assert there.losses("lm loss/code") == lane.run(flags).losses("lm loss/code")
