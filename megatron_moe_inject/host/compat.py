@@ -294,6 +294,12 @@ def logs_balance_of_any_stage() -> bool:
     return "num_moe_layers" in inspect.signature(MoEMetricsTracker.report).parameters
 
 
+def numbers_experts_of_prediction() -> bool:
+    """Whether Megatron logs the experts behind a pattern's slash by numbers of their own, for which
+    its log has one place for each depth (0.20, since the same change: Megatron-LM #6748)."""
+    return logs_balance_of_any_stage()
+
+
 def builds_from_config() -> bool:
     """Whether ``pretrain`` builds the model that its config describes (0.19+); that of 0.18 takes a
     ``model_provider`` alone."""

@@ -50,6 +50,11 @@ class LayerPattern:
         return "".join(self.segments)
 
     @property
+    def prediction(self) -> tuple[str, ...]:
+        """The symbols of each depth of multi-token prediction."""
+        return tuple(self.text.split("/")[1:])
+
+    @property
     def num_layers(self) -> int:
         """Layers of the decoder."""
         return len(self.symbols)

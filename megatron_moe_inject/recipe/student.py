@@ -20,6 +20,8 @@ from megatron_moe_inject.recipe.rules import validate
 from megatron_moe_inject.recipe.run_kinds import INJECTION
 from megatron_moe_inject.recipe.schema import Recipe
 
+_NO_BALANCE = "set --moe-router-load-balancing-type none without --moe-z-loss-coeff"
+
 
 def student_facts_from_args(args: Namespace) -> StudentFacts:
     """Facts from Megatron's parsed flags, before or after its own validation.
@@ -115,7 +117,9 @@ def _check_pattern(facts: StudentFacts) -> None:
     """A hybrid student with ``--num-experts`` has experts, where Megatron logs them on each stage.
 
     Stages without a layer of experts make Megatron's log wait for ever: they sum up another number
-    of balance losses than the others (``training_log`` of 0.18 and 0.19).
+    of balance losses than the others (``training_log`` of 0.18 and 0.19). Experts of multi-token
+    prediction that stand further back in a depth than there are depths have no place in that log
+    (``IndexError`` in the first step of 0.20).
     """
     pattern = facts.pattern
     if pattern is None or facts.num_moe_experts is None:
@@ -131,8 +135,15 @@ def _check_pattern(facts: StudentFacts) -> None:
         raise fail(
             flag, pattern.text, f"gives pipeline {_stages(without)} no layer of experts (E), for "
             f"which Megatron-Core {compat.megatron_version()} waits for ever when it logs balance "
-            "losses", "move a |, or set --moe-router-load-balancing-type none without "
-            "--moe-z-loss-coeff",
+            "losses", f"move a |, or {_NO_BALANCE}",
+        )  # fmt: skip
+    depths = pattern.prediction
+    unlogged = any("E" in depth[len(depths) :] for depth in depths)
+    if unlogged and logged and compat.numbers_experts_of_prediction():
+        raise fail(
+            flag, pattern.text, "predicts through experts (E) that stand further back in a depth "
+            "than there are depths, and whose balance losses have no place in the log of "
+            f"Megatron-Core {compat.megatron_version()}", f"put E first, or {_NO_BALANCE}",
         )  # fmt: skip
 
 

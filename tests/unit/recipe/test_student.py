@@ -5,10 +5,12 @@ import json
 
 import pytest
 
+from megatron_moe_inject.host import compat
 from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.host.labels import (
     GENERAL,
 )
+from megatron_moe_inject.host.layer_pattern import LayerPattern
 from megatron_moe_inject.host.text import (
     ranges,
 )
@@ -177,6 +179,34 @@ def test_components_that_the_student_lacks(override, changes, parts):
     wrong = recipe(1, overrides=[override])
     message = message_of(lambda: check_recipe(wrong, facts(**changes)))
     for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("text", "losses", "refused"),
+    [
+        ("*E*E/*E", "aux_loss", True),
+        ("*E*E/*E", "none", False),
+        ("*E*E/*E/*E", "aux_loss", False),
+        ("*E*E/**E/**E", "aux_loss", True),
+        ("*E*E/E*", "aux_loss", False),
+        ("*E*E/*-", "aux_loss", False),
+        ("*E*E", "aux_loss", False),
+    ],
+)
+def test_experts_of_prediction_that_megatron_cannot_log(monkeypatch, text, losses, refused):
+    """Also in the very step in which Megatron 0.20 ends with an IndexError (``*E*E/*E``)."""
+    pattern = LayerPattern(text)
+    options = {"moe_router_load_balancing_type": losses}
+    student = facts(num_layers=4, moe_layers=pattern.moe_layers, pattern=pattern, options=options)
+    monkeypatch.setattr(compat, "logs_balance_of_any_stage", lambda: False)
+    check_recipe(recipe(1, experts="3:1"), student)
+    monkeypatch.setattr(compat, "logs_balance_of_any_stage", lambda: True)
+    if not refused:
+        check_recipe(recipe(1, experts="3:1"), student)
+        return
+    message = message_of(lambda: check_recipe(recipe(1, experts="3:1"), student))
+    for part in (f"--hybrid-layer-pattern: '{text}' predicts through experts", "put E first"):
         assert part in message
 
 
