@@ -18,6 +18,8 @@ from typing import Any
 ATTENTION = "*+D"
 MLP = "E-"
 EXPERTS = "E"
+GPT_NAMES = "gpt:"
+"""In front of a pattern of names: their layers are the blocks of a GPT model."""
 _KINDS = {
     "*": "an attention layer",
     "+": "an attention layer",

@@ -35,10 +35,6 @@ def is_own(name: str) -> bool:
     return any(part.startswith(OWN_PREFIX) for part in name.split("."))
 
 
-GPT_NAMES = "gpt:"
-"""In front of a pattern of names: their layers are the blocks of a GPT model."""
-
-
 COMPONENTS = (
     EXPERTS,
     "router",

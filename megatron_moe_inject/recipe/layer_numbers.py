@@ -13,8 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from megatron_moe_inject.host.errors import RecipeError, fail
-from megatron_moe_inject.host.layer_pattern import LayerPattern
-from megatron_moe_inject.host.model_parts import GPT_NAMES
+from megatron_moe_inject.host.layer_pattern import GPT_NAMES, LayerPattern
 from megatron_moe_inject.recipe.features import FEATURES
 from megatron_moe_inject.recipe.schema import Recipe
 

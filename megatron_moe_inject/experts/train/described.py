@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_moe_inject.host.layer_pattern import LayerPattern
-from megatron_moe_inject.host.model_parts import GPT_NAMES
+from megatron_moe_inject.host.layer_pattern import GPT_NAMES, LayerPattern
 
 
 def in_layers_of(described: dict[str, Any], pattern: LayerPattern) -> dict[str, Any]:

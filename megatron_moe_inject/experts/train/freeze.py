@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_moe_inject.experts.train.uses import FROZEN_BIAS
+from megatron_moe_inject.host.layer_pattern import GPT_NAMES
 from megatron_moe_inject.host.megatron_types import Chunk, MegatronModule
-from megatron_moe_inject.host.model_parts import EXPERTS, GPT_NAMES, ROWS, ParameterPlace, places
+from megatron_moe_inject.host.model_parts import EXPERTS, ROWS, ParameterPlace, places
 from megatron_moe_inject.host.wrap import Call, wrap_method
 
 
