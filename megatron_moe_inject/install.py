@@ -23,7 +23,8 @@
 | ``training.get_megatron_optimizer`` | the optimizer can be saved where little trains |
 
 Not patched: the optimizer's maths, DDP, schedules, the checkpoint format, and any class of the
-model; the loss goes through ``GPTModel.forward``'s own ``output_processor``. What else is wrapped
+model; the loss goes through ``GPTModel.forward``'s own ``output_processor``, or the last two calls
+of a ``HybridModel``, whose forward takes none (``host/hybrid_seam.py``). What else is wrapped
 are methods of this run's own objects (transformer block, routers, experts, dispatchers, optimizer),
 by the features that the recipe has in use. ``contracts.py`` has the rows of these functions, each
 room's ``uses.py`` those of its methods; ``moe-inject plan RECIPE --wraps`` lists them, and
