@@ -42,6 +42,13 @@ _REFUSED = {
     "cuda_graph_impl": (lambda v: v not in (None, "none"), "leave the flag out"),
 }
 
+_PATTERN = (
+    lambda v: bool(set(v or "") & set("+DG")),
+    "multi-latent attention (+, D) needs Transformer Engine, a gated delta net (G) needs fla; "
+    "use layers of *, E, - and M",
+)
+_REFUSED |= {"hybrid_layer_pattern": _PATTERN, "hybrid_override_pattern": _PATTERN}
+
 _FLAG_NAMES = {"fp8": "--fp8-format", "fp4": "--fp4-format"}
 
 _REFUSED_UNDER_CONTEXT_PARALLELISM = ("window_size", "dataloader_inter_document_masking", "sft")

@@ -2,7 +2,8 @@
 
 The stack that Megatron ships names Transformer Engine's modules, and takes its norm for the end of
 the decoder. Here ``*`` is the first half of ``GPTModel``'s local layer, ``E`` and ``-`` the second,
-so that ``*E`` is one local GPT block, digit for digit, with the same names in checkpoints.
+so that ``*E`` is one local GPT block, digit for digit, with the same names in checkpoints. ``M`` is
+Megatron's Mamba layer around local linear layers (``mamba`` has its kernels).
 """
 
 from __future__ import annotations
@@ -13,11 +14,15 @@ from typing import Any
 
 
 def local_stack_spec() -> Any:
-    """The ``ModuleSpec`` of a ``HybridStack`` for ``*``, ``E``, ``-``, also behind ``/``."""
+    """The ``ModuleSpec`` of a ``HybridStack`` for ``*``, ``E``, ``-``, ``M``, also behind ``/``."""
+    from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
     from megatron.core.models.backends import LocalSpecProvider
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
     from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+    from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
+    from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
     from megatron.core.ssm.mlp_layer import MLPLayer
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
     from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
     from megatron.core.transformer.multi_token_prediction import (
         MultiTokenPredictionBlock,
@@ -43,6 +48,21 @@ def local_stack_spec() -> Any:
     return ModuleSpec(
         module=HybridStack,
         submodules=HybridStackSubmodules(
+            mamba_layer=ModuleSpec(
+                module=MambaLayer,
+                submodules=MambaLayerSubmodules(
+                    norm=WrappedTorchNorm,
+                    mixer=ModuleSpec(
+                        module=MambaMixer,
+                        submodules=MambaMixerSubmodules(
+                            in_proj=ColumnParallelLinear, out_proj=RowParallelLinear
+                        ),
+                    ),
+                    mamba_bda=get_bias_dropout_add,
+                    # As Transformer Engine's layer has it: the norm in the projection behind it.
+                    sharded_state_dict_keys_map={"norm.": "mixer.in_proj.layer_norm_"},
+                ),
+            ),
             attention_layer=ModuleSpec(
                 module=TransformerLayer, submodules=dataclasses.replace(block(), **no_mlp)
             ),
