@@ -12,6 +12,7 @@ STACK = "megatron.core.models.hybrid.hybrid_block.HybridStack"
 GROUPED_EXPERTS = "megatron.core.transformer.moe.experts.TEGroupedMLP"
 EXPERTS = "megatron.core.transformer.moe.experts.SequentialMLP"
 LAYER = "megatron.core.transformer.transformer_layer.TransformerLayer"
+MAMBA_LAYER = "megatron.core.ssm.mamba_layer.MambaLayer"
 MOE_LAYER = "megatron.core.transformer.moe.moe_layer.MoELayer"
 ROUTER = "megatron.core.transformer.moe.router.TopKRouter"
 
@@ -229,8 +230,10 @@ HYBRID_STUDENT = Contract(
             HYBRID,
             attributes=("decoder", "embedding", "mtp_process", "output_layer", "post_process"),
         ),
+        Hooked(MAMBA_LAYER, kind="forward hook", does="in FP8: notes what is not finite"),
         Use(STACK, attributes=("layers",)),
         Use(f"{_CORE}.dist_checkpointing.gpt_checkpoint_interop", optional="0.19 and later"),
+        Use(MAMBA_LAYER, attributes=("layer_number",)),
         Use(_CONFIG, attributes=("mtp_num_layers",)),
         *symbols(f"{_CORE}.transformer.moe.moe_logging", "MoEMetricsTracker"),
         *symbols(f"{_CORE}.transformer.moe.moe_logging", "MoEMetricsTracker.report"),
@@ -454,7 +457,7 @@ CPU_LANE = Contract(
             "mamba_split_conv1d_scan_combined",
         ),
         *symbols(f"{_CORE}.ssm.mamba_context_parallel", "HAVE_EINOPS"),
-        *symbols(f"{_CORE}.ssm.mamba_layer", "MambaLayer"),
+        Use(MAMBA_LAYER),
         *symbols(f"{_CORE}.ssm.mamba_mixer", "MambaMixer"),
         Use(
             f"{_CORE}.ssm.mamba_layer.MambaLayerSubmodules",

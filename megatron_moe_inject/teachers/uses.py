@@ -1,7 +1,14 @@
 """What ``teachers`` uses of Megatron, and what it wraps."""
 
 from megatron_moe_inject.host.contract import Contract, Hooked, Use, Wrapped, symbols
-from megatron_moe_inject.host.uses import EXPERTS, GPT, GROUPED_EXPERTS, LAYER, MOE_LAYER
+from megatron_moe_inject.host.uses import (
+    EXPERTS,
+    GPT,
+    GROUPED_EXPERTS,
+    LAYER,
+    MAMBA_LAYER,
+    MOE_LAYER,
+)
 
 _CORE = "megatron.core"
 _SPECS = "megatron.core.models.gpt.gpt_layer_specs"
@@ -61,6 +68,7 @@ IMITATION = Contract(
     "imitation",
     (
         Hooked(LAYER, kind="forward hook", does="attaches the loss to a layer's states"),
+        Hooked(MAMBA_LAYER, kind="forward hook", does="the same of a Mamba layer"),
         COMBINED,
         Hooked(EXPERTS, kind="forward hook", does="keeps experts' outputs for it"),
         Hooked(GROUPED_EXPERTS, kind="forward hook", does="the same of grouped experts"),

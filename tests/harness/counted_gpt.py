@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.ssm.mamba_layer import MambaLayer
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_moe_inject.host import gpt_entry
@@ -65,27 +66,37 @@ def sends_in_batches() -> bool:
     return not virtual or "--no-overlap-p2p-communication" in sys.argv
 
 
+def count_layers() -> dict[int, dict[str, int]]:
+    """Count what this rank's decoder layers do in training steps, by global layer."""
+    counts = defaultdict(lambda: {"forwards": 0, "saved": 0, "graphs": 0})
+
+    def counted(stock):
+        def forward(self, *args, **kwargs):
+            if not self.training:
+                return stock(self, *args, **kwargs)
+            count = counts[self.layer_number - 1]
+
+            def keep(tensor):
+                count["saved"] += 1
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                output = stock(self, *args, **kwargs)
+            hidden = output[0] if isinstance(output, tuple) else output
+            count["forwards"] += 1
+            count["graphs"] += torch.is_grad_enabled() and hidden.requires_grad
+            return output
+
+        return forward
+
+    for kind in (TransformerLayer, MambaLayer):
+        kind.forward = counted(kind.forward)
+    return counts
+
+
 if __name__ == "__main__":
     messages = count_messages()
-    counts = defaultdict(lambda: {"forwards": 0, "saved": 0, "graphs": 0})
-    stock = TransformerLayer.forward
-
-    def forward(self, *args, **kwargs):
-        if not self.training:
-            return stock(self, *args, **kwargs)
-        count = counts[self.layer_number - 1]
-
-        def keep(tensor):
-            count["saved"] += 1
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            output = stock(self, *args, **kwargs)
-        count["forwards"] += 1
-        count["graphs"] += torch.is_grad_enabled() and output[0].requires_grad
-        return output
-
-    TransformerLayer.forward = forward
+    counts = count_layers()
     gpt_entry.main()
     messages["rank"] = int(os.environ["RANK"])
     print("pipeline: " + json.dumps(messages), flush=True)
