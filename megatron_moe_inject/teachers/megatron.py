@@ -1,9 +1,7 @@
 """A dense GPT from a Megatron ``torch_dist`` checkpoint as a teacher.
 
-The model is Megatron's ``GPTModel`` with the teacher's own sizes, whole on this rank. Its
-process groups are bare groups of one rank without a backend: they answer ``rank()`` and
-``size()``, need nobody else to exist, and raise if anything tried to communicate through them.
-So only the ranks that want a teacher load one, inside a job of any layout.
+``megatron_model`` builds it whole on this rank, of groups that hold this rank alone, so that only
+the ranks that want a teacher load one, inside a job of any layout.
 
 Every parameter is NaN before the checkpoint is read and must be finite afterwards, and the
 checkpoint may hold no model tensor that the built model does not have: a teacher is either the
@@ -19,8 +17,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import os
-from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -31,7 +27,7 @@ from megatron_moe_inject.host import compat
 from megatron_moe_inject.host.errors import (
     listing,
 )
-from megatron_moe_inject.host.megatron_types import Chunk, Config, Groups, MegatronModule
+from megatron_moe_inject.host.megatron_types import Chunk, MegatronModule
 from megatron_moe_inject.host.norm_names import stored_name
 from megatron_moe_inject.host.rng import untouched_rng
 from megatron_moe_inject.host.torch_dist import Piece, TorchDistCheckpoint, iteration_folder
@@ -39,12 +35,12 @@ from megatron_moe_inject.losses.spec import LogitTransform
 from megatron_moe_inject.teachers import megatron_args, vocabulary
 from megatron_moe_inject.teachers.base import Source, Teacher, TeacherInfo, padded_rows
 from megatron_moe_inject.teachers.fp8 import fp8_context
+from megatron_moe_inject.teachers.megatron_model import alone, build
 from megatron_moe_inject.teachers.prefix import resolved_prefix
 from megatron_moe_inject.teachers.sources import SourceKind
 
 EMBEDDING = "embedding.word_embeddings.weight"
 
-_ATTENTION_SWITCHES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
 _KEY_LAYOUTS: tuple[dict[str, bool], ...] = (
     {},
     {"non_homogeneous_layers": True},
@@ -191,7 +187,7 @@ def load(
     on_gpu = device.type == "cuda"
     context = torch.cuda.device(device) if on_gpu else contextlib.nullcontext()
     with untouched_rng(device), context:
-        model = _build(source, checkpoint.args, rows, params_dtype, on_gpu)
+        model = build(source, checkpoint.args, rows, params_dtype, on_gpu)
         model.to(device=device, dtype=params_dtype).eval().requires_grad_(False)
         _fill(checkpoint, model)
     size = _vocabulary(source, checkpoint, rows).size or rows
@@ -229,101 +225,6 @@ def _vocabulary(
     )
     remedy = "its tokenizer files were replaced since it was trained"
     return vocabulary.within_rows(teacher_vocabulary, source, remedy)
-
-
-def _build(
-    source: Source, saved: Namespace, rows: int, params_dtype: torch.dtype, on_gpu: bool
-) -> Chunk:
-    from megatron.core import parallel_state
-    from megatron.core.models.gpt import gpt_layer_specs
-    from megatron.core.models.gpt.gpt_model import GPTModel
-    from megatron.training.argument_utils import core_transformer_config_from_args
-
-    assert parallel_state.model_parallel_is_initialized(), "Megatron must be initialized first"
-    use_te = on_gpu and gpt_layer_specs.HAVE_TE
-    if getattr(saved, "multi_latent_attention", False) and not use_te:
-        raise source.error(
-            "uses multi-latent attention, which Megatron builds with Transformer Engine only",
-            "install Transformer Engine and run on a GPU, or use another teacher",
-        )
-    args = megatron_args.teacher_arguments(
-        saved, params_dtype=params_dtype, on_gpu=on_gpu, use_te=use_te
-    )
-    try:
-        config = core_transformer_config_from_args(args)
-        with _own_attention_switches():
-            return GPTModel(
-                config=config,
-                transformer_layer_spec=_layer_spec(config, use_te),
-                vocab_size=rows,
-                max_sequence_length=args.max_position_embeddings,
-                share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
-                position_embedding_type=args.position_embedding_type,
-                rotary_percent=args.rotary_percent,
-                rotary_base=args.rotary_base,
-                rope_scaling=args.use_rope_scaling,
-                seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor,
-                pg_collection=_groups_of_one(),
-            )
-    except (AssertionError, AttributeError, ImportError, TypeError, ValueError) as error:
-        raise source.error(
-            f"cannot be built by the installed Megatron: {error}",
-            "use the Megatron version and the layers (Transformer Engine) it was trained with",
-        ) from error
-
-
-def _layer_spec(config: Config, use_te: bool) -> Any:
-    from megatron.core.models.gpt import gpt_layer_specs
-
-    options: dict[str, Any] = {
-        "qk_layernorm": config.qk_layernorm,
-        "qk_l2_norm": config.qk_l2_norm,
-        "multi_latent_attention": config.multi_latent_attention,
-    }
-    if not use_te:
-        options["normalization"] = config.normalization
-        return gpt_layer_specs.get_gpt_layer_local_spec(**options)
-    if getattr(config, "mla_down_proj_fusion", False):
-        options["mla_down_proj_fusion"] = True
-    return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(**options)
-
-
-def _groups_of_one() -> Groups:
-    """Every process group of Megatron's as a bare group that holds this rank alone.
-
-    ``torch.distributed.new_group`` would advance the counter that names later groups on the
-    calling ranks only, and those later groups would then never meet.
-    """
-    from megatron.core.process_groups_config import ProcessGroupCollection
-
-    alone = _alone()
-    groups = ProcessGroupCollection(
-        **{field.name: alone for field in dataclasses.fields(ProcessGroupCollection)}
-    )
-    groups.hcp = [alone]
-    groups.embd = groups.pos_embd = None
-    return groups
-
-
-def _alone() -> torch.distributed.ProcessGroup:
-    """A group of this rank without a backend."""
-    return torch.distributed.ProcessGroup(0, 1)  # type: ignore[call-arg]  # not in torch's stub
-
-
-@contextlib.contextmanager
-def _own_attention_switches() -> Iterator[None]:
-    """Megatron pins the attention backend in the environment when a model is built; put it back.
-
-    At run time the teacher then uses the backends that the student's pins allow.
-    """
-    before = {name: os.environ.pop(name, None) for name in _ATTENTION_SWITCHES}
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
 
 
 def _fill(checkpoint: TorchDistCheckpoint, model: Chunk) -> None:
@@ -380,7 +281,7 @@ def _pieces(model: Chunk, layout: dict[str, Any]) -> list[Piece]:
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
-    metadata = {**layout, "dp_cp_group": _alone()}
+    metadata = {**layout, "dp_cp_group": alone()}
     sharded = model.sharded_state_dict(metadata=metadata)
     apply_factories(sharded)
     return [

@@ -1,0 +1,119 @@
+"""The model of a ``megatron:`` teacher, built from the arguments stored in its checkpoint.
+
+It is Megatron's ``GPTModel`` with the teacher's own sizes, whole on this rank. Its process groups
+are bare groups of one rank without a backend: they answer ``rank()`` and ``size()``, need nobody
+else to exist, and raise if anything tried to communicate through them. So only the ranks that want
+a teacher build one, inside a job of any layout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from argparse import Namespace
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from megatron_moe_inject.host.megatron_types import Chunk, Config, Groups
+from megatron_moe_inject.teachers import megatron_args
+from megatron_moe_inject.teachers.base import Source
+
+_ATTENTION_SWITCHES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
+
+
+def build(
+    source: Source, saved: Namespace, rows: int, params_dtype: torch.dtype, on_gpu: bool
+) -> Chunk:
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import gpt_layer_specs
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.training.argument_utils import core_transformer_config_from_args
+
+    assert parallel_state.model_parallel_is_initialized(), "Megatron must be initialized first"
+    use_te = on_gpu and gpt_layer_specs.HAVE_TE
+    if getattr(saved, "multi_latent_attention", False) and not use_te:
+        raise source.error(
+            "uses multi-latent attention, which Megatron builds with Transformer Engine only",
+            "install Transformer Engine and run on a GPU, or use another teacher",
+        )
+    args = megatron_args.teacher_arguments(
+        saved, params_dtype=params_dtype, on_gpu=on_gpu, use_te=use_te
+    )
+    try:
+        config = core_transformer_config_from_args(args)
+        with _own_attention_switches():
+            return GPTModel(
+                config=config,
+                transformer_layer_spec=_layer_spec(config, use_te),
+                vocab_size=rows,
+                max_sequence_length=args.max_position_embeddings,
+                share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+                position_embedding_type=args.position_embedding_type,
+                rotary_percent=args.rotary_percent,
+                rotary_base=args.rotary_base,
+                rope_scaling=args.use_rope_scaling,
+                seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor,
+                pg_collection=_groups_of_one(),
+            )
+    except (AssertionError, AttributeError, ImportError, TypeError, ValueError) as error:
+        raise source.error(
+            f"cannot be built by the installed Megatron: {error}",
+            "use the Megatron version and the layers (Transformer Engine) it was trained with",
+        ) from error
+
+
+def _layer_spec(config: Config, use_te: bool) -> Any:
+    from megatron.core.models.gpt import gpt_layer_specs
+
+    options: dict[str, Any] = {
+        "qk_layernorm": config.qk_layernorm,
+        "qk_l2_norm": config.qk_l2_norm,
+        "multi_latent_attention": config.multi_latent_attention,
+    }
+    if not use_te:
+        options["normalization"] = config.normalization
+        return gpt_layer_specs.get_gpt_layer_local_spec(**options)
+    if getattr(config, "mla_down_proj_fusion", False):
+        options["mla_down_proj_fusion"] = True
+    return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(**options)
+
+
+def _groups_of_one() -> Groups:
+    """Every process group of Megatron's as a bare group that holds this rank alone.
+
+    ``torch.distributed.new_group`` would advance the counter that names later groups on the
+    calling ranks only, and those later groups would then never meet.
+    """
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    one_rank = alone()
+    groups = ProcessGroupCollection(
+        **{field.name: one_rank for field in dataclasses.fields(ProcessGroupCollection)}
+    )
+    groups.hcp = [one_rank]
+    groups.embd = groups.pos_embd = None
+    return groups
+
+
+def alone() -> torch.distributed.ProcessGroup:
+    """A group of this rank without a backend."""
+    return torch.distributed.ProcessGroup(0, 1)  # type: ignore[call-arg]  # not in torch's stub
+
+
+@contextlib.contextmanager
+def _own_attention_switches() -> Iterator[None]:
+    """Megatron pins the attention backend in the environment when a model is built; put it back.
+
+    At run time the teacher then uses the backends that the student's pins allow.
+    """
+    before = {name: os.environ.pop(name, None) for name in _ATTENTION_SWITCHES}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
