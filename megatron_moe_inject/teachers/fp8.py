@@ -19,6 +19,7 @@ import torch
 from megatron_moe_inject.host.errors import (
     fail,
 )
+from megatron_moe_inject.teachers import megatron_args
 from megatron_moe_inject.teachers.base import Source
 
 _MULTIPLES = {"tensorwise": 16, "blockwise": 128}
@@ -53,7 +54,7 @@ def fp8_context(
     if not supported:
         raise fail(key, fp8, f"does not run on this GPU ({reason})", "write none")
     step = _MULTIPLES[fp8]
-    widths = {"hidden": saved.hidden_size, "ffn": saved.ffn_hidden_size}
+    widths = megatron_args.low_precision_widths(saved)
     uneven = {name: width for name, width in widths.items() if width % step}
     if uneven:
         raise fail(key, fp8, f"needs widths that {step} divides, not {uneven}", "write none")

@@ -1,4 +1,4 @@
-"""A dense GPT from a Megatron ``torch_dist`` checkpoint as a teacher.
+"""A dense GPT or hybrid model from a Megatron ``torch_dist`` checkpoint as a teacher.
 
 ``megatron_model`` builds it whole on this rank, of groups that hold this rank alone, so that only
 the ranks that want a teacher load one, inside a job of any layout.
@@ -27,6 +27,8 @@ from megatron_moe_inject.host import compat
 from megatron_moe_inject.host.errors import (
     listing,
 )
+from megatron_moe_inject.host.hybrid_seam import takes_output_processor
+from megatron_moe_inject.host.layer_pattern import pattern_of
 from megatron_moe_inject.host.megatron_types import Chunk, MegatronModule
 from megatron_moe_inject.host.norm_names import stored_name
 from megatron_moe_inject.host.rng import untouched_rng
@@ -72,6 +74,8 @@ class MegatronTeacher(Teacher):
         self.vocab_size = vocab_size
         self.logit_transform = LogitTransform(scale=compat.logit_scale(model.config))
         self._model = model
+        processor = takes_output_processor(model)
+        self._until_the_head = {"output_processor": _keep_hidden_states} if processor else {}
         tied = model.share_embeddings_and_output_weights
         layer = model.embedding.word_embeddings if tied else model.output_layer
         self._head = layer.weight.detach()
@@ -89,9 +93,7 @@ class MegatronTeacher(Teacher):
         if position_ids is None:
             position_ids = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         with untouched_rng(self._head.device), self._after(layers) as by_layer, self._precision():
-            states = self._model(
-                tokens, position_ids, attention_mask, output_processor=_keep_hidden_states
-            )
+            states = self._model(tokens, position_ids, attention_mask, **self._until_the_head)
         layer_states = [states, *(by_layer[layer] for layer in layers)]
         return [s.transpose(0, 1).to(self._head.dtype).contiguous() for s in layer_states]
 
@@ -152,8 +154,8 @@ def check(
         source=source.text,
         kind=source.kind,
         path=str(checkpoint.folder),
-        architecture="GPTModel",
-        num_layers=args.num_layers,
+        architecture="GPTModel" if pattern_of(args) is None else "HybridModel",
+        num_layers=megatron_args.number_of_layers(args),
         hidden_size=args.hidden_size,
         vocab_rows=rows,
         vocab_size=teacher_vocabulary.size or rows,
@@ -178,11 +180,13 @@ def load(
 ) -> MegatronTeacher:
     """Build the checkpoint's model on ``device`` and fill it; see ``teachers.load_teacher``.
 
-    ``resets_documents`` needs no check: positions and masks are Megatron's own.
+    Positions and masks are Megatron's own, which layers with a state do not look at.
     """
     checkpoint = TorchDistCheckpoint.open(source)
     precision = fp8_context(source, checkpoint.args, fp8, device)
     megatron_args.refuse_unsupported(source, checkpoint.args)
+    if resets_documents:
+        megatron_args.refuse_states_across_documents(source, checkpoint.args)
     rows = _rows(checkpoint)
     on_gpu = device.type == "cuda"
     context = torch.cuda.device(device) if on_gpu else contextlib.nullcontext()
@@ -205,7 +209,7 @@ def _rows(checkpoint: TorchDistCheckpoint) -> int:
     if EMBEDDING not in tensors:
         raise checkpoint.source.error(
             f"holds no {EMBEDDING} but {listing(tensors, 4) or 'no model at all'}",
-            "use a checkpoint of a GPT model that Megatron's training loop saved",
+            "use a checkpoint of a GPT or hybrid model that Megatron's training loop saved",
         )
     experts = [key for key in tensors if ".experts." in key]
     if experts:
@@ -246,7 +250,7 @@ def _fill(checkpoint: TorchDistCheckpoint, model: Chunk) -> None:
         parts += [f"holds {listing(unexpected, 4)} besides"] if unexpected else []
         raise source.error(
             f"does not hold the model that its arguments describe: it {' and '.join(parts)}",
-            "use a checkpoint of a stock dense GPT model",
+            "use a checkpoint of a stock dense GPT or hybrid model",
         )
     for key, shape in wanted.items():
         if stored[key] != shape:
@@ -292,5 +296,5 @@ def _pieces(model: Chunk, layout: dict[str, Any]) -> list[Piece]:
 
 
 def source_kind() -> SourceKind:
-    """``megatron:/dir``: a ``torch_dist`` checkpoint of a dense GPT model."""
+    """``megatron:/dir``: a ``torch_dist`` checkpoint of a dense GPT or hybrid model."""
     return SourceKind("megatron:/dir", check, load, folder=iteration_folder, takes_fp8=True)

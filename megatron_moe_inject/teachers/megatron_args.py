@@ -1,4 +1,4 @@
-"""A dense GPT's architecture, from the arguments stored in its checkpoint.
+"""A dense model's architecture, from the arguments stored in its checkpoint.
 
 Megatron's own translation from arguments to a config is used, so a flag that shapes the model
 means here what it meant when the teacher was trained. What only says how a run was executed
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from megatron_moe_inject.host.layer_pattern import EXPERTS, LayerPattern, pattern_of
 from megatron_moe_inject.teachers.base import Source
 
 POSITIONS = ("rope", "learned_absolute", "none")
@@ -76,21 +77,34 @@ _EXECUTION_FIELDS = (
 class _Refusal:
     argument: str
     what: str
-    remedy: str = "use a dense GPT checkpoint"
+    remedy: str = "use a dense GPT or hybrid checkpoint"
 
 
-NO_EXPERTS = "MoE teachers are not supported yet; name a dense GPT checkpoint"
+NO_EXPERTS = "MoE teachers are not supported yet; name a dense GPT or hybrid checkpoint"
 _REFUSALS = (
     _Refusal("num_experts", "is a mixture of experts", NO_EXPERTS),
-    _Refusal("hybrid_layer_pattern", "is a hybrid (Mamba) model"),
-    _Refusal("hybrid_override_pattern", "is a hybrid (Mamba) model"),
-    _Refusal("is_hybrid_model", "is a hybrid (Mamba) model"),
     _Refusal("heterogeneous_layers_config_path", "has layers of different architectures"),
     _Refusal("heterogeneous_layers_config_encoded_json", "has layers of different architectures"),
     _Refusal("experimental_attention_variant", "uses an experimental attention"),
-    _Refusal("spec", "was built from a custom --spec"),
     _Refusal("yaml_cfg", "was configured by --yaml-cfg, which keeps no flags"),
 )
+_CUSTOM_SPEC = _Refusal("spec", "was built from a custom --spec")
+_BY_RATIO = _Refusal(
+    "is_hybrid_model",
+    "is a hybrid model without a pattern of layers",
+    "load it with the Megatron that wrote it and --hybrid-layer-pattern, and save it again",
+)
+_OF_HYBRID = (
+    (EXPERTS, _Refusal("hybrid_layer_pattern", "is a mixture of experts", NO_EXPERTS)),
+    ("D", _Refusal("hybrid_layer_pattern", "uses an experimental attention")),
+)
+"""Refused layers of a pattern, by their symbols."""
+_STACK_SPECS = [
+    [f"megatron.core.models.{module}", name]
+    for module in ("hybrid.hybrid_layer_specs", "mamba.mamba_layer_specs")
+    for name in ("hybrid_stack_spec", "mamba_stack_spec")
+]
+"""Values of ``--spec`` that name Megatron's own layers of hybrid models."""
 
 
 def refuse_unsupported(source: Source, args: Namespace) -> None:
@@ -99,7 +113,15 @@ def refuse_unsupported(source: Source, args: Namespace) -> None:
     Raises:
         RecipeError: naming the argument of the teacher's checkpoint and its value.
     """
-    for refusal in _REFUSALS:
+    pattern = pattern_of(args)
+    refusals = list(_REFUSALS)
+    if pattern is None:
+        refusals += [_BY_RATIO, _CUSTOM_SPEC]
+    else:
+        refusals += [refusal for symbol, refusal in _OF_HYBRID if pattern.where(symbol)]
+        if getattr(args, "spec", None) not in _STACK_SPECS:
+            refusals.append(_CUSTOM_SPEC)
+    for refusal in refusals:
         value = getattr(args, refusal.argument, None)
         if value:
             where = f"its argument {refusal.argument} is {value!r:.60}"
@@ -109,6 +131,21 @@ def refuse_unsupported(source: Source, args: Namespace) -> None:
         raise source.error(
             f"has position embeddings of type {positions!r}",
             f"supported: {', '.join(POSITIONS)}",
+        )
+
+
+def refuse_states_across_documents(source: Source, args: Namespace) -> None:
+    """Raise for a model whose layers carry a state from one document of a window to the next.
+
+    Raises:
+        RecipeError: with its layers.
+    """
+    pattern = pattern_of(args)
+    if pattern is not None and pattern.where("MG"):
+        raise source.error(
+            f"has layers with a state ({pattern.symbols}), which goes on across the documents that "
+            "--reset-position-ids and --reset-attention-mask set apart",
+            "remove these flags, or use a teacher of attention layers",
         )
 
 
@@ -174,7 +211,42 @@ def teacher_arguments(
     args.fp8_param_gather = args.fp4_param_gather = False
     args.decoder_first_pipeline_num_layers = args.decoder_last_pipeline_num_layers = None
     args.kitchen_config_file = args.kitchen_recipe_number = args.te_precision_config_file = None
+    pattern = pattern_of(saved)
+    if pattern is not None:
+        # One stage, without what comes behind the slash.
+        args.hybrid_layer_pattern, args.hybrid_override_pattern = pattern.symbols, None
+    args.num_layers = number_of_layers(saved)
     return args
+
+
+def number_of_layers(args: Namespace) -> int:
+    """Layers of the decoder; of a hybrid model one for each symbol of its pattern."""
+    pattern = pattern_of(args)
+    return args.num_layers if pattern is None else pattern.num_layers
+
+
+def low_precision_widths(args: Namespace) -> dict[str, int]:
+    """What the linear layers' widths are multiples of, by name, for FP8."""
+    widths = {"hidden": args.hidden_size, "ffn": args.ffn_hidden_size}
+    pattern = pattern_of(args)
+    return widths if pattern is None else widths | _widths_of_recurrences(args, pattern)
+
+
+def _widths_of_recurrences(args: Namespace, pattern: LayerPattern) -> dict[str, int]:
+    widths = {}
+    if pattern.where("M"):
+        heads = args.mamba_num_heads or 2 * args.hidden_size // args.mamba_head_dim
+        inner = heads * args.mamba_head_dim
+        widths["Mamba's channels"] = inner
+        in_proj = 2 * inner + 2 * args.mamba_num_groups * args.mamba_state_dim + heads
+        widths["Mamba's input projection"] = in_proj
+    if pattern.where("G"):
+        values = args.linear_num_value_heads * args.linear_value_head_dim
+        keys = args.linear_num_key_heads * args.linear_key_head_dim
+        widths["the delta net's values"] = values
+        in_proj = 2 * values + 2 * keys + 2 * args.linear_num_value_heads
+        widths["the delta net's input projection"] = in_proj
+    return widths
 
 
 def describe(args: Namespace) -> dict[str, Any]:
@@ -182,8 +254,10 @@ def describe(args: Namespace) -> dict[str, Any]:
     special = ("swiglu", "quick_geglu", "squared_relu")
     activation = next((name for name in special if getattr(args, name, False)), "gelu")
     grouped = getattr(args, "group_query_attention", False)
+    pattern = pattern_of(args)
     return {
-        "layers": args.num_layers,
+        "layers": number_of_layers(args),
+        **({} if pattern is None else {"pattern": pattern.symbols}),
         "hidden": args.hidden_size,
         "ffn": args.ffn_hidden_size,
         "heads": args.num_attention_heads,

@@ -1,9 +1,10 @@
 """The model of a ``megatron:`` teacher, built from the arguments stored in its checkpoint.
 
-It is Megatron's ``GPTModel`` with the teacher's own sizes, whole on this rank. Its process groups
-are bare groups of one rank without a backend: they answer ``rank()`` and ``size()``, need nobody
-else to exist, and raise if anything tried to communicate through them. So only the ranks that want
-a teacher build one, inside a job of any layout.
+It is Megatron's ``GPTModel`` with the teacher's own sizes, or its ``HybridModel`` with the layers
+of the pattern as one pipeline stage, whole on this rank. Its process groups are bare groups of one
+rank without a backend: they answer ``rank()`` and ``size()``, need nobody else to exist, and raise
+if anything tried to communicate through them. So only the ranks that want a teacher build one,
+inside a job of any layout.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from typing import Any
 
 import torch
 
+from megatron_moe_inject.host import cpu_lane
+from megatron_moe_inject.host.cpu_lane.hybrid import WITHOUT, local_stack_spec
+from megatron_moe_inject.host.layer_pattern import LayerPattern, pattern_of
 from megatron_moe_inject.host.megatron_types import Chunk, Config, Groups
 from megatron_moe_inject.teachers import megatron_args
 from megatron_moe_inject.teachers.base import Source
@@ -27,9 +31,18 @@ _ATTENTION_SWITCHES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"
 def build(
     source: Source, saved: Namespace, rows: int, params_dtype: torch.dtype, on_gpu: bool
 ) -> Chunk:
+    """The saved model with ``rows`` rows of vocabulary, its values not yet those of the checkpoint.
+
+    Args:
+        saved: arguments stored in the checkpoint.
+        params_dtype: type of parameters and activations.
+        on_gpu: with Transformer Engine where it is there.
+
+    Raises:
+        RecipeError: the installed packages cannot build it.
+    """
     from megatron.core import parallel_state
     from megatron.core.models.gpt import gpt_layer_specs
-    from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.training.argument_utils import core_transformer_config_from_args
 
     assert parallel_state.model_parallel_is_initialized(), "Megatron must be initialized first"
@@ -42,27 +55,70 @@ def build(
     args = megatron_args.teacher_arguments(
         saved, params_dtype=params_dtype, on_gpu=on_gpu, use_te=use_te
     )
+    pattern = pattern_of(args)
+    if pattern is not None and not use_te:
+        _check_local_stack(source, pattern)
     try:
         config = core_transformer_config_from_args(args)
+        whole: dict[str, Any] = {
+            "config": config,
+            "vocab_size": rows,
+            "max_sequence_length": args.max_position_embeddings,
+            "share_embeddings_and_output_weights": not args.untie_embeddings_and_output_weights,
+            "position_embedding_type": args.position_embedding_type,
+            "rotary_percent": args.rotary_percent,
+            "rotary_base": args.rotary_base,
+            "seq_len_interpolation_factor": args.rotary_seq_len_interpolation_factor,
+            "pg_collection": _groups_of_one(),
+        }
         with _own_attention_switches():
-            return GPTModel(
-                config=config,
-                transformer_layer_spec=_layer_spec(config, use_te),
-                vocab_size=rows,
-                max_sequence_length=args.max_position_embeddings,
-                share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
-                position_embedding_type=args.position_embedding_type,
-                rotary_percent=args.rotary_percent,
-                rotary_base=args.rotary_base,
-                rope_scaling=args.use_rope_scaling,
-                seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor,
-                pg_collection=_groups_of_one(),
-            )
+            if pattern is None:
+                return _gpt(whole, use_te, args.use_rope_scaling)
+            return _hybrid(whole, use_te, pattern)
     except (AssertionError, AttributeError, ImportError, TypeError, ValueError) as error:
         raise source.error(
             f"cannot be built by the installed Megatron: {error}",
             "use the Megatron version and the layers (Transformer Engine) it was trained with",
         ) from error
+
+
+def _gpt(whole: dict[str, Any], use_te: bool, rope_scaling: bool) -> Chunk:
+    from megatron.core.models.gpt.gpt_model import GPTModel
+
+    spec = _layer_spec(whole["config"], use_te)
+    return GPTModel(**whole, transformer_layer_spec=spec, rope_scaling=rope_scaling)
+
+
+def _hybrid(whole: dict[str, Any], use_te: bool, pattern: LayerPattern) -> Chunk:
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+
+    if use_te:
+        from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec as spec
+    else:
+        spec = local_stack_spec()
+    # Megatron asks torch for the rank in this one, which knows no bare group; None is one stage.
+    whole["pg_collection"].pp = None
+    model = HybridModel(**whole, hybrid_stack_spec=spec, hybrid_layer_pattern=pattern.symbols)
+    for layer in model.decoder.layers:
+        gated = getattr(getattr(layer, "mixer", None), "norm", None)
+        if gated is not None:
+            # Megatron before 0.19 asks the job for its tensor-parallel group.
+            gated.tp_group = model.pg_collection.tp
+    # So that its forward pass ends with the states behind the last norm.
+    model.post_process = False
+    return model
+
+
+def _check_local_stack(source: Source, pattern: LayerPattern) -> None:
+    """Megatron's own stack names Transformer Engine's layers; the CPU lane has a local one."""
+    lane = cpu_lane.is_enabled()
+    missing = sorted(set(pattern.symbols) & set(WITHOUT)) if lane else ["its"]
+    if missing:
+        raise source.error(
+            f"is a hybrid model ({pattern.symbols}), and {', '.join(missing)} layers need "
+            "Transformer Engine",
+            "install Transformer Engine and run on a GPU, or use another teacher",
+        )
 
 
 def _layer_spec(config: Config, use_te: bool) -> Any:

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from megatron_moe_inject.host.cpu_lane.hybrid import local_stack_spec
 from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.teachers import (
     StudentTokenizer,
@@ -29,6 +30,7 @@ from megatron_moe_inject.teachers import (
 )
 from megatron_moe_inject.teachers.forward import shared_forward
 
+LAYOUTS = ("tp1", "tp2pp1", "tp1pp2")
 SEQUENCES, LENGTH, IDS, ROWS = 5, 12, 100, 128
 STUDENT = StudentTokenizer("NullTokenizer", vocab_size=IDS)
 LLAMA = shlex.split(
@@ -44,6 +46,8 @@ GPT2 = shlex.split(
 # Scales its logits by half, as the width is twice the base; the flag for the scale stays unset.
 MUP = [*LLAMA, "--use-mup", "--mup-base-hidden-size", "16"]
 MOE = [*LLAMA, *shlex.split("--num-experts 2 --moe-router-topk 2")]
+MAMBA = "--mamba-head-dim 16 --mamba-state-dim 8 --mamba-num-groups 2"
+HYBRID = [*LLAMA, *shlex.split(f"--hybrid-layer-pattern M*M-/*- {MAMBA}")]
 COMMON = shlex.split(
     "--seq-length 16 --max-position-embeddings 16 --micro-batch-size 1 --global-batch-size 2 "
     "--train-iters 1 --lr 1e-3 --tokenizer-type NullTokenizer --mock-data --transformer-impl local "
@@ -120,7 +124,8 @@ def _arguments(flags: list[str], tp: int = 1, pp: int = 1) -> Namespace:
 
 
 def _model(flags: list[str], tp: int = 1, pp: int = 1):
-    """A stock GPT with weights that do not depend on the layout, and its arguments."""
+    """A stock GPT or hybrid model with weights that do not depend on the layout, and its
+    arguments."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt.gpt_layer_specs import (
         get_gpt_decoder_block_spec,
@@ -138,17 +143,25 @@ def _model(flags: list[str], tp: int = 1, pp: int = 1):
         spec = get_gpt_layer_local_spec(
             qk_layernorm=config.qk_layernorm, normalization=config.normalization
         )
-    model = GPTModel(
-        config,
-        spec,
-        ROWS,
-        args.max_position_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        position_embedding_type=args.position_embedding_type,
-        rotary_percent=args.rotary_percent,
-        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
-    )
+    whole = {
+        "config": config,
+        "vocab_size": ROWS,
+        "max_sequence_length": args.max_position_embeddings,
+        "pre_process": parallel_state.is_pipeline_first_stage(),
+        "post_process": parallel_state.is_pipeline_last_stage(),
+        "position_embedding_type": args.position_embedding_type,
+        "rotary_percent": args.rotary_percent,
+        "share_embeddings_and_output_weights": not args.untie_embeddings_and_output_weights,
+    }
+    if args.hybrid_layer_pattern:
+        from megatron.core.models.hybrid.hybrid_model import HybridModel
+
+        stack = local_stack_spec()
+        model = HybridModel(
+            **whole, hybrid_stack_spec=stack, hybrid_layer_pattern=args.hybrid_layer_pattern
+        )
+    else:
+        model = GPTModel(**whole, transformer_layer_spec=spec)
     return model.eval(), args
 
 
@@ -201,13 +214,15 @@ def write(rank: int, folder: Path) -> dict:
     logits = {}
     originals = {}
     _layout()
-    for name, flags, seed in (("llama", LLAMA, 3), ("gpt2", GPT2, 4), ("mup", MUP, 5)):
+    models = (("llama", LLAMA, 3), ("gpt2", GPT2, 4), ("mup", MUP, 5), ("hybrid", HYBRID, 6))
+    for name, flags, seed in models:
         model, args = _model(flags)
         _randomize(model, seed)
         logits[name] = _stock_logits(model)
         originals[name] = folder / f"{name}-tp1" / "iter_0000003"
         _save(_sharded(model), args, originals[name], singleton_local_shards=False)
-    (folder / "llama-tp1" / "latest_checkpointed_iteration.txt").write_text("3")
+    for name in ("llama", "hybrid"):
+        (folder / f"{name}-tp1" / "latest_checkpointed_iteration.txt").write_text("3")
 
     model, args = _model(LLAMA)
     model.output_layer.weight.data[0, 0] = float("nan")
@@ -221,6 +236,8 @@ def write(rank: int, folder: Path) -> dict:
         ("llama", LLAMA, 2, 1),
         ("gpt2", GPT2, 2, 1),
         ("llama", LLAMA, 1, 2),
+        ("hybrid", HYBRID, 2, 1),
+        ("hybrid", [f.replace("M*M-", "M*|M-") for f in HYBRID], 1, 2),
     ):
         _layout(tp, pp)
         model, args = _model(flags, tp, pp)
@@ -285,7 +302,8 @@ def read_in_job(rank: int, folder: Path) -> dict:
     before = torch.get_rng_state(), _saved_tracker_states()
     groups = distributed_c10d._world.group_count
     hidden = {}
-    for name in ("llama-tp1", "llama-tp2pp1", "llama-tp1pp2", "gpt2-tp2pp1"):
+    names = [f"{model}-{layout}" for model in ("llama", "hybrid") for layout in LAYOUTS]
+    for name in (*names, "gpt2-tp2pp1"):
         teacher = load_teacher(
             name, f"megatron:{folder / name}", params_dtype=torch.float32, device="cpu"
         )
@@ -334,7 +352,7 @@ def read_alone(folder: Path) -> dict:
     _layout()
     hidden, heads, errors = {}, {}, {}
     transforms = {}
-    names = ("llama-tp1", "llama-tp2pp1", "gpt2-tp1/iter_0000003", "gpt2-tp2pp1")
+    names = ("llama-tp1", "llama-tp2pp1", "gpt2-tp1/iter_0000003", "gpt2-tp2pp1", "hybrid-tp1")
     for name in (*names, "mup-tp1/iter_0000003"):
         teacher = load_teacher(
             name, f"megatron:{folder / name}", params_dtype=torch.float32, device="cpu"

@@ -11,7 +11,15 @@ import torch
 
 from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.teachers import StudentTokenizer, check_teacher
-from tests.harness.teacher_worlds import IDS, LENGTH, ROWS, SEQUENCES, STUDENT, run_worlds
+from tests.harness.teacher_worlds import (
+    IDS,
+    LAYOUTS,
+    LENGTH,
+    ROWS,
+    SEQUENCES,
+    STUDENT,
+    run_worlds,
+)
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +52,7 @@ def alone(folder):
         ("gpt2-tp1/iter_0000003", "gpt2"),
         ("gpt2-tp2pp1", "gpt2"),
         ("mup-tp1/iter_0000003", "mup"),
+        ("hybrid-tp1", "hybrid"),
     ],
 )
 def test_hidden_and_head_give_the_logits_of_the_original(alone, logits, name, original):
@@ -69,6 +78,8 @@ def test_every_layout_gives_bitwise_the_same_teacher_in_and_out_of_a_job(job, al
         assert torch.equal(hidden["llama-tp2pp1"], alone["hidden"]["llama-tp1"])
         assert torch.equal(hidden["llama-tp1pp2"], alone["hidden"]["llama-tp1"])
         assert torch.equal(hidden["gpt2-tp2pp1"], alone["hidden"]["gpt2-tp2pp1"])
+        for layout in LAYOUTS:
+            assert torch.equal(hidden[f"hybrid-{layout}"], alone["hidden"]["hybrid-tp1"]), layout
 
 
 def test_one_rank_alone_may_load(job, alone):
@@ -141,6 +152,9 @@ def test_check_reads_the_architecture(folder):
     assert info.config["iteration"] == 3
     assert info.config["kv_groups"] == 2
     assert "sizes agree (100 ids)" in info.vocabulary
+    hybrid = check(folder / "hybrid-tp1pp2")
+    assert (info.architecture, hybrid.architecture) == ("GPTModel", "HybridModel")
+    assert (hybrid.num_layers, hybrid.config["pattern"]) == (4, "M*M-")
     gpt2 = check(folder / "gpt2-tp2pp1")
     assert gpt2.max_positions == 16
     assert gpt2.config["tied_embeddings"]

@@ -8,6 +8,7 @@ import argparse
 import sys
 from typing import Any
 
+from megatron_moe_inject.host.cpu_lane import hybrid
 from megatron_moe_inject.host.uses import LANE_ARGUMENTS, LANE_VALIDATION
 from megatron_moe_inject.host.wrap import Call, wrap_function
 
@@ -43,7 +44,7 @@ _REFUSED = {
 }
 
 _PATTERN = (
-    lambda v: bool(set(v or "") & set("+DG")),
+    lambda v: bool(set(v or "") & set(hybrid.WITHOUT)),
     "multi-latent attention (+, D) needs Transformer Engine, a gated delta net (G) needs fla; "
     "use layers of *, E, - and M",
 )

@@ -12,6 +12,9 @@ import dataclasses
 import functools
 from typing import Any
 
+WITHOUT = "+DG"
+"""Symbols of layers that the local stack has not: they need Transformer Engine or ``fla``."""
+
 
 def local_stack_spec() -> Any:
     """The ``ModuleSpec`` of a ``HybridStack`` for ``*``, ``E``, ``-``, ``M``, also behind ``/``."""

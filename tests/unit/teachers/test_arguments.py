@@ -7,9 +7,15 @@ import pytest
 
 from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.teachers.base import Source
-from megatron_moe_inject.teachers.megatron_args import describe, refuse_unsupported
+from megatron_moe_inject.teachers.megatron_args import (
+    describe,
+    low_precision_widths,
+    refuse_states_across_documents,
+    refuse_unsupported,
+)
 
 SOURCE = Source("coder", "megatron:/ckpt", "megatron", Path("/ckpt"))
+STACK = ["megatron.core.models.hybrid.hybrid_layer_specs", "hybrid_stack_spec"]
 DENSE = {
     "num_layers": 2,
     "hidden_size": 8,
@@ -29,15 +35,24 @@ def test_a_dense_model_passes():
     refuse_unsupported(SOURCE, Namespace(**DENSE))
     refuse_unsupported(SOURCE, Namespace())
     refuse_unsupported(SOURCE, Namespace(**DENSE | {"use_mup": True, "mup_output_mult": 0.5}))
+    layers = {"hybrid_layer_pattern": "M*-|M-/*E", "is_hybrid_model": True}
+    refuse_unsupported(SOURCE, Namespace(**DENSE | layers | {"spec": STACK}))
+    refuse_unsupported(SOURCE, Namespace(**DENSE | {"hybrid_override_pattern": "M*+-"}))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"num_experts": 8}, r"mixture of experts \(its argument num_experts is 8\)"),
-        ({"num_experts": 8}, "not supported yet; name a dense GPT checkpoint"),
-        ({"hybrid_layer_pattern": "M*-M"}, r"hybrid .* hybrid_layer_pattern is 'M\*-M'"),
-        ({"is_hybrid_model": True}, "hybrid"),
+        ({"num_experts": 8}, "not supported yet; name a dense GPT or hybrid"),
+        (
+            {"hybrid_layer_pattern": "M*-E"},
+            r"mixture of experts .*pattern is 'M\*-E'",
+        ),
+        ({"hybrid_layer_pattern": "D-"}, "experimental attention"),
+        ({"hybrid_layer_pattern": "*-", "spec": ["my", "stack"]}, "custom --spec"),
+        ({"is_hybrid_model": True}, "without a pattern of layers"),
+        ({"spec": STACK}, "custom --spec"),
         ({"heterogeneous_layers_config_path": "/x"}, "layers of different architectures"),
         ({"experimental_attention_variant": "dsa"}, "experimental attention"),
         ({"spec": ["my", "spec"]}, "custom --spec"),
@@ -58,8 +73,37 @@ def test_others_are_refused_with_the_argument(changes, message):
         ({"squared_relu": True}, {"activation": "squared_relu"}),
         ({"quick_geglu": True}, {"activation": "quick_geglu"}),
         ({"untie_embeddings_and_output_weights": True}, {"tied_embeddings": False}),
+        ({"hybrid_layer_pattern": "*-|M-/*"}, {"layers": 4, "pattern": "*-M-"}),
     ],
 )
 def test_description(changes, expected):
     described = describe(Namespace(**DENSE | changes))
     assert expected.items() <= described.items()
+
+
+def test_states_go_on_across_documents():
+    refuse_states_across_documents(SOURCE, Namespace(**DENSE))
+    refuse_states_across_documents(SOURCE, Namespace(**DENSE | {"hybrid_layer_pattern": "*-/M"}))
+    for pattern in ("*-M-", "G-*-"):
+        args = Namespace(**DENSE | {"hybrid_layer_pattern": pattern})
+        with pytest.raises(RecipeError, match=r"a state \(.*--reset-attention-mask set apart"):
+            refuse_states_across_documents(SOURCE, args)
+
+
+def test_fp8_asks_for_the_widths_of_the_layers_that_are_there():
+    mamba = {"mamba_num_heads": None, "mamba_head_dim": 4, "mamba_num_groups": 2}
+    nets = {"linear_num_value_heads": 4, "linear_value_head_dim": 16, "linear_num_key_heads": 2}
+    sizes = DENSE | mamba | nets | {"mamba_state_dim": 16, "linear_key_head_dim": 8}
+
+    def widths(pattern):
+        return low_precision_widths(Namespace(**sizes | {"hybrid_layer_pattern": pattern}))
+
+    assert widths(None) == widths("*-") == {"hidden": 8, "ffn": 32}
+    # The gate and x, B and C of two groups, one time step for each of four heads.
+    projection = 2 * 16 + 2 * 2 * 16 + 4
+    assert widths("M-") == widths("*-") | {
+        "Mamba's channels": 16,
+        "Mamba's input projection": projection,
+    }
+    assert widths("G-")["the delta net's values"] == 64
+    assert widths("G-")["the delta net's input projection"] == 2 * 64 + 2 * 16 + 2 * 4
