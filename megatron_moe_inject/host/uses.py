@@ -467,7 +467,7 @@ CPU_LANE = Contract(
         *symbols(f"{_CORE}.fusions.fused_bias_dropout", "get_bias_dropout_add"),
         *symbols(f"{_CORE}.tensor_parallel", "ColumnParallelLinear", "RowParallelLinear"),
         Use(
-            f"{_CORE}.transformer.utils.make_sharded_tensors_for_checkpoint",
+            f"{_CORE}.ssm.mamba_mixer.make_sharded_tensors_for_checkpoint",
             ("dp_cp_group", "tp_group"),
         ),
         *symbols(_PARALLEL, "get_tensor_model_parallel_group"),

@@ -37,7 +37,7 @@ from megatron_moe_inject.losses.spec import LogitTransform
 from megatron_moe_inject.teachers import megatron_args, vocabulary
 from megatron_moe_inject.teachers.base import Source, Teacher, TeacherInfo, padded_rows
 from megatron_moe_inject.teachers.fp8 import fp8_context
-from megatron_moe_inject.teachers.megatron_model import alone, build
+from megatron_moe_inject.teachers.megatron_model import build, sharded_state_dict
 from megatron_moe_inject.teachers.prefix import resolved_prefix
 from megatron_moe_inject.teachers.sources import SourceKind
 
@@ -285,8 +285,7 @@ def _pieces(model: Chunk, layout: dict[str, Any]) -> list[Piece]:
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
-    metadata = {**layout, "dp_cp_group": alone()}
-    sharded = model.sharded_state_dict(metadata=metadata)
+    sharded = sharded_state_dict(model, layout)
     apply_factories(sharded)
     return [
         Piece(value.key, tuple(value.global_shape), tuple(value.global_offset), value.data)

@@ -22,8 +22,10 @@ from megatron_moe_inject.host import cpu_lane
 from megatron_moe_inject.host.cpu_lane.hybrid import WITHOUT, local_stack_spec
 from megatron_moe_inject.host.layer_pattern import LayerPattern, pattern_of
 from megatron_moe_inject.host.megatron_types import Chunk, Config, Groups
+from megatron_moe_inject.host.wrap import Call, wrap_function
 from megatron_moe_inject.teachers import megatron_args
 from megatron_moe_inject.teachers.base import Source
+from megatron_moe_inject.teachers.uses import STATE_TENSORS
 
 _ATTENTION_SWITCHES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
 
@@ -99,14 +101,26 @@ def _hybrid(whole: dict[str, Any], use_te: bool, pattern: LayerPattern) -> Chunk
     # Megatron asks torch for the rank in this one, which knows no bare group; None is one stage.
     whole["pg_collection"].pp = None
     model = HybridModel(**whole, hybrid_stack_spec=spec, hybrid_layer_pattern=pattern.symbols)
-    for layer in model.decoder.layers:
-        gated = getattr(getattr(layer, "mixer", None), "norm", None)
-        if gated is not None:
-            # Megatron before 0.19 asks the job for its tensor-parallel group.
-            gated.tp_group = model.pg_collection.tp
     # So that its forward pass ends with the states behind the last norm.
     model.post_process = False
     return model
+
+
+def sharded_state_dict(model: Chunk, metadata: dict[str, Any]) -> dict[str, Any]:
+    """The model's sharded state with its tensors whole.
+
+    Megatron before 0.19 asks the job, and not the model, for the tensor-parallel group of a Mamba
+    layer's parameters.
+    """
+    wrap = wrap_function(STATE_TENSORS, _of_one_rank)
+    try:
+        return model.sharded_state_dict(metadata={**metadata, "dp_cp_group": alone()})
+    finally:
+        wrap.remove()
+
+
+def _of_one_rank(call: Call) -> dict[str, Any]:
+    return call(tp_group=alone(), dp_cp_group=alone())
 
 
 def _check_local_stack(source: Source, pattern: LayerPattern) -> None:

@@ -5,6 +5,7 @@ from megatron_moe_inject.host.uses import (
     EXPERTS,
     GPT,
     GROUPED_EXPERTS,
+    HYBRID,
     LAYER,
     MAMBA_LAYER,
     MOE_LAYER,
@@ -21,6 +22,11 @@ DATA_FILES = Contract(
     ),
 )
 
+STATE_TENSORS = Wrapped(
+    f"{_CORE}.ssm.mamba_mixer.make_sharded_tensors_for_checkpoint",
+    ("tp_group", "dp_cp_group"),
+    does="while a teacher with Mamba layers loads: its tensors are whole",
+)
 MEGATRON = Contract(
     "teachers from megatron:",
     (
@@ -56,6 +62,25 @@ MEGATRON = Contract(
                 "vocab_size",
             ),
         ),
+        Use(
+            HYBRID,
+            (
+                "config",
+                "hybrid_layer_pattern",
+                "hybrid_stack_spec",
+                "max_sequence_length",
+                "pg_collection",
+                "position_embedding_type",
+                "rotary_base",
+                "rotary_percent",
+                "seq_len_interpolation_factor",
+                "share_embeddings_and_output_weights",
+                "vocab_size",
+            ),
+            ("decoder", "post_process"),
+        ),
+        *symbols(f"{_CORE}.models.hybrid.hybrid_layer_specs", "hybrid_stack_spec"),
+        STATE_TENSORS,
         *symbols(f"{_CORE}.dist_checkpointing.dict_utils", "nested_values"),
         *symbols(f"{_CORE}.dist_checkpointing.mapping", "ShardedTensor", "apply_factories"),
     ),

@@ -212,7 +212,7 @@ class GatedRMSNorm(nn.Module):
     ) -> dict[str, Any]:
         """The weight, sharded over tensor-parallel ranks, as Megatron's class has it."""
         from megatron.core import parallel_state
-        from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+        from megatron.core.ssm.mamba_mixer import make_sharded_tensors_for_checkpoint
 
         tp_group = getattr(self, "tp_group", None)
         return make_sharded_tensors_for_checkpoint(
