@@ -427,7 +427,7 @@ CPU_LANE = Contract(
         *symbols(f"{_CORE}.models.hybrid.hybrid_block", "HybridStack", "TENorm"),
         Use(
             f"{_CORE}.models.hybrid.hybrid_block.HybridStackSubmodules",
-            ("attention_layer", "mlp_layer", "moe_layer", "mtp_block_spec"),
+            ("attention_layer", "mamba_layer", "mlp_layer", "moe_layer", "mtp_block_spec"),
         ),
         *symbols(
             f"{_CORE}.models.hybrid.hybrid_layer_specs", "hybrid_stack_spec", "mamba_stack_spec"
