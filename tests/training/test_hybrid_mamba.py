@@ -17,7 +17,7 @@ from megatron_moe_inject.experts.delta.delta import CheckpointPlace
 from megatron_moe_inject.host.torch_dist import is_training_state
 from tests.harness import lane
 from tests.harness.checkpoints import SAVE, whole
-from tests.harness.injection import LAYOUTS, PROVEN, assert_clean_end
+from tests.harness.injection import LAYOUTS, OTHER, PROVEN, assert_clean_end
 from tests.harness.material import student_flags
 
 COUNTED = (str(lane.HARNESS / "counted_gpt.py"),)
@@ -50,23 +50,28 @@ def flags(*data: str, pattern: str = PATTERN, **layout: int) -> list[str]:
     return student_flags(*data, "--hybrid-layer-pattern", pattern, *SMALL, **layout)
 
 
-@pytest.fixture(scope="module")
-def student(material) -> str:
+def start(material, folder: str, path=()) -> str:
     """A checkpoint of it after two stock steps, the same start at every layout."""
-    folder = str(material.folder / "mamba")
     data = ("--data-path", material.general, "--split", "90,5,5", "--train-iters", "2")
-    lane.run([*flags(*data), "--save", folder, "--save-interval", "2"])
+    lane.run([*flags(*data), *SAVE, folder], pythonpath=path)
     return folder
 
 
-def inject(material, student, recipe, *extra, script=lane.PRETRAIN, nproc=1, check=True, **layout):
+@pytest.fixture(scope="module")
+def student(material) -> str:
+    return start(material, str(material.folder / "mamba"))
+
+
+def inject(
+    material, student, recipe, *extra, script=lane.PRETRAIN, nproc=1, check=True, path=(), **layout
+):
     """Three steps with a recipe and the frozen check."""
-    path = material.folder / f"mamba-{zlib.crc32(recipe.encode())}.yaml"
-    path.write_text(recipe)
-    start = ("--load", student, "--finetune", "--no-load-optim", "--no-load-rng")
-    ours = ("--inject-recipe", str(path), "--inject-verify-frozen", "--train-iters", "3")
-    given = [*flags(*material.blend, *start, *ours, **layout), *extra]
-    run = lane.run(given, nproc=nproc, script=script, check=check)
+    written = material.folder / f"mamba-{zlib.crc32(recipe.encode())}.yaml"
+    written.write_text(recipe)
+    loaded = ("--load", student, "--finetune", "--no-load-optim", "--no-load-rng")
+    ours = ("--inject-recipe", str(written), "--inject-verify-frozen", "--train-iters", "3")
+    given = [*flags(*material.blend, *loaded, *ours, **layout), *extra]
+    run = lane.run(given, nproc=nproc, script=script, check=check, pythonpath=path)
     assert not check or PROVEN.search(run.output), run.tail()
     return run
 
@@ -132,6 +137,19 @@ def test_a_layout_gives_what_one_process_gives(material, student, single, layout
     for term in TERMS:
         assert run.losses(term) == pytest.approx(single[0].losses(term), rel=2e-5), term
     assert single[0].losses("imitation loss")[-1] < single[0].losses("imitation loss")[0]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not OTHER, reason="MEGATRON_OTHER names no second Megatron-Core")
+@pytest.mark.parametrize("layout", ["one process", "tp2", "cp2"])
+def test_the_other_supported_megatron_gives_the_same_curve(material, tmp_path, single, layout):
+    """From a start of its own: 0.18 reads no checkpoint of 0.19."""
+    first = start(material, str(tmp_path / "start"), [OTHER])
+    recipe = EVERYTHING.format(teacher=material.teacher)
+    options = dict(AT.get(layout, {}))
+    run = inject(material, first, recipe, *options.pop("extra", ()), path=[OTHER], **options)
+    for term in TERMS:
+        assert run.losses(term) == pytest.approx(single[0].losses(term), rel=2e-5), term
 
 
 def layers_of(run: lane.Run) -> dict[int, dict[str, int]]:
@@ -205,10 +223,17 @@ def test_what_cannot_train(material, student, pattern, layer, message):
     assert_clean_end(inject(material, student, recipe, *extra, check=False), [message])
 
 
-@pytest.mark.parametrize("pattern", ["G*ME", "+E"])
-def test_the_lane_says_which_layers_it_has_not(material, pattern):
-    run = lane.run(flags(*material.blend, pattern=pattern), check=False)
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (("--hybrid-layer-pattern", "G*ME"), "--hybrid-layer-pattern (is 'G*ME'): "),
+        (("--hybrid-layer-pattern", "+E"), "use layers of *, E, - and M"),
+        (("--mamba-training-ssm-states-dtype", "bf16"), "keep their states in fp32"),
+    ],
+    ids=["G", "+", "states"],
+)
+def test_what_the_lane_has_not(material, extra, message):
+    run = lane.run([*flags(*material.blend), *extra], check=False)
     assert run.returncode
-    assert f"--hybrid-layer-pattern (is '{pattern}')" in run.output
-    assert "use layers of *, E, - and M" in run.output
+    assert message in run.output
     assert "Traceback" not in run.output

@@ -21,6 +21,12 @@ DEFAULTS = {
     "apply_rope_fusion": False,
 }
 
+_LACKING = (
+    lambda v: bool(set(v or "") & set(hybrid.WITHOUT)),
+    "multi-latent attention (+, D) needs Transformer Engine, a gated delta net (G) needs fla; "
+    "use layers of *, E, - and M",
+)
+
 # argument name -> (what is refused, how to do without)
 _REFUSED = {
     "distributed_backend": (lambda v: v != "gloo", "use --distributed-backend gloo"),
@@ -41,14 +47,13 @@ _REFUSED = {
         "use --moe-token-dispatcher-type alltoall or allgather",
     ),
     "cuda_graph_impl": (lambda v: v not in (None, "none"), "leave the flag out"),
+    "hybrid_layer_pattern": _LACKING,
+    "hybrid_override_pattern": _LACKING,
+    "mamba_training_ssm_states_dtype": (
+        bool,
+        "the lane's Mamba layers keep their states in fp32; leave the flag out",
+    ),
 }
-
-_PATTERN = (
-    lambda v: bool(set(v or "") & set(hybrid.WITHOUT)),
-    "multi-latent attention (+, D) needs Transformer Engine, a gated delta net (G) needs fla; "
-    "use layers of *, E, - and M",
-)
-_REFUSED |= {"hybrid_layer_pattern": _PATTERN, "hybrid_override_pattern": _PATTERN}
 
 _FLAG_NAMES = {"fp8": "--fp8-format", "fp4": "--fp4-format"}
 
