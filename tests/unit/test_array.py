@@ -153,6 +153,9 @@ TESTED_ELSEWHERE = {
             "steering.bias_counts"
         ]
     },
+    "training/test_hybrid_mamba.py": {
+        "test_mixers_and_chosen_experts_change_and_nothing_else": ["train.mamba"]
+    },
     "training/test_imitation.py": {
         "test_a_dense_student_under_plain_tensor_parallelism": ["train.mlp"],
         "test_two_domains_with_teachers_layers_and_experts_of_their_own": [
