@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_moe_inject import contracts
 from megatron_moe_inject.data.labels import HostGroup
+from megatron_moe_inject.data.packed import check_pipeline, packing_flag
 from megatron_moe_inject.data.read_once import MeasuredText
 from megatron_moe_inject.data.splits import SplitRegistry
 from megatron_moe_inject.experts.choose.choice import resolve_experts
@@ -98,6 +99,7 @@ class Run:
                 self.parts[name] = part
         self._text = _measured_text(context, self.parts.values())
         context.provide(MeasuredText, self._text)
+        check_pipeline(args, context.largest_micro_batch)
         context.parts = [_Own(self), self._text, *self.parts.values()]
         for part in context.parts:
             part.prepare()
@@ -194,6 +196,7 @@ class Run:
             host_group,
             lambda: compat.optimizer_steps(context.args),
             [*steps, TermStep(context.terms, student.groups)],
+            packed=packing_flag(context.args) is not None,
         )
         if context.kind == INJECTION:
             context.plan = render_plan(self._plan())

@@ -2,9 +2,10 @@
 
 One wrapper around Megatron's forward-backward function. It takes the step's micro-batches from
 the data iterators once, removes what stock code must not see, sends the domain labels to every
-model-parallel rank, begins the parts of the step (``host.step``: teachers, losses, retention, what
-is watched), and then lets the stock schedule run on the very same micro-batches. No collective of
-ours runs inside the schedule, except a teacher's when its recipe asks for a window of them.
+model-parallel rank, and where a part of the step reads them which tokens count and where documents
+begin, begins those parts (``host.step``: teachers, losses, retention, what is watched), and then
+lets the stock schedule run on the very same micro-batches. No collective of ours runs inside the
+schedule, except a teacher's when its recipe asks for a window of them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from megatron_moe_inject.data import labels as domain_labels
+from megatron_moe_inject.data import packed as packing
 from megatron_moe_inject.data.labels import HostGroup
 from megatron_moe_inject.data.splits import SplitRegistry
 from megatron_moe_inject.host.step import MicroBatch, Step, StepPart
@@ -29,6 +31,7 @@ class StepHook:
         host_group: the model-parallel ranks of this rank, for labels.
         iteration: gives the number of optimizer steps taken so far, for schedules.
         parts: what takes part in a step, in the order in which it begins and ends.
+        packed: whether samples are packed with documents; see ``data.packed``.
     """
 
     def __init__(
@@ -37,11 +40,13 @@ class StepHook:
         host_group: HostGroup,
         iteration: Callable[[], int],
         parts: Sequence[StepPart],
+        packed: bool = False,
     ) -> None:
         self._splits = splits
         self._host_group = host_group
         self._iteration = iteration
         self.parts = tuple(parts)
+        self._packed = packed
 
     def wrap(self, forward_backward: Callable) -> Callable:
         """What ``train_step`` and ``evaluate`` call in the place of ``forward_backward``."""
@@ -68,6 +73,8 @@ class StepHook:
                 forward_step_func,
                 arguments,
             )
+            if any(part.reads_tokens for part in self.parts):
+                step.loss_mask, step.starts = self._tokens(step)
             for part in self.parts:
                 part.begin(step)
             replay = [None if chunk is None else iter(chunk) for chunk in step.batches]
@@ -108,3 +115,18 @@ class StepHook:
                 labels = domain_labels.domains_of(chunk, entries, micro_batch_size)
                 break
         return self._host_group.broadcast_labels(labels, num_microbatches, micro_batch_size)
+
+    def _tokens(self, step: Step) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """``loss_mask`` and ``starts`` of the step; one broadcast, see ``HostGroup``."""
+        bits, batches = None, step.micro_batches
+        shape = (*step.labels.shape, step.sequence_length)
+        if batches is not None:
+            told = [packing.counted(batch, shape[1:]) for batch in batches]
+            if self._packed:
+                told += [packing.starts(batch, shape[1:]) for batch in batches]
+            bits = torch.stack(told)
+        planes = 2 if self._packed else 1
+        mask, *starts = self._host_group.broadcast_bits(bits, (planes * shape[0], *shape[1:])).view(
+            planes, *shape
+        )
+        return None if mask.all() else mask, starts[0] if starts else None

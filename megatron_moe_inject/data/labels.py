@@ -4,17 +4,21 @@ Megatron's ``BlendedDataset`` returns ``dataset_id`` with each sample when ``--d
 more than one entry. Only tensor-parallel rank 0 of the pipeline stages that read data sees it,
 so once per step the source rank turns the ids of all micro-batches into domain indices and
 broadcasts them over the model-parallel ranks. The broadcast runs over a gloo group: labels are
-needed on the host (they decide shapes), and a device broadcast would cost a synchronisation.
+needed on the host (they decide shapes), and a device broadcast would cost a synchronisation. What
+is true or false of every token, whether its loss counts and whether it begins a document, goes the
+same way, a bit each, where a part of the step asks for it.
 
-Shapes: n micro-batches of the step, b samples of a micro-batch.
+Shapes: n micro-batches of the step, b samples of a micro-batch, s sequence.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -137,3 +141,22 @@ class HostGroup:
         assert labels is not None, "the source rank has read the step's labels"
         dist.broadcast(labels, src=self.source, group=self.group)
         return labels
+
+    def broadcast_bits(self, bits: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor:
+        """Give every rank of the group a bool tensor of that shape.
+
+        Args:
+            bits: it on the source rank, ignored elsewhere.
+
+        Collectives: one broadcast of a bit per value over this group, none where it is one rank.
+        """
+        if self.group is None:
+            assert bits is not None, "a single rank reads its own data"
+            return bits
+        size = math.prod(shape)
+        packed = torch.empty(-(-size // 8), dtype=torch.uint8)
+        if dist.get_rank() == self.source:
+            assert bits is not None, "the source rank has read the step's tokens"
+            packed = torch.from_numpy(np.packbits(bits.numpy()))
+        dist.broadcast(packed, src=self.source, group=self.group)
+        return torch.from_numpy(np.unpackbits(packed.numpy(), count=size)).bool().view(shape)

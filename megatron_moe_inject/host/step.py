@@ -32,6 +32,10 @@ class Step:
         schedule: Megatron's forward-backward function.
         forward_step: the script's forward step; a part may wrap it.
         arguments: what the schedule gets besides; a part may add to it.
+        loss_mask: ``[n, b, s]`` bool on the host, tokens whose loss counts; ``None`` where all do,
+            and where no part ``reads_tokens``.
+        starts: ``[n, b, s]`` bool on the host, where documents begin; ``None`` where samples are
+            not packed, and where no part ``reads_tokens``.
     """
 
     labels: torch.Tensor
@@ -42,6 +46,8 @@ class Step:
     schedule: Callable[..., Any]
     forward_step: Callable[..., Any]
     arguments: dict[str, Any] = field(default_factory=dict)
+    loss_mask: torch.Tensor | None = None
+    starts: torch.Tensor | None = None
 
     @property
     def micro_batches(self) -> list[MicroBatch] | None:
@@ -54,7 +60,13 @@ class StepPart:
 
     Every rank has the same parts in the same order, so a part may run collectives in ``begin`` and
     ``end``, which say which.
+
+    Attributes:
+        reads_tokens: whether it reads ``Step.loss_mask`` or ``Step.starts``, which are sent to
+            every rank where a part does.
     """
+
+    reads_tokens = False
 
     def begin(self, step: Step) -> None:
         """Before the schedule, in the order of the parts."""

@@ -43,3 +43,5 @@ def test_stock_code_does_not_see_the_id_and_a_rerun_still_does():
 def test_one_rank_needs_no_group():
     labels = torch.tensor([[0, GENERAL]])
     assert HostGroup(None, 0).broadcast_labels(labels, 1, 2) is labels
+    bits = torch.rand(2, 3, 5) > 0.5
+    assert HostGroup(None, 0).broadcast_bits(bits, (2, 3, 5)) is bits

@@ -1,16 +1,26 @@
-"""Which sample each part of a packed row is of, and what does not work on rows of several."""
+"""Documents and samples of a packed row, and what does not work on rows of several samples."""
 
 from argparse import Namespace
 
 import pytest
 import torch
 
-from megatron_moe_inject.data.packed import check_packed, segments
+from megatron_moe_inject.data.packed import (
+    check_packed,
+    check_pipeline,
+    check_whole_documents,
+    counted,
+    document_lengths,
+    packing_flag,
+    segments,
+    starts,
+)
 from megatron_moe_inject.host.errors import (
     RecipeError,
 )
 
 LENGTH = 24
+MASKED = "--dataloader-inter-document-masking"
 
 
 def of_rank(row, size, rank):
@@ -34,11 +44,59 @@ def test_segments_are_of_one_sample_each(samples, cp):
     ]
 
 
-def test_what_follows_samples_through_layers_takes_rows_of_one_sample():
-    packed = Namespace(dataloader_inter_document_masking=True)
-    with pytest.raises(RecipeError, match=r"--dataloader-inter-document-masking: .*--inject-prof"):
-        check_packed(packed, 2, "--inject-profile")
-    with pytest.raises(RecipeError, match="--sft: puts the 4 samples"):
-        check_packed(Namespace(sft=True), 4, "steering")
-    check_packed(packed, 1, "steering")
-    check_packed(Namespace(sft=False), 2, "steering")
+@pytest.mark.parametrize(
+    ("borders", "lengths"),
+    [
+        ([[0, 3, 5, 8, 8, 8]], [[3, 2, 3]]),  # 0.19 fills up with the length of the sample
+        ([[0, 3, 5, 8]], [[3, 2, 3]]),  # 0.18 does not
+        ([[0, 8, 8], [0, 1, 8]], [[8], [1, 7]]),
+        ([[0, 0, 2, 8, 8]], [[2, 6]]),
+    ],
+)
+def test_documents_are_where_their_borders_say(borders, lengths):
+    batch = {"cu_seqlens": torch.tensor(borders, dtype=torch.int32)}
+    found = starts(batch, (len(borders), 8))
+    assert found.shape == (len(borders), 8)
+    assert document_lengths(found) == lengths
+
+
+def test_tokens_count_whose_loss_does():
+    batch = {"loss_mask": torch.tensor([[0.0, 1.0, 0.5, 0.0]])}
+    assert counted(batch, (1, 4)).tolist() == [[False, True, True, False]]
+
+
+def test_the_flag_that_packs():
+    assert packing_flag(Namespace(sft=False, dataloader_inter_document_masking=True)) == MASKED
+    assert packing_flag(Namespace(sft=True)) == "--sft"
+    assert packing_flag(Namespace(sft=False)) is None
+
+
+def args(sft=False, cp=1, pp=1):
+    return Namespace(
+        sft=sft,
+        dataloader_inter_document_masking=not sft,
+        context_parallel_size=cp,
+        pipeline_model_parallel_size=pp,
+    )
+
+
+def test_what_follows_samples_does_not_take_rows_that_context_parallelism_divides():
+    with pytest.raises(RecipeError, match=rf"{MASKED}: --context-parallel-size 2 .*steering"):
+        check_packed(args(cp=2), 4, "steering")
+    check_packed(args(cp=2), 1, "steering")
+    check_packed(args(), 4, "steering")
+    check_packed(Namespace(sft=False, context_parallel_size=2), 4, "steering")
+
+
+def test_a_pipeline_takes_rows_of_one_sample():
+    with pytest.raises(RecipeError, match=r"--sft: puts the 2 samples .*--micro-batch-size"):
+        check_pipeline(args(sft=True, pp=2), 2)
+    check_pipeline(args(pp=2), 1)
+    check_pipeline(args(), 2)
+
+
+def test_documents_that_context_parallelism_divides_are_left_to_megatron():
+    with pytest.raises(RecipeError, match=r"--sft: --context-parallel-size 2 .*a teacher"):
+        check_whole_documents(args(sft=True, cp=2), "a teacher")
+    check_whole_documents(args(cp=2), "a teacher")
+    check_whole_documents(args(sft=True), "a teacher")
