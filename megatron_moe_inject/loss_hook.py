@@ -191,7 +191,14 @@ class LossHook(StepPart):
         groups = self._teachers.groups(index, domains, labels, self._weights, head)
         running = self._running_confidence
         if running is not None and torch.is_grad_enabled():
-            running.add(groups, labels, domains, self._vocabulary, kernels=self._kernels)
+            running.add(
+                groups,
+                labels,
+                domains,
+                self._vocabulary,
+                loss_mask=loss_mask,
+                kernels=self._kernels,
+            )
         transform = LogitTransform(scale=compat.logit_scale(config))
         student = losses.Student(hidden_states, head, labels.t(), self._vocabulary, transform)
         values: dict[str, torch.Tensor] = {}

@@ -132,6 +132,7 @@ class RunningConfidence:
         domains: Sequence[int],
         vocabulary: Vocabulary,
         *,
+        loss_mask: torch.Tensor | None = None,
         kernels: RowKernels | str | None = AUTO,
     ) -> None:
         """Measure a micro-batch of a training step, on the last pipeline stage.
@@ -141,6 +142,7 @@ class RunningConfidence:
             labels: ``[b, s/c]``.
             domains: index or ``GENERAL`` of the b samples.
             vocabulary: the student's.
+            loss_mask: ``[b, s/c]``, tokens that count; None for all.
             kernels: see ``losses.FusedOptions``.
 
         Collectives: those of ``target_confidence``, for each group with such a domain. The ranks
@@ -149,7 +151,7 @@ class RunningConfidence:
         for group in groups:
             target = group.target
             if target is not None and any(domains[i] in self._domains for i in group.samples):
-                self._add(group, target, labels, domains, vocabulary, kernels)
+                self._add(group, target, labels, domains, vocabulary, loss_mask, kernels)
 
     def _add(
         self,
@@ -158,15 +160,19 @@ class RunningConfidence:
         labels: torch.Tensor,
         domains: Sequence[int],
         vocabulary: Vocabulary,
+        loss_mask: torch.Tensor | None,
         kernels: RowKernels | str | None,
     ) -> None:
         samples = list(group.samples)
-        labels = labels.index_select(0, index(samples, labels.device))
+        places = index(samples, labels.device)
+        labels = labels.index_select(0, places)
         confidence = _sure(self._kind, target, labels, vocabulary, kernels)
         if self._sums is None:
             self._sums = confidence.new_zeros(len(self._domains), 2, dtype=torch.float64)
         rows = {domain: row for row, domain in enumerate(self._domains)}
         readable = torch.ones_like(confidence) if group.readable is None else group.readable
+        if loss_mask is not None:
+            readable = readable * loss_mask.index_select(0, places)
         sums = torch.stack(
             [(confidence * readable).double().sum(1), readable.double().sum(1)], dim=1
         )

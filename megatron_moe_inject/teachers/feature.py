@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 from megatron_moe_inject.host.errors import NAME, fail
 from megatron_moe_inject.host.text import table
 from megatron_moe_inject.recipe.facts import StudentFacts
-from megatron_moe_inject.recipe.feature import Feature, RefusedBeside
+from megatron_moe_inject.recipe.feature import Feature
 from megatron_moe_inject.recipe.fields import check_choice, check_temperature
-from megatron_moe_inject.recipe.refused_options import PACKED
 from megatron_moe_inject.recipe.run_kinds import EVALUATION, INJECTION
 from megatron_moe_inject.recipe.schedule import ever_positive
 from megatron_moe_inject.recipe.schema import Recipe
@@ -29,14 +28,6 @@ class Teachers(Feature):
     """``teachers``: from whom each domain learns."""
 
     runs = (INJECTION, EVALUATION)
-    refuses = (
-        RefusedBeside(
-            PACKED,
-            "domains with a teacher",
-            lambda recipe, facts: any(domain.teacher is not None for domain in recipe.domains),
-            "use a recipe without teachers",
-        ),
-    )
 
     def rules(self, recipe: Recipe) -> None:
         """Each has a name, a source of a known kind, and a domain that it teaches."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from megatron_moe_inject.data.packed import packing_flag
 from megatron_moe_inject.host.errors import (
     RecipeError,
     fail,
@@ -144,6 +145,8 @@ def teacher_pass(
     name, spec = info.name, recipe.teachers[info.name]
     head_weight = chunk.shared_embedding_or_output_weight()  # for its type, place and rows
     resets = args.reset_position_ids or args.reset_attention_mask
+    if packing_flag(args) is not None:  # each document goes through the teacher by itself
+        resets = False
     teacher = load_teacher(
         name,
         spec.source,

@@ -8,6 +8,11 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_moe_inject.data.packed import (
+    check_packed,
+    check_whole_documents,
+    packing_flag,
+)
 from megatron_moe_inject.host.agreement import agree
 from megatron_moe_inject.host.finite import FiniteWatch
 from megatron_moe_inject.host.megatron_types import Chunk, Groups
@@ -38,6 +43,9 @@ class TeachersPart(RunPart):
     """Provides ``TeacherInfos``, and once attached ``StepTeachers``."""
 
     def __init__(self, run: RunContext) -> None:
+        if run.recipe.teachers:
+            check_packed(run.args, run.largest_micro_batch, "a teacher")
+            check_whole_documents(run.args, "a teacher")
         self._run = run
         self._infos = checked_teachers(run.recipe, run.args)
         run.provide(TeacherInfos, TeacherInfos(self._infos))
@@ -70,6 +78,7 @@ class TeachersPart(RunPart):
             kernels=run.recipe.objective.row_kernels(),
             see=(lambda name, states: None) if watch is None else watch.see,
             compares_prefix=lambda: compares is not None and compares.compares_prefix,
+            packed=bool(run.recipe.teachers) and packing_flag(run.args) is not None,
         )
         run.provide(StepTeachers, teachers)
         if run.kind == INJECTION:

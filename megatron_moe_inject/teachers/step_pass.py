@@ -6,8 +6,10 @@ samples, so they share them (``forward.shared_forward``) instead of repeating th
 is the pre-head hidden state of each sample, sliced to this rank's context-parallel part.
 
 A teacher may lack some of the student's added tokens. It cannot read one, so from the first of them
-on nothing in the window is taught by it, later documents included; states are there, as if the text
-had gone on in another way, and ``readable`` says which to use.
+on nothing in the window is taught by it, later documents included unless they are packed; states
+are there, as if the text had gone on in another way, and ``readable`` says which to use.
+
+Where documents are packed, each goes through the teacher by itself (``documents``).
 
 Shapes: n micro-batches, b samples each, s sequence, c context-parallel size, h_t teacher hidden.
 """
@@ -22,12 +24,14 @@ import torch
 import torch.distributed as dist
 
 from megatron_moe_inject.data.labels import samples_of
+from megatron_moe_inject.data.packed import document_lengths
 from megatron_moe_inject.host.context_parallel import context_parallel_slice
 from megatron_moe_inject.host.indices import index
 from megatron_moe_inject.host.step import MicroBatch
 from megatron_moe_inject.losses.spec import LogitTransform
 from megatron_moe_inject.losses.target import Dense, Mixed, Target
 from megatron_moe_inject.teachers.base import Teacher
+from megatron_moe_inject.teachers.documents import document_forward
 from megatron_moe_inject.teachers.forward import shared_forward
 from megatron_moe_inject.teachers.prefix import PrefixedTeacher
 
@@ -83,8 +87,10 @@ class StepTeacher(DomainTeacher, Protocol):
         sequence_length: int,
         *,
         bare: bool = False,
+        starts: torch.Tensor | None = None,
     ) -> None:
-        """Start a step; ``selected`` ``[n, b]`` are the samples of its micro-batches to teach."""
+        """Start a step; ``selected`` ``[n, b]`` are the samples of its micro-batches to teach, and
+        ``starts`` ``[n, b, s]`` says where documents begin if they are packed."""
         ...
 
     def target(self, micro_batch: int) -> Target:
@@ -192,6 +198,7 @@ class TeacherPass:
         self._bare_teacher: Teacher | None = None
         self._bare_states: dict[int, torch.Tensor] = {}
         self._readable: torch.Tensor | None = None
+        self._starts: torch.Tensor | None = None
 
     @property
     def name(self) -> str:
@@ -205,6 +212,7 @@ class TeacherPass:
         sequence_length: int,
         *,
         bare: bool = False,
+        starts: torch.Tensor | None = None,
     ) -> None:
         """Start a step: share the inputs of the selected samples and run the first window.
 
@@ -216,15 +224,17 @@ class TeacherPass:
             selected: ``[n, b]`` bool on the host, the samples this teacher teaches.
             sequence_length: s.
             bare: also run a teacher with a prefix without it.
+            starts: ``[n, b, s]`` bool on the host, where documents begin; None unless packed.
 
         Collectives: one broadcast over the TP group per input that is in use; those of
-        ``shared_forward`` once per window, with ``bare`` twice.
+        ``shared_forward`` or ``document_forward`` once per window, with ``bare`` twice.
         """
         self._bare_teacher = None
         if bare and isinstance(self.teacher, PrefixedTeacher):
             self._bare_teacher = self.teacher.bare
         self._selected = selected
         self._rows = selected.sum(dim=1).tolist()
+        self._starts = None if starts is None else starts[selected]
         self._states.clear()
         self._layer_states.clear()
         self._bare_states.clear()
@@ -239,7 +249,10 @@ class TeacherPass:
             return
         lacking = torch.isin(tokens, self.unknown)
         self._known = tokens.masked_fill(lacking, 0)
-        readable = lacking.cumsum(1) == 0
+        lacked = lacking.cumsum(1)
+        if self._starts is not None:
+            lacked = lacked - _before_documents(lacked - lacking.long(), self._starts)
+        readable = lacked == 0
         self._readable = context_parallel_slice(readable.unsqueeze(-1), *self._cp).squeeze(-1)
 
     def readable(self, micro_batch: int | None = None) -> torch.Tensor | None:
@@ -277,18 +290,26 @@ class TeacherPass:
     def _run_window(self, first: int) -> None:
         stop = len(self._rows) if not self._window else min(len(self._rows), first + self._window)
         begin, end = sum(self._rows[:first]), sum(self._rows[:stop])
-        part = self._inputs._replace(tokens=self._known).of_rows(begin, end)
-        layer_states = shared_forward(
-            self.teacher, *part, group=self._share_group, layers=self.layers
-        )
+        layer_states = self._forward(self.teacher, begin, end, self.layers)
         if self._bare_teacher is not None:
-            (bare,) = shared_forward(self._bare_teacher, *part, group=self._share_group)
+            (bare,) = self._forward(self._bare_teacher, begin, end)
             bare_rows = context_parallel_slice(bare, *self._cp).split(self._rows[first:stop])
             self._bare_states |= dict(enumerate(bare_rows, start=first))
         states, *others = (context_parallel_slice(whole, *self._cp) for whole in layer_states)
         self._layer_states = dict(zip(self.layers, others, strict=True))
         for i, rows in enumerate(states.split(self._rows[first:stop]), start=first):
             self._states[i] = rows
+
+    def _forward(
+        self, teacher: Teacher, begin: int, end: int, layers: Sequence[int] = ()
+    ) -> list[torch.Tensor]:
+        """States ``[k, s, h_t]`` of some of the step's samples, and those after ``layers``."""
+        part = self._inputs._replace(tokens=self._known).of_rows(begin, end)
+        group = self._share_group
+        if self._starts is None:
+            return shared_forward(teacher, *part, group=group, layers=layers)
+        lengths = document_lengths(self._starts[begin:end])
+        return document_forward(teacher, part.tokens, lengths, group=group, layers=layers)
 
     def target(self, micro_batch: int) -> Target:
         """What it says about a micro-batch's selected samples, states ``[k, s/c, h_t]``, once each,
@@ -359,6 +380,13 @@ class TeacherPass:
     def take_layer(self, layer: int) -> torch.Tensor:
         """The step's states after one of ``layers``, ``[k, s/c, h_t]`` for its k samples, once."""
         return self._layer_states.pop(layer)
+
+
+def _before_documents(counts: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+    """Of counts ``[k, s]`` that never fall, at each token that of the first token of its document,
+    which begin where ``starts`` ``[k, s]`` on the host says."""
+    places = torch.where(starts, torch.arange(starts.shape[1]), 0).cummax(1).values
+    return counts.gather(1, places.to(counts.device, non_blocking=True))
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,7 @@ class StepTeachers(StepPart):
         kernels: see ``losses.FusedOptions``.
         see: is shown what each teacher hands out, by name.
         compares_prefix: whether teachers are also to run without their prefix, asked each step.
+        packed: whether samples are packed with documents.
 
     Attributes:
         original: as given; may be left out for a while.
@@ -85,7 +86,9 @@ class StepTeachers(StepPart):
         kernels: RowKernels | str | None = AUTO,
         see: Callable[[str, torch.Tensor], None] = lambda name, states: None,
         compares_prefix: Callable[[], bool] = lambda: False,
+        packed: bool = False,
     ) -> None:
+        self.reads_tokens = packed
         self._taught = taught
         self.original = original
         self._valid_vocab_size = valid_vocab_size
@@ -120,7 +123,9 @@ class StepTeachers(StepPart):
         bare = self._compares_prefix()
         for teacher in self.passes.values():
             wanted = torch.isin(step.labels, torch.tensor(self.taught_by(teacher)))
-            teacher.begin(step.micro_batches, wanted, step.sequence_length, bare=bare)
+            teacher.begin(
+                step.micro_batches, wanted, step.sequence_length, bare=bare, starts=step.starts
+            )
         if self.original is not None:
             self.original.run(step)
 

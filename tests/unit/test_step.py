@@ -98,8 +98,9 @@ def test_teachers_run_ahead_over_their_own_samples_without_a_copy():
 
         ran_bare = False
 
-        def begin(self, batches, selected, length, *, bare):
+        def begin(self, batches, selected, length, *, bare, starts):
             assert not bare
+            assert starts is None
             self.begun = batches, selected.tolist(), length
 
     own, micro_batches = Pass(), [{"tokens": torch.zeros(2, 4)}, {"tokens": torch.ones(2, 4)}]
@@ -124,7 +125,7 @@ class Store:
     def together(self, targets):
         return targets[0]
 
-    def begin(self, batches, selected, length, *, bare):
+    def begin(self, batches, selected, length, *, bare, starts):
         self.tokens = [b["tokens"][own] for b, own in zip(batches, selected, strict=True)]
 
     def says(self, tokens):

@@ -83,6 +83,8 @@ class ImitationHook(StepPart):
         domains: domain names by index.
         by_domain: also report each domain.
         groups: the student's ``ProcessGroupCollection``.
+        packed: whether a micro-batch is one row of its samples, each whole on this rank where there
+            are several.
     """
 
     def __init__(
@@ -99,7 +101,9 @@ class ImitationHook(StepPart):
         domains: Sequence[str],
         by_domain: bool,
         groups: Groups,
+        packed: bool = False,
     ) -> None:
+        self._packed = packed
         self._config = chunks[0].config
         self._device = next(chunks[0].parameters()).device
         self._exchange = exchange
@@ -256,6 +260,9 @@ class ImitationHook(StepPart):
         same collectives backward and every projection gets a gradient.
         """
         domains = self._labels[micro_batch]
+        if self._packed and states.shape[1] < len(domains):
+            states = _by_sample(states, len(domains))
+            reached = None if reached is None else _by_sample(reached, len(domains))
         samples = [i for i, domain in enumerate(domains) if domain in term.shares]
         if len(samples) < len(domains):
             sample_index = positions(samples, states.device)
@@ -307,6 +314,11 @@ class ImitationHook(StepPart):
         if order != list(samples):
             states = states[[order.index(sample) for sample in samples]]
         return states
+
+
+def _by_sample(row: torch.Tensor, samples: int) -> torch.Tensor:
+    """A row of packed samples, ``[b s, 1, ...]``, as ``[s, b, ...]``."""
+    return row.squeeze(1).unflatten(0, (samples, -1)).transpose(0, 1)
 
 
 class _ExpertOutputs:

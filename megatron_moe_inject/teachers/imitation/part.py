@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_moe_inject.data.packed import check_packed, packing_flag
 from megatron_moe_inject.host import compat
 from megatron_moe_inject.host.errors import (
     RecipeError,
@@ -41,6 +42,15 @@ class ImitationPart(RunPart):
     """
 
     def __init__(self, run: RunContext) -> None:
+        check_packed(run.args, run.largest_micro_batch, "imitation")
+        self._packed = packing_flag(run.args)
+        if self._packed and run.args.sequence_parallel and run.largest_micro_batch > 1:
+            raise RecipeError(
+                f"{self._packed}: --sequence-parallel divides the row of the "
+                f"{run.largest_micro_batch} samples of a micro-batch as a whole, and imitation "
+                "divides samples; set --micro-batch-size (and --eval-micro-batch-size) to 1, or "
+                "leave imitation out"
+            )
         self._run = run
         self._recipe = run.recipe
         self._args = run.args
@@ -191,6 +201,7 @@ class ImitationPart(RunPart):
             domains=[domain.name for domain in recipe.domains],
             by_domain=self._run.several_classes,
             groups=groups,
+            packed=self._packed is not None,
         )
 
     def _wanted_by_stage(self, chunks: Sequence[Chunk], groups: Groups) -> list[list[LayerStates]]:
