@@ -1,9 +1,10 @@
 """Watches what the student's routers decide, while Megatron trains or evaluates.
 
 Each router's ``routing`` is wrapped: what it decided is summed over the positions of each sequence
-where it runs, without a copy of the tokens and without waiting for the device. At the end of a step
-the sums of a sequence are completed over the ranks that hold its parts. Activations that are
-recomputed are counted once. Routers of multi-token-prediction layers are not watched.
+where it runs, without a copy of the tokens and without waiting for the device. Only tokens whose
+loss counts are summed. At the end of a step the sums of a sequence are completed over the ranks
+that hold its parts. Activations that are recomputed are counted once. Routers of
+multi-token-prediction layers are not watched.
 
 Shapes: n micro-batches of a step, b samples each, l this rank's part of the sequence, L MoE layers
 of this rank, E experts.
@@ -22,6 +23,7 @@ from torch import Tensor
 from megatron_moe_inject.host.clock import ChunkClock
 from megatron_moe_inject.host.megatron_types import Chunk, Groups, MegatronModule
 from megatron_moe_inject.host.model_parts import routers
+from megatron_moe_inject.host.own_tokens import OwnTokens
 from megatron_moe_inject.host.uses import WATCHED_ROUTING
 from megatron_moe_inject.host.wrap import Call, wrap_method
 
@@ -32,7 +34,8 @@ choices that were dropped."""
 
 OnRouted = Callable[[int, int, torch.Tensor, torch.Tensor, torch.Tensor | None], None]
 """Gets the micro-batch, the layer's place, logits and bool choices ``[l, b, E]`` before drops, and
-the padding ``[l, b]`` if there is any."""
+where ``[l, b]`` is not to be counted, padding and what the loss does not count, if there is any; of
+a row of packed samples ``[t, 1, E]`` and ``[t, 1]``."""
 
 
 class RoutingWatch:
@@ -42,9 +45,11 @@ class RoutingWatch:
         chunks: this rank's bare model chunks.
         groups: the student's ``ProcessGroupCollection``.
         on_routed: also called for every layer and micro-batch.
+        packed: whether a micro-batch is one row of its samples; see ``own_tokens``.
 
     Attributes:
         layers: 0-based MoE layers of this rank, in the order of the sums.
+        tokens: which tokens its routers see.
     """
 
     def __init__(
@@ -52,10 +57,16 @@ class RoutingWatch:
         chunks: Sequence[Chunk],
         groups: Groups,
         on_routed: OnRouted | None = None,
+        *,
+        packed: bool = False,
     ) -> None:
         self._config = chunks[0].config
         self._device = next(chunks[0].parameters()).device
         self._sequence_group = groups.tp_cp if self._config.sequence_parallel else groups.cp
+        self.tokens = OwnTokens(
+            groups, sequence_parallel=self._config.sequence_parallel, packed=packed
+        )
+        self._packed = packed
         self._on_routed = on_routed
         self._active = False
         self._clocks: list[ChunkClock] = []
@@ -68,8 +79,18 @@ class RoutingWatch:
                 wrap_method(router, WATCHED_ROUTING, watch)
                 self.layers.append(layer)
 
-    def begin(self, micro_batches: int, samples: int) -> None:
-        """Watch a step of that many micro-batches of so many samples."""
+    def begin(
+        self, micro_batches: int, samples: int, loss_mask: torch.Tensor | None = None
+    ) -> None:
+        """Watch a step of that many micro-batches of so many samples.
+
+        Args:
+            loss_mask: see ``Step.loss_mask``.
+        """
+        self._mask = None
+        if loss_mask is not None:
+            mask = self.tokens.of_rank(loss_mask).to(self._device, non_blocking=True)
+            self._mask = self.tokens.of(mask)
         shape = (len(SUMS), micro_batches, samples, len(self.layers), self._config.num_moe_experts)
         self._step = torch.zeros(shape, dtype=torch.float32, device=self._device)
         for clock in self._clocks:
@@ -122,11 +143,31 @@ class RoutingWatch:
         rows = torch.stack(values).view(-1, length, samples, experts)
         if padding is not None:
             padding = padding.view(length, samples)
+        if self._mask is not None:
+            left_out = ~self.tokens.seen(self._mask[micro_batch], (length, samples))
+            padding = left_out if padding is None else padding | left_out
+        if padding is not None:
             rows = rows * ~padding.unsqueeze(-1)
-        self._step[: len(rows), micro_batch, :, layer] = rows.sum(1)
+        sums = self._step[: len(rows), micro_batch, :, layer]
+        if self._packed and sums.shape[1] > 1:
+            sums.copy_(self._by_sample(rows, sums.shape[1]))
+        else:
+            sums.copy_(rows.sum(1))
         if self._on_routed is not None:
             before = before.view(length, samples, experts)
-            self._on_routed(micro_batch, layer, logits.detach(), before, padding)
+            logits = logits.detach()
+            if self._packed:
+                logits, before = (self.tokens.as_row(x) for x in (logits, before))
+                padding = None if padding is None else self.tokens.as_row(padding)
+            self._on_routed(micro_batch, layer, logits, before, padding)
+
+    def _by_sample(self, rows: torch.Tensor, samples: int) -> torch.Tensor:
+        """Sums ``[4, b, E]`` of what a router saw of a row, ``[4, l, b', E]``."""
+        sample = self.tokens.samples_of_row(samples, rows.shape[1] * rows.shape[2])
+        sample = sample.to(rows.device, non_blocking=True)
+        sums = rows.new_zeros(len(rows), samples, rows.shape[-1])
+        row = rows.transpose(1, 2).flatten(1, 2)
+        return sums.index_add_(1, sample, row)
 
 
 def chosen_before_dropping(router: MegatronModule, logits: torch.Tensor) -> torch.Tensor:

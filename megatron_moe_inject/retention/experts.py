@@ -13,7 +13,8 @@ experts compute is bitwise what it would be. No collective is added, except that
 tensor-parallel ranks have to add up the differences of their parts.
 
 Per layer: sum over general tokens t and experts e of g_te |f_e(x_t) - f0_e(x_t)|^2 / |f0_e(x_t)|^2,
-divided by the number of general tokens in the whole step; then the mean over layers.
+divided by the number of general tokens in the whole step; then the mean over layers. Tokens are
+those that the data's loss mask counts.
 
 Shapes: n micro-batches, b samples, l this rank's part of the sequence, h hidden, E experts, E_l
 local experts, m rows of this rank's experts, r those of general tokens and experts that train.
@@ -49,6 +50,7 @@ from megatron_moe_inject.host.model_parts import (
     mlp_of,
     places,
 )
+from megatron_moe_inject.host.own_tokens import OwnTokens
 from megatron_moe_inject.host.wrap import Call, wrap_method
 from megatron_moe_inject.retention.originals import OriginalParameters
 from megatron_moe_inject.retention.uses import DISPATCH, HELD_EXPERTS, HELD_GROUPED_EXPERTS
@@ -88,6 +90,7 @@ class ExpertRetention:
         groups: the student's ``ProcessGroupCollection``.
         originals: those of the experts that train, at least.
         weight_at: the weight after that many optimizer steps.
+        packed: whether a micro-batch is one row of its samples; see ``host.own_tokens``.
 
     Collectives: one all-gather of errors and one of layer numbers over the whole world.
 
@@ -102,6 +105,8 @@ class ExpertRetention:
         groups: Groups,
         originals: OriginalParameters,
         weight_at: Callable[[int], float],
+        *,
+        packed: bool = False,
     ) -> None:
         self._config = chunks[0].config
         if getattr(self._config, _LATER, False):
@@ -111,6 +116,9 @@ class ExpertRetention:
             )
         self._device = next(chunks[0].parameters()).device
         self._groups = groups
+        self._tokens = OwnTokens(
+            groups, sequence_parallel=self._config.sequence_parallel, packed=packed
+        )
         self._originals = originals
         self._weight_at = weight_at
         self._active = False
@@ -144,7 +152,11 @@ class ExpertRetention:
 
     def _dispatch(self, held: _HeldLayer, call: Call) -> Any:
         """``MoETokenDispatcher.dispatch_preprocess``."""
-        return call(probs=self._mark(held, call["probs"])) if self._active else call()
+        if not self._active:
+            return call()
+        # The states come first, by a name that dispatchers do not share.
+        states = call.args[0] if call.args else call.kwargs["hidden_states"]
+        return call(probs=self._mark(held, states.shape[:2], call["probs"]))
 
     def _forward(self, held: _HeldLayer, call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The forward pass of a layer's experts, which gives their rows and a bias."""
@@ -156,19 +168,32 @@ class ExpertRetention:
         output, bias = call(permuted_probs=probs)
         return self._hold(held, output, call, probs, general), bias
 
-    def begin(self, labels: torch.Tensor, iteration: int, sequence_length: int) -> None:
+    def begin(
+        self,
+        labels: torch.Tensor,
+        iteration: int,
+        sequence_length: int,
+        loss_mask: torch.Tensor | None = None,
+    ) -> None:
         """Start a step.
 
         Args:
             labels: ``[n, b]`` domain indices, on the host.
             iteration: optimizer steps taken so far.
             sequence_length: of whole sequences.
+            loss_mask: see ``Step.loss_mask``.
 
         Collectives: one all-reduce of one number over the data- and context-parallel ranks.
         """
-        self._general = labels == GENERAL
         length = sequence_length // self._groups.cp.size()
-        count = torch.tensor([float(self._general.sum() * length)]).to(self._device)
+        general = labels == GENERAL
+        own = self._tokens.of_samples(general, length)
+        total = general.sum() * length
+        if loss_mask is not None:
+            mask = self._tokens.of_rank(loss_mask) & general.unsqueeze(-1)
+            own, total = self._tokens.of(mask), mask.sum()
+        self._general = own.to(self._device, non_blocking=True)
+        count = torch.tensor([float(total)]).to(self._device)
         if self._groups.dp_cp.size() > 1:
             dist.all_reduce(count, group=self._groups.dp_cp)
         self._count = count[0]
@@ -198,11 +223,11 @@ class ExpertRetention:
         dist.all_reduce(self._sum)
         add_reports(reports, {REPORTED: sum_and_count(self._sum / self._num_layers, self._count)})
 
-    def _mark(self, held: _HeldLayer, probs: torch.Tensor) -> torch.Tensor:
-        """Gates ``[l b, E]`` of a micro-batch, those of general samples negated."""
+    def _mark(self, held: _HeldLayer, shape: Sequence[int], probs: torch.Tensor) -> torch.Tensor:
+        """Gates ``[l b, E]`` of a micro-batch's states ``shape``, ``[l, b]``, those of general
+        tokens negated."""
         micro_batch, held.first = held.passing()
-        general = self._general[micro_batch].to(probs.device, non_blocking=True)
-        rows = general.repeat(len(probs) // len(general)).unsqueeze(1)
+        rows = self._tokens.seen(self._general[micro_batch], shape).reshape(-1, 1)
         return torch.where(rows, -probs, probs)
 
     def _hold(

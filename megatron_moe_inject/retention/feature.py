@@ -15,7 +15,6 @@ from megatron_moe_inject.recipe.refused_options import (
     FP8_PARAMETERS,
     GRAPHS_OF_LAYERS,
     NO_PARTS,
-    PACKED,
     Refusal,
 )
 from megatron_moe_inject.recipe.schedule import Weight, ever_positive, show_weight
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 
 _LOGITS = "also counts the attention of the original model, which runs in between"
 _NO_ORIGINAL_PASS = (
-    *PACKED,
     Refusal("cuda_graph_impl", "replays the trained weights where the original should run"),
     Refusal("qk_clip", _LOGITS),
     Refusal("log_max_attention_logit", _LOGITS),

@@ -49,6 +49,7 @@ class OriginalPass:
             expect it.
         same: keys whose values are the same for all samples, so that they need not be picked: a
             mask has s times the size of its tokens.
+        packed: whether a micro-batch is one row of its samples; see ``data.packed``.
     """
 
     def __init__(
@@ -62,8 +63,11 @@ class OriginalPass:
         host_group: dist.ProcessGroup | None,
         whole: bool = True,
         same: Collection[str] = (),
+        packed: bool = False,
     ) -> None:
         self.originals = originals
+        self._packed = packed
+        self._size = 0
         self._whole = whole
         self._same = frozenset(same)
         self._seam = seam
@@ -92,6 +96,7 @@ class OriginalPass:
         rounds = allowed_rounds(-(-count // size), self._stages, self._group)
         if not self._whole:
             size = -(-count // rounds)
+        self._size = size
         packed = [_packed(chunk, general, rounds, size, self._same) for chunk in step.batches]
         replay = [None if chunk is None else iter(chunk) for chunk in packed]
         model = step.arguments["model"]
@@ -127,14 +132,25 @@ class OriginalPass:
 
         Collectives: under sequence parallelism one all-gather over the tensor-parallel group.
         """
-        size = self._states[0].shape[1]
-        places = [divmod(self._place[micro_batch, sample], size) for sample in samples]
-        hidden = torch.stack([self._states[i][:, j] for i, j in places], dim=1)
-        if self._config.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden, group=self._tp_group)
+        places = [divmod(self._place[micro_batch, sample], self._size) for sample in samples]
+        if self._packed and self._size > 1:
+            hidden = self._of_rows(places)
+        else:
+            hidden = torch.stack([self._states[i][:, j] for i, j in places], dim=1)
+            if self._config.sequence_parallel:
+                hidden = gather_from_sequence_parallel_region(hidden, group=self._tp_group)
         transform = LogitTransform(scale=compat.logit_scale(self._config))
         target = Dense(hidden.transpose(0, 1), self.originals.of(head), transform)
         return SampleGroup(samples, weights, target)
+
+    def _of_rows(self, places: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """States ``[s, k, h]`` of samples, by micro-batch of the pass and place in its row."""
+        rounds = sorted({i for i, _ in places})
+        rows = torch.cat([self._states[i] for i in rounds], dim=1)
+        if self._config.sequence_parallel:
+            rows = gather_from_sequence_parallel_region(rows, group=self._tp_group)
+        by_sample = rows.unflatten(0, (self._size, -1))
+        return torch.stack([by_sample[j, :, rounds.index(i)] for i, j in places], dim=1)
 
     def _agree(self, count: int) -> int:
         if self._host_group is None:

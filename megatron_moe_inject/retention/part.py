@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch.distributed as dist
 
-from megatron_moe_inject.data.packed import check_packed
+from megatron_moe_inject.data.packed import check_packed, packing_flag
 from megatron_moe_inject.host import compat
 from megatron_moe_inject.host.loss_seam import LossSeam
 from megatron_moe_inject.host.original_values import OriginalValues
@@ -34,11 +34,12 @@ class RetentionStep(StepPart):
     def __init__(self, experts: ExpertRetention | None, start: PullToStart | None) -> None:
         self._experts = experts
         self._start = start
+        self.reads_tokens = experts is not None
 
     def begin(self, step: Step) -> None:
         """Collectives: those of ``ExpertRetention.begin``."""
         if self._experts is not None:
-            self._experts.begin(step.labels, step.iteration, step.sequence_length)
+            self._experts.begin(step.labels, step.iteration, step.sequence_length, step.loss_mask)
 
     def end(self, step: Step, reports: Any) -> None:
         """Collectives: those of ``ExpertRetention.end``, and of ``PullToStart.end`` in training."""
@@ -56,6 +57,8 @@ class OriginalsPart(RunPart):
     """
 
     def __init__(self, run: RunContext, components: Sequence[str] | None) -> None:
+        if ever_positive(run.recipe.objective.gamma):
+            check_packed(run.args, run.largest_micro_batch, "objective.gamma")
         self._run = run
         self._components = components
 
@@ -92,6 +95,7 @@ class OriginalsPart(RunPart):
             "position_ids": self._run.args.reset_position_ids,
             "attention_mask": self._run.args.reset_attention_mask,
         }
+        packed = packing_flag(self._run.args) is not None
         return OriginalPass(
             originals,
             self._run.get(LossSeam),
@@ -100,7 +104,8 @@ class OriginalsPart(RunPart):
             group=config.microbatch_group_size_per_vp_stage if interleaved else 1,
             host_group=everyone,
             whole=groups.tp.size() > 1,
-            same=[key for key, reset in resets.items() if not reset],
+            same=[key for key, reset in resets.items() if not (reset or packed)],
+            packed=packed,
         )
 
 
@@ -129,6 +134,7 @@ class RetentionPart(RunPart):
                 student.groups,
                 originals,
                 lambda iteration: value_at(spec.experts, iteration),
+                packed=packing_flag(self._run.args) is not None,
             )
         if "l2" in spec.in_use() and student.optimizer is not None:
             start = PullToStart(

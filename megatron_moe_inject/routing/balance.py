@@ -9,6 +9,9 @@ default. The z-loss keeps every token: it bounds logits and favours no expert.
 The losses are Megatron's own methods, called with the general samples' rows, except the global
 one, whose collective every rank must enter and whose divisor may be 0.
 
+Of packed samples a rank's rows may be any tokens of a micro-batch: there the rows of others are set
+to 0, and the loss is that of the general tokens among all of them, which is the same sum.
+
 Shapes: l this rank's part of the sequence, b samples, g general samples, E experts. General here
 means: not steered in this layer.
 """
@@ -30,6 +33,8 @@ from megatron_moe_inject.routing.uses import (
     SEQUENCE_LOSS,
 )
 
+_LOSS = ("scores_for_aux_loss", "routing_map")
+
 
 class GeneralBalance:
     """Keeps one router's balance losses and bias counts to general samples.
@@ -41,12 +46,14 @@ class GeneralBalance:
     Attributes:
         general: positions of the general samples in the micro-batch that is being routed, and how
             many samples it has; ``None`` = leave everything stock.
+        rows: bool ``[l b]``, which rows are general, where samples are packed.
     """
 
     def __init__(self, router: MegatronModule, bias_counts: float) -> None:
         self._router = router
         self._bias_counts = bias_counts
         self.general: tuple[Sequence[int], int] | None = None
+        self.rows: torch.Tensor | None = None
         wrap_method(router, AUX_LOSS, self._apply_aux_loss)
         wrap_method(router, SEQUENCE_LOSS, self._apply_seq_aux_loss)
         wrap_method(router, GLOBAL_LOSS, self._apply_global_aux_loss)
@@ -69,6 +76,8 @@ class GeneralBalance:
         indices, samples = mixed
         if not indices:
             return call["probs"]
+        if self.rows is not None:
+            return self._of_rows(call, samples / len(indices))
         self._share = len(indices) / samples
         try:
             return call(
@@ -91,7 +100,21 @@ class GeneralBalance:
     def _apply_seq_aux_loss(self, call: Call) -> torch.Tensor:
         """On the general samples alone, of which there are fewer."""
         mixed = self._mixed()
+        if mixed is not None and mixed[0] and self.rows is not None:
+            # A row that the router sees as one is one sequence, whatever it holds.
+            return self._of_rows(call, 1.0)
         return self._apply_aux_loss(call, **({} if mixed is None else {"bsz": len(mixed[0])}))
+
+    def _of_rows(self, call: Call, factor: float) -> torch.Tensor:
+        """On general rows among all, of which Megatron takes the mean: once over scores and once
+        over choices, where a sum over general rows is divided by their number and that of all."""
+        scores, chosen = (self._general_rows(call[name]) for name in _LOSS)
+        return call(scores_for_aux_loss=scores * factor, routing_map=chosen)
+
+    def _general_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """``[l b, E]`` with 0 in the rows of others."""
+        assert self.rows is not None
+        return rows * self.rows.unsqueeze(1)
 
     def _apply_global_aux_loss(self, call: Call) -> torch.Tensor:
         """Stock's formula with its sums over general tokens and its divisor over all.
@@ -107,7 +130,11 @@ class GeneralBalance:
         indices, samples = self.general
         scores, routing_map = call["scores_for_aux_loss"], call["routing_map"]
         tokens = len(routing_map)
-        scores, chosen = _samples(scores, indices, samples), _samples(routing_map, indices, samples)
+        if self.rows is not None:
+            scores, chosen = self._general_rows(scores), self._general_rows(routing_map)
+        else:
+            scores = _samples(scores, indices, samples)
+            chosen = _samples(routing_map, indices, samples)
         group = router.tp_dp_cp_group
         router.global_tokens_per_expert += reduce_from_tensor_model_parallel_region(
             chosen.sum(0), group
@@ -138,7 +165,10 @@ class GeneralBalance:
         if router.enable_expert_bias and torch.is_grad_enabled():
             indices, samples = mixed
             with torch.no_grad():
-                general = _samples(routing_map, indices, samples).sum(0)
+                if self.rows is not None:
+                    general = self._general_rows(routing_map).sum(0)
+                else:
+                    general = _samples(routing_map, indices, samples).sum(0)
                 others = routing_map.sum(0) - general
                 router.local_tokens_per_expert += general + self._bias_counts * others
 

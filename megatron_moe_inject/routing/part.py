@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_moe_inject.data.packed import check_packed
+from megatron_moe_inject.data.packed import check_packed, packing_flag
 from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.host.megatron_types import Chunk
 from megatron_moe_inject.host.model_parts import (
@@ -46,6 +46,8 @@ class RoutingStep(StepPart):
         running: what weighs the tokens of the domains whose teachers run by windows.
     """
 
+    reads_tokens = True
+
     def __init__(
         self,
         hook: SteeringHook | None,
@@ -73,9 +75,16 @@ class RoutingStep(StepPart):
             self._running.begin(step.iteration)
             means = self._running.means
         if self._hook is not None:
-            self._hook.begin(step.labels, step.iteration, step.sequence_length, confidence, means)
+            self._hook.begin(
+                step.labels,
+                step.iteration,
+                step.sequence_length,
+                confidence,
+                means,
+                step.loss_mask,
+            )
         if self._shares is not None:
-            self._shares.begin(step.labels)
+            self._shares.begin(step.labels, step.loss_mask)
 
     def end(self, step: Step, reports: Any) -> None:
         """Finish the step.
@@ -170,6 +179,7 @@ class SteeringPart(RunPart):
         by_token = bool(weighed_by_token(self._recipe))
         weighed = [*weighed_by_token(self._recipe), *weighed_by_mean(self._recipe)]
         hook, confidence = None, spec.confidence if by_token else "none"
+        packed = packing_flag(run.args) is not None
         if spec.steers or spec.retains:
             hook = SteeringHook(
                 chunks,
@@ -186,11 +196,12 @@ class SteeringPart(RunPart):
                     if domain.name in weighed
                 },
                 by_token=by_token,
+                packed=packed,
             )
         if not any(table.any() for table in self._targets.values()):
             return RoutingStep(hook, None, teachers)
         shares = RoutingShares(
-            RoutingWatch(chunks, groups),
+            RoutingWatch(chunks, groups, packed=packed),
             [domain.name for domain in self._recipe.domains],
             self._targets,
             groups,

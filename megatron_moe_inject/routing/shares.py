@@ -70,10 +70,11 @@ class RoutingShares:
         empty = torch.zeros(0, *shape, dtype=torch.bool)
         self._targets = (torch.stack(masks) if masks else empty).transpose(0, 1).to(device)
 
-    def begin(self, labels: torch.Tensor) -> None:
-        """Watch the step whose micro-batches have these labels, ``[n, b]`` on the host."""
+    def begin(self, labels: torch.Tensor, loss_mask: torch.Tensor | None = None) -> None:
+        """Watch the step whose micro-batches have these labels, ``[n, b]`` on the host, and this
+        ``Step.loss_mask``."""
         self._labels = labels
-        self._watch.begin(*labels.shape)
+        self._watch.begin(labels.shape[0], labels.shape[1], loss_mask)
 
     def end(self, reports: Any, iteration: int | None) -> None:
         """Add the step's shares to what the schedule returned, and write details when it is time.

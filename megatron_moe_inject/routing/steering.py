@@ -6,13 +6,14 @@ back through the experts. No collective runs inside the pipeline, except, where 
 are balanced within their targets, one of a few numbers per layer, as Megatron's own balance loss
 has it.
 
-Each loss is a mean over the tokens it concerns in the whole step: of all micro-batches and
-data-parallel ranks, weighted. The sums that it divides by are known from the labels before the
-schedule starts. Under activation recompute a router runs twice; losses are attached where there is
-a graph and counted the first time.
+Each loss is a mean over the tokens it concerns in the whole step that the data's loss mask counts:
+of all micro-batches and data-parallel ranks, weighted. The sums that it divides by are known from
+labels and mask before the schedule starts. Under activation recompute a router runs twice; losses
+are attached where there is a graph and counted the first time.
 
 Shapes: n micro-batches, b samples, l this rank's part of the sequence, s the whole, E experts, D
-domains, L steered layers of this rank.
+domains, L steered layers of this rank. Of packed samples a router may see ``[l, b]`` otherwise, see
+``host.own_tokens``.
 """
 
 from __future__ import annotations
@@ -32,13 +33,11 @@ from megatron_moe_inject.host.attached_loss import (
     sum_and_count,
 )
 from megatron_moe_inject.host.clock import ChunkClock, Passages
-from megatron_moe_inject.host.labels import (
-    GENERAL,
-)
 from megatron_moe_inject.host.megatron_types import Chunk, Groups, MegatronModule
 from megatron_moe_inject.host.model_parts import (
     routers,
 )
+from megatron_moe_inject.host.own_tokens import OwnTokens
 from megatron_moe_inject.host.routing_watch import (
     chosen_before_dropping,
     router_distribution,
@@ -111,6 +110,7 @@ class SteeringHook:
         weighs: names of the domains whose tokens are weighed by their teachers' confidence, by
             index; all others weigh nothing where there are any.
         by_token: weigh some of them by ``confidences`` of ``begin``.
+        packed: whether a micro-batch is one row of its samples.
 
     Attributes:
         device: where the student is.
@@ -129,12 +129,17 @@ class SteeringHook:
         bias_counts: float,
         weighs: Mapping[int, str] | None = None,
         by_token: bool = False,
+        packed: bool = False,
     ) -> None:
         self._weighs = weighs or {}
         self._by_token = by_token
         self._config = chunks[0].config
         self.device = next(chunks[0].parameters()).device
         self._groups = groups
+        self._tokens = OwnTokens(
+            groups, sequence_parallel=self._config.sequence_parallel, packed=packed
+        )
+        self._packed = packed
         self._sequence_group = groups.tp_cp if self._config.sequence_parallel else groups.cp
         self._weights_at = weights_at
         self._target_mass = target_mass
@@ -179,6 +184,7 @@ class SteeringHook:
         sequence_length: int,
         confidences: torch.Tensor | None = None,
         means: Mapping[int, float] | None = None,
+        loss_mask: torch.Tensor | None = None,
     ) -> None:
         """Start a step.
 
@@ -189,23 +195,33 @@ class SteeringHook:
             confidences: with ``by_token``, on the last pipeline stage: fp32 ``[n, b, s/c]``, this
                 context-parallel rank's part of every sequence, 0 where ``means`` has the domain.
             means: one weight for all tokens of a domain, by index.
+            loss_mask: see ``Step.loss_mask``.
 
         Collectives: one all-reduce of 2 D + 2 numbers over the data- and context-parallel ranks;
         with ``by_token``, one broadcast of n b s/c numbers over the pipeline group.
         """
         self._labels = labels
-        index = labels.flatten() + 1
-        self._index = (labels + 1).to(self.device, non_blocking=True)
         length = sequence_length // self._groups.cp.size()
-        tokens = torch.bincount(index, minlength=self._classes).float() * length
+        counted = torch.full(labels.shape, float(length))
+        self._mask = mask = None
+        if loss_mask is not None:
+            mask = self._tokens.of_rank(loss_mask)
+            counted = mask.sum(-1, dtype=torch.float32)
+            mask = mask.to(self.device, torch.float32, non_blocking=True)
+            self._mask = self._tokens.of(mask)
+        index = labels + 1
+        tokens = torch.bincount(index.flatten(), counted.flatten(), minlength=self._classes)
         sums = torch.stack([tokens, tokens]).to(self.device, non_blocking=True)
+        index = index.to(self.device, non_blocking=True)
+        self._index = self._tokens.of_samples(index, length)
         self._token_weights = None
         if self._weighs:
-            whole = self._weighed(confidences, means or {}, length)
+            whole = self._weighed(confidences, means or {}, index, length)
+            whole = whole if mask is None else whole * mask
             weights = sums.new_zeros(self._classes)
-            weights.index_add_(0, self._index.flatten(), whole.flatten(0, 1).sum(1))
+            weights.index_add_(0, index.flatten(), whole.flatten(0, 1).sum(1))
             sums[1] = weights
-            self._token_weights = self._own_part(whole)
+            self._token_weights = self._tokens.of(whole)
         if self._groups.dp_cp.size() > 1:
             dist.all_reduce(sums, group=self._groups.dp_cp)
         self._confidence = {
@@ -228,10 +244,14 @@ class SteeringHook:
         self._active = True
 
     def _weighed(
-        self, confidences: torch.Tensor | None, means: Mapping[int, float], length: int
+        self,
+        confidences: torch.Tensor | None,
+        means: Mapping[int, float],
+        index: torch.Tensor,
+        length: int,
     ) -> torch.Tensor:
         """Weights of all tokens, fp32 ``[n, b, s/c]``; see ``begin``."""
-        shape = (*self._index.shape, length)
+        shape = (*index.shape, length)
         if self._by_token:
             whole = self._shared(confidences, shape)
         else:
@@ -239,7 +259,7 @@ class SteeringHook:
         if not means:
             return whole
         by_class = [means.get(index, 0.0) for index in range(-1, self._classes - 1)]
-        return whole + torch.tensor(by_class, device=self.device)[self._index].unsqueeze(-1)
+        return whole + torch.tensor(by_class, device=self.device)[index].unsqueeze(-1)
 
     def _shared(self, own: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor:
         """The last stage's tensor on every stage."""
@@ -249,13 +269,6 @@ class SteeringHook:
         if group.size() > 1:
             dist.broadcast(own, src=dist.get_process_group_ranks(group)[-1], group=group)
         return own
-
-    def _own_part(self, whole: torch.Tensor) -> torch.Tensor:
-        """``[n, b, s/c]`` to what this rank's routers see, ``[n, l, b]``."""
-        whole = whole.transpose(1, 2)
-        if self._config.sequence_parallel:
-            whole = whole.chunk(self._groups.tp.size(), dim=1)[self._groups.tp.rank()]
-        return whole
 
     def _scale(self, tokens: int) -> torch.Tensor:
         """What makes a sum over this rank's tokens one over the tokens of the step.
@@ -324,18 +337,22 @@ class SteeringHook:
             return call()
         micro_batch, first = steered.passing()
         labels = self._labels[micro_batch]
+        shape = call["logits"].shape[:2]
+        index = self._tokens.seen(self._index[micro_batch], shape)
         balance = steered.balance
         if balance is not None and self._weights.coeff > 0:
             general = ~steered.has_targets[labels + 1]
             balance.general = (general.nonzero().flatten().tolist(), len(labels))
+            if self._packed:
+                balance.rows = ~steered.on_device[index].flatten()
         try:
             gates, chosen = call()
         finally:
             if balance is not None:
-                balance.general = None
+                balance.general = balance.rows = None
         trains = torch.is_grad_enabled() and gates.requires_grad
         with torch.set_grad_enabled(trains):
-            loss = self._losses(steered, call["logits"], chosen, micro_batch, first)
+            loss = self._losses(steered, call["logits"], chosen, index, micro_batch, first)
         if not trains:
             return gates, chosen
         return attach_loss(gates, loss, torch.ones_like(loss)), chosen
@@ -345,40 +362,50 @@ class SteeringHook:
         steered: _SteeredRouter,
         logits: torch.Tensor,
         chosen: torch.Tensor,
+        index: torch.Tensor,
         micro_batch: int,
         first: bool,
     ) -> torch.Tensor:
         """Weighted sum of a micro-batch's losses; their plain sums are kept the first time.
 
         Every rank comes here with every micro-batch, also where it has no domain token.
+
+        Args:
+            index: ``[l, b]``, each token's domain index plus one.
         """
-        labels = self._labels[micro_batch]
         score_function = self._config.moe_router_score_function
         probs = router_distribution(logits, score_function)
-        index = self._index[micro_batch]
-        targets = steered.targets[index].expand(len(probs), -1, -1)
+        targets = steered.targets[index]
         full = None
         if self._config.moe_expert_capacity_factor is not None:
             before = chosen_before_dropping(steered.router, logits.detach())
             full = (before & ~chosen).any(0)
         steering = steering_losses(probs, targets, target_mass=self._target_mass, full=full)
-        tokens = int(steered.has_targets[labels + 1].sum()) * len(probs)
-        weight: torch.Tensor | int = tokens
+        steered_tokens, general = steered.on_device[index], index == 0
+        mask = None
+        if self._mask is not None:
+            mask = self._tokens.seen(self._mask[micro_batch], index.shape)
+            steered_tokens, general = steered_tokens * mask, general * mask
+        weights = steered_tokens
         if self._token_weights is not None:
-            token_weights = self._token_weights[micro_batch]
+            token_weights = self._tokens.seen(self._token_weights[micro_batch], index.shape)
+            weights = token_weights * steered.on_device[index]
             steering = steering * token_weights
-            weight = (token_weights * steered.on_device[index]).sum()
-        sums: dict[str, tuple[torch.Tensor, torch.Tensor | int]] = {
-            STEERING: (steering.sum(), weight)
-        }
+        elif mask is not None:
+            steering = steering * mask
+        sums = {STEERING: (steering.sum(), weights.sum())}
         if self._weights.coeff > 0 and self._weights.balance > 0:
-            shares = self._shares(targets, chosen.view_as(targets), index, steered.targets)
-            sums[WITHIN] = target_balance_losses(probs, targets, shares).sum(), tokens
+            on_targets = (chosen.view_as(targets) & targets).float()
+            if mask is not None:
+                on_targets = on_targets * mask.unsqueeze(-1)
+            shares = self._shares(on_targets, index, steered.targets)
+            balance = target_balance_losses(probs, targets, shares)
+            balance = balance if mask is None else balance * mask
+            sums[WITHIN] = balance.sum(), steered_tokens.sum()
         if steered.original_logits is not None:
             divergence = router_divergences(logits, steered.original_logits, score_function)
             steered.original_logits = None
-            general = int((labels == GENERAL).sum()) * len(probs)
-            sums[RETENTION] = (divergence * (index == 0)).sum(), general
+            sums[RETENTION] = (divergence * general).sum(), general.sum()
         if first:
             for name, (value, count) in sums.items():
                 row = self._sums[TERMS.index(name)]
@@ -388,22 +415,21 @@ class SteeringHook:
         return cast(torch.Tensor, whole)  # typeshed's sum may be of nothing, and so 0
 
     def _shares(
-        self,
-        targets: torch.Tensor,
-        chosen: torch.Tensor,
-        index: torch.Tensor,
-        table: torch.Tensor,
+        self, on_targets: torch.Tensor, index: torch.Tensor, table: torch.Tensor
     ) -> torch.Tensor:
-        """How the micro-batch's choices on each domain's targets split, ``[l, b, E]``; even where
-        there are none.
+        """How the micro-batch's choices on each domain's targets, ``[l, b, E]``, split there; even
+        where there are none.
 
         Collectives: one all-reduce of D E numbers over the ranks that share sequences.
         """
         counts = torch.zeros(table.shape, device=self.device)
-        counts.index_add_(0, index, (chosen & targets).sum(0).float())
+        if self._packed:
+            counts.index_add_(0, index.flatten(), on_targets.flatten(0, 1))
+        else:
+            counts.index_add_(0, index[0], on_targets.sum(0))
         if self._sequence_group.size() > 1:
             dist.all_reduce(counts, group=self._sequence_group)
         sums = counts.sum(-1, keepdim=True)
         even = table / table.sum(-1, keepdim=True).clamp(min=1)
         shares = torch.where(sums > 0, counts / sums.clamp(min=1), even)
-        return shares[index].expand_as(targets)
+        return shares[index]

@@ -12,7 +12,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_moe_inject.data.packed import check_packed
+from megatron_moe_inject.data.packed import (
+    check_packed,
+    check_whole_documents,
+    packing_flag,
+)
 from megatron_moe_inject.data.read_once import MeasuredText
 from megatron_moe_inject.experts.choose.profile_file import write_profile
 from megatron_moe_inject.experts.choose.recorder import RoutingRecorder
@@ -81,7 +85,9 @@ class ProfilePart(RunPart):
         ]
 
     def _check_logits(self) -> None:
-        tokens = self._args.inject_profile_logits
+        tokens, flag = self._args.inject_profile_logits, "--inject-profile-logits"
+        if tokens is not None:
+            check_whole_documents(self._args, flag)
         layers, experts = len(self._facts.moe_layers), self._experts
         most = most_tokens(classes=len(self._names), layers=layers, experts=experts)
         if tokens is not None and tokens > most:
@@ -137,6 +143,7 @@ class ProfilePart(RunPart):
                 logits=self._args.inject_profile_logits,
                 sequence_length=self._args.seq_length,
                 in_training=not self._args.skip_train,
+                packed=packing_flag(self._args) is not None,
             )
         )
         return self._recorder

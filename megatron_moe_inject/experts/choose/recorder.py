@@ -9,7 +9,7 @@ of this rank, E experts, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,11 +37,14 @@ class RoutingRecorder(StepPart):
         logits: keep the router logits of at most so many tokens of each class.
         sequence_length: tokens of a sequence, where logits are kept.
         in_training: record the steps that train, instead of those of evaluation.
+        packed: whether a micro-batch is one row of its samples; see ``host.own_tokens``.
 
     Attributes:
         watch: gives the sums of a step.
         steps: how many were recorded.
     """
+
+    reads_tokens = True
 
     def __init__(
         self,
@@ -53,6 +56,7 @@ class RoutingRecorder(StepPart):
         logits: int | None = None,
         sequence_length: int = 0,
         in_training: bool = True,
+        packed: bool = False,
     ) -> None:
         self._in_training = in_training
         self._config = chunks[0].config
@@ -62,7 +66,7 @@ class RoutingRecorder(StepPart):
         self._classes = classes
         self.steps = 0
         each = coselections or logits is not None
-        self.watch = RoutingWatch(chunks, groups, self._routed if each else None)
+        self.watch = RoutingWatch(chunks, groups, self._routed if each else None, packed=packed)
         shape = (classes, len(self.watch.layers), self._config.num_moe_experts)
         self._totals = {name: self._zeros(*shape) for name in SUMS}
         self._share_sums, self._share_squares = self._zeros(*shape), self._zeros(*shape)
@@ -94,7 +98,7 @@ class RoutingRecorder(StepPart):
         self._labels = step.labels
         if self._sampler is not None:
             self._sampler.begin(step.labels)
-        self.watch.begin(*step.labels.shape)
+        self.watch.begin(step.labels.shape[0], step.labels.shape[1], step.loss_mask)
 
     def end(self, step: Step, reports: Any) -> None:
         """Add the step's sequences to their classes.
@@ -127,9 +131,20 @@ class RoutingRecorder(StepPart):
             self._sampler.record(micro_batch, layer, logits, chosen, padding)
         if self._pairs is not None and self._counts_here:
             unpadded = chosen if padding is None else chosen & ~padding.unsqueeze(-1)
-            for sample, label in enumerate(self._labels[micro_batch].tolist()):
-                together = unpadded[:, sample].float()
+            labels = self._labels[micro_batch]
+            for label, together in zip(labels.tolist(), self._samples(unpadded), strict=True):
                 self._pairs[label + 1, layer] += together.t() @ together
+
+    def _samples(self, chosen: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Each sample's choices ``[l, E]`` in fp32, of ``[l, b, E]`` or a row ``[t, 1, E]``."""
+        samples = self._labels.shape[1]
+        if chosen.shape[1] == samples:
+            yield from chosen.float().unbind(1)
+            return
+        row = chosen.squeeze(1).float()
+        own = self.watch.tokens.samples_of_row(samples, len(row)).to(row.device, non_blocking=True)
+        for sample in range(samples):
+            yield row * (own == sample).unsqueeze(1)
 
     def sampled_logits(self) -> list[LogitSample] | None:
         """By class, what was kept of the logits; None where nothing was, and on most ranks.

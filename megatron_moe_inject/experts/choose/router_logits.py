@@ -90,6 +90,10 @@ class LogitSampler:
         device: torch.device,
     ) -> None:
         self._groups = groups
+        self._length = sequence_length
+        tensor_rank = groups.tp.rank()
+        # Without sequence parallelism all ranks have the same tokens, and the first counts them.
+        self._rank = tensor_rank if sequence_parallel else (None if tensor_rank else 0)
         self._each = min(POSITIONS, tokens, sequence_length)
         self._quota = tokens // self._each
         steps = torch.arange(self._each)
@@ -151,16 +155,34 @@ class LogitSampler:
         chosen: torch.Tensor,
         padding: torch.Tensor | None,
     ) -> None:
-        """Take from a router: logits and bool choices ``[l, b, E]``, padding ``[l, b]``."""
+        """Take from a router: logits and bool choices ``[l, b, E]``, padding ``[l, b]``; of a row
+        of packed samples ``[t, 1, E]`` and ``[t, 1]``."""
         slots, labels = (x[micro_batch].tolist() for x in (self._slots, self._labels))
+        in_row = logits.shape[1] < len(labels)
         for sample, (slot, label) in enumerate(zip(slots, labels, strict=True)):
-            if slot < 0 or not len(self._rows):
+            if slot < 0:
                 continue
-            at = (label + 1, layer, slot, self._columns)
-            self._logits[at] = logits[self._rows, sample].float()
-            self._chosen[at] = chosen[self._rows, sample].to(torch.uint8)
-            seen = 1 if padding is None else (~padding[self._rows, sample]).to(torch.uint8)
+            rows, columns = self._rows, self._columns
+            if in_row:
+                rows, columns = self._in_row(sample, len(logits))
+            if not len(rows):
+                continue
+            column = 0 if in_row else sample
+            at = (label + 1, layer, slot, columns)
+            self._logits[at] = logits[rows, column].float()
+            self._chosen[at] = chosen[rows, column].to(torch.uint8)
+            seen = 1 if padding is None else (~padding[rows, column]).to(torch.uint8)
             self._seen[at] = seen
+
+    def _in_row(self, sample: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which of a rank's t = ``tokens`` of a row are kept of a sample, and as which."""
+        rank = self._rank
+        if rank is None:
+            return self._rows[:0], self._columns[:0]
+        places = self._positions + sample * self._length - rank * tokens
+        columns = ((places >= 0) & (places < tokens)).nonzero().flatten()
+        device = self._logits.device
+        return places[columns].to(device, non_blocking=True), columns.to(device, non_blocking=True)
 
     def collect(self, layers: Sequence[int]) -> list[LogitSample] | None:
         """The sample of each class on the first pipeline rank, None on others.
