@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_moe_inject.data.held_out import HeldOutText
+from megatron_moe_inject.data.packed import check_packed
 from megatron_moe_inject.evaluation.evaluation import (
     GENERAL_CLASS,
     Evaluation,
@@ -38,8 +39,6 @@ NO_DATA = (
 _ONE_PASS = {
     "full_validation": "evaluates as often as the fullest rank, which counts text twice",
     "multiple_validation_sets": "yields samples that do not say which dataset they are from",
-    "sft": "packs documents into one sequence",
-    "dataloader_inter_document_masking": "packs documents into one sequence",
     "hybrid_context_parallel": "regroups the micro-batches of a step",
     "perform_rl_step": "replaces Megatron's evaluation",
 }
@@ -70,6 +69,7 @@ class Evaluator(RunPart):
             if getattr(args, name, None):
                 flag = "--" + name.replace("_", "-")
                 raise RecipeError(f"{flag}: {problem}; remove it, or measure nothing ({reason})")
+        check_packed(args, run.largest_micro_batch, reason)
         if args.dataloader_type == "external":
             raise RecipeError(
                 f"--dataloader-type external: cannot be read from its beginning again; use "

@@ -37,17 +37,18 @@ def attach_loss(tensor: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
     return _Attach.apply(tensor, loss, scale)
 
 
-def step_scale(config: Any, groups: Any, tokens: int, device: torch.device) -> torch.Tensor:
+def step_scale(
+    config: Any, groups: Any, tokens: torch.Tensor, device: torch.device
+) -> torch.Tensor:
     """What makes a sum over this rank's tokens one over the tokens of the step, a scalar.
 
     Megatron averages gradients over data- and context-parallel ranks, those of experts too; with
-    ``calculate_per_token_loss`` it sums them and divides by all tokens, of which, like its own
-    balance losses, this takes none to be masked.
+    ``calculate_per_token_loss`` it sums them and divides by all tokens whose loss counts.
 
     Args:
         config: the student's ``TransformerConfig``.
         groups: its ``ProcessGroupCollection``.
-        tokens: of the step, over all data-parallel ranks.
+        tokens: those of the step whose loss counts, over all data- and context-parallel ranks.
         device: of the result.
     """
     scale = loss_scale(config, device)

@@ -1,8 +1,8 @@
 """Datasets and micro-batches of our own GPT entry.
 
-The stock pieces do the work: ``GPTDataset`` under Megatron's blend, one broadcast per tensor from
-tensor-parallel rank 0, and context-parallel slicing. Only the keys that those pieces know pass
-(a blend adds ``dataset_id``, which stock slicing cannot take).
+The stock pieces do the work: ``GPTDataset``, or with ``--sft`` ``SFTDataset``, under Megatron's
+blend, one broadcast per tensor from tensor-parallel rank 0, and context-parallel slicing. Only the
+keys that those pieces know pass (a blend adds ``dataset_id``, which stock slicing cannot take).
 Shapes: b micro-batch, s sequence, c context-parallel size; tokens ``[b, s]``, after slicing
 ``[b, s/c]``.
 """
@@ -23,6 +23,7 @@ from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
 from megatron.training import get_args, print_rank_0
 from megatron.training.arguments import core_transformer_config_from_args
+from megatron.training.datasets.sft_dataset import SFTDataset
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
@@ -45,7 +46,12 @@ class Batch(NamedTuple):
 
 
 def is_packed(args: Any) -> bool:
-    """Whether the data loader packs documents and sends ``cu_seqlens`` (0.19+)."""
+    """Whether the data loader packs documents and sends ``cu_seqlens``."""
+    return bool(args.sft or _masks_documents(args))
+
+
+def _masks_documents(args: Any) -> bool:
+    """Whether pretraining documents are packed, whose lengths no context-parallel size divides."""
     return bool(getattr(args, "dataloader_inter_document_masking", False))
 
 
@@ -112,7 +118,7 @@ def get_batch(
         return Batch(**{key: batch[key] for key in metadata})
     batch = compat.batch_on_this_cp_rank(
         batch,
-        per_sequence=packed,
+        per_sequence=_masks_documents(args),
         is_hybrid_cp=args.hybrid_context_parallel,
         cp_group=mpu.get_context_parallel_group(),
         hybrid_cp_group_func=get_hybrid_data_context_parallel_groups,
@@ -200,7 +206,7 @@ def dataset_config(args: Any) -> GPTDatasetConfig:
         "data_parallel_size": args.data_parallel_size,
         "sequence_parallel_size": args.tensor_model_parallel_size * args.sequence_parallel,
         "hybrid_context_parallel": args.hybrid_context_parallel,
-        "inter_document_masking": is_packed(args),
+        "inter_document_masking": _masks_documents(args),
     }
     return GPTDatasetConfig(**compat.accepted(GPTDatasetConfig, fields))
 
@@ -217,7 +223,9 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
     args = get_args()
     reads = partial(reads_data, core_transformer_config_from_args(args), is_packed(args), vp_stage)
     print_rank_0("> building GPT datasets ...")
-    kind = MockGPTDataset if args.mock_data else GPTDataset
+    kind: Any = MockGPTDataset if args.mock_data else GPTDataset
+    if args.sft:
+        kind = SFTDataset
     return BlendedMegatronDatasetBuilder(kind, num_samples, reads, dataset_config(args)).build()
 
 

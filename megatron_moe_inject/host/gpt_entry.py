@@ -32,7 +32,6 @@ SPIKE_FACTOR = 10
 """A loss this many times the largest so far is reported under ``--check-for-spiky-loss``."""
 
 _REFUSED = {
-    "sft": "supervised fine-tuning batches",
     "fim_data": "fill-in-the-middle data",
     "logits_load_dir": "distillation from cached logits",
     "yaml_cfg": "YAML configuration",
@@ -194,6 +193,12 @@ def check_supported(args: Any) -> None:
                 f"--{name.replace('_', '-')}: megatron_moe_inject.pretrain has no {what}; run "
                 "Megatron's own script through `python -m megatron_moe_inject.launch`"
             )
+    if args.sft and args.tokenizer_type != "SFTTokenizer":
+        raise ValueError(
+            f"--sft: conversations need a tokenizer with a chat template, and --tokenizer-type is "
+            f"{args.tokenizer_type}; use SFTTokenizer with --tokenizer-model and "
+            "--sft-tokenizer-prompt-format"
+        )
 
 
 def main() -> None:
@@ -207,6 +212,8 @@ def main() -> None:
         check_supported(args)
     except ValueError as error:
         sys.exit(f"moe-inject: {error}")
+    if args.sft:  # its samples have borders instead, as those of documents have
+        args.create_attention_mask_in_dataloader = False
     model_config = compat.model_config(args)
     provider = {}
     if model_config is None:

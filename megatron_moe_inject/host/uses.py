@@ -370,6 +370,7 @@ OWN_ENTRY = Contract(
         *symbols(
             f"{_CORE}.datasets.gpt_dataset", "GPTDataset", "GPTDatasetConfig", "MockGPTDataset"
         ),
+        *symbols("megatron.training.datasets.sft_dataset", "SFTDataset"),
         *symbols(f"{_CORE}.packed_seq_params", "PackedSeqParams"),
         *symbols(f"{_CORE}.tokenizers.utils.build_tokenizer", "build_tokenizer"),
         *symbols(f"{_CORE}.utils", "get_batch_on_this_cp_rank", "get_batch_on_this_tp_rank"),

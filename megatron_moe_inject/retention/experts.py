@@ -183,22 +183,22 @@ class ExpertRetention:
             sequence_length: of whole sequences.
             loss_mask: see ``Step.loss_mask``.
 
-        Collectives: one all-reduce of one number over the data- and context-parallel ranks.
+        Collectives: one all-reduce of two numbers over the data- and context-parallel ranks.
         """
         length = sequence_length // self._groups.cp.size()
         general = labels == GENERAL
         own = self._tokens.of_samples(general, length)
-        total = general.sum() * length
+        counts = [general.sum() * length, general.numel() * length]
         if loss_mask is not None:
-            mask = self._tokens.of_rank(loss_mask) & general.unsqueeze(-1)
-            own, total = self._tokens.of(mask), mask.sum()
+            counted = self._tokens.of_rank(loss_mask)
+            mask = counted & general.unsqueeze(-1)
+            own, counts = self._tokens.of(mask), [mask.sum(), counted.sum()]
         self._general = own.to(self._device, non_blocking=True)
-        count = torch.tensor([float(total)]).to(self._device)
+        totals = torch.tensor([float(count) for count in counts]).to(self._device)
         if self._groups.dp_cp.size() > 1:
-            dist.all_reduce(count, group=self._groups.dp_cp)
-        self._count = count[0]
+            dist.all_reduce(totals, group=self._groups.dp_cp)
+        self._count, tokens = totals
         weight = self._weight_at(iteration)
-        tokens = labels.numel() * sequence_length * self._groups.dp.size()
         scale = step_scale(self._config, self._groups, tokens, self._device)
         self._factor = weight * scale / (self._count.clamp(min=1) * self._num_layers)
         self._sum = torch.zeros((), dtype=torch.float32, device=self._device)

@@ -30,6 +30,7 @@ from megatron.core.transformer.moe.moe_utils import router_gating_linear
 from megatron_moe_inject.host.attached_loss import (
     add_reports,
     attach_loss,
+    step_scale,
     sum_and_count,
 )
 from megatron_moe_inject.host.clock import ChunkClock, Passages
@@ -229,7 +230,7 @@ class SteeringHook:
             for index, name in self._weighs.items()
         }
         self._weights = self._weights_at(iteration)
-        scale = self._scale(labels.numel() * sequence_length * self._groups.dp.size())
+        scale = step_scale(self._config, self._groups, sums[0].sum(), self.device)
         for clock in self._clocks:
             clock.reset()
         for steered in self._routers:
@@ -269,20 +270,6 @@ class SteeringHook:
         if group.size() > 1:
             dist.broadcast(own, src=dist.get_process_group_ranks(group)[-1], group=group)
         return own
-
-    def _scale(self, tokens: int) -> torch.Tensor:
-        """What makes a sum over this rank's tokens one over the tokens of the step.
-
-        Megatron averages gradients over data- and context-parallel ranks; with
-        ``calculate_per_token_loss`` it sums them and divides by all tokens, of which, like its own
-        balance losses, this takes none to be masked.
-        """
-        scale = torch.ones((), device=self.device)
-        if self._config.grad_scale_func is not None and torch.is_grad_enabled():
-            scale = self._config.grad_scale_func(scale).detach()
-        if self._config.calculate_per_token_loss:
-            return scale * tokens
-        return scale * self._groups.dp_cp.size()
 
     def end(self, reports: Any) -> None:
         """Finish the step and add what was measured to what the schedule returned.

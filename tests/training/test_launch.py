@@ -97,10 +97,14 @@ def test_installed_but_unused_the_plugin_changes_no_bit(blend, layout, nproc, mo
 
 
 def test_entry_refuses_what_it_leaves_to_the_script():
-    run = lane.run(lane.dense("--sft"), check=False)
-    assert run.returncode == 1
-    assert re.search(r"moe-inject: --sft: .* run Megatron's own script", run.output)
-    assert "Traceback" not in run.output
+    for flag, message in (
+        ("--fim-data", r"--fim-data: .* run Megatron's own script"),
+        ("--sft", r"--sft: .*--tokenizer-type is NullTokenizer; use SFTTokenizer"),
+    ):
+        run = lane.run(lane.dense(flag), check=False)
+        assert run.returncode == 1
+        assert re.search(f"moe-inject: {message}", run.output)
+        assert "Traceback" not in run.output
 
 
 def command(*arguments: str, pythonpath: str = "", **env: str) -> subprocess.CompletedProcess:
