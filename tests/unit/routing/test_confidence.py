@@ -66,6 +66,16 @@ def test_a_step_gives_the_mean_over_its_tokens_by_domain(kind):
         assert running.means[index] == pytest.approx(value.item(), rel=1e-5)
 
 
+def test_tokens_that_the_loss_mask_leaves_out_do_not_count():
+    running, group, own = RunningConfidence("top", {0: "code"}), teacher([0, 1]), labels(2)
+    mask = torch.tensor([[1.0, 0, 0, 1, 0], [0.0, 0, 0, 0, 0]])
+    running.begin(0)
+    running.add([group], own, [0, 0], Vocabulary(None, VOCABULARY), loss_mask=mask)
+    running.end(torch.device("cpu"))
+    expected = probs(group).amax(-1)[0, [0, 3]].mean()
+    assert running.state["code"][0] == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_a_committees_mixture_is_measured():
     first, second = teacher([0]), teacher([0], seed=3)
     mixed = SampleGroup([0], WEIGHTS, Mixed((first.target, second.target), (0.25, 0.75)))

@@ -273,10 +273,11 @@ def test_a_mean_weighs_all_tokens_of_its_domain(by_token):
     assert total / count == pytest.approx(0.3)
 
 
-def balanced(kind, per_token, labels):
+def balanced(kind, per_token, labels, in_row=False):
     """A router's gradient of its stock balance loss on one micro-batch, and what it logs of it.
 
-    ``None`` = stock, on general samples alone.
+    ``None`` = stock, on general samples alone; ``in_row``: general tokens are told one by one, as
+    where samples are packed.
     """
     get_moe_metrics_tracker().metrics.clear()
     chunk = Chunk(
@@ -289,6 +290,8 @@ def balanced(kind, per_token, labels):
     if labels is not None:
         balance = GeneralBalance(router, 0.0)
         balance.general = ([i for i, label in enumerate(labels) if label == GENERAL], 4)
+        if in_row:
+            balance.rows = (torch.tensor(labels) == GENERAL).repeat(len(hidden))
         samples = slice(None)
     else:
         samples = [1, 3]
@@ -298,14 +301,15 @@ def balanced(kind, per_token, labels):
     return router.weight.grad, logged
 
 
+@pytest.mark.parametrize("in_row", [False, True])
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("kind", ["aux_loss", "seq_aux_loss", "global_aux_loss"])
-def test_stock_balance_of_a_mixed_batch_is_that_of_its_general_samples(kind, per_token):
+def test_stock_balance_of_a_mixed_batch_is_that_of_its_general_samples(kind, per_token, in_row):
     """Where half the samples are general, theirs, with the weight they had among all tokens.
 
     With ``calculate_per_token_loss`` Megatron weighs by tokens, in the gradient and not in the log.
     """
-    gradient, logged = balanced(kind, per_token, [0, GENERAL, 0, GENERAL])
+    gradient, logged = balanced(kind, per_token, [0, GENERAL, 0, GENERAL], in_row)
     alone, logged_alone = balanced(kind, per_token, None)
     torch.testing.assert_close(gradient, alone if per_token else alone / 2, rtol=1e-4, atol=1e-7)
     assert len(logged) == 1
@@ -337,6 +341,11 @@ def test_expert_bias_counts_weigh_domain_tokens(weight):
     by_sample = chosen.view(LENGTH, 3, EXPERTS).sum(0).float()
     expected = by_sample[0] + by_sample[2] + weight * by_sample[1]
     assert torch.equal(router.local_tokens_per_expert, expected)
+    router.local_tokens_per_expert.zero_()
+    balance.rows = torch.tensor([True, False, True]).repeat(LENGTH)
+    router(hidden)
+    assert torch.equal(router.local_tokens_per_expert, expected)
+    balance.rows = None
     router.local_tokens_per_expert.zero_()
     with torch.no_grad():
         router(hidden)

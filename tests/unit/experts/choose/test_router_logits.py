@@ -61,8 +61,11 @@ def sampler(tokens, length=16, cp=None, tp=None, sequence_parallel=False):
 LABELS = torch.tensor([[0, -1], [0, 0]])
 
 
-def run(made, steps=2, length=16, padding=None):
-    """Logits name their step, micro-batch, sample and position."""
+def run(made, steps=2, length=16, padding=None, row=None):
+    """Logits name their step, micro-batch, sample and position.
+
+    With ``row`` a micro-batch is one row, of which the rank has that slice.
+    """
     for step in range(steps):
         made.begin(LABELS)
         for micro_batch in range(2):
@@ -70,6 +73,8 @@ def run(made, steps=2, length=16, padding=None):
             logits = (
                 place[..., None] + 1000 * micro_batch + 10000 * step + torch.tensor([0, 0.25, 0.5])
             )
+            if row is not None:
+                logits = logits.transpose(0, 1).flatten(0, 1).unsqueeze(1)[row]
             made.record(micro_batch, 0, logits, logits == logits.amax(-1, True), padding)
     return made.collect([4])
 
@@ -103,6 +108,20 @@ def test_padding_is_left_out():
     assert code.positions.tolist() == [1, 3, 5, 7] * 2
     assert code.logits.shape == (1, 8, 3)
     assert len(general.positions) == 16
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_samples_in_a_row_give_the_same_tokens(ranks):
+    whole, size = run(sampler(17)), 32 // ranks
+    seen = []
+    for rank in range(ranks):
+        own = sampler(17, tp=Group(rank, ranks), sequence_parallel=ranks > 1)
+        seen.append(run(own, row=slice(rank * size, (rank + 1) * size)))
+    for name in (0, 1):
+        expected = whole[name].logits[0]
+        found = np.concatenate([part[name].logits[0] for part in seen])
+        assert found[found[:, 0].argsort()].tolist() == expected[expected[:, 0].argsort()].tolist()
+    assert run(sampler(17, tp=Group(1, 2)), row=slice(0, 32))[0].logits.shape == (1, 0, 3)
 
 
 def test_a_class_without_sequences_is_empty():
