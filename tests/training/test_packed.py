@@ -92,15 +92,15 @@ def documents(material, llama, tmp_path_factory):
     """A run on packed documents, or on the same ones one to a sample, with what it measured."""
     known = {}
 
-    def run(packed, samples, without=(), *, nproc=1, extra=(), check=True, **layout):
-        """``samples``: packs of a micro-batch."""
-        key = packed, samples, without, tuple(layout.items()), extra
+    def run(packed, samples, without=(), *, nproc=1, extra=(), changes=(), **layout):
+        """``samples``: packs of a micro-batch; ``changes``: of the recipe, by section."""
+        key = packed, samples, without, tuple(layout.items()), extra, str(changes)
         if key in known:
             return known[key]
         folder, per = tmp_path_factory.mktemp("documents"), 1 if packed else PER_SAMPLE
         measured = {"file": str(folder / "evaluation.jsonl"), "gate": False}
         flags = material.flags(
-            *recipe(material, llama, folder, without, evaluation=measured),
+            *recipe(material, llama, folder, without, evaluation=measured, **dict(changes)),
             *("--micro-batch-size", str(samples * per), "--global-batch-size", str(8 * per)),
             *("--train-iters", "3", "--eval-iters", "2", "--eval-interval", "2", *UNBALANCED),
             *("--inject-profile", str(folder / "profile.json"), "--inject-profile-coselections"),
@@ -109,7 +109,7 @@ def documents(material, llama, tmp_path_factory):
             **layout,
         )
         env = {"TESTS_DOCUMENTS": "packed" if packed else "single"}
-        result = lane.run(flags, nproc=nproc, script=DOCUMENTS, env=env, check=check)
+        result = lane.run(flags, nproc=nproc, script=DOCUMENTS, env=env)
         known[key] = result, folder
         return known[key]
 
@@ -153,6 +153,7 @@ ROWS = ("imitation",)
         pytest.param(4, ROWS, dict(nproc=2, tp=2), id="four, tp2-sp", marks=pytest.mark.slow),
         pytest.param(2, ROWS, dict(nproc=2, ep=2), id="two, ep2", marks=pytest.mark.slow),
         pytest.param(1, (), dict(nproc=4, pp=2, tp=2), id="tp2-pp2", marks=pytest.mark.slow),
+        pytest.param(1, (), dict(nproc=4, pp=4), id="pp4", marks=pytest.mark.slow),
         pytest.param(
             1, (), dict(extra=("--recompute-granularity", "full", "--recompute-method", "uniform",
                                "--recompute-num-layers", "1")),
@@ -172,6 +173,22 @@ def test_documents_of_a_pack_are_what_they_are_alone(documents, samples, without
     assert_same_terms(packed, alone)
     assert_same_sums(sums_of_evaluations(of_packed), sums_of_evaluations(of_alone))
     assert_same_sums(routing(of_packed), routing(of_alone))
+
+
+@not_before_19
+@pytest.mark.slow
+def test_teachers_by_windows_read_their_prefix_before_each_document(documents):
+    """Tokens are then weighed by running means of confidence, in which prompts do not count."""
+    teachers = {
+        "coder": {"source": "megatron:{teacher}", "window": 1, "prefix": [5]},
+        "second": {"source": "hf:{llama}", "window": 2, "prefix": [3, 60]},
+    }
+    changes = {"teachers": teachers}
+    alone, _ = documents(False, 1, ROWS, changes=changes)
+    packed, _ = documents(True, 1, ROWS, changes=changes, nproc=2, pp=2)
+    assert_same_terms(packed, alone)
+    bare, _ = documents(True, 1, ROWS, nproc=2, pp=2)
+    assert bare.losses("kd loss")[0] != pytest.approx(packed.losses("kd loss")[0], rel=1e-3)
 
 
 @not_before_19
