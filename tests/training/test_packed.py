@@ -31,13 +31,12 @@ EVERYTHING = {
     "train": {"router": True},
     "retention": {"experts": 2.0},
     "imitation": {"hidden": 0.5, "experts": 0.25},
-    # Mass 1 is never reached: at another, rounding may decide whether a token is still pushed.
     "steering": {
-        "coeff": 0.5, "target_mass": 1.0, "balance": 0.1, "retention": 1.0, "confidence": "label",
+        "coeff": 0.5, "target_mass": 0.8, "balance": 0.1, "retention": 1.0, "confidence": "label",
     },
 }  # fmt: skip
-OF_SECOND_ORDER = ("retention loss", "router retention", "expert retention")
-"""Squares of how far the student has moved, which Adam lets depend on the last digits."""
+OF_SECOND_ORDER = ("retention loss", "original_kl")
+"""Squares of how far the student has moved, small beside what they are differences of."""
 
 not_before_19 = pytest.mark.skipif(
     compat.megatron_version().startswith("0.18"), reason="0.18 does not pack in the loader"
@@ -64,8 +63,8 @@ def terms(run) -> list[str]:
 def assert_same_terms(run, other) -> None:
     assert terms(run) == terms(other)
     for name in terms(run):
-        wide = name in OF_SECOND_ORDER
-        expected = lane.approx(other.losses(name), rel=1e-3 if wide else 5e-5, abs=1e-7)
+        rel = 5e-4 if name in OF_SECOND_ORDER else 1e-5
+        expected = lane.approx(other.losses(name), rel=rel, abs=1e-7)
         assert run.losses(name) == expected, name
 
 
@@ -75,8 +74,8 @@ def assert_same_sums(found, expected, rel=2e-5) -> None:
     if isinstance(found, dict):
         assert found.keys() == expected.keys()
         for key in found:
-            # Of second order, too.
-            assert_same_sums(found[key], expected[key], 1e-3 if key == "original_kl" else rel)
+            wide = 5e-4 if key in OF_SECOND_ORDER else rel
+            assert_same_sums(found[key], expected[key], wide)
     elif isinstance(found, list):
         assert len(found) == len(expected)
         for pair in zip(found, expected, strict=True):
