@@ -73,6 +73,11 @@ class OwnTokens:
     def samples_of_row(self, samples: int, tokens: int) -> torch.Tensor:
         """The sample of each of this rank's t = ``tokens`` in a row of b, ``[t]`` int64 on the
         host."""
+        return self.places_of_row(samples, tokens)[0]
+
+    def places_of_row(self, samples: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sample of each of this rank's t = ``tokens`` in a row of b, and its position there,
+        ``[t]`` int64 each on the host."""
         rank, size = self._part
-        row = torch.arange(samples).repeat_interleave(tokens * size // samples)
-        return row if size == 1 else row.chunk(size)[rank]
+        place, length = torch.arange(rank * tokens, (rank + 1) * tokens), tokens * size // samples
+        return place // length, place % length

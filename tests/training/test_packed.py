@@ -38,6 +38,8 @@ EVERYTHING = {
 OF_SECOND_ORDER = ("retention loss", "original_kl")
 """Squares of how far the student has moved, small beside what they are differences of."""
 
+NO_LAYERS = ("imitation",)
+"""Sections that a teacher by windows does not take."""
 not_before_19 = pytest.mark.skipif(
     compat.megatron_version().startswith("0.18"), reason="0.18 does not pack in the loader"
 )
@@ -136,39 +138,36 @@ def routing(folder) -> dict:
     }
 
 
-ROWS = ("imitation",)
-
-
 @not_before_19
 @pytest.mark.parametrize(
-    ("samples", "without", "layout"),
+    ("samples", "layout"),
     [
-        pytest.param(1, (), dict(), id="one"),
-        pytest.param(1, (), dict(nproc=2, tp=2), id="tp2-sp"),
-        pytest.param(1, (), dict(nproc=2, pp=2), id="pp2"),
-        pytest.param(2, ROWS, dict(nproc=2, tp=2), id="two packs to a row, tp2-sp"),
-        pytest.param(2, (), dict(), id="two packs to a row"),
-        pytest.param(1, (), dict(nproc=2, ep=2), id="ep2", marks=pytest.mark.slow),
-        pytest.param(4, ROWS, dict(nproc=2, tp=2), id="four, tp2-sp", marks=pytest.mark.slow),
-        pytest.param(2, ROWS, dict(nproc=2, ep=2), id="two, ep2", marks=pytest.mark.slow),
-        pytest.param(1, (), dict(nproc=4, pp=2, tp=2), id="tp2-pp2", marks=pytest.mark.slow),
-        pytest.param(1, (), dict(nproc=4, pp=4), id="pp4", marks=pytest.mark.slow),
+        pytest.param(1, dict(), id="one"),
+        pytest.param(1, dict(nproc=2, tp=2), id="tp2-sp"),
+        pytest.param(1, dict(nproc=2, pp=2), id="pp2"),
+        pytest.param(2, dict(nproc=2, tp=2), id="two packs to a row, tp2-sp"),
+        pytest.param(2, dict(), id="two packs to a row"),
+        pytest.param(1, dict(nproc=2, ep=2), id="ep2", marks=pytest.mark.slow),
+        pytest.param(4, dict(nproc=2, tp=2), id="four, tp2-sp", marks=pytest.mark.slow),
+        pytest.param(2, dict(nproc=2, ep=2), id="two, ep2", marks=pytest.mark.slow),
+        pytest.param(1, dict(nproc=4, pp=2, tp=2), id="tp2-pp2", marks=pytest.mark.slow),
+        pytest.param(1, dict(nproc=4, pp=4), id="pp4", marks=pytest.mark.slow),
         pytest.param(
-            1, (), dict(extra=("--recompute-granularity", "full", "--recompute-method", "uniform",
+            1, dict(extra=("--recompute-granularity", "full", "--recompute-method", "uniform",
                                "--recompute-num-layers", "1")),
             id="full recompute", marks=pytest.mark.slow,
         ),
         pytest.param(
-            1, (), dict(nproc=2, pp=2, extra=("--num-layers-per-virtual-pipeline-stage", "1")),
+            1, dict(nproc=2, pp=2, extra=("--num-layers-per-virtual-pipeline-stage", "1")),
             id="pp2-vpp2", marks=pytest.mark.slow,
         ),
     ],
 )  # fmt: skip
-def test_documents_of_a_pack_are_what_they_are_alone(documents, samples, without, layout):
+def test_documents_of_a_pack_are_what_they_are_alone(documents, samples, layout):
     """Distillation by both kinds of teachers, gamma, experts held, imitation and steering; the
     evaluation and the routing profile beside. Prompts are masked."""
-    alone, of_alone = documents(False, samples, without)
-    packed, of_packed = documents(True, samples, without, **layout)
+    alone, of_alone = documents(False, samples)
+    packed, of_packed = documents(True, samples, **layout)
     assert_same_terms(packed, alone)
     assert_same_sums(sums_of_evaluations(of_packed), sums_of_evaluations(of_alone))
     assert_same_sums(routing(of_packed), routing(of_alone))
@@ -183,10 +182,10 @@ def test_teachers_by_windows_read_their_prefix_before_each_document(documents):
         "second": {"source": "hf:{llama}", "window": 2, "prefix": [3, 60]},
     }
     changes = {"teachers": teachers}
-    alone, _ = documents(False, 1, ROWS, changes=changes)
-    packed, _ = documents(True, 1, ROWS, changes=changes, nproc=2, pp=2)
+    alone, _ = documents(False, 1, NO_LAYERS, changes=changes)
+    packed, _ = documents(True, 1, NO_LAYERS, changes=changes, nproc=2, pp=2)
     assert_same_terms(packed, alone)
-    bare, _ = documents(True, 1, ROWS, nproc=2, pp=2)
+    bare, _ = documents(True, 1, NO_LAYERS, nproc=2, pp=2)
     assert bare.losses("kd loss")[0] != pytest.approx(packed.losses("kd loss")[0], rel=1e-3)
 
 
@@ -268,8 +267,6 @@ def test_conversations_on_the_other_version(llama, tmp_path):
 @not_before_19
 def test_what_rows_of_several_samples_do_not_take(material, llama, tmp_path):
     ours = recipe(material, llama, tmp_path)
-    run = lane.run(material.flags(*ours, MASKED, tp=2), nproc=2, check=False)
-    assert_clean_end(run, (f"{MASKED}: --sequence-parallel", "imitation", "--micro-batch-size"))
     run = lane.run(material.flags(*ours, MASKED, pp=2), nproc=2, check=False)
     assert_clean_end(run, (f"{MASKED}: puts the 2 samples", "--pipeline-model-parallel-size 2"))
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,7 @@ from megatron_moe_inject.host.megatron_types import Chunk, Groups, MegatronModul
 from megatron_moe_inject.host.model_parts import (
     decoder_layers,
 )
+from megatron_moe_inject.host.own_tokens import OwnTokens
 from megatron_moe_inject.host.step import Step, StepPart
 from megatron_moe_inject.host.wrap import Call, wrap_method
 from megatron_moe_inject.losses.features import (
@@ -68,6 +69,22 @@ class _Place(Passages):
         self.projections = projections
 
 
+class _Part(NamedTuple):
+    """What a term compares of a micro-batch.
+
+    Attributes:
+        states: ``[l, k, h]``.
+        target: ``[l, k, h_t]``.
+        weight: ``[l, k]``, how much a token counts.
+        domains: of each of k.
+    """
+
+    states: torch.Tensor
+    target: torch.Tensor
+    weight: torch.Tensor
+    domains: Sequence[int]
+
+
 class ImitationHook(StepPart):
     """Computes and attaches the losses of one rank.
 
@@ -83,8 +100,8 @@ class ImitationHook(StepPart):
         domains: domain names by index.
         by_domain: also report each domain.
         groups: the student's ``ProcessGroupCollection``.
-        packed: whether a micro-batch is one row of its samples, each whole on this rank where there
-            are several.
+        in_rows: whether a micro-batch may be one row of several packed samples; the exchange then
+            brings whole samples, on one pipeline stage.
     """
 
     def __init__(
@@ -101,10 +118,13 @@ class ImitationHook(StepPart):
         domains: Sequence[str],
         by_domain: bool,
         groups: Groups,
-        packed: bool = False,
+        in_rows: bool = False,
     ) -> None:
-        self._packed = packed
+        self._in_rows = in_rows
         self._config = chunks[0].config
+        self._tokens = OwnTokens(
+            groups, sequence_parallel=self._config.sequence_parallel, packed=in_rows
+        )
         self._device = next(chunks[0].parameters()).device
         self._exchange = exchange
         self._teachers = teachers
@@ -259,20 +279,36 @@ class ImitationHook(StepPart):
         Without a sample of the term's domains it is 0 with a graph, so that every rank runs the
         same collectives backward and every projection gets a gradient.
         """
+        targets = self._targets
+        assert targets is not None, "a stage that imitates gets targets"
+        find = self._part_in_row if self._in_rows else self._part
+        part = find(targets, term, states, micro_batch, reached)
+        student = place.projections.project(term, part.states)
+        losses = feature_loss(student, part.target, self._loss)
+        by_sample = (losses * part.weight).sum(0)
+        if first and self._counts_here:
+            index = positions(part.domains, self._device)
+            both = torch.stack([by_sample.detach(), part.weight.sum(0)], dim=1)
+            self._sums[self._kinds.index(term.kind)].index_add_(0, index, both)
+        shares = torch.tensor([term.shares[domain] for domain in part.domains], dtype=torch.float32)
+        shares = shares.to(self._device, non_blocking=True)
+        return (by_sample * shares).sum() * self._scales[term.kind][micro_batch]
+
+    def _part(
+        self,
+        targets: StepTargets,
+        term: ImitationTerm,
+        states: torch.Tensor,
+        micro_batch: int,
+        reached: torch.Tensor | None,
+    ) -> _Part:
+        """Of a micro-batch's states ``[l, b, h]`` the k samples that the term is about."""
         domains = self._labels[micro_batch]
-        if self._packed and states.shape[1] < len(domains):
-            states = _by_sample(states, len(domains))
-            reached = None if reached is None else _by_sample(reached, len(domains))
         samples = [i for i, domain in enumerate(domains) if domain in term.shares]
         if len(samples) < len(domains):
             sample_index = positions(samples, states.device)
             states = states.index_select(1, sample_index)
             reached = None if reached is None else reached.index_select(1, sample_index)
-        targets = self._targets
-        assert targets is not None, "a stage that imitates gets targets"
-        target = self._target(targets, term, micro_batch, samples)
-        student = place.projections.project(term, states)
-        losses = feature_loss(student, target, self._loss)
         mask = targets.mask[micro_batch]
         weight = mask.index_select(0, positions(samples, mask.device)).t()
         readable = targets.readable.get(term.teacher)
@@ -280,17 +316,45 @@ class ImitationHook(StepPart):
             weight = weight * self._of_samples(term, readable, micro_batch, samples).t()
         if reached is not None:
             weight = weight * reached
-        by_sample = (losses * weight).sum(0)
-        sample_domains = [domains[i] for i in samples]
-        if first and self._counts_here:
-            index = positions(sample_domains, self._device)
-            both = torch.stack([by_sample.detach(), weight.sum(0)], dim=1)
-            self._sums[self._kinds.index(term.kind)].index_add_(0, index, both)
-        shares = torch.tensor(
-            [term.shares[domain] for domain in sample_domains], dtype=torch.float32
-        )
-        shares = shares.to(self._device, non_blocking=True)
-        return (by_sample * shares).sum() * self._scales[term.kind][micro_batch]
+        target = self._target(targets, term, micro_batch, samples)
+        return _Part(states, target, weight, [domains[i] for i in samples])
+
+    def _part_in_row(
+        self,
+        targets: StepTargets,
+        term: ImitationTerm,
+        states: torch.Tensor,
+        micro_batch: int,
+        reached: torch.Tensor | None,
+    ) -> _Part:
+        """Of a row of packed samples the tokens that the term is about, k of one token each."""
+        domains = self._labels[micro_batch]
+        samples = [i for i, domain in enumerate(domains) if domain in term.shares]
+        row = self._tokens.as_row(states).squeeze(1)
+        sample, position = self._tokens.places_of_row(len(domains), len(row))
+        taught = torch.tensor([domain in term.shares for domain in domains])
+        own = taught[sample].nonzero().flatten()
+        sample, position = sample[own], position[own]
+        mask = targets.mask[micro_batch]
+        length = mask.shape[1]
+
+        def picked(tokens: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+            """Some of tokens ``[t, ...]``, ``[1, k, ...]``."""
+            index = at.to(tokens.device, non_blocking=True)
+            return tokens.index_select(0, index).unsqueeze(0)
+
+        weight = picked(mask.flatten(), sample * length + position)
+        among_taught = (taught.cumsum(0) - 1)[sample] * length + position
+        readable = targets.readable.get(term.teacher)
+        if readable is not None:
+            known = self._of_samples(term, readable, micro_batch, samples)
+            weight = weight * picked(known.flatten(), among_taught)
+        if reached is not None:
+            weight = weight * picked(self._tokens.as_row(reached).squeeze(1), own)
+        target = self._target(targets, term, micro_batch, samples).transpose(0, 1)
+        target = picked(target.flatten(0, 1), among_taught)
+        by_token = torch.tensor(domains)[sample].tolist()
+        return _Part(picked(row, own), target, weight, by_token)
 
     def _target(
         self, targets: StepTargets, term: ImitationTerm, micro_batch: int, samples: Sequence[int]
@@ -314,11 +378,6 @@ class ImitationHook(StepPart):
         if order != list(samples):
             states = states[[order.index(sample) for sample in samples]]
         return states
-
-
-def _by_sample(row: torch.Tensor, samples: int) -> torch.Tensor:
-    """A row of packed samples, ``[b s, 1, ...]``, as ``[s, b, ...]``."""
-    return row.squeeze(1).unflatten(0, (samples, -1)).transpose(0, 1)
 
 
 class _ExpertOutputs:

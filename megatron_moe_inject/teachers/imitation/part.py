@@ -43,14 +43,8 @@ class ImitationPart(RunPart):
 
     def __init__(self, run: RunContext) -> None:
         check_packed(run.args, run.largest_micro_batch, "imitation")
-        self._packed = packing_flag(run.args)
-        if self._packed and run.args.sequence_parallel and run.largest_micro_batch > 1:
-            raise RecipeError(
-                f"{self._packed}: --sequence-parallel divides the row of the "
-                f"{run.largest_micro_batch} samples of a micro-batch as a whole, and imitation "
-                "divides samples; set --micro-batch-size (and --eval-micro-batch-size) to 1, or "
-                "leave imitation out"
-            )
+        packed = packing_flag(run.args) is not None
+        self._in_rows = packed and run.largest_micro_batch > 1
         self._run = run
         self._recipe = run.recipe
         self._args = run.args
@@ -180,7 +174,7 @@ class ImitationPart(RunPart):
                 for name, spec in recipe.teachers.items()
             },
             groups=groups,
-            sequence_parallel=chunks[0].config.sequence_parallel,
+            sequence_parallel=chunks[0].config.sequence_parallel and not self._in_rows,
             device=student.device,
             partly=self._partly,
         )
@@ -201,7 +195,7 @@ class ImitationPart(RunPart):
             domains=[domain.name for domain in recipe.domains],
             by_domain=self._run.several_classes,
             groups=groups,
-            packed=self._packed is not None,
+            in_rows=self._in_rows,
         )
 
     def _wanted_by_stage(self, chunks: Sequence[Chunk], groups: Groups) -> list[list[LayerStates]]:
