@@ -54,7 +54,9 @@ def segments(
 
 
 def counted(batch: MicroBatch, shape: tuple[int, ...]) -> torch.Tensor:
-    """Tokens of a micro-batch whose loss counts, ``[b, s]`` bool on the host."""
+    """Tokens of a micro-batch that have a loss, ``[b, s]`` bool on the host; all without a mask."""
+    if batch.get("loss_mask") is None:
+        return torch.ones(shape, dtype=torch.bool)
     return (torch.as_tensor(batch["loss_mask"]).reshape(shape) != 0).cpu()
 
 

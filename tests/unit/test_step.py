@@ -72,10 +72,10 @@ def call(step, iterator):
     )
 
 
-def hook(iterator, *parts, split="train", entries=(GENERAL, 0), run=schedule):
+def hook(iterator, *parts, split="train", entries=(GENERAL, 0), run=schedule, packed=False):
     registry = SplitRegistry(dict.fromkeys(SPLITS, ()) | {split: [*entries]})
     registry.register(**dict.fromkeys(SPLITS) | {split: iterator})
-    return StepHook(registry, HostGroup(None, 0), lambda: 7, parts).wrap(run)
+    return StepHook(registry, HostGroup(None, 0), lambda: 7, parts, packed=packed).wrap(run)
 
 
 def test_the_schedule_gets_the_same_micro_batches_without_ids_and_parts_are_told_the_labels():
@@ -86,6 +86,42 @@ def test_the_schedule_gets_the_same_micro_batches_without_ids_and_parts_are_told
     assert result == ("wrapped", 1)
     assert part.log == [("begin", [[GENERAL, 0], [0, 0]]), "close", "end"]
     assert int(next(iterator)["tokens"][0, 0]) == 2
+
+
+class Tokens(Part):
+    """Looks at the tokens of a step as well."""
+
+    reads_tokens = True
+
+    def begin(self, step):
+        super().begin(step)
+        self.mask, self.starts = step.loss_mask, step.starts
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_part_that_reads_tokens_is_told_which_count_and_where_documents_begin(packed):
+    own = batches([0, 1], [1, 1])
+    borders = [[[0, 4, 4], [0, 1, 4]], [[0, 2, 4], [0, 4, 4]]]
+    masks = [[[1.0, 0, 1, 1], [1, 1, 1, 1]], [[1, 1, 1, 1], [0, 1, 1, 1]]]
+    for batch, mask, border in zip(own, masks, borders, strict=True):
+        batch |= {"loss_mask": torch.tensor(mask), "cu_seqlens": torch.tensor(border).int()}
+    part, iterator = Tokens(), iter(own)
+    call(hook(iterator, part, packed=packed), iterator)
+    assert torch.equal(part.mask, torch.tensor(masks) != 0)
+    if packed:
+        expected = [[[1, 0, 0, 0], [1, 1, 0, 0]], [[1, 0, 1, 0], [1, 0, 0, 0]]]
+        assert part.starts.int().tolist() == expected
+    else:
+        assert part.starts is None
+
+
+def test_where_all_tokens_count_there_is_no_mask():
+    own = batches([0, 1], [1, 1])
+    for batch in own:
+        batch["loss_mask"] = torch.ones(2, 4)
+    part, iterator = Tokens(), iter(own)
+    call(hook(iterator, part), iterator)
+    assert part.mask is None
 
 
 def test_teachers_run_ahead_over_their_own_samples_without_a_copy():

@@ -63,6 +63,7 @@ def test_documents_are_where_their_borders_say(borders, lengths):
 def test_tokens_count_whose_loss_does():
     batch = {"loss_mask": torch.tensor([[0.0, 1.0, 0.5, 0.0]])}
     assert counted(batch, (1, 4)).tolist() == [[False, True, True, False]]
+    assert counted({}, (2, 3)).all()
 
 
 def test_the_flag_that_packs():
