@@ -9,7 +9,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Iterable
 
-from megatron_moe_inject.data.uses import MIXING
+from megatron_moe_inject.data.uses import MIXING, VALIDATION_SETS
 from megatron_moe_inject.experts.train.uses import FROZEN_FP8, GROUPED, HYBRID_TRAIN, TRAIN
 from megatron_moe_inject.host import compat
 from megatron_moe_inject.host.contract import Contract, Use, Wrapped, symbols, unmet
@@ -88,7 +88,7 @@ EVERYTHING = (
     *(ROUTING_WATCH, STEERING, ROUTER_ROWS),
     *(ORIGINALS, EXPERT_RETENTION, L2),
     *(DATA_FILES, MEGATRON, IMITATION),
-    MIXING,
+    *(MIXING, VALIDATION_SETS),
     OWN_ENTRY,
     CPU_LANE,
 )

@@ -1,4 +1,4 @@
-"""The student's data as features: its files, and the shares of classes in the training blend."""
+"""The student's data as features: its files, its validation sets, the shares of its classes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_moe_inject.data import uses
 from megatron_moe_inject.data.files_there import check_data_files
 from megatron_moe_inject.data.section import MIXING, scheduled
-from megatron_moe_inject.host.errors import fail, suggest
+from megatron_moe_inject.host.errors import RecipeError, fail, suggest
 from megatron_moe_inject.host.text import table
 from megatron_moe_inject.recipe.facts import StudentFacts
 from megatron_moe_inject.recipe.feature import Feature, RefusedBeside
@@ -56,6 +56,74 @@ class DataFiles(Feature):
         if not getattr(run.args, "rank", 0):
             check_data_files(run.args, run.facts, other_formats=True)
         return None
+
+
+class SeveralValidationSets(Feature):
+    """``--multiple-validation-sets`` with ``--full-validation``: each set is a class of its own."""
+
+    runs = (INJECTION, EVALUATION, PROFILE)
+    refuses = (
+        RefusedBeside(
+            (Refusal("full_validation", "ends Megatron's own evaluation in an error"),),
+            "one validation set",
+            lambda recipe, facts: not facts.options.get("multiple_validation_sets"),
+            "add --multiple-validation-sets",
+        ),
+        RefusedBeside(
+            (Refusal("multiple_validation_sets", "is read by Megatron only whole"),),
+            "validation sets that are not read whole",
+            lambda recipe, facts: not facts.options.get("full_validation"),
+            "add --full-validation",
+        ),
+        RefusedBeside(
+            (Refusal("multiple_validation_sets", "reads each set whole, without a weight"),),
+            "validation data with weights",
+            lambda recipe, facts: _has_weights(recipe, facts),
+            "name the data by --train-data-path and --valid-data-path, the latter without weights",
+        ),
+        RefusedBeside(
+            (Refusal("dataloader_type", "leaves Megatron's sets out", value="external"),),
+            "several validation sets",
+            lambda recipe, facts: bool(facts.options.get("multiple_validation_sets")),
+            "remove --multiple-validation-sets",
+        ),
+    )
+
+    def uses(
+        self, recipe: Recipe, facts: StudentFacts | None, args: Namespace | None
+    ) -> list[Contract]:
+        """What says to Megatron's loader how it makes batches."""
+        asked = facts is None or facts.options.get("multiple_validation_sets")
+        return [uses.VALIDATION_SETS] if asked else []
+
+    def start(self, run: RunContext) -> RunPart | None:
+        """Take them over, so that each sample of them counts once."""
+        if not (run.args.multiple_validation_sets or run.args.full_validation):
+            return None
+        if run.kind == PROFILE:
+            raise RecipeError(
+                "--full-validation: fills up the last batch of each set, which a routing profile "
+                "would count; remove it and --multiple-validation-sets, and use --eval-iters"
+            )
+        from megatron_moe_inject.data.validation_sets import ValidationSets
+
+        sets = ValidationSets(run.args, len(run.labels["valid"]))
+        run.provide(ValidationSets, sets)
+        return sets
+
+
+def _has_weights(recipe: Recipe, facts: StudentFacts) -> bool:
+    """Whether Megatron's blend of validation data has weights, of its own or by ``mixing``."""
+    if not facts.options.get("multiple_validation_sets") or facts.mock_data:
+        return False
+    from megatron.training.utils import get_blend_and_blend_per_split
+
+    args = Namespace(**facts.options)
+    blend, per_split = get_blend_and_blend_per_split(args)
+    if blend is not None:
+        return blend[1] is not None or bool(recipe[MIXING])
+    valid = per_split[1]
+    return valid is not None and valid[1] is not None
 
 
 class Mixing(Feature):

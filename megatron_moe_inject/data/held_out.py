@@ -53,14 +53,14 @@ class HeldOutText:
     """
 
     def __init__(self, samples: int) -> None:
-        self._samples = samples
+        self.samples = samples
         self._valid: Any = None
         self._iterators: dict[int, HeldOutIterator] = {}
 
     def num_samples(self, asked: Sequence[int | None]) -> tuple:
         """Numbers of samples for training, validation and test."""
         train, _, test = asked
-        return train, self._samples, test
+        return train, self.samples, test
 
     def datasets(self, built: Sequence[Any]) -> Any:
         """Notice the validation set among the datasets that were built."""

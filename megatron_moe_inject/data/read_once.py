@@ -54,6 +54,7 @@ class MeasuredText(RunPart):
         origin: str = "evaluation",
     ) -> None:
         self._args = args
+        self._batches = args.eval_iters  # which Megatron replaces under --full-validation
         self._facts = facts
         self._labels = labels
         self._measured = measured
@@ -112,12 +113,8 @@ class MeasuredText(RunPart):
         if self._built is None:  # data of the script's own making
             return
         datasets = dict(zip(SPLITS, self._built, strict=True))
-        if isinstance(datasets["valid"], list):
-            raise RecipeError(
-                "--multiple-validation-sets: yields samples that do not say which dataset they are "
-                "from; remove it"
-            )
-        reads = bool(args.eval_iters or getattr(args, "full_validation", False))
+        whole = bool(getattr(args, "full_validation", False))
+        reads = bool(self._batches or whole)
         if self._measured:
             there = [split for split in self._measured if datasets[split] is not None]
             if not (reads and there):
@@ -125,13 +122,16 @@ class MeasuredText(RunPart):
                 flags = " or ".join(_FLAGS[split] for split in self._measured)
                 raise RecipeError(_NOTHING.format(self._origin, names, flags))
             for split in there:
-                self._check_once(split, datasets[split])
+                if not (whole and split == "valid"):
+                    self._check_once(split, datasets[split])
             self._check_twice(there)
         elif reads and datasets["valid"] is None:
+            flag = f"--eval-iters {self._batches}"
+            flag, remedy = ("--full-validation", "remove it") if whole else (flag, "set it to 0")
             raise RecipeError(
-                f"--eval-iters {args.eval_iters}: there is no validation data, on which Megatron "
-                "evaluates at the latest when training has ended; set it to 0, or a --split or "
-                "--valid-data-path that has some"
+                f"{flag}: there is no validation data, on which Megatron evaluates at the latest "
+                f"when training has ended; {remedy}, or set a --split or --valid-data-path that "
+                "has some"
             )
 
     def _entries(self, split: str) -> Sequence[str]:
@@ -139,17 +139,9 @@ class MeasuredText(RunPart):
 
     def _check_once(self, split: str, dataset: Any) -> None:
         args = self._args
-        parts, ranks = _parts(dataset), args.data_parallel_size
-        if getattr(args, "full_validation", False) and split == "valid":
-            if len(dataset) % ranks:
-                raise RecipeError(
-                    f"--full-validation: {len(dataset)} samples do not divide by {ranks} "
-                    "data-parallel ranks, of which some would read text again, and it would count "
-                    f"twice ({self._origin}); use --eval-iters"
-                )
-            return
+        parts = _parts(dataset)
         batch = args.eval_global_batch_size
-        needed = args.eval_iters * batch
+        needed = self._batches * batch
         if len(dataset) >= needed and not any(map(_repeats, parts)):
             return
         once = [_samples_once(part) for part in parts]
@@ -165,7 +157,7 @@ class MeasuredText(RunPart):
         else:
             remedy = f"hold out more text, or evaluate in batches of less than {batch} samples"
         raise RecipeError(
-            f"--eval-iters {args.eval_iters}: takes {needed} samples of {_TEXT[split]} text, of "
+            f"--eval-iters {self._batches}: takes {needed} samples of {_TEXT[split]} text, of "
             f"which there are {have}, so that some would count twice ({self._origin}); {remedy} "
             f"(--split, {_FLAGS[split]})"
         )

@@ -20,10 +20,20 @@ class SplitRegistry:
         self._by_iterator: dict[int, tuple[Any, list[int]]] = {}  # kept, so that no id comes twice
 
     def register(self, train: Any, valid: Any, test: Any) -> None:
-        """Record what ``build_train_valid_test_data_iterators`` returned, once per model chunk."""
+        """Record what ``build_train_valid_test_data_iterators`` returned, once per model chunk.
+
+        Args:
+            valid: of several validation sets a list: one of each entry of the validation data, or
+                one of all.
+        """
         for split, iterator in (("train", train), ("valid", valid), ("test", test)):
-            if iterator is not None:
-                self._by_iterator[id(iterator)] = iterator, self.by_split[split]
+            labels = self.by_split[split]
+            several = isinstance(iterator, list) and len(iterator) == len(labels)
+            of_set = [[label] for label in labels] if several else [labels]
+            sets = iterator if isinstance(iterator, list) else [iterator]
+            for one, own in zip(sets, of_set, strict=True):
+                if one is not None:
+                    self._by_iterator[id(one)] = one, own
 
     def domain_of_entry(self, iterator: Any) -> list[int]:
         """Domain index or ``GENERAL`` by blend entry, of the data that ``iterator`` reads."""

@@ -2,6 +2,14 @@
 
 from megatron_moe_inject.host.contract import Contract, symbols
 
+VALIDATION_SETS = Contract(
+    "several validation sets",
+    (
+        *symbols("megatron.core.datasets.utils", "Split"),
+        *symbols("megatron.core.datasets.utils.Split", "test"),
+    ),
+)
+
 MIXING = Contract(
     "mixing",
     (

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from megatron_moe_inject.data.held_out import HeldOutText
 from megatron_moe_inject.data.packed import check_packed
+from megatron_moe_inject.data.validation_sets import ValidationSets
 from megatron_moe_inject.evaluation.evaluation import (
     GENERAL_CLASS,
     Evaluation,
@@ -37,8 +38,6 @@ NO_DATA = (
     "--valid-data-path that has some"
 )
 _ONE_PASS = {
-    "full_validation": "evaluates as often as the fullest rank, which counts text twice",
-    "multiple_validation_sets": "yields samples that do not say which dataset they are from",
     "hybrid_context_parallel": "regroups the micro-batches of a step",
     "perform_rl_step": "replaces Megatron's evaluation",
 }
@@ -75,15 +74,20 @@ class Evaluator(RunPart):
                 f"--dataloader-type external: cannot be read from its beginning again; use "
                 f"Megatron's loaders, or measure nothing ({reason})"
             )
-        if not args.eval_iters or not (facts.mock_data or facts.data_paths.get("valid")):
+        sets = run.get(ValidationSets)
+        reads = args.eval_iters or sets is not None
+        if not reads or not (facts.mock_data or facts.data_paths.get("valid")):
             raise RecipeError(NO_DATA.format(reason))
-        self.samples = args.eval_iters * args.eval_global_batch_size
-        self.text = HeldOutText(self.samples)
         self._names = {label: domain.name for label, domain in enumerate(recipe.domains)}
         self._names[GENERAL] = GENERAL_CLASS
         self._labels = run.labels["valid"]
-        text = self.text
-        self.around = {
+        self._whole_sets = sets is not None
+        self.around = {"evaluate_and_print_results": self.evaluate}
+        if sets is not None:
+            self.text: HeldOutText | ValidationSets = sets
+            return
+        self.text = text = HeldOutText(args.eval_iters * args.eval_global_batch_size)
+        self.around |= {
             "get_train_valid_test_num_samples": lambda stock, *a, **k: text.num_samples(
                 stock(*a, **k)
             ),
@@ -92,7 +96,6 @@ class Evaluator(RunPart):
             "build_train_valid_test_data_iterators": lambda stock, *a, **k: text.iterators(
                 compat.validation_loader, stock(*a, **k)
             ),
-            "evaluate_and_print_results": self.evaluate,
         }
 
     def attach(self, student: BuiltStudent) -> Measurement:
@@ -106,6 +109,7 @@ class Evaluator(RunPart):
             tp_group=groups.tp,
             cp_group=groups.cp,
             text_length=compat.text_length(),
+            drop_empty=self._whole_sets,
         )
         self._run.provide(Measurement, self.measurement)
         self._run.provide(ComparesPrefix, self.measurement)
@@ -125,7 +129,7 @@ class Evaluator(RunPart):
         with self.measurement.running(), untouched_rng(self._device):
             result = stock(*args, **kwargs)
             collected = self.measurement.collect()
-        if sum(map(len, collected.rows.values())) == self.samples:  # else the time was up
+        if collected.sequences == self.text.samples:  # else the time was up
             self.measured(collected, self.iteration(arguments["iteration"]))
         return result
 
@@ -161,7 +165,7 @@ class Evaluator(RunPart):
             megatron_version=compat.megatron_version(),
             tokenizer=f"{args.tokenizer_type} {model}".strip(),
             sequence_length=args.seq_length,
-            evaluated_batches=args.eval_iters,
+            evaluated_batches=self.text.samples // args.eval_global_batch_size,
             batch_size=args.eval_global_batch_size,
             teachers={name: spec.source for name, spec in self.recipe.teachers.items()},
         )

@@ -46,10 +46,12 @@ class Collected:
     Attributes:
         rows: hash and sums of each sequence, by class.
         bins: ``[3, B]`` tokens, confidence and correct predictions, by class.
+        sequences: how many were read, those that are in no row too.
     """
 
     rows: Mapping[int, list[tuple[str, dict[str, float]]]]
     bins: Mapping[int, np.ndarray]
+    sequences: int
 
 
 @dataclass
@@ -75,6 +77,7 @@ class Measurement(StepPart):
         taught: labels of the domains with a teacher.
         tp_group, cp_group: of the student's last stage.
         text_length: UTF-8 length of ids as text; None for a tokenizer without text.
+        drop_empty: sequences of which no token counts only fill up batches.
     """
 
     def __init__(
@@ -86,6 +89,7 @@ class Measurement(StepPart):
         tp_group: dist.ProcessGroup,
         cp_group: dist.ProcessGroup,
         text_length: Callable[[list[int]], int] | None,
+        drop_empty: bool = False,
     ) -> None:
         self.active = False
         self.compares_prefix = False
@@ -96,6 +100,7 @@ class Measurement(StepPart):
         self._names_sequences = self._reads and cp_group.rank() == 0
         self._place = min(dist.get_process_group_ranks(cp_group))
         self._text_length = text_length
+        self._drop_empty = drop_empty
         self._lengths: dict[str, int] = {}
         self._part = _Part()
         self._batches: list[MicroBatch] | None = None
@@ -271,16 +276,20 @@ class Measurement(StepPart):
         for part in parts:
             for label in self._names:
                 bins[label] += part["bins"][label + 1]
+        sequences = 0
         for named in (part for part in parts if part["hashes"]):
             same = [part["sums"] for part in parts if part["place"] == named["place"]]
             total = np.sum(same, axis=0)
+            sequences += len(named["domains"])
             for i, domain in enumerate(named["domains"]):
+                if self._drop_empty and not total[_COLUMNS.index("tokens"), i]:
+                    continue
                 extra: tuple[str, ...] = PARTLY if named["partly"][i] else ()
                 extra += (BARE,) if named["bare"][i] else ()
                 details = named["against"][i], extra, named["bytes"][i]
                 sums = _named_sums(total[:, i], *details)
                 rows.setdefault(domain, []).append((named["hashes"][i], sums))
-        return Collected(rows, bins)
+        return Collected(rows, bins, sequences)
 
     def _plain(self) -> dict[str, Any] | None:
         part = self._part

@@ -138,7 +138,7 @@ class TermLog:
         self._step: tuple[list[str], torch.Tensor | None] = ([], None)
         self._line, self._board, self._evaluation = Interval(), Interval(), Interval()
         self._others: list[Interval] = []
-        self._beside: Mapping[str, torch.Tensor] = {}
+        self._beside: list[Mapping[str, torch.Tensor]] = []  # of each validation set
         self.listeners: list[Callable[[dict[str, Any], dict[str, Any] | None], None]] = []
 
     def interval(self) -> Interval:
@@ -214,25 +214,35 @@ class TermLog:
             return result
         ours = {name: _scalar(mean) for name, mean in self._evaluation.read().items()}
         all_means = _Means(means, ours)
-        self._beside = all_means.beside
+        self._beside.append(all_means.beside)
         return (all_means, *rest)
 
     def print_evaluation(self, stock: Callable, *args: Any, **kwargs: Any) -> Any:
-        """Megatron's ``evaluate_and_print_results``, and behind its line our terms that have no
+        """Megatron's ``evaluate_and_print_results``, and behind its lines our terms that have no
         perplexity, under the names that it would give them. No collective."""
         bound = compat.bound_arguments(stock, args, kwargs)
-        self._beside = {}
+        self._beside = []
         result = stock(*args, **kwargs)
-        terms, self._beside = self._beside, {}
-        if not terms:
-            return result
-        numbers = {name: value.item() for name, value in terms.items()}
-        if dist.get_rank() == dist.get_world_size() - 1:
-            text = " | ".join(f"{name} value: {value:.6E}" for name, value in numbers.items())
-            print(f" validation loss at {bound['prefix']} | {text} |", flush=True)
-        if bound.get("write_to_tensorboard", True):
-            _write_validation(numbers, bound["iteration"], self._args.consumed_train_samples)
+        sets, self._beside = self._beside, []
+        for place, terms in enumerate(sets):
+            if not terms:
+                continue
+            numbers = {name: value.item() for name, value in terms.items()}
+            of_set = f"validation{self._set_suffix(place)}"
+            if dist.get_rank() == dist.get_world_size() - 1:
+                text = " | ".join(f"{name} value: {value:.6E}" for name, value in numbers.items())
+                print(f" {of_set} loss at {bound['prefix']} | {text} |", flush=True)
+            if bound.get("write_to_tensorboard", True):
+                numbers = {f"{name} {of_set}": value for name, value in numbers.items()}
+                _write_validation(numbers, bound["iteration"], self._args.consumed_train_samples)
         return result
+
+    def _set_suffix(self, place: int) -> str:
+        """What Megatron adds to the names of one of several validation sets."""
+        if not getattr(self._args, "multiple_validation_sets", False):
+            return ""
+        names = self._args.validation_set_names
+        return f"-{names[place]}" if names else f"-{place}"
 
 
 class TermStep(StepPart):
@@ -265,14 +275,14 @@ def _writes_scalars() -> bool:
 
 
 def _write_validation(numbers: Mapping[str, float], iteration: int, samples: int) -> None:
-    """To TensorBoard and W&B, on the rank that has them, under Megatron's names."""
+    """To TensorBoard and W&B, on the rank that has them; by Megatron's names of what is shown."""
     from megatron.training import get_tensorboard_writer, get_wandb_writer
 
     writer, wandb = get_tensorboard_writer(), get_wandb_writer()
     if writer is None:  # Megatron writes to W&B only beside TensorBoard
         return
     for name, value in numbers.items():
-        writer.add_scalar(f"{name} validation", value, iteration)
-        writer.add_scalar(f"{name} validation vs samples", value, samples)
+        writer.add_scalar(name, value, iteration)
+        writer.add_scalar(f"{name} vs samples", value, samples)
     if wandb is not None:
-        wandb.log({f"{name} validation": value for name, value in numbers.items()}, iteration)
+        wandb.log(dict(numbers), iteration)

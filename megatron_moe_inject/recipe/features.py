@@ -14,6 +14,7 @@ FEATURES: Registry[Feature] = Registry(
     "megatron_moe_inject.features",
     {
         "data": "megatron_moe_inject.data.feature:DataFiles",
+        "validation_sets": "megatron_moe_inject.data.feature:SeveralValidationSets",
         "beginning": "megatron_moe_inject.recipe.beginning:BeginningFeature",
         "mixing": "megatron_moe_inject.data.feature:Mixing",
         "train": "megatron_moe_inject.experts.train.feature:Freezing",

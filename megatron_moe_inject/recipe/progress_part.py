@@ -37,6 +37,8 @@ class EvaluationProgress(RunPart):
         names = ("do_valid",) if self._kind == EVALUATION else ("do_valid", "do_test")
         splits = [getattr(self._args, name, True) for name in names]
         iterations = self._args.eval_iters
+        if isinstance(iterations, list):  # of several validation sets
+            return None if len(splits) > 1 and splits[1] else sum(iterations)
         return sum(map(bool, splits)) * iterations if iterations and iterations > 0 else None
 
 

@@ -74,9 +74,6 @@ REFUSED = (
     Refusal("perform_rl_step", "replaces the training step"),
     Refusal("modelopt_enabled", "replaces the model and its loss"),
     Refusal("logits_load_dir", "distils stored logits with a loss of its own"),
-    Refusal(
-        "multiple_validation_sets", "yields samples that do not say which dataset they are from"
-    ),
     Refusal("cuda_graph_impl", "captures the whole step, teacher included", value="full_iteration"),
     Refusal("freeze_all_layers", "freezes what the recipe trains"),
     Refusal("defer_embedding_wgrad_compute", f"is part of {_OUTPUT_LAYER}"),

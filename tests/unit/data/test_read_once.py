@@ -115,11 +115,15 @@ def test_a_class_does_not_read_one_file_twice():
         text([None, valid, test], **profile, valid_data_path=["a", "b"]).check()
 
 
-def test_full_validation_reads_some_text_again_where_ranks_have_unequal_shares():
-    full = dict(iterations=None, full_validation=True)
-    text([None, Blend([18, 40], None, 99), None], **full).check()
-    with pytest.raises(RecipeError, match="--full-validation: 57 samples do not divide by 2"):
-        text([None, Blend([17, 40], None, 99), None], **full).check()
+def test_sets_that_are_read_whole_need_no_number_of_batches():
+    full = dict(full_validation=True)
+    found = text([None, [Part(17, None), Part(40, None)], None], iterations=200, **full)
+    found.check()
+    twice = dict(valid=["x/a", "x//a"], labels=[0, 0], valid_data_path=["x/a", "x//a"])
+    with pytest.raises(RecipeError, match="--valid-data-path: x/a stands twice"):
+        text([None, [Part(17, None), Part(17, None)], None], **full, **twice).check()
+    with pytest.raises(RecipeError, match="--full-validation: there is no validation data"):
+        text([None, None, None], measured=(), **full).check()
 
 
 def test_a_run_without_validation_data_is_told_at_start():

@@ -359,8 +359,9 @@ def test_the_parts_in_use_are_those_of_the_recipe_and_the_run(recipe):
 
     always = {contract.part for contract in contracts.ALWAYS}
     small, whole = recipe(RECIPE), recipe(RECIPE + WHOLE)
+    sets = "several validation sets"
     hybrid = {"--hybrid-layer-pattern", "train, with --hybrid-layer-pattern"}
-    assert parts(small) == always | hybrid | {"train", "--moe-grouped-gemm", "teachers"}
+    assert parts(small) == always | hybrid | {sets, "train", "--moe-grouped-gemm", "teachers"}
     assert parts(small, StudentFacts(4)) == always | {"train", "teachers"}
     student = StudentFacts(4, pattern=LayerPattern("*E*E"))
     assert parts(small, student) == always | hybrid | {"train", "teachers"}

@@ -285,6 +285,7 @@ REFUSED = [
     "--perform-rl-step",
     "--logits-load-dir /x",
     "--multiple-validation-sets",
+    "--full-validation",
     "--cuda-graph-impl full_iteration",
     "--freeze-all-layers",
     "--defer-embedding-wgrad-compute",
