@@ -315,6 +315,13 @@ def translates_gpt_checkpoints() -> bool:
     return importlib.util.find_spec(interop) is not None
 
 
+def first_node(layer_plan: Any) -> Any:
+    """The node of a layer's schedule plan that runs first; 0.18 calls it ``attn``."""
+    if hasattr(layer_plan, "pre_dispatch_computation"):
+        return layer_plan.pre_dispatch_computation
+    return layer_plan.attn
+
+
 def step_was_rejected() -> bool:
     """Whether a check of Megatron's rerun state machine failed in the step that just ran.
 

@@ -83,7 +83,7 @@ def forward_step(data_iterator: Any, model: Any, return_schedule_plan: bool = Fa
     targets = {"labels": batch.labels, "loss_mask": batch.loss_mask}
     with straggler:
         if return_schedule_plan:
-            output = model.build_schedule_plan(*inputs, **targets)
+            output = model.build_schedule_plan(*inputs, **targets, packed_seq_params=packing)
         else:
             output = model(*inputs, **targets, packed_seq_params=packing)
     return output, partial(loss_func, batch.loss_mask)

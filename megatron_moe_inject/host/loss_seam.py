@@ -2,8 +2,9 @@
 
 ``GPTModel.forward`` takes an ``output_processor`` that gets the states after the final norm and
 returns the model's output. Stock scripts do not pass it, so a forward pre-hook on the chunk with
-the output layer adds the one that is in force. ``HybridModel.forward`` takes none yet: there
-``hybrid_seam`` stands in. Without one, and where a forward pass has no labels, the output is
+the output layer adds the one that is in force, and a wrapper to the plans that take the place of a
+forward pass (``schedule_plan``). ``HybridModel.forward`` takes none yet: there ``hybrid_seam``
+stands in. Without one, and where a forward pass has no labels, the output is
 stock's.
 """
 
@@ -17,6 +18,9 @@ import torch
 
 from megatron_moe_inject.host.hybrid_seam import HybridTail, takes_output_processor
 from megatron_moe_inject.host.megatron_types import Chunk
+from megatron_moe_inject.host.schedule_plan import runs_by_plan
+from megatron_moe_inject.host.uses import PLANNED_LOSS
+from megatron_moe_inject.host.wrap import Call, wrap_method
 
 OutputProcessor = Callable[..., torch.Tensor]
 """Megatron's ``output_processor``: gets by name ``hidden_states`` ``[s(/p under SP), b, h]``,
@@ -36,6 +40,8 @@ class LossSeam:
             chunk.register_forward_pre_hook(self._add, with_kwargs=True)
         else:
             HybridTail(chunk, lambda: self.process)
+        if runs_by_plan(chunk):
+            wrap_method(chunk, PLANNED_LOSS, self._add_to_plan)
 
     @contextlib.contextmanager
     def using(self, process: OutputProcessor) -> Iterator[None]:
@@ -50,3 +56,8 @@ class LossSeam:
         if self.process is None or kwargs.get("labels") is None:
             return None
         return args, kwargs | {"output_processor": self.process}
+
+    def _add_to_plan(self, call: Call) -> Any:
+        if self.process is None or call["labels"] is None:
+            return call()
+        return call(output_processor=self.process)

@@ -153,6 +153,14 @@ EVERY_RUN = Contract(
     ),
 )
 
+PLANNED_LOSS = Wrapped(
+    f"{GPT}.build_schedule_plan",
+    ("labels", "output_processor"),
+    does="in a schedule plan: hands its hidden states to the loss",
+)
+PLANNED_CLOCK = Wrapped(
+    f"{GPT}.build_schedule_plan", does="in a schedule plan: counts micro-batches"
+)
 MODEL = Contract(
     "every run",
     (
@@ -194,6 +202,7 @@ MODEL = Contract(
                 "microbatch_group_size_per_vp_stage",
                 "moe_expert_capacity_factor",
                 "num_moe_experts",
+                "overlap_moe_expert_parallel_comm",
                 "params_dtype",
                 "sequence_parallel",
             ),
@@ -201,6 +210,17 @@ MODEL = Contract(
         Hooked(GPT, kind="forward pre-hook", does="hands its hidden states to the loss"),
         Hooked(GPT, kind="forward pre-hook", does="counts micro-batches: one begins"),
         Hooked(GPT, kind="forward hook", does="counts micro-batches: one ends"),
+        PLANNED_LOSS,
+        PLANNED_CLOCK,
+        Use(
+            "megatron.core.models.common.model_chunk_schedule_plan."
+            "TransformerModelChunkSchedulePlan",
+            attributes=("get_layer", "num_layers", "pre_process"),
+        ),
+        Use(
+            "megatron.core.pipeline_parallel.utils.ScheduleNode",
+            attributes=("_release_state", "backward", "forward"),
+        ),
         Hooked(
             GPT, kind="load_state_dict post-hook", does="notes what was loaded; gone after loading"
         ),

@@ -65,10 +65,6 @@ REFUSED = (
     Refusal("use_megatron_fsdp", _SHARDS),
     Refusal("use_torch_fsdp2", _SHARDS),
     Refusal("hybrid_context_parallel", "regroups the micro-batches of a step"),
-    Refusal(
-        "overlap_moe_expert_parallel_comm",
-        "runs the loss inside a schedule plan, which this version is not verified with",
-    ),
     Refusal("moe_use_upcycling", "makes all experts of a layer copies of one dense MLP"),
     Refusal("init_model_with_meta_device", "leaves no weights to check while freezing"),
     Refusal("perform_rl_step", "replaces the training step"),

@@ -14,6 +14,8 @@ of more than attention it starts at the layer's input instead. A part is a shall
 block with fewer layers, made for each micro-batch, so what is recomputed in the backward pass
 belongs to the copy of its micro-batch, and the block itself is never changed.
 
+Under ``--overlap-moe-expert-parallel-comm`` a schedule plan runs the layers (``planned.py``).
+
 A pipeline stage at or below the boundary makes no gradient of what it received: ``pipeline.py``
 has the schedule neither send nor wait for one.
 
@@ -56,7 +58,8 @@ def agree_boundary(chunks: Sequence[Chunk], num_layers: int, device: torch.devic
     return int(lowest.item())
 
 
-def _requiring_grad(hidden: torch.Tensor) -> torch.Tensor:
+def requiring_grad(hidden: torch.Tensor) -> torch.Tensor:
+    """States that a graph goes on from, or begins at."""
     return hidden if hidden.requires_grad else hidden.detach().requires_grad_(True)
 
 
@@ -81,7 +84,7 @@ class GradientBoundary:
         self._block = chunk.decoder
         layers = decoder_layers(chunk)
         if boundary > 0:
-            _refuse_offloading(chunk.config, boundary)
+            refuse_offloading(chunk.config, boundary)
         if boundary < 0 or not (layers or cut):
             return
         below = boundary - (layers[0].layer_number - 1) if layers else 0
@@ -109,7 +112,7 @@ class GradientBoundary:
         if not torch.is_grad_enabled():
             return None
         if block.pre_process:
-            return _with_hidden(args, kwargs, _requiring_grad(_hidden(args, kwargs)))
+            return _with_hidden(args, kwargs, requiring_grad(_hidden(args, kwargs)))
         block.input_tensor = block.input_tensor.detach().requires_grad_(True)
         return None
 
@@ -142,7 +145,7 @@ class GradientBoundary:
                 block_input.data = block_input.new_empty(1)
             upper = _part(block, slice(self._below, None))
             if len(upper.layers):
-                hidden = _requiring_grad(hidden)
+                hidden = requiring_grad(hidden)
             if not len(upper.layers) and not self._ends_in_norm:
                 return hidden
             return call.of(upper.forward, hidden_states=hidden)
@@ -206,7 +209,7 @@ def _start_at_experts(experts: MegatronModule, args: tuple, output: tuple) -> tu
     """Forward hook of a layer's experts, which return their rows and a bias."""
     if not torch.is_grad_enabled():
         return None
-    return _requiring_grad(output[0]), *output[1:]
+    return requiring_grad(output[0]), *output[1:]
 
 
 def _hidden(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
@@ -222,7 +225,8 @@ def _with_hidden(
     return args, kwargs | {"hidden_states": hidden}
 
 
-def _refuse_offloading(config: Config, boundary: int) -> None:
+def refuse_offloading(config: Config, boundary: int) -> None:
+    """Raise ``RecipeError`` where Megatron offloads activations and there are layers below."""
     for option in _OFFLOADING:
         if getattr(config, option, False):
             flag = "cpu-offloading-num-layers" if option == "cpu_offloading" else option

@@ -21,12 +21,14 @@ from megatron_moe_inject.experts.train.pipeline import (
     boundary_step,
     gets_no_graph,
 )
+from megatron_moe_inject.experts.train.planned import PlannedBoundary
 from megatron_moe_inject.experts.train.policy import freeze_policy, frozen_fp8
 from megatron_moe_inject.experts.train.resume import begin_or_resume
 from megatron_moe_inject.experts.train.verify import FrozenChangedError, FrozenCheck
 from megatron_moe_inject.host.agreement import agree
 from megatron_moe_inject.host.errors import RecipeError, fail
 from megatron_moe_inject.host.model_parts import places
+from megatron_moe_inject.host.schedule_plan import runs_by_plan
 from megatron_moe_inject.host.step import StepPart
 from megatron_moe_inject.recipe.run_part import Boundary, BuiltStudent, RunContext, RunPart
 
@@ -83,11 +85,16 @@ class FreezingPart(RunPart):
             agree(self._fp8.check)
         self._check_patterns()
         position = agree_boundary(student.chunks, self._run.facts.num_layers, student.device)
-        self._boundary = Boundary(position, agree_forward_stages(student.chunks, position, pp))
+        planned = runs_by_plan(student.chunks[0])
+        stages = 0 if planned else agree_forward_stages(student.chunks, position, pp)
+        self._boundary = Boundary(position, stages)
         self._run.provide(Boundary, self._boundary)
         for i, chunk in enumerate(student.chunks):
-            cut = gets_no_graph(i, self._boundary.forward_stages, pp)
-            GradientBoundary(chunk, position, cut=cut)
+            if planned:
+                PlannedBoundary(chunk, position, pp.size())
+            else:
+                GradientBoundary(chunk, position, cut=gets_no_graph(i, stages, pp))
+        self._goes_down = planned and pp.size() > 1
         self._census = Census(parameter_rows(student.chunks, student.groups))
         self._run.provide(Census, self._census)
         return None
@@ -95,7 +102,13 @@ class FreezingPart(RunPart):
     def plan_lines(self, given: Mapping[str, list[str]]) -> Mapping[str, list[str]]:
         """With the parameters counted, and where backward stops."""
         first, *rest = given["trains"]
-        stops = f"backward stops at layer {self._boundary.position}; below it only the forward runs"
+        position = self._boundary.position
+        stops = f"backward stops at layer {position}; below it only the forward runs"
+        if self._goes_down:
+            stops = (
+                f"the first layer that trains is {position}; backward runs below it too, since "
+                "--overlap-moe-expert-parallel-comm wants gradients of every pipeline stage"
+            )
         return {"trains": [first, *parameter_table(self._census.rows), *rest, stops]}
 
     def begin_training(self) -> None:

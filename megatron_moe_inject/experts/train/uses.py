@@ -4,6 +4,7 @@ from megatron_moe_inject.host.contract import Contract, Hooked, Use, Wrapped, sy
 from megatron_moe_inject.host.uses import (
     BLOCK,
     EXPERTS,
+    GPT,
     GROUPED_EXPERTS,
     LAYER,
     MOE_LAYER,
@@ -27,6 +28,10 @@ HYBRID_BOUNDARY_FORWARD = Wrapped(
     f"{STACK}.forward",
     ("hidden_states",),
     does="runs the layers below the gradient boundary without a graph",
+)
+PLANNED_BOUNDARY = Wrapped(
+    f"{GPT}.build_schedule_plan",
+    does="in a schedule plan: no backward below the gradient boundary",
 )
 FROZEN_BIAS = Wrapped(
     f"{ROUTER}._apply_expert_bias", does="frozen routers keep their bias (before 0.19)"
@@ -56,6 +61,7 @@ TRAIN = Contract(
     "train",
     (
         BOUNDARY_FORWARD,
+        PLANNED_BOUNDARY,
         Hooked(EXPERTS, kind="forward hook", does="the graph begins at what experts put out"),
         Hooked(GROUPED_EXPERTS, kind="forward hook", does="the same of grouped experts"),
         Hooked(BLOCK, kind="forward pre-hook", does="the graph begins at a chunk's first layer"),

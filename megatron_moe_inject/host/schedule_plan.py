@@ -1,0 +1,53 @@
+"""The schedule plans of ``--overlap-moe-expert-parallel-comm``, as far as the plugin touches them.
+
+Under that flag a micro-batch that trains does not go through the model's forward. The script asks
+the chunk for a plan (``build_schedule_plan``), and Megatron runs its nodes, forward ones of one
+micro-batch between backward ones of another, layer by layer: attention up to the router, dispatch,
+experts, combine. A node detaches what it is given and runs a backward of its own. What follows:
+
+- Hooks on a chunk, its block or a layer as a whole do not run. Those on routers and experts do, and
+  so do wrapped methods.
+- What goes from node to node is freed as soon as the next has read it.
+- A node whose result belongs to no graph cannot run backward, so ``skip_backward`` takes it out.
+
+Passes without gradients (evaluation, the original model, profiles) go through the forward as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from megatron_moe_inject.host import compat
+from megatron_moe_inject.host.megatron_types import Chunk
+
+
+def runs_by_plan(chunk: Chunk) -> bool:
+    """Whether micro-batches that train go through plans of this chunk."""
+    config = getattr(chunk, "config", None)
+    return bool(getattr(config, "overlap_moe_expert_parallel_comm", False))
+
+
+def layer_nodes(plan: Any, layer: int) -> Iterator[Any]:
+    """The nodes of a plan's ``layer``-th layer that do something."""
+    for node in vars(plan.get_layer(layer)).values():
+        if hasattr(node, "submodule"):
+            yield node
+
+
+def before_layer(plan: Any, layer: int, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Let the ``layer``-th layer get its hidden states ``[s, b, h]`` as ``change`` gives them."""
+    node = compat.first_node(plan.get_layer(layer))
+    forward = node.forward
+    node.forward = lambda hidden: forward(change(hidden))
+
+
+def skip_backward(node: Any) -> None:
+    """Instead of its backward, let a node only forget what it kept."""
+
+    def backward(*gradients: Any) -> None:
+        node._release_state()
+
+    node.backward = backward
