@@ -15,7 +15,7 @@ Passes without gradients (evaluation, the original model, profiles) go through t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -37,17 +37,17 @@ def layer_nodes(plan: Any, layer: int) -> Iterator[Any]:
             yield node
 
 
-def before_layer(plan: Any, layer: int, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Let the ``layer``-th layer get its hidden states ``[s, b, h]`` as ``change`` gives them."""
+def begin_graph(plan: Any, layer: int) -> None:
+    """Let the hidden states ``[s, b, h]`` that the ``layer``-th layer is given require grad."""
     node = compat.first_node(plan.get_layer(layer))
-    forward = node.forward
-    node.forward = lambda hidden: forward(change(hidden))
+    run = node.submodule
+
+    def submodule(node: Any, hidden: torch.Tensor) -> Any:
+        return run(node, hidden.requires_grad_(True))  # the node's own, detached
+
+    node.submodule = submodule
 
 
 def skip_backward(node: Any) -> None:
-    """Instead of its backward, let a node only forget what it kept."""
-
-    def backward(*gradients: Any) -> None:
-        node._release_state()
-
-    node.backward = backward
+    """Let a node only forget what it kept where it would run backward."""
+    node.backward_func = lambda outputs, gradients: ()

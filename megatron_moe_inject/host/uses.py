@@ -219,7 +219,7 @@ MODEL = Contract(
         ),
         Use(
             "megatron.core.pipeline_parallel.utils.ScheduleNode",
-            attributes=("_release_state", "backward", "forward"),
+            attributes=("backward_func",),
         ),
         Hooked(
             GPT, kind="load_state_dict post-hook", does="notes what was loaded; gone after loading"

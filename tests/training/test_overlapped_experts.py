@@ -1,54 +1,106 @@
-"""``--overlap-moe-expert-parallel-comm``: the same numbers, bit for bit, in the same layout."""
+"""``--overlap-moe-expert-parallel-comm``: in one layout the same numbers with and without, bit for
+bit."""
 
 import pytest
 
 from tests.harness import lane
+from tests.harness.grouped import TWO_OF_FOUR, grouped
 from tests.harness.injection import OTHER, PROVEN, RECIPE, inject
-from tests.harness.material import make_material, student_flags
+from tests.harness.material import make_material
 
 OVERLAP = ("--overlap-moe-expert-parallel-comm",)
-LAYOUTS = {
-    "ep2": dict(nproc=2, ep=2),
-    "pp2-vpp2-ep2": dict(
-        nproc=4, pp=2, ep=2, extra=("--num-layers-per-virtual-pipeline-stage", "1")
-    ),
-}
+EP2 = dict(nproc=2, ep=2)
+VIRTUAL = dict(nproc=4, pp=2, ep=2, extra=("--num-layers-per-virtual-pipeline-stage", "1"))
 EVERYTHING = (
-    RECIPE.replace("{{2: [3], 3: [3]}}", "{{1: [0], 2: [1]}}").replace("beta: 0.3", "beta: 0.3, gamma: 1.0")
-    + "steering: {{coeff: 0.05, target_mass: 0.5, retention: 0.1, confidence: domain}}\n"
+    RECIPE.replace("{{2: [3], 3: [3]}}", "{{1: [0], 2: [1]}}").replace("0.3,", "0.3, gamma: 1.0,")
+    + "steering: {{coeff: 0.05, target_mass: 0.5, retention: 0.1, confidence: label}}\n"
     + "train: {{router: true, output_layer: true}}\n"
-    + "retention: {{l2: 0.01}}\n"
+    + "retention: {{l2: 0.01, experts: 0.5}}\n"
 )
-NO_EXPERT = RECIPE + "train: {{experts: none, norms: true}}\n"
-RECIPES = {
-    "last expert rank": RECIPE,
-    "first expert rank, everything": EVERYTHING,
-    "no expert": NO_EXPERT,
-    "last layer": RECIPE.replace("2: [3], 3: [3]", "3: [0]"),
-}
+LAST_RANK, FIRST_RANK = RECIPE, EVERYTHING
+"""Of the expert-parallel ranks only this one has an expert that trains."""
+NO_RANK = RECIPE + "train: {{experts: none, norms: true}}\n"
+LAST_LAYER = RECIPE.replace("2: [3], 3: [3]", "3: [0]")
+HEAD = RECIPE + "train: {{experts: none, output_layer: true}}\n"
+FROM_SCRATCH = ("--load", "/nothing/there", "--inject-from-scratch")
 
 
-def pair(material, recipe, layout, *extra, **options):
+def pair(material, recipe, *extra, layout=EP2, **options):
     """A run without the flag and one with it, in bf16, each with the frozen check."""
-    given = dict(LAYOUTS[layout], **options)
-    extra = ("--bf16", *given.pop("extra", ()), *extra)
-    without = inject(material, recipe, extra=extra, **given)
-    return without, inject(material, recipe, extra=(*extra, *OVERLAP), **given)
+    extra = ("--bf16", *layout.get("extra", ()), *extra)
+    given = {**layout, **options}
+    without = inject(material, recipe, **{**given, "extra": extra})
+    return without, inject(material, recipe, **{**given, "extra": (*extra, *OVERLAP)})
 
 
 def assert_alike(without, overlapped):
     lane.same_runs(without, overlapped)
     for run in (without, overlapped):
         assert PROVEN.search(run.output)
-    assert "kd loss" in overlapped.iterations[0]
+        assert "kd loss/code" in run.iterations[0]
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_terms_and_gradients(material, name):
-    assert_alike(*pair(material, RECIPES[name], "ep2"))
+@pytest.mark.parametrize("recipe", [LAST_RANK, FIRST_RANK], ids=["last rank", "first rank"])
+def test_terms_and_gradients(material, recipe):
+    assert_alike(*pair(material, recipe))
+
+
+def test_what_a_layer_puts_out_cannot_be_imitated(material):
+    recipe = RECIPE + "imitation: {{hidden: 0.5}}\n"
+    run = inject(material, recipe, extra=("--bf16", *OVERLAP), check=False, **EP2)
+    assert run.returncode == 2, run.tail()
+    assert "--overlap-moe-expert-parallel-comm: runs layers in parts" in run.output
+    assert "set imitation.hidden to 0" in run.output
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RECIPES)
-def test_virtual_stages(material, name):
-    assert_alike(*pair(material, RECIPES[name], "pp2-vpp2-ep2"))
+@pytest.mark.parametrize(
+    "recipe", [LAST_RANK, FIRST_RANK, NO_RANK], ids=["last rank", "first rank", "no rank"]
+)
+def test_virtual_stages(material, recipe):
+    assert_alike(*pair(material, recipe, layout=VIRTUAL))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [NO_RANK, LAST_LAYER, HEAD], ids=["norms", "last layer", "head"])
+def test_where_backward_stops(material, recipe):
+    """At the first layer, at the last, and behind it."""
+    assert_alike(*pair(material, recipe))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        lane.DISTRIBUTED_OPTIMIZER,
+        (*lane.DEEPSEEK_ROUTER, "--mtp-num-layers", "1", *FROM_SCRATCH),
+        ("--moe-layer-freq", "([0]*1+[1]*3)", "--global-batch-size", "24", *FROM_SCRATCH),
+        ("--recompute-granularity", "selective", "--recompute-modules", "core_attn"),
+    ],
+    ids=["distributed optimizer", "DeepSeek with MTP", "dense layer", "selective recompute"],
+)
+def test_students(material, flags):
+    assert_alike(*pair(material, RECIPE, *flags))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("frozen", ["params", "fp8"])
+def test_grouped_experts(material, frozen):
+    recipe = TWO_OF_FOUR + f"train: {{{{frozen_experts: {frozen}}}}}\n"
+    runs = [grouped(material, "--bf16", *f, recipe=recipe, **EP2) for f in ((), OVERLAP)]
+    assert_alike(*runs)
+
+
+@pytest.mark.slow
+def test_off_is_stock():
+    flags = [*lane.moe("--bf16", *OVERLAP, ep=2)]
+    stock = lane.run(flags, nproc=2, env={"STOCK_MEGATRON": "1"}, fresh=True)
+    lane.same_runs(lane.run(flags, nproc=2), stock)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not OTHER, reason="MEGATRON_OTHER names no second Megatron-Core")
+def test_the_other_supported_megatron(tmp_path):
+    material = make_material(tmp_path, [OTHER])
+    assert_alike(*pair(material, EVERYTHING, path=[OTHER]))
+    assert_alike(*pair(material, LAST_RANK, path=[OTHER], layout=VIRTUAL))

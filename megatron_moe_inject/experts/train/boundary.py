@@ -58,8 +58,7 @@ def agree_boundary(chunks: Sequence[Chunk], num_layers: int, device: torch.devic
     return int(lowest.item())
 
 
-def requiring_grad(hidden: torch.Tensor) -> torch.Tensor:
-    """States that a graph goes on from, or begins at."""
+def _requiring_grad(hidden: torch.Tensor) -> torch.Tensor:
     return hidden if hidden.requires_grad else hidden.detach().requires_grad_(True)
 
 
@@ -112,7 +111,7 @@ class GradientBoundary:
         if not torch.is_grad_enabled():
             return None
         if block.pre_process:
-            return _with_hidden(args, kwargs, requiring_grad(_hidden(args, kwargs)))
+            return _with_hidden(args, kwargs, _requiring_grad(_hidden(args, kwargs)))
         block.input_tensor = block.input_tensor.detach().requires_grad_(True)
         return None
 
@@ -145,7 +144,7 @@ class GradientBoundary:
                 block_input.data = block_input.new_empty(1)
             upper = _part(block, slice(self._below, None))
             if len(upper.layers):
-                hidden = requiring_grad(hidden)
+                hidden = _requiring_grad(hidden)
             if not len(upper.layers) and not self._ends_in_norm:
                 return hidden
             return call.of(upper.forward, hidden_states=hidden)
@@ -209,7 +208,7 @@ def _start_at_experts(experts: MegatronModule, args: tuple, output: tuple) -> tu
     """Forward hook of a layer's experts, which return their rows and a bias."""
     if not torch.is_grad_enabled():
         return None
-    return requiring_grad(output[0]), *output[1:]
+    return _requiring_grad(output[0]), *output[1:]
 
 
 def _hidden(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:

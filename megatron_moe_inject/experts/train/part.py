@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from megatron_moe_inject.experts.train.boundary import GradientBoundary, agree_boundary
 from megatron_moe_inject.experts.train.census import ParameterRow, parameter_rows, parameter_table
+from megatron_moe_inject.experts.train.delayed import ask_no_frozen_layer
 from megatron_moe_inject.experts.train.freeze import FreezePolicy
 from megatron_moe_inject.experts.train.frozen_fp8 import drop_transposes
 from megatron_moe_inject.experts.train.grouped import train_grouped_experts
@@ -65,10 +66,11 @@ class FreezingPart(RunPart):
         return contextlib.nullcontext() if self._fp8 is None else self._fp8.while_building()
 
     def before_ddp(self, chunks: Sequence[torch.nn.Module]) -> None:
-        """Apply the policy, and let grouped experts that are frozen in part train."""
+        """Apply the policy, and tell layers that make gradients in their own way what is frozen."""
         self._policy.apply(list(chunks))
         train_grouped_experts(list(chunks))
         drop_transposes(list(chunks))
+        ask_no_frozen_layer(list(chunks))
 
     def attach(self, student: BuiltStudent) -> StepPart | None:
         """Agree on where backward stops, and let it.
@@ -94,7 +96,7 @@ class FreezingPart(RunPart):
                 PlannedBoundary(chunk, position, pp.size())
             else:
                 GradientBoundary(chunk, position, cut=gets_no_graph(i, stages, pp))
-        self._goes_down = planned and pp.size() > 1
+        self._goes_down = planned and pp.size() > 1 and position > 0
         self._census = Census(parameter_rows(student.chunks, student.groups))
         self._run.provide(Census, self._census)
         return None

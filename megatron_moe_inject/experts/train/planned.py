@@ -13,11 +13,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_moe_inject.experts.train.boundary import refuse_offloading, requiring_grad
+from megatron_moe_inject.experts.train.boundary import refuse_offloading
 from megatron_moe_inject.experts.train.uses import PLANNED_BOUNDARY
 from megatron_moe_inject.host.megatron_types import Chunk
 from megatron_moe_inject.host.model_parts import decoder_layers
-from megatron_moe_inject.host.schedule_plan import before_layer, layer_nodes, skip_backward
+from megatron_moe_inject.host.schedule_plan import begin_graph, layer_nodes, skip_backward
 from megatron_moe_inject.host.wrap import Call, wrap_method
 
 
@@ -50,5 +50,5 @@ class PlannedBoundary:
             for node in layer_nodes(plan, layer):
                 skip_backward(node)
         if plan.num_layers():
-            before_layer(plan, self._below, requiring_grad)
+            begin_graph(plan, self._below)
         return plan

@@ -29,6 +29,11 @@ HYBRID_BOUNDARY_FORWARD = Wrapped(
     ("hidden_states",),
     does="runs the layers below the gradient boundary without a graph",
 )
+FROZEN_DELAYED = Wrapped(
+    "megatron.core.extensions.transformer_engine.TELinear.backward_dw",
+    package=_TE,
+    does="with --delay-wgrad-compute: frozen layers are asked for no gradient",
+)
 PLANNED_BOUNDARY = Wrapped(
     f"{GPT}.build_schedule_plan",
     does="in a schedule plan: no backward below the gradient boundary",
@@ -62,6 +67,7 @@ TRAIN = Contract(
     (
         BOUNDARY_FORWARD,
         PLANNED_BOUNDARY,
+        FROZEN_DELAYED,
         Hooked(EXPERTS, kind="forward hook", does="the graph begins at what experts put out"),
         Hooked(GROUPED_EXPERTS, kind="forward hook", does="the same of grouped experts"),
         Hooked(BLOCK, kind="forward pre-hook", does="the graph begins at a chunk's first layer"),
@@ -93,6 +99,7 @@ TRAIN = Contract(
             attributes=(
                 "cpu_offloading",
                 "cuda_graph_impl",
+                "delay_wgrad_compute",
                 "fine_grained_activation_offloading",
                 "fp8",
                 "fp8_recipe",

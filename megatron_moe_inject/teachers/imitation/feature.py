@@ -26,6 +26,11 @@ _NO_SECOND_COMBINE = (
     Refusal("moe_shared_expert_overlap", _COMBINE),
     Refusal("moe_latent_size", "gives experts outputs of another width than the layer's"),
 )
+_PARTS_OF_LAYERS = Refusal(
+    "overlap_moe_expert_parallel_comm",
+    "runs layers in parts, each with a backward of its own, so that there is no place for a loss "
+    "on what a layer puts out",
+)
 
 
 class ImitationFeature(Feature):
@@ -34,13 +39,13 @@ class ImitationFeature(Feature):
     section = IMITATION
     refuses = (
         RefusedBeside(
-            (GRAPHS_OF_LAYERS,),
+            (GRAPHS_OF_LAYERS, _PARTS_OF_LAYERS),
             "imitation.hidden",
             lambda recipe, facts: "hidden" in recipe[IMITATION].in_use(),
             "set imitation.hidden to 0",
         ),
         RefusedBeside(
-            (GRAPHS_OF_LAYERS, *_NO_SECOND_COMBINE),
+            (GRAPHS_OF_LAYERS, _PARTS_OF_LAYERS, *_NO_SECOND_COMBINE),
             "imitation.experts",
             lambda recipe, facts: "experts" in recipe[IMITATION].in_use(),
             "set imitation.experts to 0",

@@ -279,7 +279,6 @@ REFUSED = [
     "--use-megatron-fsdp",
     "--use-torch-fsdp2",
     "--hybrid-context-parallel",
-    "--overlap-moe-expert-parallel-comm",
     "--moe-use-upcycling",
     "--init-model-with-meta-device",
     "--perform-rl-step",
@@ -334,6 +333,16 @@ def test_harmless_options_pass(parse):
             {"cuda_graph_impl": "local"},
             "--cuda-graph-impl.*imitation.hidden",
         ),
+        (
+            {"hidden": 1},
+            {"overlap_moe_expert_parallel_comm": True},
+            "--overlap-moe-expert-parallel-comm: runs layers in parts.*imitation.hidden",
+        ),
+        (
+            {"experts": 1},
+            {"overlap_moe_expert_parallel_comm": True},
+            "--overlap-moe-expert-parallel-comm: runs layers in parts.*imitation.experts",
+        ),
         ({"experts": 1}, {"moe_token_dispatcher_type": "flex"}, "--moe-token-dispatcher-type flex"),
         ({"experts": 1}, {"moe_shared_expert_overlap": True}, "--moe-shared-expert-overlap"),
         ({"experts": 1}, {"moe_latent_size": 64}, "--moe-latent-size.*imitation.experts"),
@@ -344,7 +353,7 @@ def test_imitation_refuses_what_hides_its_states(features, options, message):
     check_recipe(recipe(1), facts(options=options))
     with pytest.raises(RecipeError, match=message):
         check_recipe(imitating, facts(options=options))
-    if "experts" in features:
+    if "experts" in features and "overlap_moe_expert_parallel_comm" not in options:
         check_recipe(recipe(1, overrides=["imitation.hidden=1"]), facts(options=options))
 
 
