@@ -8,14 +8,14 @@ experts, combine. A node detaches what it is given and runs a backward of its ow
 - Hooks on a chunk, its block or a layer as a whole do not run. Those on routers and experts do, and
   so do wrapped methods.
 - What goes from node to node is freed as soon as the next has read it.
-- A node whose result belongs to no graph cannot run backward, so ``skip_backward`` takes it out.
+- A node whose result belongs to no graph cannot run backward (``run_backward_as``).
 
 Passes without gradients (evaluation, the original model, profiles) go through the forward as ever.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -37,17 +37,22 @@ def layer_nodes(plan: Any, layer: int) -> Iterator[Any]:
             yield node
 
 
-def begin_graph(plan: Any, layer: int) -> None:
-    """Let the hidden states ``[s, b, h]`` that the ``layer``-th layer is given require grad."""
+def require_grad(plan: Any, layer: int, wanted: bool) -> None:
+    """Whether the hidden states ``[s, b, h]`` that the ``layer``-th layer is given require grad."""
     node = compat.first_node(plan.get_layer(layer))
     run = node.submodule
 
     def submodule(node: Any, hidden: torch.Tensor) -> Any:
-        return run(node, hidden.requires_grad_(True))  # the node's own, detached
+        return run(node, hidden.requires_grad_(wanted))  # the node's own, detached
 
     node.submodule = submodule
 
 
-def skip_backward(node: Any) -> None:
-    """Let a node only forget what it kept where it would run backward."""
-    node.backward_func = lambda outputs, gradients: ()
+def run_backward_as(node: Any, backward: Callable[[tuple, tuple], tuple]) -> None:
+    """Let a node run another backward, and then forget what it kept, as ever.
+
+    Args:
+        backward: gets the node's outputs and their gradients, and gives gradients that the node's
+            stream has used.
+    """
+    node.backward_func = backward

@@ -54,18 +54,17 @@ def test_what_a_layer_puts_out_cannot_be_imitated(material):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "recipe", [LAST_RANK, FIRST_RANK, NO_RANK], ids=["last rank", "first rank", "no rank"]
-)
-def test_virtual_stages(material, recipe):
-    assert_alike(*pair(material, recipe, layout=VIRTUAL))
+@pytest.mark.parametrize("layout", [EP2, VIRTUAL], ids=["ep2", "pp2-vpp2-ep2"])
+@pytest.mark.parametrize("recipe", [NO_RANK, LAST_LAYER, HEAD], ids=["norms", "last layer", "head"])
+def test_where_backward_stops(material, recipe, layout):
+    """At the first layer, at the last, and behind it."""
+    assert_alike(*pair(material, recipe, layout=layout))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", [NO_RANK, LAST_LAYER, HEAD], ids=["norms", "last layer", "head"])
-def test_where_backward_stops(material, recipe):
-    """At the first layer, at the last, and behind it."""
-    assert_alike(*pair(material, recipe))
+@pytest.mark.parametrize("recipe", [LAST_RANK, FIRST_RANK], ids=["last rank", "first rank"])
+def test_virtual_stages(material, recipe):
+    assert_alike(*pair(material, recipe, layout=VIRTUAL))
 
 
 @pytest.mark.slow

@@ -93,10 +93,9 @@ class FreezingPart(RunPart):
         self._run.provide(Boundary, self._boundary)
         for i, chunk in enumerate(student.chunks):
             if planned:
-                PlannedBoundary(chunk, position, pp.size())
+                PlannedBoundary(chunk, position)
             else:
                 GradientBoundary(chunk, position, cut=gets_no_graph(i, stages, pp))
-        self._goes_down = planned and pp.size() > 1 and position > 0
         self._census = Census(parameter_rows(student.chunks, student.groups))
         self._run.provide(Census, self._census)
         return None
@@ -104,13 +103,7 @@ class FreezingPart(RunPart):
     def plan_lines(self, given: Mapping[str, list[str]]) -> Mapping[str, list[str]]:
         """With the parameters counted, and where backward stops."""
         first, *rest = given["trains"]
-        position = self._boundary.position
-        stops = f"backward stops at layer {position}; below it only the forward runs"
-        if self._goes_down:
-            stops = (
-                f"the first layer that trains is {position}; backward runs below it too, since "
-                "--overlap-moe-expert-parallel-comm wants gradients of every pipeline stage"
-            )
+        stops = f"backward stops at layer {self._boundary.position}; below it only the forward runs"
         return {"trains": [first, *parameter_table(self._census.rows), *rest, stops]}
 
     def begin_training(self) -> None:

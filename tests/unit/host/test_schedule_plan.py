@@ -17,7 +17,7 @@ class Node:
 
     def __init__(self, submodule):
         self.submodule = submodule
-        self.backward_func = lambda output, gradient: output.backward(gradient)
+        self.backward_func = lambda outputs, gradients: outputs[0].backward(gradients[0])
 
     def forward(self, hidden):
         self.input = hidden.detach().requires_grad_(hidden.requires_grad)
@@ -25,7 +25,7 @@ class Node:
         return self.output
 
     def backward(self, gradient):
-        self.backward_func(self.output, gradient)
+        self.backward_func((self.output,), (gradient,))
         gradient = self.input.grad
         self.input = self.output = None
         return gradient
@@ -77,6 +77,7 @@ class Chunk(torch.nn.Module):
         super().__init__()
         self.config = SimpleNamespace(overlap_moe_expert_parallel_comm=overlaps)
         self.decoder = torch.nn.Module()
+        self.decoder.final_layernorm = torch.nn.Identity()
         self.decoder.layers = torch.nn.ModuleList(torch.nn.Linear(1, 1) for _ in range(layers))
         for i, layer in enumerate(self.decoder.layers):
             layer.layer_number = i + 1
@@ -133,7 +134,7 @@ def test_backward_ends_at_the_boundary(boundary):
     chunk = Chunk()
     train(chunk, boundary)
     train(chunk, 2)
-    PlannedBoundary(chunk, boundary, stages=1)
+    PlannedBoundary(chunk, boundary)
     plan = chunk.build_schedule_plan("t")
     result = plan.run_forward()
     nodes = list(plan.nodes())
@@ -151,32 +152,58 @@ def test_backward_ends_at_the_boundary(boundary):
 
 def test_the_last_layer_runs_backward_for_the_norm_behind_it():
     chunk = Chunk()
-    PlannedBoundary(chunk, 3, stages=1)
+    PlannedBoundary(chunk, 3)
     plan = chunk.build_schedule_plan("t")
     plan.run_forward()
     assert [node.output.requires_grad for node in plan.nodes()] == 4 * [False] + 2 * [True]
 
 
-def test_several_stages_get_gradients_of_all_they_received():
-    chunk = Chunk()
-    train(chunk, 2)
-    PlannedBoundary(chunk, 2, stages=2)
+def stage(first, layers=2, last=False):
+    """A chunk of a later stage, which begins with that layer."""
+    chunk = Chunk(layers)
+    chunk.pre_process = False
+    chunk.decoder.final_layernorm = torch.nn.Identity() if last else None
+    for layer in chunk.decoder.layers:
+        layer.layer_number += first
+    return chunk
+
+
+@pytest.mark.parametrize(
+    ("boundary", "graph"), [(2, "yes yes"), (3, "no yes"), (4, "no no"), (9, "no no")]
+)
+def test_a_later_stage_sends_a_gradient_of_what_it_received(boundary, graph):
+    """Zeros, where it has layers below the boundary; they build no graph."""
+    chunk = stage(2)
+    PlannedBoundary(chunk, boundary)
     plan = chunk.build_schedule_plan("t")
-    assert plan.run_forward().requires_grad
-    assert all(node.output.requires_grad for node in plan.nodes())
+    received = torch.ones(2, requires_grad=True)
+    plan.pre_process.submodule = lambda node, hidden: received
+    plan.run_forward()
+    made = [node.output.requires_grad for node in plan.nodes()]
+    assert made == [word == "yes" for word in graph.split() for _ in range(2)]
     plan.run_backward(torch.ones(2))
-    later = Chunk()
-    later.pre_process = False
-    PlannedBoundary(later, 2, stages=2)
-    assert "build_schedule_plan" not in vars(later)
-    whole = Chunk()
-    PlannedBoundary(whole, -1, stages=1)
-    assert "build_schedule_plan" not in vars(whole), "the embedding trains"
+    assert received.grad.tolist() == ([0, 0] if "no" in graph else [9, 9])
+
+
+def test_the_last_stage_keeps_the_layer_before_the_final_norm():
+    chunk = stage(2, last=True)
+    PlannedBoundary(chunk, 4)
+    plan = chunk.build_schedule_plan("t")
+    plan.run_forward()
+    assert [node.output.requires_grad for node in plan.nodes()] == 2 * [False] + 2 * [True]
+
+
+@pytest.mark.parametrize(("first", "boundary"), [(0, -1), (2, 2), (2, 0)])
+def test_a_stage_with_nothing_below_is_as_it_was(first, boundary):
+    chunk = stage(first)
+    chunk.pre_process = first == 0
+    PlannedBoundary(chunk, boundary)
+    assert "build_schedule_plan" not in vars(chunk)
 
 
 def test_offloaded_activations_count_on_every_backward():
     chunk = Chunk()
     chunk.config.fine_grained_activation_offloading = True
     with pytest.raises(RecipeError, match="--fine-grained-activation-offloading"):
-        PlannedBoundary(chunk, 2, stages=1)
-    PlannedBoundary(chunk, 2, stages=2)
+        PlannedBoundary(chunk, 2)
+    PlannedBoundary(chunk, 0)
