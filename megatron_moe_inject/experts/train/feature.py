@@ -25,6 +25,11 @@ _CLIPS = Refusal(
     "qk_clip",
     "changes the weights of attention after the optimizer's step, and attention is frozen",
 )
+_GRAPHS = Refusal(
+    "cuda_graph_impl",
+    "replays a backward of every layer between the forwards of others, and what lies below the "
+    "first layer that trains has none",
+)
 _QUANTILE = Refusal(
     "moe_router_load_balancing_type",
     "goes on moving the bias of frozen routers",
@@ -83,6 +88,12 @@ class Freezing(Feature):
             "train.attention: false",
             lambda recipe, facts: not _attention_trains_whole(recipe, facts),
             "set train.attention: true",
+        ),
+        RefusedBeside(
+            (_GRAPHS,),
+            "--overlap-moe-expert-parallel-comm",
+            lambda recipe, facts: bool(facts.options.get("overlap_moe_expert_parallel_comm")),
+            "remove --overlap-moe-expert-parallel-comm",
         ),
         *_no_parts("train.experts: selected", _selected),
         *_no_parts("train.patterns", _by_patterns),
