@@ -122,7 +122,7 @@ def _has_weights(recipe: Recipe, facts: StudentFacts) -> bool:
     blend, per_split = get_blend_and_blend_per_split(args)
     if blend is not None:
         return blend[1] is not None or bool(recipe[MIXING])
-    valid = per_split[1]
+    valid = None if per_split is None else per_split[1]
     return valid is not None and valid[1] is not None
 
 

@@ -8,14 +8,14 @@ experts, combine. A node detaches what it is given and runs a backward of its ow
 - Hooks on a chunk, its block or a layer as a whole do not run. Those on routers and experts do, and
   so do wrapped methods.
 - What goes from node to node is freed as soon as the next has read it.
-- A node whose result belongs to no graph cannot run backward (``run_backward_as``).
+- A node whose result belongs to no graph cannot run backward (``skip_backward``).
 
 Passes without gradients (evaluation, the original model, profiles) go through the forward as ever.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -37,9 +37,8 @@ def layer_nodes(plan: Any, layer: int) -> Iterator[Any]:
             yield node
 
 
-def require_grad(plan: Any, layer: int, wanted: bool) -> None:
-    """Whether the hidden states ``[s, b, h]`` that the ``layer``-th layer is given require grad."""
-    node = compat.first_node(plan.get_layer(layer))
+def require_grad(node: Any, wanted: bool) -> None:
+    """Whether the hidden states ``[s, b, h]`` that a layer's first node is given require grad."""
     run = node.submodule
 
     def submodule(node: Any, hidden: torch.Tensor) -> Any:
@@ -48,11 +47,21 @@ def require_grad(plan: Any, layer: int, wanted: bool) -> None:
     node.submodule = submodule
 
 
-def run_backward_as(node: Any, backward: Callable[[tuple, tuple], tuple]) -> None:
-    """Let a node run another backward, and then forget what it kept, as ever.
+def first_node(plan: Any, layer: int) -> Any:
+    """The node of a plan's ``layer``-th layer that gets its hidden states ``[s, b, h]``."""
+    return compat.first_node(plan.get_layer(layer))
 
-    Args:
-        backward: gets the node's outputs and their gradients, and gives gradients that the node's
-            stream has used.
-    """
+
+def skip_backward(node: Any) -> None:
+    """Let a node run no backward; it gives no gradient, and forgets what it kept, as ever."""
+    node.backward_func = lambda outputs, gradients: ()
+
+
+def give_zeros(node: Any) -> None:
+    """Let a node run no backward, and give zeros for what it was given first."""
+
+    def backward(outputs: tuple, gradients: tuple) -> tuple:
+        node.inputs[0].grad = torch.zeros_like(node.inputs[0])
+        return ()
+
     node.backward_func = backward

@@ -219,7 +219,7 @@ MODEL = Contract(
         ),
         Use(
             "megatron.core.pipeline_parallel.utils.ScheduleNode",
-            attributes=("backward_func",),
+            attributes=("backward_func", "inputs"),
         ),
         Hooked(
             GPT, kind="load_state_dict post-hook", does="notes what was loaded; gone after loading"

@@ -1,13 +1,16 @@
 """``--overlap-moe-expert-parallel-comm``: in one layout the same numbers with and without, bit for
 bit."""
 
+import json
+
 import pytest
 
 from tests.harness import lane
 from tests.harness.grouped import TWO_OF_FOUR, grouped
-from tests.harness.injection import OTHER, PROVEN, RECIPE, inject
+from tests.harness.injection import OTHER, PROVEN, RECIPE, inject, recipe_file
 from tests.harness.material import make_material
 
+COUNTED = (str(lane.HARNESS / "planned_gpt.py"),)
 OVERLAP = ("--overlap-moe-expert-parallel-comm",)
 EP2 = dict(nproc=2, ep=2)
 VIRTUAL = dict(nproc=4, pp=2, ep=2, extra=("--num-layers-per-virtual-pipeline-stage", "1"))
@@ -45,6 +48,27 @@ def test_terms_and_gradients(material, recipe):
     assert_alike(*pair(material, recipe))
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [EP2, pytest.param(VIRTUAL, marks=pytest.mark.slow)],
+    ids=["ep2", "pp2-vpp2-ep2"],
+)
+def test_below_the_boundary_nothing_is_kept_and_nothing_runs_backward(material, layout):
+    """Layers 2 and 3 train: each has four nodes, and each rank two micro-batches in two steps."""
+    sizes = {name: layout[name] for name in ("pp", "ep") if name in layout}
+    ours = ("--inject-recipe", recipe_file(material, RECIPE), "--train-iters", "2")
+    flags = material.flags("--bf16", *ours, *OVERLAP, *layout.get("extra", ()), **sizes)
+    run = lane.run(flags, nproc=layout["nproc"], script=COUNTED)
+    lines = [line for line in run.output.splitlines() if line.startswith("plans: ")]
+    assert len(lines) == layout["nproc"]
+    layers = [layer for line in lines for layer in json.loads(line[len("plans: ") :]).items()]
+    assert sorted(int(number) for number, _ in layers) == [0, 0, 1, 1, 2, 2, 3, 3]
+    for number, count in layers:
+        assert count["forwards"] == 16
+        assert count["backwards"] == (16 if int(number) >= 2 else 0)
+        assert (count["saved"] > 0) == (int(number) >= 2)
+
+
 def test_what_a_layer_puts_out_cannot_be_imitated(material):
     recipe = RECIPE + "imitation: {{hidden: 0.5}}\n"
     run = inject(material, recipe, extra=("--bf16", *OVERLAP), check=False, **EP2)
@@ -63,8 +87,13 @@ def test_where_backward_stops(material, recipe, layout):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", [LAST_RANK, FIRST_RANK], ids=["last rank", "first rank"])
-def test_virtual_stages(material, recipe):
-    assert_alike(*pair(material, recipe, layout=VIRTUAL))
+@pytest.mark.parametrize(
+    "layout",
+    [VIRTUAL, dict(nproc=4, tp=2, ep=2), dict(nproc=4, cp=2, ep=2)],
+    ids=["pp2-vpp2-ep2", "tp2-sp-ep2", "cp2-ep2"],
+)
+def test_layouts(material, recipe, layout):
+    assert_alike(*pair(material, recipe, "--global-batch-size", "16", layout=layout))
 
 
 @pytest.mark.slow

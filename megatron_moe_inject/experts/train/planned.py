@@ -14,13 +14,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from megatron_moe_inject.experts.train.boundary import refuse_offloading
 from megatron_moe_inject.experts.train.uses import PLANNED_BOUNDARY
 from megatron_moe_inject.host.megatron_types import Chunk
 from megatron_moe_inject.host.model_parts import decoder_layers
-from megatron_moe_inject.host.schedule_plan import layer_nodes, require_grad, run_backward_as
+from megatron_moe_inject.host.schedule_plan import (
+    first_node,
+    give_zeros,
+    layer_nodes,
+    require_grad,
+    skip_backward,
+)
 from megatron_moe_inject.host.wrap import Call, wrap_method
 
 
@@ -48,23 +52,15 @@ class PlannedBoundary:
 
     def _plan(self, call: Call) -> Any:
         plan = call()
-        run_backward_as(plan.pre_process, _nothing if self._embeds else _zeros)
+        if self._embeds:
+            skip_backward(plan.pre_process)
         for layer in range(self._below):
             for node in layer_nodes(plan, layer):
-                run_backward_as(node, _nothing)
-        if self._below:
-            require_grad(plan, 0, False)
+                skip_backward(node)
+        if self._below and not self._embeds:
+            received = first_node(plan, 0)
+            require_grad(received, False)
+            give_zeros(received)
         if self._below < plan.num_layers():
-            require_grad(plan, self._below, True)
+            require_grad(first_node(plan, self._below), True)
         return plan
-
-
-def _nothing(outputs: tuple, gradients: tuple) -> tuple:
-    """A backward that makes no gradient."""
-    return ()
-
-
-def _zeros(outputs: tuple[torch.Tensor, ...], gradients: tuple) -> tuple:
-    """A backward that gives what was received, ``[s, b, h]``, a gradient to send."""
-    outputs[0].grad = torch.zeros_like(outputs[0])
-    return ()

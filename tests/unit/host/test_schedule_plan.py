@@ -20,14 +20,14 @@ class Node:
         self.backward_func = lambda outputs, gradients: outputs[0].backward(gradients[0])
 
     def forward(self, hidden):
-        self.input = hidden.detach().requires_grad_(hidden.requires_grad)
-        self.output = self.submodule(self, self.input)
+        self.inputs = [hidden.detach().requires_grad_(hidden.requires_grad)]
+        self.output = self.submodule(self, *self.inputs)
         return self.output
 
     def backward(self, gradient):
         self.backward_func((self.output,), (gradient,))
-        gradient = self.input.grad
-        self.input = self.output = None
+        gradient = self.inputs[0].grad
+        self.inputs = self.output = None
         return gradient
 
 
@@ -68,6 +68,7 @@ class Plan:
         for node in reversed(list(self.nodes())):
             gradient = node.backward(gradient)
         self.pre_process.backward(gradient)
+        return gradient
 
 
 class Chunk(torch.nn.Module):
@@ -181,7 +182,8 @@ def test_a_later_stage_sends_a_gradient_of_what_it_received(boundary, graph):
     plan.run_forward()
     made = [node.output.requires_grad for node in plan.nodes()]
     assert made == [word == "yes" for word in graph.split() for _ in range(2)]
-    plan.run_backward(torch.ones(2))
+    sent = plan.run_backward(torch.ones(2))
+    assert sent is not None, "Megatron sends what the first layer gives"
     assert received.grad.tolist() == ([0, 0] if "no" in graph else [9, 9])
 
 

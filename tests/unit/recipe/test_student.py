@@ -312,6 +312,30 @@ def test_megatron_options_that_do_not_fit(parse, flag):
     assert message_of(lambda: check_recipe(two_domains([0], [1]), found)) == message
 
 
+WHOLE_SETS = "--multiple-validation-sets --full-validation"
+
+
+@pytest.mark.parametrize(
+    ("data", "overrides", "fits"),
+    [
+        ("--train-data-path 1 /d/en 1 /d/code --valid-data-path /v/en /v/code", [], True),
+        ("--train-data-path 1 /d/en 1 /d/code --valid-data-path 1 /v/en 1 /v/code", [], False),
+        ("--data-path /d/en /d/code", [], True),
+        ("--data-path 1 /d/en 1 /d/code", [], False),
+        ("--data-path /d/en /d/code", ["mixing.general=0.2"], False),
+    ],
+)
+def test_validation_sets_have_no_weights(parse, data, overrides, fits):
+    line = f"--num-layers 8 --num-experts 16 {data} {WHOLE_SETS}"
+    found = student_facts_from_args(parse(line))
+    if fits:
+        check_recipe(recipe(1, overrides=overrides), found)
+        return
+    message = message_of(lambda: check_recipe(recipe(1, overrides=overrides), found))
+    assert message.startswith("--multiple-validation-sets: reads each set whole, without a weight")
+    assert "--valid-data-path, the latter without weights" in message
+
+
 def test_modelopt_is_refused():
     with pytest.raises(RecipeError, match="--modelopt-enabled: replaces the model"):
         check_recipe(recipe(1), facts(options={"modelopt_enabled": True}))
