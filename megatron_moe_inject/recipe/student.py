@@ -89,6 +89,7 @@ def check_recipe(recipe: Recipe, facts: StudentFacts) -> None:
     validate(recipe)
     check_options(recipe, facts)
     _check_pattern(facts)
+    _check_plans(facts)
     _check_layers(recipe, facts)
     for split in ("train", *(s for s in SPLITS[1:] if s in facts.data_paths)):
         split_labels(recipe, facts, split)
@@ -145,6 +146,29 @@ def _check_pattern(facts: StudentFacts) -> None:
             "than there are depths, and whose balance losses have no place in the log of "
             f"Megatron-Core {compat.megatron_version()}", f"put E first, or {_NO_BALANCE}",
         )  # fmt: skip
+
+
+def _check_plans(facts: StudentFacts) -> None:
+    """Where experts overlap, micro-batches go through schedule plans, which only GPT models have.
+
+    Megatron's scripts hand no borders of packed documents to them: the student would read across
+    the borders, and its teachers would not.
+    """
+    if not facts.options.get("overlap_moe_expert_parallel_comm"):
+        return
+    flag = "--overlap-moe-expert-parallel-comm"
+    if facts.pattern is not None:
+        raise RecipeError(
+            f"{flag}: a hybrid model ({facts.pattern.text}) has no schedule plan; remove it", flag
+        )
+    for name in ("sft", "dataloader_inter_document_masking"):
+        if facts.options.get(name):
+            packing = f"--{name.replace('_', '-')}"
+            raise RecipeError(
+                f"{flag}: Megatron's scripts leave the borders of packed documents ({packing}) out "
+                "of schedule plans; remove one of them",
+                flag,
+            )
 
 
 def _stages(ranks: list[int]) -> str:

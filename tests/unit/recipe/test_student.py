@@ -499,3 +499,23 @@ def test_domain_with_validation_data_only():
 def test_ranges():
     assert ranges([]) == ""
     assert ranges((5, 0, 2, 3, 4)) == "0, 2-5"
+
+
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [
+        ("--hybrid-layer-pattern -*-E*E*E", r"a hybrid model (-*-E*E*E) has no schedule plan"),
+        ("--sft", "the borders of packed documents (--sft)"),
+        ("--dataloader-inter-document-masking", "(--dataloader-inter-document-masking) out of"),
+    ],
+)
+def test_schedule_plans_are_of_gpt_models_and_whole_samples(parse, flags, what):
+    line = f"--num-layers 8 --num-experts 16 --data-path 1 /d/en 1 /d/code {flags} "
+    try:
+        args = parse(line + "--overlap-moe-expert-parallel-comm")
+    except SystemExit:
+        pytest.skip("this version of Megatron has no such flag")
+    message = message_of(lambda: check_recipe(recipe(1), student_facts_from_args(args)))
+    assert message.startswith("--overlap-moe-expert-parallel-comm: ")
+    assert what in message
+    check_recipe(recipe(1), student_facts_from_args(parse(line)))
