@@ -229,7 +229,7 @@ SETS |= {
     "hybrid": replace(
         SETS["router"],
         features=SETS["router"].features | {HYBRID},
-        slow_at=frozenset(LAYOUTS) - {"ep2", "tp2-sp", "pp2-vpp2", "cp2", "full recompute"},
+        slow_at=frozenset(LAYOUTS) - {"ep2", "tp2-sp", "pp2-vpp2"},
     ),
     "hybrid, rows": replace(SETS["rows"], features=SETS["rows"].features | {HYBRID}),
 }

@@ -207,7 +207,7 @@ def test_multi_token_prediction_is_told_apart(material):
         assert ours.keys() == theirs.keys()
         assert theirs["mtp_1 loss"] > 1
         for name in theirs.keys() - counted:
-            assert ours[name] == pytest.approx(theirs[name], rel=1e-6), name
+            assert ours[name] == pytest.approx(theirs[name], rel=2e-5), name
 
 
 NUMBERED = RECIPE.replace("layer_numbers: gpt", "layer_numbers: hybrid")

@@ -24,6 +24,7 @@ TESTED_ALONE = {
     "report": "training/test_report.py",
     "progress": "unit/host/test_progress.py",
     "stages": "training/test_boundary.py",
+    "validation_sets": "training/test_validation_sets.py",
 }
 """Features of the package that no recipe asks for, and their tests."""
 

@@ -87,6 +87,9 @@ class Chunk(torch.nn.Module):
         self.seen = []
         self.passing = lambda: ()
 
+    def forward(self, output_processor=None):
+        """As GPTModel's."""
+
     def build_schedule_plan(self, tokens, labels=None, output_processor=None):
         return Plan(self, labels, output_processor)
 
