@@ -145,7 +145,9 @@ def routing(folder) -> dict:
         pytest.param(1, dict(), id="one"),
         pytest.param(1, dict(nproc=2, tp=2), id="tp2-sp"),
         pytest.param(1, dict(nproc=2, pp=2), id="pp2"),
-        pytest.param(2, dict(nproc=2, tp=2), id="two packs to a row, tp2-sp"),
+        pytest.param(
+            2, dict(nproc=2, tp=2), id="two packs to a row, tp2-sp", marks=pytest.mark.slow
+        ),
         pytest.param(2, dict(), id="two packs to a row"),
         pytest.param(1, dict(nproc=2, ep=2), id="ep2", marks=pytest.mark.slow),
         pytest.param(4, dict(nproc=2, tp=2), id="four, tp2-sp", marks=pytest.mark.slow),
