@@ -17,6 +17,7 @@ import numpy as np
 
 from megatron_moe_inject.experts.choose.choice import resolve_experts
 from megatron_moe_inject.experts.choose.profile_file import read_profile
+from megatron_moe_inject.experts.choose.profile_numbers import in_numbers_of
 from megatron_moe_inject.experts.choose.routing_profile import (
     GENERAL_CLASS,
     ClassStatistics,
@@ -64,6 +65,7 @@ def add_commands(commands: Commands) -> None:
 
 def _report(options: argparse.Namespace) -> str:
     before, after = (read_profile(path) for path in (options.before, options.after))
+    after = in_numbers_of(after, before.provenance.pattern, "AFTER", options.after)
     check_same_student(before, after, (options.before, options.after))
     domain = options.domain or _shared_domain(before, after)
     for profile in (before, after):
@@ -163,7 +165,7 @@ def _targets(
     if options.experts is not None:
         targets = parse_experts(options.experts, "--experts")
     elif options.recipe is not None:
-        recipe = resolve_experts(load_recipe(options.recipe))
+        recipe = resolve_experts(load_recipe(options.recipe), like=profile)
         matches = [candidate for candidate in recipe.domains if candidate.name == domain]
         if not matches:
             names = listing(candidate.name for candidate in recipe.domains)

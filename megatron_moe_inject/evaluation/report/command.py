@@ -29,6 +29,7 @@ from megatron_moe_inject.evaluation.report.line_charts import Chart, line_charts
 from megatron_moe_inject.evaluation.report.page import Code, Picture, Section, Table, render_page
 from megatron_moe_inject.evaluation.report.run_file import FILE, Start, Step, read_run
 from megatron_moe_inject.experts.choose.profile_file import read_profile
+from megatron_moe_inject.experts.choose.profile_numbers import in_numbers_of
 from megatron_moe_inject.experts.choose.routing_profile import GENERAL_CLASS, RoutingProfile
 from megatron_moe_inject.host.commands import Commands, add_command
 from megatron_moe_inject.host.errors import (
@@ -37,6 +38,7 @@ from megatron_moe_inject.host.errors import (
     show_path,
 )
 from megatron_moe_inject.host.files import replace_file
+from megatron_moe_inject.recipe.layer_numbers import renumbered
 from megatron_moe_inject.recipe.load import recipe_from_yaml
 from megatron_moe_inject.recipe.schedule import show_weight
 from megatron_moe_inject.recipe.schema import Recipe
@@ -264,14 +266,23 @@ def _experts(data: RunData) -> Section:
     if not names:
         return Section(title, missing="the profiles have no domain in common")
     parts: list = []
+    recipe = None if data.recipe is None else _numbered(data.recipe, before)
     for name in names:
         targets = {}
-        for domain in data.recipe.domains if data.recipe is not None else ():
+        for domain in recipe.domains if recipe is not None else ():
             if domain.name == name:
                 targets = _known_targets(domain.experts.layers, before)
         parts.append(Picture(picture(before, after, name, targets), f"routing of {name}"))
         parts.append(Code("\n".join(layer_table(before, after, name, targets))))
     return Section(title, parts)
+
+
+def _numbered(recipe: Recipe, profile: RoutingProfile) -> Recipe | None:
+    """The recipe in a profile's layer numbers, ``None`` where it does not say which it has."""
+    try:
+        return renumbered(recipe, profile.provenance.pattern)
+    except RecipeError:
+        return None
 
 
 def _known_targets(layers: dict[int, list[int]], profile: RoutingProfile) -> dict[int, list[int]]:
@@ -328,6 +339,7 @@ def _report(options: argparse.Namespace) -> str:
     _refuse_overwriting(output, folder, data, options.profiles or [])
     if options.profiles is not None:
         before, after = (read_profile(path) for path in options.profiles)
+        after = in_numbers_of(after, before.provenance.pattern, "--profiles", options.profiles[1])
         check_same_student(before, after, tuple(options.profiles))
         data = RunData(data.starts, data.steps, data.evaluations, data.recipe, (before, after))
     name = folder.resolve().name or str(folder)

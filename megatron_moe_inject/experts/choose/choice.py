@@ -43,13 +43,18 @@ from megatron_moe_inject.recipe.schema import Recipe
 
 
 def resolve_experts(
-    recipe: Recipe, facts: StudentFacts | None = None, *, may_be_missing: bool = False
+    recipe: Recipe,
+    facts: StudentFacts | None = None,
+    *,
+    may_be_missing: bool = False,
+    like: RoutingProfile | None = None,
 ) -> Recipe:
     """The recipe in its student's layer numbers, every profile replaced by the experts it gives.
 
     Args:
         facts: the student that every profile must be of; None skips that check, and leaves numbers
             as they are.
+        like: without ``facts``, a profile in whose layer numbers the recipe is wanted.
         may_be_missing: leave the choice of a profile that is not there yet as it is, for a plan.
 
     Returns:
@@ -59,8 +64,14 @@ def resolve_experts(
         RecipeError: a profile that cannot be read, is of another student or lacks the domain, or
             a choice that it cannot give. The message begins with the recipe's key.
     """
+    numbered = facts is not None or like is not None
+    pattern = None
     if facts is not None:
-        recipe = renumbered(recipe, facts.pattern)
+        pattern = facts.pattern
+    elif like is not None:
+        pattern = like.provenance.pattern
+    if numbered:
+        recipe = renumbered(recipe, pattern)
     profiles: dict[str, tuple[RoutingProfile, str]] = {}
     domains = []
     for i, domain in enumerate(recipe.domains):
@@ -77,8 +88,9 @@ def resolve_experts(
                     raise RecipeError(f"{key}: {error}", key) from None
                 profiles[choice.profile] = profile, profile_checksum(profile)
             profile, checksum = profiles[choice.profile]
+            if numbered:
+                profile = in_numbers_of(profile, pattern, key, choice.profile)
             if facts is not None:
-                profile = in_numbers_of(profile, facts.pattern, key, choice.profile)
                 check_student(profile, facts, key, choice.profile)
             name = choice.domain or domain.name
             layers = choose_experts(choice, profile, name, path)

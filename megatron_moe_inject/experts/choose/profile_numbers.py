@@ -27,8 +27,7 @@ def in_numbers_of(
     Raises:
         RecipeError: the profile is of a pattern of other layers, or its layers are no blocks.
     """
-    text = profile.provenance.hybrid_layer_pattern
-    recorded = LayerPattern(text) if text is not None else None
+    recorded = profile.provenance.pattern
     if recorded is None and pattern is None:
         return profile
     if recorded is not None and pattern is not None:

@@ -24,6 +24,7 @@ from megatron_moe_inject.host.errors import (
     suggest,
 )
 from megatron_moe_inject.host.files import is_plain_name
+from megatron_moe_inject.host.layer_pattern import LayerPattern
 
 GENERAL_CLASS = "general"
 """Name of the class that belongs to no domain."""
@@ -82,6 +83,12 @@ class Provenance:
     checkpoint_iteration: int | None = None
     checkpoint_sha256: str | None = None
     hybrid_layer_pattern: str | None = None
+
+    @property
+    def pattern(self) -> LayerPattern | None:
+        """Of a hybrid student, ``None`` for a GPT model."""
+        text = self.hybrid_layer_pattern
+        return None if text is None else LayerPattern(text)
 
     @property
     def shape(self) -> tuple[int, int]:

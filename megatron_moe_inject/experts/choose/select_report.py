@@ -142,13 +142,18 @@ def expert_table(choice: Choice) -> list[str]:
     return _without_empty(rows)
 
 
+_NUMBERS = "write layer_numbers: hybrid at the top of the recipe"
+
+
 def fragment(choice: Choice) -> str:
     """YAML that goes under one of a recipe's domains."""
     provenance = choice.profile.provenance
     student = provenance.checkpoint or "a random start"
+    pattern = provenance.pattern
     lines = [
         f"    # {json.dumps(choice.domain)} by moe-inject select; the student was {student} at "
         f"iteration {provenance.first_iteration}",
+        *([] if pattern is None else [f"    # layers of {pattern.symbols}: {_NUMBERS}"]),
         "    experts:",
         f"      origin: {json.dumps(choice.origin)}",
         "      layers:",

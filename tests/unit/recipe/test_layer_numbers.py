@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_moe_inject.cli import main
+from megatron_moe_inject.experts.choose.profile_file import write_profile
 from megatron_moe_inject.experts.choose.profile_numbers import in_numbers_of
 from megatron_moe_inject.experts.train.described import in_layers_of
 from megatron_moe_inject.experts.train.freeze import FreezePolicy
@@ -171,3 +173,33 @@ def test_profiles_take_the_numbers_of_the_run():
     )
     assert "of a GPT model of 3 blocks, and this student has 2" in said(gpt, LayerPattern("*E*E"))
     assert "do not take turns" in said(gpt, LayerPattern("*E-"))
+
+
+@pytest.fixture
+def profiles(tmp_path):
+    """Of the same tokens, by a GPT model and by a hybrid one."""
+    gpt = profile(moe_layers=(0, 1, 2))
+    files = tmp_path / "gpt.json", tmp_path / "hybrid.json"
+    write_profile(files[0], gpt)
+    write_profile(files[1], in_numbers_of(gpt, LayerPattern("*EM*E*E"), "key", "p.json"))
+    return [str(file) for file in files]
+
+
+@pytest.mark.parametrize("hybrid_first", [False, True])
+def test_a_report_has_the_numbers_of_its_first_profile(profiles, tmp_path, capsys, hybrid_first):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(NUMBERED.replace("0: [1], 2: [0, 3]", "2: [3]"))
+    files = profiles[::-1] if hybrid_first else profiles
+    assert main(["routing-report", *files, "--domain", "code", "--recipe", str(recipe)]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    rows = [row for row in rows if row and row[0].isdigit()]
+    assert [row[0] for row in rows] == (["1", "4", "6"] if hybrid_first else ["0", "1", "2"])
+    on_targets = [row[0] for row in rows if len(row) > 6]
+    assert on_targets == [rows[-1][0]], "the chosen expert is in the last layer"
+
+
+def test_chosen_layers_of_a_pattern_say_so(profiles, capsys):
+    for file, said in zip(profiles, (False, True), strict=True):
+        assert main(["select", file, "--domain", "code", "--method", "top_n", "--n", "1"]) == 0
+        printed = capsys.readouterr().out
+        assert ("layers of *EM*E*E: write layer_numbers: hybrid" in printed) is said
