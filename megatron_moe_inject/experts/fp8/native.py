@@ -1,8 +1,9 @@
 """Expert weights of a model that was published in FP8, as DeepSeek-V3 was.
 
 A Hugging Face folder of safetensors files with E4M3 codes and, beside each weight, fp32 scales for
-blocks of 128 x 128 (``weight_scale_inv``; DeepSeek-V3's README_WEIGHTS). Its layers and experts are
-numbered as the student's. Read one tensor at a time; nothing but safetensors is opened.
+blocks of 128 x 128 (``weight_scale_inv``; DeepSeek-V3's README_WEIGHTS). Its layers are the blocks
+of a GPT model, its experts are numbered as the student's. Read one tensor at a time; nothing but
+safetensors is opened.
 
 Shapes: h hidden, f width of an expert.
 """
@@ -26,6 +27,7 @@ from megatron_moe_inject.host.errors import (
     show,
 )
 from megatron_moe_inject.host.files import is_plain_name
+from megatron_moe_inject.host.layer_pattern import LayerPattern
 
 KEY = "train.fp8_source"
 _INDEX = "model.safetensors.index.json"
@@ -37,13 +39,20 @@ class NativeFp8:
 
     Args:
         source: ``hf:/dir``.
+        pattern: of a hybrid student, whose layers are those of the folder by its blocks.
 
     Raises:
-        RecipeError: no such folder, or not a model in this form.
+        RecipeError: no such folder, or not a model in this form; or a pattern without blocks.
     """
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, pattern: LayerPattern | None = None) -> None:
         self.text = source
+        self._pattern = pattern
+        if pattern is not None and pattern.blocks is None:
+            raise self._error(
+                f"numbers the blocks of a GPT model, but {pattern.table()}",
+                "leave fp8_source out to encode the loaded weights",
+            )
         kind, _, path = source.partition(":")
         self._folder = Path(path.strip()).expanduser()
         if kind != "hf" or not path.strip():
@@ -80,7 +89,7 @@ class NativeFp8:
             name
             for layer, expert in experts
             for linear in _PROJECTIONS
-            for name in _names(layer, expert, linear)
+            for name in self._names(layer, expert, linear)
             if name not in self._files
         ]
         if missing:
@@ -92,7 +101,7 @@ class NativeFp8:
         Raises:
             RecipeError: a damaged file, or tensors of another form.
         """
-        names = _names(layer, expert, linear)
+        names = self._names(layer, expert, linear)
         codes, scales = (
             [self._tensor(n) for n in names[::2]],
             [self._tensor(n) for n in names[1::2]],
@@ -113,6 +122,16 @@ class NativeFp8:
         whole = torch.cat([c.view(torch.uint8) for c in codes]).view(fp8_blocks.CODES)
         return Fp8Weight(whole, torch.cat(scales).float())
 
+    def _names(self, layer: int, expert: int, linear: str) -> list[str]:
+        """Each projection's weight and scales, in Megatron's order of rows."""
+        block = layer if self._pattern is None else self._pattern.block_of(layer)
+        base = f"model.layers.{block}.mlp.experts.{expert}"
+        return [
+            f"{base}.{projection}.{part}"
+            for projection in _PROJECTIONS[linear]
+            for part in ("weight", "weight_scale_inv")
+        ]
+
     def _tensor(self, name: str) -> torch.Tensor:
         try:
             return self._open(self._files[name]).get_tensor(name)
@@ -130,13 +149,3 @@ class NativeFp8:
             "differs from its decoded codes",
             "name the folder that the checkpoint was converted from, or leave fp8_source out",
         )
-
-
-def _names(layer: int, expert: int, linear: str) -> list[str]:
-    """Each projection's weight and scales, in Megatron's order of rows."""
-    base = f"model.layers.{layer}.mlp.experts.{expert}"
-    return [
-        f"{base}.{projection}.{part}"
-        for projection in _PROJECTIONS[linear]
-        for part in ("weight", "weight_scale_inv")
-    ]

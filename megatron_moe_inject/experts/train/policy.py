@@ -38,7 +38,7 @@ def frozen_fp8(recipe: Recipe, policy: FreezePolicy, facts: StudentFacts) -> Fro
         return None
     source = None
     if train.fp8_source is not None:
-        source = NativeFp8(train.fp8_source)
+        source = NativeFp8(train.fp8_source, facts.pattern)
         chosen = policy.experts or {}
         assert facts.num_moe_experts is not None, "the recipe's rules refuse a dense student"
         source.check(

@@ -15,6 +15,7 @@ from megatron_moe_inject.experts.fp8.native import NativeFp8
 from megatron_moe_inject.experts.train.freeze import FreezePolicy
 from megatron_moe_inject.experts.train.frozen_fp8 import FrozenFp8, drop_transposes
 from megatron_moe_inject.host.errors import RecipeError
+from megatron_moe_inject.host.layer_pattern import LayerPattern
 from tests.harness import fp8_tensor
 
 
@@ -257,6 +258,12 @@ def test_published_weights_are_taken_as_they_are(stand_in, tmp_path):
     kept.check()
     for name, value in chunk.state_dict().items():
         assert torch.equal(value, state[name]), f"{name} is saved as it was loaded"
+    hybrid = NativeFp8(f"hf:{tmp_path}", LayerPattern("*E" * 6))
+    hybrid.check([(9, 3), (11, 5)])
+    alike = hybrid.weight(11, 5, "linear_fc2").codes, source.weight(5, 5, "linear_fc2").codes
+    assert torch.equal(*(codes.view(torch.uint8) for codes in alike))
+    with pytest.raises(RecipeError, match="numbers the blocks of a GPT model"):
+        NativeFp8(f"hf:{tmp_path}", LayerPattern("*E-"))
     own = fp8_weights.stored(chunk.decoder.layers[1].mlp.experts.linear_fc2.weight2)
     theirs = source.weight(5, 5, "linear_fc2")
     assert torch.equal(own.codes.view(torch.uint8), theirs.codes.view(torch.uint8))
