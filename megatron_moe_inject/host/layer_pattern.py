@@ -12,6 +12,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
 
@@ -29,6 +30,19 @@ _KINDS = {
     "M": "a Mamba layer",
     "G": "a layer of gated delta nets",
 }
+
+
+def name_matches(pattern: str, name: str, gpt_name: str | None) -> bool:
+    """Whether a pattern of ``train.patterns`` names a parameter.
+
+    Args:
+        pattern: with shell wildcards; behind ``GPT_NAMES`` it is one of names in a GPT model.
+        name: with global layer and expert numbers.
+        gpt_name: the same in a GPT model; ``None`` where it has no such layer.
+    """
+    if not pattern.startswith(GPT_NAMES):
+        return fnmatchcase(name, pattern)
+    return gpt_name is not None and fnmatchcase(gpt_name, pattern.removeprefix(GPT_NAMES))
 
 
 @dataclass(frozen=True)
@@ -86,6 +100,12 @@ class LayerPattern:
     def block_of(self, layer: int) -> int | None:
         """The GPT block that a layer is part of, ``None`` if it is of none."""
         return next((n for n, pair in enumerate(self.blocks or ()) if layer in pair), None)
+
+    def gpt_name(self, name: str) -> str | None:
+        """What a GPT model calls ``decoder.layers.N.x``; ``None`` where it has no such layer."""
+        first, second, number, rest = name.split(".", 3)
+        block = self.block_of(int(number))
+        return None if block is None else f"{first}.{second}.{block}.{rest}"
 
     def stages_without_experts(self, pipeline_size: int) -> list[int]:
         """Pipeline ranks none of whose segments has experts; segment i is rank ``i % size``'s.

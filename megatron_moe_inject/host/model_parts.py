@@ -140,7 +140,8 @@ def local_weights(linear: MegatronModule) -> list[torch.nn.Parameter]:
 def places(chunk: Chunk) -> Iterator[tuple[ParameterPlace, torch.nn.Parameter]]:
     """Place of every parameter of a bare model chunk (no DDP or Float16 wrapper)."""
     layers = decoder_layers(chunk)
-    blocks = _gpt_blocks(chunk)
+    text = getattr(chunk, "hybrid_layer_pattern", None)
+    pattern = None if text is None else LayerPattern(text)
     for name, parameter in chunk.named_parameters():
         match = _LAYER.search(name) if not re.search(r"(^|\.)mtp\.", name) else None
         if match is None:
@@ -153,19 +154,9 @@ def places(chunk: Chunk) -> Iterator[tuple[ParameterPlace, torch.nn.Parameter]]:
         number = module.layer_number - 1
         rest = in_layer if expert is None else _with_global_expert(in_layer, expert)
         whole = f"decoder.layers.{number}.{rest}"
-        block = blocks.get(number)
-        in_gpt = None if block is None else f"decoder.layers.{block}.{rest}"
+        in_gpt = whole if pattern is None else pattern.gpt_name(whole)
         component = _component(name, in_layer)
         yield ParameterPlace(name, component, number, expert, whole, in_gpt), parameter
-
-
-def _gpt_blocks(chunk: Chunk) -> dict[int, int]:
-    """The GPT block of each of the chunk's layers that is part of one."""
-    text = getattr(chunk, "hybrid_layer_pattern", None)
-    if text is None:
-        return {n: n for n in (layer.layer_number - 1 for layer in decoder_layers(chunk))}
-    blocks = LayerPattern(text).blocks or ()
-    return {layer: n for n, pair in enumerate(blocks) for layer in pair}
 
 
 def _with_global_expert(in_layer: str, expert: int) -> str:

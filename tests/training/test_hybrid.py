@@ -12,6 +12,7 @@ from megatron_moe_inject.experts.choose.profile_file import read_profile
 from megatron_moe_inject.experts.delta.delta import CheckpointPlace
 from tests.harness import lane
 from tests.harness.checkpoints import whole
+from tests.harness.grouped import SCRIPT
 from tests.harness.injection import PROVEN, assert_clean_end, recipe_file
 from tests.harness.material import student_flags
 
@@ -208,6 +209,40 @@ def test_multi_token_prediction_is_told_apart(material):
         assert theirs["mtp_1 loss"] > 1
         for name in theirs.keys() - counted:
             assert ours[name] == pytest.approx(theirs[name], rel=2e-5), name
+
+
+FROZEN_FP8 = """
+layer_numbers: gpt
+domains:
+  - {{name: code, data: [1], teacher: coder}}
+teachers:
+  coder: {{source: "megatron:{teacher}"}}
+objective: {{alpha: 0.7, beta: 0.3}}
+train: {{experts: none, frozen_experts: fp8, patterns: ["decoder.layers.2.mlp.experts.0.*"]}}
+"""
+
+
+def test_experts_of_prediction_are_not_put_into_fp8(material, tmp_path):
+    """Those of the decoder are, but for the one that a name in a GPT model lets train."""
+    text = recipe_file(material, FROZEN_FP8)
+    scratch = ("--inject-from-scratch", "--train-iters", "2", "--moe-grouped-gemm")
+    saved = []
+    for flags in (("--mtp-num-layers", "1"), ("--hybrid-layer-pattern", "*E*E*E*E/*E")):
+        folder = tmp_path / str(len(saved))
+        save = ("--save", str(folder), "--save-interval", "2", "--inject-recipe", text)
+        given = student_flags(*material.blend, *scratch, *save, *flags)
+        run = lane.run(given, script=SCRIPT, env={"TESTS_FP8_PRODUCTS": "1"})
+        assert run.losses("mtp_1 loss")[-1] > 1
+        saved.append(CheckpointPlace("--base", folder).open())
+    gpt, hybrid = saved
+    stacked = whole(gpt, EXPERTS.format(""))
+    for block, layer in enumerate(MOE_LAYERS):
+        assert torch.equal(stacked[block], whole(hybrid, EXPERTS.format(f"{layer}.")))
+    (ours,), (theirs,) = (
+        [name for name in held.tensors if name.startswith("mtp.") and "experts.linear_fc1" in name]
+        for held in (hybrid, gpt)
+    )
+    assert torch.equal(whole(hybrid, ours).flatten(), whole(gpt, theirs).flatten())
 
 
 NUMBERED = RECIPE.replace("layer_numbers: gpt", "layer_numbers: hybrid")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from megatron_moe_inject.experts.train import uses
 from megatron_moe_inject.host.errors import RecipeError, fail, listing
+from megatron_moe_inject.host.layer_pattern import LayerPattern, name_matches
 from megatron_moe_inject.host.text import ranges
 from megatron_moe_inject.recipe.facts import StudentFacts
 from megatron_moe_inject.recipe.feature import Feature, RefusedBeside
@@ -48,15 +48,24 @@ def _by_patterns(recipe: Recipe, facts: StudentFacts) -> bool:
     if train.experts != "none" or not train.patterns or not experts:
         return False
     return any(
-        0 < len(_matching(train.patterns, layer, linear, experts)) < len(experts)
+        0 < len(_matching(train.patterns, layer, linear, experts, facts.pattern)) < len(experts)
         for layer in sorted(set(facts.moe_layers) - set(train.layers))
         for linear in ("linear_fc1", "linear_fc2")
     )
 
 
-def _matching(patterns: Iterable[str], layer: int, linear: str, experts: range) -> set[str]:
+def _matching(
+    patterns: Iterable[str],
+    layer: int,
+    linear: str,
+    experts: range,
+    layers: LayerPattern | None,
+) -> set[str]:
     names = [f"decoder.layers.{layer}.mlp.experts.{e}.{linear}.weight" for e in experts]
-    return {name for pattern in patterns for name in names if fnmatchcase(name, pattern)}
+    in_gpt = {name: name if layers is None else layers.gpt_name(name) for name in names}
+    return {
+        name for pattern in patterns for name in names if name_matches(pattern, name, in_gpt[name])
+    }
 
 
 def _no_parts(setting: str, asked: Callable[[Recipe, StudentFacts], bool]) -> list[RefusedBeside]:

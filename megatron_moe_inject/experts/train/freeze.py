@@ -9,13 +9,12 @@ outside the optimizer.
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_moe_inject.experts.train.uses import FROZEN_BIAS
-from megatron_moe_inject.host.layer_pattern import GPT_NAMES
+from megatron_moe_inject.host.layer_pattern import name_matches
 from megatron_moe_inject.host.megatron_types import Chunk, MegatronModule
 from megatron_moe_inject.host.model_parts import EXPERTS, ROWS, ParameterPlace, places
 from megatron_moe_inject.host.wrap import Call, wrap_method
@@ -80,7 +79,8 @@ class FreezePolicy:
 
     def matches(self, place: ParameterPlace) -> list[str]:
         """The patterns that name the parameter at ``place``."""
-        return [pattern for pattern in self.patterns if _names(pattern, place)]
+        names = place.global_name, place.gpt_name
+        return [pattern for pattern in self.patterns if name_matches(pattern, *names)]
 
     def apply(self, chunks: Iterable[Chunk]) -> None:
         """Set ``requires_grad`` on every parameter, and freeze the bias of frozen routers.
@@ -107,13 +107,6 @@ def freeze_expert_bias(router: MegatronModule, frozen: bool) -> None:
     elif frozen and getattr(router, "expert_bias", None) is not None:
         router.frozen_expert_bias = True
         wrap_method(router, FROZEN_BIAS, _count_nothing)
-
-
-def _names(pattern: str, place: ParameterPlace) -> bool:
-    if not pattern.startswith(GPT_NAMES):
-        return fnmatch.fnmatchcase(place.global_name, pattern)
-    in_gpt = pattern.removeprefix(GPT_NAMES)
-    return place.gpt_name is not None and fnmatch.fnmatchcase(place.gpt_name, in_gpt)
 
 
 def _count_nothing(call: Call) -> None:

@@ -29,6 +29,7 @@ from megatron_moe_inject.host import compat
 from megatron_moe_inject.host.errors import (
     RecipeError,
 )
+from megatron_moe_inject.host.layer_pattern import LayerPattern
 from megatron_moe_inject.host.megatron_types import Chunk, MegatronModule
 from megatron_moe_inject.host.model_parts import (
     EXPERTS,
@@ -62,13 +63,22 @@ class FrozenFp8:
         policy: what trains.
         scaling: one of ``recipe.schema.FP8_SCALINGS``, as the student's ``--fp8-recipe``.
         source: where the weights were published in FP8, None = they are encoded here.
+        pattern: of a hybrid student.
 
     Attributes:
         count: parameters' elements of this rank that are in FP8.
     """
 
-    def __init__(self, policy: FreezePolicy, scaling: str, source: Source | None = None) -> None:
+    def __init__(
+        self,
+        policy: FreezePolicy,
+        scaling: str,
+        source: Source | None = None,
+        pattern: LayerPattern | None = None,
+    ) -> None:
         self._policy = policy
+        self._pattern = pattern
+        self._predicts = False
         self._scaling = scaling
         self._source = source
         self._mismatch: RecipeError | None = None
@@ -83,7 +93,11 @@ class FrozenFp8:
         """
 
         def registered(module: MegatronModule, name: str, child: Any) -> None:
-            decoder = hasattr(module, "layer_number") and not getattr(module, "is_mtp_layer", False)
+            if name == "layers" and hasattr(module, "layer_type_list"):
+                # A stack begins to be built; its layers do not know what they are for.
+                self._predicts = module.is_mtp_layer
+            of_depth = self._predicts or getattr(module, "is_mtp_layer", False)
+            decoder = hasattr(module, "layer_number") and not of_depth
             if name == "mlp" and decoder and hasattr(child, "local_expert_indices"):
                 self._encode_layer(module.layer_number - 1, child)
 
@@ -101,7 +115,7 @@ class FrozenFp8:
             for i, (expert, weight) in enumerate(
                 zip(moe.local_expert_indices, local_weights(linear), strict=True)
             ):
-                if not self._policy.trains(_place(layer, expert, name, i)):
+                if not self._policy.trains(_place(layer, expert, name, i, self._pattern)):
                     self._encode_parameter(linear, f"weight{i}", weight)
                     frozen[f"weight{i}"] = expert
             if frozen:
@@ -164,10 +178,13 @@ class FrozenFp8:
             raise self._mismatch
 
 
-def _place(layer: int, expert: int, linear: str, index: int) -> ParameterPlace:
+def _place(
+    layer: int, expert: int, linear: str, index: int, pattern: LayerPattern | None
+) -> ParameterPlace:
     name = f"decoder.layers.{layer}.mlp.experts.{linear}.weight{index}"
     whole = f"decoder.layers.{layer}.mlp.experts.{expert}.{linear}.weight"
-    return ParameterPlace(name, EXPERTS, layer, expert, whole)
+    in_gpt = whole if pattern is None else pattern.gpt_name(whole)
+    return ParameterPlace(name, EXPERTS, layer, expert, whole, in_gpt)
 
 
 def _decode_saved(

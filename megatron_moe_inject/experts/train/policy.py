@@ -48,4 +48,4 @@ def frozen_fp8(recipe: Recipe, policy: FreezePolicy, facts: StudentFacts) -> Fro
             if layer not in policy.layers and expert not in chosen.get(layer, ())
         )
     assert facts.precision.fp8_recipe is not None, "they refuse a student without FP8, too"
-    return FrozenFp8(policy, facts.precision.fp8_recipe, source)
+    return FrozenFp8(policy, facts.precision.fp8_recipe, source, facts.pattern)
