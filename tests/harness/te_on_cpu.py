@@ -10,7 +10,10 @@ import functools
 
 import torch
 
-_RUNS_ON_A_GPU = ("transformer_impl", "moe_grouped_gemm", "fp8", "multi_latent_attention")
+_RUNS_ON_A_GPU = (
+    *("transformer_impl", "moe_grouped_gemm", "fp8", "multi_latent_attention"),
+    "hybrid_layer_pattern",
+)
 
 
 def allow() -> None:
