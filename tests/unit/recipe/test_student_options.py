@@ -5,11 +5,22 @@ import json
 
 import pytest
 
+from megatron_moe_inject.host import compat
 from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.recipe.facts import PrecisionFacts
 from megatron_moe_inject.recipe.refused_options import NO_PARTS
 from megatron_moe_inject.recipe.student import check_recipe, student_facts_from_args
 from tests.harness.recipes import facts, message_of, recipe, two_domains
+
+
+def parsed(parse, line):
+    """The flags of a line; what only a newer Megatron knows skips the test on an older one."""
+    try:
+        return parse(line)
+    except SystemExit:
+        if not compat.megatron_version().startswith("0.18"):
+            raise
+        pytest.skip("Megatron 0.18 has no such flag")
 
 
 def test_parameters_in_fp8_have_no_copies_in_host_memory():
@@ -90,10 +101,7 @@ REFUSED = [
 @pytest.mark.parametrize("flag", REFUSED)
 def test_megatron_options_that_do_not_fit(parse, flag):
     line = f"--num-layers 8 --num-experts 16 --data-path 1 /d/en 1 /d/code {flag}"
-    try:
-        args = parse(line)
-    except SystemExit:
-        pytest.skip("this version of Megatron has no such flag")
+    args = parsed(parse, line)
     name = flag if "cuda-graph" in flag else flag.split()[0]
     found = student_facts_from_args(args)
     message = message_of(lambda: check_recipe(recipe(1), found))
@@ -193,17 +201,14 @@ def test_expert_retention_refuses_what_keeps_experts_from_running_twice(parse, f
 @pytest.mark.parametrize(
     ("flags", "what"),
     [
-        ("--hybrid-layer-pattern -*-E*E*E", r"a hybrid model (-*-E*E*E) has no schedule plan"),
+        ("--hybrid-layer-pattern=-*-E*E*E", "a hybrid model (-*-E*E*E) has no schedule plan"),
         ("--sft", "the borders of packed documents (--sft)"),
         ("--dataloader-inter-document-masking", "(--dataloader-inter-document-masking) out of"),
     ],
 )
 def test_schedule_plans_are_of_gpt_models_and_whole_samples(parse, flags, what):
     line = f"--num-layers 8 --num-experts 16 --data-path 1 /d/en 1 /d/code {flags} "
-    try:
-        args = parse(line + "--overlap-moe-expert-parallel-comm")
-    except SystemExit:
-        pytest.skip("this version of Megatron has no such flag")
+    args = parsed(parse, line + "--overlap-moe-expert-parallel-comm")
     message = message_of(lambda: check_recipe(recipe(1), student_facts_from_args(args)))
     assert message.startswith("--overlap-moe-expert-parallel-comm: ")
     assert what in message
