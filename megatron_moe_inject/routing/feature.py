@@ -55,15 +55,6 @@ def _refused(name: str, asked: Callable[[Steering], bool]) -> RefusedBeside:
 class RouterRowsFeature(Feature):
     """``train.router_rows``: of each router, the rows of the experts that the domains chose."""
 
-    def renumbered(self, recipe: Recipe, number_of: Callable[[str, int], int]) -> Recipe:
-        """``steering.layers``."""
-        steering = recipe[STEERING]
-        if not steering.layers:
-            return recipe
-        layers = [number_of(f"steering.layers[{i}]", n) for i, n in enumerate(steering.layers)]
-        sections = recipe.sections | {STEERING.key: replace(steering, layers=layers)}
-        return replace(recipe, sections=sections)
-
     def rules(self, recipe: Recipe) -> None:
         """Each domain names rows, and the routers do not train whole."""
         train = recipe.train
@@ -104,6 +95,15 @@ class SteeringFeature(Feature):
         _refused("coeff", lambda steering: steering.steers),
         _refused("retention", lambda steering: steering.retains),
     )
+
+    def renumbered(self, recipe: Recipe, number_of: Callable[[str, int], int]) -> Recipe:
+        """``steering.layers``."""
+        steering = recipe[STEERING]
+        if not steering.layers:
+            return recipe
+        layers = [number_of(f"steering.layers[{i}]", n) for i, n in enumerate(steering.layers)]
+        sections = recipe.sections | {STEERING.key: replace(steering, layers=layers)}
+        return replace(recipe, sections=sections)
 
     def rules(self, recipe: Recipe) -> None:
         """Shares are shares, layers have experts, and what is asked for has an effect."""

@@ -259,7 +259,7 @@ class SteeringHook:
             whole = torch.zeros(shape, dtype=torch.float32, device=self.device)
         if not means:
             return whole
-        by_class = [means.get(index, 0.0) for index in range(-1, self._classes - 1)]
+        by_class = [means.get(domain, 0.0) for domain in range(-1, self._classes - 1)]
         return whole + torch.tensor(by_class, device=self.device)[index].unsqueeze(-1)
 
     def _shared(self, own: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor:
