@@ -8,6 +8,7 @@ loss is the measured cross-entropy.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -43,7 +44,7 @@ _ONE_PASS = {
 }
 
 
-class Evaluator(RunPart):
+class Evaluator(RunPart, ABC):
     """Measures Megatron's evaluations on held-out text that stays the same; provides
     ``Measurement``.
 
@@ -150,9 +151,9 @@ class Evaluator(RunPart):
         """An evaluation on other text, such as the test data."""
         return evaluate()
 
+    @abstractmethod
     def record(self, evaluation: Evaluation) -> None:
         """Do something with what was measured; called on every rank with the same."""
-        raise NotImplementedError
 
     def _evaluation(self, collected: Collected, iteration: int) -> Evaluation:
         args = self.args
