@@ -4,8 +4,7 @@
 returns the model's output. Stock scripts do not pass it, so a forward pre-hook on the chunk with
 the output layer adds the one that is in force, and a wrapper to the plans that take the place of a
 forward pass (``schedule_plan``). ``HybridModel.forward`` takes none yet: there ``hybrid_seam``
-stands in. Without one, and where a forward pass has no labels, the output is
-stock's.
+stands in. Without one, and where a forward pass has no labels, the output is stock's.
 """
 
 from __future__ import annotations
