@@ -98,10 +98,6 @@ def test_an_injection_goes_on_as_a_hybrid_model(material, stopped, tmp_path, fla
         goes_on=taken, nproc=nproc, **layout,
     )  # fmt: skip
     assert [step["iteration"] for step in on.iterations] == [3, 4]
-    again = {
-        "load_balancing_loss",
-        "lm loss",
-    }  # of layers or tokens that the log counts since start
     rel = 0.0 if nproc == 1 else 2e-5
     for ours, theirs in zip(on.iterations, whole_run.iterations[2:], strict=True):
         again = {"load_balancing_loss"} if theirs["iteration"] == 4 else set()

@@ -59,7 +59,8 @@ def recipe(material, llama, folder, without=(), **changes) -> list[str]:
 def terms(run) -> list[str]:
     """What is logged of the loss, its parts, and where tokens go."""
     words = ("loss", "norm", "retention", "target", "confidence")
-    return [name for name in run.iterations[0] if any(map(name.count, words))][:-1]
+    names = [name for name in run.iterations[0] if any(map(name.count, words))]
+    return [name for name in names if name != "loss scale"]
 
 
 def assert_same_terms(run, other) -> None:
