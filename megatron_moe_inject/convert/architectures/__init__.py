@@ -1,0 +1,40 @@
+"""Architectures by the ``model_type`` of a ``config.json``: each is a table of one module.
+
+Those built in are named here; an installed package adds its own as entry points of the group
+``megatron_moe_inject.architectures``, each named like the model type and giving a function that
+returns the ``Architecture``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_moe_inject.convert.table import Architecture
+from megatron_moe_inject.host.errors import fail, suggest
+from megatron_moe_inject.host.registry import Registry
+
+_HERE = __name__
+
+ARCHITECTURES: Registry[Architecture] = Registry(
+    "megatron_moe_inject.architectures",
+    {
+        "llama": f"{_HERE}.dense:Llama",
+        "mistral": f"{_HERE}.dense:Mistral",
+        "qwen2": f"{_HERE}.dense:Qwen2",
+        "qwen3": f"{_HERE}.dense:Qwen3",
+        "qwen3_moe": f"{_HERE}.qwen3_moe:Qwen3Moe",
+    },
+)
+"""Model type -> its table."""
+
+
+def architecture_of(config: Any) -> Architecture:
+    """The table of a configuration that ``transformers.AutoConfig`` read.
+
+    Raises:
+        RecipeError: there is none for its ``model_type``.
+    """
+    if config.model_type not in ARCHITECTURES:
+        remedy = suggest(config.model_type, ARCHITECTURES.names(), "tables exist for")
+        raise fail("config.json: model_type", config.model_type, "has no table here", remedy)
+    return ARCHITECTURES[config.model_type]

@@ -1,0 +1,85 @@
+"""Dense decoders: Llama, Mistral, Qwen2 and Qwen3, which teach, and which learn from experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from megatron_moe_inject.convert.architectures.configuration import Keys, key_of
+from megatron_moe_inject.convert.architectures.decoder import ONLY, READ, DenseDecoder
+from megatron_moe_inject.convert.architectures.parts import Block, Heads, attention, head_width
+from megatron_moe_inject.convert.table import Entry
+from megatron_moe_inject.host.errors import fail
+
+
+class Llama(DenseDecoder):
+    """Llama 1 to 3; biases, where there are any, are in every linear layer, as Megatron's are."""
+
+    model_types = ("llama",)
+    keys = Keys(READ, {**ONLY, "attention_bias": (False,), "mlp_bias": (False,)})
+
+
+class Mistral(DenseDecoder):
+    """Mistral, with its sliding window where it has one."""
+
+    model_types = ("mistral",)
+    keys = Keys(READ | {"sliding_window"}, ONLY)
+
+    def flags(self, config: Any) -> dict[str, Any]:
+        return super().flags(config) | window_flags(config)
+
+
+class Qwen2(DenseDecoder):
+    """Qwen2 and Qwen2.5: biases of queries, keys and values."""
+
+    model_types = ("qwen2",)
+    keys = Keys(
+        READ | {"layer_types", "sliding_window", "max_window_layers"},
+        {**ONLY, "use_sliding_window": (False,)},
+    )
+
+    def check(self, config: Any) -> None:
+        super().check(config)
+        check_full_attention(config)
+
+    def attention_flags(self, config: Any) -> dict[str, Any]:
+        return super().attention_flags(config) | {"--add-qkv-bias": True}
+
+    def attention(self, config: Any, block: Block) -> Iterator[Entry]:
+        yield from attention(block, Heads.of(config), qkv_bias=True)
+
+
+class Qwen3(DenseDecoder):
+    """Qwen3: norms of the queries and keys of each head."""
+
+    model_types = ("qwen3",)
+    keys = Keys(
+        READ | {"layer_types", "sliding_window", "max_window_layers"},
+        {**ONLY, "attention_bias": (False,), "use_sliding_window": (False,)},
+    )
+
+    def check(self, config: Any) -> None:
+        super().check(config)
+        check_full_attention(config)
+
+    def attention_flags(self, config: Any) -> dict[str, Any]:
+        return super().attention_flags(config) | {"--qk-layernorm": True}
+
+    def attention(self, config: Any, block: Block) -> Iterator[Entry]:
+        width = head_width(config)
+        yield from attention(block, Heads.of(config), norms=(width, width))
+
+
+def check_full_attention(config: Any) -> None:
+    """RecipeError where a layer attends to a window."""
+    kinds = sorted(set(config.layer_types) - {"full_attention"})
+    if kinds:
+        remedy = "served: full_attention in every layer"
+        raise fail(key_of("layer_types"), kinds[0], "is not served", remedy)
+
+
+def window_flags(config: Any) -> dict[str, Any]:
+    """Options of a window in every layer: a token sees itself and ``sliding_window`` - 1 before."""
+    if config.sliding_window is None:
+        return {}
+    return {"--window-size": f"{config.sliding_window - 1},0"}
