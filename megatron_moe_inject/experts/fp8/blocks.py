@@ -38,12 +38,29 @@ def encode(
     return _untiled(codes, weight.shape), scale.reciprocal()
 
 
+def codes_of(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Codes ``[m, k]`` of ``[m, k]`` for decoding scales ``[M, K]`` (fp32) that are given."""
+    tiles = _tiles(weight.float()) / scales[:, None, :, None]
+    return _untiled(tiles.clamp(-LARGEST, LARGEST).to(CODES), weight.shape)
+
+
 def decode(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """``[m, k]`` of ``dtype`` from codes ``[m, k]`` and scales ``[M, K]`` or ``[1, 1]``."""
     if scales.numel() == 1:
         return (codes.float() * scales).to(dtype)
     tiles = _tiles(codes.float()) * scales[:, None, :, None]
     return _untiled(tiles.to(dtype), codes.shape)
+
+
+def same_blocks(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Bool ``[M, K]``: the blocks in which both ``[m, k]`` are equal."""
+    return _tiles((one != other).to(torch.uint8)).sum(dim=(1, 3)) == 0
+
+
+def by_element(blocks: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """``[m, k]`` of ``[M, K]``, each entry repeated over its block."""
+    m, k = shape
+    return blocks.repeat_interleave(BLOCK, 0)[:m].repeat_interleave(BLOCK, 1)[:, :k]
 
 
 def block_shape(m: int, k: int) -> tuple[int, int]:

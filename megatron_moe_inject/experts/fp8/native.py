@@ -11,23 +11,17 @@ Shapes: h hidden, f width of an expert.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from megatron_moe_inject.experts.fp8 import blocks as fp8_blocks
 from megatron_moe_inject.experts.fp8.weights import Fp8Weight
-from megatron_moe_inject.host.errors import (
-    RecipeError,
-    fail,
-    listing,
-    show,
-)
-from megatron_moe_inject.host.files import is_plain_name
+from megatron_moe_inject.host.errors import RecipeError, fail, listing
 from megatron_moe_inject.host.layer_pattern import LayerPattern
+from megatron_moe_inject.host.safetensors_file import DamagedFileError, SafetensorsFile
+from megatron_moe_inject.host.safetensors_folder import read_json, weight_map
 
 KEY = "train.fp8_source"
 _INDEX = "model.safetensors.index.json"
@@ -59,29 +53,19 @@ class NativeFp8:
             raise self._error("is no source", "write hf:/dir")
         if not self._folder.is_dir():
             raise self._error("is no directory on this machine", "name an existing directory")
-        config = self._json("config.json").get("quantization_config") or {}
+        config = (
+            read_json(self._folder, "config.json", self._error).get("quantization_config") or {}
+        )
         blocks = config.get("weight_block_size")
         if config.get("quant_method") != "fp8" or blocks != [fp8_blocks.BLOCK] * 2:
             raise self._error(
                 f"is not in FP8 by blocks of 128 x 128 (its quantization_config is {config})",
                 "leave fp8_source out to encode the loaded weights",
             )
-        self._files: dict[str, str] = self._json(_INDEX).get("weight_map") or {}
-        for name in self._files.values():
-            if not is_plain_name(name):
-                raise self._error(
-                    f"names a file {show(name)} in {_INDEX}, which is none of its own",
-                    "take the model from its source again",
-                )
+        self._files = weight_map(self._folder, self._error)
 
     def _error(self, problem: str, remedy: str) -> RecipeError:
         return fail(KEY, self.text, problem, remedy)
-
-    def _json(self, name: str) -> dict:
-        try:
-            return json.loads((self._folder / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise self._error(f"has no readable {name} ({error})", "complete the folder") from None
 
     def check(self, experts: Iterable[tuple[int, int]]) -> None:
         """RecipeError unless the folder names the weights of all these (layer, expert)."""
@@ -134,13 +118,13 @@ class NativeFp8:
 
     def _tensor(self, name: str) -> torch.Tensor:
         try:
-            return self._open(self._files[name]).get_tensor(name)
-        except (SafetensorError, OSError, KeyError) as error:
+            return self._open(self._files[name]).read(name)
+        except (DamagedFileError, OSError, KeyError) as error:
             raise self._error(f"cannot give {name} ({error})", "complete the folder") from None
 
     @functools.lru_cache(maxsize=4)  # noqa: B019  one object a run
-    def _open(self, file: str) -> safe_open:
-        return safe_open(self._folder / file, framework="pt")
+    def _open(self, file: str) -> SafetensorsFile:
+        return SafetensorsFile.open(self._folder / file)
 
     def mismatch(self, layer: int, expert: int, linear: str) -> RecipeError:
         """The error for a checkpoint whose weights are not these, decoded."""
