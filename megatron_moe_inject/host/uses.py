@@ -439,7 +439,7 @@ CPU_LANE = Contract(
         *symbols(f"{_CORE}.transformer.enums", "AttnMaskType", "AttnMaskType.causal"),
         *symbols(f"{_CORE}.transformer.moe.moe_utils", "maybe_move_tensor_to_cpu"),
         *symbols(f"{_CORE}.transformer.moe.token_dispatcher", "maybe_move_tensor_to_cpu"),
-        *symbols(f"{_CORE}.transformer.torch_norm", "WrappedTorchNorm"),
+        *symbols(f"{_CORE}.transformer", "attention.TENorm", "torch_norm.WrappedTorchNorm"),
         *symbols(f"{_CORE}.models.backends", "LocalSpecProvider"),
         Use(
             f"{_CORE}.models.gpt.gpt_layer_specs.get_gpt_layer_local_submodules",

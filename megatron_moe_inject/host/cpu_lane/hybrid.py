@@ -44,6 +44,11 @@ def local_stack_spec() -> Any:
         "self_attn_bda": IdentityFuncOp,
     }
     no_mlp = {"pre_mlp_layernorm": IdentityOp, "mlp": IdentityOp, "mlp_bda": IdentityFuncOp}
+    attention = dataclasses.replace(block(), **no_mlp)
+    # As in Megatron's stack: norms of queries and keys where the config asks for them.
+    by_config = {"q_layernorm": None, "k_layernorm": None}
+    inside = attention.self_attention
+    inside.submodules = dataclasses.replace(inside.submodules, **by_config)
     # What comes after the slash: Megatron fills in the layers by the pattern.
     mtp = get_mtp_layer_spec_for_backend(None, LocalSpecProvider())
     for name in ("enorm", "hnorm", "layer_norm"):
@@ -66,9 +71,7 @@ def local_stack_spec() -> Any:
                     sharded_state_dict_keys_map={"norm.": "mixer.in_proj.layer_norm_"},
                 ),
             ),
-            attention_layer=ModuleSpec(
-                module=TransformerLayer, submodules=dataclasses.replace(block(), **no_mlp)
-            ),
+            attention_layer=ModuleSpec(module=TransformerLayer, submodules=attention),
             mlp_layer=ModuleSpec(
                 module=MLPLayer, submodules=dataclasses.replace(block(), **no_attention)
             ),
@@ -85,16 +88,17 @@ def local_stack_spec() -> Any:
 
 
 def install() -> None:
-    """The local stack in the place of Megatron's own, and a local last norm.
+    """The local stack in the place of Megatron's own, and local norms where it asks for TE's.
 
     Builders take their default by its name in two modules; scripts name it after ``--spec``
     (those of 0.18 must), by its new or its old name.
     """
     from megatron.core.models.hybrid import hybrid_block, hybrid_layer_specs
+    from megatron.core.transformer import attention
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
     from megatron.training.models import hybrid as builder
 
-    hybrid_block.TENorm = WrappedTorchNorm
+    hybrid_block.TENorm = attention.TENorm = WrappedTorchNorm
     stack = local_stack_spec()
     hybrid_layer_specs.hybrid_stack_spec = hybrid_layer_specs.mamba_stack_spec = stack
     builder.default_hybrid_stack_spec = stack
