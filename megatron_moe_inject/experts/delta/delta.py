@@ -136,6 +136,33 @@ class DeltaIndex:
     layers: str | None = None
 
 
+class DeltaFolder:
+    """A delta that was read, for others than ``apply_delta``.
+
+    Args:
+        path: what ``export_delta`` wrote.
+
+    Attributes:
+        index: its description, checked against its files.
+
+    Raises:
+        RecipeError: it is damaged, or no delta.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.index = _read_index(path)
+
+    def error(self, problem: str, remedy: str) -> RecipeError:
+        """The error "--delta path problem; remedy"."""
+        return RecipeError(f"--delta {self._path} {problem}; {remedy}", "--delta")
+
+    def read(self, name: str) -> torch.Tensor:
+        """New values of a slice by its name in ``index.slices``."""
+        with safe_open(self._path / self.index.slices[name].file, framework="pt") as file:
+            return file.get_tensor(name)
+
+
 def export_delta(
     base: CheckpointPlace,
     trained: CheckpointPlace,
@@ -159,6 +186,8 @@ def export_delta(
     """
     _must_not_exist(output)
     before, after = _of_one_kind(Weights(base.open()), Weights(trained.open()))
+    before = before.named_like(after.tensors)
+    after = after.named_like(before.tensors)
     names = _common_tensors(before, after)
     slices = [(name, place) for name in names for place in before.places(name)]
     index: dict[str, Slice] = {}
@@ -187,7 +216,7 @@ def export_delta(
                 flush()
                 size = 0
             entry = "@".join([name, ".".join(map(str, place))]) if place else name
-            changed[entry] = name, place, _checksum(old)
+            changed[entry] = name, place, slice_checksum(old)
             batch[entry] = new
             size += new.nbytes
         if not changed:
@@ -228,12 +257,13 @@ def apply_delta(
     _must_not_exist(output)
     described = _read_index(delta)
     before = _numbered(Weights(base.open()), described.layers)
+    before = before.named_like({entry.tensor for entry in described.slices.values()})
     if before.fingerprint() != described.model:
         raise base.error("is another model than the delta's base", "name the base it was made from")
     index = described.slices
     changes = _changes(delta, index, before)
     for entry in progress(index.values(), len(index)):
-        checksum = _checksum(before.read(entry.tensor, tuple(entry.place)))
+        checksum = slice_checksum(before.read(entry.tensor, tuple(entry.place)))
         if checksum != entry.base_sha256:
             raise base.error(
                 f"holds other values of {entry.tensor} {entry.place} than the delta's base",
@@ -326,7 +356,8 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-def _checksum(tensor: torch.Tensor) -> str:
+def slice_checksum(tensor: torch.Tensor) -> str:
+    """What ``Slice.base_sha256`` is of the base's values."""
     return hashlib.sha256(_bytes(tensor).numpy()).hexdigest()
 
 
@@ -398,12 +429,12 @@ def _changes(
         exists = len(place) == len(sizes) and all(map(operator.contains, map(range, sizes), place))
         if stored is None or not exists:
             raise _damaged(delta, f"has a slice {show(name)} that is none of the base's")
-        tensor, own_place = base.place_of(entry.tensor, place)
-        if own_place in changes.setdefault(tensor, {}):
-            raise _damaged(delta, f"has a slice {show(name)} that is none of the base's")
         shape = stored.size[len(place) :]
         new = _Stored(delta, entry.file, name, shape, stored.dtype)
-        changes[tensor][own_place] = new
+        for tensor, own_place in base.places_of(entry.tensor, place):
+            if own_place in changes.setdefault(tensor, {}):
+                raise _damaged(delta, f"has a slice {show(name)} that is none of the base's")
+            changes[tensor][own_place] = new
     return changes
 
 

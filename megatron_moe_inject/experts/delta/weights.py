@@ -1,7 +1,9 @@
 """The weights of a checkpoint, slice by slice, by names that two checkpoints share.
 
 A GPT model and a hybrid model of the same weights store them under different names
-(``host.gpt_names``). Seen from a GPT model, both have the same.
+(``host.gpt_names``). Seen from a GPT model, both have the same. A converted model has its norms
+under both names that layers ask for (``host.norm_names``), as the same bytes; here each is one
+tensor.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,6 +22,7 @@ from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.host.gpt_names import Place, pattern_of_names, to_gpt, to_hybrid
 from megatron_moe_inject.host.layer_pattern import LayerPattern
 from megatron_moe_inject.host.model_parts import is_own
+from megatron_moe_inject.host.norm_names import other_name
 from megatron_moe_inject.host.torch_dist import Piece, TorchDistCheckpoint
 
 
@@ -57,6 +60,7 @@ class Weights:
         self.checkpoint = checkpoint
         self.pattern = pattern_of_names(checkpoint.tensors)
         self._as_gpt: LayerPattern | None = None
+        self._wanted: Collection[str] = ()
 
     @property
     def layers(self) -> str | None:
@@ -80,6 +84,12 @@ class Weights:
         seen._as_gpt = self.pattern
         return seen
 
+    def named_like(self, names: Collection[str]) -> Weights:
+        """The same, where a tensor has two names by the one that is among these."""
+        seen = Weights(self.checkpoint)
+        seen._as_gpt, seen._wanted = self._as_gpt, names
+        return seen
+
     def error(self, problem: str, remedy: str) -> RecipeError:
         """An error that begins with the checkpoint."""
         return self.checkpoint.source.error(problem, remedy)
@@ -90,7 +100,7 @@ class Weights:
         stored = {
             name: Stored(tuple(entry.size), entry.properties.dtype)
             for name, entry in self.checkpoint.tensors.items()
-            if not is_own(name)
+            if not is_own(name) and not self._is_second(name)
         }
         if self._as_gpt is None:
             return stored
@@ -105,9 +115,28 @@ class Weights:
                 seen[in_gpt] = Stored((*((blocks,) if place else ()), *entry.size), entry.dtype)
         return seen
 
+    def _is_second(self, name: str) -> bool:
+        """Whether a stored name is the one of two that is not used: the wanted one is, or else
+        that of a norm that lies in the linear layer behind it."""
+        other = other_name(name)
+        if other is None or other not in self.checkpoint.tensors:
+            return False
+        wanted, other_wanted = (self._seen(n) in self._wanted for n in (name, other))
+        return other_wanted if wanted != other_wanted else ".layer_norm_" not in name
+
+    def _seen(self, name: str) -> str:
+        renamed = None if self._as_gpt is None else to_gpt(name, (), self._as_gpt)
+        return name if renamed is None else renamed[0]
+
     def place_of(self, name: str, place: Place) -> tuple[str, Place]:
         """Where the checkpoint itself has a slice."""
         return (name, place) if self._as_gpt is None else to_hybrid(name, place, self._as_gpt)
+
+    def places_of(self, name: str, place: Place) -> list[tuple[str, Place]]:
+        """The same with the second name, where it has one."""
+        stored, own_place = self.place_of(name, place)
+        names = [stored, other_name(stored)]
+        return [(n, own_place) for n in names if n is not None and n in self.checkpoint.tensors]
 
     def places(self, name: str) -> Iterator[Place]:
         """Places of a tensor's slices."""
@@ -126,7 +155,6 @@ class Weights:
 
     def fingerprint(self) -> str:
         """SHA-256 of names, shapes and types."""
-        rows = sorted(
-            (name, stored.size, str(stored.dtype)) for name, stored in self.tensors.items()
-        )
+        tensors = self.named_like(()).tensors
+        rows = sorted((name, stored.size, str(stored.dtype)) for name, stored in tensors.items())
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
