@@ -28,3 +28,12 @@ def stored_name(name: str, stored: Container[str]) -> str:
             if part in name and (renamed := name.replace(part, other)) in stored:
                 return renamed
     return name
+
+
+def other_name(name: str) -> str | None:
+    """The other name of a norm's tensor, ``None`` for what has one name."""
+    for pair in _NORMS:
+        for part, other in (pair, pair[::-1]):
+            if part in name:
+                return name.replace(part, other)
+    return None

@@ -16,7 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "megatron_moe_inject"
 ROOMS = (
-    "host", "losses", "recipe", "data", "teachers", "experts", "routing", "retention", "evaluation",
+    "host", "losses", "recipe", "data", "teachers", "experts", "convert", "routing", "retention",
+    "evaluation",
 )  # fmt: skip
 """From the ground up; what stands in none of them is the hall and the doors, above all."""
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.S)

@@ -1,0 +1,157 @@
+"""From a Hugging Face folder to a Megatron checkpoint, file to file.
+
+No model is built and no process group: each slice of Megatron's is read from the folder, put
+together and written, one after the other. Any layout loads the result
+(``host.torch_dist_write``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_moe_inject.convert.arguments import (
+    megatron_arguments,
+    option_words,
+    shell_arrays,
+)
+from megatron_moe_inject.convert.folder_model import FolderModel
+from megatron_moe_inject.convert.hf_folder import HfFolder
+from megatron_moe_inject.convert.naming import Naming, Stored, as_hybrid
+from megatron_moe_inject.convert.table import Entry
+from megatron_moe_inject.host.files import new_folder
+from megatron_moe_inject.host.torch_dist_write import CheckpointWriter
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "folder": None}
+"""Words of ``--dtype``; ``None`` keeps the folder's precision, tensor by tensor."""
+LAYOUTS = ("gpt", "hybrid")
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+
+Progress = Callable[[Iterable[Any], int], Iterable[Any]]
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What an import wrote.
+
+    Attributes:
+        model_type: of the folder.
+        tensors: of the folder, those stored twice there or saying nothing aside.
+        slices: of Megatron's.
+        bytes: of the checkpoint.
+        left_out: tensors of the folder that were not taken: copies, and buffers that say nothing.
+        rows: of the embedding, with padding.
+    """
+
+    model_type: str
+    tensors: int
+    slices: int
+    bytes: int
+    left_out: tuple[str, ...]
+    rows: int
+
+
+def import_folder(
+    folder: HfFolder,
+    output: Path,
+    *,
+    dtype: str = "folder",
+    layout: str = "gpt",
+    vocab_multiple: int = 128,
+    progress: Progress,
+) -> Imported:
+    """Write a folder's model as a checkpoint that Megatron loads. No collective.
+
+    ``output`` becomes a ``--save`` directory with a ``release``, and ``flags.sh`` and ``flags.txt``
+    with Megatron's options of the model; it appears whole or not at all.
+
+    Args:
+        folder: opened.
+        output: must not exist.
+        dtype: a word of ``DTYPES``. What Megatron keeps in float32 is so in any case.
+        layout: ``gpt`` or ``hybrid``, a word of ``LAYOUTS``.
+        vocab_multiple: the vocabulary is padded with zeros to a multiple of this.
+        progress: wraps the slices to show how far it is.
+
+    Raises:
+        RecipeError: an architecture, a configuration or a tensor that cannot be converted, a
+            damaged folder, or a disk that does not take the checkpoint.
+    """
+    model = FolderModel.of(folder)
+    flags, naming = dict(model.flags), model.naming
+    if layout == "hybrid":
+        flags, naming = as_hybrid(flags, naming, model.entries)
+    rows = _rows(model, vocab_multiple)
+    flags["--padded-vocab-size"] = rows
+    chosen = DTYPES[dtype]
+    tokenizer = _tokenizer_flags(folder)
+    arguments = megatron_arguments(
+        flags | tokenizer, rows, chosen or folder.dtype(model.entries[0].parts[0].name)
+    )
+    stored = [naming.stored(entry.slot) for entry in model.entries]
+    types = _types(model, stored, chosen)
+    with new_folder(output) as part:
+        with CheckpointWriter(part / "release") as writer:
+            for entry, where in progress(
+                zip(model.entries, stored, strict=True), len(model.entries)
+            ):
+                value = model.joined(entry, types[where.names[0]], rows)
+                size = (*where.axes, *value.shape)
+                writer.tensor(where.names, size, where.place, value)
+            left_out = (*model.check_copies(), *model.leftovers)
+            writer.nothing(_extra_states(naming, stored))
+            writer.finish({"args": arguments, "checkpoint_version": 3.0, "iteration": 0})
+        (part / "latest_checkpointed_iteration.txt").write_text("release")
+        arrays = {"MODEL": flags, **({"TOKENIZER": tokenizer} if tokenizer else {})}
+        (part / "flags.sh").write_text(shell_arrays(str(folder.path), arrays))
+        (part / "flags.txt").write_text(" ".join(option_words(flags)) + "\n")
+    return Imported(
+        model_type=folder.config.model_type,
+        tensors=len(folder.names) - len(left_out),
+        slices=len(stored),
+        bytes=writer.bytes,
+        left_out=left_out,
+        rows=rows,
+    )
+
+
+def _rows(model: FolderModel, multiple: int) -> int:
+    """Rows of the padded vocabulary."""
+    (rows,) = {entry.shape[0] for entry in model.entries if entry.padded}
+    return -(-rows // multiple) * multiple
+
+
+def _types(
+    model: FolderModel, stored: Iterable[Stored], chosen: torch.dtype | None
+) -> Mapping[str, torch.dtype]:
+    """By stored tensor its type, one for all of its slices: the widest that one asks for."""
+    types: dict[str, torch.dtype] = {}
+    for entry, where in zip(model.entries, stored, strict=True):
+        name = where.names[0]
+        dtype = _type(model, entry, chosen)
+        types[name] = torch.promote_types(dtype, types.get(name, dtype))
+    return types
+
+
+def _type(model: FolderModel, entry: Entry, chosen: torch.dtype | None) -> torch.dtype:
+    if entry.dtype is not None:
+        return getattr(torch, entry.dtype)
+    return chosen or model.dtype(entry)
+
+
+def _extra_states(naming: Naming, stored: Iterable[Stored]) -> Iterable[str]:
+    yield from dict.fromkeys(name for where in stored for name in where.extra_states())
+    if naming.pattern is not None:
+        yield "output_layer._extra_state/shard_0_1"
+
+
+def _tokenizer_flags(folder: HfFolder) -> dict[str, Any]:
+    """Options of the folder's tokenizer, where it holds one."""
+    path = folder.path.absolute()
+    if not any((path / name).is_file() for name in _TOKENIZERS):
+        return {}
+    return {"--tokenizer-type": "HuggingFaceTokenizer", "--tokenizer-model": str(path)}
