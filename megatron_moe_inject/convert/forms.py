@@ -2,7 +2,7 @@
 
 A form is pure index arithmetic on whole tensors of one layer (and one expert): no rounding, any
 type, the meta device as well. ``split(join(parts))`` and ``join(split(whole))`` give back what went
-in, bit for bit, but for ``Shifted``, which adds a constant.
+in, bit for bit.
 
 Shapes: h hidden, f width of a feed-forward, d head width, g groups of keys and values, q queries of
 a group.
@@ -80,14 +80,29 @@ class Qkv:
 
 
 @dataclass(frozen=True)
-class Shifted:
-    """A norm's weight that the folder keeps less ``by`` (Gemma: 1 + weight)."""
-
-    by: float = 1.0
+class Transposed:
+    """A matrix that the folder keeps with its input first, ``[f, h]`` for ``[h, f]``."""
 
     def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         (only,) = parts
-        return only + self.by
+        return only.t().contiguous()
 
     def split(self, whole: torch.Tensor) -> list[torch.Tensor]:
-        return [whole - self.by]
+        return [whole.t().contiguous()]
+
+
+@dataclass(frozen=True)
+class GateUpInTurn:
+    """Gate and up whose outputs stand in turn on the folder's last axis, gate first.
+
+    The folder has ``[h, 2 f]``, or ``[2 f]`` of a bias; Megatron gate over up, ``[2 f, h]``.
+    """
+
+    def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        (only,) = parts
+        rows = only.t() if only.dim() == 2 else only
+        return torch.cat([rows[::2], rows[1::2]])
+
+    def split(self, whole: torch.Tensor) -> list[torch.Tensor]:
+        rows = torch.stack(whole.chunk(2), dim=1).flatten(0, 1)
+        return [rows.t().contiguous() if rows.dim() == 2 else rows]

@@ -7,7 +7,7 @@ that make it up. Import and export walk the same list, so that nothing is mapped
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -54,6 +54,8 @@ class Entry:
         form: how the parts make it up.
         padded: the first axis is the vocabulary, which Megatron pads with zeros.
         dtype: "float32" where Megatron keeps it so whatever the model is in (an expert bias).
+        pieces: names and rows where checkpoints store it in pieces on its first axis, each under
+            ``<name>.<piece>`` (the input projection of a Mamba layer).
     """
 
     slot: Slot
@@ -62,6 +64,7 @@ class Entry:
     form: Form = field(default_factory=Same)
     padded: bool = False
     dtype: str | None = None
+    pieces: tuple[tuple[str, int], ...] = ()
 
 
 class Architecture(Protocol):
@@ -71,9 +74,16 @@ class Architecture(Protocol):
 
     Attributes:
         model_types: those that it serves.
+        layouts: of Megatron's models that it can become, "gpt" and "hybrid"; the first is usual.
     """
 
     model_types: tuple[str, ...]
+    layouts: tuple[str, ...]
+
+    def for_folder(self, config: Any, names: Container[str]) -> Any:
+        """The configuration of what a folder with tensors of these ``names`` holds; the other
+        methods take this one. ``config`` itself is not changed."""
+        ...
 
     def check(self, config: Any) -> None:
         """RecipeError for a configuration that Megatron cannot express, naming key and value."""
@@ -97,4 +107,9 @@ class Architecture(Protocol):
     def stacked_layers(self, config: Any) -> bool:
         """Whether a GPT model stores ``decoder.layers.x`` of all layers as one tensor; not where
         ``--moe-layer-freq`` is a list (``TransformerBlock.sharded_state_dict``)."""
+        ...
+
+    def layer_pattern(self, config: Any) -> str:
+        """The same model as layers of a hybrid model, one symbol each (``*E*E``), and ``/`` with
+        the layers of a depth in front of each depth of multi-token prediction."""
         ...

@@ -6,8 +6,9 @@ in a layer.
 
 from __future__ import annotations
 
+import itertools
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 from megatron_moe_inject.convert.architectures.configuration import SILU, Keys, key_names
@@ -22,7 +23,6 @@ from megatron_moe_inject.convert.architectures.parts import (
     outside,
 )
 from megatron_moe_inject.convert.architectures.rotary import rope_flags
-from megatron_moe_inject.convert.forms import Form
 from megatron_moe_inject.convert.table import Architecture, Entry
 
 READ = key_names(
@@ -44,8 +44,11 @@ class Decoder(Architecture):
     """
 
     keys: Keys
+    layouts: tuple[str, ...] = ("gpt", "hybrid")
     attention_symbol = "*"
-    norm_form: Form | None = None
+
+    def for_folder(self, config: Any, names: Container[str]) -> Any:
+        return config
 
     def check(self, config: Any) -> None:
         self.keys.check(config)
@@ -89,21 +92,20 @@ class Decoder(Architecture):
         yield outside("embedding.word_embeddings.weight", embedding, vocabulary, padded=True)
         for layer in range(config.num_hidden_layers):
             yield from self.layer(config, layer, Block(f"model.layers.{layer}.", layer))
-        norm = {} if self.norm_form is None else {"form": self.norm_form}
         size = (config.hidden_size,)
-        yield outside("decoder.final_layernorm.weight", "model.norm.weight", size, **norm)
+        yield outside("decoder.final_layernorm.weight", "model.norm.weight", size)
         if not config.tie_word_embeddings:
             yield outside("output_layer.weight", head, vocabulary, padded=True)
 
     def layer(self, config: Any, layer: int, block: Block) -> Iterator[Entry]:
         """Entries of one layer of the decoder."""
         yield from self.attention(config, block)
-        yield mlp_norm(block, config.hidden_size, self.norm_form)
+        yield mlp_norm(block, config.hidden_size)
         yield from self.feed_forward(config, layer, block)
 
     def attention(self, config: Any, block: Block) -> Iterator[Entry]:
         """Entries of a layer's attention and of the norm in front of it."""
-        yield from attention(block, Heads.of(config), norm_form=self.norm_form)
+        yield from attention(block, Heads.of(config))
 
     @abstractmethod
     def feed_forward(self, config: Any, layer: int, block: Block) -> Iterator[Entry]:
@@ -172,7 +174,7 @@ class ExpertDecoder(Decoder):
         }
         kinds = self.layer_kinds(config)
         if 0 in kinds:
-            flags["--moe-layer-freq"] = str(kinds).replace(" ", "")
+            flags["--moe-layer-freq"] = pattern_of(kinds)
         return flags
 
     @abstractmethod
@@ -186,3 +188,9 @@ class ExpertDecoder(Decoder):
 
     def stacked_layers(self, config: Any) -> bool:
         return 0 not in self.layer_kinds(config)
+
+
+def pattern_of(kinds: Sequence[int]) -> str:
+    """A list as Megatron's options of layers take it: ``[0]*3+[1]*58``."""
+    runs = ((kind, len(list(run))) for kind, run in itertools.groupby(kinds))
+    return "+".join(f"[{kind}]*{length}" for kind, length in runs)

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_moe_inject.convert.architectures.configuration import Keys, key_of
+from megatron_moe_inject.convert.architectures.configuration import Keys, key_names, key_of
 from megatron_moe_inject.convert.architectures.decoder import ONLY, READ, DenseDecoder
 from megatron_moe_inject.convert.architectures.parts import Block, Heads, attention, head_width
 from megatron_moe_inject.convert.table import Entry
 from megatron_moe_inject.host.errors import fail
+
+WINDOW = key_names("sliding_window max_window_layers")
+"""Keys of a window that ``use_sliding_window`` switches off."""
 
 
 class Llama(DenseDecoder):
@@ -34,7 +37,7 @@ class Qwen2(DenseDecoder):
 
     model_types = ("qwen2",)
     keys = Keys(
-        READ | {"layer_types", "sliding_window", "max_window_layers"},
+        READ | WINDOW | {"layer_types"},
         {**ONLY, "use_sliding_window": (False,)},
     )
 
@@ -54,7 +57,7 @@ class Qwen3(DenseDecoder):
 
     model_types = ("qwen3",)
     keys = Keys(
-        READ | {"layer_types", "sliding_window", "max_window_layers"},
+        READ | WINDOW | {"layer_types"},
         {**ONLY, "attention_bias": (False,), "use_sliding_window": (False,)},
     )
 

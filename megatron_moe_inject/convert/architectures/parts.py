@@ -101,37 +101,38 @@ def attention(
     qkv_bias: bool = False,
     out_bias: bool = False,
     norms: tuple[int, int] | None = None,
-    norm_form: Form | None = None,
+    within: str = "self_attn.",
+    norm: str = "input_layernorm.weight",
 ) -> Iterator[Entry]:
     """Grouped-query attention and the norm in front of it.
 
     Args:
+        within, norm: the folder's prefix of the projections, and its name of the norm.
         qkv_bias: queries, keys and values have biases.
         out_bias: the projection behind them has.
         norms: widths of the norms of queries and keys, where there are any.
-        norm_form: of the layer's norm, where it is not the same on both sides.
     """
-    qkv = [f"self_attn.{name}_proj." for name in "qkv"]
+    qkv = [f"{within}{name}_proj." for name in "qkv"]
     linear = "self_attention.linear_"
     h = heads.hidden
-    yield block.entry("input_layernorm.weight", "input_layernorm.weight", (h,), norm_form)
+    yield block.entry("input_layernorm.weight", norm, (h,))
     weights = [f"{name}weight" for name in qkv]
     yield block.entry(f"{linear}qkv.weight", weights, (heads.rows, h), heads.form)
     if qkv_bias:
         biases = [f"{name}bias" for name in qkv]
         yield block.entry(f"{linear}qkv.bias", biases, (heads.rows,), heads.form)
-    yield block.entry(f"{linear}proj.weight", "self_attn.o_proj.weight", (h, heads.joined))
+    yield block.entry(f"{linear}proj.weight", f"{within}o_proj.weight", (h, heads.joined))
     if out_bias:
-        yield block.entry(f"{linear}proj.bias", "self_attn.o_proj.bias", (h,))
+        yield block.entry(f"{linear}proj.bias", f"{within}o_proj.bias", (h,))
     for name, width in zip("qk", norms or (), strict=False):
-        part = f"self_attn.{name}_norm.weight"
+        part = f"{within}{name}_norm.weight"
         yield block.entry(f"self_attention.{name}_layernorm.weight", part, (width,))
 
 
-def mlp_norm(block: Block, hidden: int, form: Form | None = None) -> Entry:
+def mlp_norm(block: Block, hidden: int) -> Entry:
     """The norm in front of a feed-forward, dense or of experts."""
     part = "post_attention_layernorm.weight"
-    return block.entry("pre_mlp_layernorm.weight", part, (hidden,), form)
+    return block.entry("pre_mlp_layernorm.weight", part, (hidden,))
 
 
 def gated(
@@ -179,3 +180,59 @@ def gated_experts(
             parts=parts,
             expert=expert,
         )
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Sizes of multi-latent attention.
+
+    Attributes:
+        hidden, heads: h and how many heads.
+        query_rank, rank: of the latents of queries (``None`` without one) and of keys and values.
+        plain, rotated, value: widths of a head's parts without and with rotation, and of values.
+    """
+
+    hidden: int
+    heads: int
+    query_rank: int | None
+    rank: int
+    plain: int
+    rotated: int
+    value: int
+
+    @classmethod
+    def of(cls, config: Any) -> Latents:
+        """Those of a configuration with DeepSeek's keys."""
+        return cls(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.q_lora_rank,
+            config.kv_lora_rank,
+            config.qk_nope_head_dim,
+            config.qk_rope_head_dim,
+            config.v_head_dim,
+        )
+
+
+def latent_attention(block: Block, sizes: Latents) -> Iterator[Entry]:
+    """Multi-latent attention and the norm in front of it. Megatron de-interleaves rotated pairs as
+    it runs, so that rows stand as they are in the folder."""
+    h, query = sizes.hidden, sizes.heads * (sizes.plain + sizes.rotated)
+    ours, theirs = "self_attention.", "self_attn."
+    yield block.entry("input_layernorm.weight", "input_layernorm.weight", (h,))
+
+    def linear(name: str, part: str, rows: int, columns: int) -> Entry:
+        return block.entry(f"{ours}linear_{name}.weight", f"{theirs}{part}.weight", (rows, columns))
+
+    if sizes.query_rank is None:
+        yield linear("q_proj", "q_proj", query, h)
+    else:
+        rank = sizes.query_rank
+        yield linear("q_down_proj", "q_a_proj", rank, h)
+        yield block.entry(f"{ours}q_layernorm.weight", f"{theirs}q_a_layernorm.weight", (rank,))
+        yield linear("q_up_proj", "q_b_proj", query, rank)
+    rank = sizes.rank
+    yield linear("kv_down_proj", "kv_a_proj_with_mqa", rank + sizes.rotated, h)
+    yield block.entry(f"{ours}kv_layernorm.weight", f"{theirs}kv_a_layernorm.weight", (rank,))
+    yield linear("kv_up_proj", "kv_b_proj", sizes.heads * (sizes.plain + sizes.value), rank)
+    yield linear("proj", "o_proj", h, sizes.heads * sizes.value)

@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_moe_inject.convert.architectures.configuration import Keys, key_names
 from megatron_moe_inject.convert.architectures.decoder import ONLY, READ, ExpertDecoder
+from megatron_moe_inject.convert.architectures.dense import WINDOW
 from megatron_moe_inject.convert.architectures.parts import Block, Heads, attention, head_width
 from megatron_moe_inject.convert.architectures.routers import softmax_router_flags
 from megatron_moe_inject.convert.table import Entry
@@ -37,7 +38,7 @@ class Qwen3Moe(QwenExperts):
 
     model_types = ("qwen3_moe",)
     keys = Keys(
-        READ | SPARSE | {"sliding_window", "max_window_layers"},
+        READ | SPARSE | WINDOW,
         {**ONLY, "attention_bias": (False,), "use_sliding_window": (False,)},
     )
 

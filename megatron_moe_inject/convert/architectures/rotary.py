@@ -40,6 +40,74 @@ def rope_flags(config: Any) -> dict[str, Any]:
     return flags
 
 
+_MEGATRON_YARN = {
+    "original_max_position_embeddings": 4096,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "truncate": True,
+}
+"""What multi-latent attention has no options for."""
+
+_LATENT_KEYS: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "yarn": ("factor", "mscale", "mscale_all_dim", *_MEGATRON_YARN),
+}
+
+
+def latent_rope_flags(config: Any) -> dict[str, Any]:
+    """Megatron's options of ``rope_parameters`` with multi-latent attention: plain or YaRN.
+
+    Raises:
+        RecipeError: Megatron has no option for it.
+    """
+    rope = rope_parameters(config, _LATENT_KEYS)
+    flags = {"--position-embedding-type": "rope", "--rotary-base": rotary_base(config)}
+    if rope["rope_type"] == "default":
+        # Megatron fuses the rotation of YaRN alone.
+        return flags | {"--rope-type": "rope", "--no-rope-fusion": True}
+    for name, only in _MEGATRON_YARN.items():
+        if rope.get(name, only) != only:
+            raise fail(_key(name), rope[name], "is fixed in Megatron", f"served: {only}")
+    return flags | {
+        "--rope-type": "yarn",
+        "--rotary-scaling-factor": float(rope["factor"]),
+        **_concentration(rope),
+    }
+
+
+def yarn_flags(config: Any) -> dict[str, Any]:
+    """Megatron's options of YaRN with ordinary attention, whose ``original_...``, ``beta_...`` and
+    ``truncate`` have options since 0.19.
+
+    Raises:
+        RecipeError: another kind of ``rope_parameters``, or a key that is not served.
+    """
+    rope = rope_parameters(config, {"yarn": _LATENT_KEYS["yarn"]})
+    rounds = rope.get("truncate", True)
+    word = "--yarn-correction-range-round-to-int"
+    return {
+        "--position-embedding-type": "yarn",
+        "--rotary-base": rotary_base(config),
+        "--rotary-scaling-factor": float(rope["factor"]),
+        "--yarn-original-max-position-embeddings": rope["original_max_position_embeddings"],
+        "--yarn-beta-fast": float(rope.get("beta_fast", 32)),
+        "--yarn-beta-slow": float(rope.get("beta_slow", 1)),
+        word if rounds else f"--no-{word[2:]}": True,
+        **_concentration(rope),
+    }
+
+
+def _concentration(rope: Mapping[str, Any]) -> dict[str, float]:
+    """Options of what YaRN multiplies cosines and sines by; the default is the same as without
+    ``mscale`` in the configuration."""
+    scale, everywhere = rope.get("mscale"), rope.get("mscale_all_dim")
+    if not everywhere:
+        return {}
+    if not scale:
+        raise fail(_key("mscale_all_dim"), everywhere, "needs mscale beside it", "give both")
+    return {"--mscale": float(scale), "--mscale-all-dim": float(everywhere)}
+
+
 def rope_parameters(config: Any, kinds: Mapping[str, tuple[str, ...]]) -> Mapping[str, Any]:
     """``rope_parameters``, of one of ``kinds`` and with no other keys than that kind's.
 
