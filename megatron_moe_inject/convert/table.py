@@ -74,15 +74,17 @@ class Architecture(Protocol):
 
     Attributes:
         model_types: those that it serves.
-        layouts: of Megatron's models that it can become, "gpt" and "hybrid"; the first is usual.
     """
 
     model_types: tuple[str, ...]
-    layouts: tuple[str, ...]
 
     def for_folder(self, config: Any, names: Container[str]) -> Any:
         """The configuration of what a folder with tensors of these ``names`` holds; the other
         methods take this one. ``config`` itself is not changed."""
+        ...
+
+    def layouts(self, config: Any) -> tuple[str, ...]:
+        """Megatron's models that it can become, "gpt" and "hybrid"; the first is the usual one."""
         ...
 
     def check(self, config: Any) -> None:
@@ -90,9 +92,9 @@ class Architecture(Protocol):
         ...
 
     def flags(self, config: Any) -> Mapping[str, Any]:
-        """Megatron's options of that model, by name without dashes (``"--num-layers": 4``); True
-        for one without a value. Sizes of model and vocabulary alone: no layout, no precision, no
-        training."""
+        """Megatron's options of that model, by name (``"--num-layers": 4``): True for one without
+        a value, a tuple for one with several. Sizes of model and vocabulary alone: no layout, no
+        precision, no training."""
         ...
 
     def entries(self, config: Any) -> Iterator[Entry]:

@@ -44,8 +44,10 @@ class Decoder(Architecture):
     """
 
     keys: Keys
-    layouts: tuple[str, ...] = ("gpt", "hybrid")
     attention_symbol = "*"
+
+    def layouts(self, config: Any) -> tuple[str, ...]:
+        return "gpt", "hybrid"
 
     def for_folder(self, config: Any, names: Container[str]) -> Any:
         return config

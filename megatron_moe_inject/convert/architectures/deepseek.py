@@ -40,10 +40,17 @@ _ONLY = {
 }
 
 
+PLAIN_QUERIES = ("megatron_moe_inject.host.plain_queries", "layers")
+"""Layers for models without a latent of queries, of which Megatron norms the input twice."""
+
+
 class DeepSeek(ExpertDecoder):
     """What both have."""
 
     attention_symbol = "+"
+
+    def layouts(self, config: Any) -> tuple[str, ...]:
+        return ("gpt",) if config.q_lora_rank is None else super().layouts(config)
 
     def experts(self, config: Any) -> int:
         return config.n_routed_experts
@@ -53,7 +60,7 @@ class DeepSeek(ExpertDecoder):
 
     def attention_flags(self, config: Any) -> dict[str, Any]:
         sizes = Latents.of(config)
-        flags = {
+        flags: dict[str, Any] = {
             "--num-attention-heads": sizes.heads,
             "--multi-latent-attention": True,
             "--qk-layernorm": True,
@@ -61,8 +68,11 @@ class DeepSeek(ExpertDecoder):
             "--qk-head-dim": sizes.plain,
             "--qk-pos-emb-head-dim": sizes.rotated,
             "--v-head-dim": sizes.value,
+            "--kv-channels": sizes.value,
         }
-        if sizes.query_rank is not None:
+        if sizes.query_rank is None:
+            flags["--spec"] = PLAIN_QUERIES
+        else:
             flags["--q-lora-rank"] = sizes.query_rank
         return flags
 

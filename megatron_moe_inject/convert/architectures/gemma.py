@@ -17,7 +17,9 @@ class Gemma(Architecture):
     """
 
     model_types = ("gemma", "gemma2", "gemma3", "gemma3_text")
-    layouts = ()
+
+    def layouts(self, config: Any) -> tuple[str, ...]:
+        return ()
 
     def for_folder(self, config: Any, names: Container[str]) -> Any:
         return config

@@ -22,7 +22,6 @@ class NemotronH(Architecture):
     """Nemotron-H and Nemotron 3 Nano; multi-token prediction is not converted."""
 
     model_types = ("nemotron_h",)
-    layouts = ("hybrid",)
     keys = Keys(
         key_names(
             "vocab_size hidden_size intermediate_size layers_block_type num_attention_heads "
@@ -57,6 +56,9 @@ class NemotronH(Architecture):
             "chunk_size": (128,),
         },
     )
+
+    def layouts(self, config: Any) -> tuple[str, ...]:
+        return ("hybrid",)
 
     def for_folder(self, config: Any, names: Container[str]) -> Any:
         return config

@@ -16,11 +16,13 @@ class Olmoe(ExpertDecoder):
     """OLMoE-1B-7B, whose attention has a layer specification of its own."""
 
     model_types = ("olmoe",)
-    layouts = ("gpt",)
     keys = Keys(
         READ | key_names("num_experts num_experts_per_tok norm_topk_prob"),
         {**ONLY, "attention_bias": (False,), "clip_qkv": (None,)},
     )
+
+    def layouts(self, config: Any) -> tuple[str, ...]:
+        return ("gpt",)
 
     def experts(self, config: Any) -> int:
         return config.num_experts
