@@ -33,6 +33,7 @@ _WEIGHT_SUFFIXES = (
     ".msgpack", ".ot", ".npz",
 )  # fmt: skip
 _OTHER_INDEX = (".safetensors.index.json", ".bin.index.json")
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError)
 _SCALES = (torch.float32, torch.bfloat16, torch.float8_e8m0fnu)
 
 
@@ -220,12 +221,13 @@ class HfFolder:
                 "needs the transformers package", "pip install megatron-moe-inject[hf]"
             )
         import transformers
+        from huggingface_hub.errors import StrictDataclassError
 
         try:
             return transformers.AutoConfig.from_pretrained(
                 str(self.path), local_files_only=True, trust_remote_code=False
             )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (*_UNREADABLE, StrictDataclassError) as error:
             reason = one_line(str(error) or type(error).__name__, 200)
             raise self.error(
                 f"has a {CONFIG} that transformers {transformers.__version__} does not read: "

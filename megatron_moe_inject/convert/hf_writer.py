@@ -182,13 +182,15 @@ def _write_tensor(
     if kind == "plain":
         new = value.to(folder.dtype(name))
         _write([stored_bytes(new)], *places[name])
+        parts = iter(_parts(new, value.ndim > 2))
     else:
         assert isinstance(storage, Quantised)
         pieces = storage.encode(value, folder.pieces(name))
         for ending, piece in pieces.items():
             _write([stored_bytes(piece)], *places[name + ending])
-        new = storage.decode(pieces, torch.promote_types(value.dtype, folder.dtype(name)))
-    return Outcome(kind, True, elements, *_rounding(value, new))
+        split = zip(*(_parts(piece, value.ndim > 2) for piece in pieces.values()), strict=True)
+        parts = (storage.decode(dict(zip(pieces, p, strict=True)), torch.float32) for p in split)
+    return Outcome(kind, True, elements, *_rounding(value, parts))
 
 
 def _check_value(folder: HfFolder, name: str, value: torch.Tensor, kind: str) -> None:
@@ -205,10 +207,11 @@ def _check_value(folder: HfFolder, name: str, value: torch.Tensor, kind: str) ->
         )
 
 
-def _rounding(value: torch.Tensor, new: torch.Tensor) -> tuple[float, float]:
-    """Largest and mean difference, relative to the largest magnitude and to the sum of them."""
+def _rounding(value: torch.Tensor, new: Iterable[torch.Tensor]) -> tuple[float, float]:
+    """Largest and mean difference to ``new``, which comes in parts, relative to the largest
+    magnitude and to the sum of them."""
     largest = difference = top = total = 0.0
-    for one, other in zip(_parts(value), _parts(new), strict=True):
+    for one, other in zip(_parts(value, value.ndim > 2), new, strict=True):
         off, size = (one.float() - other.float()).abs(), one.float().abs()
         largest, top = max(largest, off.max().item()), max(top, size.max().item())
         difference += off.sum(dtype=torch.float64).item()
@@ -216,11 +219,11 @@ def _rounding(value: torch.Tensor, new: torch.Tensor) -> tuple[float, float]:
     return (largest / top, difference / total) if top else (0.0, 0.0)
 
 
-def _parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """By its first axis where there are more than two, so that a part is one expert's."""
+def _parts(tensor: torch.Tensor, stacked: bool) -> tuple[torch.Tensor, ...]:
+    """By its first axis where matrices are stacked there, so that a part is one expert's."""
     if not tensor.numel():
         return ()
-    return tensor.unbind() if tensor.ndim > 2 else (tensor,)
+    return tensor.unbind() if stacked else (tensor,)
 
 
 def _write(content: Iterable[memoryview], path: Path, place: StoredTensor) -> None:
