@@ -53,8 +53,8 @@ def add_commands(commands: Commands) -> None:
         help="precision of the weights; folder keeps what the folder has (default)",
     )  # fmt: skip
     imports.add_argument(
-        "--layout", choices=_LAYOUTS, default="gpt",
-        help="a GPTModel (default) or a HybridModel of the same layers",
+        "--layout", choices=_LAYOUTS,
+        help="a GPTModel (default where the architecture can be one) or a HybridModel",
     )  # fmt: skip
     imports.add_argument(
         "--vocab-multiple", metavar="N", type=int, default=128,
@@ -152,7 +152,8 @@ def _report(exported: Exported, output: Path) -> list[str]:
             row.storage,
             str(row.changed),
             str(row.tensors),
-            *(f"{value:.2g}" if value else "none" for value in (row.largest, row.mean)),
+            _rounding(row.largest),
+            _rounding(row.mean),
         )
         for name, row in changed.items()
     ]
@@ -168,6 +169,10 @@ def _report(exported: Exported, output: Path) -> list[str]:
         names = listing(map(str, exported.written.left_out), 4)
         lines.append(f"not copied, weights as they were before training: {names}")
     return lines
+
+
+def _rounding(value: float) -> str:
+    return f"{value:.2g}" if value else "none"
 
 
 def _must_not_exist(output: Path) -> None:

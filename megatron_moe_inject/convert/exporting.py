@@ -26,13 +26,12 @@ _WAITING_BYTES = 1 << 30
 
 
 class Trained(Protocol):
-    """Values of the model after training.
+    """Values of the model after training."""
 
-    Attributes:
-        remarks: what the user should know of it.
-    """
-
-    remarks: Sequence[str]
+    @property
+    def remarks(self) -> Sequence[str]:
+        """What the user should know of it."""
+        ...
 
     def slice(self, entry: Entry) -> torch.Tensor | None:
         """Megatron's slice, without rows that pad a vocabulary; ``None`` where it is known to be

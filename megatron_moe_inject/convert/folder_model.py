@@ -17,7 +17,7 @@ import torch
 from megatron_moe_inject.convert.architectures import architecture_of
 from megatron_moe_inject.convert.hf_folder import HfFolder
 from megatron_moe_inject.convert.naming import Naming, naming_of
-from megatron_moe_inject.convert.table import Entry, Part
+from megatron_moe_inject.convert.table import Architecture, Entry, Part
 from megatron_moe_inject.host.errors import RecipeError, listing
 
 _LEFTOVERS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
@@ -30,6 +30,8 @@ class FolderModel:
 
     Attributes:
         folder: opened.
+        architecture: its table.
+        config: of what it holds, which the table takes.
         flags: Megatron's options of the model.
         naming: how Megatron stores it.
         entries: every slice.
@@ -38,6 +40,8 @@ class FolderModel:
     """
 
     folder: HfFolder
+    architecture: Architecture
+    config: Any
     flags: Mapping[str, Any]
     naming: Naming
     entries: Sequence[Entry]
@@ -54,19 +58,16 @@ class FolderModel:
         """
         try:
             architecture = architecture_of(folder.config)
-            architecture.check(folder.config)
-            flags = dict(architecture.flags(folder.config))
+            config = architecture.for_folder(folder.config, folder.names)
+            architecture.check(config)
         except RecipeError as error:
             raise folder.error("cannot be converted", str(error)) from None
-        entries = tuple(architecture.entries(folder.config))
-        copies = {
-            copy: original
-            for copy, original in architecture.copies(folder.config).items()
-            if copy in folder
-        }
+        flags = dict(architecture.flags(config))
+        entries = tuple(architecture.entries(config))
+        copies = {c: name for c, name in architecture.copies(config).items() if c in folder}
         leftovers = _account(folder, entries, copies)
-        naming = naming_of(flags, architecture.stacked_layers(folder.config))
-        return cls(folder, flags, naming, entries, copies, leftovers)
+        naming = naming_of(flags, architecture.stacked_layers(config))
+        return cls(folder, architecture, config, flags, naming, entries, copies, leftovers)
 
     def dtype(self, entry: Entry) -> torch.dtype:
         """Of a slice that keeps the folder's precision: the widest of its parts."""

@@ -21,14 +21,16 @@ from megatron_moe_inject.convert.arguments import (
 )
 from megatron_moe_inject.convert.folder_model import FolderModel
 from megatron_moe_inject.convert.hf_folder import HfFolder
-from megatron_moe_inject.convert.naming import Naming, Stored, as_hybrid
+from megatron_moe_inject.convert.naming import Naming, Stored, as_hybrid, pieces_of
 from megatron_moe_inject.convert.table import Entry
+from megatron_moe_inject.host.errors import fail
 from megatron_moe_inject.host.files import new_folder
 from megatron_moe_inject.host.torch_dist_write import CheckpointWriter
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "folder": None}
 """Words of ``--dtype``; ``None`` keeps the folder's precision, tensor by tensor."""
 LAYOUTS = ("gpt", "hybrid")
+"""Words of ``--layout``."""
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]
@@ -60,7 +62,7 @@ def import_folder(
     output: Path,
     *,
     dtype: str = "folder",
-    layout: str = "gpt",
+    layout: str | None = None,
     vocab_multiple: int = 128,
     progress: Progress,
 ) -> Imported:
@@ -73,7 +75,7 @@ def import_folder(
         folder: opened.
         output: must not exist.
         dtype: a word of ``DTYPES``. What Megatron keeps in float32 is so in any case.
-        layout: ``gpt`` or ``hybrid``, a word of ``LAYOUTS``.
+        layout: a word of ``LAYOUTS``; default what is usual for the architecture.
         vocab_multiple: the vocabulary is padded with zeros to a multiple of this.
         progress: wraps the slices to show how far it is.
 
@@ -82,9 +84,7 @@ def import_folder(
             damaged folder, or a disk that does not take the checkpoint.
     """
     model = FolderModel.of(folder)
-    flags, naming = dict(model.flags), model.naming
-    if layout == "hybrid":
-        flags, naming = as_hybrid(flags, naming, model.entries)
+    flags, naming = _in_layout(model, layout)
     rows = _rows(model, vocab_multiple)
     flags["--padded-vocab-size"] = rows
     chosen = DTYPES[dtype]
@@ -100,8 +100,10 @@ def import_folder(
                 zip(model.entries, stored, strict=True), len(model.entries)
             ):
                 value = model.joined(entry, types[where.names[0]], rows)
-                size = (*where.axes, *value.shape)
-                writer.tensor(where.names, size, where.place, value)
+                for piece, part_rows in pieces_of(entry, where):
+                    part_value = value[part_rows] if entry.pieces else value
+                    size = (*where.axes, *part_value.shape)
+                    writer.tensor(piece.names, size, where.place, part_value)
             left_out = (*model.check_copies(), *model.leftovers)
             writer.nothing(_extra_states(naming, stored))
             writer.finish({"args": arguments, "checkpoint_version": 3.0, "iteration": 0})
@@ -117,6 +119,25 @@ def import_folder(
         left_out=left_out,
         rows=rows,
     )
+
+
+def _in_layout(model: FolderModel, layout: str | None) -> tuple[dict[str, Any], Naming]:
+    """Options and naming in a layout.
+
+    Raises:
+        RecipeError: the architecture has no such.
+    """
+    served = model.architecture.layouts(model.config)
+    if layout is not None and layout not in served:
+        raise fail(
+            "--layout", layout,
+            f"does not go with {model.folder.config.model_type} of this configuration, some of "
+            "which the other kind of model has not", f"served: {', '.join(served)}",
+        )  # fmt: skip
+    if (layout or served[0]) == "gpt":
+        return dict(model.flags), model.naming
+    pattern = model.architecture.layer_pattern(model.config)
+    return as_hybrid(model.flags, model.naming, pattern)
 
 
 def _rows(model: FolderModel, multiple: int) -> int:

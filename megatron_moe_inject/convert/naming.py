@@ -10,12 +10,11 @@ Engine has a class for asks for an ``_extra_state``, as Megatron's own linear la
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_moe_inject.convert.table import Entry, Slot
-from megatron_moe_inject.host.errors import fail
 from megatron_moe_inject.host.gpt_names import to_hybrid
 from megatron_moe_inject.host.layer_pattern import LayerPattern
 from megatron_moe_inject.host.norm_names import other_name
@@ -25,11 +24,10 @@ _LAYERS = "decoder.layers."
 _ONE_LAYER = re.compile(r"decoder\.layers\.\d")
 _MTP_BLOCK = re.compile(r"^(mtp\.layers\.\d+)\.transformer_layer\.(.*)$")
 _ATTENTION = ("self_attention.", "input_layernorm.")
-_OF_BLOCKS = (*_ATTENTION, "pre_mlp_layernorm.", "mlp.")
 _LATENT_NORMS = ("self_attention.q_layernorm.", "self_attention.kv_layernorm.")
 _NO_EXTRA_STATE = ("word_embeddings", "position_embeddings", "router", "conv1d")
-_BY_LAYER_NUMBER = ("--window-attn-skip-freq", "--no-rope-freq", "--moe-router-group-freq")
-"""Options that a hybrid model would read by other numbers of its layers."""
+_OF_GPT = ("--num-layers", "--moe-layer-freq", "--mtp-num-layers")
+"""Options that the pattern of a hybrid model says instead."""
 
 
 @dataclass(frozen=True)
@@ -134,42 +132,32 @@ def naming_of(flags: Mapping[str, Any], stacked: bool) -> Naming:
 
 
 def as_hybrid(
-    flags: Mapping[str, Any], naming: Naming, entries: Iterable[Entry]
+    flags: Mapping[str, Any], naming: Naming, layer_pattern: str
 ) -> tuple[dict[str, Any], Naming]:
-    """Options and naming of the hybrid model that a GPT model's entries make up.
+    """Options and naming of the hybrid model that has a GPT model's layers.
 
-    Raises:
-        RecipeError: it has parts that ``HybridModel`` has not.
+    Args:
+        flags: of the GPT model.
+        naming: of it.
+        layer_pattern: of the hybrid model (``Architecture.layer_pattern``).
     """
     if naming.pattern is not None:
         return dict(flags), naming
-    for option in _BY_LAYER_NUMBER:
-        if option in flags:
-            raise fail(
-                "--layout", "hybrid",
-                f"does not go with {option} {flags[option]}, which counts layers", "use gpt",
-            )  # fmt: skip
-    kinds, depth_kind = ["-"] * naming.layers, "-"
-    for entry in entries:
-        slot = entry.slot
-        if slot.layer is None:
-            depth_kind = "-" if slot.expert is None and depth_kind == "-" else "E"
-            continue
-        if not slot.name.startswith(_OF_BLOCKS):
-            raise fail(
-                "--layout", "hybrid",
-                f"has no place for {slot.name} of layer {slot.layer}", "use gpt",
-            )  # fmt: skip
-        if slot.expert is not None:
-            kinds[slot.layer] = "E"
-    attention = "+" if naming.latent else "*"
-    text = "".join(attention + kind for kind in kinds)
-    dropped = ("--num-layers", "--moe-layer-freq", "--mtp-num-layers")
-    depths = flags.get("--mtp-num-layers") or 0
-    text += f"/{attention}{depth_kind}" * depths
-    changed = {name: value for name, value in flags.items() if name not in dropped}
-    pattern = LayerPattern(text)
-    return {PATTERN: text, **changed}, replace(naming, stacked=False, pattern=pattern)
+    others = {name: value for name, value in flags.items() if name not in _OF_GPT}
+    pattern = LayerPattern(layer_pattern)
+    return {PATTERN: layer_pattern, **others}, replace(naming, stacked=False, pattern=pattern)
+
+
+def pieces_of(entry: Entry, where: Stored) -> list[tuple[Stored, slice]]:
+    """Where the pieces of a slice are stored, each with its rows; mostly one of all rows."""
+    if not entry.pieces:
+        return [(where, slice(None))]
+    pieces, begin = [], 0
+    for piece, rows in entry.pieces:
+        names = tuple(f"{name}.{piece}" for name in where.names)
+        pieces.append((replace(where, names=names), slice(begin, begin + rows)))
+        begin += rows
+    return pieces
 
 
 def numbers_layers(name: str) -> bool:

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 
 from megatron_moe_inject.convert.folder_model import FolderModel
-from megatron_moe_inject.convert.naming import Naming, Stored, numbers_layers
+from megatron_moe_inject.convert.naming import Naming, Stored, numbers_layers, pieces_of
 from megatron_moe_inject.convert.table import Entry, Slot
-from megatron_moe_inject.experts.delta.delta import DeltaFolder, slice_checksum
+from megatron_moe_inject.experts.delta.delta import DeltaFolder, Slice, slice_checksum
 from megatron_moe_inject.host.errors import RecipeError, listing
 from megatron_moe_inject.host.gpt_names import pattern_of_names
 from megatron_moe_inject.host.layer_pattern import LayerPattern
@@ -46,39 +46,51 @@ class TrainedCheckpoint:
         naming = model.naming.seen_in(pattern_of_names(self._names), by_layer)
         if naming is None:
             raise self._other("has other layers", model)
-        self._places: dict[Slot, tuple[str, Stored]] = {}
+        self._places: dict[Slot, list[tuple[str, Stored]]] = {}
         self.remarks: list[str] = []
         self._find(model, naming)
         self._model = model
 
     def slice(self, entry: Entry) -> torch.Tensor | None:
         """See ``exporting.Trained``."""
-        if entry.slot not in self._places:
+        places = self._places.get(entry.slot)
+        if places is None:
             return None
-        name, where = self._places[entry.slot]
-        size = tuple(self._checkpoint.tensors[name].size)
-        shape = entry.shape
+        pieces = [self._read(entry, name, where) for name, where in places]
+        value = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        rows = value.shape[0] if entry.padded else entry.shape[0]
+        if rows == entry.shape[0]:
+            return value
+        return torch.cat([value, self._model.joined(entry, value.dtype)[rows:]])
+
+    def _read(self, entry: Entry, name: str, where: Stored) -> torch.Tensor:
+        """A piece of a slice, without rows that pad a vocabulary."""
+        stored = self._checkpoint.tensors[name]
+        size = tuple(stored.size)
+        shape = size[len(where.axes) :]
         if entry.padded:
-            shape = (min(entry.shape[0], size[0]), *entry.shape[1:])
-        value = torch.empty(shape, dtype=self._checkpoint.tensors[name].properties.dtype)
+            shape = (min(entry.shape[0], shape[0]), *shape[1:])
+        value = torch.empty(shape, dtype=stored.properties.dtype)
         offset = (*where.place, *(0 for _ in shape))
         self._checkpoint.read([Piece(name, size, offset, value)])
-        if shape == entry.shape:
-            return value
-        return torch.cat([value, self._model.joined(entry, value.dtype)[shape[0] :]])
+        return value
 
     def _find(self, model: FolderModel, naming: Naming) -> None:
         """Where each slice is; every tensor is taken by one."""
-        lacking, taken = [], set()
+        lacking: list[str] = []
+        taken: set[str] = set()
         for entry in model.entries:
-            where = naming.stored(entry.slot)
-            name = stored_name(where.names[0], self._names)
-            if name not in self._names:
-                lacking.append(where.names[0])
-                continue
-            taken.update(where.names)
-            self._check_size(name, where, entry, model)
-            self._places[entry.slot] = name, where
+            places = []
+            for where, rows in pieces_of(entry, naming.stored(entry.slot)):
+                name = stored_name(where.names[0], self._names)
+                if name not in self._names:
+                    lacking.append(where.names[0])
+                    continue
+                taken.update(where.names)
+                self._check_size(name, where, _shape(entry, rows), entry.padded, model)
+                places.append((name, where))
+            if places:
+                self._places[entry.slot] = places
         depths = [name for name in lacking if name.startswith(_MTP)]
         if depths and not any(name.startswith(_MTP) for name in self._names):
             self.remarks.append(
@@ -91,10 +103,17 @@ class TrainedCheckpoint:
         if rest:
             raise self._other(f"holds {listing(rest, 4)}, which no part of it takes", model)
 
-    def _check_size(self, name: str, where: Stored, entry: Entry, model: FolderModel) -> None:
+    def _check_size(
+        self,
+        name: str,
+        where: Stored,
+        shape: tuple[int, ...],
+        padded: bool,
+        model: FolderModel,
+    ) -> None:
         held = tuple(self._checkpoint.tensors[name].size)
-        asked = (*where.axes, *entry.shape)
-        if entry.padded and len(held) == len(asked) and held[1:] == asked[1:]:
+        asked = (*where.axes, *shape)
+        if padded and len(held) == len(asked) and held[1:] == asked[1:]:
             rows = asked[0] - held[0]
             if rows > 0:
                 self.remarks.append(
@@ -140,43 +159,55 @@ class TrainedDelta:
         naming = model.naming.seen_in(pattern, by_layer)
         if naming is None:
             raise self._other("it has other layers")
-        keys: dict[tuple[str, tuple[int, ...]], Slot] = {}
+        keys: dict[tuple[str, tuple[int, ...]], tuple[Slot, slice]] = {}
         for entry in model.entries:
-            where = naming.stored(entry.slot)
-            keys |= {(name, where.place): entry.slot for name in where.names}
-        self._slices: dict[Slot, str] = {}
+            for where, rows in pieces_of(entry, naming.stored(entry.slot)):
+                keys |= {(name, where.place): (entry.slot, rows) for name in where.names}
+        self._slices: dict[Slot, list[tuple[str, slice]]] = {}
         unknown = []
         for key, item in slices.items():
-            slot = keys.get((item.tensor, tuple(item.place)))
-            if slot is None:
-                unknown.append(f"{item.tensor} {item.place}" if item.place else item.tensor)
+            taker = keys.get((item.tensor, tuple(item.place)))
+            if taker is None:
+                unknown.append(_text(item))
             else:
-                self._slices[slot] = key
+                self._slices.setdefault(taker[0], []).append((key, taker[1]))
         if unknown:
             raise self._other(f"it holds {listing(unknown, 4)}, which no part of it takes")
 
     def slice(self, entry: Entry) -> torch.Tensor | None:
         """See ``exporting.Trained``."""
-        key = self._slices.get(entry.slot)
-        if key is None:
+        changes = self._slices.get(entry.slot)
+        if changes is None:
             return None
-        value = self._delta.read(key)
-        rows = value.shape[0] if entry.padded and value.dim() else None
-        fits = tuple(value.shape) == entry.shape
-        if entry.padded and rows is not None and rows >= entry.shape[0]:
-            fits = tuple(value.shape[1:]) == entry.shape[1:]
-        where = self._delta.index.slices[key]
-        if not fits:
-            raise self._other(
-                f"it has {where.tensor} as {list(value.shape)} instead of {list(entry.shape)}"
-            )
-        base = self._model.joined(entry, value.dtype, rows)
-        if slice_checksum(base) != where.base_sha256:
-            raise self._other(f"its base held other values of {where.tensor} {where.place}")
-        return value[: entry.shape[0]] if entry.padded else value
+        values = {key: self._delta.read(key) for key, _ in changes}
+        (dtype,) = {value.dtype for value in values.values()}
+        rows_held = values[changes[0][0]].shape[0] if entry.padded else 0
+        whole = self._model.joined(entry, dtype, max(rows_held, entry.shape[0]))
+        for key, rows in changes:
+            item, value = self._delta.index.slices[key], values[key]
+            old = whole[rows] if entry.pieces else whole
+            if value.shape != old.shape:
+                raise self._other(
+                    f"it has {_text(item)} as {list(value.shape)} instead of {list(old.shape)}"
+                )
+            if slice_checksum(old) != item.base_sha256:
+                raise self._other(f"its base held other values of {_text(item)}")
+            old.copy_(value)
+        return whole[: entry.shape[0]] if entry.padded else whole
 
     def _other(self, problem: str) -> RecipeError:
         return self._delta.error(
             f"was not made from an import of {self._model.folder.path}: {problem}",
             "name the folder that its base was imported from",
         )
+
+
+def _shape(entry: Entry, rows: slice) -> tuple[int, ...]:
+    """Of a piece of an entry's slice."""
+    if not entry.pieces:
+        return entry.shape
+    return (rows.stop - rows.start, *entry.shape[1:])
+
+
+def _text(item: Slice) -> str:
+    return f"{item.tensor} {item.place}" if item.place else item.tensor

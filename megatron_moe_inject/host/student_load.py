@@ -34,7 +34,7 @@ from megatron_moe_inject.host.megatron_types import Chunk
 from megatron_moe_inject.host.model_parts import (
     is_own,
 )
-from megatron_moe_inject.host.norm_names import stored_name
+from megatron_moe_inject.host.norm_names import other_name, stored_name
 from megatron_moe_inject.host.stored_checkpoint import (
     StoredCheckpoint,
     checkpoint_to_load,
@@ -300,7 +300,7 @@ class Request:
         self, stored: Mapping[str, tuple[int, ...] | None], ids: int
     ) -> tuple[list[str], list[str], list[str], bytes]:
         """What the checkpoint lacks of the student, has in another shape, lacks of the optimizer;
-        and for each of ``model_names(stored)`` whether this rank asks for it.
+        and for each of ``model_names(stored)`` whether this rank asks for it, by either name.
 
         Args:
             stored: shape by name.
@@ -318,7 +318,8 @@ class Request:
             elif stored_shape != shape:
                 wrong.append(f"{name} of shape {list(stored_shape)}, not {list(shape)}")
         states = [name for name in self.optimizer if name not in stored]
-        return lacking, wrong, states, bytes(n in self.model for n in model_names(stored))
+        asked = (n in self.model or other_name(n) in self.model for n in model_names(stored))
+        return lacking, wrong, states, bytes(asked)
 
 
 def model_names(stored: Mapping[str, tuple[int, ...] | None]) -> list[str]:

@@ -30,7 +30,7 @@ from megatron_moe_inject.host.errors import (
 from megatron_moe_inject.host.hybrid_seam import takes_output_processor
 from megatron_moe_inject.host.layer_pattern import pattern_of
 from megatron_moe_inject.host.megatron_types import Chunk, MegatronModule
-from megatron_moe_inject.host.norm_names import stored_name
+from megatron_moe_inject.host.norm_names import other_name, stored_name
 from megatron_moe_inject.host.rng import untouched_rng
 from megatron_moe_inject.host.torch_dist import Piece, TorchDistCheckpoint, iteration_folder
 from megatron_moe_inject.losses.spec import LogitTransform
@@ -244,7 +244,7 @@ def _fill(checkpoint: TorchDistCheckpoint, model: Chunk) -> None:
     ]
     wanted = {piece.key: tuple(piece.global_shape) for piece in pieces}
     missing = sorted(wanted.keys() - stored.keys())
-    unexpected = sorted(stored.keys() - wanted.keys())
+    unexpected = sorted(n for n in stored if n not in wanted and other_name(n) not in wanted)
     if missing or unexpected:
         parts = [f"lacks {listing(missing, 4)}"] if missing else []
         parts += [f"holds {listing(unexpected, 4)} besides"] if unexpected else []
