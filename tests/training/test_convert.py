@@ -27,7 +27,7 @@ RUN = shlex.split(
     f"--vocab-size {VOCAB} --use-cpu-initialization --moe-token-dispatcher-type alltoall"
 )
 EP2 = ("--expert-model-parallel-size", "2", "--expert-tensor-parallel-size", "1")
-TP2 = (*"--tensor-model-parallel-size 2 --expert-tensor-parallel-size 1".split(),)
+TP2 = ("--tensor-model-parallel-size", "2", "--expert-tensor-parallel-size", "1")
 TP2 = (*TP2, "--sequence-parallel")
 RECIPE = """
 layer_numbers: gpt
