@@ -47,7 +47,8 @@ class Decoder(Architecture):
     attention_symbol = "*"
 
     def layouts(self, config: Any) -> tuple[str, ...]:
-        return "gpt", "hybrid"
+        scaled = config.rope_parameters.get("rope_type") == "llama3"
+        return ("gpt",) if scaled else ("gpt", "hybrid")
 
     def for_folder(self, config: Any, names: Container[str]) -> Any:
         return config

@@ -26,7 +26,7 @@ class NemotronH(Architecture):
         key_names(
             "vocab_size hidden_size intermediate_size layers_block_type num_attention_heads "
             "num_key_value_heads head_dim max_position_embeddings layer_norm_epsilon "
-            "tie_word_embeddings attention_dropout hidden_dropout ssm_state_size mamba_num_heads "
+            "attention_dropout hidden_dropout ssm_state_size mamba_num_heads "
             "mamba_head_dim n_groups n_routed_experts num_experts_per_tok moe_intermediate_size "
             "moe_shared_expert_intermediate_size moe_latent_size routed_scaling_factor n_group "
             "topk_group norm_topk_prob expand "
@@ -41,6 +41,7 @@ class NemotronH(Architecture):
         ),
         {
             "is_encoder_decoder": (False,),
+            "tie_word_embeddings": (False,),
             "attention_bias": (False,),
             "mlp_bias": (False,),
             "use_bias": (False,),
@@ -89,9 +90,8 @@ class NemotronH(Architecture):
             "--mamba-head-dim": config.mamba_head_dim,
             "--mamba-num-groups": config.n_groups,
             "--mamba-num-heads": config.mamba_num_heads,
+            "--untie-embeddings-and-output-weights": True,
         }
-        if not config.tie_word_embeddings:
-            flags["--untie-embeddings-and-output-weights"] = True
         if "E" in pattern:
             flags |= {
                 "--num-experts": config.n_routed_experts,
@@ -111,9 +111,7 @@ class NemotronH(Architecture):
         return False
 
     def copies(self, config: Any) -> dict[str, str]:
-        return (
-            {"lm_head.weight": "backbone.embeddings.weight"} if config.tie_word_embeddings else {}
-        )
+        return {}
 
     def entries(self, config: Any) -> Iterator[Entry]:
         h = config.hidden_size
@@ -131,8 +129,7 @@ class NemotronH(Architecture):
                 width = config.intermediate_size
                 yield from _experts(config, block) if symbol == "E" else _mlp(block, h, width)
         yield outside("decoder.final_layernorm.weight", "backbone.norm_f.weight", (h,))
-        if not config.tie_word_embeddings:
-            yield outside("output_layer.weight", head, vocabulary, padded=True)
+        yield outside("output_layer.weight", head, vocabulary, padded=True)
 
 
 def _mamba(config: Any, block: Block) -> Iterator[Entry]:

@@ -9,34 +9,28 @@ from megatron_moe_inject.convert.architectures.configuration import key_of
 from megatron_moe_inject.host.errors import fail, listing
 
 _MEGATRON_LLAMA3 = {
+    "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-"""What ``RotaryEmbedding._apply_scaling`` has no options for."""
+"""What ``--use-rope-scaling`` means. Megatron's scripts do not hand ``--rope-scaling-factor`` to
+the model, and a hybrid model has no such scaling."""
 
-_KEYS: Mapping[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", *_MEGATRON_LLAMA3),
-}
+_KEYS: Mapping[str, tuple[str, ...]] = {"default": (), "llama3": tuple(_MEGATRON_LLAMA3)}
 
 
 def rope_flags(config: Any) -> dict[str, Any]:
-    """Megatron's options of ``rope_parameters``: plain, interpolated, or scaled as in Llama 3.
+    """Megatron's options of ``rope_parameters``: plain, or scaled as in Llama 3.1.
 
     Raises:
         RecipeError: Megatron has no option for it.
     """
     rope = rope_parameters(config, _KEYS)
     flags = {"--position-embedding-type": "rope", "--rotary-base": rotary_base(config)}
-    if rope["rope_type"] == "linear":
-        flags["--rotary-seq-len-interpolation-factor"] = _whole("factor", rope["factor"])
     if rope["rope_type"] == "llama3":
-        for name, only in _MEGATRON_LLAMA3.items():
-            if rope[name] != only:
-                raise fail(_key(name), rope[name], "is fixed in Megatron", f"served: {only}")
-        flags |= {"--use-rope-scaling": True, "--rope-scaling-factor": float(rope["factor"])}
+        _check_fixed(rope, _MEGATRON_LLAMA3)
+        flags["--use-rope-scaling"] = True
     return flags
 
 
@@ -65,9 +59,7 @@ def latent_rope_flags(config: Any) -> dict[str, Any]:
     if rope["rope_type"] == "default":
         # Megatron fuses the rotation of YaRN alone.
         return flags | {"--rope-type": "rope", "--no-rope-fusion": True}
-    for name, only in _MEGATRON_YARN.items():
-        if rope.get(name, only) != only:
-            raise fail(_key(name), rope[name], "is fixed in Megatron", f"served: {only}")
+    _check_fixed(rope, _MEGATRON_YARN)
     return flags | {
         "--rope-type": "yarn",
         "--rotary-scaling-factor": float(rope["factor"]),
@@ -126,6 +118,13 @@ def rope_parameters(config: Any, kinds: Mapping[str, tuple[str, ...]]) -> Mappin
             remedy = f"with {kind} are served: {listing(sorted(served))}"
             raise fail(_key(name), rope[name], "is not served", remedy)
     return rope
+
+
+def _check_fixed(rope: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
+    """RecipeError for a value that Megatron has no option for."""
+    for name, only in fixed.items():
+        if rope.get(name, only) != only:
+            raise fail(_key(name), rope[name], "is not served", f"Megatron's is {only}")
 
 
 def rotary_base(config: Any) -> int:

@@ -1,0 +1,96 @@
+"""What Megatron's models of given flags store: a script that builds them on one process.
+
+Standard input has ``{name: [flag, ...]}`` as JSON; the last line of the output has
+``{name: {"tensors": {key: global shape}, "error": null}}``, or the error of a model that could not
+be built. Megatron's own parser reads and validates the flags.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+
+os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+
+FIXED = shlex.split(
+    "--micro-batch-size 1 --seq-length 16 --tokenizer-type NullTokenizer --vocab-size 44 "
+    "--make-vocab-size-divisible-by 48 --use-cpu-initialization"
+)
+
+
+def built(flags: list[str]):
+    """The model of these flags, as Megatron's training loop builds it; they become the global
+    ones."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training import global_vars
+    from megatron.training.arguments import parse_and_validate_args
+
+    from megatron_moe_inject.host import compat, gpt_entry
+
+    if global_vars._GLOBAL_ARGS is not None:
+        global_vars.unset_global_variables()
+    sys.argv = ["stored_keys", *flags, *FIXED]
+    args = parse_and_validate_args(args_defaults={})
+    config = compat.model_config(args)
+    if config is None:
+        return gpt_entry.model_provider()
+    if not compat.builds_from_config():
+        return gpt_entry.hybrid_model_provider(config)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return config.get_builder_cls()(config).build_model(groups)
+
+
+def stored(chunk) -> dict[str, list[int]]:
+    """Keys and global shapes of what a model stores, but for extra states."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+    state = chunk.sharded_state_dict(prefix="", metadata={"dp_cp_group": None})
+    apply_factories(state)
+    tensors = (value for value in nested_values(state) if isinstance(value, ShardedTensor))
+    return {tensor.key: list(tensor.global_shape) for tensor in tensors}
+
+
+def _lane_without_latent_attention() -> None:
+    """Multi-latent attention around a core that holds nothing, where the lane refuses it."""
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    from megatron_moe_inject.host.cpu_lane import flags
+
+    if flags._REFUSED.pop("multi_latent_attention", None) is None:
+        return
+    begins = DotProductAttention.__init__
+
+    def init(self, *args, k_channels=None, v_channels=None, **kwargs):
+        begins(self, *args, **kwargs)
+
+    DotProductAttention.__init__ = init
+
+
+def main() -> None:
+    models = json.load(sys.stdin)
+    from megatron_moe_inject.host import cpu_lane
+
+    cpu_lane.enable()
+    _lane_without_latent_attention()
+    import torch.distributed as dist
+    from megatron.core import mpu
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=1, store=FakeStore())
+    mpu.initialize_model_parallel(create_gloo_process_groups=False)
+    model_parallel_cuda_manual_seed(1)
+    results = {}
+    for name, flags in models.items():
+        try:
+            results[name] = {"tensors": stored(built(flags)), "error": None}
+        except (Exception, SystemExit) as error:
+            results[name] = {"tensors": {}, "error": f"{type(error).__name__}: {error}"}
+    print("\n" + json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
