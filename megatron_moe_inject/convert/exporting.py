@@ -17,9 +17,9 @@ from typing import Any, Protocol
 
 import torch
 
+from megatron_moe_inject.convert.architectures.table import Entry
 from megatron_moe_inject.convert.folder_model import FolderModel
 from megatron_moe_inject.convert.hf_writer import Outcome, Quantized, Written, write_like
-from megatron_moe_inject.convert.table import Entry
 
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]
 _WAITING_BYTES = 1 << 30

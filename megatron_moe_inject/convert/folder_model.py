@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from megatron_moe_inject.convert.architectures import architecture_of
+from megatron_moe_inject.convert.architectures.table import Architecture, Entry, Part
 from megatron_moe_inject.convert.hf_folder import HfFolder
 from megatron_moe_inject.convert.naming import Naming, naming_of
-from megatron_moe_inject.convert.table import Architecture, Entry, Part
 from megatron_moe_inject.host.errors import RecipeError, listing
 
 _LEFTOVERS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")

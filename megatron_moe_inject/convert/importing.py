@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from megatron_moe_inject.convert.architectures.table import Entry
 from megatron_moe_inject.convert.arguments import (
     megatron_arguments,
     option_words,
@@ -22,7 +23,6 @@ from megatron_moe_inject.convert.arguments import (
 from megatron_moe_inject.convert.folder_model import FolderModel
 from megatron_moe_inject.convert.hf_folder import HfFolder
 from megatron_moe_inject.convert.naming import Naming, Stored, as_hybrid, pieces_of
-from megatron_moe_inject.convert.table import Entry
 from megatron_moe_inject.host.errors import fail
 from megatron_moe_inject.host.files import new_folder
 from megatron_moe_inject.host.torch_dist_write import CheckpointWriter

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_moe_inject.convert.table import Entry, Slot
+from megatron_moe_inject.convert.architectures.table import Entry, Slot
 from megatron_moe_inject.host.gpt_names import to_hybrid
 from megatron_moe_inject.host.layer_pattern import LayerPattern
 from megatron_moe_inject.host.norm_names import other_name

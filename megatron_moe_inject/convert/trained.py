@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import torch
 
+from megatron_moe_inject.convert.architectures.table import Entry, Slot
 from megatron_moe_inject.convert.folder_model import FolderModel
 from megatron_moe_inject.convert.naming import Naming, Stored, numbers_layers, pieces_of
-from megatron_moe_inject.convert.table import Entry, Slot
 from megatron_moe_inject.experts.delta.delta import DeltaFolder, Slice, slice_checksum
 from megatron_moe_inject.host.errors import RecipeError, listing
 from megatron_moe_inject.host.gpt_names import pattern_of_names

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_moe_inject.convert.table import Architecture
+from megatron_moe_inject.convert.architectures.table import Architecture
 from megatron_moe_inject.host.errors import fail, suggest
 from megatron_moe_inject.host.registry import Registry
 

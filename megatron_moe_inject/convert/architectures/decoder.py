@@ -23,7 +23,7 @@ from megatron_moe_inject.convert.architectures.parts import (
     outside,
 )
 from megatron_moe_inject.convert.architectures.rotary import rope_flags
-from megatron_moe_inject.convert.table import Architecture, Entry
+from megatron_moe_inject.convert.architectures.table import Architecture, Entry
 
 READ = key_names(
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "

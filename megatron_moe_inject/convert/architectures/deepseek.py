@@ -23,7 +23,7 @@ from megatron_moe_inject.convert.architectures.parts import (
 )
 from megatron_moe_inject.convert.architectures.rotary import latent_rope_flags
 from megatron_moe_inject.convert.architectures.routers import sigmoid_router_flags
-from megatron_moe_inject.convert.table import Entry
+from megatron_moe_inject.convert.architectures.table import Entry
 from megatron_moe_inject.host.errors import fail
 
 _READ = (READ - {"rms_norm_eps"}) | key_names(

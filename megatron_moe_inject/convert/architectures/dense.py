@@ -8,7 +8,7 @@ from typing import Any
 from megatron_moe_inject.convert.architectures.configuration import Keys, key_names, key_of
 from megatron_moe_inject.convert.architectures.decoder import ONLY, READ, DenseDecoder
 from megatron_moe_inject.convert.architectures.parts import Block, Heads, attention, head_width
-from megatron_moe_inject.convert.table import Entry
+from megatron_moe_inject.convert.architectures.table import Entry
 from megatron_moe_inject.host.errors import fail
 
 WINDOW = key_names("sliding_window max_window_layers")

@@ -6,7 +6,7 @@ from collections.abc import Container, Iterator
 from typing import Any, NoReturn
 
 from megatron_moe_inject.convert.architectures.configuration import key_of
-from megatron_moe_inject.convert.table import Architecture, Entry
+from megatron_moe_inject.convert.architectures.table import Architecture, Entry
 from megatron_moe_inject.host.errors import fail
 
 

@@ -15,11 +15,11 @@ from megatron_moe_inject.convert.architectures.decoder import (
     ExpertDecoder,
     pattern_of,
 )
+from megatron_moe_inject.convert.architectures.forms import Form, GateUpInTurn, Same, Transposed
 from megatron_moe_inject.convert.architectures.parts import Block, Heads, attention
 from megatron_moe_inject.convert.architectures.rotary import yarn_flags
 from megatron_moe_inject.convert.architectures.routers import check_more_than_one
-from megatron_moe_inject.convert.forms import Form, GateUpInTurn, Same, Transposed
-from megatron_moe_inject.convert.table import Entry, Part
+from megatron_moe_inject.convert.architectures.table import Entry, Part
 from megatron_moe_inject.host.errors import fail
 
 

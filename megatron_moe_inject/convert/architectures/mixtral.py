@@ -10,7 +10,7 @@ from megatron_moe_inject.convert.architectures.decoder import ONLY, READ, Expert
 from megatron_moe_inject.convert.architectures.dense import window_flags
 from megatron_moe_inject.convert.architectures.parts import Block, gated_experts
 from megatron_moe_inject.convert.architectures.routers import check_more_than_one
-from megatron_moe_inject.convert.table import Entry
+from megatron_moe_inject.convert.architectures.table import Entry
 
 
 class Mixtral(ExpertDecoder):

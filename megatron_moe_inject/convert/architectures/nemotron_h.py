@@ -13,7 +13,7 @@ from typing import Any
 from megatron_moe_inject.convert.architectures.configuration import Keys, key_names
 from megatron_moe_inject.convert.architectures.parts import Block, Heads, attention, outside
 from megatron_moe_inject.convert.architectures.routers import sigmoid_router_flags
-from megatron_moe_inject.convert.table import Architecture, Entry
+from megatron_moe_inject.convert.architectures.table import Architecture, Entry
 
 _SYMBOLS = {"linear_attention": "M", "full_attention": "*", "moe": "E", "mlp": "-"}
 

@@ -9,7 +9,7 @@ from megatron_moe_inject.convert.architectures.configuration import Keys, key_na
 from megatron_moe_inject.convert.architectures.decoder import ONLY, READ, ExpertDecoder
 from megatron_moe_inject.convert.architectures.parts import Block, Heads, attention
 from megatron_moe_inject.convert.architectures.routers import softmax_router_flags
-from megatron_moe_inject.convert.table import Entry
+from megatron_moe_inject.convert.architectures.table import Entry
 
 
 class Olmoe(ExpertDecoder):

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_moe_inject.convert.forms import Form, Qkv, Same, Stacked
-from megatron_moe_inject.convert.table import Entry, Part, Slot
+from megatron_moe_inject.convert.architectures.forms import Form, Qkv, Same, Stacked
+from megatron_moe_inject.convert.architectures.table import Entry, Part, Slot
 
 
 @dataclass(frozen=True)

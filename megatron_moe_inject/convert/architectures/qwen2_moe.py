@@ -10,7 +10,7 @@ from megatron_moe_inject.convert.architectures.decoder import ONLY, READ
 from megatron_moe_inject.convert.architectures.dense import WINDOW, check_full_attention
 from megatron_moe_inject.convert.architectures.parts import Block, Heads, attention, gated
 from megatron_moe_inject.convert.architectures.qwen3_moe import SPARSE, QwenExperts
-from megatron_moe_inject.convert.table import Entry
+from megatron_moe_inject.convert.architectures.table import Entry
 
 
 class Qwen2Moe(QwenExperts):

@@ -10,7 +10,7 @@ from megatron_moe_inject.convert.architectures.decoder import ONLY, READ, Expert
 from megatron_moe_inject.convert.architectures.dense import WINDOW
 from megatron_moe_inject.convert.architectures.parts import Block, Heads, attention, head_width
 from megatron_moe_inject.convert.architectures.routers import softmax_router_flags
-from megatron_moe_inject.convert.table import Entry
+from megatron_moe_inject.convert.architectures.table import Entry
 
 SPARSE = key_names(
     "num_experts num_experts_per_tok moe_intermediate_size norm_topk_prob decoder_sparse_step "

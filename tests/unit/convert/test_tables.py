@@ -5,8 +5,6 @@ built from the table's flags by Megatron's own parser and builder on the CPU lan
 (``tests/harness/stored_keys.py``).
 """
 
-import copy
-import dataclasses
 import json
 import os
 import subprocess
@@ -17,9 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_moe_inject.convert.architectures import ARCHITECTURES, architecture_of
-from megatron_moe_inject.convert.architectures.configuration import NO_EFFECT
-from megatron_moe_inject.host.errors import RecipeError
+from megatron_moe_inject.convert.architectures import architecture_of
 from tests.harness.tiny_folders import CASES, config_of, save_folder
 
 ROOT = Path(__file__).resolve().parents[3]

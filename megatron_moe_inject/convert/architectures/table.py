@@ -11,7 +11,7 @@ from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from megatron_moe_inject.convert.forms import Form, Same
+from megatron_moe_inject.convert.architectures.forms import Form, Same
 
 
 @dataclass(frozen=True)
