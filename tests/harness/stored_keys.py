@@ -33,6 +33,7 @@ def built(flags: list[str]):
         global_vars.unset_global_variables()
     sys.argv = ["stored_keys", *flags, *FIXED]
     args = parse_and_validate_args(args_defaults={})
+    gpt_entry.check_supported(args)
     config = compat.model_config(args)
     if config is None:
         return gpt_entry.model_provider()

@@ -34,6 +34,9 @@ class GptOss(ExpertDecoder):
         {**ONLY, "attention_bias": (True,), "swiglu_alpha": (1.702,)},
     )
 
+    def layouts(self, config: Any) -> tuple[str, ...]:
+        return ("gpt",)  # windows are counted by layers, which a hybrid model has twice as many of
+
     def check(self, config: Any) -> None:
         super().check(config)
         for kind in sorted(set(config.layer_types)):
@@ -55,6 +58,7 @@ class GptOss(ExpertDecoder):
             "--quick-geglu": True,
             "--glu-linear-offset": 1.0,
             "--activation-func-clamp-value": float(config.swiglu_limit),
+            "--no-bias-gelu-fusion": True,  # the fused function clamps before it adds the bias
             "--softmax-type": "learnable",
             **self._window_flags(config),
         }

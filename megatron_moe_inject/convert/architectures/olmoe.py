@@ -11,9 +11,12 @@ from megatron_moe_inject.convert.architectures.parts import Block, Heads, attent
 from megatron_moe_inject.convert.architectures.routers import softmax_router_flags
 from megatron_moe_inject.convert.architectures.table import Entry
 
+WHOLE_NORMS = ("megatron_moe_inject.host.whole_norms", "layers")
+"""Layers whose norms of queries and keys are over all heads; Megatron's own are of each head."""
+
 
 class Olmoe(ExpertDecoder):
-    """OLMoE-1B-7B, whose attention has a layer specification of its own."""
+    """OLMoE-1B-7B."""
 
     model_types = ("olmoe",)
     keys = Keys(
@@ -22,7 +25,7 @@ class Olmoe(ExpertDecoder):
     )
 
     def layouts(self, config: Any) -> tuple[str, ...]:
-        return ("gpt",)
+        return ("gpt",)  # a specification of its layers
 
     def experts(self, config: Any) -> int:
         return config.num_experts
@@ -31,7 +34,7 @@ class Olmoe(ExpertDecoder):
         return config.intermediate_size
 
     def attention_flags(self, config: Any) -> dict[str, Any]:
-        return super().attention_flags(config) | {"--qk-layernorm": True}
+        return super().attention_flags(config) | {"--qk-layernorm": True, "--spec": WHOLE_NORMS}
 
     def router_flags(self, config: Any) -> dict[str, Any]:
         return softmax_router_flags(config)
