@@ -190,7 +190,7 @@ def _parts(
         yield (*begin[:axis], begin[axis] + start, *begin[axis + 1 :]), part
 
 
-def _saved(value: Any) -> memoryview:
+def _saved(value: Any) -> bytes:
     stream = io.BytesIO()
     torch.save(value, stream)
-    return stream.getbuffer()
+    return stream.getvalue()
