@@ -214,8 +214,7 @@ def _rounding(value: torch.Tensor, new: Iterable[torch.Tensor]) -> tuple[float, 
     for one, other in zip(_parts(value, value.ndim > 2), new, strict=True):
         off, size = (one.float() - other.float()).abs(), one.float().abs()
         largest, top = max(largest, off.max().item()), max(top, size.max().item())
-        difference += off.sum(dtype=torch.float64).item()
-        total += size.sum(dtype=torch.float64).item()
+        difference, total = difference + off.sum().item(), total + size.sum().item()
     return (largest / top, difference / total) if top else (0.0, 0.0)
 
 

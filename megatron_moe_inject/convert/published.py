@@ -122,6 +122,8 @@ class Fp8Blocks(Quantised):
             same = fp8_blocks.same_blocks(
                 fp8_blocks.decode(code, scale.float(), value.dtype), matrix
             )
+            if same.all():
+                continue
             new_codes, new_scales = self._encoded(matrix, scale.dtype)
             within = fp8_blocks.by_element(same, matrix.shape)
             # torch.where has no kernel for FP8; bytes are bytes.
@@ -174,6 +176,8 @@ class Mxfp4(Quantised):
         for matrix, code, scale in zip(*matrices, strict=True):
             rows = matrix.T.unflatten(1, (-1, GROUP))
             same = (_decoded(code, scale, value.dtype) == rows).all(-1)
+            if same.all():
+                continue
             new_codes, new_scales = _encoded(rows.float())
             code.copy_(torch.where(same[..., None], code, new_codes))
             scale.copy_(torch.where(same, scale, new_scales))
