@@ -14,6 +14,9 @@ from megatron_moe_inject.convert.architectures.table import Entry
 WHOLE_NORMS = ("megatron_moe_inject.host.whole_norms", "layers")
 """Layers whose norms of queries and keys are over all heads; Megatron's own are of each head."""
 
+WHOLE_NORMS = ("megatron_moe_inject.host.whole_norms", "layers")
+"""Layers whose norms of queries and keys are over all heads; Megatron's own are of each head."""
+
 
 class Olmoe(ExpertDecoder):
     """OLMoE-1B-7B."""
