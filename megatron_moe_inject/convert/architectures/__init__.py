@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_moe_inject.convert.architectures.table import Architecture
-from megatron_moe_inject.host.errors import fail, suggest
+from megatron_moe_inject.host.errors import fail
 from megatron_moe_inject.host.registry import Registry
 
 _HERE = __name__
@@ -43,6 +43,6 @@ def architecture_of(config: Any) -> Architecture:
         RecipeError: there is none for its ``model_type``.
     """
     if config.model_type not in ARCHITECTURES:
-        remedy = suggest(config.model_type, ARCHITECTURES.names(), "tables exist for")
+        remedy = "there are tables of " + ", ".join(ARCHITECTURES.names())
         raise fail("config.json: model_type", config.model_type, "has no table here", remedy)
     return ARCHITECTURES[config.model_type]

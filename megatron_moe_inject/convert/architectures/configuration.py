@@ -63,12 +63,12 @@ class Keys:
         present = {name for name in vars(config) if not name.startswith("_")}
         for name in sorted(present | set(defaults)):
             value = getattr(config, name)
-            if name in known:
-                continue
             if name in only:
                 if value not in only[name]:
                     served = listing(show(one) for one in only[name])
                     raise fail(key_of(name), value, "is not served", f"served: {served}")
+            elif name in known:
+                continue
             elif name in defaults:
                 if value != defaults[name]:
                     default = show(defaults[name])

@@ -29,7 +29,7 @@ from megatron_moe_inject.host.errors import fail
 _READ = (READ - {"rms_norm_eps"}) | key_names(
     "moe_intermediate_size n_routed_experts n_shared_experts num_experts_per_tok "
     "first_k_dense_replace routed_scaling_factor kv_lora_rank q_lora_rank qk_nope_head_dim "
-    "qk_rope_head_dim qk_head_dim v_head_dim n_group topk_group norm_topk_prob ep_size"
+    "qk_rope_head_dim qk_head_dim v_head_dim n_group topk_group ep_size"
 )
 
 _ONLY = {
@@ -141,7 +141,7 @@ class DeepSeekV3(DeepSeek):
 
     model_types = ("deepseek_v3",)
     keys = Keys(
-        _READ | {"num_nextn_predict_layers"},
+        _READ | {"num_nextn_predict_layers", "norm_topk_prob"},
         {
             **_ONLY,
             "rope_interleave": (True,),
