@@ -37,7 +37,7 @@ domains:
     teacher: coder
     experts: {layers: {1: [0, 3], 2: [3]}}
 teachers:
-  coder: {source: "hf:TEACHER"}
+  coder: {source: "SOURCE"}
 objective: {alpha: 0.7, beta: 0.3}
 """
 CHANGED = {
@@ -104,7 +104,7 @@ class Chain:
         self.folder, self.layout = folder, layout
         self.hf = stirred(folder / "hf", moe_config())
         self.teacher = stirred(folder / "teacher", dense_config())
-        self.checkpoint = folder / "checkpoint"
+        self.checkpoint, self.injected = folder / "checkpoint", folder / "injected"
         self.tokens = torch.randint(VOCAB, (2, SEQUENCE))
         torch.save(self.tokens, folder / "tokens.pt")
         assert main(["import-hf", str(self.hf), *self.output(self.checkpoint, layout)]) == 0
@@ -126,18 +126,16 @@ class Chain:
         lane.run(self.flags(load, *extra), nproc=nproc, script=LOGITS, env=env, **run)
         return torch.load(self.folder / "megatron_logits.pt")[..., :VOCAB]
 
-    def inject(self, *extra: str, nproc=1) -> Path:
-        """The checkpoint of ten steps with the teacher."""
-        recipe, saved = self.folder / "recipe.yaml", self.folder / "injected"
-        recipe.write_text(RECIPE.replace("TEACHER", str(self.teacher)))
-        ours = ("--inject-recipe", str(recipe), "--inject-verify-frozen", *SAVE, str(saved))
-        run = lane.run(
-            self.flags(self.checkpoint, *ours, "--train-iters", "10", *extra), nproc=nproc
-        )
+    def inject(self, source: str, *extra: str, nproc=1) -> lane.Run:
+        """Ten steps with a teacher."""
+        recipe = self.folder / "recipe.yaml"
+        recipe.write_text(RECIPE.replace("SOURCE", source))
+        ours = ("--inject-recipe", str(recipe), "--inject-verify-frozen", "--train-iters", "10")
+        run = lane.run(self.flags(self.checkpoint, *ours, *extra), nproc=nproc)
         assert PROVEN.search(run.output)
         losses = run.losses("kd loss")
         assert losses[-1] < losses[0]
-        return saved
+        return run
 
     def export(self, name: str, *arguments) -> Path:
         output = self.folder / name
@@ -152,13 +150,14 @@ def chain(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def injected(chain):
-    return chain.inject(*EP2, nproc=2)
+def run(chain):
+    """An injection whose teacher is the Hugging Face folder."""
+    return chain.inject(f"hf:{chain.teacher}", *EP2, *SAVE, str(chain.injected), nproc=2)
 
 
 @pytest.fixture(scope="module")
-def exported(chain, injected):
-    return chain.export("exported", injected)
+def exported(chain, run):
+    return chain.export("exported", chain.injected)
 
 
 @pytest.mark.parametrize(("nproc", "layout"), [(2, EP2), (2, TP2)], ids=["ep2", "tp2"])
@@ -170,10 +169,10 @@ def test_megatron_loads_what_is_imported_and_has_the_same_logits(chain, nproc, l
 
 
 def test_a_script_that_knows_nothing_of_the_plugin_loads_it(chain):
-    run = lane.run(chain.flags(chain.checkpoint), script=lane.MINIMAL_GPT)
+    stock = lane.run(chain.flags(chain.checkpoint), script=lane.MINIMAL_GPT)
     own = lane.run(chain.flags(chain.checkpoint))
-    assert "successfully loaded checkpoint" in run.output
-    assert run.losses() == own.losses()
+    assert "successfully loaded checkpoint" in stock.output
+    assert stock.losses() == own.losses()
 
 
 @pytest.mark.skipif(OTHER is None, reason="MEGATRON_OTHER names another Megatron")
@@ -189,18 +188,28 @@ def test_what_was_injected_is_exported_and_the_rest_is_bitwise_as_it_was(chain, 
     assert {name for name in before if not torch.equal(before[name], after[name])} == CHANGED
 
 
-def test_transformers_has_the_logits_of_the_trained_student(chain, injected, exported):
+def test_transformers_has_the_logits_of_the_trained_student(chain, exported):
     found = transformers_logits(exported, chain.tokens)
     before = transformers_logits(chain.hf, chain.tokens)
-    assert (found - chain.logits(injected)).abs().max() < 1e-5
+    assert (found - chain.logits(chain.injected)).abs().max() < 1e-5
     assert (found - before).abs().max() > 1e-2
 
 
-def test_a_delta_is_exported_as_the_checkpoint_is(chain, injected, exported):
+def test_a_delta_is_exported_as_the_checkpoint_is(chain, exported):
     delta = chain.folder / "delta"
-    base = ["--base", str(chain.checkpoint), "--trained", str(injected)]
+    base = ["--base", str(chain.checkpoint), "--trained", str(chain.injected)]
     assert main(["export-delta", *base, "--output", str(delta)]) == 0
     from_delta = chain.export("from-delta", "--delta", delta)
     names = sorted(path.name for path in exported.iterdir())
     assert sorted(path.name for path in from_delta.iterdir()) == names
     assert filecmp.cmpfiles(exported, from_delta, names, shallow=False) == (names, [], [])
+
+
+def test_an_imported_dense_model_is_the_same_teacher(chain, run):
+    teacher = chain.folder / "megatron-teacher"
+    words = chain.output(teacher, chain.layout)
+    assert main(["import-hf", str(chain.teacher), *words]) == 0
+    own = chain.inject(f"megatron:{teacher}", *EP2, nproc=2)
+    for name in ("kd loss", "lm loss", "grad norm"):
+        assert own.losses(name) == pytest.approx(run.losses(name), rel=1e-4)
+    assert own.losses("kd loss")[0] == pytest.approx(run.losses("kd loss")[0], rel=1e-6)
