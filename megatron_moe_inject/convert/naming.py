@@ -25,6 +25,8 @@ _ONE_LAYER = re.compile(r"decoder\.layers\.\d")
 _MTP_BLOCK = re.compile(r"^(mtp\.layers\.\d+)\.transformer_layer\.(.*)$")
 _ATTENTION = ("self_attention.", "input_layernorm.")
 _LATENT_NORMS = ("self_attention.q_layernorm.", "self_attention.kv_layernorm.")
+_OF_MODULES = ("weight", "softmax_offset")
+"""Parameters by which a module that may have an ``_extra_state`` is known."""
 _NO_EXTRA_STATE = ("word_embeddings", "position_embeddings", "router", "conv1d")
 _OF_GPT = ("--num-layers", "--moe-layer-freq", "--mtp-num-layers")
 """Options that the pattern of a hybrid model says instead."""
@@ -49,7 +51,7 @@ class Stored:
         place, axes = (".".join(map(str, n)) for n in (self.place or (0,), self.axes or (1,)))
         for name in self.names:
             module, _, last = name.rpartition(".")
-            if last == "weight" and module.rpartition(".")[2] not in _NO_EXTRA_STATE:
+            if last in _OF_MODULES and module.rpartition(".")[2] not in _NO_EXTRA_STATE:
                 yield f"{module}._extra_state/shard_{place}_{axes}"
 
 

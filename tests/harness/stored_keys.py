@@ -1,8 +1,9 @@
 """What Megatron's models of given flags store: a script that builds them on one process.
 
 Standard input has ``{name: [flag, ...]}`` as JSON; the last line of the output has
-``{name: {"tensors": {key: global shape}, "error": null}}``, or the error of a model that could not
-be built. Megatron's own parser reads and validates the flags.
+``{name: {"tensors": {key: global shape}, "objects": [key, ...], "error": null}}``, or the error of
+a model that could not be built. Megatron's own parser reads and validates the flags. With ``--te``
+the modules are those of Transformer Engine, on the CPU (``te_on_cpu.py``).
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ import json
 import os
 import shlex
 import sys
+from typing import Any
+
+import torch
 
 os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 
@@ -43,15 +47,24 @@ def built(flags: list[str]):
     return config.get_builder_cls()(config).build_model(groups)
 
 
-def stored(chunk) -> dict[str, list[int]]:
-    """Keys and global shapes of what a model stores, but for extra states."""
+def stored(chunk) -> dict[str, Any]:
+    """Keys and global shapes of the tensors that a model stores, and keys of the objects."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+    from megatron.core.dist_checkpointing.mapping import (
+        ShardedObject,
+        ShardedTensor,
+        apply_factories,
+    )
 
     state = chunk.sharded_state_dict(prefix="", metadata={"dp_cp_group": None})
     apply_factories(state)
-    tensors = (value for value in nested_values(state) if isinstance(value, ShardedTensor))
-    return {tensor.key: list(tensor.global_shape) for tensor in tensors}
+    values = list(nested_values(state))
+    tensors = (value for value in values if isinstance(value, ShardedTensor))
+    return {
+        "tensors": {tensor.key: list(tensor.global_shape) for tensor in tensors},
+        "objects": [value.unique_key for value in values if isinstance(value, ShardedObject)],
+        "error": None,
+    }
 
 
 def _lane_without_latent_attention() -> None:
@@ -72,10 +85,17 @@ def _lane_without_latent_attention() -> None:
 
 def main() -> None:
     models = json.load(sys.stdin)
+    if "--te" in sys.argv:
+        from tests.harness import te_on_cpu
+
+        te_on_cpu.allow()
     from megatron_moe_inject.host import cpu_lane
 
     cpu_lane.enable()
-    _lane_without_latent_attention()
+    if "--te" in sys.argv:
+        torch.cuda.get_device_capability = lambda device=None: (9, 0)
+    else:
+        _lane_without_latent_attention()
     import torch.distributed as dist
     from megatron.core import mpu
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -87,9 +107,9 @@ def main() -> None:
     results = {}
     for name, flags in models.items():
         try:
-            results[name] = {"tensors": stored(built(flags)), "error": None}
+            results[name] = stored(built(flags))
         except (Exception, SystemExit) as error:
-            results[name] = {"tensors": {}, "error": f"{type(error).__name__}: {error}"}
+            results[name] = {"error": f"{type(error).__name__}: {error}"}
     print("\n" + json.dumps(results))
 
 

@@ -59,6 +59,7 @@ class GptOss(ExpertDecoder):
             "--glu-linear-offset": 1.0,
             "--activation-func-clamp-value": float(config.swiglu_limit),
             "--no-bias-gelu-fusion": True,  # the fused function clamps before it adds the bias
+            "--no-bias-dropout-fusion": True,  # not with biases of grouped experts
             "--softmax-type": "learnable",
             **self._window_flags(config),
         }

@@ -6,13 +6,9 @@ built from the table's flags by Megatron's own parser and builder on the CPU lan
 """
 
 import dataclasses
-import json
 import math
 import os
 import re
-import subprocess
-import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -21,80 +17,26 @@ from safetensors.torch import load_file
 
 from megatron_moe_inject.convert.architectures import architecture_of
 from megatron_moe_inject.convert.architectures.configuration import NO_EFFECT
-from megatron_moe_inject.convert.naming import as_hybrid, naming_of
+from megatron_moe_inject.convert.arguments import option_words
 from megatron_moe_inject.host.errors import RecipeError
+from tests.harness.table_keys import compare, layouts, megatrons, models_of, name_of
 from tests.harness.tiny_folders import CASES, SIZES, config_of, save_folder
 
 ROOT = Path(__file__).resolve().parents[3]
 CONFIGS = Path(__file__).parent / "configs"
 OTHER = os.environ.get("MEGATRON_OTHER")
-NEEDS_TE = ("--moe-latent-size", "--multi-latent-attention")
-"""Options of parts that a hybrid model has with Transformer Engine alone."""
-
-
-def command_line(flags):
-    words = []
-    for name, value in flags.items():
-        values = () if value is True else value if isinstance(value, tuple) else (value,)
-        words += [name, *map(str, values)]
-    return words
-
-
-def megatrons(case, layout):
-    """Options and naming of a case as a GPT or a hybrid model."""
-    config = config_of(case)
-    table = architecture_of(config)
-    flags = table.flags(config)
-    naming = naming_of(flags, table.stacked_layers(config))
-    if layout == "gpt":
-        return flags, naming
-    return as_hybrid(flags, naming, table.layer_pattern(config))
-
-
-def is_built(case, layout):
-    config = config_of(case)
-    table = architecture_of(config)
-    flags = table.flags(config)
-    spec = flags.get("--spec")
-    if layout not in table.layouts(config) or (spec and find_spec(spec[0]) is None):
-        return False
-    return layout == "gpt" or not any(option in flags for option in NEEDS_TE)
-
-
-BUILT = [(case, layout) for case in CASES for layout in ("gpt", "hybrid") if is_built(case, layout)]
-
-
-def all_flags():
-    return {
-        f"{case} as {layout}": command_line(megatrons(case, layout)[0]) for case, layout in BUILT
-    }
-
-
-def stored_by(flags_by_case, megatron=None):
-    """What Megatron's models of these flags store."""
-    path = os.pathsep.join(filter(None, [megatron, str(ROOT)]))
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.harness.stored_keys"],
-        input=json.dumps(flags_by_case),
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
-    return json.loads(run.stdout.splitlines()[-1])
+BUILT = layouts(without=("--moe-latent-size", "--multi-latent-attention"))
+"""A hybrid model has these with Transformer Engine alone (``tests/te/test_tables.py``)."""
 
 
 @pytest.fixture(scope="module")
 def stored():
-    return stored_by(all_flags())
+    return models_of(BUILT)
 
 
 @pytest.fixture(scope="module")
 def stored_by_other():
-    return stored_by(all_flags(), OTHER)
+    return models_of(BUILT, megatron=OTHER)
 
 
 class TestFolder:
@@ -152,42 +94,21 @@ class TestMegatron:
     def test_keys_and_shapes_are_those_that_the_model_of_the_flags_stores(
         self, case, layout, stored
     ):
-        self.compare(case, layout, stored)
+        compare(case, layout, stored[name_of(case, layout)])
 
     @pytest.mark.skipif(not OTHER, reason="MEGATRON_OTHER names no second Megatron-Core")
     @pytest.mark.parametrize(("case", "layout"), BUILT)
     def test_the_other_megatron_has_them_too_or_refuses_the_flags(
         self, case, layout, stored_by_other
     ):
-        error = stored_by_other[f"{case} as {layout}"]["error"]
+        error = stored_by_other[name_of(case, layout)]["error"]
         flags, _ = megatrons(case, layout)
         if flags["--position-embedding-type"] == "yarn":
             assert error == "SystemExit: 2"
         elif "--spec" in flags:
             assert error.startswith("ValueError: --spec")
         else:
-            self.compare(case, layout, stored_by_other)
-
-    @staticmethod
-    def compare(case, layout, stored):
-        result = stored[f"{case} as {layout}"]
-        assert result["error"] is None
-        config = config_of(case)
-        _, naming = megatrons(case, layout)
-        tensors = dict(result["tensors"])
-        filled = {}
-        for entry in architecture_of(config).entries(config):
-            stored = naming.stored(entry.slot)
-            whole = 48 if entry.padded else entry.shape[0]
-            for piece, rows in entry.pieces or (("", whole),):
-                keys = {f"{name}.{piece}" if piece else name for name in stored.names}
-                (key,) = keys & set(tensors)
-                assert tensors[key] == [*stored.axes, rows, *entry.shape[1:]], key
-                assert stored.place not in filled.setdefault(key, {})
-                filled[key][stored.place] = stored.axes
-        assert set(filled) == set(tensors)
-        for key, places in filled.items():
-            assert len(places) == math.prod(next(iter(places.values()))), key
+            compare(case, layout, stored_by_other[name_of(case, layout)])
 
 
 def config_of_json(name, folder):
@@ -247,7 +168,7 @@ class TestPublished:
     def test_megatrons_parser_takes_the_flags(self, name, tmp_path, parse):
         config = config_of_json(name, tmp_path)
         flags = architecture_of(config).flags(config)
-        args = vars(parse(" ".join(command_line(flags))))
+        args = vars(parse(" ".join(option_words(flags))))
         for flag, value in flags.items():
             stored = args.get(flag.removeprefix("--").replace("-", "_"), "another name")
             if isinstance(value, (int, float)) and stored != "another name":
