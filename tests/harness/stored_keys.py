@@ -19,7 +19,7 @@ import torch
 os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 
 FIXED = shlex.split(
-    "--micro-batch-size 1 --seq-length 16 --tokenizer-type NullTokenizer --vocab-size 44 "
+    "--micro-batch-size 1 --seq-length 32 --tokenizer-type NullTokenizer --vocab-size 44 "
     "--make-vocab-size-divisible-by 48 --use-cpu-initialization"
 )
 
@@ -47,18 +47,21 @@ def built(flags: list[str]):
     return config.get_builder_cls()(config).build_model(groups)
 
 
-def stored(chunk) -> dict[str, Any]:
-    """Keys and global shapes of the tensors that a model stores, and keys of the objects."""
+def sharded_values(chunk) -> list[Any]:
+    """What a model stores: tensors that lie over its parameters, and objects."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
-    from megatron.core.dist_checkpointing.mapping import (
-        ShardedObject,
-        ShardedTensor,
-        apply_factories,
-    )
+    from megatron.core.dist_checkpointing.mapping import apply_factories
 
     state = chunk.sharded_state_dict(prefix="", metadata={"dp_cp_group": None})
     apply_factories(state)
-    values = list(nested_values(state))
+    return list(nested_values(state))
+
+
+def stored(chunk) -> dict[str, Any]:
+    """Keys and global shapes of the tensors that a model stores, and keys of the objects."""
+    from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+
+    values = sharded_values(chunk)
     tensors = (value for value in values if isinstance(value, ShardedTensor))
     return {
         "tensors": {tensor.key: list(tensor.global_shape) for tensor in tensors},
@@ -83,16 +86,16 @@ def _lane_without_latent_attention() -> None:
     DotProductAttention.__init__ = init
 
 
-def main() -> None:
-    models = json.load(sys.stdin)
-    if "--te" in sys.argv:
+def begin(te: bool = False) -> None:
+    """The CPU lane, one process that is a group by itself, and random numbers."""
+    if te:
         from tests.harness import te_on_cpu
 
         te_on_cpu.allow()
     from megatron_moe_inject.host import cpu_lane
 
     cpu_lane.enable()
-    if "--te" in sys.argv:
+    if te:
         torch.cuda.get_device_capability = lambda device=None: (9, 0)
     else:
         _lane_without_latent_attention()
@@ -104,6 +107,11 @@ def main() -> None:
     dist.init_process_group("fake", rank=0, world_size=1, store=FakeStore())
     mpu.initialize_model_parallel(create_gloo_process_groups=False)
     model_parallel_cuda_manual_seed(1)
+
+
+def main() -> None:
+    models = json.load(sys.stdin)
+    begin("--te" in sys.argv)
     results = {}
     for name, flags in models.items():
         try:

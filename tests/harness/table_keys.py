@@ -79,10 +79,18 @@ def models_of(
         name_of(case, layout): [*option_words(megatrons(case, layout)[0]), *further]
         for case, layout in pairs
     }
+    output = run_script("stored_keys", flags, options, megatron)
+    return json.loads(output.splitlines()[-1])
+
+
+def run_script(
+    name: str, stdin: Any, options: Sequence[str] = (), megatron: str | None = None
+) -> str:
+    """The output of a script of this folder that reads JSON, in a process of its own."""
     path = (megatron, str(ROOT), os.environ.get("PYTHONPATH"))
     run = subprocess.run(
-        [sys.executable, "-m", "tests.harness.stored_keys", *options],
-        input=json.dumps(flags),
+        [sys.executable, "-m", f"tests.harness.{name}", *options],
+        input=json.dumps(stdin),
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))},
         cwd=ROOT,
         capture_output=True,
@@ -91,7 +99,7 @@ def models_of(
         check=False,
     )
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
-    return json.loads(run.stdout.splitlines()[-1])
+    return run.stdout
 
 
 def compare(case: str, layout: str, model: Mapping[str, Any]) -> None:

@@ -48,6 +48,7 @@ _NEMOTRON = {
     "mamba_head_dim": 16,
     "ssm_state_size": 8,
     "n_groups": 2,
+    "time_step_min": 1e-9,  # transformers cuts shorter steps, Megatron none
     "routed_scaling_factor": 2.5,
     **_EXPERTS,
 }
@@ -137,7 +138,7 @@ def config_of(case: str) -> Any:
 
 
 def save_folder(case: str, folder: Path) -> None:
-    """Write a random model of a case, no two of its numbers alike in any tensor but norms'."""
+    """Write a random model of a case. Every part of it counts, and nothing is at its beginning."""
     import transformers
 
     torch.manual_seed(0)
@@ -145,8 +146,9 @@ def save_folder(case: str, folder: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for tensor in model.state_dict().values():
-            if tensor.is_floating_point():
-                tensor.copy_(torch.randn(tensor.shape))
+            noise = torch.randn(tensor.shape)
+            matrix = tensor.dim() > 1
+            tensor.copy_(noise / tensor.shape[-1] ** 0.5 if matrix else tensor + 0.1 * noise)
     model.save_pretrained(folder)
     depths = getattr(config, "num_nextn_predict_layers", 0)
     if depths:

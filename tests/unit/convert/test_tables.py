@@ -18,8 +18,16 @@ from safetensors.torch import load_file
 from megatron_moe_inject.convert.architectures import architecture_of
 from megatron_moe_inject.convert.architectures.configuration import NO_EFFECT
 from megatron_moe_inject.convert.arguments import option_words
+from megatron_moe_inject.host.cpu_lane import flags as lane_flags
 from megatron_moe_inject.host.errors import RecipeError
-from tests.harness.table_keys import compare, layouts, megatrons, models_of, name_of
+from tests.harness.table_keys import (
+    compare,
+    layouts,
+    megatrons,
+    models_of,
+    name_of,
+    run_script,
+)
 from tests.harness.tiny_folders import CASES, SIZES, config_of, save_folder
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -27,6 +35,8 @@ CONFIGS = Path(__file__).parent / "configs"
 OTHER = os.environ.get("MEGATRON_OTHER")
 BUILT = layouts(without=("--moe-latent-size", "--multi-latent-attention"))
 """A hybrid model has these with Transformer Engine alone (``tests/te/test_tables.py``)."""
+LATENT = "multi_latent_attention" not in lane_flags._REFUSED
+"""Whether the CPU lane runs multi-latent attention."""
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +119,42 @@ class TestMegatron:
             assert error.startswith("ValueError: --spec")
         else:
             compare(case, layout, stored_by_other[name_of(case, layout)])
+
+
+RUN = [pair for pair in BUILT if LATENT or not pair[0].startswith("deepseek")]
+
+
+@pytest.fixture(scope="module")
+def logits(tmp_path_factory):
+    """Of transformers and of Megatron's model with the table's weights, by case and layout."""
+    import transformers
+
+    root = tmp_path_factory.mktemp("folders")
+    folders = {case: root / str(number) for number, case in enumerate(CASES)}
+    published = {}
+    for case in dict.fromkeys(case for case, _ in RUN):
+        folder = folders[case]
+        save_folder(case, folder)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+        tokens = torch.randint(config_of(case).vocab_size, (2, 32))
+        torch.save(tokens, folder / "tokens.pt")
+        with torch.no_grad():
+            published[case] = model(tokens).logits
+    run_script("table_logits", [(*pair, str(folders[pair[0]])) for pair in RUN])
+    return {
+        (case, layout): (published[case], torch.load(folders[case] / f"{layout}.pt"))
+        for case, layout in RUN
+    }
+
+
+class TestLogits:
+    @pytest.mark.parametrize("pair", RUN, ids=" as ".join)
+    def test_megatrons_model_has_those_of_transformers(self, pair, logits):
+        published, ours = logits[pair]
+        assert published.std() > 0.5
+        assert (published - ours).abs().max() < 2e-5
 
 
 def config_of_json(name, folder):
