@@ -22,7 +22,6 @@ from megatron_moe_inject.host.uses import (
     MODEL,
     OWN_ENTRY,
     ROUTING_WATCH,
-    WHOLE_NORMS,
 )
 from megatron_moe_inject.recipe.facts import StudentFacts
 from megatron_moe_inject.recipe.feature import Feature
@@ -93,7 +92,6 @@ EVERYTHING = (
     *(MIXING, VALIDATION_SETS),
     IMPORT,
     OWN_ENTRY,
-    WHOLE_NORMS,
     CPU_LANE,
 )
 """All contracts of the package."""

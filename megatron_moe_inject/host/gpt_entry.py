@@ -193,13 +193,6 @@ def check_supported(args: Any) -> None:
                 f"--{name.replace('_', '-')}: megatron_moe_inject.pretrain has no {what}; run "
                 "Megatron's own script through `python -m megatron_moe_inject.launch`"
             )
-    of_gpt = getattr(args, "hybrid_layer_pattern", None) is None
-    if args.spec is not None and of_gpt and not compat.builds_from_config():
-        raise ValueError(
-            f"--spec {' '.join(args.spec)}: before Megatron-Core 0.19 megatron_moe_inject.pretrain "
-            "builds Megatron's own layers alone; leave it out where these are the same "
-            "(plain_queries), or use 0.19"
-        )
     if args.sft and args.tokenizer_type != "SFTTokenizer":
         raise ValueError(
             f"--sft: conversations need a tokenizer with a chat template, and --tokenizer-type is "

@@ -294,35 +294,6 @@ ROUTING_WATCH = Contract(
     ),
 )
 
-WHOLE_NORMS = Contract(
-    "--spec megatron_moe_inject.host.whole_norms layers",
-    (
-        Use(
-            f"{_CORE}.transformer.attention.SelfAttention",
-            attributes=(
-                "config",
-                "hidden_size_per_attention_head",
-                "num_attention_heads_per_partition",
-                "num_query_groups_per_partition",
-                "pg_collection",
-            ),
-        ),
-        Use(
-            f"{_CORE}.tensor_parallel.layers.set_tensor_model_parallel_attributes",
-            ("is_parallel", "dim", "stride"),
-        ),
-        Use(f"{_CORE}.tensor_parallel.mappings.copy_to_tensor_model_parallel_region", ("group",)),
-        Use(
-            f"{_CORE}.tensor_parallel.mappings.reduce_from_tensor_model_parallel_region",
-            ("group",),
-        ),
-        Use(
-            f"{_CORE}.transformer.utils.make_sharded_tensors_for_checkpoint",
-            ("tp_group", "dp_cp_group"),
-        ),
-        Use("megatron.training.models.gpt.default_layer_spec", optional="0.19 and later"),
-    ),
-)
 HELPERS = Wrapped(
     f"{_CORE}.datasets.utils.compile_helpers", does="uses the compiled helper that is there"
 )

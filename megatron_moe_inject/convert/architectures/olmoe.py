@@ -11,10 +11,10 @@ from megatron_moe_inject.convert.architectures.parts import Block, Heads, attent
 from megatron_moe_inject.convert.architectures.routers import softmax_router_flags
 from megatron_moe_inject.convert.architectures.table import Entry
 
-WHOLE_NORMS = ("megatron_moe_inject.host.whole_norms", "layers")
+PROJECTION_NORMS = ("megatron_moe_inject.host.projection_norms", "layers")
 """Layers whose norms of queries and keys are over all heads; Megatron's own are of each head."""
 
-WHOLE_NORMS = ("megatron_moe_inject.host.whole_norms", "layers")
+PROJECTION_NORMS = ("megatron_moe_inject.host.projection_norms", "layers")
 """Layers whose norms of queries and keys are over all heads; Megatron's own are of each head."""
 
 
@@ -37,7 +37,10 @@ class Olmoe(ExpertDecoder):
         return config.intermediate_size
 
     def attention_flags(self, config: Any) -> dict[str, Any]:
-        return super().attention_flags(config) | {"--qk-layernorm": True, "--spec": WHOLE_NORMS}
+        return super().attention_flags(config) | {
+            "--qk-layernorm": True,
+            "--spec": PROJECTION_NORMS,
+        }
 
     def router_flags(self, config: Any) -> dict[str, Any]:
         return softmax_router_flags(config)
