@@ -14,9 +14,6 @@ from megatron_moe_inject.convert.architectures.table import Entry
 PROJECTION_NORMS = ("megatron_moe_inject.host.projection_norms", "layers")
 """Layers whose norms of queries and keys are over all heads; Megatron's own are of each head."""
 
-PROJECTION_NORMS = ("megatron_moe_inject.host.projection_norms", "layers")
-"""Layers whose norms of queries and keys are over all heads; Megatron's own are of each head."""
-
 
 class Olmoe(ExpertDecoder):
     """OLMoE-1B-7B."""
