@@ -23,6 +23,7 @@ from typing import NoReturn
 
 from megatron_moe_inject import __version__
 from megatron_moe_inject.convert import command as convert_command
+from megatron_moe_inject.data import command as data_command
 from megatron_moe_inject.evaluation import command as evaluate_command
 from megatron_moe_inject.evaluation.report import command as report_command
 from megatron_moe_inject.experts.choose import profile_command, select_command
@@ -147,6 +148,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="also print what of Megatron's the run would wrap, and what for",
     )
+    data_command.add_commands(commands)
     select_command.add_commands(commands)
     delta_command.add_commands(commands)
     convert_command.add_commands(commands)

@@ -10,7 +10,7 @@ from argparse import Namespace
 from collections.abc import Iterable
 
 from megatron_moe_inject.convert.uses import IMPORT
-from megatron_moe_inject.data.uses import MIXING, VALIDATION_SETS
+from megatron_moe_inject.data.uses import MIXING, PREPARE, VALIDATION_SETS
 from megatron_moe_inject.experts.train.uses import FROZEN_FP8, GROUPED, HYBRID_TRAIN, TRAIN
 from megatron_moe_inject.host import compat
 from megatron_moe_inject.host.contract import Contract, Use, Wrapped, symbols, unmet
@@ -90,6 +90,7 @@ EVERYTHING = (
     *(ORIGINALS, EXPERT_RETENTION, L2),
     *(DATA_FILES, MEGATRON, IMITATION),
     *(MIXING, VALIDATION_SETS),
+    PREPARE,
     IMPORT,
     OWN_ENTRY,
     CPU_LANE,

@@ -1,12 +1,25 @@
 """What ``data`` uses of Megatron."""
 
-from megatron_moe_inject.host.contract import Contract, symbols
+from megatron_moe_inject.host.contract import Contract, Use, symbols
 
 VALIDATION_SETS = Contract(
     "several validation sets",
     (
         *symbols("megatron.core.datasets.utils", "Split"),
         *symbols("megatron.core.datasets.utils.Split", "test"),
+    ),
+)
+
+PREPARE = Contract(
+    "prepare-data",
+    (
+        Use(
+            "megatron.core.datasets.indexed_dataset.IndexedDatasetBuilder",
+            ("dtype",),
+            ("add_document", "finalize"),
+        ),
+        *symbols("megatron.core.datasets.indexed_dataset", "DType"),
+        *symbols("megatron.core.datasets.indexed_dataset.DType", "optimal_dtype"),
     ),
 )
 

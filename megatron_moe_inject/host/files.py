@@ -24,7 +24,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -179,6 +179,60 @@ def new_folder(path: Path) -> Iterator[Path]:
             f"{show_path(path)} cannot be written ({_reason(error)}); "
             "name a new folder in one that takes it"
         ) from None
+
+
+@contextlib.contextmanager
+def new_files(prefix: Path, last: Sequence[str]) -> Iterator[Path]:
+    """A hidden folder beside ``prefix`` whose files go beside it when the block ends well.
+
+    None of them may be there yet; the folders above ``prefix`` are made. Each is forced to disk
+    before one takes its name. Where the block ends in an error all of them are removed.
+
+    Args:
+        prefix: what their names begin with.
+        last: endings of names; files take their names in this order, after all others.
+
+    Raises:
+        RecipeError: the folder, or something in it, cannot be written, or a file is there.
+    """
+    try:
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(prefix)
+        folder, handle = _locked_part(prefix, _new_directory)
+        try:
+            yield folder
+            files = sorted(
+                folder.iterdir(), key=lambda f: last.index(f.suffix) if f.suffix in last else -1
+            )
+            for file in files:
+                with file.open("rb") as content:
+                    os.fsync(content.fileno())
+            _place(files, prefix.parent)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(handle)
+    except OSError as error:
+        raise RecipeError(
+            f"{show_path(prefix)} cannot be written ({_reason(error)}); "
+            "name new files in a folder that takes them"
+        ) from None
+
+
+def _place(files: Sequence[Path], folder: Path) -> None:
+    """Move files to a folder, all of them or none; ``OSError`` where one is there."""
+    placed: list[Path] = []
+    try:
+        for file in files:
+            target = folder / file.name
+            if os.path.lexists(target):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+            os.rename(file, target)
+            placed.append(target)
+        _sync_folder(folder)
+    except OSError:
+        for target in placed:
+            target.unlink()
+        raise
 
 
 def _reason(error: Exception) -> str:

@@ -14,6 +14,7 @@ from megatron_moe_inject.host.errors import (
 from megatron_moe_inject.host.files import (
     append_line,
     is_plain_name,
+    new_files,
     new_folder,
     replace_file,
     try_file,
@@ -193,3 +194,76 @@ def test_a_folder_that_cannot_be_written_is_one_error(tmp_path):
 def test_missing_folder(tmp_path):
     with pytest.raises(RecipeError, match="No such file or directory"):
         replace_file(tmp_path / "none" / "a.bin", b"")
+
+
+def test_new_files_take_their_names_together(tmp_path):
+    prefix = tmp_path / "deep" / "set"
+    with new_files(prefix, (".json", ".idx")) as folder:
+        for name in ("set.idx", "set.bin", "set.json"):
+            (folder / name).write_bytes(name.encode())
+        assert not any(path.suffix != ".part" for path in prefix.parent.iterdir())
+    assert sorted(os.listdir(prefix.parent)) == ["set.bin", "set.idx", "set.json"]
+    assert (prefix.parent / "set.idx").read_bytes() == b"set.idx"
+
+
+def _write_set(prefix):
+    with new_files(prefix, (".json", ".idx")) as folder:
+        for ending in (".idx", "_b.bin", ".json", ".bin"):
+            (folder / f"set{ending}").write_bytes(b"new")
+
+
+def test_new_files_are_named_in_order(tmp_path, monkeypatch):
+    rename, named = os.rename, []
+
+    def watched(source, target):
+        rename(source, target)
+        named.append(target.name)
+
+    monkeypatch.setattr(os, "rename", watched)
+    _write_set(tmp_path / "set")
+    assert named[2:] == ["set.json", "set.idx"]
+    assert sorted(os.listdir(tmp_path)) == sorted(named)
+
+
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_new_files_are_named_all_or_none(tmp_path, monkeypatch, after):
+    rename, named = os.rename, []
+
+    def full(source, target):
+        if len(named) == after:
+            raise OSError(28, "No space left on device")
+        named.append(target)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", full)
+    with pytest.raises(RecipeError, match=r"set' cannot be written \(No space left on device\)"):
+        _write_set(tmp_path / "set")
+    assert os.listdir(tmp_path) == []
+
+
+def test_new_files_do_not_take_the_place_of_others(tmp_path):
+    (tmp_path / "set.idx").write_bytes(b"mine")
+    with pytest.raises(RecipeError, match=r"set' cannot be written \(File exists\)"):
+        _write_set(tmp_path / "set")
+    assert os.listdir(tmp_path) == ["set.idx"]
+    assert (tmp_path / "set.idx").read_bytes() == b"mine"
+
+
+def test_killed_before_all_is_whole_there_is_no_last_file(tmp_path):
+    for moment in ("fsync", "rename"):
+        prefix = tmp_path / "set"
+        _killed(
+            f"""
+            import os, signal
+            from pathlib import Path
+            from megatron_moe_inject.host.files import new_files
+            with new_files(Path({str(prefix)!r}), (".idx",)) as folder:
+                (folder / "set.bin").touch()
+                (folder / "set.idx").touch()
+                os.{moment} = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+            """
+        )
+        assert not prefix.with_name("set.idx").exists()
+    with new_files(prefix, (".idx",)) as folder:
+        (folder / "set.idx").touch()
+    assert os.listdir(tmp_path) == ["set.idx"]
