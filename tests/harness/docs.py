@@ -39,6 +39,23 @@ def files(folder: Path) -> str:
     return "\n".join(rows) + "\n"
 
 
+def architectures(folder: Path) -> str:
+    """Model types that are converted, with what their tables say of themselves and what Megatron's
+    models they become, in their usual configuration."""
+    from transformers import AutoConfig
+
+    from megatron_moe_inject.convert.architectures import ARCHITECTURES
+
+    rows = ["| `model_type` | which models | layouts |", "|---|---|---|"]
+    for name in sorted(ARCHITECTURES.names()):
+        table = ARCHITECTURES[name]
+        layouts = table.layouts(AutoConfig.for_model(name))
+        about = " ".join((type(table).__doc__ or "").split("\n\n")[0].split())
+        if layouts:
+            rows.append(f"| `{name}` | {_cell(about.rstrip('.'))} | {', '.join(layouts)} |")
+    return "\n".join(rows) + "\n"
+
+
 def hall(folder: Path) -> str:
     """Modules of the package that stand in no room."""
     rows = ["| file | what it is |", "|---|---|"]
@@ -105,6 +122,7 @@ def _cell(text: str) -> str:
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
+    "architectures": architectures,
     "commands": commands,
     "files": files,
     "flags": flags,
