@@ -18,6 +18,7 @@ pytest.importorskip("transformer_engine.pytorch", reason="needs Transformer Engi
 RUN = shlex.split(
     "--seq-length 32 --micro-batch-size 2 --global-batch-size 2 --train-iters 1 --lr 1e-3 "
     "--mock-data --tokenizer-type NullTokenizer --vocab-size 45 --num-workers 0 --eval-iters 1 "
+    "--eval-interval 100 "
     "--use-cpu-initialization --moe-token-dispatcher-type alltoall --no-persist-layer-norm "
     "--no-gradient-accumulation-fusion --transformer-impl transformer_engine "
     "--attention-backend unfused"
