@@ -23,6 +23,7 @@ from megatron_moe_inject.convert.arguments import (
 from megatron_moe_inject.convert.folder_model import FolderModel
 from megatron_moe_inject.convert.hf_folder import HfFolder
 from megatron_moe_inject.convert.naming import Naming, Stored, as_hybrid, pieces_of
+from megatron_moe_inject.convert.tokenizers import check_folder
 from megatron_moe_inject.host.errors import fail
 from megatron_moe_inject.host.files import new_folder
 from megatron_moe_inject.host.torch_dist_write import CheckpointWriter
@@ -85,7 +86,9 @@ def import_folder(
     """
     model = FolderModel.of(folder)
     flags, naming = _in_layout(model, layout)
-    rows = _rows(model, vocab_multiple)
+    (ids,) = {entry.shape[0] for entry in model.entries if entry.padded}
+    check_folder(folder, ids)
+    rows = -(-ids // vocab_multiple) * vocab_multiple
     flags["--padded-vocab-size"] = rows
     chosen = DTYPES[dtype]
     tokenizer = _tokenizer_flags(folder)
@@ -138,12 +141,6 @@ def _in_layout(model: FolderModel, layout: str | None) -> tuple[dict[str, Any], 
         return dict(model.flags), model.naming
     pattern = model.architecture.layer_pattern(model.config)
     return as_hybrid(model.flags, model.naming, pattern)
-
-
-def _rows(model: FolderModel, multiple: int) -> int:
-    """Rows of the padded vocabulary."""
-    (rows,) = {entry.shape[0] for entry in model.entries if entry.padded}
-    return -(-rows // multiple) * multiple
 
 
 def _types(

@@ -13,6 +13,7 @@ import torch
 from megatron_moe_inject.convert.architectures.table import Entry, Slot
 from megatron_moe_inject.convert.folder_model import FolderModel
 from megatron_moe_inject.convert.naming import Naming, Stored, numbers_layers, pieces_of
+from megatron_moe_inject.convert.tokenizers import check_trained
 from megatron_moe_inject.experts.delta.delta import DeltaFolder, Slice, slice_checksum
 from megatron_moe_inject.host.errors import RecipeError, listing
 from megatron_moe_inject.host.gpt_names import pattern_of_names
@@ -36,7 +37,7 @@ class TrainedCheckpoint:
         remarks: parts of the model that it does not hold.
 
     Raises:
-        RecipeError: it is another model.
+        RecipeError: it is another model, or of another tokenizer.
     """
 
     def __init__(self, checkpoint: TorchDistCheckpoint, model: FolderModel) -> None:
@@ -47,7 +48,11 @@ class TrainedCheckpoint:
         if naming is None:
             raise self._other("has other layers", model)
         self._places: dict[Slot, list[tuple[str, Stored]]] = {}
-        self.remarks: list[str] = []
+        args = checkpoint.common.get("args")
+        tokenizer = checkpoint.folder / "tokenizer"
+        self.remarks: list[str] = (
+            [] if args is None else check_trained(args, tokenizer, model.folder)
+        )
         self._find(model, naming)
         self._model = model
 

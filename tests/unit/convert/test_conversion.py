@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import resource
 import shlex
+import shutil
 import subprocess
 import time
 from argparse import Namespace
@@ -15,8 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_moe_inject.cli import main
+from megatron_moe_inject.convert.exporting import export_folder
+from megatron_moe_inject.convert.folder_model import FolderModel
 from megatron_moe_inject.convert.hf_folder import HfFolder
 from megatron_moe_inject.convert.importing import import_folder
+from megatron_moe_inject.convert.trained import TrainedCheckpoint
 from megatron_moe_inject.experts.delta.delta import CheckpointPlace, apply_delta, export_delta
 from megatron_moe_inject.host.layer_pattern import LayerPattern
 from megatron_moe_inject.host.torch_dist import TorchDistCheckpoint
@@ -78,8 +82,17 @@ def trained(checkpoint: Path, output: Path, changes) -> Path:
 def hf(tmp_path_factory):
     folder = tmp_path_factory.mktemp("folder") / "qwen"
     save_folder(QWEN, folder)
-    (folder / "tokenizer.json").write_text("{}")
+    write_tokenizer(folder, "abcdefgh")
     return folder
+
+
+def write_tokenizer(folder: Path, tokens, **added: int) -> None:
+    """A tokenizer of these tokens, numbered from 0, and of added ones."""
+    content = {
+        "model": {"type": "WordLevel", "vocab": {t: i for i, t in enumerate(tokens)}},
+        "added_tokens": [{"content": token, "id": number} for token, number in added.items()],
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(content))
 
 
 @pytest.fixture(scope="module")
@@ -273,6 +286,23 @@ class TestCheckpoints:
         assert f"other values of {FC1} [1, 2]" in error
         assert not (tmp_path / "out").exists()
 
+    def test_another_tokenizer_is_refused(self, hf, checkpoint, tmp_path, capsys):
+        """The checkpoint names the one of the folder it was imported from."""
+        other = tmp_path / "other"
+        shutil.copytree(hf, other)
+        write_tokenizer(other, "abcdefhg")
+        words = ["export-hf", str(checkpoint), "--hf", str(other), "--output", str(tmp_path / "o")]
+        assert main(words) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert "2 tokens differ, such as 6 'g', 7 'h'" in error
+        write_tokenizer(other, "abcdef")
+        out = take_out(other, tmp_path / "out", checkpoint)
+        assert same_files(other, out)
+        assert (
+            "2 tokens that it was trained with are not in the folder's" in capsys.readouterr().out
+        )
+
     @pytest.mark.parametrize("source", [(), ("checkpoint", "--delta", "delta")])
     def test_one_source(self, source, hf, tmp_path, capsys):
         words = ["export-hf", *source, "--hf", str(hf), "--output", str(tmp_path / "out")]
@@ -356,6 +386,18 @@ def test_a_buffer_that_says_nothing_is_left_as_it_is(hf, tmp_path, capsys):
     assert same_files(folder, take_out(folder, tmp_path / "out", checkpoint))
 
 
+def test_a_tokenizer_with_more_ids_than_rows_is_another_s(hf, tmp_path, capsys):
+    folder = tmp_path / "hf"
+    shutil.copytree(hf, folder)
+    rows = config_of(QWEN).vocab_size
+    write_tokenizer(folder, map(str, range(rows)), image=rows + 1)
+    bring_in(folder, tmp_path / "checkpoint")
+    write_tokenizer(folder, map(str, range(rows + 2)))
+    assert main(["import-hf", str(folder), "--output", str(tmp_path / "other")]) == 2
+    error = capsys.readouterr().err
+    assert f"has {rows} rows of vocabulary for a tokenizer of {rows + 2} ids" in error
+
+
 @pytest.mark.parametrize("layout", ["gpt", "hybrid"])
 def test_an_architecture_that_has_no_such_layout(layout, tmp_path, capsys):
     save_folder({"gpt": "nemotron_h", "hybrid": "gpt_oss"}[layout], tmp_path / "hf")
@@ -382,8 +424,9 @@ def test_a_disk_that_fills_up_leaves_nothing(hf, checkpoint, tmp_path, capsys):
         assert list(tmp_path.iterdir()) == []
 
 
-def test_a_killed_import_leaves_nothing_that_looks_whole(hf, tmp_path):
-    output, halfway = tmp_path / "checkpoint", tmp_path / "halfway"
+@pytest.mark.parametrize("way", ["import", "export"])
+def test_a_killed_command_leaves_nothing_that_looks_whole(way, hf, checkpoint, tmp_path):
+    output, halfway = tmp_path / "output", tmp_path / "halfway"
 
     def stop_halfway(items, total):
         for number, item in enumerate(items):
@@ -393,7 +436,13 @@ def test_a_killed_import_leaves_nothing_that_looks_whole(hf, tmp_path):
             yield item
 
     def begin():
-        import_folder(HfFolder.open("HF_DIR", hf), output, progress=stop_halfway)
+        folder = HfFolder.open("--hf", hf)
+        if way == "import":
+            import_folder(folder, output, progress=stop_halfway)
+        else:
+            model = FolderModel.of(folder)
+            values = TrainedCheckpoint(opened(checkpoint), model)
+            export_folder(model, values, output, progress=stop_halfway)
 
     process = multiprocessing.get_context("fork").Process(target=begin)
     process.start()
@@ -408,8 +457,11 @@ def test_a_killed_import_leaves_nothing_that_looks_whole(hf, tmp_path):
     left = [path.name for path in tmp_path.iterdir()]
     assert len(left) == 1
     assert left[0].endswith(".part")
-    bring_in(hf, output)
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+    if way == "import":
+        bring_in(hf, output)
+    else:
+        assert same_files(hf, take_out(hf, output, checkpoint))
+    assert [path.name for path in tmp_path.iterdir()] == ["output"]
 
 
 def test_outputs_are_never_overwritten(hf, checkpoint, capsys):
