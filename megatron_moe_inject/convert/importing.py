@@ -23,7 +23,7 @@ from megatron_moe_inject.convert.arguments import (
 from megatron_moe_inject.convert.folder_model import FolderModel
 from megatron_moe_inject.convert.hf_folder import HfFolder
 from megatron_moe_inject.convert.naming import Naming, Stored, as_hybrid, pieces_of
-from megatron_moe_inject.convert.tokenizers import check_folder
+from megatron_moe_inject.convert.tokenizer import check_own_tokenizer
 from megatron_moe_inject.host.errors import fail
 from megatron_moe_inject.host.files import new_folder
 from megatron_moe_inject.host.torch_dist_write import CheckpointWriter
@@ -87,7 +87,7 @@ def import_folder(
     model = FolderModel.of(folder)
     flags, naming = _in_layout(model, layout)
     (ids,) = {entry.shape[0] for entry in model.entries if entry.padded}
-    check_folder(folder, ids)
+    check_own_tokenizer(folder, ids)
     rows = -(-ids // vocab_multiple) * vocab_multiple
     flags["--padded-vocab-size"] = rows
     chosen = DTYPES[dtype]

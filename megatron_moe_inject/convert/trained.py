@@ -13,7 +13,7 @@ import torch
 from megatron_moe_inject.convert.architectures.table import Entry, Slot
 from megatron_moe_inject.convert.folder_model import FolderModel
 from megatron_moe_inject.convert.naming import Naming, Stored, numbers_layers, pieces_of
-from megatron_moe_inject.convert.tokenizers import check_trained
+from megatron_moe_inject.convert.tokenizer import compare_tokenizers
 from megatron_moe_inject.experts.delta.delta import DeltaFolder, Slice, slice_checksum
 from megatron_moe_inject.host.errors import RecipeError, listing
 from megatron_moe_inject.host.gpt_names import pattern_of_names
@@ -34,7 +34,7 @@ class TrainedCheckpoint:
         model: the folder that it is to become.
 
     Attributes:
-        remarks: parts of the model that it does not hold.
+        remarks: parts of the model that it does not hold; how its tokenizer differs.
 
     Raises:
         RecipeError: it is another model, or of another tokenizer.
@@ -48,12 +48,9 @@ class TrainedCheckpoint:
         if naming is None:
             raise self._other("has other layers", model)
         self._places: dict[Slot, list[tuple[str, Stored]]] = {}
-        args = checkpoint.common.get("args")
-        tokenizer = checkpoint.folder / "tokenizer"
-        self.remarks: list[str] = (
-            [] if args is None else check_trained(args, tokenizer, model.folder)
-        )
+        self.remarks: list[str] = []
         self._find(model, naming)
+        self.remarks += compare_tokenizers(model.folder, checkpoint)
         self._model = model
 
     def slice(self, entry: Entry) -> torch.Tensor | None:

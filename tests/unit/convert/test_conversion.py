@@ -286,23 +286,6 @@ class TestCheckpoints:
         assert f"other values of {FC1} [1, 2]" in error
         assert not (tmp_path / "out").exists()
 
-    def test_another_tokenizer_is_refused(self, hf, checkpoint, tmp_path, capsys):
-        """The checkpoint names the one of the folder it was imported from."""
-        other = tmp_path / "other"
-        shutil.copytree(hf, other)
-        write_tokenizer(other, "abcdefhg")
-        words = ["export-hf", str(checkpoint), "--hf", str(other), "--output", str(tmp_path / "o")]
-        assert main(words) == 2
-        error = capsys.readouterr().err
-        assert error.count("\n") == 1
-        assert "2 tokens differ, such as 6 'g', 7 'h'" in error
-        write_tokenizer(other, "abcdef")
-        out = take_out(other, tmp_path / "out", checkpoint)
-        assert same_files(other, out)
-        assert (
-            "2 tokens that it was trained with are not in the folder's" in capsys.readouterr().out
-        )
-
     @pytest.mark.parametrize("source", [(), ("checkpoint", "--delta", "delta")])
     def test_one_source(self, source, hf, tmp_path, capsys):
         words = ["export-hf", *source, "--hf", str(hf), "--output", str(tmp_path / "out")]
