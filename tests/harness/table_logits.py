@@ -1,8 +1,9 @@
-"""Logits of Megatron's model with the weights that a table makes of a folder: a script.
+"""Megatron's models of tables, and their logits with the weights that a table makes: a script.
 
 Standard input has ``[[case, layout, folder], ...]`` as JSON. Each model is built from the table's
 flags, filled tensor by tensor without a checkpoint, and run on ``tokens.pt`` of the folder;
 ``<layout>.pt`` there gets its logits ``[b, s, v]``. Nothing of ``import-hf`` but its names is used.
+Without a folder a model is built alone. The output is that of ``stored_keys.py``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from megatron_moe_inject.convert.arguments import option_words
 from megatron_moe_inject.convert.naming import pieces_of
 from tests.harness import stored_keys
 from tests.harness.logits_gpt import logits
-from tests.harness.table_keys import ROWS, megatrons
+from tests.harness.table_keys import ROWS, megatrons, name_of
 from tests.harness.tiny_folders import config_of
 
 
@@ -55,15 +56,18 @@ def fill(chunk: torch.nn.Module, slices: dict[str, dict[tuple, torch.Tensor]]) -
 
 
 def main() -> None:
+    models = json.load(sys.stdin)
     stored_keys.begin()
-    for case, layout, name in json.load(sys.stdin):
-        folder = Path(name)
+    results = {}
+    for case, layout, folder in models:
         chunk = stored_keys.built(option_words(megatrons(case, layout)[0]))
-        with torch.no_grad():
-            fill(chunk, weights(case, layout, folder))
-        vocabulary = config_of(case).vocab_size
-        out = logits(chunk, torch.load(folder / "tokens.pt"))
-        torch.save(out[..., :vocabulary], folder / f"{layout}.pt")
+        results[name_of(case, layout)] = stored_keys.stored(chunk)
+        if folder is not None:
+            with torch.no_grad():
+                fill(chunk, weights(case, layout, Path(folder)))
+            out = logits(chunk, torch.load(Path(folder) / "tokens.pt"))
+            torch.save(out[..., : config_of(case).vocab_size], Path(folder) / f"{layout}.pt")
+    print("\n" + json.dumps(results))
 
 
 if __name__ == "__main__":

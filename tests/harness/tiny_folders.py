@@ -29,6 +29,7 @@ SIZES = {
 
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _LATENT = {
+    "num_key_value_heads": 4,
     "kv_lora_rank": 16,
     "qk_nope_head_dim": 8,
     "qk_rope_head_dim": 4,
@@ -121,7 +122,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron_h, latent experts": (
         "nemotron_h",
         {
-            "layers_block_type": ["moe", "linear_attention", "moe"],
+            "layers_block_type": ["moe", "linear_attention", "full_attention"],
             "moe_latent_size": 20,
             **_NEMOTRON,
         },

@@ -6,6 +6,7 @@ built from the table's flags by Megatron's own parser and builder on the CPU lan
 """
 
 import dataclasses
+import json
 import math
 import os
 import re
@@ -39,9 +40,33 @@ LATENT = "multi_latent_attention" not in lane_flags._REFUSED
 """Whether the CPU lane runs multi-latent attention."""
 
 
+RUN = [pair for pair in BUILT if LATENT or not pair[0].startswith("deepseek")]
+
+
 @pytest.fixture(scope="module")
-def stored():
-    return models_of(BUILT)
+def folders(tmp_path_factory):
+    """A folder of each case, with tokens and transformers' logits."""
+    import transformers
+
+    root = tmp_path_factory.mktemp("folders")
+    folders = {case: root / str(number) for number, case in enumerate(CASES)}
+    for case, folder in folders.items():
+        save_folder(case, folder)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+        tokens = torch.randint(config_of(case).vocab_size, (2, 32))
+        torch.save(tokens, folder / "tokens.pt")
+        with torch.no_grad():
+            torch.save(model(tokens).logits, folder / "published.pt")
+    return folders
+
+
+@pytest.fixture(scope="module")
+def stored(folders):
+    """What Megatron's models store; those that run leave their logits in the folders."""
+    models = [(*pair, str(folders[pair[0]]) if pair in RUN else None) for pair in BUILT]
+    return json.loads(run_script("table_logits", models).splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +76,11 @@ def stored_by_other():
 
 class TestFolder:
     @pytest.mark.parametrize("case", CASES)
-    def test_every_tensor_is_taken_once_and_comes_back_bitwise(self, case, tmp_path):
+    def test_every_tensor_is_taken_once_and_comes_back_bitwise(self, case, folders):
         import transformers
 
-        save_folder(case, tmp_path)
-        tensors = load_file(tmp_path / "model.safetensors")
-        config = transformers.AutoConfig.from_pretrained(tmp_path)
+        tensors = load_file(folders[case] / "model.safetensors")
+        config = transformers.AutoConfig.from_pretrained(folders[case])
         table = architecture_of(config)
         config = table.for_folder(config, tensors)
         table.check(config)
@@ -84,10 +108,9 @@ class TestFolder:
         slots = [entry.slot for entry in architecture_of(config).entries(config)]
         assert len(slots) == len(set(slots))
 
-    def test_a_folder_without_its_layers_of_prediction_is_one_without_prediction(self, tmp_path):
+    def test_a_folder_without_its_layers_of_prediction_is_one_without_prediction(self, folders):
         case = "deepseek_v3, prediction"
-        save_folder(case, tmp_path)
-        names = set(load_file(tmp_path / "model.safetensors"))
+        names = set(load_file(folders[case] / "model.safetensors"))
         config = config_of(case)
         table = architecture_of(config)
         assert table.for_folder(config, names).num_nextn_predict_layers == 1
@@ -121,38 +144,13 @@ class TestMegatron:
             compare(case, layout, stored_by_other[name_of(case, layout)])
 
 
-RUN = [pair for pair in BUILT if LATENT or not pair[0].startswith("deepseek")]
-
-
-@pytest.fixture(scope="module")
-def logits(tmp_path_factory):
-    """Of transformers and of Megatron's model with the table's weights, by case and layout."""
-    import transformers
-
-    root = tmp_path_factory.mktemp("folders")
-    folders = {case: root / str(number) for number, case in enumerate(CASES)}
-    published = {}
-    for case in dict.fromkeys(case for case, _ in RUN):
-        folder = folders[case]
-        save_folder(case, folder)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager"
-        ).eval()
-        tokens = torch.randint(config_of(case).vocab_size, (2, 32))
-        torch.save(tokens, folder / "tokens.pt")
-        with torch.no_grad():
-            published[case] = model(tokens).logits
-    run_script("table_logits", [(*pair, str(folders[pair[0]])) for pair in RUN])
-    return {
-        (case, layout): (published[case], torch.load(folders[case] / f"{layout}.pt"))
-        for case, layout in RUN
-    }
-
-
+@pytest.mark.usefixtures("stored")
 class TestLogits:
     @pytest.mark.parametrize("pair", RUN, ids=" as ".join)
-    def test_megatrons_model_has_those_of_transformers(self, pair, logits):
-        published, ours = logits[pair]
+    def test_megatrons_model_has_those_of_transformers(self, pair, folders):
+        case, layout = pair
+        published = torch.load(folders[case] / "published.pt")
+        ours = torch.load(folders[case] / f"{layout}.pt")
         assert published.std() > 0.5
         assert (published - ours).abs().max() < 2e-5
 
