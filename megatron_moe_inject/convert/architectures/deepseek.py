@@ -55,6 +55,12 @@ class DeepSeek(ExpertDecoder):
     def experts(self, config: Any) -> int:
         return config.n_routed_experts
 
+    def check(self, config: Any) -> None:
+        super().check(config)
+        if not config.n_shared_experts:
+            remedy = "served: one or more"
+            raise fail(key_of("n_shared_experts"), config.n_shared_experts, "is not served", remedy)
+
     def expert_layer(self, config: Any, layer: int) -> bool:
         return layer >= config.first_k_dense_replace
 
@@ -104,7 +110,7 @@ class DeepSeek(ExpertDecoder):
 
 
 class DeepSeekV2(DeepSeek):
-    """DeepSeek-V2-Lite and others that choose experts by their softmax alone (``greedy``)."""
+    """DeepSeek-V2-Lite, which chooses experts by their softmax alone (``greedy``)."""
 
     model_types = ("deepseek_v2",)
     keys = Keys(
@@ -137,7 +143,7 @@ class DeepSeekV2(DeepSeek):
 
 
 class DeepSeekV3(DeepSeek):
-    """DeepSeek-V3 and R1, and Moonlight and Kimi-K2 where they call themselves so."""
+    """DeepSeek-V3 and -R1, Moonlight, and what calls itself so."""
 
     model_types = ("deepseek_v3",)
     keys = Keys(

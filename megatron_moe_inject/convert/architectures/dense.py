@@ -16,14 +16,14 @@ WINDOW = key_names("sliding_window max_window_layers")
 
 
 class Llama(DenseDecoder):
-    """Llama 1 to 3; biases, where there are any, are in every linear layer, as Megatron's are."""
+    """Llama 1 to 3.1, and what calls itself so; without biases."""
 
     model_types = ("llama",)
     keys = Keys(READ, {**ONLY, "attention_bias": (False,), "mlp_bias": (False,)})
 
 
 class Mistral(DenseDecoder):
-    """Mistral, with its sliding window where it has one."""
+    """Mistral 7B and others, with or without a sliding window."""
 
     model_types = ("mistral",)
     keys = Keys(READ | {"sliding_window"}, ONLY)
@@ -33,7 +33,7 @@ class Mistral(DenseDecoder):
 
 
 class Qwen2(DenseDecoder):
-    """Qwen2 and Qwen2.5: biases of queries, keys and values."""
+    """Qwen2 and Qwen2.5, with biases of queries, keys and values."""
 
     model_types = ("qwen2",)
     keys = Keys(
@@ -53,7 +53,7 @@ class Qwen2(DenseDecoder):
 
 
 class Qwen3(DenseDecoder):
-    """Qwen3: norms of the queries and keys of each head."""
+    """Qwen3 from 0.6B to 32B, with norms of the queries and keys of each head."""
 
     model_types = ("qwen3",)
     keys = Keys(

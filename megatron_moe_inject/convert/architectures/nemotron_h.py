@@ -7,6 +7,7 @@ x input, B and C of the state, dt time step.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Container, Iterator
 from typing import Any
 
@@ -19,7 +20,7 @@ _SYMBOLS = {"linear_attention": "M", "full_attention": "*", "moe": "E", "mlp": "
 
 
 class NemotronH(Architecture):
-    """Nemotron-H and Nemotron 3 Nano; multi-token prediction is not converted."""
+    """Nemotron-H and Nemotron 3 Nano, without multi-token prediction."""
 
     model_types = ("nemotron_h",)
     keys = Keys(
@@ -62,7 +63,11 @@ class NemotronH(Architecture):
         return ("hybrid",)
 
     def for_folder(self, config: Any, names: Container[str]) -> Any:
-        return config
+        if "mtp.layers.0.eh_proj.weight" in names or not config.num_nextn_predict_layers:
+            return config
+        without = copy.deepcopy(config)  # transformers keeps the number and drops the layers
+        without.num_nextn_predict_layers = 0
+        return without
 
     def check(self, config: Any) -> None:
         self.keys.check(config)

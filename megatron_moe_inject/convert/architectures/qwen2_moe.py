@@ -14,7 +14,7 @@ from megatron_moe_inject.convert.architectures.table import Entry
 
 
 class Qwen2Moe(QwenExperts):
-    """Biases of queries, keys and values; a shared expert whose output a sigmoid scales."""
+    """Qwen1.5-MoE-A2.7B and Qwen2-57B-A14B, with a shared expert whose output a sigmoid scales."""
 
     model_types = ("qwen2_moe",)
     keys = Keys(

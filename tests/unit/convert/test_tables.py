@@ -121,6 +121,14 @@ class TestFolder:
         assert "--mtp-num-layers" not in table.flags(without)
         assert {p.name for e in table.entries(without) for p in e.parts} == left
 
+    def test_nemotrons_prediction_is_refused_where_the_folder_has_it(self, folders):
+        config = changed_config("nemotron_h", {"num_nextn_predict_layers": 1})
+        table = architecture_of(config)
+        names = set(load_file(folders["nemotron_h"] / "model.safetensors"))
+        table.check(table.for_folder(config, names))
+        with pytest.raises(RecipeError, match="num_nextn_predict_layers: 1 is not served"):
+            table.check(table.for_folder(config, {*names, "mtp.layers.0.eh_proj.weight"}))
+
 
 class TestMegatron:
     @pytest.mark.parametrize(("case", "layout"), BUILT)
@@ -262,6 +270,7 @@ REFUSED = [
     ),
     ("deepseek_v2, latent queries", {"rope_parameters": {"beta_fast": 16}}, "beta_fast"),
     ("deepseek_v2, latent queries", {"rope_parameters": {"mscale": None}}, "mscale_all_dim"),
+    ("deepseek_v2", {"n_shared_experts": 0}, "n_shared_experts"),
     ("deepseek_v3", {"rope_interleave": False}, "rope_interleave"),
     ("deepseek_v3", {"norm_topk_prob": False}, "norm_topk_prob"),
     ("deepseek_v3", {"topk_group": 1}, "topk_group"),
