@@ -95,11 +95,17 @@ def test_what_cannot_be_read_is_told(folder, tmp_path):
     assert list(compare_tokenizers(folder, empty)) == []
 
 
+def _with_words(folder, words):
+    vocabulary = {word: index for index, word in enumerate(words)}
+    content = {"model": {"type": "WordLevel", "vocab": vocabulary}}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
 def test_export_refuses_it(tmp_path, capsys):
     save_folder("qwen3_moe", tmp_path / "hf")
-    _with_tokenizer(tmp_path / "hf")
+    _with_words(tmp_path / "hf", "abcdefgh")
     shutil.copytree(tmp_path / "hf", tmp_path / "other")
-    _with_tokenizer(tmp_path / "other", _swap)
+    _with_words(tmp_path / "other", "abcdefhg")
     assert main(["import-hf", str(tmp_path / "hf"), "--output", str(tmp_path / "ck")]) == 0
     command = ["export-hf", str(tmp_path / "ck"), "--output", str(tmp_path / "out"), "--hf"]
     assert main([*command, str(tmp_path / "other")]) == 2
