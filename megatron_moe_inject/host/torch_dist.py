@@ -17,6 +17,7 @@ Megatron is imported only for what needs its classes: the common state, and chec
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import io
 import json
@@ -24,7 +25,7 @@ import pickle
 import re
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -117,6 +118,9 @@ class _Reader(FileSystemReader):
             return _MetadataUnpickler(file).load()
 
 
+_Places = tuple[int, dict[tuple[int, ...], list[ChunkStorageMetadata]]]
+
+
 class Piece(NamedTuple):
     """A slice of a stored tensor and where it goes.
 
@@ -179,6 +183,7 @@ class TorchDistCheckpoint:
     tensors: dict[str, TensorStorageMetadata]
     metadata: Metadata
     _reader: _Reader
+    _places: dict[str, _Places] = field(default_factory=dict)
 
     @classmethod
     def open(cls, source: CheckpointSource) -> TorchDistCheckpoint:
@@ -224,18 +229,28 @@ class TorchDistCheckpoint:
         Raises:
             RecipeError: a file that cannot be read.
         """
-        by_key: dict[str, list[ChunkStorageMetadata]] = collections.defaultdict(list)
+        items: list[ReadItem] = []
         for piece in pieces:
             assert tuple(self.tensors[piece.key].size) == tuple(piece.global_shape), piece.key
             chunk = ChunkStorageMetadata(torch.Size(piece.offset), piece.view().shape)
-            by_key[piece.key].append(chunk)
-        items = [
-            item
-            for key, chunks in by_key.items()
-            for item in create_read_items_for_chunk_list(key, self.tensors[key], chunks)
-        ]
+            near = self._near(piece.key, chunk)
+            items += create_read_items_for_chunk_list(piece.key, near, [chunk])
         with torch.no_grad():
             self._read_items(items, _Placer(pieces))
+
+    def _near(self, key: str, chunk: ChunkStorageMetadata) -> TensorStorageMetadata:
+        """A stored tensor with those of its parts alone that can overlap a slice.
+
+        Every part is compared with the slice behind this; layers and experts stacked in a tensor
+        would make that the square of their number.
+        """
+        stored = self.tensors[key]
+        if key not in self._places:
+            self._places[key] = _by_place(stored)
+        axes, by_place = self._places[key]
+        if axes == 0 or any(size != 1 for size in chunk.sizes[:axes]):
+            return stored
+        return dataclasses.replace(stored, chunks=by_place.get(tuple(chunk.offsets[:axes]), []))
 
     def _read_items(self, items: list[ReadItem], placer: _Placer) -> None:
         try:
@@ -303,6 +318,17 @@ class TorchDistCheckpoint:
             ) from error
         except DAMAGED as error:
             raise damaged(self.source, path, error) from error
+
+
+def _by_place(stored: TensorStorageMetadata) -> _Places:
+    """How many leading axes have parts of size 1 alone, and the parts by their indices on them."""
+    axes = 0
+    while axes < len(stored.size) and all(chunk.sizes[axes] == 1 for chunk in stored.chunks):
+        axes += 1
+    by_place: dict[tuple[int, ...], list[ChunkStorageMetadata]] = collections.defaultdict(list)
+    for chunk in stored.chunks:
+        by_place[tuple(chunk.offsets[:axes])].append(chunk)
+    return axes, by_place
 
 
 def read_metadata(folder: Path) -> Metadata:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from megatron_moe_inject.experts.delta.delta import CheckpointPlace
 from megatron_moe_inject.host.torch_dist_write import CheckpointWriter
@@ -105,3 +106,15 @@ def test_a_tensor_with_a_gap_is_a_bug(tmp_path):
 def test_a_slice_outside_is_a_bug(tmp_path):
     with CheckpointWriter(tmp_path / "release") as writer, pytest.raises(AssertionError):
         writer.tensor(["rows"], (2, 8), (2,), random(8))
+
+
+def test_a_slice_is_compared_with_the_parts_of_its_place_alone(tmp_path):
+    write(tmp_path / "release", chunk_bytes=40)
+    checkpoint = CheckpointPlace("--load", tmp_path / "release").open()
+    stored = checkpoint.tensors["layers.experts"]
+    chunk = ChunkStorageMetadata(torch.Size((1, 0, 0, 0)), torch.Size((1, 1, 6, 4)))
+    near = checkpoint._near("layers.experts", chunk)
+    assert {tuple(part.offsets[:2]) for part in near.chunks} == {(1, 0)}
+    assert len(stored.chunks) == 4 * len(near.chunks)
+    both = ChunkStorageMetadata(torch.Size((1, 0, 0, 0)), torch.Size((1, 2, 6, 4)))
+    assert checkpoint._near("layers.experts", both) is stored
