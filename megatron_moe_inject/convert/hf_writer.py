@@ -26,7 +26,7 @@ import torch
 from megatron_moe_inject.convert.hf_folder import CONFIG, HfFolder
 from megatron_moe_inject.convert.published import Quantised
 from megatron_moe_inject.host.errors import RecipeError, show_path
-from megatron_moe_inject.host.files import new_folder
+from megatron_moe_inject.host.files import new_folder, require_room
 from megatron_moe_inject.host.safetensors_file import (
     SafetensorsFile,
     StoredTensor,
@@ -34,7 +34,6 @@ from megatron_moe_inject.host.safetensors_file import (
     stored_bytes,
 )
 from megatron_moe_inject.host.safetensors_folder import INDEX, read_json
-from megatron_moe_inject.host.text import memory_text
 
 Quantized = Literal["keep", "drop"]
 Values = Callable[[str], torch.Tensor | None]
@@ -111,7 +110,7 @@ def write_like(
     plans = {name: plan for name, plan in plans.items() if plan.tensors}
     kept, left_out = folder.plain_files()
     sizes = [plan.size for plan in plans.values()]
-    _check_room(output, sum(sizes) + sum((folder.path / p).stat().st_size for p in kept), origin)
+    require_room(output, sum(sizes) + sum((folder.path / p).stat().st_size for p in kept), origin)
     tensors: dict[str, Outcome] = {}
     with new_folder(output) as part:
         for name, plan in plans.items():
@@ -256,14 +255,3 @@ def _write_index(folder: HfFolder, part: Path, plans: Mapping[str, _Plan]) -> No
     metadata = {**(index.get("metadata") or {}), "total_size": total}
     content = {**index, "metadata": metadata, "weight_map": dict(sorted(files.items()))}
     (part / INDEX).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
-
-
-def _check_room(output: Path, needed: int, origin: str) -> None:
-    existing = next(path for path in output.absolute().parents if path.is_dir())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise RecipeError(
-            f"{origin}: {show_path(output)} needs {memory_text(needed)}, of which "
-            f"{memory_text(free)} are free; name a folder on a larger disk",
-            origin,
-        )

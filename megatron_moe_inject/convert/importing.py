@@ -7,6 +7,7 @@ together and written, one after the other. Any layout loads the result
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from megatron_moe_inject.convert.hf_folder import HfFolder
 from megatron_moe_inject.convert.naming import Naming, Stored, as_hybrid, pieces_of
 from megatron_moe_inject.convert.tokenizer import check_own_tokenizer
 from megatron_moe_inject.host.errors import fail
-from megatron_moe_inject.host.files import new_folder
+from megatron_moe_inject.host.files import new_folder, require_room
 from megatron_moe_inject.host.torch_dist_write import CheckpointWriter
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "folder": None}
@@ -97,6 +98,8 @@ def import_folder(
     )
     stored = [naming.stored(entry.slot) for entry in model.entries]
     types = _types(model, stored, chosen)
+    require_room(output, _bytes(model, stored, types), "--output")
+    left_out = (*model.check_copies(), *model.leftovers)
     with new_folder(output) as part:
         with CheckpointWriter(part / "release") as writer:
             for entry, where in progress(
@@ -107,7 +110,6 @@ def import_folder(
                     part_value = value[part_rows] if entry.pieces else value
                     size = (*where.axes, *part_value.shape)
                     writer.tensor(piece.names, size, where.place, part_value)
-            left_out = (*model.check_copies(), *model.leftovers)
             writer.nothing(_extra_states(naming, stored))
             writer.finish({"args": arguments, "checkpoint_version": 3.0, "iteration": 0})
         (part / "latest_checkpointed_iteration.txt").write_text("release")
@@ -134,8 +136,8 @@ def _in_layout(model: FolderModel, layout: str | None) -> tuple[dict[str, Any], 
     if layout is not None and layout not in served:
         raise fail(
             "--layout", layout,
-            f"does not go with {model.folder.config.model_type} of this configuration, some of "
-            "which the other kind of model has not", f"served: {', '.join(served)}",
+            f"has no place for some part of a {model.folder.config.model_type} model of this "
+            "configuration", f"use {' or '.join(served)}",
         )  # fmt: skip
     if (layout or served[0]) == "gpt":
         return dict(model.flags), model.naming
@@ -153,6 +155,14 @@ def _types(
         dtype = _type(model, entry, chosen)
         types[name] = torch.promote_types(dtype, types.get(name, dtype))
     return types
+
+
+def _bytes(model: FolderModel, stored: Iterable[Stored], types: Mapping[str, torch.dtype]) -> int:
+    """Of all weights, padding aside."""
+    return sum(
+        math.prod(entry.shape) * types[where.names[0]].itemsize
+        for entry, where in zip(model.entries, stored, strict=True)
+    )
 
 
 def _type(model: FolderModel, entry: Entry, chosen: torch.dtype | None) -> torch.dtype:

@@ -33,6 +33,7 @@ from megatron_moe_inject.host.errors import (
     one_line,
     show_path,
 )
+from megatron_moe_inject.host.text import memory_text
 
 _ABANDONED_SECONDS = 24 * 3600
 """A part that nobody has touched for so long is nobody's, whoever began it."""
@@ -102,6 +103,26 @@ def try_file(path: Path, origin: str) -> None:
             "takes files",
             origin,
         ) from None
+
+
+def require_room(path: Path, needed: int, origin: str) -> None:
+    """See whether the disk of a file or folder to be written has that many bytes left.
+
+    Args:
+        path: need not exist, nor the folders above it.
+        origin: the flag that asks for it, which the message names.
+
+    Raises:
+        RecipeError: it has not.
+    """
+    existing = next(folder for folder in path.absolute().parents if folder.is_dir())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise RecipeError(
+            f"{origin}: {show_path(path)} needs {memory_text(needed)}, of which "
+            f"{memory_text(free)} are free; name a place on a larger disk",
+            origin,
+        )
 
 
 def append_line(path: str | Path, line: bytes) -> None:

@@ -3,6 +3,7 @@
 import filecmp
 import json
 import multiprocessing
+import re
 import resource
 import shlex
 import shutil
@@ -387,6 +388,15 @@ def test_an_architecture_that_has_no_such_layout(layout, tmp_path, capsys):
     words = ["--output", str(tmp_path / "out"), "--layout", layout]
     assert main(["import-hf", str(tmp_path / "hf"), *words]) == 2
     assert f"--layout: '{layout}'" in capsys.readouterr().err
+
+
+def test_a_disk_without_room_is_known_at_once(hf, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))
+    output = tmp_path / "checkpoint"
+    assert main(["import-hf", str(hf), "--output", str(output)]) == 2
+    error = capsys.readouterr().err
+    assert re.search(rf"--output: '{output}' needs [\d.]+ KiB, of which 10 B are free", error)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_disk_that_fills_up_leaves_nothing(hf, checkpoint, tmp_path, capsys):
