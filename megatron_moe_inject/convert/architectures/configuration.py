@@ -24,7 +24,8 @@ _RUNNING = key_names(
     "model_type transformers_version architectures dtype torch_dtype name_or_path return_dict "
     "output_hidden_states use_cache id2label label2id problem_type chunk_size_feed_forward "
     "pad_token_id bos_token_id eos_token_id auto_map quantization_config "
-    "ignore_keys_at_rope_validation unsloth_version unsloth_fixed task_specific_params"
+    "ignore_keys_at_rope_validation unsloth_version unsloth_fixed task_specific_params "
+    "tokenizer_class model_max_length sep_token_id unk_token_id"
 )
 """Keys of how a model is run, generates text, and is stored."""
 

@@ -16,7 +16,7 @@ WINDOW = key_names("sliding_window max_window_layers")
 
 
 class Llama(DenseDecoder):
-    """Llama 1 to 3.1, and what calls itself so; without biases."""
+    """Llama 1 to 3.1 and 3.3, and what calls itself so; without biases."""
 
     model_types = ("llama",)
     keys = Keys(READ, {**ONLY, "attention_bias": (False,), "mlp_bias": (False,)})

@@ -39,7 +39,12 @@ class Qwen3Moe(QwenExperts):
     model_types = ("qwen3_moe",)
     keys = Keys(
         READ | SPARSE | WINDOW,
-        {**ONLY, "attention_bias": (False,), "use_sliding_window": (False,)},
+        {
+            **ONLY,
+            "attention_bias": (False,),
+            "use_sliding_window": (False,),
+            "use_qk_norm": (True,),  # of newer folders; transformers does not read it
+        },
     )
 
     def attention_flags(self, config: Any) -> dict[str, Any]:

@@ -250,6 +250,8 @@ REFUSED = [
     ("qwen3", {"layer_types": ["sliding_attention", "full_attention"]}, "layer_types"),
     ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window"),
     ("qwen3_moe", {"num_experts_per_tok": 1}, "num_experts_per_tok"),
+    ("qwen3_moe", {"use_qk_norm": False}, "use_qk_norm"),
+    ("qwen3_moe", {"qkv_bias": True}, "qkv_bias"),
     ("qwen2_moe", {"layer_types": ["sliding_attention"] * 2}, "layer_types"),
     ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise"),
     ("mixtral", {"num_experts_per_tok": 1}, "num_experts_per_tok"),
@@ -343,6 +345,11 @@ class TestRefusals:
 
         with pytest.raises(RecipeError, match=r"model_type: 'gpt2' has no table here; .*qwen3_moe"):
             architecture_of(transformers.GPT2Config())
+
+    def test_keys_of_newer_folders_that_agree_with_the_table_are_no_obstacle(self):
+        beside = {"use_qk_norm": True, "qkv_bias": False, "shared_expert_intermediate_size": 0}
+        config = changed_config("qwen3_moe", beside)
+        architecture_of(config).check(config)
 
     def test_a_key_that_means_nothing_is_no_obstacle(self):
         config = changed_config("llama", {"scale_emb": None, "use_mrope": False, "layers": []})
