@@ -103,7 +103,8 @@ class FolderModel:
                 raise self.folder.error(
                     f"holds other values of {copy} than of {original}, which its configuration "
                     "ties to it",
-                    "set tie_word_embeddings in config.json as the model was trained",
+                    "take the folder as it was published, or set config.json's "
+                    "tie_word_embeddings as the model was trained",
                 )
             yield copy
 
