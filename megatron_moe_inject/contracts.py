@@ -15,8 +15,8 @@ from megatron_moe_inject.experts.train.uses import FROZEN_FP8, GROUPED, HYBRID_T
 from megatron_moe_inject.host import compat
 from megatron_moe_inject.host.contract import Contract, Use, Wrapped, symbols, unmet
 from megatron_moe_inject.host.errors import RecipeError
+from megatron_moe_inject.host.lane_uses import CPU_LANE
 from megatron_moe_inject.host.uses import (
-    CPU_LANE,
     EVERY_RUN,
     HYBRID_STUDENT,
     MODEL,

@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from megatron_moe_inject.host.cpu_lane import hybrid
-from megatron_moe_inject.host.uses import LANE_ARGUMENTS, LANE_VALIDATION
+from megatron_moe_inject.host.lane_uses import LANE_ARGUMENTS, LANE_VALIDATION
 from megatron_moe_inject.host.wrap import Call, wrap_function
 
 DEFAULTS = {

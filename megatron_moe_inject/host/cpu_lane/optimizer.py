@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from megatron_moe_inject.host.uses import (
+from megatron_moe_inject.host.lane_uses import (
     LANE_LOAD,
     LANE_SET_STATES,
     LANE_STATE_DICT,

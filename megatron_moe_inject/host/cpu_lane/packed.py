@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_moe_inject.host.uses import LANE_ATTENTION
+from megatron_moe_inject.host.lane_uses import LANE_ATTENTION
 from megatron_moe_inject.host.wrap import Call, wrap_function
 
 

@@ -43,7 +43,9 @@ OTHERS = {
 """Folders with another Megatron: 0.18.2 (tests/run.sh puts it there), and a checkout, if named."""
 ROWS = [use for contract in contracts.EVERYTHING for use in contract.uses]
 FILES = sorted(
-    path for path in PACKAGE.rglob("*.py") if path.name not in ("uses.py", "contracts.py")
+    path
+    for path in PACKAGE.rglob("*.py")
+    if path.name not in ("uses.py", "lane_uses.py", "contracts.py")
 )
 
 
