@@ -21,6 +21,7 @@ from megatron_moe_inject.host.uses import (
     HYBRID_STUDENT,
     MODEL,
     OWN_ENTRY,
+    PLAIN_QUERIES,
     ROUTING_WATCH,
 )
 from megatron_moe_inject.recipe.facts import StudentFacts
@@ -93,6 +94,7 @@ EVERYTHING = (
     PREPARE,
     IMPORT,
     OWN_ENTRY,
+    PLAIN_QUERIES,
     CPU_LANE,
 )
 """All contracts of the package."""

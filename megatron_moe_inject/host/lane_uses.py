@@ -30,8 +30,18 @@ UNTOUCHED_STATE = Wrapped(
 )
 LANE_ATTENTION = Wrapped(
     f"{_CORE}.transformer.dot_product_attention.DotProductAttention.forward",
-    ("query", "key", "value", "attention_mask", "packed_seq_params"),
+    ("self", "query", "key", "value", "attention_mask", "packed_seq_params"),
     does="attention over packed documents",
+)
+LANE_ATTENTION_SIZES = Wrapped(
+    f"{_CORE}.transformer.dot_product_attention.DotProductAttention.__init__",
+    ("self",),
+    does="values of another head size than keys",
+)
+LANE_LAYERS = Wrapped(
+    f"{_CORE}.models.gpt.gpt_layer_specs.get_gpt_layer_local_submodules",
+    ("multi_latent_attention",),
+    does="multi-latent attention projects down as with Transformer Engine",
 )
 CPU_LANE = Contract(
     "--cpu",
@@ -43,6 +53,14 @@ CPU_LANE = Contract(
         LANE_SET_STATES,
         UNTOUCHED_STATE,
         LANE_ATTENTION,
+        LANE_ATTENTION_SIZES,
+        LANE_LAYERS,
+        *symbols(f"{_CORE}.transformer.module", "MegatronModule"),
+        *symbols(f"{_CORE}.transformer.multi_latent_attention", "TELinear"),
+        Use(
+            f"{_CORE}.transformer.utils.make_sharded_tensors_for_checkpoint",
+            ("dp_cp_group", "tp_group"),
+        ),
         HELPERS,
         *symbols(f"{_CORE}.optimizer.distrib_optimizer", "HAVE_APEX_OR_TE"),
         *symbols(f"{_CORE}.transformer.dot_product_attention", "DotProductAttention"),

@@ -293,6 +293,23 @@ ROUTING_WATCH = Contract(
     ),
 )
 
+PLAIN_QUERIES = Contract(
+    "--spec megatron_moe_inject.host.plain_queries layers",
+    (
+        *symbols(f"{_CORE}.transformer.multi_latent_attention", "MLASelfAttention"),
+        Use(
+            f"{_CORE}.transformer.multi_latent_attention.MLASelfAttention._resolve_qk_norm_config",
+            ("submodules",),
+            optional="0.19 and later",
+        ),
+        Use(
+            f"{_CORE}.transformer.mla_qk_norm_config.QKNormConfigResolver",
+            attributes=("resolve",),
+            optional="0.19 and later",
+        ),
+        Use("megatron.training.models.gpt.default_layer_spec", optional="0.19 and later"),
+    ),
+)
 HELPERS = Wrapped(
     f"{_CORE}.datasets.utils.compile_helpers", does="uses the compiled helper that is there"
 )

@@ -143,7 +143,7 @@ def test_without_a_gpu_a_script_begins_with_a_remark(started, script, tmp_path, 
 
 def lane_arguments(**changed):
     plain = {"distributed_backend": "gloo", "transformer_impl": "local", "cuda_graph_impl": "none"}
-    return argparse.Namespace(**{**plain, "multi_latent_attention": False, "fp8": None, **changed})
+    return argparse.Namespace(**{**plain, "moe_grouped_gemm": False, "fp8": None, **changed})
 
 
 def test_lane_accepts_flags_that_need_no_gpu():
@@ -153,7 +153,6 @@ def test_lane_accepts_flags_that_need_no_gpu():
 @pytest.mark.parametrize(
     "changed",
     [
-        {"multi_latent_attention": True},
         {"transformer_impl": "transformer_engine"},
         {"moe_grouped_gemm": True},
         {"fp8": "hybrid"},
@@ -178,8 +177,8 @@ def test_lane_names_what_its_context_parallelism_lacks(flag):
 
 
 def test_lane_names_every_flag_at_once():
-    with pytest.raises(flags.CpuLaneFlagError, match=r"--multi-latent.*; --fp8-format "):
-        flags.check(lane_arguments(fp8="e4m3", multi_latent_attention=True))
+    with pytest.raises(flags.CpuLaneFlagError, match=r"--moe-grouped.*; --fp8-format "):
+        flags.check(lane_arguments(fp8="e4m3", moe_grouped_gemm=True))
 
 
 @pytest.fixture

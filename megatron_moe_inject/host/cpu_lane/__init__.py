@@ -2,10 +2,11 @@
 
 Megatron assumes a CUDA device in a few hundred places. ``enable()`` answers those places with
 the CPU instead of changing them: a device-less ``torch.cuda`` (``torch_device``), the few
-Megatron parts without a CPU path (``megatron_parts``, ``context_parallel``, ``packed``, ``mamba``)
-and the flags that follow from it (``flags``). Maths, schedules, process groups, optimizers, data
-order and checkpoints stay Megatron's own, so that parallel logic can be developed and tested
-anywhere. Speed, memory figures, kernels, FP8 and Transformer Engine are not what this lane shows.
+Megatron parts without a CPU path (``megatron_parts``, ``context_parallel``, ``packed``,
+``latent_attention``, ``mamba``) and the flags that follow from it (``flags``). Maths, schedules,
+process groups, optimizers, data order and checkpoints stay Megatron's own, so that parallel logic
+can be developed and tested anywhere. Speed, memory figures, kernels, FP8 and Transformer Engine are
+not what this lane shows.
 """
 
 import os
@@ -58,11 +59,19 @@ def enable(force: bool = False) -> None:
     setattr(torch.cuda, _MARK, True)
     compat.use_prebuilt_dataset_helpers()
     megatron_parts.install()
-    from megatron_moe_inject.host.cpu_lane import context_parallel, hybrid, mamba, optimizer, packed
+    from megatron_moe_inject.host.cpu_lane import (
+        context_parallel,
+        hybrid,
+        latent_attention,
+        mamba,
+        optimizer,
+        packed,
+    )
 
     optimizer.load_distributed_optimizer_without_te()
     context_parallel.install()
     packed.install()
+    latent_attention.install()
     mamba.install()
     hybrid.install()
     flags.install()

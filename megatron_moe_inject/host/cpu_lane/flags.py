@@ -31,10 +31,6 @@ _LACKING = (
 _REFUSED = {
     "distributed_backend": (lambda v: v != "gloo", "use --distributed-backend gloo"),
     "transformer_impl": (lambda v: v != "local", "use --transformer-impl local"),
-    "multi_latent_attention": (
-        bool,
-        "Megatron's local attention cannot run multi-latent attention; leave the flag out",
-    ),
     "moe_grouped_gemm": (bool, "grouped GEMM needs Transformer Engine; leave the flag out"),
     "fp8": (bool, "FP8 needs a GPU; leave the flag out"),
     "fp4": (bool, "FP4 needs a GPU; leave the flag out"),

@@ -10,6 +10,7 @@ Shapes: t tokens of the pack, n heads and g key groups of this tensor rank, d he
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from megatron_moe_inject.host.lane_uses import LANE_ATTENTION
 from megatron_moe_inject.host.wrap import Call, wrap_function
@@ -32,10 +33,17 @@ def install() -> None:
 
 
 def _forward(call: Call) -> torch.Tensor:
-    """Packed: ``[t, n, d]`` queries, ``[t, g, d]`` keys and values -> ``[t, 1, n*d]``."""
+    """Packed: ``[t, n, d]`` queries, ``[t, g, d]`` keys and values -> ``[t, 1, n*d]``.
+
+    Multi-latent attention pads its values to the width of its keys, and takes ``[t, n*d]``.
+    """
     packed = call["packed_seq_params"]
     if packed is None:
         return call()
     query, key, value = (call[name].unsqueeze(1) for name in ("query", "key", "value"))
     hidden = hidden_pairs(packed.cu_seqlens_q, len(query))
-    return call(query=query, key=key, value=value, attention_mask=hidden, packed_seq_params=None)
+    own = call["self"].hidden_size_per_partition // query.size(2)
+    padding = value.size(3) - own
+    plain = {"attention_mask": hidden, "packed_seq_params": None}
+    out = call(query=query, key=key, value=value[..., :own], **plain)
+    return out if not padding else F.pad(out.unflatten(2, (-1, own)), (0, padding)).flatten(1)
