@@ -36,12 +36,22 @@ LANE_ATTENTION = Wrapped(
 LANE_ATTENTION_SIZES = Wrapped(
     f"{_CORE}.transformer.dot_product_attention.DotProductAttention.__init__",
     ("self",),
-    does="values of another head size than keys",
+    does="values of another head size than keys; sinks that are marked as sharded",
 )
 LANE_LAYERS = Wrapped(
     f"{_CORE}.models.gpt.gpt_layer_specs.get_gpt_layer_local_submodules",
     ("multi_latent_attention",),
     does="multi-latent attention projects down as with Transformer Engine",
+)
+LANE_ROW_LINEAR = Wrapped(
+    f"{_CORE}.tensor_parallel.RowParallelLinear.__init__",
+    ("self",),
+    does="of experts: a bias whose gradient is not summed twice over TP",
+)
+LANE_ROW_OUTPUT = Wrapped(
+    f"{_CORE}.tensor_parallel.RowParallelLinear.forward",
+    ("self",),
+    does="of experts with biases: an output that one may add to in place",
 )
 CPU_LANE = Contract(
     "--cpu",
@@ -55,6 +65,9 @@ CPU_LANE = Contract(
         LANE_ATTENTION,
         LANE_ATTENTION_SIZES,
         LANE_LAYERS,
+        LANE_ROW_LINEAR,
+        LANE_ROW_OUTPUT,
+        *symbols(f"{_CORE}.tensor_parallel", "set_tensor_model_parallel_attributes"),
         *symbols(f"{_CORE}.transformer.module", "MegatronModule"),
         *symbols(f"{_CORE}.transformer.multi_latent_attention", "TELinear"),
         Use(

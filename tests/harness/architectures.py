@@ -258,6 +258,46 @@ def deepseek_v3():
     )
 
 
+def gpt_oss(w: Weights, c: Any) -> None:
+    """Sinks, biases everywhere, and experts that the files hold together."""
+    w.ends()
+    for layer in range(c.num_hidden_layers):
+        ours, theirs = f"{LAYERS}.{layer}", f"model.layers.{layer}"
+        w.copy(f"{ours}.input_layernorm.weight", f"{theirs}.input_layernorm.weight")
+        w.copy(f"{ours}.pre_mlp_layernorm.weight", f"{theirs}.post_attention_layernorm.weight")
+        attention = f"{ours}.self_attention"
+        for kind in ("weight", "bias"):
+            w.qkv(attention, f"{theirs}.self_attn", c.num_key_value_heads, kind)
+            w.copy(f"{attention}.linear_proj.{kind}", f"{theirs}.self_attn.o_proj.{kind}")
+            w.copy(f"{ours}.mlp.router.{kind}", f"{theirs}.mlp.router.{kind}")
+        w.copy(f"{attention}.core_attention.softmax_offset", f"{theirs}.self_attn.sinks")
+        for name, kind in (("", "weight"), ("_bias", "bias")):
+            up = w.stored.pop(f"{theirs}.mlp.experts.gate_up_proj{name}")  # in turns: gate, up
+            down = w.stored.pop(f"{theirs}.mlp.experts.down_proj{name}")
+            for expert in range(c.num_local_experts):
+                own = torch.cat([up[expert][..., 0::2], up[expert][..., 1::2]], -1)
+                fc1, fc2 = (f"{ours}.mlp.experts.{expert}.linear_fc{n}.{kind}" for n in (1, 2))
+                w.named[fc1], w.named[fc2] = own.T, down[expert].T
+
+
+def gpt_oss_20b():
+    import transformers
+
+    return transformers.GptOssConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=24,
+        num_hidden_layers=4,
+        num_local_experts=8,
+        num_experts_per_tok=4,
+        head_dim=16,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=8,
+        swiglu_limit=1.0,
+    )
+
+
 def words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
@@ -300,5 +340,23 @@ ARCHITECTURES = {
             ),
         ),
         deepseek,
+    ),
+    "gpt_oss_20b": Architecture(
+        gpt_oss_20b,
+        words(
+            "--num-layers 4 --hidden-size 32 --ffn-hidden-size 24 --num-attention-heads 4 "
+            "--group-query-attention --num-query-groups 2 --kv-channels 16 "
+            "--seq-length 32 --max-position-embeddings 131072 --normalization RMSNorm "
+            "--norm-epsilon 1e-5 --untie-embeddings-and-output-weights "
+            "--add-qkv-bias --quick-geglu --glu-linear-offset 1.0 --no-bias-gelu-fusion "
+            "--activation-func-clamp-value 1.0 "
+            "--softmax-type learnable --window-size 7,0 --window-attn-skip-freq 2 "
+            "--position-embedding-type yarn --rotary-base 150000 --rotary-scaling-factor 32 "
+            "--yarn-original-max-position-embeddings 4096 --yarn-beta-fast 32 --yarn-beta-slow 1 "
+            "--no-yarn-correction-range-round-to-int "
+            "--num-experts 8 --moe-router-topk 4 --moe-ffn-hidden-size 24 "
+            "--moe-token-dispatcher-type alltoall --moe-router-load-balancing-type none"
+        ),
+        gpt_oss,
     ),
 }

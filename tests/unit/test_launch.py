@@ -176,6 +176,14 @@ def test_lane_names_what_its_context_parallelism_lacks(flag):
         flags.check(one_rank)
 
 
+def test_lane_names_packs_that_a_window_does_not_divide():
+    packed = lane_arguments(window_size=(7, 0), sft=True)
+    with pytest.raises(flags.CpuLaneFlagError, match="--sft with --window-size, "):
+        flags.check(packed)
+    packed.window_size = None
+    flags.check(packed)
+
+
 def test_lane_names_every_flag_at_once():
     with pytest.raises(flags.CpuLaneFlagError, match=r"--moe-grouped.*; --fp8-format "):
         flags.check(lane_arguments(fp8="e4m3", moe_grouped_gemm=True))

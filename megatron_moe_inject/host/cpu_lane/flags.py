@@ -53,7 +53,8 @@ _REFUSED = {
 
 _FLAG_NAMES = {"fp8": "--fp8-format", "fp4": "--fp4-format"}
 
-_REFUSED_UNDER_CONTEXT_PARALLELISM = ("window_size", "dataloader_inter_document_masking", "sft")
+_PACKED = ("dataloader_inter_document_masking", "sft")
+_REFUSED_UNDER_CONTEXT_PARALLELISM = ("window_size", *_PACKED)
 
 
 class CpuLaneFlagError(ValueError):
@@ -80,6 +81,13 @@ def check(args: argparse.Namespace) -> None:
             f"{_flag(name)} with --context-parallel-size "
             f"{args.context_parallel_size}: leave one of them out"
             for name in _REFUSED_UNDER_CONTEXT_PARALLELISM
+            if getattr(args, name, None)
+        ]
+    if getattr(args, "window_size", None):
+        mistakes += [
+            f"{_flag(name)} with --window-size, whose mask hides no other document in Megatron's "
+            "local attention: leave one of them out"
+            for name in _PACKED
             if getattr(args, name, None)
         ]
     if mistakes:

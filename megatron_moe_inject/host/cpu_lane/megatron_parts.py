@@ -1,8 +1,9 @@
 """The Megatron parts without a CPU path, replaced where they are looked up.
 
 A helper that leaves CPU tensors as tensors where numpy is expected; the local spec's norm, which
-refuses sequence parallelism although its maths does not depend on it; and, on the development
-branch, a type test that fails where Transformer Engine is absent.
+refuses sequence parallelism although its maths does not depend on it; biases of experts that are
+modules of their own, and sinks of attention; and, on the development branch, a type test that fails
+where Transformer Engine is absent.
 """
 
 import copy
@@ -11,7 +12,13 @@ from typing import Any
 
 import torch
 
+from megatron_moe_inject.host.lane_uses import (
+    LANE_ATTENTION_SIZES,
+    LANE_ROW_LINEAR,
+    LANE_ROW_OUTPUT,
+)
 from megatron_moe_inject.host.megatron_types import Config, MegatronModule
+from megatron_moe_inject.host.wrap import Call, wrap_function
 
 
 def _counts_as_numpy() -> None:
@@ -50,6 +57,43 @@ def _norm_under_sequence_parallelism() -> None:
     WrappedTorchNorm.__new__ = new
 
 
+def _biases_of_experts() -> None:
+    """Experts with biases (``SequentialMLP``) add the last one in place, to what a linear layer of
+    one tensor-parallel rank returns as it is; autograd refuses that where a function was passed.
+    And that bias is marked for the TP all-reduce of what works on parts of a sequence, though every
+    rank has the gradient of its own tokens and shares it with the others as a replica's."""
+    wrap_function(LANE_ROW_LINEAR, _unmarked)
+    wrap_function(LANE_ROW_OUTPUT, _own_output)
+
+
+def _unmarked(call: Call) -> None:
+    call()
+    linear = call["self"]
+    if linear.is_expert and linear.bias is not None:
+        linear.bias.sequence_parallel = False
+
+
+def _own_output(call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
+    output, bias = call()
+    expert = call["self"].is_expert
+    return (output.clone() if expert and bias is not None else output), bias
+
+
+def _sinks_are_sharded() -> None:
+    """Attention sinks (``--softmax-type learnable``): marked as what each tensor-parallel rank has
+    of its own heads, without which the gradient's norm leaves out all but the first rank's."""
+    wrap_function(LANE_ATTENTION_SIZES, _with_sinks)
+
+
+def _with_sinks(call: Call) -> None:
+    from megatron.core import tensor_parallel
+
+    call()
+    sinks = call["self"].softmax_offset
+    if isinstance(sinks, torch.nn.Parameter):
+        tensor_parallel.set_tensor_model_parallel_attributes(sinks, True, 0, 1)
+
+
 def _no_inference_linears() -> None:
     """MTP's test for inference linears (0.20 development), whose types need Transformer Engine."""
     from megatron.core.tensor_parallel import inference_layers
@@ -64,4 +108,6 @@ def install() -> None:
     """Put all of the above in place."""
     _counts_as_numpy()
     _norm_under_sequence_parallelism()
+    _biases_of_experts()
+    _sinks_are_sharded()
     _no_inference_linears()
