@@ -25,7 +25,8 @@ def fill(chunk, weights: dict[str, torch.Tensor]) -> None:
     state = {place.global_name: parameter for place, parameter in places(chunk)}
     kept = set(chunk.state_dict())
     state |= {name: buffer for name, buffer in chunk.named_buffers() if name in kept}
-    state = {name: tensor for name, tensor in state.items() if "local_tokens" not in name}
+    # The convolution has a module of its own before 0.19.
+    state = {name.replace(".conv1d_", ".conv1d."): tensor for name, tensor in state.items()}
     lacking, left = sorted(set(state) - set(weights)), sorted(set(weights) - set(state))
     assert not lacking + left, f"no weights for {lacking}; nothing takes {left}"
     with torch.no_grad():

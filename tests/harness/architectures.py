@@ -298,6 +298,65 @@ def gpt_oss_20b():
     )
 
 
+def nemotron_h(w: Weights, c: Any) -> None:
+    """One layer of the pattern for each of the files, under one norm; experts are not gated."""
+    w.copy("embedding.word_embeddings.weight", "backbone.embeddings.weight")
+    w.copy("decoder.final_norm.weight", "backbone.norm_f.weight")
+    w.copy("output_layer.weight", "lm_head.weight")
+    for layer, kind in enumerate(c.layers_block_type):
+        ours, theirs = f"{LAYERS}.{layer}", f"backbone.layers.{layer}"
+        norm = {"linear_attention": "norm", "full_attention": "input_layernorm"}.get(kind)
+        w.copy(f"{ours}.{norm or 'pre_mlp_layernorm'}.weight", f"{theirs}.norm.weight")
+        theirs += ".mixer"
+        if kind == "linear_attention":
+            for name in ("in_proj.weight", "out_proj.weight", "norm.weight", "A_log", "D"):
+                w.copy(f"{ours}.mixer.{name}", f"{theirs}.{name}")
+            w.copy(f"{ours}.mixer.dt_bias", f"{theirs}.dt_bias")
+            for name in ("weight", "bias"):
+                w.copy(f"{ours}.mixer.conv1d.{name}", f"{theirs}.conv1d.{name}")
+        elif kind == "full_attention":
+            w.qkv(f"{ours}.self_attention", theirs, c.num_key_value_heads)
+            w.copy(f"{ours}.self_attention.linear_proj.weight", f"{theirs}.o_proj.weight")
+        else:
+            parts = [""]
+            if kind == "moe":
+                router = f"{ours}.mlp.router"
+                w.copy(f"{router}.weight", f"{theirs}.gate.weight")
+                w.copy(f"{router}.expert_bias", f"{theirs}.gate.e_score_correction_bias")
+                parts = [f".experts.{n}" for n in range(c.n_routed_experts)]
+                parts.append(".shared_experts")
+            for part in parts:
+                w.copy(f"{ours}.mlp{part}.linear_fc1.weight", f"{theirs}{part}.up_proj.weight")
+                w.copy(f"{ours}.mlp{part}.linear_fc2.weight", f"{theirs}{part}.down_proj.weight")
+
+
+def nemotron3_nano():
+    import transformers
+
+    return transformers.NemotronHConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        hybrid_override_pattern="MEM*E-ME",
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        intermediate_size=48,
+        mamba_num_heads=16,
+        mamba_head_dim=8,
+        ssm_state_size=16,
+        n_groups=2,
+        chunk_size=8,
+        n_routed_experts=8,
+        num_experts_per_tok=4,
+        moe_intermediate_size=24,
+        moe_shared_expert_intermediate_size=40,
+        routed_scaling_factor=2.5,
+        n_group=4,
+        topk_group=2,
+        time_step_min=1e-9,  # transformers lets no step be shorter, Megatron any
+    )
+
+
 def words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
@@ -358,5 +417,24 @@ ARCHITECTURES = {
             "--moe-token-dispatcher-type alltoall --moe-router-load-balancing-type none"
         ),
         gpt_oss,
+    ),
+    "nemotron3_nano": Architecture(
+        nemotron3_nano,
+        words(
+            "--hybrid-layer-pattern MEM*E-ME --hidden-size 32 --ffn-hidden-size 48 "
+            "--num-attention-heads 4 --group-query-attention --num-query-groups 2 --kv-channels 16 "
+            "--seq-length 32 --max-position-embeddings 262144 --normalization RMSNorm "
+            "--norm-epsilon 1e-5 --disable-bias-linear --untie-embeddings-and-output-weights "
+            "--squared-relu --position-embedding-type none --mamba-num-heads 16 "
+            "--mamba-head-dim 8 --mamba-state-dim 16 --mamba-num-groups 2 "
+            "--num-experts 8 --moe-router-topk 4 --moe-ffn-hidden-size 24 "
+            "--moe-shared-expert-intermediate-size 40 --moe-router-score-function sigmoid "
+            "--moe-router-enable-expert-bias --moe-router-bias-update-rate 1e-3 "
+            "--moe-router-num-groups 4 --moe-router-group-topk 2 "
+            "--moe-router-topk-scaling-factor 2.5 --moe-router-dtype fp32 "
+            "--moe-token-dispatcher-type alltoall --moe-router-load-balancing-type seq_aux_loss "
+            "--moe-aux-loss-coeff 1e-4"
+        ),
+        nemotron_h,
     ),
 }
