@@ -22,6 +22,7 @@ from megatron_moe_inject.host.uses import (
     MODEL,
     OWN_ENTRY,
     PLAIN_QUERIES,
+    PROJECTION_NORMS,
     ROUTING_WATCH,
 )
 from megatron_moe_inject.recipe.facts import StudentFacts
@@ -95,6 +96,7 @@ EVERYTHING = (
     IMPORT,
     OWN_ENTRY,
     PLAIN_QUERIES,
+    PROJECTION_NORMS,
     CPU_LANE,
 )
 """All contracts of the package."""

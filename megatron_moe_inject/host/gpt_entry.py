@@ -31,6 +31,9 @@ from megatron_moe_inject.host.batches import datasets_provider, get_batch, packe
 SPIKE_FACTOR = 10
 """A loss this many times the largest so far is reported under ``--check-for-spiky-loss``."""
 
+ROPE_SCALING_FACTOR = 8.0
+"""The only one that Megatron's command line builds (``--use-rope-scaling``)."""
+
 _REFUSED = {
     "fim_data": "fill-in-the-middle data",
     "logits_load_dir": "distillation from cached logits",
@@ -193,6 +196,16 @@ def check_supported(args: Any) -> None:
                 f"--{name.replace('_', '-')}: megatron_moe_inject.pretrain has no {what}; run "
                 "Megatron's own script through `python -m megatron_moe_inject.launch`"
             )
+    if args.use_rope_scaling and args.rope_scaling_factor != ROPE_SCALING_FACTOR:
+        raise ValueError(
+            f"--rope-scaling-factor {args.rope_scaling_factor}: Megatron parses it and builds a "
+            f"model with {ROPE_SCALING_FACTOR} all the same; such a model can be a teacher (hf:)"
+        )
+    if args.spec is not None and compat.model_config(args) is None:
+        raise ValueError(
+            f"--spec {' '.join(args.spec)}: needs Megatron-Core 0.19, and this is "
+            f"{compat.megatron_version()}"
+        )
     if args.sft and args.tokenizer_type != "SFTTokenizer":
         raise ValueError(
             f"--sft: conversations need a tokenizer with a chat template, and --tokenizer-type is "

@@ -39,12 +39,10 @@ class Weights:
         """One tensor, or several joined by their rows."""
         self.named[megatron] = torch.cat([self.stored.pop(name) for name in names])
 
-    def mlp(self, megatron: str, name: str, gate: str = "gate_proj") -> None:
+    def mlp(self, megatron: str, name: str, gate="gate_proj", up="up_proj", down="down_proj"):
         """A gated MLP, the gate in front of what it gates."""
-        self.copy(
-            f"{megatron}.linear_fc1.weight", f"{name}.{gate}.weight", f"{name}.up_proj.weight"
-        )
-        self.copy(f"{megatron}.linear_fc2.weight", f"{name}.down_proj.weight")
+        self.copy(f"{megatron}.linear_fc1.weight", f"{name}.{gate}.weight", f"{name}.{up}.weight")
+        self.copy(f"{megatron}.linear_fc2.weight", f"{name}.{down}.weight")
 
     def qkv(self, megatron: str, name: str, groups: int, kind: str = "weight") -> None:
         """Queries, keys and values of each key group together."""
@@ -357,6 +355,56 @@ def nemotron3_nano():
     )
 
 
+def gpt(w: Weights, c: Any) -> None:
+    """A decoder as most are; of what it has not, the folder has no tensor."""
+    w.ends()
+    for layer in range(c.num_hidden_layers):
+        ours, theirs = f"{LAYERS}.{layer}", f"model.layers.{layer}"
+        attention = f"{ours}.self_attention"
+        w.copy(f"{ours}.input_layernorm.weight", f"{theirs}.input_layernorm.weight")
+        w.copy(f"{ours}.pre_mlp_layernorm.weight", f"{theirs}.post_attention_layernorm.weight")
+        w.copy(f"{attention}.linear_proj.weight", f"{theirs}.self_attn.o_proj.weight")
+        for kind in ("weight", "bias"):
+            if f"{theirs}.self_attn.q_proj.{kind}" in w.stored:
+                w.qkv(attention, f"{theirs}.self_attn", c.num_key_value_heads, kind)
+        for x in "qk":
+            if f"{theirs}.self_attn.{x}_norm.weight" in w.stored:
+                w.copy(f"{attention}.{x}_layernorm.weight", f"{theirs}.self_attn.{x}_norm.weight")
+        if f"{theirs}.mlp.gate_proj.weight" in w.stored:
+            w.mlp(f"{ours}.mlp", f"{theirs}.mlp")
+            continue
+        moe = f"{theirs}.mlp"
+        names = ("gate_proj", "up_proj", "down_proj")
+        if f"{theirs}.block_sparse_moe.gate.weight" in w.stored:  # Mixtral
+            moe, names = f"{theirs}.block_sparse_moe", ("w1", "w3", "w2")
+        w.copy(f"{ours}.mlp.router.weight", f"{moe}.gate.weight")
+        for expert in range(len(w.named[f"{ours}.mlp.router.weight"])):
+            w.mlp(f"{ours}.mlp.experts.{expert}", f"{moe}.experts.{expert}", *names)
+        if f"{moe}.shared_expert_gate.weight" in w.stored:
+            w.copy(f"{ours}.mlp.shared_experts.gate_weight", f"{moe}.shared_expert_gate.weight")
+            w.mlp(f"{ours}.mlp.shared_experts", f"{moe}.shared_expert")
+
+
+def of(name: str, **own: Any) -> Callable[[], Any]:
+    """A configuration of ``transformers`` by its class, with small sizes that ``own`` changes."""
+
+    def config() -> Any:
+        import transformers
+
+        sizes = {
+            "vocab_size": VOCAB,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": False,
+        }
+        return getattr(transformers, name)(**sizes | own)
+
+    return config
+
+
 def words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
@@ -371,6 +419,16 @@ LATENT = words(
     "--num-experts 8 --moe-router-topk 4 --moe-ffn-hidden-size 16 --moe-layer-freq [0,1,1,1] "
     "--moe-router-pre-softmax --moe-router-dtype fp32 --moe-token-dispatcher-type alltoall "
     "--moe-router-load-balancing-type seq_aux_loss"
+)
+PLAIN = (
+    "--num-layers 3 --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 4 "
+    "--group-query-attention --num-query-groups 2 --seq-length 32 --normalization RMSNorm "
+    "--disable-bias-linear --swiglu --position-embedding-type rope "
+)
+EXPERTS = (
+    "--num-experts 8 --moe-router-topk 4 --moe-ffn-hidden-size 16 "
+    "--moe-token-dispatcher-type alltoall --moe-router-load-balancing-type aux_loss "
+    "--moe-aux-loss-coeff 1e-3 "
 )
 ARCHITECTURES = {
     "deepseek_v2_lite": Architecture(
@@ -436,5 +494,105 @@ ARCHITECTURES = {
             "--moe-aux-loss-coeff 1e-4"
         ),
         nemotron_h,
+    ),
+    "qwen2_moe": Architecture(
+        of(
+            "Qwen2MoeConfig",
+            moe_intermediate_size=16,
+            shared_expert_intermediate_size=24,
+            num_experts=8,
+            num_experts_per_tok=4,
+            norm_topk_prob=False,
+            qkv_bias=True,
+        ),
+        words(
+            f"{PLAIN} {EXPERTS} --norm-epsilon 1e-6 --untie-embeddings-and-output-weights "
+            "--max-position-embeddings 32768 --rotary-base 10000 --add-qkv-bias "
+            "--moe-shared-expert-intermediate-size 24 --moe-shared-expert-gate "
+            "--moe-router-pre-softmax"
+        ),
+        gpt,
+    ),
+    "qwen3_moe": Architecture(
+        of(
+            "Qwen3MoeConfig",
+            moe_intermediate_size=16,
+            num_experts=8,
+            num_experts_per_tok=4,
+            norm_topk_prob=True,
+            head_dim=16,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        ),
+        words(
+            f"{PLAIN} {EXPERTS} --norm-epsilon 1e-6 --untie-embeddings-and-output-weights "
+            "--max-position-embeddings 40960 --rotary-base 1000000 --kv-channels 16 --qk-layernorm"
+        ),
+        gpt,
+    ),
+    "mixtral": Architecture(
+        of(
+            "MixtralConfig",
+            intermediate_size=16,
+            num_local_experts=8,
+            num_experts_per_tok=4,
+            sliding_window=None,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        ),
+        words(
+            f"{PLAIN} {EXPERTS} --norm-epsilon 1e-5 --untie-embeddings-and-output-weights "
+            "--max-position-embeddings 32768 --rotary-base 1000000"
+        ),
+        gpt,
+    ),
+    "olmoe": Architecture(
+        of(
+            "OlmoeConfig",
+            intermediate_size=16,
+            num_experts=8,
+            num_experts_per_tok=4,
+            norm_topk_prob=False,
+            num_key_value_heads=4,
+        ),
+        words(
+            f"{PLAIN} {EXPERTS} --norm-epsilon 1e-5 --untie-embeddings-and-output-weights "
+            "--max-position-embeddings 4096 --rotary-base 10000 --num-query-groups 4 "
+            "--moe-router-pre-softmax --qk-layernorm "
+            "--spec megatron_moe_inject.host.projection_norms layers"
+        ),
+        gpt,
+    ),
+    "qwen3": Architecture(
+        of(
+            "Qwen3Config",
+            head_dim=16,
+            tie_word_embeddings=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        ),
+        words(
+            f"{PLAIN} --norm-epsilon 1e-6 --max-position-embeddings 40960 --rotary-base 1000000 "
+            "--kv-channels 16 --qk-layernorm"
+        ),
+        gpt,
+    ),
+    "llama3": Architecture(
+        of(
+            "LlamaConfig",
+            max_position_embeddings=131072,
+            rope_parameters={
+                "rope_type": "llama3",
+                "rope_theta": 500.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
+            head_dim=64,
+        ),
+        words(
+            f"{PLAIN} --norm-epsilon 1e-6 --untie-embeddings-and-output-weights "
+            "--max-position-embeddings 131072 --rotary-base 500 --use-rope-scaling "
+            "--kv-channels 64"
+        ),
+        gpt,
     ),
 }
