@@ -4,7 +4,8 @@
 
 Megatron's norms of queries and keys (``--qk-layernorm``) are of each head by itself, with one
 weight for all; OLMoE's are of the whole projection. Here the sum of squares runs over the heads of
-all tensor-parallel ranks, and each rank has the weights of its own heads.
+all tensor-parallel ranks. Each rank has the weights of all heads and uses those of its own:
+Megatron sums the gradients of what is called ``q_layernorm`` and ``k_layernorm`` over these ranks.
 
 Shapes: s sequence, b batch, n heads (or key groups) of all p tensor-parallel ranks, d head size.
 """
@@ -17,7 +18,6 @@ from typing import Any
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from megatron_moe_inject.host.megatron_types import Config
 
@@ -35,9 +35,8 @@ class ProjectionNorm(MegatronModule):
         self.eps = eps
         self.heads = heads
         self.tp_group = parallel_state.get_tensor_model_parallel_group()
-        own = heads // self.tp_group.size()
-        self.weight = torch.nn.Parameter(torch.ones(own * hidden_size, dtype=config.params_dtype))
-        tensor_parallel.set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
+        weight = torch.ones(heads * hidden_size, dtype=config.params_dtype)
+        self.weight = torch.nn.Parameter(weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[s, b, n/p, d]``, in fp32 until the weight is applied.
@@ -55,20 +54,9 @@ class ProjectionNorm(MegatronModule):
             )
         mean = squares / (self.heads * x.size(3))
         normed = wide * torch.rsqrt(mean + self.eps)
-        return self.weight.view(x.shape[2:]) * normed.to(x.dtype)
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
-    ) -> Any:
-        """The weight, by heads over the tensor-parallel ranks."""
-        return make_sharded_tensors_for_checkpoint(
-            self.state_dict(prefix="", keep_vars=True),
-            prefix,
-            {"weight": 0},
-            sharded_offsets,
-            tp_group=self.tp_group,
-            dp_cp_group=(metadata or {})["dp_cp_group"],
-        )
+        first = self.tp_group.rank() * x.size(2)
+        own = self.weight.view(self.heads, x.size(3))[first : first + x.size(2)]
+        return own * normed.to(x.dtype)
 
 
 def layers(config: Any, vp_stage: int | None = None) -> Any:

@@ -316,12 +316,7 @@ PROJECTION_NORMS = Contract(
         *symbols(f"{_CORE}.transformer.module", "MegatronModule"),
         Use(f"{_CORE}.tensor_parallel.copy_to_tensor_model_parallel_region", ("group",)),
         Use(f"{_CORE}.tensor_parallel.reduce_from_tensor_model_parallel_region", ("group",)),
-        *symbols(f"{_CORE}.tensor_parallel", "set_tensor_model_parallel_attributes"),
         *symbols(_PARALLEL, "get_tensor_model_parallel_group"),
-        Use(
-            f"{_CORE}.transformer.utils.make_sharded_tensors_for_checkpoint",
-            ("dp_cp_group", "tp_group"),
-        ),
         Use("megatron.training.models.gpt.default_layer_spec", optional="0.19 and later"),
     ),
 )

@@ -395,7 +395,7 @@ def of(name: str, **own: Any) -> Callable[[], Any]:
             "vocab_size": VOCAB,
             "hidden_size": 32,
             "intermediate_size": 48,
-            "num_hidden_layers": 3,
+            "num_hidden_layers": 4,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "tie_word_embeddings": False,
@@ -421,7 +421,7 @@ LATENT = words(
     "--moe-router-load-balancing-type seq_aux_loss"
 )
 PLAIN = (
-    "--num-layers 3 --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 4 "
+    "--num-layers 4 --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 4 "
     "--group-query-attention --num-query-groups 2 --seq-length 32 --normalization RMSNorm "
     "--disable-bias-linear --swiglu --position-embedding-type rope "
 )
