@@ -108,7 +108,7 @@ def stirred(model: torch.nn.Module) -> None:
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if name.endswith(("inv_freq", "embed_scale")):
                 continue
-            spread = 1 / math.sqrt(tensor.shape[-1]) if tensor.dim() > 1 else 0.1
+            spread = 0.7 / math.sqrt(tensor.shape[-1]) if tensor.dim() > 1 else 0.1
             noise = spread * torch.randn_like(tensor)
             tensor.copy_(tensor + noise if tensor.dim() == 1 else noise)
 
