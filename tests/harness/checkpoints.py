@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_moe_inject.host.torch_dist import Piece
+from megatron_moe_inject.experts.delta.delta import CheckpointPlace
+from megatron_moe_inject.host.torch_dist import Piece, is_training_state
 
 SAVE = ("--save-interval", "100", "--save")
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -17,6 +18,20 @@ def whole(checkpoint, name):
     target = torch.empty(stored.size, dtype=stored.properties.dtype)
     checkpoint.read([Piece(name, tuple(stored.size), (0,) * len(stored.size), target)])
     return target
+
+
+def changed(before, after) -> set[str]:
+    """Of two checkpoints the tensors, and experts, in which they differ."""
+    old, new = (CheckpointPlace("--load", Path(folder)).open() for folder in (before, after))
+    names = set()
+    for name in (name for name in old.tensors if not is_training_state(name)):
+        pair = whole(old, name), whole(new, name)
+        if ".experts." not in name:
+            names |= set() if torch.equal(*pair) else {name}
+            continue
+        rows = zip(*pair, strict=True)
+        names |= {f"{name}[{i}]" for i, row in enumerate(rows) if not torch.equal(*row)}
+    return names
 
 
 def load_arguments(load, **changed) -> Namespace:

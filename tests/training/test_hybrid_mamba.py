@@ -8,15 +8,11 @@ import functools
 import json
 import re
 import zlib
-from pathlib import Path
 
 import pytest
-import torch
 
-from megatron_moe_inject.experts.delta.delta import CheckpointPlace
-from megatron_moe_inject.host.torch_dist import is_training_state
 from tests.harness import lane
-from tests.harness.checkpoints import SAVE, whole
+from tests.harness.checkpoints import SAVE, changed
 from tests.harness.injection import LAYOUTS, OTHER, PROVEN, assert_clean_end
 from tests.harness.material import student_flags
 
@@ -74,20 +70,6 @@ def inject(
     run = lane.run(given, nproc=nproc, script=script, check=check, pythonpath=path)
     assert not check or PROVEN.search(run.output), run.tail()
     return run
-
-
-def changed(before, after) -> set[str]:
-    """Of two checkpoints of the student the tensors, and experts, in which they differ."""
-    old, new = (CheckpointPlace("--load", Path(folder)).open() for folder in (before, after))
-    names = set()
-    for name in (name for name in old.tensors if not is_training_state(name)):
-        pair = whole(old, name), whole(new, name)
-        if ".experts." not in name:
-            names |= set() if torch.equal(*pair) else {name}
-            continue
-        rows = zip(*pair, strict=True)
-        names |= {f"{name}[{i}]" for i, row in enumerate(rows) if not torch.equal(*row)}
-    return names
 
 
 def experts(layer: int, expert: int) -> set[str]:
