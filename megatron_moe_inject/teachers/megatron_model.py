@@ -49,7 +49,7 @@ def build(
 
     assert parallel_state.model_parallel_is_initialized(), "Megatron must be initialized first"
     use_te = on_gpu and gpt_layer_specs.HAVE_TE
-    if getattr(saved, "multi_latent_attention", False) and not use_te:
+    if getattr(saved, "multi_latent_attention", False) and not (use_te or cpu_lane.is_enabled()):
         raise source.error(
             "uses multi-latent attention, which Megatron builds with Transformer Engine only",
             "install Transformer Engine and run on a GPU, or use another teacher",

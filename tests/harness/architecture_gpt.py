@@ -1,13 +1,13 @@
-"""Our entry on a model whose weights stand in a file: its logits, its checkpoint, then training.
+"""Our entry on a model whose weights stand in a file: its logits, its checkpoint, and it ends.
 
 Run by ``lane.run`` as a script, in one process. ARCHITECTURE names a folder (``architectures.py``):
 its ``weights.safetensors`` has every parameter and persistent buffer of the model by its global
 name (``host.model_parts.places``), its ``tokens.pt`` a batch. What the model makes of that is
-written to ``megatron_logits.pt``, the model itself to ``--save``; then Megatron trains as its flags
-say.
+written to ``megatron_logits.pt``, the model itself to ``--save``.
 """
 
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -66,15 +66,14 @@ def main() -> None:
     stock = training.setup_model_and_optimizer
 
     def setup_model_and_optimizer(*args, **kwargs):
-        model, optimizer, scheduler = stock(*args, **kwargs)
+        model, _, _ = stock(*args, **kwargs)
         (chunk,) = unwrap_model(model)
         fill(chunk, load_file(folder / "weights.safetensors"))
-        optimizer.reload_model_params()
         torch.save(
             logits_of(chunk, torch.load(folder / "tokens.pt")), folder / "megatron_logits.pt"
         )
-        save_checkpoint(0, model, None, None, 0)
-        return model, optimizer, scheduler
+        save_checkpoint(1, model, None, None, 0)
+        sys.exit()
 
     training.setup_model_and_optimizer = setup_model_and_optimizer
     gpt_entry.main()
