@@ -18,6 +18,7 @@ from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.host.lane_uses import CPU_LANE
 from megatron_moe_inject.host.uses import (
     EVERY_RUN,
+    GELU_GATES,
     HYBRID_STUDENT,
     MODEL,
     OWN_ENTRY,
@@ -95,8 +96,7 @@ EVERYTHING = (
     PREPARE,
     IMPORT,
     OWN_ENTRY,
-    PLAIN_QUERIES,
-    PROJECTION_NORMS,
+    *(PLAIN_QUERIES, PROJECTION_NORMS, GELU_GATES),
     CPU_LANE,
 )
 """All contracts of the package."""

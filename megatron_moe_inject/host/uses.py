@@ -321,6 +321,15 @@ PROJECTION_NORMS = Contract(
     ),
 )
 
+GELU_GATES = Contract(
+    "--spec megatron_moe_inject.host.gelu_gates layers",
+    (
+        *symbols(f"{_CORE}.activations", "fast_gelu"),
+        Use(_CONFIG, attributes=("activation_func", "bias_activation_fusion", "gated_linear_unit")),
+        Use("megatron.training.models.gpt.default_layer_spec", optional="0.19 and later"),
+    ),
+)
+
 HELPERS = Wrapped(
     f"{_CORE}.datasets.utils.compile_helpers", does="uses the compiled helper that is there"
 )

@@ -385,6 +385,13 @@ def gpt(w: Weights, c: Any) -> None:
             w.mlp(f"{ours}.mlp.shared_experts", f"{moe}.shared_expert")
 
 
+def gemma(w: Weights, c: Any) -> None:
+    """As most are, but that the head is the embedding before it is scaled."""
+    w.stored["lm_head.weight"] = w.stored["model.embed_tokens.weight"].clone()
+    w.stored["model.embed_tokens.weight"] *= c.hidden_size**0.5
+    gpt(w, c)
+
+
 def of(name: str, **own: Any) -> Callable[[], Any]:
     """A configuration of ``transformers`` by its class, with small sizes that ``own`` changes."""
 
@@ -594,5 +601,20 @@ ARCHITECTURES = {
             "--kv-channels 64"
         ),
         gpt,
+    ),
+    "gemma": Architecture(
+        of(
+            "GemmaConfig",
+            head_dim=16,
+            num_key_value_heads=1,
+            tie_word_embeddings=True,
+            max_position_embeddings=8192,
+        ),
+        words(
+            f"{PLAIN} --norm-epsilon 1e-6 --apply-layernorm-1p --num-query-groups 1 "
+            "--untie-embeddings-and-output-weights --max-position-embeddings 8192 "
+            "--rotary-base 10000 --kv-channels 16 --spec megatron_moe_inject.host.gelu_gates layers"
+        ),
+        gemma,
     ),
 }

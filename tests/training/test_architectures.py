@@ -109,10 +109,10 @@ def test_megatron_has_the_logits_of_transformers(built, model):
 @pytest.mark.slow
 @pytest.mark.skipif(OTHER is None, reason="MEGATRON_OTHER is not set")
 @pytest.mark.parametrize(
-    "model", [name for name in ARCHITECTURES if name not in ("gpt_oss_20b", "olmoe")]
+    "model", [name for name in ARCHITECTURES if name not in ("gpt_oss_20b", "olmoe", "gemma")]
 )
 def test_the_other_megatron_has_them_too(built, model, tmp_path):
-    """gpt-oss lacks flags there, OLMoE the seam for its norms; plain queries need no ``--spec``."""
+    """gpt-oss lacks flags there, OLMoE and Gemma ``--spec``, which plain queries do not need."""
     spec = ("--spec", "megatron_moe_inject.host.plain_queries", "layers")
     without = spec if set(spec) <= set(ARCHITECTURES[model].flags) else ()
     folder = tmp_path / "copy"
@@ -187,7 +187,7 @@ DENSE_LATENT = lane.dense(
 )
 CHOSEN = {"nemotron3_nano": "{4: [3], 7: [1, 5]}"}
 IN_ALL = {"deepseek_v3": "ep2", "gpt_oss_20b": "tp2", "nemotron3_nano": "pp2"}
-STUDENTS = [name for name in ARCHITECTURES if name not in ("qwen3", "llama3")]
+STUDENTS = [name for name in ARCHITECTURES if name not in ("qwen3", "llama3", "gemma")]
 
 
 @pytest.mark.parametrize(

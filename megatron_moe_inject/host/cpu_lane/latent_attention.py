@@ -1,5 +1,4 @@
-"""Multi-latent attention (``--multi-latent-attention``, ``+`` of a hybrid pattern) without
-Transformer Engine.
+"""Multi-latent attention (``--multi-latent-attention``) without Transformer Engine.
 
 Megatron's local layers have two gaps here. Their core attention knows one head size, while queries
 and keys are wider than values. And their projections down to the latents are column-parallel, which

@@ -1,9 +1,9 @@
 """The Megatron parts without a CPU path, replaced where they are looked up.
 
 A helper that leaves CPU tensors as tensors where numpy is expected; the local spec's norm, which
-refuses sequence parallelism although its maths does not depend on it; biases of experts that are
-modules of their own, and sinks of attention; and, on the development branch, a type test that fails
-where Transformer Engine is absent.
+refuses sequence parallelism, on which its maths does not depend, and weights around zero; biases of
+experts that are modules of their own, and sinks of attention; and, on the development branch, a
+type test that fails where Transformer Engine is absent.
 """
 
 import copy
@@ -11,6 +11,7 @@ import functools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from megatron_moe_inject.host.lane_uses import (
     LANE_ATTENTION_SIZES,
@@ -39,8 +40,19 @@ def _counts_as_numpy() -> None:
         module.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
 
 
-def _norm_under_sequence_parallelism() -> None:
-    """The local spec's norm with ``--sequence-parallel``: weights marked for the TP all-reduce."""
+class _OneMoreNorm(torch.nn.RMSNorm):
+    """RMS norm whose weight is one less than what it multiplies by."""
+
+    def reset_parameters(self) -> None:
+        torch.nn.init.zeros_(self.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, self.normalized_shape, 1 + self.weight, self.eps)
+
+
+def _norms_of_all_kinds() -> None:
+    """The local spec's norm with ``--sequence-parallel``: weights marked for the TP all-reduce. And
+    with ``--apply-layernorm-1p``, of RMS norms."""
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     original = WrappedTorchNorm.__new__
@@ -49,7 +61,12 @@ def _norm_under_sequence_parallelism() -> None:
     def new(cls: type, config: Config, *args: Any, **kwargs: Any) -> MegatronModule:
         local = copy.copy(config)
         local.sequence_parallel = False
+        one_more = config.layernorm_zero_centered_gamma and config.normalization == "RMSNorm"
+        if one_more:
+            local.layernorm_zero_centered_gamma = False
         norm = original(cls, local, *args, **kwargs)
+        if one_more:
+            norm = _OneMoreNorm(norm.normalized_shape, eps=norm.eps)
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel
         return norm
@@ -107,7 +124,7 @@ def _no_inference_linears() -> None:
 def install() -> None:
     """Put all of the above in place."""
     _counts_as_numpy()
-    _norm_under_sequence_parallelism()
+    _norms_of_all_kinds()
     _biases_of_experts()
     _sinks_are_sharded()
     _no_inference_linears()
