@@ -3,9 +3,9 @@
     --swiglu --spec megatron_moe_inject.host.gelu_gates layers
 
 Megatron has the function and a gate, but no flag for both: ``--swiglu`` is the gate, whose function
-is another one here. Gemma's norms add one to their weights (``--apply-layernorm-1p``). It
-multiplies its embedding by the square root of the hidden size, which Megatron does not: a
-checkpoint holds the product, and the head apart from it (``--untie-embeddings-and-output-weights``).
+is another one here. Gemma's norms add one to their weights (``--apply-layernorm-1p``). Its
+embedding is multiplied by the square root of the hidden size, which Megatron does not do: a
+checkpoint holds the product, and the head apart (``--untie-embeddings-and-output-weights``).
 """
 
 from __future__ import annotations
