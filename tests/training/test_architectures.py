@@ -121,7 +121,16 @@ def test_the_other_megatron_has_them_too(built, model, tmp_path):
     assert_same_logits(model, folder)
 
 
-def test_a_shape_of_rope_that_megatron_ignores_is_an_error(built):
+@pytest.mark.slow
+@pytest.mark.skipif(OTHER is None, reason="MEGATRON_OTHER is not set")
+def test_a_spec_needs_a_megatron_that_takes_it():
+    run = train("olmoe", "--mock-data", load="/nowhere", nproc=1, check=False, pythonpath=[OTHER])
+    assert run.returncode
+    assert "projection_norms layers: needs Megatron-Core 0.19, and this is 0.18" in run.output
+    assert "Traceback" not in run.output
+
+
+def test_a_shape_of_rope_that_megatron_ignores_is_an_error():
     run = train("llama3", "--rope-scaling-factor", "32", load="/nowhere", nproc=1, check=False)
     assert run.returncode
     assert "--rope-scaling-factor 32.0: Megatron parses it" in run.output
