@@ -86,12 +86,17 @@ CPU_LANE = Contract(
         *symbols(f"{_CORE}.models.backends", "LocalSpecProvider"),
         Use(
             f"{_CORE}.models.gpt.gpt_layer_specs.get_gpt_layer_local_submodules",
-            ("normalization", "num_experts"),
+            ("multi_latent_attention", "normalization", "num_experts", "qk_layernorm"),
         ),
         *symbols(f"{_CORE}.models.hybrid.hybrid_block", "HybridStack", "TENorm"),
         Use(
             f"{_CORE}.models.hybrid.hybrid_block.HybridStackSubmodules",
             ("attention_layer", "mamba_layer", "mlp_layer", "moe_layer", "mtp_block_spec"),
+        ),
+        Use(
+            f"{_CORE}.models.hybrid.hybrid_block.HybridStackSubmodules",
+            ("mla_layer",),
+            optional="0.19 and later",
         ),
         *symbols(
             f"{_CORE}.models.hybrid.hybrid_layer_specs", "hybrid_stack_spec", "mamba_stack_spec"

@@ -9,7 +9,9 @@ Each has what its architecture has and small sizes, and random weights, norms an
 
 from __future__ import annotations
 
+import functools
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,6 +204,19 @@ def deepseek(w: Weights, c: Any) -> None:
         deepseek_layer(w, layer, theirs, c, dense=False, experts=experts)
 
 
+def deepseek_hybrid(w: Weights, c: Any) -> None:
+    """The same as a hybrid model: two layers for each, attention and what follows it."""
+    deepseek(w, c)
+    halves = {}
+    for name, tensor in w.named.items():
+        match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.*)", name)
+        if match is not None:
+            second = not match[2].startswith(("input_layernorm", "self_attention"))
+            name = f"{LAYERS}.{2 * int(match[1]) + second}.{match[2]}"
+        halves[name.replace("decoder.final_layernorm", "decoder.final_norm")] = tensor
+    w.named = halves
+
+
 def yarn(**numbers: float) -> dict[str, Any]:
     return {
         "rope_type": "yarn",
@@ -245,13 +260,13 @@ def deepseek_v2_lite():
     )
 
 
-def deepseek_v3():
+def deepseek_v3(prediction: int = 1):
     import transformers
 
     return transformers.DeepseekV3Config(
         **deepseek_sizes(q_lora_rank=24, n_shared_experts=1, n_group=4, topk_group=2),
         routed_scaling_factor=2.5,
-        num_nextn_predict_layers=1,
+        num_nextn_predict_layers=prediction,
         rope_parameters=yarn(mscale=1.0, mscale_all_dim=1.0),
     )
 
@@ -417,15 +432,23 @@ def words(text: str) -> tuple[str, ...]:
 
 
 LATENT = words(
-    "--num-layers 4 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 "
+    "--hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 "
     "--seq-length 32 --max-position-embeddings 163840 --normalization RMSNorm --norm-epsilon 1e-6 "
     "--swiglu --disable-bias-linear --untie-embeddings-and-output-weights "
     "--multi-latent-attention --qk-layernorm --kv-lora-rank 16 --qk-head-dim 16 "
     "--qk-pos-emb-head-dim 8 --v-head-dim 12 --kv-channels 12 --position-embedding-type rope "
     "--rope-type yarn --rotary-base 10000 --rotary-scaling-factor 40 "
-    "--num-experts 8 --moe-router-topk 4 --moe-ffn-hidden-size 16 --moe-layer-freq [0,1,1,1] "
+    "--num-experts 8 --moe-router-topk 4 --moe-ffn-hidden-size 16 "
     "--moe-router-pre-softmax --moe-router-dtype fp32 --moe-token-dispatcher-type alltoall "
     "--moe-router-load-balancing-type seq_aux_loss"
+)
+IN_BLOCKS = words("--num-layers 4 --moe-layer-freq [0,1,1,1]")
+LATENT_V3 = words(
+    "--mscale 1.0 --mscale-all-dim 1.0 --moe-shared-expert-intermediate-size 16 "
+    "--q-lora-rank 24 --moe-router-score-function sigmoid "
+    "--moe-router-enable-expert-bias --moe-router-bias-update-rate 1e-3 "
+    "--moe-router-num-groups 4 --moe-router-group-topk 2 "
+    "--moe-router-topk-scaling-factor 2.5 --moe-aux-loss-coeff 1e-4"
 )
 PLAIN = (
     "--num-layers 4 --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 4 "
@@ -441,7 +464,7 @@ ARCHITECTURES = {
     "deepseek_v2_lite": Architecture(
         deepseek_v2_lite,
         (
-            *LATENT,
+            *(*LATENT, *IN_BLOCKS),
             *words(
                 "--spec megatron_moe_inject.host.plain_queries layers "
                 "--mscale 0.707 --mscale-all-dim 0.707 --moe-shared-expert-intermediate-size 32 "
@@ -453,17 +476,15 @@ ARCHITECTURES = {
     "deepseek_v3": Architecture(
         deepseek_v3,
         (
-            *LATENT,
-            *words(
-                "--mscale 1.0 --mscale-all-dim 1.0 --moe-shared-expert-intermediate-size 16 "
-                "--q-lora-rank 24 --moe-router-score-function sigmoid "
-                "--moe-router-enable-expert-bias --moe-router-bias-update-rate 1e-3 "
-                "--moe-router-num-groups 4 --moe-router-group-topk 2 "
-                "--moe-router-topk-scaling-factor 2.5 --moe-aux-loss-coeff 1e-4 "
-                "--mtp-num-layers 1 --mtp-loss-scaling-factor 0.1"
-            ),
+            *(*LATENT, *IN_BLOCKS, *LATENT_V3),
+            *words("--mtp-num-layers 1 --mtp-loss-scaling-factor 0.1"),
         ),
         deepseek,
+    ),
+    "deepseek_v3_hybrid": Architecture(
+        functools.partial(deepseek_v3, prediction=0),
+        (*LATENT, *LATENT_V3, "--hybrid-layer-pattern", "+-+E+E+E"),
+        deepseek_hybrid,
     ),
     "gpt_oss_20b": Architecture(
         gpt_oss_20b,

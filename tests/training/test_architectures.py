@@ -59,7 +59,11 @@ LAYOUTS = {
         ),
     },
 }
-IN_TWO = {"nemotron3_nano": ("--hybrid-layer-pattern", "MEM*|E-ME")}
+NOT_BEFORE_19 = ("gpt_oss_20b", "olmoe", "gemma", "deepseek_v3_hybrid")
+IN_TWO = {
+    "deepseek_v3_hybrid": ("--hybrid-layer-pattern", "+-+E|+E+E"),
+    "nemotron3_nano": ("--hybrid-layer-pattern", "MEM*|E-ME"),
+}
 
 
 def train(model: str, *extra: str, load: Path | str, nproc=2, tp=1, pp=1, ep=1, cp=1, **options):
@@ -108,11 +112,10 @@ def test_megatron_has_the_logits_of_transformers(built, model):
 
 @pytest.mark.slow
 @pytest.mark.skipif(OTHER is None, reason="MEGATRON_OTHER is not set")
-@pytest.mark.parametrize(
-    "model", [name for name in ARCHITECTURES if name not in ("gpt_oss_20b", "olmoe", "gemma")]
-)
+@pytest.mark.parametrize("model", [name for name in ARCHITECTURES if name not in NOT_BEFORE_19])
 def test_the_other_megatron_has_them_too(built, model, tmp_path):
-    """gpt-oss lacks flags there, OLMoE and Gemma ``--spec``, which plain queries do not need."""
+    """gpt-oss lacks flags there, OLMoE and Gemma ``--spec``, which plain queries do not need, and
+    hybrid models have no latent attention."""
     spec = ("--spec", "megatron_moe_inject.host.plain_queries", "layers")
     without = spec if set(spec) <= set(ARCHITECTURES[model].flags) else ()
     folder = tmp_path / "copy"
@@ -156,7 +159,7 @@ WHOLE = {
     ("model", "layout"),
     [
         pytest.param(model, layout, marks=[pytest.mark.slow] * ((model, layout) not in WHOLE))
-        for model in ("deepseek_v2_lite", "deepseek_v3", "gpt_oss_20b", "olmoe", "nemotron3_nano")
+        for model in (*IN_TWO, "deepseek_v2_lite", "deepseek_v3", "gpt_oss_20b", "olmoe")
         for layout in LAYOUTS
         # Megatron's local window refuses context parallelism, and its loss of multi-token
         # prediction is a mean over each context-parallel rank's own tokens.
@@ -194,7 +197,10 @@ DENSE_LATENT = lane.dense(
     *("--qk-head-dim", "16", "--qk-pos-emb-head-dim", "8", "--v-head-dim", "12"),
     *("--kv-channels", "12", "--vocab-size", str(VOCAB)),
 )
-CHOSEN = {"nemotron3_nano": "{4: [3], 7: [1, 5]}"}
+CHOSEN = {
+    "nemotron3_nano": "{4: [3], 7: [1, 5]}",
+    "deepseek_v3_hybrid": "{5: [3], 7: [1, 5]}",
+}
 IN_ALL = {"deepseek_v3": "ep2", "gpt_oss_20b": "tp2", "nemotron3_nano": "pp2"}
 STUDENTS = [name for name in ARCHITECTURES if name not in ("qwen3", "llama3", "gemma")]
 

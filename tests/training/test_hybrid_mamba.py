@@ -209,10 +209,11 @@ def test_what_cannot_train(material, student, pattern, layer, message):
     ("extra", "message"),
     [
         (("--hybrid-layer-pattern", "G*ME"), "--hybrid-layer-pattern (is 'G*ME'): "),
-        (("--hybrid-layer-pattern", "+E"), "use layers of *, E, - and M"),
+        (("--hybrid-layer-pattern", "DE"), "use layers of *, +, E, - and M"),
+        (("--hybrid-layer-pattern", "+E"), "add --qk-layernorm and --q-lora-rank"),
         (("--mamba-training-ssm-states-dtype", "bf16"), "keep their states in fp32"),
     ],
-    ids=["G", "+", "states"],
+    ids=["G", "D", "+", "states"],
 )
 def test_what_the_lane_has_not(material, extra, message):
     run = lane.run([*flags(*material.blend), *extra], check=False)

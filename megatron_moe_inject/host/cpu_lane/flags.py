@@ -23,8 +23,8 @@ DEFAULTS = {
 
 _LACKING = (
     lambda v: bool(set(v or "") & set(hybrid.WITHOUT)),
-    "multi-latent attention (+, D) needs Transformer Engine, a gated delta net (G) needs fla; "
-    "use layers of *, E, - and M",
+    "sparse attention (D) needs Transformer Engine, a gated delta net (G) needs fla; "
+    "use layers of *, +, E, - and M",
 )
 
 # argument name -> (what is refused, how to do without)
@@ -83,6 +83,12 @@ def check(args: argparse.Namespace) -> None:
             for name in _REFUSED_UNDER_CONTEXT_PARALLELISM
             if getattr(args, name, None)
         ]
+    pattern = getattr(args, "hybrid_layer_pattern", None) or ""
+    if "+" in pattern and not (args.qk_layernorm and args.q_lora_rank):
+        mistakes.append(
+            f"--hybrid-layer-pattern (is {pattern!r}): the lane has + layers with norms of both "
+            "latents; add --qk-layernorm and --q-lora-rank"
+        )
     if getattr(args, "window_size", None):
         mistakes += [
             f"{_flag(name)} with --window-size, whose mask hides no other document in Megatron's "

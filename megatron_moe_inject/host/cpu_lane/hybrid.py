@@ -12,12 +12,15 @@ import dataclasses
 import functools
 from typing import Any
 
-WITHOUT = "+DG"
+WITHOUT = "DG"
 """Symbols of layers that the local stack has not: they need Transformer Engine or ``fla``."""
 
 
 def local_stack_spec() -> Any:
-    """The ``ModuleSpec`` of a ``HybridStack`` for ``*``, ``E``, ``-``, ``M``, also behind ``/``."""
+    """The ``ModuleSpec`` of a ``HybridStack`` for ``*``, ``E``, ``-``, ``M``, also behind ``/``.
+
+    And for ``+``, with norms of both latents, where Megatron has it (0.19 on).
+    """
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
     from megatron.core.models.backends import LocalSpecProvider
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
@@ -49,6 +52,10 @@ def local_stack_spec() -> Any:
     by_config = {"q_layernorm": None, "k_layernorm": None}
     inside = attention.self_attention
     inside.submodules = dataclasses.replace(inside.submodules, **by_config)
+    of_latents = {}
+    if "mla_layer" in {field.name for field in dataclasses.fields(HybridStackSubmodules)}:
+        half = dataclasses.replace(block(multi_latent_attention=True, qk_layernorm=True), **no_mlp)
+        of_latents["mla_layer"] = ModuleSpec(module=TransformerLayer, submodules=half)
     # What comes after the slash: Megatron fills in the layers by the pattern.
     mtp = get_mtp_layer_spec_for_backend(None, LocalSpecProvider())
     for name in ("enorm", "hnorm", "layer_norm"):
@@ -72,6 +79,7 @@ def local_stack_spec() -> Any:
                 ),
             ),
             attention_layer=ModuleSpec(module=TransformerLayer, submodules=attention),
+            **of_latents,
             mlp_layer=ModuleSpec(
                 module=MLPLayer, submodules=dataclasses.replace(block(), **no_attention)
             ),
