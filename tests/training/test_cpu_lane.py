@@ -177,9 +177,9 @@ def test_device_stand_ins_keep_the_semantics():
 
 
 def test_unsupported_flags_end_in_one_message():
-    run = lane.run(lane.moe("--multi-latent-attention"), check=False)
+    run = lane.run(lane.moe("--moe-grouped-gemm"), check=False)
     assert run.returncode == 1
-    assert "moe-inject: not on the CPU lane: --multi-latent-attention (is True): " in run.output
+    assert "moe-inject: not on the CPU lane: --moe-grouped-gemm (is True): " in run.output
     assert "Traceback" not in run.output
 
 
