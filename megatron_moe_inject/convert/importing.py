@@ -136,8 +136,8 @@ def _in_layout(model: FolderModel, layout: str | None) -> tuple[dict[str, Any], 
     if layout is not None and layout not in served:
         raise fail(
             "--layout", layout,
-            f"has no place for some part of a {model.folder.config.model_type} model of this "
-            "configuration", f"use {' or '.join(served)}",
+            f"is no layout of {model.folder.config.model_type} models of this configuration",
+            f"use {' or '.join(served)}",
         )  # fmt: skip
     if (layout or served[0]) == "gpt":
         return dict(model.flags), model.naming

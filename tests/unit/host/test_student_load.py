@@ -87,6 +87,14 @@ def test_it_fits_a_checkpoint_of_the_other_kind_of_layers():
     assert "norm_extra_state" in kept["model0"]
 
 
+def test_the_second_name_of_a_norm_is_asked_for_with_the_first():
+    """A converted model holds both, and a run asks for one."""
+    stored = {**STORED, PRE: (8,), IN_MLP: (8,)}
+    *_, asked = Request.of(fit(state(), stored)).compared(stored, 61)
+    assert all(asked)
+    assert {PRE, IN_MLP} <= set(model_names(stored))
+
+
 def test_what_does_not_fit_is_named():
     stored = {"output_layer.weight": (32, 8), "fc1_w": (2, 9), "fc1_v": (2, 8), "more": (1,)}
     lacking, wrong, states, asked = Request.of(fit(state(), stored)).compared(stored, 61)
