@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -167,11 +167,26 @@ class _Values:
         new = self._trained.slice(entry)
         if new is None:
             return dict.fromkeys(range(len(entry.parts)))
-        old = self._model.joined(entry, new.dtype)
-        if same_bytes(new, old):
-            return dict.fromkeys(range(len(entry.parts)))
-        pairs = zip(entry.form.split(new), entry.form.split(old), strict=True)
-        return {at: None if same_bytes(*pair) else pair[0] for at, pair in enumerate(pairs)}
+        changed: dict[int, torch.Tensor | None] = dict(enumerate(entry.form.split(new)))
+        for old in self._imported(entry, new.dtype):
+            if same_bytes(new, old):
+                return dict.fromkeys(changed)
+            for at, part in enumerate(entry.form.split(old)):
+                now = changed[at]
+                if now is not None and same_bytes(now, part):
+                    changed[at] = None
+        return changed
+
+    def _imported(self, entry: Entry, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        """What an import gives, in the type of the checkpoint.
+
+        Quantised weights mean more digits than the type that they are imported in by default, so
+        that a run in float32 may have begun from either.
+        """
+        yield self._model.joined(entry, dtype)
+        own, folder = self._model.dtype(entry), self._model.folder
+        if own != dtype and any(folder.storage(part.name) != "plain" for part in entry.parts):
+            yield self._model.joined(entry, own).to(dtype)
 
 
 def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_moe_inject.cli import main
+from megatron_moe_inject.convert import command, importing
+from megatron_moe_inject.convert.architectures.table import Slot
 from megatron_moe_inject.convert.exporting import export_folder
 from megatron_moe_inject.convert.folder_model import FolderModel
 from megatron_moe_inject.convert.hf_folder import HfFolder
@@ -32,7 +34,8 @@ from tests.harness.tiny_folders import CASES, config_of, save_folder
 
 MODEL = "model.safetensors"
 QWEN = "qwen3_moe"
-FC1 = "decoder.layers.mlp.experts.experts.linear_fc1.weight"
+FC1_OF_LAYER = "mlp.experts.experts.linear_fc1.weight"
+FC1 = f"decoder.layers.{FC1_OF_LAYER}"
 GATES = [f"model.layers.{i}.mlp.experts.{{}}.gate_proj.weight" for i in range(2)]
 ROUND_TRIPS = [
     (case, layout)
@@ -221,16 +224,28 @@ class TestChanges:
         again = take_out(hf, tmp_path / "again", tmp_path / "applied")
         assert same_files(exported, again)
 
+    @pytest.mark.parametrize("imported", [torch.bfloat16, torch.float32])
+    def test_a_run_in_float32_may_begin_from_either_precision(self, tmp_path, imported):
+        """Scales that are no powers of two: what codes mean has more digits than bfloat16."""
+        save_in_fp8(tmp_path / "hf")
+        model = FolderModel.of(HfFolder.open("--hf", tmp_path / "hf"))
+        (changed,) = (e for e in model.entries if e.slot == Slot(FC1_OF_LAYER, 1, 2))
+
+        class Run:
+            remarks = ()
+
+            def slice(self, entry):
+                value = model.joined(entry, imported).float()
+                return value + 1 if entry == changed else value
+
+        export_folder(model, Run(), tmp_path / "out", progress=lambda items, total: items)
+        names = {part.name for part in changed.parts}
+        found = self.changed(tmp_path / "hf", tmp_path / "out")
+        assert {name.removesuffix("_scale_inv") for name in found} == names
+
     def test_codes_of_what_did_not_change_go_back_as_they_were(self, tmp_path):
-        folder, experts = tmp_path / "hf", "mlp.experts."
-        save_folder(QWEN, folder)
-        tensors = {}
-        for name, value in load_file(folder / MODEL).items():
-            tensors |= in_fp8(name, value) if experts in name else {name: value.bfloat16()}
-        write_file(folder / MODEL, tensors)
-        config = json.loads((folder / "config.json").read_text())
-        config |= {"quantization_config": FP8, "dtype": "bfloat16"}
-        (folder / "config.json").write_text(json.dumps(config))
+        folder = tmp_path / "hf"
+        save_in_fp8(folder)
         checkpoint = bring_in(folder, tmp_path / "checkpoint")
         assert same_files(folder, take_out(folder, tmp_path / "out", checkpoint))
         change = {FC1: {(1, 2): lambda value: value + 1}}
@@ -242,6 +257,19 @@ class TestChanges:
         plain = take_out(folder, tmp_path / "plain", other, "--quantized", "drop")
         assert {t.dtype for t in load_file(plain / MODEL).values()} == {torch.bfloat16}
         assert "quantization_config" not in json.loads((plain / "config.json").read_text())
+
+
+def save_in_fp8(folder: Path) -> None:
+    """A model whose experts are in FP8 by blocks."""
+    save_folder(QWEN, folder)
+    tensors = {}
+    for name, value in load_file(folder / MODEL).items():
+        expert = "mlp.experts." in name
+        tensors |= in_fp8(name, value) if expert else {name: value.bfloat16()}
+    write_file(folder / MODEL, tensors)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"quantization_config": FP8, "dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 class TestCheckpoints:
@@ -461,3 +489,8 @@ def test_outputs_are_never_overwritten(hf, checkpoint, capsys):
     for words in (["import-hf", str(hf)], ["export-hf", str(checkpoint), "--hf", str(hf)]):
         assert main([*words, "--output", str(hf)]) == 2
         assert f"--output: '{hf}' is there already" in capsys.readouterr().err
+
+
+def test_the_command_offers_what_there_is():
+    assert tuple(importing.DTYPES) == command._DTYPES
+    assert command._LAYOUTS == importing.LAYOUTS
