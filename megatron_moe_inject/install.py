@@ -29,7 +29,8 @@ are methods of this run's own objects (transformer block, routers, experts, disp
 by the features that the recipe has in use. ``contracts.py`` has the rows of these functions, each
 room's ``uses.py`` those of its methods; ``moe-inject plan RECIPE --wraps`` lists them, and
 ``--inject-dry-run`` what was wrapped. Each wrapper keeps what it wraps in ``__wrapped__``
-(``host/wrap.py``), and these functions call it untouched when no recipe is given.
+(``host/wrap.py``), and these functions call it untouched when no recipe is given. Where
+Megatron-Bridge is there, its own training loops end with an error (``host/bridge.py``).
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ def install() -> None:
         ImportError: this Megatron lacks a symbol the plugin needs; all of them are named.
     """
     from megatron_moe_inject import contracts
+    from megatron_moe_inject.host.bridge import refuse_training
 
     contracts.require_always()
     import megatron.training
@@ -79,6 +81,7 @@ def install() -> None:
     for function, around in wrapped:
         wrap_function(function, functools.partial(_spread, around))
     megatron.training.pretrain = training.pretrain
+    refuse_training()
 
 
 def _spread(around: Callable, call: Call) -> Any:
