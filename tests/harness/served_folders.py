@@ -42,7 +42,13 @@ CONFIGS = {
     "gpt_oss": ("GptOssConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "nemotron_h": ("NemotronHConfig", _HYBRID),
 }
-_SAID_BY_PUBLISHERS = {"deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}}
+_SAID_BY_PUBLISHERS = {
+    "deepseek_v3": {
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "num_nextn_predict_layers": 0,
+    }
+}
 """Fields that published folders have and transformers' own config class does not write."""
 
 
