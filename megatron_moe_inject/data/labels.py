@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -103,25 +102,16 @@ class HostGroup:
 
     @classmethod
     def create(cls, model_parallel_group: dist.ProcessGroup) -> HostGroup:
-        """Make the gloo twin of every model-parallel group of the job.
+        """Make the gloo twin of this rank's model-parallel group.
 
-        Collectives: one all-gather of rank lists and one ``new_group`` per model-parallel group,
-        over the whole world; every rank must call it.
+        Collectives: one ``new_group``, in which its members meet; other groups have no part in it.
         """
-        ranks = tuple(dist.get_process_group_ranks(model_parallel_group))
-        if dist.get_world_size() == 1:
+        ranks = sorted(dist.get_process_group_ranks(model_parallel_group))
+        if len(ranks) == 1:
             return cls(None, ranks[0])
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, ranks)
-        if all(len(other) == 1 for other in gathered):
-            return cls(None, ranks[0])
-        twin: dist.ProcessGroup | None = None
-        for members in sorted(set(gathered)):
-            group = dist.new_group(list(members), backend="gloo")
-            if members == ranks:
-                assert isinstance(group, dist.ProcessGroup), "this rank is one of the members"
-                twin = group
-        return cls(twin if len(ranks) > 1 else None, min(ranks))
+        twin = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        assert isinstance(twin, dist.ProcessGroup), "this rank is one of the members"
+        return cls(twin, ranks[0])
 
     def broadcast_labels(
         self, labels: torch.Tensor | None, num_microbatches: int, micro_batch_size: int

@@ -1,10 +1,17 @@
-"""A step that can fail on some ranks fails on all of them or on none."""
+"""What the ranks of a job agree on, in messages that do not grow with their number.
+
+A step that can fail on some ranks fails on all of them or on none. Flags, sets of small numbers and
+sums are reduced; only where one rank has something to say does it say it. Objects of every rank on
+every rank would cost a job of thousands of ranks their product
+([examples/benchmarks](../../examples/benchmarks/README.md#messages-by-the-number-of-ranks)).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megatron_moe_inject.host.errors import (
@@ -15,7 +22,7 @@ from megatron_moe_inject.host.errors import (
 def agree(action: Callable[[], Any]) -> Any:
     """Run a step that can fail on some ranks only, and fail on all or none.
 
-    Collectives: one all-gather of error strings over the whole world.
+    Collectives: that of ``first_rank_with``; where a rank fails, one broadcast of its message.
 
     Raises:
         RecipeError: the first failing rank's message, on every rank.
@@ -25,11 +32,11 @@ def agree(action: Callable[[], Any]) -> Any:
         result = action()
     except RecipeError as failure:
         error = str(failure)
-    errors: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    first = next((message for message in errors if message is not None), None)
+    first = first_rank_with(error is not None)
     if first is not None:
-        raise RecipeError(first)
+        message = [error]
+        dist.broadcast_object_list(message, src=first)
+        raise RecipeError(str(message[0]))
     return result
 
 
@@ -41,3 +48,72 @@ def on_first_rank(action: Callable[[], Any]) -> Any:
     result = [agree(lambda: action() if dist.get_rank() == 0 else None)]
     dist.broadcast_object_list(result, src=0)
     return result[0]
+
+
+def first_rank_with(flag: bool) -> int | None:
+    """The lowest rank that has a flag set, ``None`` if none has.
+
+    Collectives: one all-reduce of an int64 over the whole world.
+    """
+    world = dist.get_world_size()
+    lowest = torch.tensor(dist.get_rank() if flag else world, device=collective_device())
+    dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
+    first = int(lowest.item())
+    return first if first < world else None
+
+
+def union(members: Iterable[int], size: int) -> set[int]:
+    """The numbers below ``size`` that any rank has.
+
+    Collectives: one all-reduce of ``size`` bytes over the whole world.
+    """
+    flags = torch.zeros(size, dtype=torch.uint8)
+    flags[list(members)] = 1
+    flags = flags.to(collective_device())
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return set(flags.nonzero().flatten().tolist())
+
+
+def union_of_names(names: Iterable[str], at_most: int = 100) -> set[str]:
+    """Names that any rank has, for an error.
+
+    Args:
+        names: of this rank; usually there are none anywhere, and then nothing more is sent.
+        at_most: how many of a rank are sent.
+
+    Collectives: that of ``first_rank_with``; where a rank has names, one all-gather of them.
+    """
+    own = sorted(names)[:at_most]
+    if first_rank_with(bool(own)) is None:
+        return set()
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, own)
+    return {name for rank in ranks for name in rank}
+
+
+def totals(numbers: Sequence[int]) -> list[int]:
+    """Sums over all ranks.
+
+    Collectives: one all-reduce of an int64 for each number over the whole world.
+    """
+    sums = torch.tensor(numbers, dtype=torch.int64, device=collective_device())
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def of_each_rank(numbers: Sequence[int]) -> list[list[int]]:
+    """The numbers of every rank, by rank; all ranks have as many.
+
+    Collectives: one all-gather of an int64 for each number over the whole world.
+    """
+    own = torch.tensor(numbers, dtype=torch.int64, device=collective_device())
+    ranks = own.new_empty((dist.get_world_size() * len(numbers),))
+    dist.all_gather_into_tensor(ranks, own)
+    return ranks.view(-1, len(numbers)).tolist()
+
+
+def collective_device() -> torch.device:
+    """Where tensors must lie for collectives over the whole world."""
+    if "cpu" in dist.get_backend_config():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())

@@ -257,8 +257,8 @@ def model_checksum(checkpoint: StoredCheckpoint) -> str:
 
     Each rank reads an even share of them, several parts at a time.
 
-    Collectives over the whole world: those of ``agree``, and one all-gather of a checksum for each
-    part.
+    Collectives over the whole world: those of ``agree``, one gather of a checksum for each part on
+    the first rank, and one broadcast of the result.
 
     Raises:
         RecipeError: on every rank, if a file cannot be read.
@@ -279,12 +279,16 @@ def model_checksum(checkpoint: StoredCheckpoint) -> str:
         except (OSError, EOFError) as error:
             raise checkpoint.damaged(error) from error
 
-    ranks: list[Any] = [None] * world
-    dist.all_gather_object(ranks, agree(read))
-    hasher = hashlib.sha256()
-    for name, digest in sorted(pair for share in ranks for pair in share):
-        hasher.update(f"{name}:{digest.hex()};".encode())
-    return hasher.hexdigest()
+    ranks: list[Any] | None = [None] * world if rank == 0 else None
+    dist.gather_object(agree(read), ranks)
+    result: list[str] = [""]
+    if ranks is not None:
+        hasher = hashlib.sha256()
+        for name, digest in sorted(pair for share in ranks for pair in share):
+            hasher.update(f"{name}:{digest.hex()};".encode())
+        result = [hasher.hexdigest()]
+    dist.broadcast_object_list(result, src=0)
+    return result[0]
 
 
 def _wrong(flag: str, path: str | Path, problem: str, remedy: str) -> RecipeError:

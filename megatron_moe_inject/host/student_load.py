@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_moe_inject.host import compat
-from megatron_moe_inject.host.agreement import agree, on_first_rank
+from megatron_moe_inject.host.agreement import agree, on_first_rank, union, union_of_names
 from megatron_moe_inject.host.errors import (
     RecipeError,
     listing,
@@ -102,8 +102,8 @@ class StudentLoad:
         """Megatron's ``_load_base_checkpoint``, which reads a checkpoint into what it is given.
 
         Collectives over the whole world, where a ``torch_dist`` checkpoint is read by every rank:
-        those of ``on_first_rank`` and one all-gather of what each rank asks for; of the old format,
-        those of ``agree``.
+        those of ``on_first_rank``, three of ``union_of_names`` and one all-reduce of a byte for
+        each stored tensor; of the old format, those of ``agree``.
 
         Raises:
             RecipeError: on every rank: the checkpoint lacks what the student asks for, holds more
@@ -162,8 +162,7 @@ class StudentLoad:
     def origin(self) -> Origin:
         """What was loaded, with its checksum; to be called by every rank, after loading.
 
-        Collectives over the whole world: those of ``agree``, and one all-gather of the checksums of
-        the parts of tensors that each rank read.
+        Collectives: those of ``model_checksum``.
 
         Raises:
             RecipeError: on every rank: a file cannot be read.
@@ -178,14 +177,11 @@ class StudentLoad:
         stored = on_first_rank(checkpoint.names)
         fitted = fit(state, stored)
         request = Request.of(fitted)
-        ranks: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(ranks, request.compared(stored, compat.tokenizer_vocab_size()))
-        lacking, wrong, states = ({n for rank in ranks for n in rank[i]} for i in range(3))
-        left = [
-            name
-            for name, *flags in zip(model_names(stored), *(rank[3] for rank in ranks), strict=True)
-            if not any(flags)
-        ]
+        compared = request.compared(stored, compat.tokenizer_vocab_size())
+        lacking, wrong, states = (union_of_names(names) for names in compared[:3])
+        names = model_names(stored)
+        asked = union((i for i, flag in enumerate(compared[3]) if flag), len(names))
+        left = [name for i, name in enumerate(names) if i not in asked]
         self._check(checkpoint, sorted(lacking), left, sorted(wrong))
         if states:
             raise checkpoint.error(

@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 
-from megatron_moe_inject.host.agreement import agree
+from megatron_moe_inject.host.agreement import agree, union
 from megatron_moe_inject.host.attached_loss import (
     add_reports,
     attach_loss,
@@ -125,7 +125,8 @@ class ExpertRetention:
         self._clocks: list[ChunkClock] = []
         self._layers: list[_HeldLayer] = []
         trained = agree(lambda: [_trained_experts(chunk) for chunk in chunks])
-        self._num_layers = _count_layers({layer for by_layer in trained for layer in by_layer})
+        layers = {layer for by_layer in trained for layer in by_layer}
+        self._num_layers = _count_layers(layers, self._config.num_layers)
         for chunk, by_layer in zip(chunks, trained, strict=True):
             clock = ChunkClock(chunk)
             self._clocks.append(clock)
@@ -306,13 +307,12 @@ def _trained_experts(
     return by_layer
 
 
-def _count_layers(own: set[int]) -> int:
-    ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, own)
-    if not any(ranks):
+def _count_layers(own: set[int], num_layers: int) -> int:
+    layers = union(own, num_layers)
+    if not layers:
         raise RecipeError(
             "retention.experts: holds experts, but none train; set train.experts to "
             "selected or all, or remove it",
             "retention.experts",
         )
-    return len(set().union(*ranks))
+    return len(layers)

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_moe_inject.data.packed import check_packed, packing_flag
+from megatron_moe_inject.host.agreement import union
 from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.host.megatron_types import Chunk
 from megatron_moe_inject.host.model_parts import (
@@ -221,9 +221,7 @@ class SteeringPart(RunPart):
     def _check_acts(self, chunks: Sequence[Chunk], boundary: int) -> None:
         """Steering acts where a router trains, or where what trains changes its input."""
         layers = {layer for chunk in chunks for layer in _acting(chunk, boundary)}
-        ranks: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(ranks, layers)
-        acting = set().union(*ranks)
+        acting = union(layers, chunks[0].config.num_layers)
         steered = {layer for layer, table in self._targets.items() if table.any()}
         if not steered & acting:
             raise RecipeError(

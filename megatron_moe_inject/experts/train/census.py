@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from megatron_moe_inject.host.agreement import of_each_rank, totals
 from megatron_moe_inject.host.megatron_types import Chunk, Groups
 from megatron_moe_inject.host.model_parts import (
     COMPONENTS,
@@ -51,7 +50,8 @@ def parameter_rows(chunks: Iterable[Chunk], groups: Groups) -> list[ParameterRow
         chunks: this rank's bare model chunks, policy applied.
         groups: the student's ``ProcessGroupCollection``.
 
-    Collectives: one all-gather of three small counters over the whole world.
+    Collectives: one all-reduce and one all-gather of a few numbers for each component over the
+    whole world.
     """
     trained: Counter[str] = Counter()
     frozen: Counter[str] = Counter()
@@ -62,16 +62,11 @@ def parameter_rows(chunks: Iterable[Chunk], groups: Groups) -> list[ParameterRow
         if counts_here(parameter, groups):
             counter = trained if parameter.requires_grad else frozen
             counter[place.component] += parameter.numel()
-    ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, (trained, frozen, on_rank))
+    sums = totals([counter[component] for component in COMPONENTS for counter in (trained, frozen)])
+    ranks = of_each_rank([on_rank[component] for component in COMPONENTS])
     rows = [
-        ParameterRow(
-            component,
-            trained=sum(t[component] for t, _, _ in ranks),
-            frozen=sum(f[component] for _, f, _ in ranks),
-            per_rank=[h[component] for _, _, h in ranks],
-        )
-        for component in COMPONENTS
+        ParameterRow(component, sums[2 * i], sums[2 * i + 1], [rank[i] for rank in ranks])
+        for i, component in enumerate(COMPONENTS)
     ]
     return [row for row in rows if row.trained or row.frozen]
 

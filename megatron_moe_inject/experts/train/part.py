@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_moe_inject.experts.train.boundary import GradientBoundary, agree_boundary
 from megatron_moe_inject.experts.train.census import ParameterRow, parameter_rows, parameter_table
@@ -26,9 +26,9 @@ from megatron_moe_inject.experts.train.planned import PlannedBoundary
 from megatron_moe_inject.experts.train.policy import freeze_policy, frozen_fp8
 from megatron_moe_inject.experts.train.resume import begin_or_resume
 from megatron_moe_inject.experts.train.verify import FrozenChangedError, FrozenCheck
-from megatron_moe_inject.host.agreement import agree
+from megatron_moe_inject.host.agreement import agree, union
 from megatron_moe_inject.host.errors import RecipeError, fail
-from megatron_moe_inject.host.model_parts import places
+from megatron_moe_inject.host.model_parts import COMPONENTS, places
 from megatron_moe_inject.host.schedule_plan import runs_by_plan
 from megatron_moe_inject.host.step import StepPart
 from megatron_moe_inject.recipe.run_part import Boundary, BuiltStudent, RunContext, RunPart
@@ -130,16 +130,20 @@ class FreezingPart(RunPart):
         """Every pattern of ``train.patterns`` must name a parameter of some rank, and none one
         that pipeline stages share.
 
-        Collectives: one all-gather of pattern lists over the whole world, where there are any.
+        Collectives: one all-reduce of a byte for each pattern and component over the whole world,
+        where there are any.
         """
         if not self._policy.patterns:
             return
         everywhere = [at for chunk in self._chunks for at, _ in places(chunk)]
-        matched = {(p, at.component) for at in everywhere for p in self._policy.matches(at)}
-        ranks: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(ranks, matched)
+        pairs = list(itertools.product(self._policy.patterns, COMPONENTS))
+        places_of_pairs = {pair: number for number, pair in enumerate(pairs)}
+        matched = {
+            places_of_pairs[p, at.component] for at in everywhere for p in self._policy.matches(at)
+        }
+        found = {pairs[number] for number in union(matched, len(pairs))}
         for i, pattern in enumerate(self._policy.patterns):
-            components = {kind for pairs in ranks for p, kind in pairs if p == pattern}
+            components = {kind for p, kind in found if p == pattern}
             if self._run.facts.tied_embeddings and components & {"embedding", "output_layer"}:
                 raise fail(
                     f"train.patterns[{i}]", pattern, "names the matrix that embedding and output "

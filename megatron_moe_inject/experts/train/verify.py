@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from megatron_moe_inject.experts.fp8 import weights as fp8_weights
 from megatron_moe_inject.experts.train.freeze import FreezePolicy
+from megatron_moe_inject.host.agreement import totals
 from megatron_moe_inject.host.model_parts import (
     ROWS,
     places,
@@ -144,20 +145,23 @@ class FrozenCheck:
     def verify(self) -> str:
         """Check every rank and say so in one line.
 
-        Collectives: one all-gather of name lists over the whole world.
+        Collectives: one all-reduce of a few numbers over the whole world; where something changed,
+        one all-gather of some names.
 
         Raises:
             FrozenChangedError: on every rank, if any rank holds a changed frozen tensor.
         """
-        reports: list[tuple[int, list[str]]] = [(0, [])] * dist.get_world_size()
-        dist.all_gather_object(reports, (len(self._before), self.changed()))
-        broken = {rank: names for rank, (_, names) in enumerate(reports) if names}
-        if broken:
-            rank, names = next(iter(broken.items()))
+        changed = self.changed()
+        total, wrong = totals([len(self._before), len(changed)])
+        if wrong:
+            reports: list[list[str]] = [[]] * dist.get_world_size()
+            dist.all_gather_object(reports, changed[:6])
+            broken = [rank for rank, names in enumerate(reports) if names]
+            names = reports[broken[0]]
             examples = ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
             raise FrozenChangedError(
-                f"{sum(map(len, broken.values()))} frozen tensors changed during training on "
-                f"ranks {sorted(broken)}; first on rank {rank}: {examples}"
+                f"{wrong} frozen tensors changed during training on ranks {broken}; "
+                f"first on rank {broken[0]}: {examples}"
             )
-        count = sum(total for total, _ in reports)
-        return f"frozen check: {count} frozen tensors on {len(reports)} ranks bitwise unchanged"
+        ranks = dist.get_world_size()
+        return f"frozen check: {total} frozen tensors on {ranks} ranks bitwise unchanged"
