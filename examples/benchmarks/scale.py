@@ -101,8 +101,8 @@ class Recorder:
     def _note(self, place: str, name: str, given: dict[str, Any]) -> None:
         import torch.distributed as dist
 
-        members = len(given["ranks"]) if name == "new_group" else None
-        size = members or dist.get_world_size(given.get("group"))
+        members = given.get("ranks")
+        size = len(members) if members else dist.get_world_size(given.get("group"))
         sent, received = _bytes(name, list(given.values()))
         entry = self.calls[self.phase, place, name, size]
         for index, value in enumerate((1, sent, received)):
