@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_moe_inject.host.agreement import host_twin
 from megatron_moe_inject.host.step import MicroBatch
 
 DATASET_ID = "dataset_id"
@@ -104,14 +105,10 @@ class HostGroup:
     def create(cls, model_parallel_group: dist.ProcessGroup) -> HostGroup:
         """Make the gloo twin of this rank's model-parallel group.
 
-        Collectives: one ``new_group``, in which its members meet; other groups have no part in it.
+        Collectives: that of ``host_twin``.
         """
-        ranks = sorted(dist.get_process_group_ranks(model_parallel_group))
-        if len(ranks) == 1:
-            return cls(None, ranks[0])
-        twin = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
-        assert isinstance(twin, dist.ProcessGroup), "this rank is one of the members"
-        return cls(twin, ranks[0])
+        ranks = dist.get_process_group_ranks(model_parallel_group)
+        return cls(host_twin(model_parallel_group), min(ranks))
 
     def broadcast_labels(
         self, labels: torch.Tensor | None, num_microbatches: int, micro_batch_size: int

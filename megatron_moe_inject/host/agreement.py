@@ -112,6 +112,20 @@ def of_each_rank(numbers: Sequence[int]) -> list[list[int]]:
     return ranks.view(-1, len(numbers)).tolist()
 
 
+def host_twin(group: dist.ProcessGroup) -> dist.ProcessGroup | None:
+    """A gloo group of the ranks of one of this rank's groups, ``None`` for one rank alone.
+
+    Collectives: one ``new_group``, in which its members meet; others have no part in it, so that
+    neither its making nor the connections of a rank grow with the world.
+    """
+    ranks = sorted(dist.get_process_group_ranks(group))
+    if len(ranks) == 1:
+        return None
+    twin = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+    assert isinstance(twin, dist.ProcessGroup), "this rank is one of the members"
+    return twin
+
+
 def collective_device() -> torch.device:
     """Where tensors must lie for collectives over the whole world."""
     if "cpu" in dist.get_backend_config():

@@ -44,7 +44,8 @@ class OriginalPass:
         stages: pipeline size under interleaving, else 1.
         group: micro-batches that an interleaved schedule runs through a chunk at a time
             (``--microbatch-group-size-per-virtual-pipeline-stage``), else 1.
-        host_group: all ranks, over gloo, to agree on the number of micro-batches; None = one rank.
+        host_group: data-parallel ranks, over gloo, to agree on the number of micro-batches; None =
+            one rank.
         whole: micro-batches keep their size, because ranks that read no data (tensor parallelism)
             expect it.
         same: keys whose values are the same for all samples, so that they need not be picked: a
@@ -83,9 +84,9 @@ class OriginalPass:
         """One forward-only pass; nothing runs where no rank has a general sample. Random numbers
         that it draws are not missing in training.
 
-        Collectives: one all-reduce (maximum) of one number over the whole world, since experts are
-        shared by data-parallel ranks and each needs as many micro-batches as the fullest; then
-        those of the schedule.
+        Collectives: one all-reduce (maximum) of one number over the data-parallel ranks, since
+        they share experts and each needs as many micro-batches as the fullest (ranks of one
+        data-parallel index have the same samples); then those of the schedule.
         """
         general = step.labels == GENERAL
         self._place = {(n, b): i for i, (n, b) in enumerate(general.nonzero().tolist())}

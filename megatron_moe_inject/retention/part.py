@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
-
-import torch.distributed as dist
+from typing import Any
 
 from megatron_moe_inject.data.packed import check_packed, packing_flag
 from megatron_moe_inject.host import compat
+from megatron_moe_inject.host.agreement import host_twin
 from megatron_moe_inject.host.loss_seam import LossSeam
 from megatron_moe_inject.host.original_values import OriginalValues
 from megatron_moe_inject.host.step import Step, StepPart
@@ -65,8 +64,8 @@ class OriginalsPart(RunPart):
     def attach(self, student: BuiltStudent) -> StepPart | None:
         """Keep them: as loaded, or as the injection began.
 
-        Collectives: those of ``OriginalParameters.carry``; one ``new_group`` over the whole world
-        for the original model.
+        Collectives: those of ``OriginalParameters.carry``; with gamma that of
+        ``host_twin`` for the original model.
 
         Raises:
             RecipeError: on every rank: what the injection began with is missing or damaged.
@@ -87,10 +86,6 @@ class OriginalsPart(RunPart):
     def _original_pass(self, originals: OriginalParameters, student: BuiltStudent) -> OriginalPass:
         groups, config = student.groups, student.chunks[0].config
         interleaved = len(student.chunks) > 1
-        everyone: dist.ProcessGroup | None = None
-        if dist.get_world_size() > 1:
-            # torch's stub has what it gives ranks outside, and every rank is inside.
-            everyone = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
         resets = {
             "position_ids": self._run.args.reset_position_ids,
             "attention_mask": self._run.args.reset_attention_mask,
@@ -102,7 +97,7 @@ class OriginalsPart(RunPart):
             tp_group=groups.tp if groups.tp.size() > 1 else None,
             stages=groups.pp.size() if interleaved else 1,
             group=config.microbatch_group_size_per_vp_stage if interleaved else 1,
-            host_group=everyone,
+            host_group=host_twin(groups.dp),
             whole=groups.tp.size() > 1,
             same=[key for key, reset in resets.items() if not (reset or packed)],
             packed=packed,
