@@ -1,6 +1,6 @@
 """What the plugin says between ranks: messages and bytes of each collective by the number of ranks.
 
-    python examples/benchmarks/scale.py [--ranks 1 2 4] [--steps 3]
+    python examples/benchmarks/scale.py [--ranks 1 2 4] [--steps 3] [--layout=FLAGS]
     python examples/benchmarks/scale.py --simulate 64 256 1024 4096
 
 The first form trains for real on the CPU lane, one injection with a teacher, an original model,
@@ -216,7 +216,7 @@ def measure(options: argparse.Namespace) -> None:
             run = flags(folder, 64, *MOE, "--train-iters", str(options.steps), "--finetune")
             run += ["--no-load-optim", "--no-load-rng", "--load", f"{folder}/student"]
             run += ["--save", f"{folder}/saved{ranks}", "--save-interval", "1000"]
-            run += ["--expert-model-parallel-size", str(min(ranks, 2))]
+            run += ["--expert-model-parallel-size", str(min(ranks, 2)), *options.layout.split()]
             run += ["--inject-recipe", f"{folder}/recipe.yaml", "--inject-verify-frozen"]
             launch(ranks, __file__, "--worker", str(out), *run)
             _add(sizes, ranks, out, options.steps)
@@ -324,6 +324,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--layout", default="", help="more flags, as one word")
     parser.add_argument("--simulate", type=int, nargs="+", metavar="RANKS")
     options = parser.parse_args()
     if options.simulate:
