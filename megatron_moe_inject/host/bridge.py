@@ -36,8 +36,8 @@ call ``pretrain``; a script with a loop of its own calls ``setup``."""
 MESSAGE = (
     "megatron.bridge trains with a loop of its own, in which the plugin has no part: a recipe "
     "would be ignored. Train with `python -m megatron_moe_inject.pretrain` or one of Megatron-LM's "
-    "scripts, from a checkpoint made of the model's Hugging Face folder; to train with Bridge and "
-    "without a recipe, leave out the launcher and install(). "
+    "scripts, from a checkpoint that `moe-inject import-hf` makes of the model's folder; to train "
+    "with Bridge and without a recipe, leave out the launcher and install(). "
     "See the page megatron_moe_inject/host/README.md, Megatron-Bridge"
 )
 _MINUTES = 10

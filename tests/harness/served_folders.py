@@ -1,4 +1,4 @@
-"""Tiny random folders of every architecture that is exported, and vLLM's answer to them"""
+"""Tiny random folders in sizes that vLLM's layers take, and vLLM's answer to folders"""
 
 import json
 import os
@@ -35,7 +35,7 @@ CONFIGS = {
     "gemma3_text": ("Gemma3TextConfig", {}),
     "qwen3_moe": ("Qwen3MoeConfig", _EXPERTS),
     "qwen2_moe": ("Qwen2MoeConfig", {**_EXPERTS, "shared_expert_intermediate_size": 64}),
-    "olmoe": ("OlmoeConfig", _EXPERTS),
+    "olmoe": ("OlmoeConfig", {"num_experts": 4, "num_experts_per_tok": 2}),
     "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "deepseek_v2": ("DeepseekV2Config", {**_LATENT, "q_lora_rank": None, "n_group": 1}),
     "deepseek_v3": ("DeepseekV3Config", {**_LATENT, "q_lora_rank": 32, "n_group": 2}),

@@ -4,9 +4,11 @@ import re
 
 import pytest
 
+from megatron_moe_inject.cli import main
 from tests.harness.served_folders import CONFIGS, asked_of_vllm, keys_of, save_tiny
 from tests.harness.served_names import PATTERNS, incomplete_for_vllm, unknown_to_vllm
 
+CONVERTED = tuple(name for name in CONFIGS if not name.startswith("gemma"))
 FOREIGN = (
     "nonsense.weight",
     "transformer.h.0.attn.weight",
@@ -83,6 +85,34 @@ def test_published_folders_of_deepseek_v3_are_known():
     assert unknown_to_vllm("deepseek_v3", keys) == []
     assert unknown_to_vllm("deepseek_v2", keys) == keys
     assert unknown_to_vllm("deepseek_v3", [f"{layer}mlp.gate.weight_scale_inv"]) != []
+
+
+@pytest.fixture(scope="module")
+def exported(folders):
+    """The folders after a way through Megatron and back."""
+    root = folders / "exported"
+    root.mkdir()
+    for model_type in CONVERTED:
+        checkpoint = str(root / f"{model_type}-checkpoint")
+        folder = str(folders / model_type)
+        assert main(["import-hf", folder, "--output", checkpoint]) == 0
+        export = ["export-hf", checkpoint, "--hf", folder, "--output", str(root / model_type)]
+        assert main(export) == 0
+    return root
+
+
+@pytest.mark.parametrize("model_type", CONVERTED)
+def test_an_exported_folder_is_known_and_complete(exported, model_type):
+    keys = keys_of(exported / model_type)
+    assert unknown_to_vllm(model_type, keys) == []
+    assert incomplete_for_vllm(model_type, keys) == []
+
+
+def test_vllm_reads_an_exported_folder_whole(exported):
+    answers = asked_of_vllm([{"folder": str(exported / name)} for name in CONVERTED])
+    for name, answer in zip(CONVERTED, answers, strict=True):
+        wrong = answer["error"] or answer["unreported"] or answer["unwritten"]
+        assert not wrong, (name, answer)
 
 
 def test_vllm_reads_what_the_data_says_and_misses_what_it_says(folders):
