@@ -27,6 +27,7 @@ EXPERT_MODES = ("selected", "all", "none")
 TEACHER_DTYPES = ("params", "fp32", "bf16")
 FP8_SCALINGS = ("blockwise", "tensorwise")
 """Values of ``--fp8-recipe`` whose weights need no history."""
+TEACHER_RANKS = ("auto", "last", "pipeline")
 TEACHER_FP8 = ("none", *FP8_SCALINGS)
 FROZEN_EXPERTS = ("params", "fp8")
 LAYER_NUMBERS = ("gpt", "hybrid")
@@ -87,6 +88,9 @@ class TeacherSpec:
             ``blockwise``, with scales from the values at hand, apart from the student's.
         prefix: what it reads in front of each text: ``auto``, what its own tokenizer puts there,
             ``none``, ``bos``, or ids.
+        ranks: which pipeline stages hold it and run it before the step: ``last``, ``pipeline`` (all
+            together), or ``auto``: all, if it has no window and leaves the others three quarters of
+            what the student leaves of their memory.
     """
 
     source: str = field(metadata={"remedy": "write source: megatron:/dir or source: hf:/dir"})
@@ -96,6 +100,7 @@ class TeacherSpec:
     layers: dict[int, int] = field(default_factory=dict)
     fp8: str = field(default="none", metadata={"choices": TEACHER_FP8})
     prefix: str | list[int] = "auto"
+    ranks: str = field(default="auto", metadata={"choices": TEACHER_RANKS})
 
     @property
     def kind(self) -> str:

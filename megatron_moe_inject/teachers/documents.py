@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_moe_inject.teachers.base import Teacher
-from megatron_moe_inject.teachers.forward import MAX_SEQUENCES
 from megatron_moe_inject.teachers.fp8 import LENGTH_MULTIPLE
+from megatron_moe_inject.teachers.spread import MAX_SEQUENCES, Loads, pass_size
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,21 @@ class Rows:
         return self.length * len(self.documents)
 
 
-def plan_rows(lengths: Sequence[Sequence[int]], ranks: int, max_tokens: int) -> list[list[Rows]]:
+def plan_rows(
+    lengths: Sequence[Sequence[int]],
+    ranks: int,
+    max_tokens: int,
+    busy: Sequence[float] | None = None,
+) -> list[list[Rows]]:
     """Which rank runs which documents, in passes; the same wherever it is asked.
+
+    The passes depend on nothing but the lengths, how many ranks there are and ``max_tokens``.
 
     Args:
         lengths: those of the documents of each sample, in order.
         ranks: that share the work.
         max_tokens: of one pass; a longer document has one of its own.
+        busy: by rank, tokens that it has to do already; None for none.
     """
     documents, first = [], 0
     for length in (length for sample in lengths for length in sample):
@@ -66,8 +74,11 @@ def plan_rows(lengths: Sequence[Sequence[int]], ranks: int, max_tokens: int) -> 
         passes.append(Rows(length, tuple(documents[:count])))
         documents = documents[count:]
     shares: list[list[Rows]] = [[] for _ in range(ranks)]
+    costs = [0.0] * ranks if busy is None else list(busy)
     for rows in sorted(passes, key=lambda rows: -rows.cost):
-        min(shares, key=lambda share: sum(own.cost for own in share)).append(rows)
+        rank = min(range(ranks), key=costs.__getitem__)
+        shares[rank].append(rows)
+        costs[rank] += rows.cost
     return shares
 
 
@@ -103,24 +114,123 @@ def document_forward(
     size, rank = (1, 0) if group is None else (group.size(), group.rank())
     shares = plan_rows(lengths, size, max_sequences * length)
     flat = tokens.flatten()
-    parts: list[list[torch.Tensor]] = [[empty] for _ in range(1 + len(layers))]
+    parts = [[empty] * (1 + len(layers))]
     for rows in shares[rank]:
-        states = teacher.states(flat[_places(rows, flat.device)], layers=layers)
-        real = _real(rows, flat.device)
-        for part, layer_states in zip(parts, states, strict=True):
-            part.append(layer_states.flatten(0, 1).index_select(0, real))
-    totals = [sum(own for rows in share for _, own in rows.documents) for share in shares]
-    order = _order(shares, max(totals), flat.device)
+        parts.append(_in_pass(teacher, rows, flat[_places(rows, flat.device)], layers))
+    whole = [torch.cat(layer_parts) for layer_parts in zip(*parts, strict=True)]
+    return [states.view(count, length, -1) for states in _gathered(whole, shares, group)]
+
+
+def _in_pass(
+    teacher: Teacher, rows: Rows, tokens: torch.Tensor, layers: Sequence[int]
+) -> list[torch.Tensor]:
+    """States of a pass's tokens ``[r, m]``, without those that fill rows up."""
+    real = _real(rows, tokens.device)
+    states = teacher.states(tokens, layers=layers)
+    return [layer_states.flatten(0, 1).index_select(0, real) for layer_states in states]
+
+
+def _gathered(
+    parts: Sequence[torch.Tensor],
+    shares: Sequence[Sequence[Rows]],
+    group: dist.ProcessGroup | None,
+) -> list[torch.Tensor]:
+    """This rank's states ``[t, h_t]`` with those of the others, in the order of the samples."""
+    totals = [_tokens(share) for share in shares]
+    order = _order(shares, max(totals), parts[0].device)
     gathered = []
-    for part in parts:
-        mine = torch.cat(part)
-        if size > 1:
-            padded = mine.new_zeros(max(totals), teacher.hidden_size)
+    for mine in parts:
+        if group is not None and group.size() > 1:
+            padded = mine.new_zeros(max(totals), *mine.shape[1:])
             padded[: len(mine)] = mine
-            mine = padded.new_empty(size * max(totals), teacher.hidden_size)
+            mine = padded.new_empty(len(shares) * max(totals), *mine.shape[1:])
             dist.all_gather_into_tensor(mine, padded, group=group)
-        gathered.append(mine.index_select(0, order).view(count, length, -1))
+        gathered.append(mine.index_select(0, order))
     return gathered
+
+
+def _tokens(share: Sequence[Rows]) -> int:
+    """Tokens of the documents of a share."""
+    return sum(own for rows in share for _, own in rows.documents)
+
+
+class DocumentWork:
+    """Which stage of a pipeline runs which documents of a step's packed samples.
+
+    As ``forward.SampleWork``; each rank of the pipelines of all TP x CP places has documents of
+    its own (``plan_rows``).
+
+    Args:
+        lengths: by sample, those of its documents, on the host.
+        length: s.
+        place: among the TP x CP places, and how many there are.
+        loads: what the stages have to do already; this work is added.
+        ratio: see ``spread.sequences_by_stage``.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[Sequence[int]],
+        length: int,
+        place: tuple[int, int],
+        loads: Loads,
+        ratio: float,
+    ) -> None:
+        rank, ranks = place
+        stages, count = loads.stages, len(lengths)
+        self._shape = (count, length)
+        most = pass_size(-(-count // ranks), stages, length) * length
+        busy = [start * length for start in loads.head_starts(ratio)]
+        # The last stage first: where several would do, what it has run need not be sent.
+        shares = plan_rows(lengths, ranks * stages, most, busy[::-1] * ranks)
+        places = [shares[i * stages : (i + 1) * stages][::-1] for i in range(ranks)]
+        self._own = places[rank]
+        self._by_place = [[rows for share in place for rows in share] for place in places]
+        costs = [[sum(rows.cost for rows in share) for share in place] for place in places]
+        loads.add([max(of_stage) / length for of_stage in zip(*costs, strict=True)], ratio)
+
+    def tokens(self, stage: int) -> tuple[int, ...]:
+        """``(t,)``, tokens of a stage's documents."""
+        return (_tokens(self._own[stage]),)
+
+    def sequences(self, stage: int) -> float:
+        """How much a stage runs, in samples of s tokens."""
+        return sum(rows.cost for rows in self._own[stage]) / self._shape[1]
+
+    def shapes(self, stage: int, inputs: int) -> list[tuple[int, ...]]:
+        """Of a stage's ``inputs``: its rows, one after the other."""
+        assert inputs == 1, "documents have their own positions"
+        return [(sum(rows.cost for rows in self._own[stage]),)]
+
+    def inputs(self, stage: int, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """A stage's rows, one after the other, of the tokens ``[k, s]``."""
+        (tokens,) = inputs
+        flat = tokens.flatten()
+        rows = [flat[_places(rows, flat.device)].flatten() for rows in self._own[stage]]
+        return [torch.cat([flat[:0], *rows])]
+
+    def run(
+        self, stage: int, teacher: Teacher, inputs: Sequence[torch.Tensor], layers: Sequence[int]
+    ) -> list[torch.Tensor]:
+        """States ``[t, h_t]`` of a stage's ``inputs``, for the head and each of ``layers``."""
+        (tokens,) = inputs
+        parts = []
+        for rows in self._own[stage]:
+            own, tokens = tokens[: rows.cost], tokens[rows.cost :]
+            parts.append(_in_pass(teacher, rows, own.view(-1, rows.length), layers))
+        return [torch.cat(layer_parts) for layer_parts in zip(*parts, strict=True)]
+
+    def together(
+        self, by_stage: Sequence[torch.Tensor], group: dist.ProcessGroup | None
+    ) -> torch.Tensor:
+        """All states ``[k, s, h_t]`` of those of each stage.
+
+        Collectives: one all-gather over ``group``, the ranks of the other places.
+        """
+        mine = torch.cat(list(by_stage))
+        if self._shape[0]:
+            (mine,) = _gathered([mine], self._by_place, group)
+        return mine.view(*self._shape, mine.shape[-1])
 
 
 def _places(rows: Rows, device: torch.device) -> torch.Tensor:

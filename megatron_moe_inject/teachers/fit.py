@@ -15,6 +15,7 @@ from megatron_moe_inject.host.errors import (
     listing,
 )
 from megatron_moe_inject.host.megatron_types import Chunk, Groups
+from megatron_moe_inject.recipe.facts import StudentFacts
 from megatron_moe_inject.recipe.schema import Recipe
 from megatron_moe_inject.teachers.base import Teacher, TeacherInfo
 from megatron_moe_inject.teachers.loading import (
@@ -24,6 +25,7 @@ from megatron_moe_inject.teachers.loading import (
     states_dtype,
 )
 from megatron_moe_inject.teachers.occurrences import occurrences
+from megatron_moe_inject.teachers.pipeline import Helper, Pipeline, SpreadTeacher
 from megatron_moe_inject.teachers.prefix import words
 from megatron_moe_inject.teachers.step_pass import CommitteePass, TeacherPass
 
@@ -123,6 +125,52 @@ def remarks(
     return lines
 
 
+def placement_remarks(recipe: Recipe, facts: StudentFacts) -> list[str]:
+    """What a plan says where ``ranks`` asks for what the layout makes no difference to."""
+    if facts.parallel.pp > 1:
+        return []
+    return [
+        f"teachers.{name}.ranks: pipeline: there is one stage, which runs the teacher alone"
+        for name, spec in recipe.teachers.items()
+        if spec.ranks == "pipeline"
+    ]
+
+
+def loaded_teacher(
+    recipe: Recipe,
+    info: TeacherInfo,
+    args: Namespace,
+    params_dtype: torch.dtype,
+    device: torch.device,
+) -> Teacher:
+    """Load a teacher on this rank; no collective.
+
+    Args:
+        info: of ``checked_teachers``.
+        params_dtype: type of the student's parameters.
+        device: where they are.
+
+    Raises:
+        RecipeError: it cannot be loaded.
+    """
+    spec = recipe.teachers[info.name]
+    return load_teacher(
+        info.name,
+        spec.source,
+        params_dtype=states_dtype(spec.dtype, params_dtype),
+        device=device,
+        resets_documents=reads_masks(args),
+        fp8=spec.fp8,
+        prefix=info.prefix,
+    )
+
+
+def reads_masks(args: Namespace) -> bool:
+    """Whether teachers must see the positions and masks of the batch, which begin anew at each
+    document; packed documents go through a teacher by themselves."""
+    return packing_flag(args) is None and (args.reset_position_ids or args.reset_attention_mask)
+
+
 def teacher_pass(
     recipe: Recipe,
     info: TeacherInfo,
@@ -132,30 +180,21 @@ def teacher_pass(
     *,
     valid_vocab_size: int,
     layers_of: Callable[[Teacher], Sequence[int]] = lambda teacher: (),
+    pipeline: Pipeline | None = None,
 ) -> TeacherPass:
     """Load a teacher beside the student's chunk with the output layer; no collective.
 
     Args:
         info: of ``checked_teachers``.
         layers_of: the teacher's layers whose states are wanted besides.
+        pipeline: where all stages run it.
 
     Raises:
         RecipeError: it cannot be loaded, or knows fewer tokens than the student's tokenizer.
     """
     name, spec = info.name, recipe.teachers[info.name]
     head_weight = chunk.shared_embedding_or_output_weight()  # for its type, place and rows
-    resets = args.reset_position_ids or args.reset_attention_mask
-    if packing_flag(args) is not None:  # each document goes through the teacher by itself
-        resets = False
-    teacher = load_teacher(
-        name,
-        spec.source,
-        params_dtype=states_dtype(spec.dtype, head_weight.dtype),
-        device=head_weight.device,
-        resets_documents=resets,
-        fp8=spec.fp8,
-        prefix=info.prefix,
-    )
+    teacher = loaded_teacher(recipe, info, args, head_weight.dtype, head_weight.device)
     if teacher.vocab_size < valid_vocab_size and not info.shared.by_token:
         raise RecipeError(
             f"teachers.{name}.source: {spec.source} knows {teacher.vocab_size} tokens, but the "
@@ -179,10 +218,36 @@ def teacher_pass(
         share_group=groups.tp_cp,
         window=spec.window,
         layers=layers_of(teacher),
-        resets_documents=resets,
+        resets_documents=reads_masks(args),
         transform=transform,
         unknown=sorted(info.shared.unknown),
+        pipeline=pipeline,
     )
+
+
+def helper(
+    recipe: Recipe,
+    info: TeacherInfo,
+    args: Namespace,
+    device: torch.device,
+    *,
+    layers_of: Callable[[Teacher], Sequence[int]],
+) -> Helper:
+    """Load a teacher on a stage that helps the last one; no collective. Arguments and errors as of
+    ``teacher_pass``."""
+    teacher = loaded_teacher(recipe, info, args, args.params_dtype, device)
+    window = recipe.teachers[info.name].window
+    spread = SpreadTeacher(teacher, layers_of(teacher), reads_masks(args), window)
+    return Helper(spread, taught_domains(recipe)[info.name])
+
+
+def taught_domains(recipe: Recipe) -> dict[str, list[int]]:
+    """Indices of the domains that each teacher teaches, in the order in which teachers run."""
+    taught: dict[str, list[int]] = {}
+    for index, domain in enumerate(recipe.domains):
+        for name in domain.teacher_weights:
+            taught.setdefault(name, []).append(index)
+    return taught
 
 
 def by_domain(

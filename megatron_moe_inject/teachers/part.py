@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megatron_moe_inject.data.packed import (
@@ -25,10 +26,16 @@ from megatron_moe_inject.teachers.base import TeacherInfo
 from megatron_moe_inject.teachers.fit import (
     by_domain,
     checked_teachers,
+    helper,
+    placement_remarks,
     remarks,
+    taught_domains,
     teacher_pass,
 )
 from megatron_moe_inject.teachers.loading import states_dtype
+from megatron_moe_inject.teachers.pace import Pace
+from megatron_moe_inject.teachers.pipeline import Helper, Pipeline
+from megatron_moe_inject.teachers.placement import Placement, Wish, placements, spare_bytes
 from megatron_moe_inject.teachers.step_teachers import ComparesPrefix, OriginalTeacher, StepTeachers
 
 
@@ -59,15 +66,23 @@ class TeachersPart(RunPart):
         }
 
     def attach(self, student: BuiltStudent) -> StepPart | None:
-        """Load them on the last stage.
+        """Load them on the last stage, or on all.
 
-        Collectives: those of ``agree``.
+        Collectives: those of ``agree``, of ``_spare``, and of ``Pipeline`` where one is run by all
+        stages.
 
         Raises:
             RecipeError: on every rank: one cannot be loaded.
         """
         run, last = self._run, student.last
-        taught = agree(lambda: {} if last is None else self._taught(last, student.groups))
+        pipeline = self._pipeline(student)
+        taught, helpers = agree(
+            lambda: (
+                ({}, self._helpers(student, pipeline))
+                if last is None
+                else (self._taught(last, student.groups, pipeline), [])
+            )
+        )
         watch = run.get(FiniteWatch)
         compares = run.get(ComparesPrefix)
         original = run.get(OriginalTeacher)
@@ -79,37 +94,70 @@ class TeachersPart(RunPart):
             see=(lambda name, states: None) if watch is None else watch.see,
             compares_prefix=lambda: compares is not None and compares.compares_prefix,
             packed=bool(run.recipe.teachers) and packing_flag(run.args) is not None,
+            pipeline=pipeline,
+            helpers=helpers,
         )
         run.provide(StepTeachers, teachers)
         if run.kind == INJECTION:
             texts = {} if dist.get_rank() else texts_by_teacher(run)
             run.warnings += remarks(self._infos, run.args.seq_length, texts)
+            run.warnings += placement_remarks(run.recipe, run.facts)
         return teachers
 
     def plan_lines(self, given: Mapping[str, list[str]]) -> Mapping[str, list[str]]:
         """With sizes and places."""
-        dtype = self._run.args.params_dtype
         rows = {
             name: (
                 f"{info.kind}: {info.num_layers} layers, hidden {info.hidden_size}",
                 count(info.parameters),
-                memory_text(
-                    info.parameters
-                    * states_dtype(self._run.recipe.teachers[name].dtype, dtype).itemsize
-                ),
-                "every rank of the last stage",
+                memory_text(self._size(info)),
+                held_by(self._placements[name], self._run.facts.parallel.pp),
             )
             for name, info in self._infos.items()
         }
         return teacher_lines(self._run.recipe, rows)
 
-    def _taught(self, chunk: Chunk, groups: Groups) -> dict[int, Any]:
+    def _size(self, info: TeacherInfo) -> int:
+        """Bytes of its parameters, FP8 copies not counted."""
+        spec = self._run.recipe.teachers[info.name]
+        return info.parameters * states_dtype(spec.dtype, self._run.args.params_dtype).itemsize
+
+    def _pipeline(self, student: BuiltStudent) -> Pipeline | None:
+        """Decide which teachers are run by all stages, which then work together."""
+        wishes = {}
+        for name, info in self._infos.items():
+            spec = self._run.recipe.teachers[name]
+            wishes[name] = Wish(spec.ranks, self._size(info), bool(spec.window))
+        groups, stages = student.groups, student.groups.pp.size()
+        spare = _spare(student) if stages > 1 and wishes else None
+        self._placements = placements(wishes, stages, spare)
+        order = taught_domains(self._run.recipe)
+        names = [name for name in order if self._placements[name].spread]
+        if not names:
+            return None
+        waited_for = [chunk for chunk in student.chunks if chunk is not student.last]
+        pace = Pace(waited_for, names, student.device)
+        return Pipeline(groups.pp, groups.tp_cp, pace, student.device)
+
+    def _helpers(self, student: BuiltStudent, pipeline: Pipeline | None) -> list[Helper]:
+        """Teachers that a stage without output layer helps with."""
+        run = self._run
+        return [
+            helper(
+                *(run.recipe, self._infos[name], run.args, student.device),
+                layers_of=self._layers_of,
+            )
+            for name in (() if pipeline is None else pipeline.names)
+        ]
+
+    def _layers_of(self, teacher: Any) -> Sequence[int]:
+        """Layers of a loaded teacher that some part wants."""
+        parts = self._run.parts
+        return sorted({layer for part in parts for layer in part.teacher_layers(teacher)})
+
+    def _taught(self, chunk: Chunk, groups: Groups, pipeline: Pipeline | None) -> dict[int, Any]:
         """The teachers of the domains, loaded beside the student's last chunk."""
         run = self._run
-
-        def layers_of(teacher: Any) -> Sequence[int]:
-            return sorted({layer for part in run.parts for layer in part.teacher_layers(teacher)})
-
         passes = {
             name: teacher_pass(
                 run.recipe,
@@ -118,11 +166,39 @@ class TeachersPart(RunPart):
                 chunk,
                 groups,
                 valid_vocab_size=run.valid_vocab_size,
-                layers_of=layers_of,
+                layers_of=self._layers_of,
+                pipeline=pipeline if self._placements[name].spread else None,
             )
             for name, info in self._infos.items()
         }
         return by_domain(run.recipe, passes)
+
+
+def held_by(placement: Placement, stages: int) -> str:
+    """Which ranks hold a teacher, and why."""
+    if stages == 1:
+        return "every rank"
+    where = f"all {stages} stages" if placement.spread else "the last stage"
+    return f"every rank of {where}, {placement.reason}"
+
+
+def _spare(student: BuiltStudent) -> int | None:
+    """``spare_bytes`` of the fullest rank of all stages but the last; None without a GPU.
+
+    Collectives: on GPUs one all-reduce of one number over the whole world.
+    """
+    device = student.device
+    if device.type != "cuda":
+        return None
+    spare = memory = torch.cuda.get_device_properties(device).total_memory
+    if student.last is None:
+        own = [parameter for chunk in student.chunks for parameter in chunk.parameters()]
+        size = sum(parameter.numel() * parameter.element_size() for parameter in own)
+        trained = sum(parameter.numel() for parameter in own if parameter.requires_grad)
+        spare = spare_bytes(memory, size, trained)
+    least = torch.tensor(spare, device=device)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    return int(least)
 
 
 def teacher_lines(recipe: Recipe, rows: Mapping[str, tuple[str, ...]]) -> dict[str, list[str]]:

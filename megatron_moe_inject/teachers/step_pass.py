@@ -2,7 +2,8 @@
 passes.
 
 Only samples of the teacher's domains are run. The TP x CP ranks of the stage hold the same
-samples, so they share them (``forward.shared_forward``) instead of repeating them. What is kept
+samples, so they share them (``forward.shared_forward``) instead of repeating them, and with the
+other stages where these hold the teacher, too (``pipeline``). What is kept
 is the pre-head hidden state of each sample, sliced to this rank's context-parallel part.
 
 A teacher may lack some of the student's added tokens. It cannot read one, so from the first of them
@@ -33,6 +34,7 @@ from megatron_moe_inject.losses.target import Dense, Mixed, Target
 from megatron_moe_inject.teachers.base import Teacher
 from megatron_moe_inject.teachers.documents import document_forward
 from megatron_moe_inject.teachers.forward import shared_forward
+from megatron_moe_inject.teachers.pipeline import Pipeline, SpreadTeacher
 from megatron_moe_inject.teachers.prefix import PrefixedTeacher
 
 
@@ -162,6 +164,8 @@ class TeacherPass:
             the batch's own ``position_ids`` and ``attention_mask``.
         transform: what makes its logits; by default the teacher's own.
         unknown: ids of the student that the teacher lacks.
+        pipeline: the stages that share what is run before the schedule; None where the last stage
+            runs it alone.
     """
 
     def __init__(
@@ -177,6 +181,7 @@ class TeacherPass:
         resets_documents: bool = False,
         transform: LogitTransform | None = None,
         unknown: Sequence[int] = (),
+        pipeline: Pipeline | None = None,
     ) -> None:
         assert not (window and layers), "layer states are shared once per step"
         self.teacher = teacher
@@ -193,6 +198,8 @@ class TeacherPass:
         self._input_names: tuple[str, ...] = ("tokens",)
         if resets_documents:
             self._input_names += ("position_ids", "attention_mask")
+        self._pipeline = pipeline
+        self._spread = SpreadTeacher(teacher, self.layers, resets_documents, window)
         self._states: dict[int, torch.Tensor] = {}
         self._layer_states: dict[int, torch.Tensor] = {}
         self._bare_teacher: Teacher | None = None
@@ -214,7 +221,8 @@ class TeacherPass:
         bare: bool = False,
         starts: torch.Tensor | None = None,
     ) -> None:
-        """Start a step: share the inputs of the selected samples and run the first window.
+        """Start a step: share the inputs of the selected samples and run the first window, or with
+        a pipeline hand it to that.
 
         Args:
             batches: on the rank that reads data, the n micro-batches with ``tokens`` ``[b, s]``,
@@ -240,7 +248,19 @@ class TeacherPass:
         self._bare_states.clear()
         self._inputs = self._share_inputs(batches, selected, sequence_length)
         self._read(self._inputs.tokens)
-        self._run_window(0)
+        if self._pipeline is None:
+            self._run_window(0)
+            return
+        reading = self._spread.reading(selected, sequence_length, bare, starts)
+        inputs = self._inputs._replace(tokens=self._known).of_rows(0, int(reading.selected.sum()))
+        tensors = [tensor for tensor in inputs if tensor is not None]
+        self._pipeline.add(self._spread, reading, tensors, self._take_first)
+
+    def _take_first(self, states: list[torch.Tensor]) -> None:
+        """Of the pipeline: those of the first window, of the layers, and last those without the
+        prefix if they were asked for."""
+        own = 1 + len(self.layers)
+        self._take_window(0, states[:own], states[own:])
 
     def _read(self, tokens: torch.Tensor) -> None:
         """Find what can be read of ``[k, s]`` tokens, and stand something in for the rest."""
@@ -287,17 +307,29 @@ class TeacherPass:
             shared[name] = value
         return _Inputs(**shared)
 
+    def _stop(self, first: int) -> int:
+        """Where a window ends."""
+        return len(self._rows) if not self._window else min(len(self._rows), first + self._window)
+
     def _run_window(self, first: int) -> None:
-        stop = len(self._rows) if not self._window else min(len(self._rows), first + self._window)
-        begin, end = sum(self._rows[:first]), sum(self._rows[:stop])
+        begin, end = sum(self._rows[:first]), sum(self._rows[: self._stop(first)])
         layer_states = self._forward(self.teacher, begin, end, self.layers)
+        bare: list[torch.Tensor] = []
         if self._bare_teacher is not None:
-            (bare,) = self._forward(self._bare_teacher, begin, end)
-            bare_rows = context_parallel_slice(bare, *self._cp).split(self._rows[first:stop])
+            bare = self._forward(self._bare_teacher, begin, end)
+        self._take_window(first, layer_states, bare)
+
+    def _take_window(
+        self, first: int, layer_states: Sequence[torch.Tensor], bare: Sequence[torch.Tensor]
+    ) -> None:
+        """Keep this rank's part of the states ``[k, s, h_t]`` of a window, by micro-batch."""
+        numbers = self._rows[first : self._stop(first)]
+        for whole in bare:
+            bare_rows = context_parallel_slice(whole, *self._cp).split(numbers)
             self._bare_states |= dict(enumerate(bare_rows, start=first))
         states, *others = (context_parallel_slice(whole, *self._cp) for whole in layer_states)
         self._layer_states = dict(zip(self.layers, others, strict=True))
-        for i, rows in enumerate(states.split(self._rows[first:stop]), start=first):
+        for i, rows in enumerate(states.split(numbers), start=first):
             self._states[i] = rows
 
     def _forward(

@@ -2,14 +2,15 @@
 
 On the last pipeline stage they are the teachers of the recipe, each by its forward passes
 (``step_pass``), and the original model, which teaches general samples where the recipe holds them
-to it. Other stages have no teacher of the recipe, but take part in the original model's pass.
+to it. Other stages have no teacher of the recipe, but take part in the original model's pass, and
+help with teachers that all stages hold (``pipeline``).
 
 Shapes: n micro-batches, b samples each, s sequence, c context-parallel size, h_t teacher hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -23,6 +24,7 @@ from megatron_moe_inject.losses.student import Vocabulary
 from megatron_moe_inject.losses.target import Dense, Target
 from megatron_moe_inject.losses.triton_rows import AUTO
 from megatron_moe_inject.teachers.confidence import confidences
+from megatron_moe_inject.teachers.pipeline import Helper, Pipeline
 from megatron_moe_inject.teachers.step_pass import DomainTeacher, StepTeacher
 
 
@@ -72,6 +74,8 @@ class StepTeachers(StepPart):
         see: is shown what each teacher hands out, by name.
         compares_prefix: whether teachers are also to run without their prefix, asked each step.
         packed: whether samples are packed with documents.
+        pipeline: the stages that run some of the teachers together; None where none is run so.
+        helpers: on other stages than the last, those teachers, in the order of the last one's.
 
     Attributes:
         original: as given; may be left out for a while.
@@ -87,8 +91,12 @@ class StepTeachers(StepPart):
         see: Callable[[str, torch.Tensor], None] = lambda name, states: None,
         compares_prefix: Callable[[], bool] = lambda: False,
         packed: bool = False,
+        pipeline: Pipeline | None = None,
+        helpers: Sequence[Helper] = (),
     ) -> None:
         self.reads_tokens = packed
+        self._pipeline = pipeline
+        self._helpers = tuple(helpers)
         self._taught = taught
         self.original = original
         self._valid_vocab_size = valid_vocab_size
@@ -118,21 +126,38 @@ class StepTeachers(StepPart):
     def begin(self, step: Step) -> None:
         """Run the teachers ahead, then the original model.
 
-        Collectives: those of ``StepTeacher.begin`` for each teacher, and of the original's pass.
+        Collectives: those of ``StepTeacher.begin`` for each teacher, of ``Pipeline``, and of the
+        original's pass.
         """
         bare = self._compares_prefix()
-        for teacher in self.passes.values():
-            wanted = torch.isin(step.labels, torch.tensor(self.taught_by(teacher)))
-            teacher.begin(
-                step.micro_batches, wanted, step.sequence_length, bare=bare, starts=step.starts
-            )
+        alone = self.passes
+        if self._pipeline is not None:
+            self._pipeline.begin(step.training)
+            for helper in self._helpers:
+                self._pipeline.add(helper.spread, helper.reading(step, bare))
+            names = self._pipeline.names
+            self._begin([run for name, run in alone.items() if name in names], step, bare)
+            alone = {name: run for name, run in alone.items() if name not in names}
+            self._pipeline.start()
+        self._begin(alone.values(), step, bare)
+        if self._pipeline is not None:
+            self._pipeline.finish()
         if self.original is not None:
             self.original.run(step)
 
+    def _begin(self, runs: Iterable[StepTeacher], step: Step, bare: bool) -> None:
+        for run in runs:
+            wanted = torch.isin(step.labels, torch.tensor(self.taught_by(run)))
+            run.begin(
+                step.micro_batches, wanted, step.sequence_length, bare=bare, starts=step.starts
+            )
+
     def close(self) -> None:
-        """Let the original's states go."""
+        """Let the original's states go, and what was sent to the last stage."""
         if self.original is not None:
             self.original.close()
+        if self._pipeline is not None:
+            self._pipeline.close()
 
     def groups(
         self,

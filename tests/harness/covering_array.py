@@ -56,6 +56,9 @@ FEATURES = {
     "committee": Feature("teachers", {"domains.0.committee": "label"}),
     "hugging face teacher": Feature("teachers", {"teachers.second.source": "hf:{llama}"}),
     "window": Feature("teachers", {"teachers.coder.window": 1, "teachers.second.window": 2}),
+    # Of a committee one teacher runs on all stages, the other on the last one alone.
+    "teacher on all stages": Feature("teachers", {"teachers.coder.ranks": "pipeline"}),
+    "teacher on the last stage": Feature("teachers", {"teachers.second.ranks": "last"}),
     "trained router": Feature("train", {"train.router": True}),
     "trained rows": Feature("router_rows", {"train.router_rows": True}),
     "trained head": Feature("train", {"train.output_layer": True, "train.embedding": True}),
