@@ -220,14 +220,11 @@ class DocumentWork:
             parts.append(_in_pass(teacher, rows, own.view(-1, rows.length), layers))
         return [torch.cat(layer_parts) for layer_parts in zip(*parts, strict=True)]
 
-    def together(
-        self, by_stage: Sequence[torch.Tensor], group: dist.ProcessGroup | None
-    ) -> torch.Tensor:
-        """All states ``[k, s, h_t]`` of those of each stage.
+    def together(self, mine: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+        """All states ``[k, s, h_t]`` of those of this place ``[t, h_t]``, stage by stage.
 
         Collectives: one all-gather over ``group``, the ranks of the other places.
         """
-        mine = torch.cat(list(by_stage))
         if self._shape[0]:
             (mine,) = _gathered([mine], self._by_place, group)
         return mine.view(*self._shape, mine.shape[-1])

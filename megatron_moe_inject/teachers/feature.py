@@ -13,6 +13,7 @@ from megatron_moe_inject.recipe.run_kinds import EVALUATION, INJECTION
 from megatron_moe_inject.recipe.schedule import ever_positive
 from megatron_moe_inject.recipe.schema import Recipe
 from megatron_moe_inject.teachers import uses
+from megatron_moe_inject.teachers.placement import needless
 from megatron_moe_inject.teachers.sources import SOURCES, examples
 
 if TYPE_CHECKING:
@@ -70,6 +71,10 @@ class Teachers(Feature):
         rows = [("teacher", "source", "kind")]
         rows += [(name, spec.source, spec.kind) for name, spec in recipe.teachers.items()]
         return {"teachers": table(rows)} if recipe.teachers else {}
+
+    def foresee(self, recipe: Recipe, facts: StudentFacts, args: Namespace) -> list[str]:
+        """Teachers that all of one stage are to run."""
+        return needless(recipe.teachers, facts.parallel.pp)
 
     def uses(
         self, recipe: Recipe, facts: StudentFacts | None, args: Namespace | None

@@ -15,7 +15,6 @@ from megatron_moe_inject.host.errors import (
     listing,
 )
 from megatron_moe_inject.host.megatron_types import Chunk, Groups
-from megatron_moe_inject.recipe.facts import StudentFacts
 from megatron_moe_inject.recipe.schema import Recipe
 from megatron_moe_inject.teachers.base import Teacher, TeacherInfo
 from megatron_moe_inject.teachers.loading import (
@@ -123,17 +122,6 @@ def remarks(
                 f"reads {reads}: it may predict badly beyond the first {info.trained_positions}"
             )
     return lines
-
-
-def placement_remarks(recipe: Recipe, facts: StudentFacts) -> list[str]:
-    """What a plan says where ``ranks`` asks for what the layout makes no difference to."""
-    if facts.parallel.pp > 1:
-        return []
-    return [
-        f"teachers.{name}.ranks: pipeline: there is one stage, which runs the teacher alone"
-        for name, spec in recipe.teachers.items()
-        if spec.ranks == "pipeline"
-    ]
 
 
 def loaded_teacher(

@@ -159,13 +159,10 @@ class SampleWork:
         parts = _in_passes(teacher, tokens, positions, mask, layers, 0, count, self._size)
         return [torch.cat(layer_parts) for layer_parts in zip(*parts, strict=True)]
 
-    def together(
-        self, by_stage: Sequence[torch.Tensor], group: dist.ProcessGroup | None
-    ) -> torch.Tensor:
-        """All states ``[n, s, h_t]`` of those of each stage.
+    def together(self, mine: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+        """All states ``[n, s, h_t]`` of this place's, ``[q, s, h_t]`` stage by stage.
 
         Collectives: one all-gather over ``group``, the ranks of the other places, as of
         ``shared_forward``.
         """
-        mine = torch.cat(list(by_stage))
         return _gathered(mine, self._count, group) if self._count else mine

@@ -27,7 +27,6 @@ from megatron_moe_inject.teachers.fit import (
     by_domain,
     checked_teachers,
     helper,
-    placement_remarks,
     remarks,
     taught_domains,
     teacher_pass,
@@ -35,7 +34,13 @@ from megatron_moe_inject.teachers.fit import (
 from megatron_moe_inject.teachers.loading import states_dtype
 from megatron_moe_inject.teachers.pace import Pace
 from megatron_moe_inject.teachers.pipeline import Helper, Pipeline
-from megatron_moe_inject.teachers.placement import Placement, Wish, placements, spare_bytes
+from megatron_moe_inject.teachers.placement import (
+    Placement,
+    Wish,
+    needless,
+    placements,
+    spare_bytes,
+)
 from megatron_moe_inject.teachers.step_teachers import ComparesPrefix, OriginalTeacher, StepTeachers
 
 
@@ -101,7 +106,7 @@ class TeachersPart(RunPart):
         if run.kind == INJECTION:
             texts = {} if dist.get_rank() else texts_by_teacher(run)
             run.warnings += remarks(self._infos, run.args.seq_length, texts)
-            run.warnings += placement_remarks(run.recipe, run.facts)
+            run.warnings += needless(run.recipe.teachers, run.facts.parallel.pp)
         return teachers
 
     def plan_lines(self, given: Mapping[str, list[str]]) -> Mapping[str, list[str]]:

@@ -53,10 +53,8 @@ class Work(Protocol):
         """States of a stage's inputs."""
         ...
 
-    def together(
-        self, by_stage: Sequence[torch.Tensor], group: dist.ProcessGroup | None
-    ) -> torch.Tensor:
-        """All states ``[k, s, h_t]`` on the last stage, of those of each stage."""
+    def together(self, mine: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+        """All states ``[k, s, h_t]`` on the last stage, of those of this place, stage by stage."""
         ...
 
 
@@ -127,7 +125,9 @@ class _Job:
     """One teacher in one step.
 
     Attributes:
-        expected: on the last stage, by stage states to come of all runs' layers.
+        states: on the last stage, for each layer of each run the place for what all stages say,
+            one stage behind the other.
+        own: views of this stage's part of them.
         take: on the last stage, gets the states of all runs' layers.
     """
 
@@ -136,7 +136,18 @@ class _Job:
     work: Work
     inputs: Sequence[torch.Tensor]
     take: Callable[[list[torch.Tensor]], None] | None = None
-    expected: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    states: list[torch.Tensor] = field(default_factory=list)
+    own: list[torch.Tensor] = field(default_factory=list)
+
+    def by_stage(self, stages: int) -> list[list[torch.Tensor]]:
+        """Room for the states of each stage, of all runs' layers: views of one tensor a layer."""
+        sizes = [self.work.tokens(stage) for stage in range(stages)]
+        rows = [size[0] for size in sizes]
+        for teacher, layers in self.spread.runs(self.reading):
+            like = teacher.head_weight(0, 0)
+            shape = (sum(rows), *sizes[0][1:], teacher.hidden_size)
+            self.states += [like.new_empty(shape) for _ in range(1 + len(layers))]
+        return [list(views) for views in zip(*(s.split(rows) for s in self.states), strict=True)]
 
 
 class Pipeline:
@@ -222,20 +233,14 @@ class Pipeline:
                 tensors = job.work.inputs(stage, job.inputs)
                 operations += self._operations(dist.isend, tensors, stage)
         self._sending = _Exchange(operations)
+        rooms = [job.by_stage(self._last + 1) for job in self._jobs]
         operations = []
         for stage in range(self._last):
-            for job in self._jobs:
-                job.expected[stage] = self._expected(job, stage)
-                operations += self._operations(dist.irecv, job.expected[stage], stage)
+            for room in rooms:
+                operations += self._operations(dist.irecv, room[stage], stage)
         self._coming = _Exchange(operations)
-
-    def _expected(self, job: _Job, stage: int) -> list[torch.Tensor]:
-        states = []
-        for teacher, layers in job.spread.runs(job.reading):
-            like = teacher.head_weight(0, 0)
-            shape = (*job.work.tokens(stage), teacher.hidden_size)
-            states += [like.new_empty(shape) for _ in range(1 + len(layers))]
-        return states
+        for job, room in zip(self._jobs, rooms, strict=True):
+            job.own = room[self._last]
 
     def _receive_inputs(self) -> None:
         operations = []
@@ -255,35 +260,31 @@ class Pipeline:
         Communication: from each other stage to the last one the states of what it has run. On the
         last stage the collectives of ``Work.together`` for each.
         """
-        states = [self._run(job) for job in self._jobs]
         if self._stage != self._last:
             operations = []
-            for own in states:
-                operations += self._operations(dist.isend, own, self._last)
+            for job in self._jobs:
+                operations += self._operations(dist.isend, self._run(job), self._last)
             self._sending = _Exchange(operations)
             return
+        for job in self._jobs:
+            for room, states in zip(job.own, self._run(job), strict=False):
+                room.copy_(states)
         self._coming.wait()
-        for job, own in zip(self._jobs, states, strict=True):
-            by_stage = [*(job.expected[stage] for stage in range(self._last)), own]
-            group = self._share_group
-            whole = [job.work.together(parts, group) for parts in zip(*by_stage, strict=True)]
+        for job in self._jobs:
             assert job.take is not None, "the last stage takes what is said"
-            job.take(whole)
+            job.take([job.work.together(mine, self._share_group) for mine in job.states])
         self._jobs = []
 
     def _run(self, job: _Job) -> list[torch.Tensor]:
-        """States of this stage's part, of all runs' layers."""
+        """States of this stage's part, of all runs' layers; empty without a part."""
+        sequences = job.work.sequences(self._stage)
+        if not sequences:
+            return []
         inputs = job.inputs
         if self._stage == self._last:
             inputs = job.work.inputs(self._stage, inputs)
         states = []
-        sequences = job.work.sequences(self._stage)
         for teacher, layers in job.spread.runs(job.reading):
-            if not sequences:
-                like = teacher.head_weight(0, 0)
-                shape = (*job.work.tokens(self._stage), teacher.hidden_size)
-                states += [like.new_empty(shape)] * (1 + len(layers))
-                continue
             with self._pace.running(job.spread.teacher.name, sequences):
                 states += job.work.run(self._stage, teacher, inputs, layers)
         return states

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_moe_inject.host.text import memory_text
+from megatron_moe_inject.recipe.schema import TeacherSpec
+from megatron_moe_inject.teachers.spread import UNKNOWN, sequences_by_stage
 
 TRAINED_BYTES = 16
 """Of each parameter that trains, besides itself: a float32 gradient, a copy and two moments."""
@@ -49,8 +51,23 @@ class Placement:
     reason: str
 
     def stages(self, stages: int) -> range:
-        """Which of so many stages hold it."""
+        """Which of so many stages hold it, on each of their ranks."""
         return range(0 if self.spread else stages - 1, stages)
+
+    def sequences(self, count: int, stages: int, length: int, ratio: float = UNKNOWN) -> list[int]:
+        """How many sequences of a step a rank of each stage runs.
+
+        Args:
+            count: of what the teacher teaches in a step of a data-parallel rank, the part of one
+                of its TP x CP ranks.
+            stages: of the pipeline.
+            length: tokens of each.
+            ratio: time of one through the teacher / time of a micro-batch's forward through a
+                chunk of the student; as it will be measured.
+        """
+        if not self.spread:
+            return [0] * (stages - 1) + [count]
+        return sequences_by_stage(count, stages, length, ratio)
 
 
 def placements(wishes: Mapping[str, Wish], stages: int, spare: int | None) -> dict[str, Placement]:
@@ -85,6 +102,15 @@ def placements(wishes: Mapping[str, Wish], stages: int, spare: int | None) -> di
         else:
             found[name] = Placement(fits, room)
     return found
+
+
+def needless(teachers: Mapping[str, TeacherSpec], stages: int) -> list[str]:
+    """Remarks for the plan on teachers that all of one stage are to run."""
+    return [
+        f"teachers.{name}.ranks: pipeline: there is one stage, which runs the teacher alone"
+        for name, spec in teachers.items()
+        if spec.ranks == "pipeline" and stages == 1
+    ]
 
 
 def spare_bytes(memory: int, parameters: int, trained: int) -> int:

@@ -23,6 +23,8 @@ def test_the_recipe_decides():
     assert spread(wishes, spare=GIB) == {"a": False, "b": True, "c": True}
     found = placements(wishes, 4, GIB)
     assert [list(found[name].stages(4)) for name in "ab"] == [[3], [0, 1, 2, 3]]
+    assert [found[name].sequences(7, 4, 8192) for name in "ab"] == [[0, 0, 0, 7], [1, 2, 2, 2]]
+    assert found["b"].sequences(7, 4, 8192, ratio=2.0) == [1, 1, 2, 3]
 
 
 def test_auto_takes_all_stages_where_a_quarter_of_what_is_left_is_enough():
