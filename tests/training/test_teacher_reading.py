@@ -234,12 +234,16 @@ def test_the_plan_says_what_the_teacher_lacks_and_reads(single):
         assert line in single.output, line
 
 
-def test_the_gate_says_what_the_teacher_loses_without_its_prefix(text, windows, tmp_path):
+@pytest.mark.parametrize("layout", [dict(), dict(nproc=2, pp=2)], ids=["one", "pp2"])
+def test_the_gate_says_what_the_teacher_loses_without_its_prefix(text, windows, tmp_path, layout):
+    """With two stages each reads some of the text, with the prefix and without."""
     material, flags, model = text
     keep = ("--save", str(tmp_path), "--save-interval", "100", "--eval-iters", str(BATCHES))
     write_sums(Path(material.teacher))
     keep += ("--inject-verify-inputs",)
-    run = inject(material, MEASURED + "evaluation: {{}}\n", extra=(*flags, *keep), check=False)
+    run = inject(
+        material, MEASURED + "evaluation: {{}}\n", extra=(*flags, *keep), check=False, **layout
+    )
     assert "verified inputs: teacher coder: 5 files" in run.output, run.tail()
     assert re.search(r"--load \S+iter_0000003: not checked, since it has no SHA256SUMS", run.output)
     tokens, labels = windows

@@ -1,9 +1,9 @@
 """Teacher layer states and token weights of a step, sent to the pipeline stages that need them.
 
-Teachers run on the last stage. A stage that holds a layer which imitates one gets the states once
-per step, before the schedule, from the rank of the last stage at its own data-, context- and
-tensor-parallel position: its context-parallel part of the sequence, and under sequence parallelism
-its tensor-parallel part of that.
+The last stage has what the teachers say, wherever they run. A stage that holds a layer which
+imitates one gets the states once per step, before the schedule, from the rank of the last stage at
+its own data-, context- and tensor-parallel position: its context-parallel part of the sequence, and
+under sequence parallelism its tensor-parallel part of that.
 
 Shapes: n micro-batches of the step, b samples each, k samples that a teacher teaches, s full
 sequence, l this rank's part of it, h_t teacher hidden.
