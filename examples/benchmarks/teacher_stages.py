@@ -5,7 +5,8 @@
 
 The first is one run of real Megatron on the CPU lane. All stages hold the teacher; steps take turns
 between all passes on the last stage, even shares, and shares by the measured ratio, so that noise
-of the machine hits all alike. Prints sequences by stage and a step's wall time. The
+of the machine hits all alike. Prints by stage the sequences and the CPU time of the teacher before
+the schedule, and a step's wall time, which takes a quiet machine with a core for each stage. The
 second needs no Megatron: a 1F1B schedule of a model with the costs of DeepSeek-V3 at 4,096 tokens
 and a 7B teacher, with the shares that ``teachers.spread`` gives.
 """
@@ -148,7 +149,8 @@ def print_table(found: dict, options: argparse.Namespace) -> None:
         sent = sum(parts[:-1]) * 256 * (8 + 4 * options.teacher_hidden) / 2**20
         print(
             f"{name:<12}{1e3 * min(seconds):>8.0f} ms a step at least, median "
-            f"{1e3 * statistics.median(seconds):.0f}; sequences {' '.join(map(str, parts))}, "
+            f"{1e3 * statistics.median(seconds):.0f}; sequences {' '.join(map(str, parts))}, CPU "
+            f"{' '.join(f'{1e3 * own:.0f}' for own in found['before'][name])} ms, "
             f"{sent:.1f} MiB sent"
         )
 
@@ -162,15 +164,19 @@ def child() -> None:
 
     import torch.distributed as dist
 
+    from megatron_moe_inject.host.step import Step
     from megatron_moe_inject.step import StepHook
     from megatron_moe_inject.teachers.megatron import MegatronTeacher
     from megatron_moe_inject.teachers.pace import Pace
+    from megatron_moe_inject.teachers.step_teachers import StepTeachers
 
     seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    before: dict[str, list[float]] = {name: [] for name in VARIANTS}
     read = dict.fromkeys(VARIANTS, 0)
     turn, steps, measured = "measured", 0, UNKNOWN
     total = int(os.environ["TEACHER_STAGES_STEPS"])
     hook, states, ratio = StepHook.wrap, MegatronTeacher.states, Pace.ratio
+    begin = StepTeachers.begin
 
     def wrap(self: StepHook, forward_backward: Callable) -> Callable:
         injected = hook(self, forward_backward)
@@ -192,12 +198,20 @@ def child() -> None:
 
         return step
 
+    def timed(self: StepTeachers, step: Step) -> None:
+        started = time.process_time()
+        begin(self, step)
+        if steps > WARM_UP:
+            before[turn].append(time.process_time() - started)
+
     def tell() -> None:
+        own = {name: (read[name], statistics.median(before[name])) for name in VARIANTS}
         by_rank: list = [None] * dist.get_world_size()
-        dist.all_gather_object(by_rank, read)
+        dist.all_gather_object(by_rank, own)
         if dist.get_rank() == 0:
-            found = {"seconds": seconds, "ratio": measured}
-            found["sequences"] = {name: [own[name] for own in by_rank] for name in VARIANTS}
+            found: dict = {"seconds": seconds, "ratio": measured}
+            for i, what in enumerate(("sequences", "before")):
+                found[what] = {name: [rank[name][i] for rank in by_rank] for name in VARIANTS}
             Path(os.environ["TEACHER_STAGES_TIMES"]).write_text(json.dumps(found))
 
     def counted(self, tokens, *args, **kwargs):
@@ -210,6 +224,7 @@ def child() -> None:
         return {"last stage": ALL_ON_THE_LAST, "even": UNKNOWN}.get(turn, measured)
 
     StepHook.wrap, MegatronTeacher.states, Pace.ratio = wrap, counted, own_ratio
+    StepTeachers.begin = timed
     runpy.run_module("megatron_moe_inject.pretrain", run_name="__main__", alter_sys=True)
 
 
