@@ -5,12 +5,22 @@ steps would measure: the larger it is, the more even the shares.
 """
 
 import json
+from pathlib import Path
 
 import pytest
 
+from megatron_moe_inject.host.torch_dist import stored_shapes
 from tests.harness import lane
-from tests.harness.injection import LAYOUTS, PROVEN, RECIPE, assert_clean_end, inject, recipe_file
-from tests.harness.material import student_flags
+from tests.harness.injection import (
+    LAYOUTS,
+    OTHER,
+    PROVEN,
+    RECIPE,
+    assert_clean_end,
+    inject,
+    recipe_file,
+)
+from tests.harness.material import make_material, student_flags
 
 SPREAD_GPT = (str(lane.HARNESS / "spread_gpt.py"),)
 COMMITTEE = """
@@ -84,7 +94,7 @@ def test_two_stages_share_a_committee_and_give_what_one_process_gives(single, ev
     assert coder == second
 
 
-@pytest.mark.parametrize("ratio", [ALL_ON_THE_LAST, "0.5", None])
+@pytest.mark.parametrize("ratio", [ALL_ON_THE_LAST, None])
 def test_who_runs_a_pass_changes_no_bit(material, even, ratio):
     """None: what is measured before the third step."""
     run, read = train(material, ratio=ratio)
@@ -141,6 +151,33 @@ def test_positions_and_masks_of_documents_travel(material):
     run, read = train(material, RECIPE, *RESETS, ratio=EVEN)
     agrees(run, inject(material, extra=RESETS), PLAIN)
     assert all(all(own) for own in sequences(read))
+
+
+def test_a_stage_that_helps_draws_its_own_random_numbers_and_saves_no_teacher(material, tmp_path):
+    """With dropout; the projections are the student's."""
+    runs, stored = [], []
+    for ranks in ("pipeline", "last"):
+        folder = tmp_path / ranks
+        keep = ("--save", str(folder), "--save-interval", "100", "--hidden-dropout", "0.1")
+        runs.append(train(material, COMMITTEE.replace("pipeline", ranks), *keep, ratio=EVEN)[0])
+        stored.append(stored_shapes(folder / "iter_0000004"))
+    agrees(*runs)
+    assert stored[0] == stored[1]
+    known = stored_shapes(next(Path(material.student).glob("iter_*")))
+    assert known.keys() < stored[0].keys()
+    added = stored[0].keys() - known.keys()
+    assert all(name.startswith("inject_projections.") for name in added), added
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not OTHER, reason="MEGATRON_OTHER names no second Megatron-Core")
+def test_the_other_megatron_shares_alike(tmp_path):
+    there = make_material(tmp_path, [OTHER])
+    one, two = (
+        inject(there, COMMITTEE, path=[OTHER], **layout) for layout in (dict(), dict(nproc=2, pp=2))
+    )
+    assert "every rank of all 2 stages" in two.output
+    agrees(two, one)
 
 
 @pytest.mark.slow
