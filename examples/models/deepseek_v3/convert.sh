@@ -1,0 +1,4 @@
+#!/usr/bin/env bash
+# DeepSeek-V3 as it was published into a Megatron checkpoint, with its flags.
+[ -f model.sh ] || cd "$(dirname "$0")"
+source ../steps.sh convert "$@"

@@ -1,0 +1,10 @@
+# gpt-oss-20b: 24 layers of 32 experts, of which each token uses 4; 20.9 B parameters, published in MXFP4.
+NAME=gpt_oss_20b
+HUB=openai/gpt-oss-20b
+NODES=${NODES:-1}
+
+# One node of eight GPUs of 80 GB: each holds 4 experts of every layer.
+LAYOUT=(--expert-model-parallel-size 8)
+DEVICE=(--bf16 --transformer-impl transformer_engine --moe-grouped-gemm --overlap-grad-reduce --overlap-param-gather)
+TRAINING=(--seq-length 4096 --global-batch-size 128 --train-iters 2000 --lr 5e-5 --min-lr 5e-6
+  --save-interval 500 --eval-interval 500 --eval-iters 8)

@@ -1,0 +1,4 @@
+#!/usr/bin/env bash
+# Qwen3-30B-A3B as it was published into a Megatron checkpoint, with its flags.
+[ -f model.sh ] || cd "$(dirname "$0")"
+source ../steps.sh convert "$@"
