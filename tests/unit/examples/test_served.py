@@ -99,5 +99,5 @@ def test_a_server_that_says_something_else_is_found(folder, text, shift, status,
 
 
 def test_no_server_there_is_one_line(folder, text):
-    with pytest.raises(SystemExit, match="^served: http://127.0.0.1:9/v1/completions cannot be"):
+    with pytest.raises(SystemExit, match=r"^served: http://127\.0\.0\.1:9/v1/completions"):
         run(folder[0], text, "--server", "http://127.0.0.1:9")
