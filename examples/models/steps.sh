@@ -2,6 +2,7 @@
 # says what is the model's own. README.md explains the variables. Arguments of profile, plan and train are added
 # to Megatron's flags, where the last of a kind counts.
 set -euo pipefail
+# shellcheck source=/dev/null
 source model.sh
 
 PYTHON=${PYTHON:-python}
@@ -35,6 +36,7 @@ launch() { # -m MODULE ARGUMENTS...
 flags() {
   need "$WORK/$NAME/student" "run convert.sh"
   need "$TEXT/domain.idx" "run prepare.sh"
+  # shellcheck source=/dev/null
   source "$WORK/$NAME/student/flags.sh" # MODEL
   if [ -n "${LAYOUT_FLAGS:-}" ]; then read -ra LAYOUT <<<"$LAYOUT_FLAGS"; fi
   FLAGS=(
@@ -48,7 +50,7 @@ flags() {
 
 convert() {
   need "$HF" "download it: hf download $HUB --local-dir $HF"
-  inject import-hf "$HF" --output "$WORK/$NAME/student" "$@"
+  inject import-hf "$HF" --output "$WORK/$NAME/student" ${CPU:+--dtype fp32} "$@"
 }
 
 # Text in JSON lines, one document to a line, as token files; one document of a hundred is held out.
@@ -58,13 +60,14 @@ prepare() {
   for kind in domain general; do
     file=DOMAIN && [ "$kind" = domain ] || file=GENERAL
     need "${!file:-}" "name the $kind text (JSON lines) by $file=..."
-    inject prepare-data --input "${!file}" --tokenizer "$HF" --output "$TEXT/$kind" --held-out 0.01 "$@"
+    inject prepare-data --input "${!file}" --tokenizer "$HF" --output "$TEXT/$kind" --held-out 0.01 \
+      ${EOD:+--eod-token "$EOD"} "$@"
   done
 }
 
 profile() {
   flags
-  launch -m megatron_moe_inject.cli profile recipe.yaml ${CPU:+--cpu} --output "$WORK/$NAME/profile.json" -- \
+  launch -m megatron_moe_inject.cli profile "$PWD/recipe.yaml" ${CPU:+--cpu} --output "$WORK/$NAME/profile.json" -- \
     "${FLAGS[@]}" --train-iters 1 --eval-interval 1 --eval-iters 64 \
     --train-data-path 0.5 "$TEXT/general" 0.5 "$TEXT/domain" --valid-data-path 0.5 "$TEXT/general" 0.5 "$TEXT/domain" \
     --load "$WORK/$NAME/student" --finetune --no-load-optim --no-load-rng "$@"
@@ -80,17 +83,29 @@ training() { # the flags of the injection
   RECIPE=(--inject-set "teachers.teacher.source=hf:$TEACHER" "domains[0].experts.profile=$WORK/$NAME/profile.json")
 }
 
+# Experts of all layers that have some, as many on each expert-parallel rank, as text of a recipe.
+evenly() {
+  local layer expert ids="" all=""
+  for expert in $(seq 0 $((EXPERTS / CHOSEN)) $((EXPERTS - 1))); do ids+=${ids:+,}$expert; done
+  for layer in $MOE_LAYERS; do all+="${all:+;}$layer:$ids"; done
+  echo "$all"
+}
+
 # Does it fit? What does a step take? Which ranks hold how much? Nothing is started.
 plan() {
   training
-  inject plan recipe.yaml "${RECIPE[@]}" --gpus "$((GPUS * ${NODES:-1}))" --gpu-memory "${GPU_MEMORY:-80}" -- "${FLAGS[@]}" "$@"
+  if [ ! -e "$WORK/$NAME/profile.json" ]; then
+    echo "$NAME: planned with experts $(evenly | sed 's/;.*//; s/.*://') of each layer, as there is no profile yet" >&2
+    RECIPE+=("domains[0].experts={layers: \"$(evenly)\"}")
+  fi
+  inject plan "$PWD/recipe.yaml" "${RECIPE[@]}" --gpus "$((GPUS * ${NODES:-1}))" --gpu-memory "${GPU_MEMORY:-80}" -- "${FLAGS[@]}" "$@"
 }
 
 train() {
   training
   need "$TEACHER" "name a dense model with the student's tokenizer by TEACHER=..."
   need "$WORK/$NAME/profile.json" "run profile.sh"
-  launch -m megatron_moe_inject.pretrain ${CPU:+--cpu} "${FLAGS[@]}" --inject-recipe recipe.yaml "${RECIPE[@]}" "$@"
+  launch -m megatron_moe_inject.pretrain ${CPU:+--cpu} "${FLAGS[@]}" --inject-recipe "$PWD/recipe.yaml" "${RECIPE[@]}" "$@"
 }
 
 export_hf() {

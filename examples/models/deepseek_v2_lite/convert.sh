@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
 # DeepSeek-V2-Lite as it was published into a Megatron checkpoint, with its flags.
-[ -f model.sh ] || cd "$(dirname "$0")"
+# sbatch runs a copy of this file, in the folder that it was submitted from
+[ ! -f "$(dirname "$0")/model.sh" ] || cd "$(dirname "$0")" || exit
 source ../steps.sh convert "$@"

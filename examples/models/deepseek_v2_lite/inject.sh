@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 #SBATCH --nodes=1 --ntasks-per-node=1 --gpus-per-node=8 --requeue
 # Moves the teacher into DeepSeek-V2-Lite, on this machine (bash) or on nodes of a cluster (sbatch).
-[ -f model.sh ] || cd "$(dirname "$0")"
+# sbatch runs a copy of this file, in the folder that it was submitted from
+[ ! -f "$(dirname "$0")/model.sh" ] || cd "$(dirname "$0")" || exit
 source ../steps.sh train "$@"

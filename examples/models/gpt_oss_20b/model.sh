@@ -1,7 +1,10 @@
 # gpt-oss-20b: 24 layers of 32 experts, of which each token uses 4; 20.9 B parameters, published in MXFP4.
+# shellcheck disable=SC2034 # steps.sh reads them
 NAME=gpt_oss_20b
 HUB=openai/gpt-oss-20b
 NODES=${NODES:-1}
+EOD='<|endoftext|>' # ends a document; the tokenizer's eos_token ends a turn of a chat
+EXPERTS=32 CHOSEN=8 MOE_LAYERS="$(seq 0 23)" # of the model; of a layer, to plan with; that have experts
 
 # One node of eight GPUs of 80 GB: each holds 4 experts of every layer.
 LAYOUT=(--expert-model-parallel-size 8)
