@@ -30,3 +30,10 @@ def write_corpora(folder: Path, documents: int = 40, length: int = 300) -> list[
         builder.finalize(f"{prefix}.idx")
         prefixes.append(str(prefix))
     return prefixes
+
+
+def write_prepared(folder: Path) -> None:
+    """The same with held-out text, under the names that ``moe-inject prepare-data`` gives."""
+    write_corpora(folder)
+    for path in list(folder.iterdir()):
+        (folder / f"{path.stem}_held_out{path.suffix}").write_bytes(path.read_bytes())
