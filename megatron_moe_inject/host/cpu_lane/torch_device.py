@@ -13,7 +13,7 @@ import os
 import resource
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -102,6 +102,17 @@ class OnCpu(TorchFunctionMode):
         if func is torch.Tensor.to and len(args) > 1:
             args = (args[0], _cpu_for(args[1]), *args[2:])
         return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def on_meta() -> Iterator[None]:
+    """Inside, what names a CUDA device gets tensors without storage (``planning`` builds so)."""
+    global _CPU
+    before, _CPU = _CPU, torch.device("meta")
+    try:
+        yield
+    finally:
+        _CPU = before
 
 
 def _cpu_for(device: Any) -> Any:
@@ -226,7 +237,7 @@ def _type_names_are_cuda() -> None:
     def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
         if isinstance(result, str) and not result.startswith("torch.cuda."):
-            return result.replace("torch.", "torch.cuda.", 1)
+            return result.replace("torch.meta.", "torch.").replace("torch.", "torch.cuda.", 1)
         return result
 
     _torch.Tensor.type = type_
