@@ -3,9 +3,10 @@
 ``plan`` checks a recipe by itself and, with the flags of a training command after ``--``,
 against the student that they describe, the teachers' directories and the files of the data.
 A routing profile need not be there yet. Megatron's own parser reads those flags; nothing is built,
-no process group, no GPU, no weights read. ``select`` chooses
-experts from a routing profile and ``merge-profiles`` adds profiles up (``select_command``). A
-mistake is one line on stderr and exit status 2, and nobody else's remarks stand beside it.
+no process group, no GPU, no weights read. With ``--gpus`` every rank of the job is planned as well,
+in a process of its own (``planning``). ``select`` chooses experts from a routing profile and
+``merge-profiles`` adds profiles up (``select_command``). A mistake is one line on stderr and exit
+status 2, and nobody else's remarks stand beside it.
 """
 
 from __future__ import annotations
@@ -34,12 +35,13 @@ from megatron_moe_inject.host.files import try_file
 from megatron_moe_inject.host.help_texts import make_printable
 from megatron_moe_inject.host.text import count
 from megatron_moe_inject.launch import only_evaluate
+from megatron_moe_inject.planning import command as planning
 from megatron_moe_inject.recipe import command as schema_command
 from megatron_moe_inject.recipe.facts import StudentFacts
 from megatron_moe_inject.recipe.features import FEATURES
 from megatron_moe_inject.recipe.flags import add_inject_arguments, name_error, recipe_from_args
 from megatron_moe_inject.recipe.load import load_recipe, located
-from megatron_moe_inject.recipe.plan import Plan, render_plan
+from megatron_moe_inject.recipe.plan import Plan, render_lines, render_plan
 from megatron_moe_inject.recipe.run_kinds import INJECTION
 from megatron_moe_inject.recipe.schema import Recipe
 from megatron_moe_inject.recipe.student import check_recipe, student_facts_from_args
@@ -51,6 +53,7 @@ _EXAMPLES = """examples:
   moe-inject plan recipe.yaml --wraps
   moe-inject plan recipe.yaml -- --num-layers 24 --num-experts 64 --data-path 9 code 1 text ...
 """
+_EXAMPLES += planning.EXAMPLES
 
 
 class _TrainingParser(argparse.ArgumentParser):
@@ -61,7 +64,8 @@ class _TrainingParser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status (0, or 2 for a mistake in the input)."""
+    """Run the command line; returns the exit status: 0, 2 for a mistake in the input, or 3 where a
+    plan's ranks do not fit."""
     argv = list(sys.argv[1:] if argv is None else argv)
     ours, flags = argv, None
     if "--" in argv:
@@ -70,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, unknown = parser.parse_known_args(ours)
     takes_flags = options.command == "plan" or hasattr(options, "evaluates")
+    status = 0
     if unknown and not takes_flags:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
@@ -85,8 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         with _quiet():
             if options.command == "plan":
-                plan, args = _plan(options, flags)
-                text = render_plan(plan) + (_wraps(plan, args) if options.wraps else "")
+                text, status = _planned(options, flags)
             elif flags:
                 raise RecipeError(
                     f"{options.command} takes no training flags; leave out -- and them"
@@ -100,7 +104,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(text, flush=True)
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+    return status
+
+
+def _planned(options: argparse.Namespace, flags: list[str] | None) -> tuple[str, int]:
+    """The text of a plan, and the exit status: 3 where a rank does not fit."""
+    planning.check_options(options, flags)
+    plan, args = _plan(options, flags)
+    text, status = render_plan(plan), 0
+    if options.gpus is not None:
+        ranks = planning.plan_ranks(options, plan.recipe, flags or [])
+        text += render_lines(ranks.lines)
+        status = 0 if ranks.fits else 3
+    return text + (_wraps(plan, args) if options.wraps else ""), status
 
 
 def _check_evaluates(options: argparse.Namespace, flags: list[str]) -> None:
@@ -126,7 +142,8 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser(
         "plan",
         help="check a recipe and print what it would do",
-        usage="%(prog)s [-h] [--inject-set KEY=VALUE ...] [--wraps] RECIPE [-- MEGATRON FLAGS]",
+        usage="%(prog)s [-h] [--inject-set KEY=VALUE ...] [--wraps] [--gpus N ...] RECIPE "
+        "[-- MEGATRON FLAGS]",
         description="Check a recipe and print what it would do. With the flags of a training "
         "command after --, check it against that student, the teachers' files and the data as "
         "well. A routing profile that it names need not be there yet.",
@@ -148,6 +165,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="also print what of Megatron's the run would wrap, and what for",
     )
+    planning.add_options(plan)
     data_command.add_commands(commands)
     select_command.add_commands(commands)
     delta_command.add_commands(commands)
@@ -236,10 +254,6 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
-
-
 def recipe_for_student(
     args: Namespace, *, profiles_may_be_missing: bool = False
 ) -> tuple[Recipe, StudentFacts] | None:
@@ -264,3 +278,7 @@ def recipe_for_student(
     except RecipeError as error:
         raise name_error(error, args) from None
     return recipe, facts
+
+
+if __name__ == "__main__":
+    sys.exit(main())

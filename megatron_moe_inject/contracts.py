@@ -26,6 +26,7 @@ from megatron_moe_inject.host.uses import (
     PROJECTION_NORMS,
     ROUTING_WATCH,
 )
+from megatron_moe_inject.planning.uses import PLANNING
 from megatron_moe_inject.recipe.facts import StudentFacts
 from megatron_moe_inject.recipe.feature import Feature
 from megatron_moe_inject.recipe.features import FEATURES
@@ -98,6 +99,7 @@ EVERYTHING = (
     OWN_ENTRY,
     *(PLAIN_QUERIES, PROJECTION_NORMS, GELU_GATES),
     CPU_LANE,
+    PLANNING,
 )
 """All contracts of the package."""
 

@@ -14,7 +14,6 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
-import torch
 import torch.distributed as dist
 
 from megatron_moe_inject.host.cpu_lane import torch_device
@@ -83,7 +82,7 @@ def prepare(given: Namespace, gpus: int) -> Namespace:
 
 @contextlib.contextmanager
 def simulated_rank(args: Namespace, rank: int) -> Iterator[None]:
-    """Inside, Megatron's process groups are those of one rank of the job, and a CUDA device is meta.
+    """Inside, process groups are those of one rank of the job, and a CUDA device is meta.
 
     Args:
         args: of ``prepare``.

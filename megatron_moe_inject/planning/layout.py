@@ -18,7 +18,7 @@ class Place:
     """Where a rank stands, each a coordinate in one direction.
 
     Attributes:
-        dp: in the group that shares a dense parameter's optimizer state, without context parallelism.
+        dp: in the group that holds the same dense parameters, context parallelism aside.
         edp: the same of an expert's parameter.
     """
 
@@ -135,4 +135,6 @@ class Layout:
             sizes.pop("etp", None)
         elif self.etp == 1 and self.ep > 1:
             sizes["etp"] = 1
-        return " ".join(f"{names[name]}={value}" for name, value in sizes.items()) or "data parallel"
+        return (
+            " ".join(f"{names[name]}={value}" for name, value in sizes.items()) or "data parallel"
+        )

@@ -33,6 +33,7 @@ from megatron_moe_inject.losses.objective import SampleGroup, injection_loss
 from megatron_moe_inject.losses.spec import Divergence, LogitTransform, TermWeights
 from megatron_moe_inject.losses.target import Dense
 from megatron_moe_inject.planning.allocations import Allocations, Saved
+from megatron_moe_inject.planning.costs import ChunkCost
 from megatron_moe_inject.planning.stand_ins import Products, as_on_gpus
 from megatron_moe_inject.recipe.schema import Recipe
 
@@ -41,42 +42,20 @@ _LAYERS_ALIKE = 2
 
 
 @dataclass(frozen=True)
-class ChunkCost:
-    """One micro-batch in one model chunk.
+class Job:
+    """What a chunk's cost depends on beside Megatron's arguments.
 
     Attributes:
-        kept: bytes that stay from its forward pass to its backward pass.
-        saved: of these, what autograd saved.
-        forward_peak: the most that is allocated in its forward pass.
-        backward_peak: the same of its backward pass, what was kept included.
-        loss: of ``kept`` and the peaks, what the loss takes beside the states at the model's end.
-        forward_flops, backward_flops: operations; recomputed forwards count as backward.
-        received: bytes of the states that a stage hands to the next.
-    """
-
-    kept: int = 0
-    saved: int = 0
-    forward_peak: int = 0
-    backward_peak: int = 0
-    loss: int = 0
-    forward_flops: float = 0.0
-    backward_flops: float = 0.0
-    received: int = 0
-
-
-@dataclass(frozen=True)
-class LossInput:
-    """What the loss reads beside the student's states.
-
-    Attributes:
-        recipe: the divergence and the weights.
+        recipe: the divergence and the weights; None for stock's cross-entropy.
         valid_vocab_size: ids that are not padding.
         teacher_hidden: h_t of the widest teacher; None without one.
+        grouped: see ``stand_ins.as_on_gpus``.
     """
 
-    recipe: Recipe
+    recipe: Recipe | None
     valid_vocab_size: int
     teacher_hidden: int | None = None
+    grouped: bool = False
 
 
 @dataclass
@@ -183,7 +162,7 @@ def chunk_cost(
     chunk: Chunk,
     args: Namespace,
     boundary: int,
-    loss: LossInput,
+    job: Job,
     *,
     cut: bool,
     on_gpus: bool = True,
@@ -198,7 +177,7 @@ def chunk_cost(
     """
     products = Products()
     if on_gpus:
-        as_on_gpus([chunk], products)
+        as_on_gpus([chunk], products, grouped=job.grouped)
     layers = decoder_layers(chunk)
     kept_layers, repeats = _representatives(layers, boundary, args)
     position = boundary
@@ -211,7 +190,7 @@ def chunk_cost(
         chunk.decoder.layers = torch.nn.ModuleList(kept_layers)
         chunk.decoder.num_layers_per_pipeline_rank = len(kept_layers)
     GradientBoundary(chunk, position, cut=cut)
-    return _run(chunk, args, loss, products, kept_layers, repeats)
+    return _run(chunk, args, job, products, kept_layers, repeats)
 
 
 def _representatives(
@@ -219,9 +198,7 @@ def _representatives(
 ) -> tuple[list[Any], list[int]]:
     """The layers that run, and how many more each stands for."""
     grouped = (getattr(args, "recompute_num_layers", None) or 1) > 1
-    whole = args.recompute_granularity == "full" and (
-        grouped or args.recompute_method == "block"
-    )
+    whole = args.recompute_granularity == "full" and (grouped or args.recompute_method == "block")
     kept: list[Any] = []
     repeats: list[int] = []
     run: list[tuple] = []
@@ -241,7 +218,7 @@ def _representatives(
 def _run(
     chunk: Chunk,
     args: Namespace,
-    loss: LossInput,
+    job: Job,
     products: Products,
     layers: Sequence[Any],
     repeats: Sequence[int],
@@ -262,7 +239,11 @@ def _run(
     def tokens(kind: torch.dtype = torch.long) -> torch.Tensor:
         return torch.empty(b, length, dtype=kind, device=device)
 
-    inputs: dict[str, Any] = {"input_ids": tokens(), "position_ids": tokens(), "attention_mask": None}
+    inputs: dict[str, Any] = {
+        "input_ids": tokens(),
+        "position_ids": tokens(),
+        "attention_mask": None,
+    }
     states_bytes = length // share * b * args.hidden_size * dtype.itemsize
     meter = _LayerMeter(allocations, saved, flops)
     loss_bytes = [0]
@@ -271,10 +252,9 @@ def _run(
             for remove in meter.watch(at, layer):
                 stack.callback(remove)
         if chunk.post_process:
-            seam = LossSeam(chunk)
-            stack.enter_context(
-                seam.using(_loss_process(loss, args, allocations, loss_bytes, chunk))
-            )
+            if job.recipe is not None:
+                process = _loss_process(job.recipe, job, allocations, loss_bytes, chunk)
+                stack.enter_context(LossSeam(chunk).using(process))
             inputs |= {"labels": tokens(), "loss_mask": tokens(torch.float32)}
         received: torch.Tensor | None = None
         with allocations, counter:
@@ -326,15 +306,15 @@ def _own_bytes(output: torch.Tensor, saved: Saved) -> int:
 
 
 def _loss_process(
-    loss: LossInput, args: Namespace, allocations: Allocations, taken: list[int], chunk: Chunk
+    recipe: Recipe, job: Job, allocations: Allocations, taken: list[int], chunk: Chunk
 ) -> Callable[..., torch.Tensor]:
-    """``output_processor``: the run's fused loss, as ``LossHook`` calls it for one kind of sample."""
+    """``output_processor``: the fused loss, as ``LossHook`` calls it for one kind of sample."""
     from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
-    objective = loss.recipe.objective
+    objective = recipe.objective
     groups = compat.process_groups(chunk)
     tp_group = groups.tp if groups.tp.size() > 1 else None
-    alpha, beta = (1.0 if loss.teacher_hidden else 0.0), 1.0
+    alpha, beta = (1.0 if job.teacher_hidden else 0.0), 1.0
 
     def process(
         *,
@@ -353,15 +333,15 @@ def _loss_process(
                 hidden_states, tensor_parallel_output_grad=True, group=tp_group
             )
         target = None
-        if loss.teacher_hidden:
-            shape = (*labels.shape, loss.teacher_hidden)
+        if job.teacher_hidden:
+            shape = (*labels.shape, job.teacher_hidden)
             states = head.new_empty(shape)
-            target = Dense(states, head.new_empty(head.shape[0], loss.teacher_hidden))
+            target = Dense(states, head.new_empty(head.shape[0], job.teacher_hidden))
         student = losses.Student(
             hidden_states,
             head,
             labels.t(),
-            losses.Vocabulary(tp_group, loss.valid_vocab_size),
+            losses.Vocabulary(tp_group, job.valid_vocab_size),
             LogitTransform(scale=compat.logit_scale(config)),
         )
         promise = objective.masked_sum and head.requires_grad

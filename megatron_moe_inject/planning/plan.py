@@ -11,23 +11,18 @@ from __future__ import annotations
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from megatron_moe_inject.host import compat
+from megatron_moe_inject.planning.costs import ChunkCost, TeacherCost
 from megatron_moe_inject.planning.job import simulated_rank
-from megatron_moe_inject.planning.layout import Layout, Place
-from megatron_moe_inject.planning.micro_batch import (
-    ChunkCost,
-    ChunkShape,
-    LossInput,
-    chunk_cost,
-)
+from megatron_moe_inject.planning.job_plan import JobPlan, RankPlan, StagePlan
+from megatron_moe_inject.planning.layout import Layout
+from megatron_moe_inject.planning.micro_batch import ChunkShape, Job, chunk_cost
 from megatron_moe_inject.planning.schedule import Schedule
 from megatron_moe_inject.planning.stage import Census, Shards, Stage, StageBuilder, StateBytes
 from megatron_moe_inject.planning.stand_ins import any_attention
 from megatron_moe_inject.planning.teacher_cost import (
-    TeacherCost,
     class_shares,
     original_states,
     teacher_cost,
@@ -38,6 +33,7 @@ from megatron_moe_inject.recipe.run_part import RunContext
 from megatron_moe_inject.recipe.schema import Recipe
 from megatron_moe_inject.retention.feature import kept_originals
 from megatron_moe_inject.retention.section import RETENTION
+from megatron_moe_inject.teachers.base import TeacherInfo
 from megatron_moe_inject.teachers.fit import checked_teachers
 from megatron_moe_inject.teachers.part import TeacherInfos
 
@@ -46,94 +42,6 @@ _FP8_BYTES = 2
 
 _FROZEN_FP8_BYTES = 1 + 4 / 128**2
 """Of an element that is kept in FP8 alone: its code, and its part of a block's scale."""
-
-
-@dataclass(frozen=True)
-class RankPlan:
-    """What one rank holds, in bytes.
-
-    Attributes:
-        place: where it stands.
-        parameters: values of all parameters, and buffers.
-        trained: elements that train.
-        trained_experts: experts of its layers that train, each counted once a layer.
-        gradients: Megatron's gradient buffers.
-        optimizer: float32 values and moments, this rank's shard.
-        originals: copies of what trains, where they lie on the device.
-        fp8: FP8 copies of what layers multiply by.
-        teacher: teachers' parameters and the states that are kept of a step, the original's too.
-        activations: the most that micro-batches hold at once, the loss aside.
-        loss: what the loss takes of that.
-        on_host: bytes of pinned host memory.
-    """
-
-    place: Place
-    parameters: int
-    trained: int
-    trained_experts: int
-    gradients: int
-    optimizer: int
-    originals: int
-    fp8: int
-    teacher: int
-    activations: int
-    loss: int
-    on_host: int = 0
-
-    @property
-    def static(self) -> int:
-        """What is held between steps."""
-        names = ("parameters", "gradients", "optimizer", "originals", "fp8", "teacher")
-        return sum(getattr(self, name) for name in names)
-
-    @property
-    def peak(self) -> int:
-        """The most that is allocated in a step."""
-        return self.static + self.activations + self.loss
-
-
-@dataclass(frozen=True)
-class StagePlan:
-    """One pipeline rank's stage.
-
-    Attributes:
-        layers: 0-based global layers of each chunk.
-        costs: of each chunk, on the rank with most experts that train.
-    """
-
-    layers: Sequence[Sequence[int]]
-    costs: Sequence[ChunkCost]
-
-
-@dataclass(frozen=True)
-class JobPlan:
-    """The whole job.
-
-    Attributes:
-        parameters: elements of the whole model by component, each once.
-        trained: those that train.
-        boundary: where backward stops, as of ``experts.train.boundary``.
-        micro_batches: of a step, on each pipeline.
-        general_share: of a step's samples that the original model runs forward.
-    """
-
-    layout: Layout
-    ranks: Sequence[RankPlan]
-    stages: Sequence[StagePlan]
-    parameters: Mapping[str, int]
-    trained: Mapping[str, int]
-    boundary: int
-    schedule: Schedule
-    teacher: TeacherCost
-    general_share: float
-    tokens: int
-    frozen_fp8: bool = False
-    timings: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def worst(self) -> RankPlan:
-        """The rank with the highest peak."""
-        return max(self.ranks, key=lambda rank: rank.peak)
 
 
 @dataclass
@@ -163,6 +71,8 @@ class JobPlanner:
     Args:
         given: Megatron's arguments as the user gave them, parsed.
         args: the same as ``job.prepare`` returned them.
+        infos: what the teachers' files say; read, unless given.
+        stock: the loss is Megatron's own cross-entropy.
         activations: whether a micro-batch is run; without, activations and times are 0.
         on_gpus: see ``micro_batch.chunk_cost``.
     """
@@ -175,6 +85,8 @@ class JobPlanner:
         facts: StudentFacts,
         gpus: int,
         *,
+        infos: Mapping[str, TeacherInfo] | None = None,
+        stock: bool = False,
         activations: bool = True,
         on_gpus: bool = True,
     ) -> None:
@@ -186,7 +98,10 @@ class JobPlanner:
         self._on_gpus = on_gpus
         self.layout = Layout.of_args(args, gpus)
         self._vocab = compat.tokenizer_vocab_size()
-        self._infos = checked_teachers(recipe, args) if recipe.teachers else {}
+        if infos is None:
+            infos = checked_teachers(recipe, args) if recipe.teachers else {}
+        self._infos = infos
+        self._stock = stock
         self._shares = class_shares(recipe, facts, given)
         self._state = StateBytes.of_args(given)
         self._builder = StageBuilder(args, self._context, TeacherInfos(self._infos))
@@ -194,9 +109,7 @@ class JobPlanner:
 
     def _context(self) -> RunContext:
         labels = {"train": list(self._shares)}
-        return RunContext(
-            INJECTION, self._recipe, self._args, self._facts, self._vocab, labels
-        )
+        return RunContext(INJECTION, self._recipe, self._args, self._facts, self._vocab, labels)
 
     def plan(self) -> JobPlan:
         """Every rank of the job."""
@@ -212,9 +125,7 @@ class JobPlanner:
         teacher = teacher_cost(
             self._recipe, self._infos, self._shares, args, schedule.micro_batches
         )
-        states, general = original_states(
-            self._recipe, self._shares, args, schedule.micro_batches
-        )
+        states, general = original_states(self._recipe, self._shares, args, schedule.micro_batches)
         teacher = replace(teacher, states=teacher.states + states)
         built, whole, whole_trained = self._build_all()
         boundary = min(stage.first_trainable for stage in built)
@@ -237,7 +148,6 @@ class JobPlanner:
             teacher,
             general,
             args.global_batch_size * args.seq_length,
-            self._recipe.train.frozen_experts == "fp8",
         )
 
     def _build_all(self) -> tuple[list[_BuiltStage], Counter[str], Counter[str]]:
@@ -298,15 +208,16 @@ class JobPlanner:
             return [(0, 0)] * self.layout.ep, [ChunkCost() for _ in stage.layers]
         numbers = [rank.experts for rank in stage.by_ep]
         most, least = (pick(range(len(numbers)), key=numbers.__getitem__) for pick in (max, min))
-        ends = {ep: self._chunk_costs(pp, stage, ep, boundary, forward_stages, teacher)
-                for ep in (most, least)}
+        ends = {
+            ep: self._chunk_costs(pp, stage, ep, boundary, forward_stages, teacher)
+            for ep in (most, least)
+        }
         held = {ep: schedule.most_held(pp, costs) for ep, costs in ends.items()}
         loss = max(cost.loss for cost in ends[most])
         spread = numbers[most] - numbers[least]
         per_expert = (held[most] - held[least]) / spread if spread else 0.0
         by_ep = [
-            (int(held[least] + per_expert * (number - numbers[least])), loss)
-            for number in numbers
+            (int(held[least] + per_expert * (number - numbers[least])), loss) for number in numbers
         ]
         return by_ep, ends[most]
 
@@ -324,15 +235,23 @@ class JobPlanner:
         shapes = stage.by_ep[ep].shapes
         keys = [shape.key(boundary, cut) for shape, cut in zip(shapes, cuts, strict=True)]
         if any(key not in self._costs for key in keys):
-            loss = LossInput(self._recipe, self._vocab, teacher.hidden)
-            with simulated_rank(self._args, self.layout.first_rank(pp)), any_attention(self._on_gpus):
+            job = Job(
+                None if self._stock else self._recipe,
+                self._vocab,
+                teacher.hidden,
+                bool(getattr(self._given, "moe_grouped_gemm", False)),
+            )
+            with (
+                simulated_rank(self._args, self.layout.first_rank(pp)),
+                any_attention(self._on_gpus),
+            ):
                 built = self._builder.build()
                 built.give_experts(ep)
                 for chunk, key, cut in zip(built.chunks, keys, cuts, strict=True):
                     if key not in self._costs:
                         chunk.train()
                         self._costs[key] = chunk_cost(
-                            chunk, self._args, boundary, loss, cut=cut, on_gpus=self._on_gpus
+                            chunk, self._args, boundary, job, cut=cut, on_gpus=self._on_gpus
                         )
         return [self._costs[key] for key in keys]
 
@@ -374,9 +293,7 @@ class JobPlanner:
             )
         return ranks
 
-    def _held(
-        self, rank: _ExpertRank, components: Sequence[str] | None
-    ) -> tuple[int, int, int]:
+    def _held(self, rank: _ExpertRank, components: Sequence[str] | None) -> tuple[int, int, int]:
         """Bytes of parameters, of FP8 copies and of originals."""
         census = rank.census
         originals = sum(
@@ -393,27 +310,3 @@ class JobPlanner:
         if getattr(self._given, "fp8", None):
             fp8 = _FP8_BYTES * (census.multiplied_elements + (0 if in_fp8 else frozen))
         return parameters, fp8, originals
-
-
-def as_json(plan: JobPlan) -> dict[str, Any]:
-    """A plan in plain values, every rank."""
-    ranks = []
-    for rank in plan.ranks:
-        values = asdict(rank)
-        ranks.append(values.pop("place") | values | {"peak": rank.peak})
-    stages = [
-        {"layers": list(map(list, stage.layers)), "costs": [asdict(cost) for cost in stage.costs]}
-        for stage in plan.stages
-    ]
-    return {
-        "layout": asdict(plan.layout),
-        "parameters": dict(plan.parameters),
-        "trained": dict(plan.trained),
-        "boundary": plan.boundary,
-        "micro_batches": plan.schedule.micro_batches,
-        "tokens": plan.tokens,
-        "general_share": plan.general_share,
-        "teacher": asdict(plan.teacher),
-        "stages": stages,
-        "ranks": ranks,
-    }

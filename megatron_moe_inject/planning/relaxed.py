@@ -13,9 +13,19 @@ from typing import Any
 _OFF: dict[str, Any] = {
     **dict.fromkeys(
         (
-            *("apply_layernorm_1p", "apply_rope_fusion", "async_save", "check_for_nan_in_loss_and_grad"),
+            *(
+                "apply_layernorm_1p",
+                "apply_rope_fusion",
+                "async_save",
+                "check_for_nan_in_loss_and_grad",
+            ),
             *("cross_entropy_loss_fusion", "delay_wgrad_compute", "deterministic_mode"),
-            *("enable_cuda_graph", "exit_signal_handler", "external_cuda_graph", "fp8_param_gather"),
+            *(
+                "enable_cuda_graph",
+                "exit_signal_handler",
+                "external_cuda_graph",
+                "fp8_param_gather",
+            ),
             *("gradient_accumulation_fusion", "inference_rng_tracker", "masked_softmax_fusion"),
             *("memory_efficient_layer_norm", "moe_enable_deepep", "moe_grouped_gemm"),
             *("moe_permute_fusion", "moe_router_fusion", "moe_shared_expert_overlap"),

@@ -1,4 +1,4 @@
-"""Megatron's pipeline schedules as lists of passes: how much is kept at once, how long a step takes.
+"""Megatron's pipeline schedules as lists of passes: what is kept at once, how long a step takes.
 
 1F1B and its interleaved form in the order of ``megatron.core.pipeline_parallel.schedules``. A rank
 with ``v`` chunks has ``v`` stages; stage ``c * P + r`` is chunk ``c`` of pipeline rank ``r`` of P.
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from megatron_moe_inject.planning.micro_batch import ChunkCost
+from megatron_moe_inject.planning.costs import ChunkCost
 
 
 class Pass(NamedTuple):

@@ -22,7 +22,7 @@ import torch
 
 from megatron_moe_inject.experts.train.freeze import FreezePolicy, first_trainable_layer
 from megatron_moe_inject.host import compat
-from megatron_moe_inject.host.megatron_types import Chunk
+from megatron_moe_inject.host.megatron_types import Chunk, MegatronModule
 from megatron_moe_inject.host.model_parts import (
     EXPERTS,
     decoder_layers,
@@ -131,7 +131,7 @@ class Stage:
 
     context: RunContext
     parts: Sequence[RunPart]
-    model: Sequence[torch.nn.Module]
+    model: Sequence[MegatronModule]
     chunks: Sequence[Chunk]
     optimizer: Any
 
@@ -323,9 +323,7 @@ class StageBuilder:
 
         context: RunContext = self._context()
         context.provide(TeacherInfos, self._teachers)
-        parts = [
-            part for name in _PARTS if (part := FEATURES[name].start(context)) is not None
-        ]
+        parts = [part for name in _PARTS if (part := FEATURES[name].start(context)) is not None]
         args, provider = self._args, gpt_entry.model_provider
         config = compat.model_config(args)
         if getattr(args, "hybrid_layer_pattern", None) is not None:

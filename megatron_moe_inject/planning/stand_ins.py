@@ -2,20 +2,24 @@
 
 Megatron's own modules for machines without Transformer Engine keep what their torch operations
 need: a softmax of all pairs of tokens, several copies of what a norm read. A job on GPUs runs fused
-kernels in these two places. Here stand functions that keep what those keep (FlashAttention 2, 2.1 of
-arXiv 2307.08691; TE's and torch's norms) and count their products. Shapes: s sequence, b batch, a
-heads, d and dv width of a head's keys and values, h hidden.
+kernels in these two places. Here stand functions that keep what those keep (FlashAttention,
+2307.08691; the norms of TE and of torch on a GPU) and count their products.
+
+Shapes: s sequence, b batch.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from megatron_moe_inject.host.megatron_types import Chunk
+from megatron_moe_inject.host.wrap import Call, wrap_method
+from megatron_moe_inject.planning.uses import CORE_FORWARD, NORM_FORWARD
 
 
 class Products:
@@ -68,34 +72,52 @@ class _Norm(torch.autograd.Function):
         return torch.empty_like(states) if needed[0] else None, None, *grads
 
 
-def as_on_gpus(chunks: Sequence[Chunk], products: Products) -> None:
-    """Let the attention cores and norms of bare chunks keep what a GPU's kernels keep."""
-    from megatron.core.transformer.dot_product_attention import DotProductAttention
+def as_on_gpus(chunks: Sequence[Chunk], products: Products, *, grouped: bool = False) -> None:
+    """Let the attention cores and norms of bare chunks keep what a GPU's kernels keep.
 
-    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any):
-        out = _Attention.apply(products, query, key, value)
+    Args:
+        grouped: the job runs a layer's experts in grouped products. Where only some of them train,
+            copies of their rows are kept (``experts.train.grouped``), not the rows of all.
+    """
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+    from megatron.core.transformer.moe.experts import SequentialMLP
+
+    def attend(call: Call) -> torch.Tensor:
+        out = _Attention.apply(products, call["query"], call["key"], call["value"])
         return out.reshape(*out.shape[:2], -1)
 
     for chunk in chunks:
         for module in chunk.modules():
             if isinstance(module, DotProductAttention):
-                module.forward = attend
+                wrap_method(module, CORE_FORWARD, attend)
             elif isinstance(module, torch.nn.RMSNorm | torch.nn.LayerNorm):
-                module.forward = _norm(module)
+                wrap_method(module, NORM_FORWARD, functools.partial(_norm, module))
+            elif grouped and isinstance(module, SequentialMLP):
+                _copy_rows(module)
 
 
-def _norm(module: torch.nn.Module) -> Any:
+def _norm(module: torch.nn.Module, call: Call) -> torch.Tensor:
     numbers = 2 if isinstance(module, torch.nn.LayerNorm) else 1
+    return _Norm.apply(call.args[0], numbers, *module.parameters(recurse=False))
 
-    def forward(states: torch.Tensor) -> torch.Tensor:
-        return _Norm.apply(states, numbers, *module.parameters(recurse=False))
 
-    return forward
+def _copy_rows(experts: Any) -> None:
+    """Let experts that train keep copies of their rows, where others are frozen."""
+    weights = [expert.linear_fc1.weight for expert in experts.local_experts]
+    if all(weight.requires_grad for weight in weights):
+        return
+    for expert, weight in zip(experts.local_experts, weights, strict=True):
+        if weight.requires_grad:
+            expert.linear_fc1.register_forward_pre_hook(_copied)
+
+
+def _copied(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return inputs[0].clone(), *inputs[1:]
 
 
 @contextlib.contextmanager
 def any_attention(wanted: bool = True) -> Iterator[None]:
-    """Inside, if wanted, Megatron's local attention core takes heads of any kind, and holds nothing.
+    """Inside, if wanted, Megatron's local attention core takes heads of any kind.
 
     Built outside Transformer Engine it refuses what multi-latent attention and context parallelism
     ask of it; it has no parameters, and ``as_on_gpus`` takes its place.

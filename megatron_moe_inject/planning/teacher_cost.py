@@ -1,14 +1,14 @@
-"""What teachers and the original model cost a step, from their sizes and the shares of the blend."""
+"""What teachers and the original model cost a step, from their sizes and the blend's shares."""
 
 from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from megatron_moe_inject.data.mixing import blend_weights
 from megatron_moe_inject.data.section import MIXING
 from megatron_moe_inject.host.labels import GENERAL
+from megatron_moe_inject.planning.costs import TeacherCost
 from megatron_moe_inject.recipe.entries import split_labels
 from megatron_moe_inject.recipe.facts import StudentFacts
 from megatron_moe_inject.recipe.schedule import ever_positive, value_at
@@ -20,25 +20,6 @@ from megatron_moe_inject.teachers.loading import states_dtype
 _STATES_OF_A_LAYER = 12
 """Widths of hidden states that a layer of a dense model holds at once in a forward pass: those of
 attention (4) and of a gated MLP of 3.5 times its width (2 x 3.5 + 1)."""
-
-
-@dataclass(frozen=True)
-class TeacherCost:
-    """Of all teachers together, on each rank that holds them.
-
-    Attributes:
-        weights: bytes of their parameters.
-        states: bytes of the states of a step (or a window) that are kept.
-        working: bytes of one forward pass, before the student's.
-        flops: of a step's forward passes, on each rank that shares them.
-        hidden: the widest teacher's; None without one.
-    """
-
-    weights: int = 0
-    states: int = 0
-    working: int = 0
-    flops: float = 0.0
-    hidden: int | None = None
 
 
 def class_shares(recipe: Recipe, facts: StudentFacts, args: Namespace) -> dict[int, float]:

@@ -62,11 +62,13 @@ def render_plan(plan: Plan) -> str:
         "student": _student_lines(plan.facts),
         "warnings": [*recipe_warnings(plan.recipe), *plan.warnings],
     }
-    text = ["moe-inject plan"]
-    for title, body in lines.items():
-        if body:
-            text += ["", title, *(f"  {line}" for line in body)]
-    return "\n".join(text)
+    return "moe-inject plan" + render_lines(lines)
+
+
+def render_lines(lines: Mapping[str, Sequence[str]]) -> str:
+    """Titles behind an empty line each, and their lines below; what has no lines is left out."""
+    blocks = ([title, *(f"  {line}" for line in body)] for title, body in lines.items() if body)
+    return "".join("\n\n" + "\n".join(block) for block in blocks)
 
 
 def recipe_warnings(recipe: Recipe) -> list[str]:

@@ -64,7 +64,7 @@ class TrainedRows:
         router.register_parameter(ROWS, rows)
         # A buffer, since Megatron moves the model to its device after this.
         router.register_buffer(_ROW_IDS, ids, persistent=False)
-        router.trained_row_ids = ids.tolist()
+        router.trained_row_ids = sorted(experts)
         wrap_method(router, ROWS_GATING, self._gating)
         wrap_method(router, ROWS_SHARDED, self._sharded_state_dict)
         router.register_state_dict_pre_hook(self._write_rows)

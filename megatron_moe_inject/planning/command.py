@@ -1,0 +1,118 @@
+"""``moe-inject plan --gpus``: the options, and what is printed beside the plan of the recipe."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_moe_inject.host.errors import RecipeError
+from megatron_moe_inject.host.files import replace_file, try_file
+from megatron_moe_inject.planning.client import Answer, planner
+from megatron_moe_inject.planning.job_plan import as_json
+from megatron_moe_inject.planning.report import GIB, Memory, plan_lines, too_large
+from megatron_moe_inject.planning.step_time import StepTime, step_time
+from megatron_moe_inject.recipe.load import dump_recipe
+from megatron_moe_inject.recipe.schema import Recipe
+
+EXAMPLES = """  moe-inject plan recipe.yaml --gpus 64 --tflops 300 -- --num-layers 24 ...
+"""
+_MEMORY = 80.0
+_RESERVE = 4.0
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What is to be shown.
+
+    Attributes:
+        lines: by title.
+        fits: whether every rank does.
+    """
+
+    lines: dict[str, list[str]]
+    fits: bool
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``moe-inject plan`` that ask for a plan of every rank."""
+    group = parser.add_argument_group("memory and time of every rank, without a GPU")
+    group.add_argument(
+        "--gpus",
+        type=int,
+        metavar="N",
+        help="plan a job of that many ranks: what each holds, what a step takes; exit status 3 "
+        "where one does not fit",
+    )
+    for flag, default, text in (
+        ("gpu-memory", _MEMORY, "memory of a GPU"),
+        ("reserve", _RESERVE, "of it, what CUDA, NCCL and gaps of the allocator take"),
+    ):
+        group.add_argument(
+            f"--{flag}",
+            type=float,
+            metavar="GIB",
+            help=f"{text} (default {default:g})",
+        )
+    group.add_argument(
+        "--tflops", type=float, metavar="RATE", help="10^12 operations a second that a GPU reaches"
+    )
+    group.add_argument("--json", metavar="FILE", help="write the plan of every rank to this file")
+
+
+def check_options(options: argparse.Namespace, flags: Sequence[str] | None) -> None:
+    """Raise ``RecipeError`` for options that do not go together."""
+    others = ("gpu_memory", "reserve", "tflops", "json")
+    if options.gpus is None:
+        for name in others:
+            if getattr(options, name):
+                raise RecipeError(f"--{name.replace('_', '-')}: is of a plan of ranks; add --gpus")
+        return
+    if not flags:
+        raise RecipeError("--gpus: needs the model and its layout; add -- and the Megatron flags")
+    for name in ("gpus", "gpu_memory", "reserve", "tflops"):
+        value = getattr(options, name)
+        if value is not None and value <= 0 and not (name == "reserve" and value == 0):
+            raise RecipeError(f"--{name.replace('_', '-')}: {value:g} is not positive")
+    if options.json is not None:
+        try_file(options.json, "--json")
+
+
+def plan_ranks(options: argparse.Namespace, recipe: Recipe, flags: Sequence[str]) -> Planned:
+    """The plan of every rank.
+
+    Args:
+        recipe: its experts resolved.
+
+    Raises:
+        RecipeError: experts are still to be chosen, or the flags do not fit that many GPUs.
+    """
+    for domain in recipe.domains:
+        if domain.experts.profile is not None:
+            raise RecipeError(
+                f"--gpus: the experts of {domain.name} are still to be chosen from "
+                f"{domain.experts.profile}; record it with moe-inject profile, or write layers"
+            )
+    memory = _memory(options)
+    with planner(dump_recipe(recipe)) as process:
+        answer = process.plan(flags, options.gpus)
+    time = _time(answer, options.tflops)
+    rate = f"at {options.tflops:g} TFLOP/s a GPU" if options.tflops else ""
+    if options.json is not None:
+        text = json.dumps(as_json(answer.plan), indent=1) + "\n"
+        replace_file(options.json, text.encode())
+    lines = plan_lines(answer.plan, memory, time, answer.remarks, rate)
+    return Planned(lines, not too_large(answer.plan, memory))
+
+
+def _memory(options: argparse.Namespace) -> Memory:
+    total = _MEMORY if options.gpu_memory is None else options.gpu_memory
+    reserve = _RESERVE if options.reserve is None else options.reserve
+    if reserve >= total:
+        raise RecipeError(f"--reserve: {reserve:g} GiB is all of --gpu-memory {total:g}; give less")
+    return Memory(int(total * GIB), int(reserve * GIB))
+
+
+def _time(answer: Answer, tflops: float | None) -> StepTime | None:
+    return None if tflops is None else step_time(answer.plan, tflops, answer.steps)
