@@ -175,7 +175,7 @@ def chunk_cost(
         cut: the stage before runs forward only.
         on_gpus: kernels keep what those of GPUs keep; else what this machine's operations keep.
     """
-    products = Products()
+    products = Products(args.context_parallel_size)
     if on_gpus:
         as_on_gpus([chunk], products, grouped=job.grouped)
     layers = decoder_layers(chunk)

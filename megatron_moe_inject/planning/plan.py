@@ -247,6 +247,7 @@ class JobPlanner:
             ):
                 built = self._builder.build()
                 built.give_experts(ep)
+                built.no_communication()
                 for chunk, key, cut in zip(built.chunks, keys, cuts, strict=True):
                     if key not in self._costs:
                         chunk.train()

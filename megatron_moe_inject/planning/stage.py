@@ -150,6 +150,14 @@ class Stage:
         """Lowest position that needs gradients on this rank; see ``first_trainable_layer``."""
         return first_trainable_layer(self.chunks, self.context.facts.num_layers)
 
+    def no_communication(self) -> None:
+        """Let micro-batches run as those before a step's last do, with parameters gathered."""
+        for ddp in self.model:
+            if ddp.ddp_config.overlap_param_gather:
+                ddp.disable_forward_pre_hook(param_sync=False)
+            for group in (*ddp.bucket_groups, *ddp.expert_parallel_bucket_groups):
+                group.is_last_microbatch = False
+
     def give_experts(self, ep_rank: int) -> tuple[bool, ...]:
         """Take the experts of another expert-parallel rank, and freeze them as the run does.
 

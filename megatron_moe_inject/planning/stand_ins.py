@@ -23,10 +23,15 @@ from megatron_moe_inject.planning.uses import CORE_FORWARD, NORM_FORWARD
 
 
 class Products:
-    """Floating-point operations of the stand-ins, which torch's counter does not know."""
+    """Floating-point operations of the stand-ins, which torch's counter does not know.
 
-    def __init__(self) -> None:
+    Args:
+        context: context-parallel ranks, whose keys a rank's queries see as well.
+    """
+
+    def __init__(self, context: int = 1) -> None:
         self.flops = 0.0
+        self.context = context
 
 
 class _Attention(torch.autograd.Function):
@@ -41,7 +46,8 @@ class _Attention(torch.autograd.Function):
         log_sum = query.new_empty(b, heads, s, dtype=torch.float32)
         ctx.save_for_backward(query, key, value, out, log_sum)
         ctx.products = products
-        ctx.flops = float(b * heads * s * key.shape[0] * (width + value.shape[-1]))
+        pairs = b * heads * s * key.shape[0] * products.context / 2  # causal
+        ctx.flops = 2.0 * pairs * (width + value.shape[-1])
         products.flops += ctx.flops
         return out
 
@@ -127,13 +133,14 @@ def any_attention(wanted: bool = True) -> Iterator[None]:
     if not wanted:
         yield
         return
-    stock = DotProductAttention.__init__
+    stock, stock_new = DotProductAttention.__init__, DotProductAttention.__new__
 
     def init(self: torch.nn.Module, *_: Any, **__: Any) -> None:
         torch.nn.Module.__init__(self)
 
     DotProductAttention.__init__ = init
+    DotProductAttention.__new__ = lambda cls, *_, **__: object.__new__(cls)
     try:
         yield
     finally:
-        DotProductAttention.__init__ = stock
+        DotProductAttention.__init__, DotProductAttention.__new__ = stock, stock_new
