@@ -66,20 +66,25 @@ class Saved:
 
     Args:
         known: tensors that are there already and count nothing.
+
+    Attributes:
+        bytes: of all that was saved.
     """
 
     def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
-        self._storages: dict[int, tuple[torch.UntypedStorage, int]] = {}
+        self._there: dict[int, weakref.ref[Any]] = {}
+        self.bytes = 0
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Note a tensor and hand it back."""
+        """Note a tensor and hand it back; its storage is not kept."""
         storage = tensor.untyped_storage()
-        if storage._cdata not in self._known:
-            self._storages[storage._cdata] = (storage, storage.nbytes())
+        key = storage._cdata
+        if key not in self._known and key not in self._there:
+            self._there[key] = weakref.ref(storage, lambda _: self._there.pop(key, None))
+            self.bytes += storage.nbytes()
         return tensor
 
-    @property
-    def bytes(self) -> int:
-        """Of all that was saved."""
-        return sum(size for _, size in self._storages.values())
+    def __contains__(self, tensor: torch.Tensor) -> bool:
+        """Whether its storage was saved and is still there."""
+        return tensor.untyped_storage()._cdata in self._there

@@ -30,20 +30,16 @@ class Answer:
 
 
 class Planner:
-    """Plans by a process that lives until ``close``.
+    """Plans by a process that lives until ``close``."""
 
-    Args:
-        recipe: YAML, its experts resolved.
-    """
-
-    def __init__(self, recipe: str) -> None:
-        self._recipe = recipe
+    def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
 
-    def plan(self, flags: Sequence[str], gpus: int, **options: Any) -> Answer:
+    def plan(self, recipe: str, flags: Sequence[str], gpus: int, **options: Any) -> Answer:
         """The plan of a layout.
 
         Args:
+            recipe: YAML, its experts resolved.
             flags: Megatron's.
             gpus: ranks of the job.
             options: see ``server.answer``.
@@ -51,7 +47,7 @@ class Planner:
         Raises:
             RecipeError: the flags do not go together, or do not fit that many GPUs.
         """
-        request = {"recipe": self._recipe, "flags": list(flags), "gpus": gpus, **options}
+        request = {"recipe": recipe, "flags": list(flags), "gpus": gpus, **options}
         asked, answers = self._pipes()
         asked.write(json.dumps(request) + "\n")
         asked.flush()
@@ -89,9 +85,9 @@ class Planner:
 
 
 @contextlib.contextmanager
-def planner(recipe: str) -> Iterator[Planner]:
+def planner() -> Iterator[Planner]:
     """A ``Planner`` that is closed at the end."""
-    made = Planner(recipe)
+    made = Planner()
     try:
         yield made
     finally:

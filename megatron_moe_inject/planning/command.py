@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.host.files import replace_file, try_file
-from megatron_moe_inject.planning.client import Answer, planner
+from megatron_moe_inject.planning.calibrate import Rate, measured_arms, rate_of, read_results
+from megatron_moe_inject.planning.client import Planner, planner
 from megatron_moe_inject.planning.job_plan import as_json
 from megatron_moe_inject.planning.report import GIB, Memory, plan_lines, too_large
-from megatron_moe_inject.planning.step_time import StepTime, step_time
+from megatron_moe_inject.planning.step_time import step_time
 from megatron_moe_inject.recipe.load import dump_recipe
 from megatron_moe_inject.recipe.schema import Recipe
 
@@ -58,12 +59,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--tflops", type=float, metavar="RATE", help="10^12 operations a second that a GPU reaches"
     )
+    group.add_argument(
+        "--calibrate",
+        metavar="RESULTS",
+        help="take that rate from measured steps instead, such as "
+        "examples/benchmarks/results/2026-11-26-step-h100-third.json",
+    )
     group.add_argument("--json", metavar="FILE", help="write the plan of every rank to this file")
 
 
 def check_options(options: argparse.Namespace, flags: Sequence[str] | None) -> None:
     """Raise ``RecipeError`` for options that do not go together."""
-    others = ("gpu_memory", "reserve", "tflops", "json")
+    others = ("gpu_memory", "reserve", "tflops", "calibrate", "json")
     if options.gpus is None:
         for name in others:
             if getattr(options, name):
@@ -75,6 +82,10 @@ def check_options(options: argparse.Namespace, flags: Sequence[str] | None) -> N
         value = getattr(options, name)
         if value is not None and value <= 0 and not (name == "reserve" and value == 0):
             raise RecipeError(f"--{name.replace('_', '-')}: {value:g} is not positive")
+    if options.tflops is not None and options.calibrate is not None:
+        raise RecipeError("--calibrate: stands beside --tflops; leave one of them out")
+    if options.calibrate is not None:
+        read_results(options.calibrate)
     if options.json is not None:
         try_file(options.json, "--json")
 
@@ -95,14 +106,14 @@ def plan_ranks(options: argparse.Namespace, recipe: Recipe, flags: Sequence[str]
                 f"{domain.experts.profile}; record it with moe-inject profile, or write layers"
             )
     memory = _memory(options)
-    with planner(dump_recipe(recipe)) as process:
-        answer = process.plan(flags, options.gpus)
-    time = _time(answer, options.tflops)
-    rate = f"at {options.tflops:g} TFLOP/s a GPU" if options.tflops else ""
+    with planner() as process:
+        answer = process.plan(dump_recipe(recipe), flags, options.gpus)
+        rate = _rate(options, process, flags)
+    time = None if rate is None else step_time(answer.plan, rate.tflops, answer.steps)
     if options.json is not None:
         text = json.dumps(as_json(answer.plan), indent=1) + "\n"
         replace_file(options.json, text.encode())
-    lines = plan_lines(answer.plan, memory, time, answer.remarks, rate)
+    lines = plan_lines(answer.plan, memory, time, answer.remarks, rate.told if rate else "")
     return Planned(lines, not too_large(answer.plan, memory))
 
 
@@ -114,5 +125,12 @@ def _memory(options: argparse.Namespace) -> Memory:
     return Memory(int(total * GIB), int(reserve * GIB))
 
 
-def _time(answer: Answer, tflops: float | None) -> StepTime | None:
-    return None if tflops is None else step_time(answer.plan, tflops, answer.steps)
+def _rate(options: argparse.Namespace, process: Planner, flags: Sequence[str]) -> Rate | None:
+    if options.tflops is not None:
+        rate = options.tflops
+        return Rate(rate, rate, rate, f"at {rate:g} TFLOP/s a GPU")
+    if options.calibrate is None:
+        return None
+    results = read_results(options.calibrate)
+    precision = "fp8" if "--fp8-format" in flags else "bf16"
+    return rate_of(measured_arms(process, results, precision), results.get("machine", "unknown"))

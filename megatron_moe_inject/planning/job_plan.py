@@ -94,6 +94,16 @@ class JobPlan:
     tokens: int
 
     @property
+    def flops_per_gpu(self) -> float:
+        """Operations of a step on a rank of the stage that has most of them, teachers included and
+        the original model aside."""
+        most = max(
+            sum(cost.forward_flops + cost.backward_flops for cost in stage.costs)
+            for stage in self.stages
+        )
+        return self.schedule.micro_batches * most + self.teacher.flops
+
+    @property
     def worst(self) -> RankPlan:
         """The rank with the highest peak."""
         return max(self.ranks, key=lambda rank: rank.peak)

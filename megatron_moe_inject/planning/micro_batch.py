@@ -190,7 +190,7 @@ def chunk_cost(
         chunk.decoder.layers = torch.nn.ModuleList(kept_layers)
         chunk.decoder.num_layers_per_pipeline_rank = len(kept_layers)
     GradientBoundary(chunk, position, cut=cut)
-    return _run(chunk, args, job, products, kept_layers, repeats)
+    return _run(chunk, args, job, products, kept_layers, repeats, on_gpus)
 
 
 def _representatives(
@@ -222,6 +222,7 @@ def _run(
     products: Products,
     layers: Sequence[Any],
     repeats: Sequence[int],
+    on_gpus: bool,
 ) -> ChunkCost:
     config, device = chunk.config, torch.device("meta")
     length = args.seq_length // args.context_parallel_size
@@ -244,6 +245,10 @@ def _run(
         "position_ids": tokens(),
         "attention_mask": None,
     }
+    reads_batch = chunk.pre_process or chunk.post_process
+    if not on_gpus and reads_batch and args.create_attention_mask_in_dataloader:
+        whole = torch.empty(b, 1, length, args.seq_length, dtype=torch.bool, device=device)
+        inputs["attention_mask"] = whole
     states_bytes = length // share * b * args.hidden_size * dtype.itemsize
     meter = _LayerMeter(allocations, saved, flops)
     loss_bytes = [0]
@@ -301,8 +306,7 @@ def _times(repeats: Sequence[int], of_each: Sequence[float]) -> float:
 
 def _own_bytes(output: torch.Tensor, saved: Saved) -> int:
     """Bytes of the output that the schedule frees once it is sent: all, unless they are saved."""
-    storage = output.untyped_storage()
-    return 0 if storage._cdata in saved._storages else storage.nbytes()
+    return 0 if output in saved else output.untyped_storage().nbytes()
 
 
 def _loss_process(

@@ -24,6 +24,7 @@ from megatron_moe_inject.planning.stage import Census, Shards, Stage, StageBuild
 from megatron_moe_inject.planning.stand_ins import any_attention
 from megatron_moe_inject.planning.teacher_cost import (
     class_shares,
+    imitation_bytes,
     original_states,
     teacher_cost,
 )
@@ -127,6 +128,9 @@ class JobPlanner:
         )
         states, general = original_states(self._recipe, self._shares, args, schedule.micro_batches)
         teacher = replace(teacher, states=teacher.states + states)
+        imitated = imitation_bytes(
+            self._recipe, self._infos, self._facts, self._shares, args, schedule.micro_batches
+        )
         built, whole, whole_trained = self._build_all()
         boundary = min(stage.first_trainable for stage in built)
         forward_stages = self._forward_stages(built, boundary)
@@ -135,7 +139,11 @@ class JobPlanner:
         for pp, stage in enumerate(built):
             by_ep, costs = self._peaks(pp, stage, boundary, forward_stages, schedule, teacher)
             stages.append(StagePlan(stage.layers, costs))
-            ranks += self._ranks(pp, stage, by_ep, teacher if pp == layout.pp - 1 else None)
+            own = [imitated.get(layer, (0, 0)) for chunk in stage.layers for layer in chunk]
+            in_flight = min(layout.pp, schedule.micro_batches)
+            beside = sum(states + in_flight * term for states, term in own)
+            last = teacher if pp == layout.pp - 1 else TeacherCost()
+            ranks += self._ranks(pp, stage, by_ep, replace(last, states=last.states + beside))
         ranks.sort(key=lambda rank: rank.place.rank)
         return JobPlan(
             layout,
@@ -261,15 +269,14 @@ class JobPlanner:
         pp: int,
         stage: _BuiltStage,
         by_ep: Sequence[tuple[int, int]],
-        teacher: TeacherCost | None,
+        teacher: TeacherCost,
     ) -> list[RankPlan]:
         """Every rank of a stage."""
         layout, ranks = self.layout, []
         components = kept_originals(self._recipe)
         on_host = self._recipe[RETENTION].originals == "host"
         held = [self._held(rank, components) for rank in stage.by_ep]
-        beside = 0 if teacher is None else teacher.weights + teacher.states
-        working = 0 if teacher is None else teacher.working
+        beside, working = teacher.weights + teacher.states, teacher.working
         for number in range(layout.gpus):
             place = layout.place(number)
             if place.pp != pp:

@@ -25,7 +25,12 @@ from megatron_moe_inject.host.errors import RecipeError, one_line
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """Plan one layout in this process, which can plan no other afterwards."""
+    """Plan one layout in this process, which can plan no other afterwards.
+
+    Args:
+        request: ``recipe`` (YAML), ``flags`` and ``gpus``; ``teachers``, ``stock``, ``activations``
+            and ``on_gpus`` as ``plan.JobPlanner`` takes them, where they are not its defaults.
+    """
     from megatron_moe_inject.planning import job, relaxed
     from megatron_moe_inject.planning.plan import JobPlanner
     from megatron_moe_inject.recipe.load import recipe_from_yaml
@@ -41,10 +46,19 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         recipe,
         facts,
         request["gpus"],
+        infos=_infos(request.get("teachers")),
         stock=request.get("stock", False),
+        activations=request.get("activations", True),
         on_gpus=request.get("on_gpus", True),
     )
     return {"plan": planner.plan(), "steps": args.train_iters, "remarks": relaxed.estimated(given)}
+
+
+def _infos(teachers: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What teachers' files would say, of teachers that are not there."""
+    from megatron_moe_inject.teachers.base import TeacherInfo
+
+    return None if teachers is None else {n: TeacherInfo(**info) for n, info in teachers.items()}
 
 
 def _in_a_fork(request: dict[str, Any]) -> bytes:

@@ -15,6 +15,8 @@ from megatron_moe_inject.recipe.schedule import ever_positive, value_at
 from megatron_moe_inject.recipe.schema import Recipe
 from megatron_moe_inject.teachers.base import TeacherInfo
 from megatron_moe_inject.teachers.forward import MAX_SEQUENCES
+from megatron_moe_inject.teachers.imitation.section import IMITATION
+from megatron_moe_inject.teachers.imitation.terms import imitation_terms
 from megatron_moe_inject.teachers.loading import states_dtype
 
 _STATES_OF_A_LAYER = 12
@@ -80,6 +82,35 @@ def teacher_cost(
         flops += tokens * (2 * max(body, 0) + attention)
         widest = max(widest, info.hidden_size)
     return TeacherCost(weights, states, working, flops, widest or None)
+
+
+def imitation_bytes(
+    recipe: Recipe,
+    infos: Mapping[str, TeacherInfo],
+    facts: StudentFacts,
+    shares: Mapping[int, float],
+    args: Namespace,
+    micro_batches: int,
+) -> dict[int, tuple[int, int]]:
+    """What imitation keeps beside the layers of the student, by 0-based global layer.
+
+    Returns:
+        Bytes of the teachers' states of a step, and of what the term's backward pass needs of a
+        micro-batch: a float32 difference for each of its tokens, a share of the batch alike.
+    """
+    if not recipe[IMITATION].in_use():
+        return {}
+    layers = {name: info.num_layers for name, info in infos.items()}
+    kept: dict[int, tuple[int, int]] = {}
+    for term in imitation_terms(recipe, layers, facts.num_layers, facts.pattern):
+        width = infos[term.teacher].hidden_size
+        size = states_dtype(recipe.teachers[term.teacher].dtype, args.params_dtype).itemsize
+        share = sum(shares.get(label, 0.0) for label in term.shares)
+        tokens = args.micro_batch_size * args.seq_length // args.context_parallel_size
+        states, terms = kept.get(term.layer, (0, 0))
+        states += int(micro_batches * share * tokens * width * size)
+        kept[term.layer] = states, terms + int(share * tokens * width * 4)
+    return kept
 
 
 def original_states(

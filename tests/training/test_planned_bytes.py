@@ -1,0 +1,62 @@
+"""Plans against real jobs of the CPU lane: what every rank holds, byte for byte, by what holds it."""
+
+import json
+
+import pytest
+
+from tests.harness import lane
+from tests.harness.planned_jobs import session_planner
+
+ALLOCATED = (str(lane.HARNESS / "allocated_gpt.py"),)
+RECIPE = """
+domains: [{{name: code, data: [0], experts: {{layers: {{1: [0, 3], 3: [1]}}}}}}]
+objective: {{alpha: 0, beta: 1}}
+train: {{router_rows: true, norms: {norms}}}
+retention: {{l2: 0.1}}
+"""
+SHAPES = ("--moe-expert-capacity-factor", "1", "--moe-pad-expert-input-to-capacity")
+"""Known without values, as a plan takes them."""
+BF16 = ("--bf16", "--use-distributed-optimizer")
+FULL = ("--recompute-granularity", "full", "--recompute-method", "uniform")
+SELECTIVE = ("--recompute-granularity", "selective", "--recompute-modules", "core_attn")
+VIRTUAL = ("--num-layers-per-virtual-pipeline-stage", "1")
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("nproc", "layout", "flags", "norms"),
+    [
+        pytest.param(2, {"ep": 2}, BF16, True, id="EP 2, bf16, distributed optimizer"),
+        pytest.param(2, {"pp": 2}, VIRTUAL, False, id="PP 2 x VPP 2"),
+        pytest.param(2, {"tp": 2}, (), True, id="TP 2"),
+        pytest.param(2, {}, lane.DISTRIBUTED_OPTIMIZER, True, id="overlap", marks=slow),
+        pytest.param(2, {"ep": 2}, (), False, id="EP 2", marks=slow),
+        pytest.param(1, {}, (*FULL, "--recompute-num-layers", "1"), True, id="full", marks=slow),
+        pytest.param(1, {}, SELECTIVE, True, id="selective", marks=slow),
+        pytest.param(1, {}, lane.DEEPSEEK_ROUTER, False, id="DeepSeek's router", marks=slow),
+        pytest.param(
+            4, {"tp": 2, "ep": 2, "pp": 2}, BF16, True, id="TP 2 x EP 2 x PP 2", marks=slow
+        ),
+    ],
+)
+def test_bytes_are_those_of_a_job(tmp_path, nproc, layout, flags, norms):
+    recipe = RECIPE.format(norms=str(norms).lower())
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe)
+    given = lane.moe("--num-layers", "4", "--train-iters", "1", *SHAPES, *flags, **layout)
+    ours = ("--inject-recipe", str(path), "--inject-from-scratch")
+    run = lane.run([*given, *ours], nproc=nproc, script=ALLOCATED)
+    lines = (line for line in run.output.splitlines() if line.startswith("allocated: "))
+    real = {found["rank"]: found for found in (json.loads(line[11:]) for line in lines)}
+    plan = session_planner().plan(recipe, given, nproc, on_gpus=False).plan
+    assert len(plan.ranks) == len(real) == nproc
+    for rank in plan.ranks:
+        there = real[rank.place.rank]
+        planned = {name: getattr(rank, name) for name in ("parameters", "gradients")}
+        planned |= {name: getattr(rank, name) for name in ("optimizer", "originals")}
+        assert planned == {name: there[name] for name in planned}, rank.place
+    for pp, stage in enumerate(plan.stages):
+        ranks = [rank for rank in plan.ranks if rank.place.pp == pp]
+        most = max(ranks, key=lambda rank: rank.trained_experts)
+        assert [cost.saved for cost in stage.costs] == real[most.place.rank]["saved"]
+    assert any(sum(there["saved"]) for there in real.values())
