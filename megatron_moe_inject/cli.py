@@ -113,7 +113,8 @@ def _planned(options: argparse.Namespace, flags: list[str] | None) -> tuple[str,
     plan, args = _plan(options, flags)
     text, status = render_plan(plan), 0
     if options.gpus is not None:
-        ranks = planning.plan_ranks(options, plan.recipe, flags or [])
+        assert args is not None, "check_options has asked for flags"
+        ranks = planning.plan_ranks(options, plan.recipe, args, flags or [])
         text += render_lines(ranks.lines)
         status = 0 if ranks.fits else 3
     return text + (_wraps(plan, args) if options.wraps else ""), status

@@ -14,6 +14,7 @@ from megatron_moe_inject.planning.client import Planner, planner
 from megatron_moe_inject.planning.job_plan import as_json
 from megatron_moe_inject.planning.report import GIB, Memory, plan_lines, too_large
 from megatron_moe_inject.planning.step_time import step_time
+from megatron_moe_inject.planning.suggest import Model, Search, suggestion_lines
 from megatron_moe_inject.recipe.load import dump_recipe
 from megatron_moe_inject.recipe.schema import Recipe
 
@@ -65,12 +66,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="take that rate from measured steps instead, such as "
         "examples/benchmarks/results/2026-11-26-step-h100-third.json",
     )
+    group.add_argument(
+        "--suggest",
+        action="store_true",
+        help="also search layouts and recompute: on the fewest GPUs, and the fastest on N",
+    )
     group.add_argument("--json", metavar="FILE", help="write the plan of every rank to this file")
 
 
 def check_options(options: argparse.Namespace, flags: Sequence[str] | None) -> None:
     """Raise ``RecipeError`` for options that do not go together."""
-    others = ("gpu_memory", "reserve", "tflops", "calibrate", "json")
+    others = ("gpu_memory", "reserve", "tflops", "calibrate", "suggest", "json")
     if options.gpus is None:
         for name in others:
             if getattr(options, name):
@@ -90,11 +96,15 @@ def check_options(options: argparse.Namespace, flags: Sequence[str] | None) -> N
         try_file(options.json, "--json")
 
 
-def plan_ranks(options: argparse.Namespace, recipe: Recipe, flags: Sequence[str]) -> Planned:
+def plan_ranks(
+    options: argparse.Namespace, recipe: Recipe, args: argparse.Namespace, flags: Sequence[str]
+) -> Planned:
     """The plan of every rank.
 
     Args:
         recipe: its experts resolved.
+        args: Megatron's, parsed.
+        flags: the same as they were written.
 
     Raises:
         RecipeError: experts are still to be chosen, or the flags do not fit that many GPUs.
@@ -109,12 +119,44 @@ def plan_ranks(options: argparse.Namespace, recipe: Recipe, flags: Sequence[str]
     with planner() as process:
         answer = process.plan(dump_recipe(recipe), flags, options.gpus)
         rate = _rate(options, process, flags)
+        suggested = []
+        if options.suggest:
+            search = Search(
+                process,
+                dump_recipe(recipe),
+                flags,
+                answer.plan,
+                _model(args),
+                memory,
+                rate.tflops if rate else None,
+            )
+            suggested = suggestion_lines([search.fewest(), search.fastest()])
     time = None if rate is None else step_time(answer.plan, rate.tflops, answer.steps)
     if options.json is not None:
         text = json.dumps(as_json(answer.plan), indent=1) + "\n"
         replace_file(options.json, text.encode())
     lines = plan_lines(answer.plan, memory, time, answer.remarks, rate.told if rate else "")
+    lines["suggested"] = suggested
     return Planned(lines, not too_large(answer.plan, memory))
+
+
+def _model(args: argparse.Namespace) -> Model:
+    if getattr(args, "hybrid_layer_pattern", None) is not None:
+        raise RecipeError(
+            "--suggest: a hybrid model's stages stand in --hybrid-layer-pattern, which it does not "
+            "change; leave it out and plan the patterns one by one"
+        )
+    heads = args.num_attention_heads
+    groups = args.num_query_groups if args.group_query_attention else heads
+    return Model(
+        args.num_layers,
+        args.num_experts or 0,
+        heads,
+        groups,
+        args.micro_batch_size,
+        args.global_batch_size,
+        bool(args.mtp_num_layers),
+    )
 
 
 def _memory(options: argparse.Namespace) -> Memory:

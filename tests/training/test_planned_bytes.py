@@ -1,4 +1,4 @@
-"""Plans against real jobs of the CPU lane: what every rank holds, byte for byte, by what holds it."""
+"""Plans against real jobs of the CPU lane: what every rank holds, byte for byte."""
 
 import json
 

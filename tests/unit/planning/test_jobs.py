@@ -1,0 +1,186 @@
+"""Plans of published models, of measured runs, and mistakes."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+from megatron_moe_inject.cli import main
+from megatron_moe_inject.planning.calibrate import measured_arms, rate_of, read_results
+from megatron_moe_inject.planning.step_time import step_time
+from tests.harness.planned_jobs import (
+    DEEPSEEK_V3,
+    QWEN3_30B,
+    QWEN3_235B,
+    session_planner,
+)
+
+RESULTS = Path(__file__).resolve().parents[3] / "examples" / "benchmarks" / "results"
+RECIPE = """
+domains: [{{name: code, data: [0], experts: {{layers: {layers}}}}}]
+objective: {{alpha: 0, beta: 1}}
+"""
+EXPERT = {"qwen30": 3 * 2048 * 768, "deepseek": 3 * 7168 * 2048}
+EP = "--expert-model-parallel-size"
+
+
+def plan(layers, flags, gpus, **options):
+    recipe = RECIPE.format(layers=layers)
+    return session_planner().plan(recipe, flags, gpus, **options).plan
+
+
+def test_qwen3_30b_on_two_nodes():
+    """Eight chosen experts, five of them on one rank; backward stops at layer 12."""
+    layers = {12: [0, 1, 2, 3, 4], 13: [40], 47: [3, 127]}
+    found = plan(layers, [*QWEN3_30B, EP, "8"], 16)
+    assert sum(found.parameters.values()) == 30_532_122_624
+    assert found.trained == {"experts": 8 * EXPERT["qwen30"]}
+    assert found.boundary == 12
+    assert [rank.trained_experts for rank in found.ranks] == [6, 0, 1, 0, 0, 0, 0, 1] * 2
+    first = found.ranks[0]
+    assert first.gradients == 4 * first.trained == 4 * 6 * EXPERT["qwen30"]
+    assert first.optimizer == 12 * first.trained // 2
+    assert first.parameters == 2 * (30_532_122_624 - 7 * 48 * 16 * EXPERT["qwen30"])
+    assert first.peak == found.worst.peak > found.ranks[1].peak
+    (cost,) = found.stages[0].costs
+    assert cost.forward_flops == pytest.approx(29.0e12 + 5.1e12, rel=0.02)
+    assert cost.backward_flops / 29.0e12 == pytest.approx(0.985, rel=0.02)
+
+
+def test_recompute_and_where_backward_stops_change_what_is_kept():
+    few, full = "--num-layers 8".split(), "--recompute-granularity full --recompute-method uniform"
+    flags = [*QWEN3_30B, *few, EP, "8"]
+    late, early = (plan({layer: [0]}, flags, 8).stages[0].costs[0] for layer in (6, 1))
+    again = plan({1: [0]}, [*flags, *full.split(), "--recompute-num-layers", "1"], 8)
+    (recomputed,) = again.stages[0].costs
+    assert late.kept < 0.45 * early.kept
+    assert late.backward_flops < 0.45 * early.backward_flops
+    assert recomputed.kept < 0.1 * early.kept
+    assert recomputed.backward_flops > early.backward_flops + 6 / 8 * early.forward_flops * 0.7
+
+
+def test_qwen3_235b_on_256_ranks():
+    flags = [*QWEN3_235B, "--tensor-model-parallel-size", "2", "--sequence-parallel", EP, "32"]
+    flags += ["--expert-tensor-parallel-size", "1", "--pipeline-model-parallel-size", "2"]
+    found = plan({60: [0]}, flags, 256, activations=False)
+    assert sum(found.parameters.values()) == 235_093_634_560
+    assert len(found.ranks) == 256
+    trains = {(rank.place.pp, rank.place.ep) for rank in found.ranks if rank.trained}
+    assert trains == {(1, 0)}
+
+
+@pytest.mark.parametrize(
+    ("gpus", "activations"), [(1024, False), pytest.param(4096, True, marks=pytest.mark.slow)]
+)
+def test_deepseek_v3_every_rank(gpus, activations):
+    layers = {30: [0, 1, 2, 3, 4, 100], 45: [40], 60: [3, 127]}
+    found = plan(layers, [*DEEPSEEK_V3, EP, "64"], gpus, activations=activations)
+    assert sum(found.parameters.values()) - found.parameters["mtp"] == 671_026_404_352
+    assert found.parameters["mtp"] == 11_610_067_968
+    assert found.trained == {"experts": 9 * EXPERT["deepseek"]}
+    assert [rank.place.rank for rank in found.ranks] == list(range(gpus))
+    assert found.boundary == 30
+    chosen = [rank for rank in found.ranks if rank.trained]
+    assert {rank.place.pp for rank in chosen} == {6, 13, 14}
+    assert sum(r.optimizer for r in chosen) == 12 * 9 * EXPERT["deepseek"]
+    if activations:
+        idle = found.stages[0].costs[0]
+        assert (idle.backward_flops, idle.saved) == (0, 0)
+        assert found.stages[-1].costs[-1].loss > 0
+
+
+def test_memory_measured_on_an_h100_is_planned_within_a_tenth():
+    """And the operations of a step over its time are a rate that one machine can have."""
+    results = read_results(str(RESULTS / "2026-11-26-step-h100-third.json"))
+    arms = measured_arms(session_planner(), results)
+    assert len(arms) == 10
+    assert {f"{arm.precision}-{arm.arm}": arm.off for arm in arms if abs(arm.off) > 0.1} == {}
+    rate = rate_of([arm for arm in arms if arm.precision == "bf16"], "H100")
+    assert 0.85 * rate.tflops < rate.low < rate.high < 1.15 * rate.tflops < 989
+
+
+def test_time_of_a_pipeline_with_a_teacher(tmp_path):
+    """Two stages alike wait for one another once; the teacher runs before the last."""
+    flags = [*QWEN3_30B, "--num-layers", "4", "--pipeline-model-parallel-size", "2"]
+    flags += ["--global-batch-size", "8"]
+    found = plan({0: [0]}, flags, 2)
+    time = step_time(found, 300, 10)
+    first, last = (stage.costs[0] for stage in found.stages)
+    seconds = [(c.forward_flops + c.backward_flops) / 300e12 for c in (first, last)]
+    assert time.compute == pytest.approx(8 * max(seconds))
+    assert 0 < time.bubble < 2 * max(seconds)
+    assert time.gpu_hours == pytest.approx(10 * time.seconds * 2 / 3600)
+
+
+def command(tmp_path, *options, flags=QWEN3_30B, layers=None):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.format(layers=layers or {1: [0]}))
+    small = ["--num-layers", "2", "--hidden-size", "64", "--moe-ffn-hidden-size", "64"]
+    few = ["--global-batch-size", "8", "--seq-length", "128", EP, "4"]
+    return ["plan", str(path), *options, "--", *flags, *small, *few]
+
+
+def test_the_command_says_whether_ranks_fit(tmp_path, capsys):
+    out = tmp_path / "plan.json"
+    options = shlex.split(f"--gpus 8 --gpu-memory 6 --reserve 1 --tflops 100 --json {out}")
+    assert main(command(tmp_path, *options)) == 0
+    text = capsys.readouterr().out
+    assert "  all 8 ranks fit; the fullest has" in text
+    assert "at 100 TFLOP/s a GPU: the student" in text
+    assert "ranks (8 GPUs, EP=4; GiB)" in text
+    assert len(json.loads(out.read_text())["ranks"]) == 8
+    assert main(command(tmp_path, "--gpus", "8", "--gpu-memory", "0.1", "--reserve", "0")) == 3
+    text = capsys.readouterr().out
+    assert "  8 of 8 ranks do not fit (pipeline stages 0), by up to" in text
+
+
+def test_suggested_layouts_fit(tmp_path, capsys):
+    options = shlex.split("--gpus 4 --gpu-memory 0.25 --reserve 0 --tflops 100 --suggest")
+    status = main(command(tmp_path, *options))
+    text = capsys.readouterr().out
+    lines = text.partition("\nsuggested\n")[2].splitlines()
+    rows = [line.split() for line in lines if "tokens/s" not in line and "GPUs" in line]
+    assert status == 3
+    assert rows
+    fewest = next(line for line in lines if line.strip().startswith("--"))
+    flags = [*QWEN3_30B, *fewest.split()]
+    again = command(tmp_path, "--gpus", rows[0][2], *options[2:-1], flags=flags)
+    # The flags that are pasted stand behind the small student's own.
+    assert main([*again, *fewest.split()]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "flags", "message"),
+    [
+        ("--gpus 6", [], "--gpus: 6 is no multiple of EP 4 = 4; give 4 or 8, or another layout"),
+        ("--gpus 0", [], "--gpus: 0 is not positive"),
+        ("--tflops 100", [], "--tflops: is of a plan of ranks; add --gpus"),
+        ("--gpus 8 --calibrate none.json", [], "--calibrate: 'none.json' cannot be read"),
+        ("--gpus 8 --calibrate RECIPE", [], "cannot be read (not JSON); give what"),
+        ("--gpus 8 --tflops 1 --calibrate a", [], "--calibrate: stands beside --tflops"),
+        ("--gpus 8 --gpu-memory 2", [], "--reserve: 4 GiB is all of --gpu-memory 2"),
+        ("--gpus 8", ["--num-experts", "6"], "Megatron flags: "),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, capsys, options, flags, message):
+    path = str(tmp_path / "recipe.yaml")
+    argv = command(tmp_path, *options.replace("RECIPE", path).split())
+    assert main([*argv, *flags]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert message in captured.err
+    assert len(captured.err.splitlines()) == 1
+
+
+def test_a_plan_of_ranks_needs_flags_and_chosen_experts(tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.format(layers={1: [0]}))
+    assert main(["plan", str(path), "--gpus", "8"]) == 2
+    assert "--gpus: needs the model and its layout; add --" in capsys.readouterr().err
+    path.write_text(
+        "domains: [{name: code, data: [0], experts: {profile: later.json, method: top_n, n: 1}}]\n"
+        "objective: {alpha: 0, beta: 1}\n"
+    )
+    assert main(["plan", str(path), "--gpus", "8", "--", *QWEN3_30B]) == 2
+    assert "still to be chosen from later.json" in capsys.readouterr().err
