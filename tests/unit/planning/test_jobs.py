@@ -1,5 +1,6 @@
 """Plans of published models, of measured runs, and mistakes."""
 
+import contextlib
 import json
 import shlex
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_moe_inject.cli import main
+from megatron_moe_inject.planning import command as planning_command
 from megatron_moe_inject.planning.calibrate import measured_arms, rate_of, read_results
 from megatron_moe_inject.planning.step_time import step_time
 from tests.harness.planned_jobs import (
@@ -121,12 +123,20 @@ def test_time_of_a_pipeline_with_a_teacher(tmp_path):
     assert time.gpu_hours == pytest.approx(10 * time.seconds * 2 / 3600)
 
 
-def command(tmp_path, *options, flags=QWEN3_30B, layers=None):
+@pytest.fixture
+def one_process(monkeypatch):
+    """The command asks the session's planning process, which has imported Megatron."""
+    monkeypatch.setattr(
+        planning_command, "planner", lambda: contextlib.nullcontext(session_planner())
+    )
+
+
+def command(tmp_path, *options):
     path = tmp_path / "recipe.yaml"
-    path.write_text(RECIPE.format(layers=layers or {1: [0]}))
+    path.write_text(RECIPE.format(layers={1: [0]}))
     small = ["--num-layers", "2", "--hidden-size", "64", "--moe-ffn-hidden-size", "64"]
     few = ["--global-batch-size", "8", "--seq-length", "128", EP, "4"]
-    return ["plan", str(path), *options, "--", *flags, *small, *few]
+    return ["plan", str(path), *options, "--", *QWEN3_30B, *small, *few]
 
 
 def test_the_command_says_whether_ranks_fit(tmp_path, capsys):
@@ -138,26 +148,32 @@ def test_the_command_says_whether_ranks_fit(tmp_path, capsys):
     assert "at 100 TFLOP/s a GPU: the student" in text
     assert "ranks (8 GPUs, EP=4; GiB)" in text
     assert len(json.loads(out.read_text())["ranks"]) == 8
+
+
+@pytest.mark.usefixtures("one_process")
+def test_ranks_that_do_not_fit_are_told_by_the_exit_status(tmp_path, capsys):
     assert main(command(tmp_path, "--gpus", "8", "--gpu-memory", "0.1", "--reserve", "0")) == 3
     text = capsys.readouterr().out
     assert "  8 of 8 ranks do not fit (pipeline stages 0), by up to" in text
 
 
+@pytest.mark.usefixtures("one_process")
 def test_suggested_layouts_fit(tmp_path, capsys):
+    """What is pasted fits when it is planned, on fewer GPUs than were given."""
     options = shlex.split("--gpus 4 --gpu-memory 0.25 --reserve 0 --tflops 100 --suggest")
-    status = main(command(tmp_path, *options))
-    text = capsys.readouterr().out
-    lines = text.partition("\nsuggested\n")[2].splitlines()
-    rows = [line.split() for line in lines if "tokens/s" not in line and "GPUs" in line]
-    assert status == 3
-    assert rows
-    fewest = next(line for line in lines if line.strip().startswith("--"))
-    flags = [*QWEN3_30B, *fewest.split()]
-    again = command(tmp_path, "--gpus", rows[0][2], *options[2:-1], flags=flags)
-    # The flags that are pasted stand behind the small student's own.
-    assert main([*again, *fewest.split()]) == 0
+    assert main(command(tmp_path, *options)) == 0
+    lines = capsys.readouterr().out.partition("\nsuggested\n")[2].splitlines()
+    named = [line.strip() for line in lines if line.endswith(":")]
+    pasted = [line.split() for line in lines if line.strip().startswith("--")]
+    assert [name.split(":")[0] for name in named] == ["fewest GPUs", "fastest on 4 GPUs"]
+    gpus = named[0].split()[2].rstrip(":")
+    assert int(gpus) < 4
+    for number, flags in zip((gpus, "4"), pasted, strict=True):
+        argv = command(tmp_path, "--gpus", number, *options[2:-1])
+        assert main([*argv[: argv.index(EP)], *flags]) == 0
 
 
+@pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize(
     ("options", "flags", "message"),
     [
