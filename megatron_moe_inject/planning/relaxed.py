@@ -33,7 +33,12 @@ _OFF: dict[str, Any] = {
             *("tp_comm_overlap", "use_cpu_initialization", "use_gloo_process_groups"),
             *("use_precision_aware_optimizer", "use_te_activation_func", "log_straggler"),
             *("fine_grained_activation_offloading", "cpu_offloading", "optimizer_cpu_offload"),
-            *("moe_router_padding_for_quantization", "moe_router_padding_for_fp8", "use_sharp"),
+            *(
+                "moe_router_padding_for_quantization",
+                "moe_router_padding_for_fp8",
+                "use_sharp",
+                "qk_clip",
+            ),
         ),
         False,
     ),
@@ -55,12 +60,26 @@ _STATIC_ROUTING = {"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_c
 """Every expert gets its share of the tokens, so that shapes are known without values."""
 
 
+_FLOAT32 = ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
+"""Types of Transformer Engine's optimizer; its state is counted apart (``stage.StateBytes``)."""
+
+_OUTPUTS = ("layernorm", "mla_up_proj", "moe_act")
+"""Among ``--recompute-modules``, those whose output alone is freed, by a function of Megatron's that
+needs Transformer Engine and takes the storage from under a tensor."""
+
+
 def relaxed(args: Namespace) -> Namespace:
     """A copy of parsed, not yet validated arguments that can be built with anywhere."""
     args = copy.deepcopy(args)
     for name, value in _OFF.items():
         if hasattr(args, name):
             setattr(args, name, value)
+    for name in _FLOAT32:
+        setattr(args, name, "fp32")
+    if set(args.recompute_modules or ()) & set(_OUTPUTS):
+        args.recompute_modules = [m for m in args.recompute_modules if m not in _OUTPUTS]
+        if not args.recompute_modules:
+            args.recompute_granularity = None
     if getattr(args, "num_experts", None):
         if args.moe_expert_capacity_factor is None:
             args.moe_expert_capacity_factor = _STATIC_ROUTING["moe_expert_capacity_factor"]
@@ -75,9 +94,12 @@ def estimated(args: Namespace) -> list[str]:
         remarks.append("activations: every expert is taken to get the same number of tokens")
     if getattr(args, "fp8", None):
         remarks.append(
-            "FP8: estimated as two bytes for each weight that layers multiply by (its codes and "
-            "their transpose), and inputs of linear layers kept in one byte an element"
+            "FP8: two bytes more for each weight that layers multiply by (its codes and their "
+            "transpose); inputs of linear layers are counted in bf16"
         )
+    outputs = [name for name in args.recompute_modules or () if name in _OUTPUTS]
+    if outputs:
+        remarks.append(f"--recompute-modules {' '.join(outputs)}: counted as if it stayed")
     if args.moe_token_dispatcher_type not in (None, "alltoall"):
         remarks.append(
             f"--moe-token-dispatcher-type {args.moe_token_dispatcher_type}: activations are those "

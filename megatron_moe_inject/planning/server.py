@@ -90,9 +90,19 @@ def _line(request: dict[str, Any]) -> bytes:
         found = {"error": str(error)}
     except SystemExit as error:
         found = {"error": f"Megatron flags: {one_line(str(error.code), 400)}"}
-    except Exception:
+    except Exception as error:
         found = {"broken": traceback.format_exc()}
+        if _from_megatron(error):
+            reason = one_line(str(error) or type(error).__name__, 400)
+            found = {"error": f"Megatron flags: {reason}"}
     return json.dumps(found).encode()
+
+
+def _from_megatron(error: Exception) -> bool:
+    """Whether Megatron has refused something: its own code has raised it, in its own words."""
+    refusals = (AssertionError, ValueError, ImportError, NotImplementedError)
+    frames = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, refusals) and "/megatron/" in frames[-1].filename
 
 
 def main() -> None:

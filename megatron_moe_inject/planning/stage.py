@@ -22,6 +22,7 @@ import torch
 
 from megatron_moe_inject.experts.train.freeze import FreezePolicy, first_trainable_layer
 from megatron_moe_inject.host import compat
+from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.host.megatron_types import Chunk, MegatronModule
 from megatron_moe_inject.host.model_parts import (
     EXPERTS,
@@ -104,7 +105,16 @@ class StateBytes:
 
     @classmethod
     def of_args(cls, given: Namespace) -> StateBytes:
-        """Of Megatron's arguments as the user gave them."""
+        """Of Megatron's arguments as the user gave them.
+
+        Raises:
+            RecipeError: an optimizer whose state is not known here.
+        """
+        if given.optimizer not in ("adam", "sgd"):
+            raise RecipeError(
+                f"--optimizer: the state of {given.optimizer} is not planned; plan with adam, "
+                "whose two moments are the most that Megatron's optimizers keep"
+            )
         moments = {"adam": 2, "sgd": int(bool(getattr(given, "sgd_momentum", 0)))}
         sizes = [4.0] * moments[given.optimizer]
         main = 4.0
