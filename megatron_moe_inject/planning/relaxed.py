@@ -64,8 +64,8 @@ _FLOAT32 = ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_s
 """Types of Transformer Engine's optimizer; its state is counted apart (``stage.StateBytes``)."""
 
 _OUTPUTS = ("layernorm", "mla_up_proj", "moe_act")
-"""Among ``--recompute-modules``, those whose output alone is freed, by a function of Megatron's that
-needs Transformer Engine and takes the storage from under a tensor."""
+"""Among ``--recompute-modules``, those whose output alone is freed, by a function of Megatron's
+that needs Transformer Engine and takes the storage from under a tensor."""
 
 
 def relaxed(args: Namespace) -> Namespace:
