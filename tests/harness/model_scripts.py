@@ -1,7 +1,7 @@
 """The scripts of ``examples/models``, whose commands are seen by a test instead of run.
 
     scripts = ModelScripts("olmoe", folder)
-    (command,) = scripts.commands("convert.sh")      # moe-inject import-hf ...
+    (command,) = scripts.commands("convert.sh")
     command.module, command.words, command.processes
 
 Bash runs them as a user would, with an interpreter that writes down what it is asked to do.
