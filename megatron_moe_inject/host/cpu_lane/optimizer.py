@@ -55,4 +55,5 @@ def _load_state_dict(call: Call) -> None:
 
 
 def _set_states(call: Call) -> None:
-    call(tensors=call["tensors"] | {"step": None})
+    with torch.no_grad():  # in float32 the optimizer writes into views of the parameters themselves
+        call(tensors=call["tensors"] | {"step": None})
