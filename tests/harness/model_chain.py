@@ -59,7 +59,7 @@ _CHANGED = re.compile(r"(\d+) of (\d+) tensors changed")
 
 @dataclass(frozen=True)
 class Injected:
-    """Ten steps of ``inject.sh`` at EP 2.
+    """Ten steps of ``inject.sh`` at EP 2, which is stopped after five and called again.
 
     Attributes:
         kd_losses: on held-out text of the domain, before the first step and after the last.
@@ -126,12 +126,17 @@ class ModelChain:
     def injected(self) -> Injected:
         """What ``inject.sh`` did."""
         self._profile  # noqa: B018
+        first = self._run("inject.sh", "ep 2", "--exit-interval", str(STEPS // 2))
+        before = self._written("megatron_logits")
         run = self._run("inject.sh", "ep 2", LOGITS_THEN="again")
+        steps = [step["iteration"] for step in first.iterations + run.iterations]
+        assert steps == list(range(1, STEPS + 1))
         proven = _FROZEN.search(run.output)
         assert proven, run.tail()
-        before, after = map(self._written, ("megatron_logits", "megatron_logits_after"))
-        losses = [evaluation["kd loss/domain"] for evaluation in run.evaluations]
-        return Injected([losses[0], losses[-1]], int(proven[1]), before, after)
+        after = self._written("megatron_logits_after")
+        ends = first.evaluations[0], run.evaluations[-1]
+        losses = [evaluation["kd loss/domain"] for evaluation in ends]
+        return Injected(losses, int(proven[1]), before, after)
 
     @functools.cached_property
     def exported(self) -> Path:
