@@ -1,11 +1,13 @@
 """The scripts of ``examples/models``: alike, right at full size, one line for a mistake."""
 
 import datetime
+import json
 import re
 import shutil
 from importlib.util import find_spec
 
 import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_moe_inject.cli import main
 from tests.harness import tiny_models
@@ -120,6 +122,26 @@ class TestFullSize:
         assert launcher[launcher.index("--rdzv-endpoint") + 1] == "n7:29500"
         assert launcher[launcher.index("--nnodes") + 1] == "2"
         assert launcher[launcher.index("--nproc-per-node") + 1] == "8"
+
+
+def test_text_in_json_lines_becomes_what_the_other_steps_read(tmp_path, capsys):
+    text, files = tmp_path / "text", {}
+    text.mkdir()
+    for number, name in enumerate(("DOMAIN", "GENERAL")):
+        path = tmp_path / f"{name}.jsonl"
+        lines = [json.dumps({"text": f"{name} {number} {i} " * 9}) for i in range(40)]
+        path.write_text("\n".join(lines))
+        files[name] = str(path)
+    hf = shutil.copytree(tiny_models.TOKENIZER, tmp_path / "hf")
+    scripts = ModelScripts("qwen3_30b_a3b", tmp_path, HF=str(hf), TEXT=str(text))
+    commands = scripts.commands("prepare.sh", "--workers", "1", "--held-out", "0.2", **files)
+    for command in commands:
+        assert main(list(command.words)) == 0
+    for kind in ("domain", "general"):
+        parts = [IndexedDataset(str(text / f"{kind}{end}")) for end in ("", "_held_out")]
+        assert sum(map(len, parts)) == 40
+        assert min(map(len, parts)) > 0
+    assert "each document ends with <|endoftext|>" in capsys.readouterr().out
 
 
 def test_a_script_is_its_own_models_wherever_it_is_called(tmp_path):
