@@ -12,6 +12,7 @@ from megatron_moe_inject.host.files import replace_file, try_file
 from megatron_moe_inject.planning.calibrate import Rate, measured_arms, rate_of, read_results
 from megatron_moe_inject.planning.client import Planner, planner
 from megatron_moe_inject.planning.job_plan import as_json
+from megatron_moe_inject.planning.remedies import remedy_lines
 from megatron_moe_inject.planning.report import GIB, Memory, plan_lines, too_large
 from megatron_moe_inject.planning.step_time import step_time
 from megatron_moe_inject.planning.suggest import Model, Search, suggestion_lines
@@ -119,8 +120,14 @@ def plan_ranks(
     with planner() as process:
         answer = process.plan(dump_recipe(recipe), flags, options.gpus)
         rate = _rate(options, process, flags)
-        suggested = []
+        fits = not too_large(answer.plan, memory)
+        suggested, helps = [], []
+        if not fits and not options.suggest:
+            helps = remedy_lines(
+                process, dump_recipe(recipe), flags, answer.plan, _model(args), memory
+            )
         if options.suggest:
+            _no_pattern(args)
             search = Search(
                 process,
                 dump_recipe(recipe),
@@ -136,20 +143,23 @@ def plan_ranks(
         text = json.dumps(as_json(answer.plan), indent=1) + "\n"
         replace_file(options.json, text.encode())
     lines = plan_lines(answer.plan, memory, time, answer.remarks, rate.told if rate else "")
-    lines["suggested"] = suggested
-    return Planned(lines, not too_large(answer.plan, memory))
+    lines["what helps"], lines["suggested"] = helps, suggested
+    return Planned(lines, fits)
 
 
-def _model(args: argparse.Namespace) -> Model:
+def _no_pattern(args: argparse.Namespace) -> None:
     if getattr(args, "hybrid_layer_pattern", None) is not None:
         raise RecipeError(
             "--suggest: a hybrid model's stages stand in --hybrid-layer-pattern, which it does not "
             "change; leave it out and plan the patterns one by one"
         )
+
+
+def _model(args: argparse.Namespace) -> Model:
     heads = args.num_attention_heads
     groups = args.num_query_groups if args.group_query_attention else heads
     return Model(
-        args.num_layers,
+        args.num_layers or 0,
         args.num_experts or 0,
         heads,
         groups,

@@ -24,7 +24,7 @@ _PLANS = 6
 """Layouts that are planned for one answer at most."""
 _MARGIN = 1.15
 """Estimated memory over what there is, up to which a layout is planned."""
-_RECOMPUTE: dict[str, tuple[str, ...]] = {
+RECOMPUTE: dict[str, tuple[str, ...]] = {
     "none": (),
     "experts": ("--recompute-granularity", "selective", "--recompute-modules", "moe"),
     "full": (
@@ -90,7 +90,7 @@ class Candidate:
             flags += ["--expert-tensor-parallel-size", str(layout.etp)]
         if layout.vpp > 1:
             flags += ["--num-virtual-stages-per-pipeline-rank", str(layout.vpp)]
-        return [*flags, *_RECOMPUTE[self.recompute]]
+        return [*flags, *RECOMPUTE[self.recompute]]
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,7 @@ class Search:
         candidates = [
             estimated(self._base, self._model, layout, recompute)
             for layout in layouts(self._model, gpus, self._base.layout.cp)
-            for recompute in _RECOMPUTE
+            for recompute in RECOMPUTE
         ]
         limit = self._memory.usable * _MARGIN
         worth = sorted((c for c in candidates if c.bytes <= limit), key=lambda c: c.seconds)

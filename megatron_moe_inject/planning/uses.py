@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_moe_inject.host.contract import Contract, Use, Wrapped, symbols
-from megatron_moe_inject.host.uses import EXPERTS
+from megatron_moe_inject.host.uses import EXPERTS, GPT
 
 _CORE = "megatron.core"
 _TRAINING = "megatron.training"
@@ -46,8 +46,26 @@ PLANNING = Contract(
             attributes=(
                 *("bucket_size", "buffers", "ddp_config", "expert_parallel_buffers"),
                 *("intra_dp_cp_group", "intra_expt_dp_group"),
+                *("bucket_groups", "expert_parallel_bucket_groups"),
             ),
         ),
+        Use(
+            f"{_CORE}.distributed.DistributedDataParallel.disable_forward_pre_hook",
+            ("param_sync",),
+        ),
+        Use(
+            f"{_CORE}.distributed.param_and_grad_buffer._ParamAndGradBuffer",
+            attributes=("grad_data",),
+        ),
+        Use(
+            f"{_CORE}.distributed.param_and_grad_buffer._ParamAndGradBucketGroup",
+            attributes=("is_last_microbatch",),
+        ),
+        Use(
+            f"{_CORE}.optimizer.param_layout.PerBufferParamLayout",
+            attributes=("bucket_indices", "param_index_map"),
+        ),
+        Use(GPT, attributes=("mtp_process", "set_input_tensor")),
         CORE_FORWARD,
         NORM_FORWARD,
     ),

@@ -152,9 +152,14 @@ def test_the_command_says_whether_ranks_fit(tmp_path, capsys):
 
 @pytest.mark.usefixtures("one_process")
 def test_ranks_that_do_not_fit_are_told_by_the_exit_status(tmp_path, capsys):
-    assert main(command(tmp_path, "--gpus", "8", "--gpu-memory", "0.1", "--reserve", "0")) == 3
+    assert main(command(tmp_path, "--gpus", "8", "--gpu-memory", "0.05", "--reserve", "0")) == 3
     text = capsys.readouterr().out
     assert "  8 of 8 ranks do not fit (pipeline stages 0), by up to" in text
+    helps = text.partition("\nwhat helps\n")[2].splitlines()
+    assert any("--recompute-granularity full" in line for line in helps)
+    for line in helps:
+        peak = float(line.partition(": ")[2].split()[0])
+        assert line.endswith(f"still {peak - 0.05:.2f} GiB too much")
 
 
 @pytest.mark.usefixtures("one_process")
