@@ -118,7 +118,7 @@ def plan_ranks(
             )
     memory = _memory(options)
     with planner() as process:
-        answer = process.plan(dump_recipe(recipe), flags, options.gpus)
+        answer = process.plan(dump_recipe(recipe), flags, options.gpus, memory=memory.total)
         rate = _rate(options, process, flags)
         fits = not too_large(answer.plan, memory)
         suggested, helps = [], []

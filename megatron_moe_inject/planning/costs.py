@@ -31,18 +31,16 @@ class ChunkCost:
 
 @dataclass(frozen=True)
 class TeacherCost:
-    """Of all teachers together, on each rank that holds them.
+    """Of all teachers together, on each rank of one pipeline stage.
 
     Attributes:
         weights: bytes of their parameters.
         states: bytes of the states of a step (or a window) that are kept.
-        working: bytes of one forward pass, before the student's.
-        flops: of a step's forward passes, on each rank that shares them.
-        hidden: the widest teacher's; None without one.
+        working: bytes of forward passes, before the student's.
+        flops: of the forward passes that the rank runs in a step.
     """
 
     weights: int = 0
     states: int = 0
     working: int = 0
     flops: float = 0.0
-    hidden: int | None = None

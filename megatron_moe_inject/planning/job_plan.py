@@ -77,7 +77,7 @@ class JobPlan:
         trained: those that train.
         boundary: where backward stops, as of ``experts.train.boundary``.
         schedule: of each pipeline in a step.
-        teacher: of the ranks of the last stage.
+        teachers: of the ranks of each stage.
         tokens: of a step.
         general_share: of a step's samples that the original model runs forward.
     """
@@ -89,7 +89,7 @@ class JobPlan:
     trained: Mapping[str, int]
     boundary: int
     schedule: Schedule
-    teacher: TeacherCost
+    teachers: Sequence[TeacherCost]
     general_share: float
     tokens: int
 
@@ -97,11 +97,12 @@ class JobPlan:
     def flops_per_gpu(self) -> float:
         """Operations of a step on a rank of the stage that has most of them, teachers included and
         the original model aside."""
-        most = max(
-            sum(cost.forward_flops + cost.backward_flops for cost in stage.costs)
-            for stage in self.stages
+        return max(
+            self.schedule.micro_batches
+            * sum(cost.forward_flops + cost.backward_flops for cost in stage.costs)
+            + teacher.flops
+            for stage, teacher in zip(self.stages, self.teachers, strict=True)
         )
-        return self.schedule.micro_batches * most + self.teacher.flops
 
     @property
     def worst(self) -> RankPlan:
@@ -127,7 +128,7 @@ def as_json(plan: JobPlan) -> dict[str, Any]:
         "schedule": asdict(plan.schedule),
         "tokens": plan.tokens,
         "general_share": plan.general_share,
-        "teacher": asdict(plan.teacher),
+        "teachers": [asdict(teacher) for teacher in plan.teachers],
         "stages": stages,
         "ranks": ranks,
     }
@@ -153,7 +154,7 @@ def plan_of_json(values: Mapping[str, Any]) -> JobPlan:
         values["trained"],
         values["boundary"],
         Schedule(**values["schedule"]),
-        TeacherCost(**values["teacher"]),
+        [TeacherCost(**teacher) for teacher in values["teachers"]],
         values["general_share"],
         values["tokens"],
     )

@@ -26,7 +26,8 @@ from megatron_moe_inject.planning.teacher_cost import (
     class_shares,
     imitation_bytes,
     original_states,
-    teacher_cost,
+    placed,
+    teacher_costs,
 )
 from megatron_moe_inject.recipe.facts import StudentFacts
 from megatron_moe_inject.recipe.run_kinds import INJECTION
@@ -37,6 +38,7 @@ from megatron_moe_inject.retention.section import RETENTION
 from megatron_moe_inject.teachers.base import TeacherInfo
 from megatron_moe_inject.teachers.fit import checked_teachers
 from megatron_moe_inject.teachers.part import TeacherInfos
+from megatron_moe_inject.teachers.placement import spare_bytes
 
 _FP8_BYTES = 2
 """Of an element that is multiplied in FP8: its code, and that of its transpose."""
@@ -73,6 +75,8 @@ class JobPlanner:
         given: Megatron's arguments as the user gave them, parsed.
         args: the same as ``job.prepare`` returned them.
         infos: what the teachers' files say; read, unless given.
+        memory: bytes of a GPU, by which ``ranks: auto`` of a teacher is decided; None as on the
+            CPU lane, which has no limit.
         stock: the loss is Megatron's own cross-entropy.
         activations: whether a micro-batch is run; without, activations and times are 0.
         on_gpus: see ``micro_batch.chunk_cost``.
@@ -87,6 +91,7 @@ class JobPlanner:
         gpus: int,
         *,
         infos: Mapping[str, TeacherInfo] | None = None,
+        memory: int | None = None,
         stock: bool = False,
         activations: bool = True,
         on_gpus: bool = True,
@@ -102,6 +107,7 @@ class JobPlanner:
         if infos is None:
             infos = checked_teachers(recipe, args) if recipe.teachers else {}
         self._infos = infos
+        self._memory = memory
         self._stock = stock
         self._shares = class_shares(recipe, facts, given)
         self._state = StateBytes.of_args(given)
@@ -123,27 +129,31 @@ class JobPlanner:
             getattr(args, "microbatch_group_size_per_vp_stage", None) or layout.pp,
             int(bool(getattr(self._given, "overlap_moe_expert_parallel_comm", False))),
         )
-        teacher = teacher_cost(
-            self._recipe, self._infos, self._shares, args, schedule.micro_batches
+        original, general = original_states(
+            self._recipe, self._shares, args, schedule.micro_batches
         )
-        states, general = original_states(self._recipe, self._shares, args, schedule.micro_batches)
-        teacher = replace(teacher, states=teacher.states + states)
         imitated = imitation_bytes(
             self._recipe, self._infos, self._facts, self._shares, args, schedule.micro_batches
         )
         built, whole, whole_trained = self._build_all()
         boundary = min(stage.first_trainable for stage in built)
         forward_stages = self._forward_stages(built, boundary)
+        peaks = [
+            self._peaks(pp, stage, boundary, forward_stages, schedule)
+            for pp, stage in enumerate(built)
+        ]
+        stages = [
+            StagePlan(stage.layers, costs) for stage, (_, costs) in zip(built, peaks, strict=True)
+        ]
+        teachers = self._teachers(built, stages, schedule.micro_batches)
+        teachers[-1] = replace(teachers[-1], states=teachers[-1].states + original)
         ranks: list[RankPlan] = []
-        stages: list[StagePlan] = []
         for pp, stage in enumerate(built):
-            by_ep, costs = self._peaks(pp, stage, boundary, forward_stages, schedule, teacher)
-            stages.append(StagePlan(stage.layers, costs))
             own = [imitated.get(layer, (0, 0)) for chunk in stage.layers for layer in chunk]
             in_flight = min(layout.pp, schedule.micro_batches)
             beside = sum(states + in_flight * term for states, term in own)
-            last = teacher if pp == layout.pp - 1 else TeacherCost()
-            ranks += self._ranks(pp, stage, by_ep, replace(last, states=last.states + beside))
+            teachers[pp] = replace(teachers[pp], states=teachers[pp].states + beside)
+            ranks += self._ranks(pp, stage, peaks[pp][0], teachers[pp])
         ranks.sort(key=lambda rank: rank.place.rank)
         return JobPlan(
             layout,
@@ -153,9 +163,31 @@ class JobPlanner:
             whole_trained,
             boundary,
             schedule,
-            teacher,
+            teachers,
             general,
             args.global_batch_size * args.seq_length,
+        )
+
+    def _teachers(
+        self, built: Sequence[_BuiltStage], stages: Sequence[StagePlan], micro_batches: int
+    ) -> list[TeacherCost]:
+        """What teachers cost each stage, where the run would hold them."""
+        spare = None
+        if self._memory is not None and len(built) > 1:
+            spare = min(
+                spare_bytes(self._memory, rank.census.bytes, sum(rank.census.trained.values()))
+                for stage in built[:-1]
+                for rank in stage.by_ep
+            )
+        forwards = [cost.forward_flops for stage in stages for cost in stage.costs]
+        return teacher_costs(
+            self._recipe,
+            self._infos,
+            self._shares,
+            self._args,
+            micro_batches,
+            placed(self._recipe, self._infos, self._args, len(built), spare),
+            sum(forwards) / len(forwards),
         )
 
     def _build_all(self) -> tuple[list[_BuiltStage], Counter[str], Counter[str]]:
@@ -208,7 +240,6 @@ class JobPlanner:
         boundary: int,
         forward_stages: int,
         schedule: Schedule,
-        teacher: TeacherCost,
     ) -> tuple[list[tuple[int, int]], list[ChunkCost]]:
         """By expert-parallel rank, the most that micro-batches hold and what of it is the loss's;
         and the costs of the chunks where most experts train."""
@@ -217,8 +248,7 @@ class JobPlanner:
         numbers = [rank.experts for rank in stage.by_ep]
         most, least = (pick(range(len(numbers)), key=numbers.__getitem__) for pick in (max, min))
         ends = {
-            ep: self._chunk_costs(pp, stage, ep, boundary, forward_stages, teacher)
-            for ep in (most, least)
+            ep: self._chunk_costs(pp, stage, ep, boundary, forward_stages) for ep in (most, least)
         }
         held = {ep: schedule.most_held(pp, costs) for ep, costs in ends.items()}
         loss = max(cost.loss for cost in ends[most])
@@ -236,7 +266,6 @@ class JobPlanner:
         ep: int,
         boundary: int,
         forward_stages: int,
-        teacher: TeacherCost,
     ) -> list[ChunkCost]:
         """Of each chunk of a rank; runs those whose like has not run yet."""
         cuts = [0 < i * self.layout.pp + pp <= forward_stages for i in range(self.layout.vpp)]
@@ -246,7 +275,7 @@ class JobPlanner:
             job = Job(
                 None if self._stock else self._recipe,
                 self._vocab,
-                teacher.hidden,
+                max((info.hidden_size for info in self._infos.values()), default=None),
                 bool(getattr(self._given, "moe_grouped_gemm", False)),
             )
             with (

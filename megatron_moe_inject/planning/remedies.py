@@ -71,7 +71,9 @@ def remedy_lines(
         if remedy.overrides:
             changed = dump_recipe(recipe_from_yaml(recipe, remedy.overrides))
         try:
-            answer = planner.plan(changed, [*flags, *remedy.flags], plan.layout.gpus)
+            answer = planner.plan(
+                changed, [*flags, *remedy.flags], plan.layout.gpus, memory=memory.total
+            )
         except RecipeError:
             continue  # Megatron or the recipe does not go with it
         found.append((answer.plan.worst.peak, remedy))

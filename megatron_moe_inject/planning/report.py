@@ -147,7 +147,8 @@ def _time_lines(plan: JobPlan, time: StepTime | None, rate: str) -> list[str]:
     )
     pipelines = plan.layout.dp
     ranks = plan.layout.tp * plan.layout.cp
-    whole = flops * pipelines * ranks + plan.teacher.flops * pipelines * ranks
+    flops += sum(teacher.flops for teacher in plan.teachers)
+    whole = flops * pipelines * ranks
     lines = [
         f"{whole / 1e15:.4g} PFLOP, {plan.tokens:,} tokens, "
         f"{plan.schedule.micro_batches} micro-batches on each pipeline"

@@ -28,8 +28,9 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Plan one layout in this process, which can plan no other afterwards.
 
     Args:
-        request: ``recipe`` (YAML), ``flags`` and ``gpus``; ``teachers``, ``stock``, ``activations``
-            and ``on_gpus`` as ``plan.JobPlanner`` takes them, where they are not its defaults.
+        request: ``recipe`` (YAML), ``flags`` and ``gpus``; ``teachers``, ``memory``, ``stock``,
+            ``activations`` and ``on_gpus`` as ``plan.JobPlanner`` takes them, where they are not
+            its defaults.
     """
     from megatron_moe_inject.planning import job, relaxed
     from megatron_moe_inject.planning.plan import JobPlanner
@@ -47,6 +48,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         facts,
         request["gpus"],
         infos=_infos(request.get("teachers")),
+        memory=request.get("memory"),
         stock=request.get("stock", False),
         activations=request.get("activations", True),
         on_gpus=request.get("on_gpus", True),

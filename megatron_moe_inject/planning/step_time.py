@@ -68,9 +68,8 @@ def step_time(plan: JobPlan, tflops: float, steps: int | None) -> StepTime:
     ]
     compute = max(schedule.busy(seconds))
     student = schedule.makespan(seconds)
-    teacher = plan.teacher.flops / rate
-    ready = [0.0] * (schedule.stages - 1) + [teacher]
-    taught = schedule.makespan(seconds, ready) if teacher else student
+    ready = [teacher.flops / rate for teacher in plan.teachers]
+    taught = schedule.makespan(seconds, ready) if any(ready) else student
     forward = max(sum(f for f, _ in chunks) for chunks in seconds)
     general = math.ceil(plan.general_share * schedule.micro_batches)
     original = forward * (general + (schedule.stages - 1) / schedule.chunks) if general else 0.0

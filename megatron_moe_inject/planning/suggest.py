@@ -173,7 +173,7 @@ def estimated(base: JobPlan, model: Model, layout: Layout, recompute: str) -> Ca
     kept = stage_kept / layers * model.layers / layout.pp * base.layout.tp / layout.tp
     activations = kept * _KEPT[recompute] * min(in_flight, micro_batches)
     activations += transient * base.layout.tp / layout.tp
-    teacher = base.teacher.weights + base.teacher.states
+    teacher = max(each.weights + each.states for each in base.teachers)
     again = {"none": 0.0, "experts": 0.6, "full": 1.0}[recompute]
     forward, backward = (n / layers * model.layers / layout.pp for n in stage_flops)
     work = (forward * (1 + again) + backward) * base.layout.tp / layout.tp
@@ -268,7 +268,9 @@ class Search:
         if key not in self._known:
             flags = [*self._flags, *candidate.flags()]
             try:
-                answer = self._planner.plan(self._recipe, flags, candidate.layout.gpus)
+                answer = self._planner.plan(
+                    self._recipe, flags, candidate.layout.gpus, memory=self._memory.total
+                )
             except RecipeError:
                 self._known[key] = None
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from collections.abc import Mapping
 
@@ -14,10 +15,11 @@ from megatron_moe_inject.recipe.facts import StudentFacts
 from megatron_moe_inject.recipe.schedule import ever_positive, value_at
 from megatron_moe_inject.recipe.schema import Recipe
 from megatron_moe_inject.teachers.base import TeacherInfo
-from megatron_moe_inject.teachers.forward import MAX_SEQUENCES
 from megatron_moe_inject.teachers.imitation.section import IMITATION
 from megatron_moe_inject.teachers.imitation.terms import imitation_terms
 from megatron_moe_inject.teachers.loading import states_dtype
+from megatron_moe_inject.teachers.placement import Placement, Wish, placements
+from megatron_moe_inject.teachers.spread import MAX_SEQUENCES, UNKNOWN
 
 _STATES_OF_A_LAYER = 12
 """Widths of hidden states that a layer of a dense model holds at once in a forward pass: those of
@@ -44,44 +46,81 @@ def class_shares(recipe: Recipe, facts: StudentFacts, args: Namespace) -> dict[i
     return by_class
 
 
-def teacher_cost(
+def _share(recipe: Recipe, name: str, shares: Mapping[int, float]) -> float:
+    """The part of the blend that a teacher teaches."""
+    return sum(
+        part
+        for label, part in shares.items()
+        if label != GENERAL and name in recipe.domains[label].teacher_weights
+    )
+
+
+def _size(recipe: Recipe, name: str, args: Namespace) -> int:
+    """Bytes of one of its numbers."""
+    return states_dtype(recipe.teachers[name].dtype, args.params_dtype).itemsize
+
+
+def placed(
+    recipe: Recipe,
+    infos: Mapping[str, TeacherInfo],
+    args: Namespace,
+    stages: int,
+    spare: int | None,
+) -> dict[str, Placement]:
+    """Which stages hold each teacher, by the run's own rule (``teachers.placement``)."""
+    wishes = {}
+    for name, info in infos.items():
+        spec = recipe.teachers[name]
+        held = info.parameters * _size(recipe, name, args)
+        wishes[name] = Wish(spec.ranks, held, bool(spec.window))
+    return placements(wishes, stages, spare)
+
+
+def teacher_costs(
     recipe: Recipe,
     infos: Mapping[str, TeacherInfo],
     shares: Mapping[int, float],
     args: Namespace,
     micro_batches: int,
-) -> TeacherCost:
-    """Of the recipe's teachers.
+    where: Mapping[str, Placement],
+    forward_flops: float,
+) -> list[TeacherCost]:
+    """Of the recipe's teachers, on the ranks of each pipeline stage.
 
     Args:
         infos: what their files say.
         shares: of ``class_shares``.
         args: Megatron's, validated.
         micro_batches: of a step, on each pipeline.
+        where: of ``placed``.
+        forward_flops: of a micro-batch through a chunk of the student; 0 where it is not known.
     """
-    weights = states = working = 0
-    flops, widest = 0.0, 0
+    stages = args.pipeline_model_parallel_size
+    costs = [TeacherCost() for _ in range(stages)]
     rows = micro_batches * args.micro_batch_size
     context = args.context_parallel_size
     sharing = args.tensor_model_parallel_size * context
     for name, info in infos.items():
-        size = states_dtype(recipe.teachers[name].dtype, args.params_dtype).itemsize
-        share = sum(
-            part
-            for label, part in shares.items()
-            if label != GENERAL and name in recipe.domains[label].teacher_weights
-        )
-        weights += info.parameters * size
-        kept = recipe.teachers[name].window * args.micro_batch_size or rows
+        size, share = _size(recipe, name, args), _share(recipe, name, shares)
         sequence = args.seq_length * info.hidden_size * size
-        states += int(min(kept, rows) * share * sequence) // context
-        working = max(working, MAX_SEQUENCES * sequence * _STATES_OF_A_LAYER)
         body = info.parameters - 2 * info.vocab_rows * info.hidden_size
         attention = 2 * info.num_layers * info.hidden_size * args.seq_length  # causal
-        tokens = rows * share * args.seq_length / sharing
-        flops += tokens * (2 * max(body, 0) + attention)
-        widest = max(widest, info.hidden_size)
-    return TeacherCost(weights, states, working, flops, widest or None)
+        flops = args.seq_length * (2 * max(body, 0) + attention)
+        ratio = flops / forward_flops if forward_flops else UNKNOWN
+        count = math.ceil(rows * share / sharing)
+        parts = where[name].sequences(count, stages, args.seq_length, ratio)
+        kept = min(recipe.teachers[name].window * args.micro_batch_size or rows, rows) * share
+        for stage in where[name].stages(stages):
+            cost, last = costs[stage], stage == stages - 1
+            working = MAX_SEQUENCES * sequence * _STATES_OF_A_LAYER
+            working += 0 if last else parts[stage] * sequence
+            costs[stage] = TeacherCost(
+                weights=cost.weights + info.parameters * size,
+                states=cost.states + (int(kept * sequence) // context if last else 0),
+                working=max(cost.working, working),
+                flops=cost.flops + parts[stage] * flops,
+            )
+    return costs
 
 
 def imitation_bytes(

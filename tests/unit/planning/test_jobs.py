@@ -213,3 +213,35 @@ def test_a_plan_of_ranks_needs_flags_and_chosen_experts(tmp_path, capsys):
     )
     assert main(["plan", str(path), "--gpus", "8", "--", *QWEN3_30B]) == 2
     assert "still to be chosen from later.json" in capsys.readouterr().err
+
+
+TAUGHT = """
+domains: [{{name: code, data: [0], teacher: coder, experts: {{layers: {{0: [0]}}}}}}]
+teachers: {{coder: {{source: "hf:/coder", ranks: {ranks}}}}}
+"""
+TEACHER = {
+    "name": "coder", "source": "hf:/coder", "kind": "hf", "path": "/coder", "num_layers": 16,
+    "architecture": "LlamaForCausalLM", "hidden_size": 2048, "vocab_rows": 151936,
+    "vocab_size": 151936, "parameters": 1_600_000_000, "max_positions": None, "vocabulary": "",
+}  # fmt: skip
+
+
+def test_a_teacher_on_all_stages_is_held_by_all_and_takes_less_time():
+    flags = [*QWEN3_30B, "--num-layers", "4", "--pipeline-model-parallel-size", "4"]
+    flags += ["--global-batch-size", "16", EP, "4"]
+    found = {}
+    for ranks in ("last", "pipeline", "auto"):
+        recipe = TAUGHT.format(ranks=ranks)
+        options = {"teachers": {"coder": TEACHER}, "memory": 80 * 2**30}
+        found[ranks] = session_planner().plan(recipe, flags, 16, **options).plan
+    weights = 2 * TEACHER["parameters"]
+    held = {name: [t.weights for t in plan.teachers] for name, plan in found.items()}
+    assert held == {"last": [0, 0, 0, weights], "pipeline": [weights] * 4, "auto": [weights] * 4}
+    last, spread = found["last"], found["pipeline"]
+    assert sum(t.flops for t in last.teachers) == sum(t.flops for t in spread.teachers) > 0
+    work = [teacher.flops for teacher in spread.teachers]
+    assert work == sorted(work)
+    assert [rank.teacher - weights for rank in last.ranks[-4:]] == [4 * 4096 * 2048 * 2] * 4
+    slow, fast = (step_time(plan, 300, None) for plan in (last, spread))
+    assert fast.teacher < 0.5 * slow.teacher
+    assert (fast.compute, fast.bubble) == (slow.compute, slow.bubble)
