@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shlex
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from megatron_moe_inject.cli import main
 from megatron_moe_inject.planning import command as planning_command
 from megatron_moe_inject.planning.calibrate import measured_arms, rate_of, read_results
+from megatron_moe_inject.planning.client import planner
 from megatron_moe_inject.planning.step_time import step_time
 from tests.harness.planned_jobs import (
     DEEPSEEK_V3,
@@ -245,3 +247,15 @@ def test_a_teacher_on_all_stages_is_held_by_all_and_takes_less_time():
     slow, fast = (step_time(plan, 300, None) for plan in (last, spread))
     assert fast.teacher < 0.5 * slow.teacher
     assert (fast.compute, fast.bubble) == (slow.compute, slow.bubble)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("MEGATRON_OTHER" not in os.environ, reason="names another Megatron")
+def test_another_megatron_plans_the_same(monkeypatch):
+    folders = [os.environ["MEGATRON_OTHER"], str(RESULTS.parents[2])]
+    flags = [*QWEN3_30B, "--num-layers", "4", EP, "4", "--pipeline-model-parallel-size", "2"]
+    here = plan({1: [0, 40], 3: [7]}, flags, 8)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(folders))
+    with planner() as process:
+        there = process.plan(RECIPE.format(layers={1: [0, 40], 3: [7]}), flags, 8).plan
+    assert there == here
