@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from megatron_moe_inject.host.megatron_types import Chunk
-from megatron_moe_inject.host.wrap import Call, wrap_method
-from megatron_moe_inject.planning.uses import CORE_FORWARD, NORM_FORWARD
+from megatron_moe_inject.host.wrap import Call, wrap_function, wrap_method
+from megatron_moe_inject.planning.uses import CORE_FORWARD, CORE_INIT, NORM_FORWARD
 
 
 class Products:
@@ -133,14 +133,15 @@ def any_attention(wanted: bool = True) -> Iterator[None]:
     if not wanted:
         yield
         return
-    stock, stock_new = DotProductAttention.__init__, DotProductAttention.__new__
-
-    def init(self: torch.nn.Module, *_: Any, **__: Any) -> None:
-        torch.nn.Module.__init__(self)
-
-    DotProductAttention.__init__ = init
+    stock = DotProductAttention.__new__
+    nothing = wrap_function(CORE_INIT, _holds_nothing)
     DotProductAttention.__new__ = lambda cls, *_, **__: object.__new__(cls)
     try:
         yield
     finally:
-        DotProductAttention.__init__, DotProductAttention.__new__ = stock, stock_new
+        DotProductAttention.__new__ = stock
+        nothing.remove()
+
+
+def _holds_nothing(call: Call) -> None:
+    torch.nn.Module.__init__(call["self"])

@@ -13,6 +13,11 @@ CORE_FORWARD = Wrapped(
     ("query", "key", "value"),
     does="in a plan: keeps what a kernel keeps",
 )
+CORE_INIT = Wrapped(
+    f"{_CORE}.transformer.dot_product_attention.DotProductAttention.__init__",
+    ("self",),
+    does="in a plan: takes heads of any kind",
+)
 NORM_FORWARD = Wrapped("torch.nn.RMSNorm.forward", does="in a plan: keeps what a kernel keeps")
 PLANNING = Contract(
     "moe-inject plan --gpus",
@@ -67,6 +72,7 @@ PLANNING = Contract(
         ),
         Use(GPT, attributes=("mtp_process", "set_input_tensor")),
         CORE_FORWARD,
+        CORE_INIT,
         NORM_FORWARD,
     ),
 )
