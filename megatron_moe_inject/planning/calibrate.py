@@ -18,7 +18,6 @@ from typing import Any
 from megatron_moe_inject.host.errors import RecipeError, listing, show_path
 from megatron_moe_inject.planning.client import Planner
 from megatron_moe_inject.planning.job_plan import JobPlan
-from megatron_moe_inject.teachers.base import TeacherInfo
 
 _ALL = (
     "{experts: all, router: true, attention: true, norms: true, embedding: true, "
@@ -147,6 +146,8 @@ def _teacher(sizes: Mapping[str, int]) -> dict[str, Any]:
     hidden, layers, vocab = sizes["teacher-hidden"], sizes["teacher-layers"], sizes["vocab"]
     of_layer = 4 * hidden**2 + 3 * hidden * sizes["teacher-ffn"] + 2 * hidden
     parameters = 2 * vocab * hidden + layers * of_layer + hidden
+    from megatron_moe_inject.teachers.base import TeacherInfo
+
     info = TeacherInfo(
         "coder", "megatron:/teacher", "megatron", "/teacher", "GPT", layers, hidden, vocab, vocab,
         parameters, None, "",

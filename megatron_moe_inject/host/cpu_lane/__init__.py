@@ -49,7 +49,10 @@ def enable(force: bool = False) -> None:
             "to train on the CPU all the same"
         )
     # Megatron compiles small fusions at import; on a CPU that costs minutes and a C++ compiler.
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    if "TORCHDYNAMO_DISABLE" not in os.environ:
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"
+        if "torch._dynamo" in sys.modules:  # it has read that already
+            torch._dynamo.config.disable = True
     # Megatron asserts this setting under tensor parallelism; it orders CUDA queues only.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     for name in _FOR_GPUS:
