@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_moe_inject.host.errors import listing
-from megatron_moe_inject.host.model_parts import COMPONENTS
 from megatron_moe_inject.host.text import count, ranges, table
 from megatron_moe_inject.planning.job_plan import JobPlan, RankPlan
 from megatron_moe_inject.planning.step_time import RANGE, StepTime
@@ -65,6 +64,8 @@ def plan_lines(
 
 
 def _parameter_lines(plan: JobPlan) -> list[str]:
+    from megatron_moe_inject.host.model_parts import COMPONENTS
+
     rows = [("component", "parameters", "trained")]
     names = [name for name in COMPONENTS if plan.parameters.get(name)]
     rows += [(n, f"{plan.parameters[n]:,}", f"{plan.trained.get(n, 0):,}") for n in names]
