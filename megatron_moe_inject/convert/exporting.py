@@ -106,6 +106,7 @@ def export_folder(
     Raises:
         RecipeError: of either side, see ``Trained`` and ``write_like``.
     """
+    _check_following(model, trained)
     values = _Values(model, trained)
     written = write_like(model.folder, output, values, quantized=quantized, progress=progress)
     rows: dict[str, Row] = {}
@@ -115,6 +116,22 @@ def export_folder(
     return Exported(rows, written, trained.remarks)
 
 
+def _check_following(model: FolderModel, trained: Trained) -> None:
+    """RecipeError where training changed one of two slices that the folder keeps as one tensor."""
+    shared = {part for entry in model.entries if entry.follows for part in entry.parts}
+    for entry in model.entries:
+        if not shared & set(entry.parts):
+            continue
+        new = trained.slice(entry)
+        if new is not None and not same_bytes(new, model.joined(entry, new.dtype)):
+            name = entry.parts[0].name
+            raise model.folder.error(
+                f"keeps {name} once, which Megatron has as several tensors, and training changed "
+                f"{entry.slot.name} alone",
+                "train neither embedding nor output_layer of this architecture",
+            )
+
+
 class _Values:
     """New values by the names of the folder's tensors; see ``write_like``."""
 
@@ -122,7 +139,7 @@ class _Values:
         self._model, self._trained = model, trained
         self._takers: dict[str, list[tuple[int, int]]] = {}
         for number, entry in enumerate(model.entries):
-            for at, part in enumerate(entry.parts):
+            for at, part in enumerate(() if entry.follows else entry.parts):
                 self._takers.setdefault(part.name, []).append((number, at))
         self._unchanged: set[int] = set()
         self._waiting: OrderedDict[int, dict[int, torch.Tensor | None]] = OrderedDict()

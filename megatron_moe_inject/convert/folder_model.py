@@ -129,6 +129,8 @@ def _account(
                 missing.append(part.name)
                 continue
             _check_shape(folder, part, shape, entry)
+            if entry.follows:
+                continue
             indices = taken.setdefault(part.name, set())
             assert part.index not in indices, f"{part} is used twice"
             indices.add(part.index)

@@ -74,6 +74,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {"head_dim": 16, "sliding_window": 16}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+    "gemma": ("gemma", {"head_dim": 16}),
     "qwen3_moe": (
         "qwen3_moe",
         {"head_dim": 16, "num_experts": 4, "norm_topk_prob": True, **_EXPERTS},

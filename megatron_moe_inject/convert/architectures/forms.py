@@ -2,7 +2,7 @@
 
 A form is pure index arithmetic on whole tensors of one layer (and one expert): no rounding, any
 type, the meta device as well. ``split(join(parts))`` and ``join(split(whole))`` give back what went
-in, bit for bit.
+in, bit for bit; but for ``Scaled``, for slices that follow from others (``Entry.follows``).
 
 Shapes: h hidden, f width of a feed-forward, d head width, g groups of keys and values, q queries of
 a group.
@@ -106,3 +106,17 @@ class GateUpInTurn:
     def split(self, whole: torch.Tensor) -> list[torch.Tensor]:
         rows = torch.stack(whole.chunk(2), dim=1).flatten(0, 1)
         return [rows.t().contiguous() if rows.dim() == 2 else rows]
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """The folder's tensor times a constant, which is rounded to its type, as is the product."""
+
+    by: float
+
+    def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        (only,) = parts
+        return only * torch.tensor(self.by, dtype=only.dtype)
+
+    def split(self, whole: torch.Tensor) -> list[torch.Tensor]:
+        return [whole / torch.tensor(self.by, dtype=whole.dtype)]

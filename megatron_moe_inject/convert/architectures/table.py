@@ -56,6 +56,8 @@ class Entry:
         dtype: "float32" where Megatron keeps it so whatever the model is in (an expert bias).
         pieces: names and rows where checkpoints store it in pieces on its first axis, each under
             ``<name>.<piece>`` (the input projection of a Mamba layer).
+        follows: its parts are those of another entry, which an export takes their values from;
+            neither slice may have been trained (Gemma's embedding, a multiple of its head).
     """
 
     slot: Slot
@@ -65,6 +67,7 @@ class Entry:
     padded: bool = False
     dtype: str | None = None
     pieces: tuple[tuple[str, int], ...] = ()
+    follows: bool = False
 
 
 class Architecture(Protocol):

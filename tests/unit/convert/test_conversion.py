@@ -108,8 +108,6 @@ class TestRoundTrip:
     @pytest.mark.parametrize(("case", "layout"), ROUND_TRIPS)
     def test_every_architecture_comes_back_bit_for_bit(self, case, layout, tmp_path):
         save_folder(case, tmp_path / "hf")
-        if not architecture_is_served(case):
-            pytest.skip("refused by its table")
         words = () if layout is None else ("--layout", layout)
         checkpoint = bring_in(tmp_path / "hf", tmp_path / "checkpoint", *words)
         assert same_files(tmp_path / "hf", take_out(tmp_path / "hf", tmp_path / "out", checkpoint))
@@ -136,12 +134,16 @@ class TestRoundTrip:
         assert table[:rows].any()
         assert not table[rows:].any()
 
-
-def architecture_is_served(case: str) -> bool:
-    from megatron_moe_inject.convert.architectures import architecture_of
-
-    config = config_of(case)
-    return bool(architecture_of(config).layouts(config))
+    @pytest.mark.parametrize("name", ["embedding.word_embeddings.weight", "output_layer.weight"])
+    def test_what_the_folder_keeps_once_must_not_have_been_trained(self, name, tmp_path, capsys):
+        save_folder("gemma", tmp_path / "hf")
+        checkpoint = bring_in(tmp_path / "hf", tmp_path / "checkpoint")
+        other = trained(checkpoint, tmp_path / "trained", {name: {(3,): lambda old: old + 1}})
+        words = ["--hf", str(tmp_path / "hf"), "--output", str(tmp_path / "out")]
+        assert main(["export-hf", str(other), *words]) == 2
+        error = capsys.readouterr().err
+        assert f"training changed {name} alone; train neither embedding" in error
+        assert not (tmp_path / "out").exists()
 
 
 class TestOptions:
