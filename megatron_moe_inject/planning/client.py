@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
@@ -34,6 +35,8 @@ class Planner:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
+        # It lives as long as the process.
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
 
     def plan(self, recipe: str, flags: Sequence[str], gpus: int, **options: Any) -> Answer:
         """The plan of a layout.
@@ -49,14 +52,20 @@ class Planner:
         """
         request = {"recipe": recipe, "flags": list(flags), "gpus": gpus, **options}
         asked, answers = self._pipes()
-        asked.write(json.dumps(request) + "\n")
-        asked.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended, which its answer tells
+            asked.write(json.dumps(request) + "\n")
+            asked.flush()
         found = json.loads(answers.readline() or "{}")
         if "error" in found:
             raise RecipeError(found["error"])
         if "plan" not in found:
-            raise RuntimeError(found.get("broken", "the planning process has ended"))
+            raise RuntimeError(found.get("broken") or f"the planning process ended: {self._said()}")
         return Answer(plan_of_json(found["plan"]), found["steps"], found["remarks"])
+
+    def _said(self) -> str:
+        """The end of what the process has written to stderr."""
+        self._log.seek(0)
+        return self._log.read()[-2000:]
 
     def _pipes(self) -> tuple[IO[str], IO[str]]:
         if self._process is None:
@@ -66,7 +75,7 @@ class Planner:
                 env=os.environ | hidden,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
+                stderr=self._log,
                 text=True,
             )
         asked, answers = self._process.stdin, self._process.stdout
@@ -78,7 +87,8 @@ class Planner:
         """End the process."""
         if self._process is not None:
             asked, answers = self._pipes()
-            asked.close()
+            with contextlib.suppress(BrokenPipeError):
+                asked.close()
             answers.close()
             self._process.wait()
             self._process = None

@@ -52,6 +52,7 @@ def test_qwen3_30b_on_two_nodes():
     assert cost.backward_flops / 29.0e12 == pytest.approx(0.985, rel=0.02)
 
 
+@pytest.mark.slow
 def test_recompute_and_where_backward_stops_change_what_is_kept():
     full = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
     flags = [*QWEN3_30B, "--num-layers", "8", EP, "8"]
@@ -102,13 +103,16 @@ def test_deepseek_v3_every_rank(gpus, activations):
         assert found.stages[-1].costs[-1].loss > 0
 
 
-def test_memory_measured_on_an_h100_is_planned_within_a_tenth():
+@pytest.mark.parametrize(
+    ("precision", "number"), [("bf16", 7), pytest.param("fp8", 3, marks=pytest.mark.slow)]
+)
+def test_memory_measured_on_an_h100_is_planned_within_a_tenth(precision, number):
     """And the operations of a step over its time are a rate that one machine can have."""
     results = read_results(str(RESULTS / "2026-11-26-step-h100-third.json"))
-    arms = measured_arms(session_planner(), results)
-    assert len(arms) == 10
+    arms = measured_arms(session_planner(), results, precision)
+    assert len(arms) == number
     assert {f"{arm.precision}-{arm.arm}": arm.off for arm in arms if abs(arm.off) > 0.1} == {}
-    rate = rate_of([arm for arm in arms if arm.precision == "bf16"], "H100")
+    rate = rate_of(arms, "H100")
     assert 0.85 * rate.tflops < rate.low < rate.high < 1.15 * rate.tflops < 989
 
 
@@ -167,15 +171,16 @@ def test_ranks_that_do_not_fit_are_told_by_the_exit_status(tmp_path, capsys):
 @pytest.mark.usefixtures("one_process")
 def test_suggested_layouts_fit(tmp_path, capsys):
     """What is pasted fits when it is planned, on fewer GPUs than were given."""
-    options = shlex.split("--gpus 4 --gpu-memory 0.25 --reserve 0 --tflops 100 --suggest")
-    assert main(command(tmp_path, *options)) == 0
+    options = shlex.split("--gpus 2 --gpu-memory 0.25 --reserve 0 --tflops 100 --suggest")
+    argv = command(tmp_path, *options)
+    assert main([*argv, EP, "2"]) == 0
     lines = capsys.readouterr().out.partition("\nsuggested\n")[2].splitlines()
     named = [line.strip() for line in lines if line.endswith(":")]
     pasted = [line.split() for line in lines if line.strip().startswith("--")]
-    assert [name.split(":")[0] for name in named] == ["fewest GPUs", "fastest on 4 GPUs"]
+    assert [name.split(":")[0] for name in named] == ["fewest GPUs", "fastest on 2 GPUs"]
     gpus = named[0].split()[2].rstrip(":")
-    assert int(gpus) < 4
-    for number, flags in zip((gpus, "4"), pasted, strict=True):
+    assert gpus == "1"
+    for number, flags in zip((gpus, "2"), pasted, strict=True):
         argv = command(tmp_path, "--gpus", number, *options[2:-1])
         assert main([*argv[: argv.index(EP)], *flags]) == 0
 
@@ -232,14 +237,14 @@ def test_a_teacher_on_all_stages_is_held_by_all_and_takes_less_time():
     flags = [*QWEN3_30B, "--num-layers", "4", "--pipeline-model-parallel-size", "4"]
     flags += ["--global-batch-size", "16", EP, "4"]
     found = {}
-    for ranks in ("last", "pipeline", "auto"):
+    for ranks in ("last", "auto"):
         recipe = TAUGHT.format(ranks=ranks)
         options = {"teachers": {"coder": TEACHER}, "memory": 80 * 2**30}
         found[ranks] = session_planner().plan(recipe, flags, 16, **options).plan
     weights = 2 * TEACHER["parameters"]
     held = {name: [t.weights for t in plan.teachers] for name, plan in found.items()}
-    assert held == {"last": [0, 0, 0, weights], "pipeline": [weights] * 4, "auto": [weights] * 4}
-    last, spread = found["last"], found["pipeline"]
+    assert held == {"last": [0, 0, 0, weights], "auto": [weights] * 4}
+    last, spread = found["last"], found["auto"]
     assert sum(t.flops for t in last.teachers) == sum(t.flops for t in spread.teachers) > 0
     work = [teacher.flops for teacher in spread.teachers]
     assert work == sorted(work)
@@ -259,3 +264,12 @@ def test_another_megatron_plans_the_same(monkeypatch):
     with planner() as process:
         there = process.plan(RECIPE.format(layers={1: [0, 40], 3: [7]}), flags, 8).plan
     assert there == here
+
+
+def test_a_process_that_cannot_start_says_why(monkeypatch):
+    monkeypatch.setenv("PYTHONHOME", "/nowhere")  # the interpreter finds no module there
+    with (
+        planner() as process,
+        pytest.raises(RuntimeError, match=r"process ended: (?s:.*)encodings"),
+    ):
+        process.plan(RECIPE.format(layers={1: [0]}), QWEN3_30B, 8)
