@@ -98,8 +98,13 @@ def model_provider(
     vp_stage: int | None = None,
     config: Any = None,
     pg_collection: Any = None,
+    layers: Any = None,
 ) -> GPTModel:
-    """This rank's chunk of the GPT model, for Megatron versions without a builder of their own."""
+    """This rank's chunk of the GPT model, for Megatron versions without a builder of their own.
+
+    Args:
+        layers: their specification, where it is another than that of the arguments.
+    """
     args = get_args()
     config = config or core_transformer_config_from_args(args)
     spec_options = {
@@ -119,7 +124,7 @@ def model_provider(
         )
     return GPTModel(
         config=config,
-        transformer_layer_spec=get_gpt_decoder_block_spec(config, **spec_options),
+        transformer_layer_spec=layers or get_gpt_decoder_block_spec(config, **spec_options),
         vocab_size=args.padded_vocab_size,
         max_sequence_length=args.max_position_embeddings,
         pre_process=pre_process,

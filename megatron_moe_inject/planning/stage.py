@@ -346,6 +346,8 @@ class StageBuilder:
         config = compat.model_config(args)
         if getattr(args, "hybrid_layer_pattern", None) is not None:
             provider = functools.partial(gpt_entry.hybrid_model_provider, config)
+        elif args.spec is not None:
+            provider = functools.partial(_of_spec, config)
 
         def before_ddp(chunks: list[Chunk]) -> list[Chunk]:
             for part in parts:
@@ -358,6 +360,23 @@ class StageBuilder:
         with torch.device("meta"):
             model, optimizer, _ = compat.call_with_pre_wrap_hook(stock, (), arguments, before_ddp)
         return Stage(context, parts, model, compat.bare_chunks(model), optimizer)
+
+
+def _of_spec(
+    model: Any,
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+    config: Any = None,
+    pg_collection: Any = None,
+) -> Any:
+    """A chunk of the GPT model whose layers ``--spec`` makes of Megatron's ``GPTModelConfig``."""
+    from megatron_moe_inject.host import gpt_entry
+
+    layers = model.transformer_layer_spec(model, vp_stage=vp_stage)
+    return gpt_entry.model_provider(
+        pre_process, post_process, vp_stage, model.transformer, pg_collection, layers
+    )
 
 
 def _as_it_is(module: torch.nn.Module, **_: Any) -> torch.nn.Module:

@@ -1,9 +1,10 @@
 """What keeps as much for the backward pass as a GPU's kernels do, and computes nothing.
 
 Megatron's own modules for machines without Transformer Engine keep what their torch operations
-need: a softmax of all pairs of tokens, several copies of what a norm read. A job on GPUs runs fused
-kernels in these two places. Here stand functions that keep what those keep (FlashAttention,
-2307.08691; the norms of TE and of torch on a GPU) and count their products.
+need: a softmax of all pairs of tokens, several copies of what a norm read, the states of each token
+of a Mamba layer. A job on GPUs runs fused kernels in these three places. Here stand functions that
+keep what those keep (FlashAttention, 2307.08691; the norms of TE and of torch on a GPU;
+``mamba_ssm``'s ``mamba_split_conv1d_scan_combined``) and count their products.
 
 Shapes: s sequence, b batch.
 """
@@ -19,7 +20,7 @@ import torch
 
 from megatron_moe_inject.host.megatron_types import Chunk
 from megatron_moe_inject.host.wrap import Call, wrap_function, wrap_method
-from megatron_moe_inject.planning.uses import CORE_FORWARD, CORE_INIT, NORM_FORWARD
+from megatron_moe_inject.planning.uses import CORE_FORWARD, CORE_INIT, NORM_FORWARD, SCAN
 
 
 class Products:
@@ -78,13 +79,45 @@ class _Norm(torch.autograd.Function):
         return torch.empty_like(states) if needed[0] else None, None, *grads
 
 
+class _Scan(torch.autograd.Function):
+    """Convolution and chunked scan of a Mamba-2 layer: keeps its input and what it puts out before
+    the gate, and does the rest again backward (Mamba-2, 2405.21060, section 6)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        products: Products,
+        flops: float,
+        inner: int,
+        zxbcdt: torch.Tensor,
+        *weights: torch.Tensor,
+    ) -> torch.Tensor:
+        read = torch.empty_like(zxbcdt)  # in the kernel's order of axes
+        ungated, out = (zxbcdt.new_empty(*zxbcdt.shape[:2], inner) for _ in range(2))
+        ctx.save_for_backward(read, ungated, *weights)
+        ctx.products, ctx.flops = products, flops
+        products.flops += flops
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
+        read, _, *weights = ctx.saved_tensors
+        ctx.products.flops += 3 * ctx.flops  # the forward's again, and two for each product
+        needed = ctx.needs_input_grad[4:]
+        grads = (
+            torch.empty_like(w) if need else None for w, need in zip(weights, needed, strict=True)
+        )
+        return None, None, None, torch.empty_like(read), *grads
+
+
 def as_on_gpus(chunks: Sequence[Chunk], products: Products, *, grouped: bool = False) -> None:
-    """Let the attention cores and norms of bare chunks keep what a GPU's kernels keep.
+    """Let attention cores, norms and Mamba layers of bare chunks keep what a GPU's kernels keep.
 
     Args:
         grouped: the job runs a layer's experts in grouped products. Where only some of them train,
             copies of their rows are kept (``experts.train.grouped``), not the rows of all.
     """
+    from megatron.core.ssm.mamba_mixer import MambaMixer
     from megatron.core.transformer.dot_product_attention import DotProductAttention
     from megatron.core.transformer.moe.experts import SequentialMLP
 
@@ -98,6 +131,8 @@ def as_on_gpus(chunks: Sequence[Chunk], products: Products, *, grouped: bool = F
                 wrap_method(module, CORE_FORWARD, attend)
             elif isinstance(module, torch.nn.RMSNorm | torch.nn.LayerNorm):
                 wrap_method(module, NORM_FORWARD, functools.partial(_norm, module))
+            elif isinstance(module, MambaMixer):
+                wrap_method(module, SCAN, functools.partial(_scan, module, products))
             elif grouped and isinstance(module, SequentialMLP):
                 _copy_rows(module)
 
@@ -105,6 +140,22 @@ def as_on_gpus(chunks: Sequence[Chunk], products: Products, *, grouped: bool = F
 def _norm(module: torch.nn.Module, call: Call) -> torch.Tensor:
     numbers = 2 if isinstance(module, torch.nn.LayerNorm) else 1
     return _Norm.apply(call.args[0], numbers, *module.parameters(recurse=False))
+
+
+def _scan(mixer: Any, products: Products, call: Call) -> torch.Tensor:
+    """``[l, b, inner]`` of ``[l, b, z x B C dt]``, with the norm behind it."""
+    zxbcdt, part = call["zxBCdt"], mixer.cp
+    inner, states = part.d_inner_local_tpcp, part.ngroups_local_tpcp * mixer.d_state
+    # Scores of a chunk's tokens, their sum, and a state for each chunk, made and read.
+    of_token = mixer.chunk_size * (states + inner) + 2 * inner * mixer.d_state
+    weights = (
+        *(part.get_conv1d_weight(), part.get_conv1d_bias(), part.get_dt_bias()),
+        *(part.get_A_log(), part.get_D()),
+    )
+    tokens = zxbcdt.shape[0] * zxbcdt.shape[1]
+    y = _Scan.apply(products, 2.0 * tokens * of_token, inner, zxbcdt, *weights)
+    y = part.post_conv_ssm(y, call["packed_seq_params"])
+    return _Norm.apply(y, 1, *mixer.norm.parameters(recurse=False)) if mixer.rmsnorm else y
 
 
 def _copy_rows(experts: Any) -> None:

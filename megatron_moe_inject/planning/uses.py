@@ -19,6 +19,11 @@ CORE_INIT = Wrapped(
     does="in a plan: takes heads of any kind",
 )
 NORM_FORWARD = Wrapped("torch.nn.RMSNorm.forward", does="in a plan: keeps what a kernel keeps")
+SCAN = Wrapped(
+    f"{_CORE}.ssm.mamba_mixer.MambaMixer._ssm_training",
+    ("zxBCdt", "packed_seq_params"),
+    does="in a plan: keeps what a kernel keeps",
+)
 PLANNING = Contract(
     "moe-inject plan --gpus",
     (
@@ -71,9 +76,22 @@ PLANNING = Contract(
             attributes=("bucket_indices", "param_index_map"),
         ),
         Use(GPT, attributes=("mtp_process", "set_input_tensor")),
+        Use(
+            f"{_CORE}.ssm.mamba_mixer.MambaMixer",
+            attributes=("chunk_size", "cp", "d_state", "headdim", "norm", "rmsnorm"),
+        ),
+        Use(
+            f"{_CORE}.ssm.mamba_context_parallel.MambaContextParallel",
+            attributes=(
+                *("d_inner_local_tpcp", "ngroups_local_tpcp"),
+                *("get_A_log", "get_D", "get_conv1d_bias", "get_conv1d_weight", "get_dt_bias"),
+                "post_conv_ssm",
+            ),
+        ),
         CORE_FORWARD,
         CORE_INIT,
         NORM_FORWARD,
+        SCAN,
     ),
 )
 """What is built with, and which of its functions lay out buffers and shards."""
