@@ -8,6 +8,7 @@ then. Nothing is fetched from a network, no code of the folder runs, nothing pic
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import re
 from pathlib import Path
@@ -224,7 +225,7 @@ class HfFolder:
         from huggingface_hub.errors import StrictDataclassError
 
         try:
-            return transformers.AutoConfig.from_pretrained(
+            config = transformers.AutoConfig.from_pretrained(
                 str(self.path), local_files_only=True, trust_remote_code=False
             )
         except (*_UNREADABLE, StrictDataclassError) as error:
@@ -234,6 +235,13 @@ class HfFolder:
                 f"{reason}",
                 "use an architecture that transformers ships, or a newer transformers",
             ) from error
+        if not dataclasses.is_dataclass(config):  # whose fields tell what a table does not know
+            raise self.error(
+                f"is read by transformers {transformers.__version__}, which does not tell the "
+                "defaults of its configurations",
+                "install transformers 5.24 or later",
+            )
+        return config
 
     def _take(self, stored: str) -> None:
         """Enter the logical tensor that a stored one begins or belongs to."""

@@ -191,6 +191,15 @@ def test_configurations_that_cannot_be_read(tmp_path, content, problem):
     assert problem in _error(tmp_path)
 
 
+def test_a_transformers_that_does_not_tell_its_defaults(tmp_path, monkeypatch):
+    import transformers
+
+    _two_files(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda *_, **__: object())
+    assert "install transformers 5.24 or later" in _error(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("content", "problem"),
     [

@@ -169,6 +169,7 @@ def test_ranks_that_do_not_fit_are_told_by_the_exit_status(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("one_process")
+@pytest.mark.slow
 def test_suggested_layouts_fit(tmp_path, capsys):
     """What is pasted fits when it is planned, on fewer GPUs than were given."""
     options = shlex.split("--gpus 2 --gpu-memory 0.25 --reserve 0 --tflops 100 --suggest")
