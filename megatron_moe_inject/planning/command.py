@@ -166,6 +166,7 @@ def _model(args: argparse.Namespace) -> Model:
         args.micro_batch_size,
         args.global_batch_size,
         bool(args.mtp_num_layers),
+        pattern=getattr(args, "hybrid_layer_pattern", None) is not None,
     )
 
 

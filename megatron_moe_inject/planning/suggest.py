@@ -52,6 +52,7 @@ class Model:
 
     Attributes:
         groups: key and value heads, over which TP can divide attention.
+        pattern: a hybrid model's layers, which stages divide evenly or as the pattern says.
     """
 
     layers: int
@@ -61,6 +62,7 @@ class Model:
     micro_batch: int
     global_batch: int
     predicts: bool
+    pattern: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,12 +70,14 @@ class Candidate:
     """A layout with recompute, and what is estimated of it.
 
     Attributes:
+        ends: layers of the first and of the last stage, where stages have not all as many.
         bytes: the peak of a rank.
         seconds: of a step, in any unit that all candidates share.
     """
 
     layout: Layout
     recompute: str
+    ends: tuple[int, int] | None = None
     bytes: float = 0.0
     seconds: float = 0.0
 
@@ -90,6 +94,10 @@ class Candidate:
             flags += ["--expert-tensor-parallel-size", str(layout.etp)]
         if layout.vpp > 1:
             flags += ["--num-virtual-stages-per-pipeline-rank", str(layout.vpp)]
+        if self.ends is not None:
+            first, last = map(str, self.ends)
+            flags += ["--decoder-first-pipeline-num-layers", first]
+            flags += ["--decoder-last-pipeline-num-layers", last]
         return [*flags, *RECOMPUTE[self.recompute]]
 
 
@@ -125,9 +133,9 @@ def without_layout(flags: Sequence[str]) -> list[str]:
 
 
 def layouts(model: Model, gpus: int, cp: int) -> Iterator[Layout]:
-    """Every layout of a job that Megatron can divide evenly."""
+    """Every layout of a job that Megatron can divide, the first and the last stage aside evenly."""
     for tp in (n for n in (1, 2, 4, 8) if model.groups % n == 0 and model.heads % n == 0):
-        for pp in _divisors(model.layers):
+        for pp in _stages(model):
             if gpus % (tp * cp * pp) or pp > model.layers:
                 continue
             dp = gpus // (tp * cp * pp)
@@ -143,6 +151,21 @@ def layouts(model: Model, gpus: int, cp: int) -> Iterator[Layout]:
                     yield Layout(gpus, tp=tp, pp=pp, vpp=vpp, cp=cp, ep=ep, etp=1)
 
 
+def _stages(model: Model) -> list[int]:
+    """Numbers of stages: what divides the layers, and powers of two with smaller ends."""
+    powers = [] if model.pattern else [n for n in (2, 4, 8, 16, 32) if ends(model.layers, n)]
+    return sorted({*_divisors(model.layers), *powers})
+
+
+def ends(layers: int, pp: int) -> tuple[int, int] | None:
+    """Layers of the first and of the last of ``pp`` stages, where the others have as many as each
+    other and no fewer; ``None`` where all can have as many, or the ends would have none."""
+    if layers % pp == 0:
+        return None
+    rest = layers - -(-layers // pp) * (pp - 2)
+    return (rest - rest // 2, rest // 2) if rest > 1 else None
+
+
 def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
@@ -155,10 +178,10 @@ def estimated(base: JobPlan, model: Model, layout: Layout, recompute: str) -> Ca
     """
     sparse = base.parameters.get("experts", 0)
     dense = sum(base.parameters.values()) - sparse
-    ends = base.parameters.get("embedding", 0) + base.parameters.get("output_layer", 0)
-    share = 1 / layout.pp
-    body = (dense - ends) * share / layout.tp + sparse * share / layout.ep
-    held = 2 * (body + ends / layout.tp / min(2, layout.pp))
+    outer = base.parameters.get("embedding", 0) + base.parameters.get("output_layer", 0)
+    share = -(-model.layers // layout.pp) / model.layers
+    body = (dense - outer) * share / layout.tp + sparse * share / layout.ep
+    held = 2 * (body + outer / layout.tp / min(2, layout.pp))
     of_experts = base.trained.get("experts", 0) * share / layout.ep
     of_others = (sum(base.trained.values()) - base.trained.get("experts", 0)) * share / layout.tp
     # Chosen experts are seldom spread evenly.
@@ -170,19 +193,20 @@ def estimated(base: JobPlan, model: Model, layout: Layout, recompute: str) -> Ca
     )
     in_flight = in_flight or layout.pp
     micro_batches = model.global_batch // (model.micro_batch * layout.dp)
-    kept = stage_kept / layers * model.layers / layout.pp * base.layout.tp / layout.tp
+    kept = stage_kept / layers * model.layers * share * base.layout.tp / layout.tp
     activations = kept * _KEPT[recompute] * min(in_flight, micro_batches)
     activations += transient * base.layout.tp / layout.tp
     teacher = max(each.weights + each.states for each in base.teachers)
     again = {"none": 0.0, "experts": 0.6, "full": 1.0}[recompute]
-    forward, backward = (n / layers * model.layers / layout.pp for n in stage_flops)
+    forward, backward = (n / layers * model.layers * share for n in stage_flops)
     work = (forward * (1 + again) + backward) * base.layout.tp / layout.tp
     bubble = (layout.pp - 1) / layout.vpp
     # What is not computed: messages of TP, and of EP beyond a node, as shares of the work.
     messages = 1 + 0.04 * (layout.tp.bit_length() - 1)
     messages += 0.03 * max(0, layout.ep.bit_length() - _NODE.bit_length()) + 0.01 * bool(bubble)
     seconds = work * messages * (micro_batches + bubble)
-    return Candidate(layout, recompute, held + states + activations + teacher, seconds)
+    peak = held + states + activations + teacher
+    return Candidate(layout, recompute, ends(model.layers, layout.pp), peak, seconds)
 
 
 def _base_stage(base: JobPlan) -> tuple[float, tuple[float, float], float, float]:
