@@ -70,22 +70,6 @@ def stored(chunk) -> dict[str, Any]:
     }
 
 
-def _lane_without_latent_attention() -> None:
-    """Multi-latent attention around a core that holds nothing, where the lane refuses it."""
-    from megatron.core.transformer.dot_product_attention import DotProductAttention
-
-    from megatron_moe_inject.host.cpu_lane import flags
-
-    if flags._REFUSED.pop("multi_latent_attention", None) is None:
-        return
-    begins = DotProductAttention.__init__
-
-    def init(self, *args, k_channels=None, v_channels=None, **kwargs):
-        begins(self, *args, **kwargs)
-
-    DotProductAttention.__init__ = init
-
-
 def begin(te: bool = False) -> None:
     """The CPU lane, one process that is a group by itself, and random numbers."""
     if te:
@@ -97,8 +81,6 @@ def begin(te: bool = False) -> None:
     cpu_lane.enable()
     if te:
         torch.cuda.get_device_capability = lambda device=None: (9, 0)
-    else:
-        _lane_without_latent_attention()
     import torch.distributed as dist
     from megatron.core import mpu
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed

@@ -10,19 +10,17 @@ import functools
 
 import torch
 
-_RUNS_ON_A_GPU = (
-    *("transformer_impl", "moe_grouped_gemm", "fp8", "multi_latent_attention"),
-    "hybrid_layer_pattern",
-)
+_RUNS_ON_A_GPU = ("transformer_impl", "moe_grouped_gemm", "fp8", "hybrid_layer_pattern")
 
 
 def allow() -> None:
     """Before the lane is enabled: TE can be imported, its flags pass, the device is a Hopper."""
     from megatron_moe_inject.host import cpu_lane
-    from megatron_moe_inject.host.cpu_lane import flags, hybrid, torch_device
+    from megatron_moe_inject.host.cpu_lane import flags, hybrid, latent_attention, torch_device
 
     cpu_lane._FOR_GPUS = ()
-    hybrid.install = lambda: None  # the stack is Megatron's own
+    for part in (hybrid, latent_attention):  # the stack and the projections are Megatron's own
+        part.install = lambda: None
     for name in _RUNS_ON_A_GPU:
         del flags._REFUSED[name]
     ampere = torch_device.device_properties

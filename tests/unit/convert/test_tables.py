@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 from megatron_moe_inject.convert.architectures import architecture_of
 from megatron_moe_inject.convert.architectures.configuration import NO_EFFECT
 from megatron_moe_inject.convert.arguments import option_words
-from megatron_moe_inject.host.cpu_lane import flags as lane_flags
 from megatron_moe_inject.host.errors import RecipeError
 from tests.harness.table_keys import (
     compare,
@@ -36,11 +35,6 @@ CONFIGS = Path(__file__).parent / "configs"
 OTHER = os.environ.get("MEGATRON_OTHER")
 BUILT = layouts(without=("--moe-latent-size", "--multi-latent-attention"))
 """A hybrid model has these with Transformer Engine alone (``tests/te/test_tables.py``)."""
-LATENT = "multi_latent_attention" not in lane_flags._REFUSED
-"""Whether the CPU lane runs multi-latent attention."""
-
-
-RUN = [pair for pair in BUILT if LATENT or not pair[0].startswith("deepseek")]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +59,7 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def stored(folders):
     """What Megatron's models store; those that run leave their logits in the folders."""
-    models = [(*pair, str(folders[pair[0]]) if pair in RUN else None) for pair in BUILT]
+    models = [(*pair, str(folders[pair[0]])) for pair in BUILT]
     return json.loads(run_script("table_logits", models).splitlines()[-1])
 
 
@@ -156,7 +150,7 @@ class TestMegatron:
 
 @pytest.mark.usefixtures("stored")
 class TestLogits:
-    @pytest.mark.parametrize("pair", RUN, ids=" as ".join)
+    @pytest.mark.parametrize("pair", BUILT, ids=" as ".join)
     def test_megatrons_model_has_those_of_transformers(self, pair, folders):
         case, layout = pair
         published = torch.load(folders[case] / "published.pt")
