@@ -84,7 +84,8 @@ def check(args: argparse.Namespace) -> None:
             if getattr(args, name, None)
         ]
     pattern = getattr(args, "hybrid_layer_pattern", None) or ""
-    if "+" in pattern and not (args.qk_layernorm and args.q_lora_rank):
+    local = args.transformer_impl == "local"
+    if local and "+" in pattern and not (args.qk_layernorm and args.q_lora_rank):
         mistakes.append(
             f"--hybrid-layer-pattern (is {pattern!r}): the lane has + layers with norms of both "
             "latents; add --qk-layernorm and --q-lora-rank"
