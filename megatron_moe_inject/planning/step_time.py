@@ -25,9 +25,9 @@ class StepTime:
         bubble: what waiting for other stages adds.
         teacher: what the teachers' forward passes add.
         original: what the original model's forward pass adds.
-        tokens_per_second: of the whole job.
-        per_gpu: tokens per second of a GPU.
-        gpu_hours: of the whole run; None where it has no end.
+        tokens: of a step.
+        gpus: of the job.
+        steps: of the whole run; None where it has no end.
     """
 
     compute: float
