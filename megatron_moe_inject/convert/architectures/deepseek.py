@@ -143,7 +143,7 @@ class DeepSeekV2(DeepSeek):
 
 
 class DeepSeekV3(DeepSeek):
-    """DeepSeek-V3 and -R1, Moonlight, and what calls itself so."""
+    """DeepSeek-V3 and -R1, and what calls itself so."""
 
     model_types = ("deepseek_v3",)
     keys = Keys(

@@ -29,7 +29,7 @@ _LACKING = {
 
 
 class Gemma(DenseDecoder):
-    """Gemma 1 (2B, 7B), CodeGemma."""
+    """Gemma 1 (2B, 7B)."""
 
     model_types = ("gemma",)
     keys = Keys(
