@@ -73,6 +73,33 @@ def test_recompute_and_where_backward_stops_change_what_is_kept():
     assert recomputed.backward_flops == 7 * (2 * layer + 3.5 * attention + router) + expert
 
 
+def test_a_mamba_layer_keeps_what_its_kernel_does():
+    """What two more Mamba layers behind the lowest that trains add to a hybrid model."""
+    hidden, width, heads, groups, state, chunk = 2048, 64, 64, 8, 128, 128
+    sizes = f"--mamba-state-dim {state} --mamba-head-dim {width} --mamba-num-groups {groups}"
+    flags = [*QWEN3_30B, *shlex.split(sizes), "--mamba-num-heads", str(heads)]
+    few, more = (
+        plan({0: [0]}, [*without_layers(flags), "--hybrid-layer-pattern", pattern], 1)
+        for pattern in ("EMM*", "EMMMM*")
+    )
+    (few,), (more,) = few.stages[0].costs, more.stages[0].costs
+    tokens, inner = 4096, heads * width
+    read = 2 * inner + 2 * groups * state + heads
+    kept = (more.kept - few.kept) / 2 / tokens
+    # Its input in the kernel's order and its output before the gate; what both norms read; a
+    # number a row of each.
+    assert kept == pytest.approx(2 * (read + inner) + 2 * (hidden + inner), rel=0.01)
+    products = 2 * tokens * hidden * (read + inner)
+    scan = 2 * tokens * (chunk * (groups * state + inner) + 2 * inner * state)
+    assert (more.forward_flops - few.forward_flops) / 2 == products + scan
+    assert (more.backward_flops - few.backward_flops) / 2 == products + 3 * scan
+
+
+def without_layers(flags):
+    at = flags.index("--num-layers")
+    return flags[:at] + flags[at + 2 :]
+
+
 def test_qwen3_235b_on_256_ranks():
     flags = [*QWEN3_235B, "--tensor-model-parallel-size", "2", "--sequence-parallel", EP, "32"]
     flags += ["--expert-tensor-parallel-size", "1", "--pipeline-model-parallel-size", "2"]
