@@ -41,6 +41,7 @@ _TENSORS = (
     "batch_isend_irecv", "barrier",
 )  # fmt: skip
 _OBJECTS = ("all_gather_object", "gather_object", "broadcast_object_list")
+_GROUPS = ("new_group", "new_subgroups_by_enumeration")
 _PACKAGE = "megatron_moe_inject"
 
 
@@ -77,7 +78,7 @@ class Recorder:
         """Stand in for the collectives of ``torch.distributed``, which callers look up there."""
         import torch.distributed as dist
 
-        for name in (*_TENSORS, *_OBJECTS, "new_group"):
+        for name in (*_TENSORS, *_OBJECTS, *_GROUPS):
             setattr(dist, name, self._around(getattr(dist, name), name))
 
     def _around(self, stock: Callable, name: str) -> Callable:
@@ -117,7 +118,7 @@ def _asking(frame: Any) -> Any:
 
 def _bytes(name: str, args: list[Any]) -> tuple[int, int]:
     """What this rank hands over, and what it holds afterwards."""
-    if name in ("barrier", "new_group"):
+    if name in ("barrier", *_GROUPS):
         return 0, 0
     if name == "all_gather_object":
         return len(pickle.dumps(args[1])), sum(len(pickle.dumps(entry)) for entry in args[0])

@@ -115,15 +115,23 @@ def of_each_rank(numbers: Sequence[int]) -> list[list[int]]:
 def host_twin(group: dist.ProcessGroup) -> dist.ProcessGroup | None:
     """A gloo group of the ranks of one of this rank's groups, ``None`` for one rank alone.
 
-    Collectives: one ``new_group``, in which its members meet; others have no part in it, so that
-    neither its making nor the connections of a rank grow with the world.
+    Every rank of the world enters, each with its own group of one division of the world. Members
+    could make theirs alone (``use_local_synchronization``), but before torch 2.14 each names it by
+    how many groups it is in itself: where that differs, as at pipeline parallelism, they wait for
+    each other for ever.
+
+    Collectives: that of ``of_each_rank`` for one number; then one ``new_group`` for each group of
+    the division, in which only its members connect.
     """
-    ranks = sorted(dist.get_process_group_ranks(group))
-    if len(ranks) == 1:
+    own = dist.get_process_group_ranks(group)
+    members: dict[int, list[int]] = {}
+    for rank, (first,) in enumerate(of_each_rank([min(own)])):
+        members.setdefault(first, []).append(rank)
+    if max(map(len, members.values())) == 1:
         return None
-    twin = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+    twin, _ = dist.new_subgroups_by_enumeration(list(members.values()), backend="gloo")
     assert isinstance(twin, dist.ProcessGroup), "this rank is one of the members"
-    return twin
+    return twin if len(own) > 1 else None
 
 
 def collective_device() -> torch.device:

@@ -73,23 +73,18 @@ def naming():
 
 
 def host_groups():
-    """Two model-parallel groups of two ranks, neither of which waits for the other."""
+    """Two model-parallel groups of two ranks, among ranks that are in unequally many groups."""
     rank = dist.get_rank()
     group = gloo.block_group(2)
-    made = []
-    stock = dist.new_group
-
-    def new_group(*args, **kwargs):
-        made.append(args)
-        return stock(*args, **kwargs)
-
-    with mock.patch.object(dist, "new_group", new_group):
-        host, messages = told(lambda: HostGroup.create(group))
-    assert (len(made), messages) == (1, {})
+    dist.new_group([0, 3])
+    host, messages = told(lambda: HostGroup.create(group))
+    assert messages == {"all_gather_into_tensor": 1}
+    assert dist.get_process_group_ranks(host.group) == [rank - rank % 2, rank - rank % 2 + 1]
     labels = torch.tensor([[rank, 5]])
     assert host.broadcast_labels(labels if rank % 2 == 0 else None, 1, 2).tolist() == [
         [rank - rank % 2, 5]
     ]
+    assert HostGroup.create(gloo.block_group(1)) == HostGroup(None, rank)
 
 
 @pytest.mark.parametrize("case", [agreeing, reducing, naming, host_groups])

@@ -34,3 +34,15 @@ def gathers():
 def test_every_gather_of_objects_over_the_whole_world_is_known_to_stay_small():
     found = set(gathers()) - {"experts/train/optimizer_state.py make_checkpointable"}
     assert found == set(ALLOWED)
+
+
+def test_no_group_is_made_by_its_members_alone():
+    """Before torch 2.14 they name it by how many groups they are in, and wait for each other."""
+    users = [
+        path.name
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for call in ast.walk(ast.parse(path.read_text()))
+        if isinstance(call, ast.Call)
+        and any(word.arg == "use_local_synchronization" for word in call.keywords)
+    ]
+    assert users == []
