@@ -30,6 +30,18 @@ PROJECTIONS = f"{OWN_PREFIX}projections"
 """Name in a model chunk of the projections to teachers' widths, which always train."""
 
 
+ADAPTER = f"{OWN_PREFIX}adapter"
+"""Name in a linear layer of the low-rank change beside its weight, which always trains."""
+
+
+VOCABULARY_ROWS = f"{OWN_PREFIX}vocabulary_rows"
+"""Name in an embedding or output layer of the rows that train in the places of its own."""
+
+
+BESIDE = ("adapters", "vocabulary_rows")
+"""Components that stand beside a model that stays as it is: without them it is the original."""
+
+
 def is_own(name: str) -> bool:
     """Whether a tensor of a checkpoint is one that the plugin added to the student."""
     return any(part.startswith(OWN_PREFIX) for part in name.split("."))
@@ -47,6 +59,7 @@ COMPONENTS = (
     "output_layer",
     "mtp",
     "projections",
+    *BESIDE,
     "other",
 )
 """Every parameter belongs to exactly one of these; names are those of ``recipe.schema.Train``."""
@@ -88,6 +101,9 @@ def _component(name: str, in_layer: str | None) -> str:
     """Component of a parameter; ``in_layer`` is its name inside its decoder layer."""
     if name.startswith(f"{PROJECTIONS}."):
         return "projections"
+    for part, component in ((ADAPTER, "adapters"), (VOCABULARY_ROWS, "vocabulary_rows")):
+        if f".{part}." in name:
+            return component
     if re.search(r"(^|\.)mtp\.", name):
         return "mtp"
     if in_layer is None:

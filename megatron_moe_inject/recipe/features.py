@@ -18,6 +18,7 @@ FEATURES: Registry[Feature] = Registry(
         "beginning": "megatron_moe_inject.recipe.beginning:BeginningFeature",
         "mixing": "megatron_moe_inject.data.feature:Mixing",
         "train": "megatron_moe_inject.experts.train.feature:Freezing",
+        "adapters": "megatron_moe_inject.adapters.feature:AdaptersFeature",
         "originals": "megatron_moe_inject.retention.feature:Originals",
         "report": "megatron_moe_inject.evaluation.report.feature:ReportFeature",
         "evaluation": "megatron_moe_inject.evaluation.feature:EvaluationFeature",

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from megatron_moe_inject.losses.kinds import COMMITTEES, CONFIDENCES, KINDS
+from megatron_moe_inject.recipe.adapter import Adapter, VocabularyRows
 from megatron_moe_inject.recipe.committee import in_words, weights_of
 from megatron_moe_inject.recipe.expert_choice import ExpertChoice
 from megatron_moe_inject.recipe.schedule import Schedule, Weight
@@ -180,6 +181,8 @@ class Train:
             ``decoder.layers.3.self_attention.*`` or ``*.experts.17.*``. Layers and experts have
             their global numbers; a name is that of ``named_parameters()`` with ``experts.17`` for
             ``experts.local_experts.1`` of the rank that holds expert 17.
+        adapters: low-rank changes beside matrices that do not train.
+        vocabulary_rows: rows of embedding and output layer that train, see ``VocabularyRows``.
         frozen_experts: how experts that do not train are kept: as ``params``, or in ``fp8`` alone,
             one byte a parameter.
         fp8_source: with ``fp8``, where the student was published in FP8 by blocks of 128 x 128,
@@ -198,12 +201,25 @@ class Train:
     output_layer: bool = False
     layers: list[int] = field(default_factory=list)
     patterns: list[str] = field(default_factory=list)
+    adapters: list[Adapter] = field(default_factory=list)
+    vocabulary_rows: VocabularyRows | None = None
     frozen_experts: str = field(default="params", metadata={"choices": FROZEN_EXPERTS})
     fp8_source: str | None = None
 
     def components(self) -> list[str]:
-        """Names of the components besides the experts that train."""
+        """Names of the components besides the experts that train whole."""
         return [name for name, value in asdict(self).items() if value is True]
+
+    @property
+    def beside(self) -> bool:
+        """Whether something trains beside what stays as it is."""
+        return bool(self.adapters) or self.vocabulary_rows is not None
+
+    @property
+    def whole(self) -> bool:
+        """Whether something of the student itself trains."""
+        named = [*self.components(), *self.layers, *self.patterns]
+        return self.experts != "none" or bool(named)
 
 
 @dataclass

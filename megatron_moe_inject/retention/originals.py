@@ -26,6 +26,7 @@ import torch
 
 from megatron_moe_inject.experts.train.described import in_layers_of
 from megatron_moe_inject.host.agreement import agree, on_first_rank
+from megatron_moe_inject.host.beside import Beside
 from megatron_moe_inject.host.errors import (
     RecipeError,
     one_line,
@@ -35,9 +36,7 @@ from megatron_moe_inject.host.gpt_names import to_gpt
 from megatron_moe_inject.host.layer_pattern import LayerPattern
 from megatron_moe_inject.host.lineage import CARD, Lineage
 from megatron_moe_inject.host.megatron_types import Chunk
-from megatron_moe_inject.host.model_parts import (
-    places,
-)
+from megatron_moe_inject.host.model_parts import BESIDE, places
 from megatron_moe_inject.host.own_keys import changed_shards, with_own_keys
 from megatron_moe_inject.retention.borrowed import borrowing, units
 
@@ -52,6 +51,7 @@ class OriginalParameters:
         trains: what trains, in plain JSON values; stored copies must be of the same.
         components: of what to keep originals, from ``freeze.COMPONENTS``; ``None`` = of all.
         on_host: keep them in host memory.
+        beside: what stands beside the model, of which the original has nothing.
     """
 
     def __init__(
@@ -61,7 +61,9 @@ class OriginalParameters:
         components: Sequence[str] | None = None,
         *,
         on_host: bool = False,
+        beside: Sequence[Beside] = (),
     ) -> None:
+        self._beside = tuple(beside)
         self._chunks = list(chunks)
         self.on_host = on_host
         extra = {} if components is None else {"originals": list(components)}
@@ -73,7 +75,7 @@ class OriginalParameters:
             for chunk in self._chunks
             for place, parameter in places(chunk)
             if parameter.requires_grad
-            and place.component != "projections"
+            and place.component not in ("projections", *BESIDE)
             and (components is None or place.component in components)
         }
 
@@ -109,13 +111,16 @@ class OriginalParameters:
             only: parameters with an original; ``None`` = all. A graph that was built outside the
                 block, and is not run backward inside it, may hold them.
         """
-        if only is None and self.on_host:
-            with borrowing(units(self._chunks, self._copies), self.of):
-                yield
-            return
-        wanted = self._copies if only is None else only
-        value_of = self.of if self.on_host else self._copies.__getitem__
-        with _exchanged({parameter: value_of(parameter) for parameter in wanted}):
+        with contextlib.ExitStack() as stack:
+            for beside in self._beside:
+                stack.enter_context(beside.off())
+            if only is None and self.on_host:
+                stack.enter_context(borrowing(units(self._chunks, self._copies), self.of))
+            else:
+                wanted = self._copies if only is None else only
+                value_of = self.of if self.on_host else self._copies.__getitem__
+                values = {parameter: value_of(parameter) for parameter in wanted}
+                stack.enter_context(_exchanged(values))
             yield
 
     def carry(self, lineage: Lineage, save: Path | None, metadata: dict[str, Any]) -> str | None:

@@ -9,7 +9,9 @@ from typing import Any
 from megatron_moe_inject.data.packed import check_packed, packing_flag
 from megatron_moe_inject.host import compat
 from megatron_moe_inject.host.agreement import host_twin
+from megatron_moe_inject.host.beside import Beside
 from megatron_moe_inject.host.loss_seam import LossSeam
+from megatron_moe_inject.host.model_parts import BESIDE
 from megatron_moe_inject.host.original_values import OriginalValues
 from megatron_moe_inject.host.step import Step, StepPart
 from megatron_moe_inject.recipe.run_part import BuiltStudent, RunContext, RunPart
@@ -71,12 +73,17 @@ class OriginalsPart(RunPart):
             RecipeError: on every rank: what the injection began with is missing or damaged.
         """
         run, args = self._run, self._run.args
-        trains = {name: what for name, what in args.inject_policy.items() if name != "projections"}
+        apart = ("projections", *BESIDE)
+        trains = {name: what for name, what in args.inject_policy.items() if name not in apart}
         on_host = run.recipe[RETENTION].originals == "host"
-        originals = OriginalParameters(student.chunks, trains, self._components, on_host=on_host)
-        save = Path(args.save) if args.save and not run.dry_run else None
-        remark = originals.carry(run.lineage, save, compat.sharded_state_metadata(args))
-        run.warnings += [] if remark is None else [remark]
+        beside = [part for part in (run.get(Beside),) if part is not None]
+        originals = OriginalParameters(
+            student.chunks, trains, self._components, on_host=on_host, beside=beside
+        )
+        if run.recipe.train.whole:  # else the model as it is stored is the original
+            save = Path(args.save) if args.save and not run.dry_run else None
+            remark = originals.carry(run.lineage, save, compat.sharded_state_metadata(args))
+            run.warnings += [] if remark is None else [remark]
         run.provide(OriginalValues, originals)
         run.provide(OriginalParameters, originals)
         if ever_positive(run.recipe.objective.gamma):

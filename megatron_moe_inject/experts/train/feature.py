@@ -144,7 +144,7 @@ class Freezing(Feature):
                 raise fail(
                     f"train.layers[{i}]", layer, "is negative", "decoder layers count from 0"
                 )
-        if train.experts == "none" and not [*train.components(), *train.layers, *train.patterns]:
+        if not train.whole and not train.beside:
             names = [name for name, value in asdict(train).items() if value is False]
             raise fail(
                 "train.experts", "none", "and nothing else leaves nothing to train",
@@ -169,7 +169,8 @@ class Freezing(Feature):
     def warnings(self, recipe: Recipe) -> list[str]:
         """Experts that are chosen and do not train."""
         chosen = any(domain.experts.layers for domain in recipe.domains)
-        if chosen and recipe.train.experts == "none":
+        adapted = any("experts" in entry.components for entry in recipe.train.adapters)
+        if chosen and recipe.train.experts == "none" and not adapted:
             return ["train.experts is none: the experts chosen by the domains stay frozen"]
         return []
 
@@ -180,7 +181,10 @@ class Freezing(Feature):
         names += train.components()
         if train.layers:
             names.append(f"layers {ranges(train.layers)}")
-        lines = [", ".join(names + train.patterns) + "; everything else is frozen"]
+        names += train.patterns
+        names += ["adapters"] if train.adapters else []
+        names += ["rows of the vocabulary"] if train.vocabulary_rows else []
+        lines = [", ".join(names) + "; everything else is frozen"]
         if train.frozen_experts == "fp8":
             origin = "encoded as loaded" if train.fp8_source is None else f"from {train.fp8_source}"
             lines.append(f"frozen experts are kept in FP8 alone, {origin}")

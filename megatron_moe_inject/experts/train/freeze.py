@@ -16,7 +16,7 @@ from typing import Any
 from megatron_moe_inject.experts.train.uses import FROZEN_BIAS
 from megatron_moe_inject.host.layer_pattern import name_matches
 from megatron_moe_inject.host.megatron_types import Chunk, MegatronModule
-from megatron_moe_inject.host.model_parts import EXPERTS, ROWS, ParameterPlace, places
+from megatron_moe_inject.host.model_parts import BESIDE, EXPERTS, ROWS, ParameterPlace, places
 from megatron_moe_inject.host.wrap import Call, wrap_method
 
 
@@ -58,9 +58,9 @@ class FreezePolicy:
             NotImplementedError: some experts of a layer are chosen but the layer keeps its
                 experts in one fused parameter.
         """
-        if place.layer in self.layers or self.matches(place):
+        if place.component in ("projections", *BESIDE):
             return True
-        if place.component == "projections":
+        if place.layer in self.layers or self.matches(place):
             return True
         if place.component == "router" and place.name.endswith(f".{ROWS}"):
             return True
@@ -130,7 +130,10 @@ def first_trainable_layer(chunks: Iterable[Chunk], num_layers: int) -> int:
         for place, parameter in places(chunk):
             if not parameter.requires_grad:
                 continue
-            if place.component == "embedding" and not embedding_copy:
+            embedded = place.component == "embedding" or (
+                place.component == "vocabulary_rows" and place.name.startswith("embedding.")
+            )
+            if embedded and not embedding_copy:
                 return -1
             if place.layer is not None:
                 lowest = min(lowest, place.layer)

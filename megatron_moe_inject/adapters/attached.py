@@ -1,0 +1,206 @@
+"""Adapters on the layers of a student: where they act, and under which keys they are stored.
+
+The stock layer stays as it is and owns its weight; the adapter is a child module of it, so that
+DDP, the optimizer and pre-hooks see it. In checkpoints a factor is a tensor of its own,
+``<module>.inject_adapter.<a or b>.<entry>.<layer>[.<expert>]`` beside the stock tensors, with
+global numbers, the same for grouped experts and for modules of their own, at every layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from megatron_moe_inject.adapters.grouped import GroupedLowRank, OfExpert
+from megatron_moe_inject.adapters.low_rank import COLUMN, ROW, LowRank, Sharding
+from megatron_moe_inject.adapters.matrices import Matrix
+from megatron_moe_inject.adapters.uses import (
+    COLUMN_FORWARD,
+    GROUPED_FORWARD,
+    GROUPED_SHARDED,
+    LINEAR_SHARDED,
+    ROUTER_GATING,
+    ROUTER_SHARDED,
+    ROW_FORWARD,
+    TE_FORWARD,
+    TE_NORM_FORWARD,
+    TE_SHARDED,
+)
+from megatron_moe_inject.host.megatron_types import Groups
+from megatron_moe_inject.host.model_parts import ADAPTER, EXPERTS
+from megatron_moe_inject.host.wrap import Call, wrap_method
+from megatron_moe_inject.recipe.adapter import Adapter
+
+_A_AXIS, _B_AXIS = {ROW: 1}, {COLUMN: 0}
+
+
+class Attached:
+    """The adapters of one module.
+
+    Args:
+        found: its matrices that get one, each with the position of the entry: one, or several of a
+            grouped layer.
+        entries: the recipe's.
+        groups: the student's ``ProcessGroupCollection``.
+        stored: asks whether the checkpoint to be loaded or saved holds them.
+    """
+
+    def __init__(
+        self,
+        found: Sequence[tuple[Matrix, int]],
+        entries: Sequence[Adapter],
+        groups: Groups,
+        stored: Callable[[], bool],
+    ) -> None:
+        self._found = found
+        self._groups = groups
+        self._stored = stored
+        matrix, number = found[0]
+        module, entry = matrix.module, entries[number]
+        sharding = self._sharding(matrix)
+        if matrix.local is not None:
+            chosen = [
+                OfExpert(m.local, _expert(m), entries[i].rank, entries[i].scale, m.name)
+                for m, i in found
+                if m.local is not None
+            ]
+            weights = [weight for name, weight in module.named_parameters() if "weight" in name]
+            self.adapter: Any = GroupedLowRank(weights, chosen, sharding)
+            forward, around = GROUPED_FORWARD, self._grouped
+        else:
+            scale = entry.scale
+            self.adapter = LowRank(matrix.weight, entry.rank, scale, sharding, matrix.name)
+            forward, around = _forward_of(module, matrix.place.component), self._added
+            if matrix.place.component == "router":
+                around = self._gating
+        self._module = module
+        self._input = forward.parameters[0]
+        self._behind_norm = forward is TE_NORM_FORWARD
+        if self._behind_norm:
+            module.return_layernorm_output = True
+        wrap_method(module, forward, around)
+        wrap_method(module, _sharded_of(module, matrix), self._sharded_state_dict)
+        module.register_load_state_dict_post_hook(self._forgive)
+        module.add_module(ADAPTER, self.adapter)
+
+    @property
+    def parameters(self) -> list[tuple[int, str, torch.nn.Parameter]]:
+        """Entry, factor (``a`` or ``b``) and parameter of each."""
+        return [
+            (number, factor, self.adapter._parameters[self._name(factor, matrix)])
+            for matrix, number in self._found
+            for factor in "ab"
+        ]
+
+    def _sharding(self, matrix: Matrix) -> Sharding:
+        expert = matrix.place.component == EXPERTS
+        group = self._groups.expt_tp if expert else self._groups.tp
+        sequence = bool(matrix.module.config.sequence_parallel) and not expert
+        return Sharding(matrix.kind, group, sequence and self._groups.tp.size() > 1, expert)
+
+    @staticmethod
+    def _name(factor: str, matrix: Matrix) -> str:
+        return factor if matrix.local is None else f"{factor}{_expert(matrix)}"
+
+    def _added(self, call: Call) -> Any:
+        """A linear layer's forward: its output with the change, and its bias."""
+        x, results = call[self._input], call()
+        if self._behind_norm:  # Transformer Engine's layer gives the normed input besides
+            if self._module.te_return_bias:
+                output, bias, x = results
+            else:
+                (output, x), bias = results
+        else:
+            output, bias = results
+        return (output + self.adapter(x) if self.adapter.on else output), bias
+
+    def _gating(self, call: Call) -> torch.Tensor:
+        """``Router.gating``: states ``[l, b, h]`` to logits ``[l, b, E]``."""
+        logits = call()
+        if not self.adapter.on:
+            return logits
+        return logits + self.adapter(call["input"]).to(logits.dtype)
+
+    def _grouped(self, call: Call) -> Any:
+        """A grouped layer's forward: rows ``[m, n]`` and the number of each expert's."""
+        output, bias = call()
+        if self.adapter.on:
+            output = self.adapter(call["x"], call["m_splits"], output)
+        return output, bias
+
+    def _forgive(self, module: torch.nn.Module, incompatible: Any) -> None:
+        if not self._stored():
+            keys = [key for key in incompatible.missing_keys if f"{ADAPTER}." in key]
+            for key in keys:
+                incompatible.missing_keys.remove(key)
+
+    def _sharded_state_dict(self, call: Call) -> dict[str, Any]:
+        """Stock's, with the factors under keys of their own, or without them."""
+        from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+        state, prefix = call(), call["prefix"]
+        metadata = call["metadata"] or {}
+        for name in list(state):
+            if name.startswith(f"{prefix}{ADAPTER}."):
+                del state[name]
+        if not self._stored():
+            return state
+        for matrix, number in self._found:
+            sharding, expert = self._sharding(matrix), matrix.place.component == EXPERTS
+            for factor, axes in (("a", _A_AXIS), ("b", _B_AXIS)):
+                local = f"{prefix}{ADAPTER}.{self._name(factor, matrix)}"
+                tensor = self.adapter._parameters[self._name(factor, matrix)]
+                (shard,) = make_sharded_tensors_for_checkpoint(
+                    {"": tensor},
+                    local,
+                    {"": axes[matrix.kind]} if matrix.kind in axes else {},
+                    (),
+                    tp_group=sharding.group,
+                    dp_cp_group=metadata.get("dp_cp_group") or self._groups.dp_cp,
+                ).values()
+                if expert:
+                    shard.replica_id = (*shard.replica_id[:2], self._groups.expt_dp.rank())
+                numbers = [number, matrix.layer, *([_expert(matrix)] if expert else [])]
+                key = ".".join([f"{prefix}{ADAPTER}.{factor}", *map(str, numbers)])
+                shard = replace(shard, key=key)
+                if factor == "b" and _is_gated(matrix):
+                    shard = _by_gate(shard)
+                state[local] = shard
+        return state
+
+
+def _expert(matrix: Matrix) -> int:
+    assert matrix.place.expert is not None, "grouped layers are those of experts"
+    return matrix.place.expert
+
+
+def _forward_of(module: torch.nn.Module, component: str) -> Any:
+    if component == "router":
+        return ROUTER_GATING
+    if not hasattr(module, "input_is_parallel") and not hasattr(module, "gather_output"):
+        return TE_NORM_FORWARD if hasattr(module, "return_layernorm_output") else TE_FORWARD
+    return ROW_FORWARD if hasattr(module, "input_is_parallel") else COLUMN_FORWARD
+
+
+def _sharded_of(module: torch.nn.Module, matrix: Matrix) -> Any:
+    if matrix.place.component == "router":
+        return ROUTER_SHARDED
+    if matrix.local is not None:
+        return GROUPED_SHARDED
+    local = hasattr(module, "input_is_parallel") or hasattr(module, "gather_output")
+    return LINEAR_SHARDED if local else TE_SHARDED
+
+
+def _is_gated(matrix: Matrix) -> bool:
+    """Whether the rows are a gate's and then those that it gates, on each rank."""
+    first = matrix.place.global_name.endswith("linear_fc1.weight")
+    return first and bool(matrix.module.config.gated_linear_unit)
+
+
+def _by_gate(shard: Any) -> Any:
+    from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+
+    return apply_swiglu_sharded_factory(shard, ())

@@ -1,0 +1,177 @@
+"""Adapters as a feature: ``train.adapters``, low-rank changes beside matrices that stay."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron_moe_inject.adapters import uses
+from megatron_moe_inject.host.errors import fail
+from megatron_moe_inject.host.text import ranges
+from megatron_moe_inject.recipe.adapter import TARGETS, Adapter
+from megatron_moe_inject.recipe.facts import StudentFacts
+from megatron_moe_inject.recipe.feature import Feature, RefusedBeside
+from megatron_moe_inject.recipe.numbers import WEIGHTS, check_bounds
+from megatron_moe_inject.recipe.refused_options import NO_PARTS, Refusal
+from megatron_moe_inject.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from megatron_moe_inject.host.contract import Contract
+    from megatron_moe_inject.recipe.run_part import RunContext, RunPart
+
+_OVERLAPPED = Refusal(
+    "moe_shared_expert_overlap", "runs the layers of shared experts in pieces of its own"
+)
+_GRAPHS = Refusal("cuda_graph_impl", "replays layers, and cannot leave out what stands beside them")
+
+
+def _adapts(recipe: Recipe, component: str) -> bool:
+    """Whether entries name a component, or weights that may be of it."""
+    entries = recipe.train.adapters
+    return any(component in entry.components or entry.patterns for entry in entries)
+
+
+class AdaptersFeature(Feature):
+    """``train.adapters``: low-rank changes beside matrices that stay as they are."""
+
+    refuses = (
+        RefusedBeside(
+            NO_PARTS,
+            "train.adapters on experts, with --moe-grouped-gemm",
+            lambda recipe, facts: facts.precision.grouped_gemm and _adapts(recipe, "experts"),
+            "take experts out of train.adapters",
+        ),
+        RefusedBeside(
+            (_OVERLAPPED,),
+            "train.adapters on shared experts",
+            lambda recipe, facts: facts.shared_experts and _adapts(recipe, "shared_experts"),
+            "take shared_experts out of train.adapters",
+        ),
+        RefusedBeside(
+            (_GRAPHS,),
+            "train.adapters",
+            lambda recipe, facts: bool(recipe.train.adapters),
+            "remove train.adapters",
+        ),
+    )
+
+    def rules(self, recipe: Recipe) -> None:
+        """Numbers make sense, targets are named once, and nothing trains twice."""
+        for i, entry in enumerate(recipe.train.adapters):
+            _check_numbers(f"train.adapters[{i}]", entry)
+            _check_targets(f"train.adapters[{i}]", entry)
+            _check_alone(i, recipe)
+
+    def check(self, recipe: Recipe, facts: StudentFacts) -> None:
+        """The student has what is named."""
+        moe = facts.num_moe_experts is not None
+        there = {
+            "experts": (moe, "the student is dense (no --num-experts)"),
+            "router": (moe, "the student is dense (no --num-experts)"),
+            "shared_experts": (
+                moe and facts.shared_experts,
+                "the student has none (no --moe-shared-expert-intermediate-size)",
+            ),
+            "mlp": (facts.has_dense_layers, "every layer is a MoE layer"),
+            "attention": (
+                facts.pattern is None or bool(facts.pattern.where("*+")),
+                "the student has no attention layer",
+            ),
+        }
+        for i, entry in enumerate(recipe.train.adapters):
+            for j, target in enumerate(entry.targets):
+                exists, why = there.get(target, (True, ""))
+                if not exists:
+                    raise fail(
+                        f"train.adapters[{i}].targets[{j}]", target, "matches nothing",
+                        f"{why}; take it out",
+                    )  # fmt: skip
+            for layer in entry.layers:
+                if layer >= facts.num_layers:
+                    raise fail(
+                        f"train.adapters[{i}].layers", entry.layers, f"names layer {layer}",
+                        f"the student's layers are 0 to {facts.num_layers - 1}",
+                    )  # fmt: skip
+
+    def plan_lines(self, recipe: Recipe, facts: StudentFacts | None) -> dict[str, list[str]]:
+        """Each entry in words."""
+        lines = [_in_words(entry) for entry in recipe.train.adapters]
+        return {"adapters": lines} if lines else {}
+
+    def uses(
+        self, recipe: Recipe, facts: StudentFacts | None, args: Namespace | None
+    ) -> list[Contract]:
+        """Of the layers that get them."""
+        if not recipe.train.adapters:
+            return []
+        grouped = facts is None or facts.precision.grouped_gemm
+        return [uses.ADAPTERS, *([uses.GROUPED_ADAPTERS] if grouped else [])]
+
+    def start(self, run: RunContext) -> RunPart | None:
+        """Makes them."""
+        if not run.recipe.train.adapters:
+            return None
+        from megatron_moe_inject.adapters.part import AdaptersPart
+
+        return AdaptersPart(run)
+
+
+def _check_numbers(path: str, entry: Adapter) -> None:
+    if entry.rank < 1:
+        raise fail(f"{path}.rank", entry.rank, "is no rank", "write a number from 1, such as 8")
+    for name in ("alpha", "lr", "lr_b"):
+        check_bounds(f"{path}.{name}", getattr(entry, name), WEIGHTS)
+    check_bounds(f"{path}.decay", entry.decay, WEIGHTS, besides=(0,))
+    for layer in entry.layers:
+        if layer < 0:
+            raise fail(f"{path}.layers", entry.layers, "names a negative layer", "count from 0")
+
+
+def _check_targets(path: str, entry: Adapter) -> None:
+    if not entry.targets:
+        raise fail(f"{path}.targets", [], "is empty", f"name some of {', '.join(TARGETS)}")
+    for j, target in enumerate(entry.targets):
+        if target in entry.targets[:j]:
+            raise fail(f"{path}.targets[{j}]", target, "is there twice", "remove it")
+        if target in ("embedding", "output_layer"):
+            raise fail(
+                f"{path}.targets[{j}]", target, "has no adapter, which would move every row of the "
+                "vocabulary", "train some rows whole by train.vocabulary_rows",
+            )  # fmt: skip
+        if target not in TARGETS and not set(target) & set(".*?["):
+            raise fail(
+                f"{path}.targets[{j}]", target, "is not known",
+                f"name some of {', '.join(TARGETS)}, or weights as in train.patterns",
+            )  # fmt: skip
+
+
+def _check_alone(number: int, recipe: Recipe) -> None:
+    """What trains whole has no adapter."""
+    train, path = recipe.train, f"train.adapters[{number}]"
+    entry = train.adapters[number]
+    for component in entry.components:
+        whole = train.experts != "none" if component == "experts" else getattr(train, component)
+        if component == "router":
+            whole = train.router or train.router_rows
+        if whole:
+            name = "router_rows" if component == "router" and train.router_rows else component
+            off = "none" if component == "experts" else "false"
+            raise fail(
+                f"{path}.targets", entry.targets, f"names {component}, while train.{name} trains "
+                "their weights themselves", f"set train.{name}: {off}, or take {component} out",
+            )  # fmt: skip
+    chosen = all(d.experts.layers or d.experts.profile for d in recipe.domains)
+    if "experts" in entry.components and entry.experts == "selected" and not chosen:
+        raise fail(
+            f"{path}.experts", "selected", "but not every domain chooses experts",
+            "write domains[0].experts, or experts: all",
+        )  # fmt: skip
+
+
+def _in_words(entry: Adapter) -> str:
+    names = [f"{entry.experts} experts" if t == "experts" else t for t in entry.targets]
+    where = f" of layers {ranges(entry.layers)}" if entry.layers else ""
+    rate = f", at {entry.lr:g} times the learning rate" if entry.lr != 1 else ""
+    rate += f" (B {entry.lr_b:g} times that)" if entry.lr_b != 1 else ""
+    return f"rank {entry.rank}, scaled by {entry.scale:g}, on {', '.join(names)}{where}{rate}"

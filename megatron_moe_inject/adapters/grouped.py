@@ -1,0 +1,139 @@
+"""Low-rank changes of some experts of a grouped linear layer (Megatron's ``TEGroupedMLP``).
+
+Each chosen expert has factors of its own, under its global id. Their products run over the rows of
+the chosen experts alone; an expert without rows costs nothing and has a gradient of zero. How many
+rows each has is on the host already, so nothing waits. On a GPU with enough experts of one rank the
+products are grouped (``torch.nn.functional.grouped_mm``), otherwise one after the other.
+
+Shapes: m rows (tokens times top-k on this rank), n inputs, k outputs, r rank, e chosen experts.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from megatron_moe_inject.adapters.low_rank import Sharding, factors, whole_summed
+
+_LEAST_GROUPED = 4
+"""Experts from which grouped products pay."""
+_MULTIPLE = 8
+"""What ``grouped_mm`` wants sizes in bf16 to be multiples of (16 bytes)."""
+
+
+@dataclass(frozen=True)
+class OfExpert:
+    """What one expert's change is.
+
+    Attributes:
+        local: its number on this rank.
+        expert: its global id.
+        rank: r.
+        scale: s.
+        name: the whole matrix's, with global numbers.
+    """
+
+    local: int
+    expert: int
+    rank: int
+    scale: float
+    name: str
+
+
+class GroupedLowRank(torch.nn.Module):
+    """The changes of one grouped layer's output.
+
+    Args:
+        weights: of the local experts, in order.
+        chosen: those that have a change.
+        sharding: how the layer is divided.
+
+    Attributes:
+        on: whether they act.
+        chosen: as given.
+    """
+
+    def __init__(
+        self, weights: Sequence[torch.Tensor], chosen: Sequence[OfExpert], sharding: Sharding
+    ) -> None:
+        super().__init__()
+        for one in chosen:
+            pair = factors(weights[one.local], one.rank, sharding, one.name)
+            for factor, parameter in zip("ab", pair, strict=True):
+                self.register_parameter(f"{factor}{one.expert}", parameter)
+        self.chosen = tuple(chosen)
+        self.on = True
+        self._sharding = sharding
+
+    def forward(
+        self, rows: torch.Tensor, counts: Sequence[int], output: torch.Tensor
+    ) -> torch.Tensor:
+        """The layer's output ``[m, k]`` with the changes.
+
+        Args:
+            rows: its input ``[m, n]``, by local expert.
+            counts: rows of each local expert.
+            output: ``[m, k]`` without them.
+
+        Collectives: under expert tensor parallelism two all-reduces of e factors in the backward
+        pass; none otherwise.
+        """
+        ends = list(itertools.accumulate(counts))
+        parts = {
+            one: slice(ends[one.local] - counts[one.local], ends[one.local]) for one in self.chosen
+        }
+        pairs = self._pairs()
+        if self._grouped(rows):
+            changes = _grouped(rows, parts, pairs)
+        else:
+            changes = [
+                F.linear(F.linear(rows[part], pairs[one][0]) * one.scale, pairs[one][1])
+                for one, part in parts.items()
+            ]
+        pieces, begun = [], 0
+        for part, change in zip(parts.values(), changes, strict=True):
+            pieces += [output[begun : part.start], output[part] + change]
+            begun = part.stop
+        return torch.cat([*pieces, output[begun:]])
+
+    def _pairs(self) -> Mapping[OfExpert, tuple[torch.Tensor, torch.Tensor]]:
+        """A and B of each."""
+        return {one: whole_summed(*self._factors(one), self._sharding) for one in self.chosen}
+
+    def _factors(self, one: OfExpert) -> tuple[torch.Tensor, torch.Tensor]:
+        a, b = (self.get_parameter(f"{factor}{one.expert}") for factor in "ab")
+        return a, b
+
+    def _grouped(self, rows: torch.Tensor) -> bool:
+        sizes = {one.rank for one in self.chosen}
+        a, b = self._factors(self.chosen[0])
+        even = not any(size % _MULTIPLE for size in (*sizes, a.shape[1], b.shape[0]))
+        return (
+            rows.is_cuda
+            and rows.dtype == torch.bfloat16
+            and len(self.chosen) >= _LEAST_GROUPED
+            and len(sizes) == 1
+            and even
+            and hasattr(F, "grouped_mm")
+        )
+
+
+def _grouped(
+    rows: torch.Tensor,
+    parts: Mapping[OfExpert, slice],
+    pairs: Mapping[OfExpert, tuple[torch.Tensor, torch.Tensor]],
+) -> Sequence[torch.Tensor]:
+    """Each expert's change, by two grouped products over the rows of the chosen."""
+    lengths = [part.stop - part.start for part in parts.values()]
+    ends = torch.tensor(list(itertools.accumulate(lengths)), dtype=torch.int32)
+    if rows.is_cuda:
+        ends = ends.pin_memory().to(rows.device, non_blocking=True)
+    chosen = torch.cat([rows[part] for part in parts.values()])
+    first = torch.stack([a for a, _ in pairs.values()]).transpose(-2, -1)
+    second = torch.stack([b * one.scale for one, (_, b) in pairs.items()]).transpose(-2, -1)
+    hidden = F.grouped_mm(chosen, first, offs=ends)
+    return F.grouped_mm(hidden, second, offs=ends).split(lengths)

@@ -1,0 +1,127 @@
+"""The matrices of a student that can have adapters, and which of a recipe's entries each gets.
+
+Names are Megatron's: ``decoder.layers.3.self_attention.linear_qkv.weight`` with global layers, and
+``experts.17`` for an expert wherever it is (``host.model_parts.places``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_moe_inject.adapters.low_rank import COLUMN, ROW, WHOLE
+from megatron_moe_inject.host.layer_pattern import name_matches
+from megatron_moe_inject.host.megatron_types import Chunk, MegatronModule
+from megatron_moe_inject.host.model_parts import (
+    EXPERTS,
+    ParameterPlace,
+    decoder_layers,
+    grouped_linears,
+    local_weights,
+    mlp_of,
+    places,
+)
+from megatron_moe_inject.recipe.adapter import Adapter
+
+ATTENTION = {
+    "linear_qkv": COLUMN,
+    "linear_q_proj": COLUMN,
+    "linear_q_down_proj": WHOLE,
+    "linear_q_up_proj": COLUMN,
+    "linear_kv_down_proj": WHOLE,
+    "linear_kv_up_proj": COLUMN,
+    "linear_proj": ROW,
+}
+"""Linear layers of Megatron's self-attention and multi-latent attention, and their division."""
+MLP = {"linear_fc1": COLUMN, "linear_fc2": ROW}
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One linear layer, or one expert's part of a grouped one.
+
+    Attributes:
+        module: Megatron's.
+        weight: this rank's part.
+        kind: see ``low_rank.Sharding``.
+        place: where its weight is; its component is the target's name.
+        local: its number in a grouped layer; ``None`` for a layer of its own.
+    """
+
+    module: MegatronModule
+    weight: torch.nn.Parameter
+    kind: str
+    place: ParameterPlace
+    local: int | None = None
+
+    @property
+    def layer(self) -> int:
+        """0-based global decoder layer."""
+        assert self.place.layer is not None, "matrices are those of decoder layers"
+        return self.place.layer
+
+    @property
+    def name(self) -> str:
+        """The weight's, with global numbers."""
+        return self.place.global_name
+
+
+def matrices(chunk: Chunk) -> Iterator[Matrix]:
+    """All of a bare chunk, in the model's order."""
+    where = {parameter: place for place, parameter in places(chunk)}
+    for layer in decoder_layers(chunk):
+        for module, kind in _linears(layer):
+            weights = local_weights(module)
+            if weights:
+                for local, weight in enumerate(weights):
+                    yield Matrix(module, weight, kind, where[weight], local)
+            elif getattr(module, "weight", None) in where:
+                yield Matrix(module, module.weight, kind, where[module.weight])
+
+
+def _linears(layer: MegatronModule) -> Iterator[tuple[MegatronModule, str]]:
+    attention, mlp = getattr(layer, "self_attention", None), mlp_of(layer)
+    owners = [(attention, ATTENTION), (mlp, MLP), (getattr(mlp, "shared_experts", None), MLP)]
+    experts = getattr(mlp, "experts", None)
+    owners += [(expert, MLP) for expert in getattr(experts, "local_experts", ())]
+    if experts is not None and grouped_linears(experts):
+        owners.append((experts, MLP))
+    for owner, names in owners:
+        for name, kind in names.items():
+            module = getattr(owner, name, None)
+            if isinstance(module, torch.nn.Module):
+                yield module, kind
+    router = getattr(mlp, "router", None)
+    if router is not None:
+        yield router, WHOLE
+
+
+def wanted(
+    entries: Sequence[Adapter],
+    selected: Mapping[int, Collection[int]],
+    place: ParameterPlace,
+) -> list[int]:
+    """The entries that name the weight at ``place``, by position.
+
+    Args:
+        entries: a recipe's ``train.adapters``.
+        selected: experts that the domains chose, by layer.
+    """
+    return [i for i, entry in enumerate(entries) if _names(entry, selected, place)]
+
+
+def _names(entry: Adapter, selected: Mapping[int, Collection[int]], place: ParameterPlace) -> bool:
+    if entry.layers and place.layer not in entry.layers:
+        return False
+    if place.component in entry.components:
+        chosen = selected.get(place.layer, ()) if place.layer is not None else ()
+        return place.component != EXPERTS or entry.experts == "all" or place.expert in chosen
+    return bool(matching(entry, place))
+
+
+def matching(entry: Adapter, place: ParameterPlace) -> list[str]:
+    """Its patterns that name the weight at ``place``."""
+    names = place.global_name, place.gpt_name
+    return [pattern for pattern in entry.patterns if name_matches(pattern, *names)]

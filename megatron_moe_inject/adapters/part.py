@@ -1,0 +1,121 @@
+"""Adapters in a run: made before DDP, trained at their own rates, off in the original."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from megatron_moe_inject.adapters.attached import Attached
+from megatron_moe_inject.adapters.matrices import Matrix, matrices, wanted
+from megatron_moe_inject.adapters.rates import Rate, mark, with_rates
+from megatron_moe_inject.adapters.stored import Stored
+from megatron_moe_inject.host import compat
+from megatron_moe_inject.host.agreement import agree, union
+from megatron_moe_inject.host.beside import Beside
+from megatron_moe_inject.host.errors import RecipeError, fail
+from megatron_moe_inject.host.megatron_types import Chunk
+from megatron_moe_inject.host.step import StepPart
+from megatron_moe_inject.recipe.run_part import BuiltStudent, RunContext, RunPart
+
+
+class AdaptersPart(RunPart):
+    """The adapters of a student; provides what switches them off (``Beside``)."""
+
+    def __init__(self, run: RunContext) -> None:
+        self._run = run
+        self._entries = run.recipe.train.adapters
+        self._selected = run.recipe.experts_by_layer()
+        self._attached: list[Attached] = []
+        self._used: set[int] = set()
+        self._mistake: str | None = None
+        self._stored = Stored(run)
+        self.writes_about = bool(run.args.save)
+        self.around = {"get_megatron_optimizer": with_rates}
+        run.provide(Beside, Beside(self._off))
+
+    def trains(self) -> Mapping[str, Any]:
+        """The entries, since the optimizer's state is theirs."""
+        return {"adapters": self._stored.entries}
+
+    def prepare(self) -> None:
+        """Compare them with those of the checkpoint that is to be loaded. No collective."""
+        self._stored.prepare()
+
+    def before_ddp(self, chunks: Sequence[Chunk]) -> None:
+        """Put adapters on the bare chunks' frozen matrices."""
+        for chunk in chunks:
+            groups = compat.process_groups(chunk)
+            by_module: dict[torch.nn.Module, list[tuple[Matrix, int]]] = defaultdict(list)
+            for matrix in matrices(chunk):
+                numbers = wanted(self._entries, self._selected, matrix.place)
+                self._note(matrix, numbers)
+                if len(numbers) == 1 and not matrix.weight.requires_grad:
+                    by_module[matrix.module].append((matrix, numbers[0]))
+            for found in by_module.values():
+                attached = Attached(found, self._entries, groups, lambda: self._stored.holds)
+                self._attached.append(attached)
+                for number, factor, parameter in attached.parameters:
+                    entry = self._entries[number]
+                    lr = entry.lr * (entry.lr_b if factor == "b" else 1.0)
+                    mark(parameter, Rate(lr, entry.decay))
+
+    def _note(self, matrix: Matrix, numbers: Sequence[int]) -> None:
+        """What entries were used for, and the first mistake, which all ranks hear of later."""
+        self._used.update(numbers)
+        mistake = None
+        if len(numbers) > 1:
+            mistake = f"names {matrix.name}, which train.adapters[{numbers[0]}] names too"
+        elif numbers and matrix.weight.requires_grad:
+            mistake = f"names {matrix.name}, which trains as a whole"
+        elif numbers and self._entries[numbers[0]].rank > min(matrix.weight.shape):
+            rank, shape = self._entries[numbers[0]].rank, list(matrix.weight.shape)
+            mistake = f"has rank {rank}, but {matrix.name} is {shape} on a rank"
+        if mistake is not None and self._mistake is None:
+            self._mistake = f"train.adapters[{numbers[-1]}]: {mistake}; leave it out of one of both"
+            if "has rank" in mistake:
+                self._mistake = self._mistake.replace("leave it out of one of both", "lower it")
+
+    def loaded(self, student: BuiltStudent) -> None:
+        """From now on checkpoints hold them. No collective."""
+        self._stored.loaded()
+
+    def attach(self, student: BuiltStudent) -> StepPart | None:
+        """See that every entry is of use.
+
+        Collectives: those of ``agree``, and one all-reduce of a byte for each entry and pattern.
+
+        Raises:
+            RecipeError: on every rank: an entry names nothing, or what it cannot have.
+        """
+        agree(self._check)
+        self._check_used()
+        return None
+
+    def _check(self) -> None:
+        if self._mistake is not None:
+            raise RecipeError(self._mistake)
+
+    def _check_used(self) -> None:
+        used = union(self._used, len(self._entries))
+        for i, entry in enumerate(self._entries):
+            if i not in used:
+                raise fail(
+                    f"train.adapters[{i}].targets", entry.targets, "matches no matrix",
+                    "name components that it has, or weights such as "
+                    "decoder.layers.3.self_attention.linear_qkv.weight",
+                )  # fmt: skip
+
+    @contextlib.contextmanager
+    def _off(self) -> Iterator[None]:
+        """Inside, the model is the original: nothing of them acts. No collective."""
+        for attached in self._attached:
+            attached.adapter.on = False
+        try:
+            yield
+        finally:
+            for attached in self._attached:
+                attached.adapter.on = True

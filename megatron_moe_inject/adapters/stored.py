@@ -1,0 +1,88 @@
+"""What a checkpoint says of its adapters, in Megatron's own stored arguments.
+
+The factors are tensors of the checkpoint; which entry they are of stands in their keys. What they
+are scaled by, and which model they change, is kept here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from megatron_moe_inject.host.errors import RecipeError
+from megatron_moe_inject.host.layer_pattern import pattern_of
+from megatron_moe_inject.host.run_arguments import stored_argument
+from megatron_moe_inject.recipe.run_part import RunContext
+
+ARGUMENT = "inject_adapters"
+VERSION = 1
+_RATES = ("lr", "lr_b", "decay")
+
+
+class Stored:
+    """The adapters of one run as its checkpoints describe them.
+
+    Attributes:
+        entries: what stands beside the model by position in ``train.adapters``, in plain values.
+        rows: of the vocabulary that train, see ``recipe.adapter.VocabularyRows``; ``None`` without.
+        holds: whether the checkpoint at hand, to be loaded or saved, holds adapters.
+    """
+
+    def __init__(self, run: RunContext) -> None:
+        self._run = run
+        self.entries: list[dict[str, Any]] = []
+        for adapter in run.recipe.train.adapters:
+            entry = {n: value for n, value in asdict(adapter).items() if n not in _RATES}
+            self.entries.append({**entry, "scale": adapter.scale})
+        self.rows: list[int] | None = None
+        self.holds = False
+        self._base: dict[str, Any] = {}
+
+    def prepare(self) -> None:
+        """Look into the checkpoint whose training goes on. No collective.
+
+        Raises:
+            RecipeError: it holds other adapters, or in other layers.
+        """
+        args = self._run.args
+        folder, stored = stored_argument(args, ARGUMENT)
+        if folder is not None and stored is not None:
+            remedy = (
+                "keep what the run began with, or write a student of its own with moe-inject "
+                "merge-adapters and start from that"
+            )
+            if stored.get("entries") != self.entries:
+                raise RecipeError(
+                    f"train.adapters: {folder} holds those of {_shown(stored.get('entries'))}, but "
+                    f"now {_shown(self.entries)} are asked for; {remedy}"
+                )
+            pattern = stored_argument(args, "hybrid_layer_pattern")[1]
+            if (pattern is None) != (pattern_of(args) is None):
+                kinds = ("a GPT model", "a hybrid model")
+                raise RecipeError(
+                    f"train.adapters: {folder} holds those of {kinds[pattern is not None]}, whose "
+                    f"layers are numbered otherwise; {remedy}"
+                )
+            self.holds, self._base = True, dict(stored.get("base") or {})
+        self._describe()
+
+    def loaded(self) -> None:
+        """What was loaded is the model that they change, unless they were there already."""
+        self.holds = True
+        if not self._base:
+            self._base = asdict(self._run.origin)
+        self._describe()
+
+    def _describe(self) -> None:
+        rows = None if self.rows is None else {"ids": self.rows}
+        described = {"version": VERSION, "base": self._base, "entries": self.entries}
+        setattr(self._run.args, ARGUMENT, {**described, "vocabulary_rows": rows})
+
+
+def _shown(entries: Any) -> str:
+    if not entries:
+        return "none"
+    return " and ".join(
+        f"rank {e.get('rank')}, alpha {e.get('alpha')} on {', '.join(e.get('targets', ()))}"
+        for e in entries
+    )

@@ -1,0 +1,69 @@
+"""What adapters use of Megatron, and what they wrap."""
+
+from megatron_moe_inject.host.contract import Contract, Hooked, Use, Wrapped, symbols
+from megatron_moe_inject.host.uses import ROUTER
+
+_LAYERS = "megatron.core.tensor_parallel.layers"
+_TE_LAYERS = "megatron.core.extensions.transformer_engine"
+_TE = "transformer_engine"
+_ADDS = "adds the low-rank change"
+_STORES = "stores the factors beside the weight"
+_STATE = ("prefix", "metadata")
+
+COLUMN_FORWARD = Wrapped(f"{_LAYERS}.ColumnParallelLinear.forward", ("input_",), does=_ADDS)
+ROW_FORWARD = Wrapped(f"{_LAYERS}.RowParallelLinear.forward", ("input_",), does=_ADDS)
+TE_FORWARD = Wrapped(f"{_TE_LAYERS}.TELinear.forward", ("x",), package=_TE, does=_ADDS)
+TE_NORM_FORWARD = Wrapped(
+    f"{_TE_LAYERS}.TELayerNormColumnParallelLinear.forward", ("x",), package=_TE, does=_ADDS
+)
+GROUPED_FORWARD = Wrapped(
+    f"{_TE_LAYERS}.TEGroupedLinear.forward", ("x", "m_splits"), package=_TE, does=_ADDS
+)
+ROUTER_GATING = Wrapped(f"{ROUTER}.gating", ("input",), does=_ADDS)
+LINEAR_SHARDED = Wrapped(f"{_LAYERS}.ColumnParallelLinear.sharded_state_dict", _STATE, does=_STORES)
+TE_SHARDED = Wrapped(f"{_TE_LAYERS}.TELinear.sharded_state_dict", _STATE, package=_TE, does=_STORES)
+GROUPED_SHARDED = Wrapped(
+    f"{_TE_LAYERS}.TEGroupedLinear.sharded_state_dict", _STATE, package=_TE, does=_STORES
+)
+ROUTER_SHARDED = Wrapped(f"{ROUTER}.sharded_state_dict", _STATE, does=_STORES)
+
+ADAPTERS = Contract(
+    "train.adapters",
+    (
+        COLUMN_FORWARD,
+        ROW_FORWARD,
+        TE_FORWARD,
+        TE_NORM_FORWARD,
+        LINEAR_SHARDED,
+        TE_SHARDED,
+        ROUTER_GATING,
+        ROUTER_SHARDED,
+        Hooked(
+            f"{_LAYERS}.ColumnParallelLinear",
+            kind="load_state_dict post-hook",
+            does="a stock checkpoint lacks no factors",
+        ),
+        Use(f"{_LAYERS}.ColumnParallelLinear", attributes=("config", "gather_output", "weight")),
+        Use(f"{_LAYERS}.RowParallelLinear", attributes=("input_is_parallel",)),
+        Use(
+            f"{_TE_LAYERS}.TELayerNormColumnParallelLinear",
+            attributes=("return_layernorm_output", "te_return_bias"),
+            package=_TE,
+        ),
+        *symbols(
+            "megatron.core.tensor_parallel",
+            "copy_to_tensor_model_parallel_region",
+            "gather_from_sequence_parallel_region",
+            "reduce_from_tensor_model_parallel_region",
+            "reduce_scatter_to_sequence_parallel_region",
+        ),
+        *symbols("megatron.core.transformer.mlp", "apply_swiglu_sharded_factory"),
+        *symbols("megatron.core.transformer.utils", "make_sharded_tensors_for_checkpoint"),
+        *symbols("megatron.core.optimizer", "get_standard_config_overrides"),
+        *symbols("megatron.core.optimizer.optimizer_config", "ParamKey", "ParamPredicate"),
+        Use("megatron.core.optimizer.get_megatron_optimizer", ("config_overrides",)),
+    ),
+)
+GROUPED_ADAPTERS = Contract(
+    "train.adapters, with --moe-grouped-gemm", (GROUPED_FORWARD, GROUPED_SHARDED)
+)

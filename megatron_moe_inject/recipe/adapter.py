@@ -1,0 +1,83 @@
+"""What trains beside matrices that stay: low-rank adapters, and rows of the vocabulary."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+TARGETS = ("experts", "attention", "shared_experts", "mlp", "router")
+"""Components whose matrices can have adapters."""
+
+SCALINGS = ("standard", "rslora")
+EXPERTS = ("selected", "all")
+
+
+@dataclass
+class Adapter:
+    """Low-rank adapters (LoRA, 2106.09685) on some matrices: W x + s B (A x), where W stays.
+
+    Attributes:
+        targets: components, see ``TARGETS``, or names of weights with shell wildcards as in
+            ``train.patterns``.
+        rank: r, of A ``[r, in]`` and B ``[out, r]``.
+        alpha: s = alpha / r.
+        scaling: ``standard``, or ``rslora`` (2312.03732): s = alpha / sqrt(r).
+        experts: which of the experts: ``selected`` (those of the domains) or ``all``.
+        layers: 0-based decoder layers; empty = all.
+        lr: of A, in learning rates of the run.
+        lr_b: of B, in learning rates of A (LoRA+, 2402.12354).
+        decay: in weight decays of the run.
+    """
+
+    targets: list[str] = field(
+        metadata={"remedy": "name what gets adapters, such as targets: [experts, attention]"}
+    )
+    rank: int = 8
+    alpha: float = 64.0
+    scaling: str = field(default="standard", metadata={"choices": SCALINGS})
+    experts: str = field(default="selected", metadata={"choices": EXPERTS})
+    layers: list[int] = field(default_factory=list)
+    lr: float = 1.0
+    lr_b: float = 1.0
+    decay: float = 0.0
+
+    @property
+    def scale(self) -> float:
+        """s."""
+        return self.alpha / (self.rank if self.scaling == "standard" else math.sqrt(self.rank))
+
+    @property
+    def components(self) -> list[str]:
+        """Those of its targets that are components."""
+        return [name for name in self.targets if name in TARGETS]
+
+    @property
+    def patterns(self) -> list[str]:
+        """Those that are names of weights."""
+        return [name for name in self.targets if name not in TARGETS]
+
+
+@dataclass
+class VocabularyRows:
+    """Rows of embedding and output layer that train, all others staying as they are.
+
+    Named by one of ``ids``, ``budget`` and ``threshold``. The last two take those ids whose share
+    p of a domain's text most exceeds their share q of general text, by p log(p / q), as experts are
+    chosen by their contrast.
+
+    Attributes:
+        domain: whose text is counted.
+        ids: of the vocabulary.
+        budget: at most so large a share of all ids.
+        threshold: the fewest that make up this share of the sum of p log(p / q) over the ids where
+            it is positive.
+        lr: in learning rates of the run.
+        decay: in weight decays of the run.
+    """
+
+    domain: str | None = None
+    ids: list[int] = field(default_factory=list)
+    budget: float | None = None
+    threshold: float | None = None
+    lr: float = 1.0
+    decay: float = 0.0
