@@ -29,7 +29,8 @@ from megatron_moe_inject.adapters.uses import (
     TE_NORM_FORWARD,
     TE_SHARDED,
 )
-from megatron_moe_inject.host.megatron_types import Groups
+from megatron_moe_inject.host import compat
+from megatron_moe_inject.host.megatron_types import Chunk
 from megatron_moe_inject.host.model_parts import ADAPTER, EXPERTS
 from megatron_moe_inject.host.wrap import Call, wrap_method
 from megatron_moe_inject.recipe.adapter import Adapter
@@ -44,7 +45,7 @@ class Attached:
         found: its matrices that get one, each with the position of the entry: one, or several of a
             grouped layer.
         entries: the recipe's.
-        groups: the student's ``ProcessGroupCollection``.
+        chunk: the bare one that the module is in.
         stored: asks whether the checkpoint to be loaded or saved holds them.
     """
 
@@ -52,11 +53,12 @@ class Attached:
         self,
         found: Sequence[tuple[Matrix, int]],
         entries: Sequence[Adapter],
-        groups: Groups,
+        chunk: Chunk,
         stored: Callable[[], bool],
     ) -> None:
         self._found = found
-        self._groups = groups
+        self._groups = compat.process_groups(chunk)
+        self._config = chunk.config
         self._stored = stored
         matrix, number = found[0]
         module, entry = matrix.module, entries[number]
@@ -98,7 +100,7 @@ class Attached:
     def _sharding(self, matrix: Matrix) -> Sharding:
         expert = matrix.place.component == EXPERTS
         group = self._groups.expt_tp if expert else self._groups.tp
-        sequence = bool(matrix.module.config.sequence_parallel) and not expert
+        sequence = bool(self._config.sequence_parallel) and not expert
         return Sharding(matrix.kind, group, sequence and self._groups.tp.size() > 1, expert)
 
     @staticmethod
@@ -137,6 +139,11 @@ class Attached:
             for key in keys:
                 incompatible.missing_keys.remove(key)
 
+    def _is_gated(self, matrix: Matrix) -> bool:
+        """Whether the rows are a gate's and then those that it gates, on each rank."""
+        first = matrix.name.endswith("linear_fc1.weight")
+        return first and bool(self._config.gated_linear_unit)
+
     def _sharded_state_dict(self, call: Call) -> dict[str, Any]:
         """Stock's, with the factors under keys of their own, or without them."""
         from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
@@ -166,7 +173,7 @@ class Attached:
                 numbers = [number, matrix.layer, *([_expert(matrix)] if expert else [])]
                 key = ".".join([f"{prefix}{ADAPTER}.{factor}", *map(str, numbers)])
                 shard = replace(shard, key=key)
-                if factor == "b" and _is_gated(matrix):
+                if factor == "b" and self._is_gated(matrix):
                     shard = _by_gate(shard)
                 state[local] = shard
         return state
@@ -192,12 +199,6 @@ def _sharded_of(module: torch.nn.Module, matrix: Matrix) -> Any:
         return GROUPED_SHARDED
     local = hasattr(module, "input_is_parallel") or hasattr(module, "gather_output")
     return LINEAR_SHARDED if local else TE_SHARDED
-
-
-def _is_gated(matrix: Matrix) -> bool:
-    """Whether the rows are a gate's and then those that it gates, on each rank."""
-    first = matrix.place.global_name.endswith("linear_fc1.weight")
-    return first and bool(matrix.module.config.gated_linear_unit)
 
 
 def _by_gate(shard: Any) -> Any:

@@ -78,7 +78,8 @@ def factors(
     if sharding.kind == ROW:
         a = a.chunk(sharding.size, dim=1)[sharding.group.rank()]
     first = torch.nn.Parameter(a.to(weight.device, weight.dtype).contiguous())
-    second = torch.nn.Parameter(weight.new_zeros(outputs, rank, requires_grad=False))
+    zeros = torch.zeros(outputs, rank, device=weight.device, dtype=weight.dtype)
+    second = torch.nn.Parameter(zeros)
     divided = {COLUMN: second, ROW: first}.get(sharding.kind)
     for parameter in (first, second):
         marks: dict[str, Any] = {

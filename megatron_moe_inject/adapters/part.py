@@ -13,7 +13,6 @@ from megatron_moe_inject.adapters.attached import Attached
 from megatron_moe_inject.adapters.matrices import Matrix, matrices, wanted
 from megatron_moe_inject.adapters.rates import Rate, mark, with_rates
 from megatron_moe_inject.adapters.stored import Stored
-from megatron_moe_inject.host import compat
 from megatron_moe_inject.host.agreement import agree, union
 from megatron_moe_inject.host.beside import Beside
 from megatron_moe_inject.host.errors import RecipeError, fail
@@ -48,7 +47,6 @@ class AdaptersPart(RunPart):
     def before_ddp(self, chunks: Sequence[Chunk]) -> None:
         """Put adapters on the bare chunks' frozen matrices."""
         for chunk in chunks:
-            groups = compat.process_groups(chunk)
             by_module: dict[torch.nn.Module, list[tuple[Matrix, int]]] = defaultdict(list)
             for matrix in matrices(chunk):
                 numbers = wanted(self._entries, self._selected, matrix.place)
@@ -56,7 +54,7 @@ class AdaptersPart(RunPart):
                 if len(numbers) == 1 and not matrix.weight.requires_grad:
                     by_module[matrix.module].append((matrix, numbers[0]))
             for found in by_module.values():
-                attached = Attached(found, self._entries, groups, lambda: self._stored.holds)
+                attached = Attached(found, self._entries, chunk, lambda: self._stored.holds)
                 self._attached.append(attached)
                 for number, factor, parameter in attached.parameters:
                     entry = self._entries[number]

@@ -52,13 +52,16 @@ def with_rates(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     }
     for rate in sorted(rates):
         key = ParamKey(predicate=ParamPredicate(name=f"{_RATE} {rate}", fn=_at(rate)))
-        overrides[key] = {
-            "max_lr": config.lr * rate.lr,
-            "min_lr": (config.min_lr or 0.0) * rate.lr,
-            "wd_mult": rate.decay,
-            # Before 0.19 groups of a checkpoint are told apart by this and not by max_lr.
-            "lr_mult": rate.lr,
-        }
+        # Nothing that is as it would be anyway: a checkpoint cannot tell two such groups apart.
+        if rate.decay != 1:
+            overrides[key] = {"wd_mult": rate.decay}
+        if rate.lr != 1:
+            overrides[key] = overrides.get(key, {}) | {
+                "max_lr": config.lr * rate.lr,
+                "min_lr": (config.min_lr or 0.0) * rate.lr,
+                # Before 0.19 groups of a checkpoint are told apart by this and not by max_lr.
+                "lr_mult": rate.lr,
+            }
     return stock(**bound | {"config_overrides": overrides})
 
 

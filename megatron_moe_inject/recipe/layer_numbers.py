@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from megatron_moe_inject.host.errors import RecipeError, fail
 from megatron_moe_inject.host.layer_pattern import GPT_NAMES, LayerPattern
+from megatron_moe_inject.recipe.adapter import TARGETS
 from megatron_moe_inject.recipe.features import FEATURES
 from megatron_moe_inject.recipe.schema import Recipe
 
@@ -80,6 +81,18 @@ def renumbered(recipe: Recipe, pattern: LayerPattern | None) -> Recipe:
                 for layer in block(f"train.layers[{i}]", number)
             ],
             patterns=[GPT_NAMES + pattern for pattern in train.patterns],
+            adapters=[
+                replace(
+                    entry,
+                    targets=[t if t in TARGETS else GPT_NAMES + t for t in entry.targets],
+                    layers=[
+                        layer
+                        for number in entry.layers
+                        for layer in block(f"train.adapters[{i}].layers", number)
+                    ],
+                )
+                for i, entry in enumerate(train.adapters)
+            ],
         ),
     )
 
@@ -116,6 +129,9 @@ def _first_number(recipe: Recipe) -> str | None:
 
     _with_numbers(recipe, note)
     keys += ["train.layers"] if recipe.train.layers else []
-    keys += [f"train.patterns[{i}]" for i, p in enumerate(recipe.train.patterns)
-             if _NUMBERED.search(p) and not p.startswith(GPT_NAMES)]  # fmt: skip
+    adapters = list(enumerate(recipe.train.adapters))
+    keys += [f"train.adapters[{i}].layers" for i, entry in adapters if entry.layers]
+    patterns = [(f"train.patterns[{i}]", p) for i, p in enumerate(recipe.train.patterns)]
+    patterns += [(f"train.adapters[{i}].targets", p) for i, e in adapters for p in e.patterns]
+    keys += [k for k, p in patterns if _NUMBERED.search(p) and not p.startswith(GPT_NAMES)]
     return keys[0] if keys else None

@@ -144,6 +144,11 @@ class RetentionFeature(Feature):
                 "retention.experts", retention.experts, "holds experts, but none train",
                 "set train.experts to selected or all, or remove it",
             )  # fmt: skip
+        if "l2" in retention.in_use() and not train.whole:
+            raise fail(
+                "retention.l2", retention.l2, "pulls parameters of the student to their start, but "
+                "none of them trains", "use decay of train.adapters, or remove it",
+            )  # fmt: skip
 
     def check(self, recipe: Recipe, facts: StudentFacts) -> None:
         """There is general data to hold."""

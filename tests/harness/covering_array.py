@@ -67,6 +67,11 @@ FEATURES = {
         "train", {"train.shared_experts": True}, flags=SHARED_EXPERTS
     ),
     "pattern": Feature("train", {"train.patterns": ["*.1.pre_mlp_layernorm.weight"]}),
+    # On experts that no set with them has chosen, beside those that train whole.
+    "adapters": Feature(
+        "adapters",
+        {"train.adapters": [{"targets": ["*.mlp.experts.1.*"], "rank": 4, "alpha": 2, "lr_b": 2}]},
+    ),
     "frozen experts in fp8": Feature(
         "train", {"train.frozen_experts": "fp8"}, flags=("--moe-grouped-gemm",)
     ),
@@ -198,14 +203,14 @@ class FeatureSet:
 IMITATED = {"imitated states", "imitated experts"}
 TRAINED = {"trained router", "trained head", "trained attention", "trained shared experts"}
 _ALWAYS = frozenset(FEATURES) - IMITATED - TRAINED - {
-    "window", "trained rows", "frozen experts in fp8", "expert retention", HYBRID,
+    "window", "trained rows", "frozen experts in fp8", "expert retention", "adapters", HYBRID,
 }  # fmt: skip
 _FEW = {1: [2], 2: [0, 3], 3: [3]}
 SETS: dict[str, FeatureSet] = {
     # The one whose originals are on the device.
     "router": FeatureSet(
         _FEW,
-        _ALWAYS - {"originals on the host"} | IMITATED | TRAINED | {"expert retention"},
+        _ALWAYS - {"originals on the host"} | IMITATED | TRAINED | {"expert retention", "adapters"},
         instead={"steering.confidence": "top"},
     ),
     # Nothing trains on the last of two stages, no expert on the last of two expert ranks.
@@ -221,12 +226,19 @@ SETS: dict[str, FeatureSet] = {
         | {"expert retention"},
     ),
     # The other pairs of what excludes each other.
-    "router, fp8": FeatureSet(_FEW, _ALWAYS | IMITATED | TRAINED | {"frozen experts in fp8"}),
+    "router, fp8": FeatureSet(
+        _FEW, _ALWAYS | IMITATED | TRAINED | {"frozen experts in fp8", "adapters"}
+    ),
     "rows, imitation": FeatureSet(
         _FEW,
-        _ALWAYS | IMITATED | TRAINED - {"trained router"} | {"trained rows", "expert retention"},
+        _ALWAYS
+        | IMITATED
+        | TRAINED - {"trained router"}
+        | {"trained rows", "expert retention", "adapters"},
     ),
-    "router, window": FeatureSet(_FEW, _ALWAYS | TRAINED | {"window", "expert retention"}),
+    "router, window": FeatureSet(
+        _FEW, _ALWAYS | TRAINED | {"window", "expert retention", "adapters"}
+    ),
 }
 SETS |= {
     "hybrid": replace(

@@ -3,7 +3,6 @@ original model on, resumed bitwise, with nothing else moved."""
 
 import pytest
 
-from tests.harness.grouped import grouped
 from tests.harness.injection import LAYOUTS, PROVEN, TERMS, inject
 
 RECIPE = """
