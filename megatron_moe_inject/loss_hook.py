@@ -158,7 +158,7 @@ class LossHook(StepPart):
             raise ValueError(
                 "objective.masked_sum: true, but this script's loss is not the sum of the token "
                 "losses times the loss mask, times one number; set objective.masked_sum: false "
-                "(a trained output layer then computes its logits twice)"
+                "(what trains of the output layer then costs more)"
             )
 
     def _process(
@@ -200,7 +200,15 @@ class LossHook(StepPart):
                 kernels=self._kernels,
             )
         transform = LogitTransform(scale=compat.logit_scale(config))
-        student = losses.Student(hidden_states, head, labels.t(), self._vocabulary, transform)
+        student = losses.Student(
+            hidden_states,
+            head,
+            labels.t(),
+            self._vocabulary,
+            transform,
+            losses.HeadRows.given(self._seam.head_rows),
+            losses.LowRankHead.given(self._seam.head_low_rank),
+        )
         values: dict[str, torch.Tensor] = {}
         if self._measurement is not None and self._measurement.active:
             measured, values = self._measurement.micro_batch(
@@ -210,7 +218,7 @@ class LossHook(StepPart):
                 values |= self._report.values(measured, loss_mask, domains)
                 self._pending.append((values, None))
                 return measured.total
-        promise = self._masked_sum and head.requires_grad and torch.is_grad_enabled()
+        promise = self._masked_sum and student.head_trains and torch.is_grad_enabled()
         options = losses.FusedOptions(
             kernels=self._kernels,
             reduce_hidden_grad=not config.sequence_parallel,

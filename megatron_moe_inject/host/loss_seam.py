@@ -31,10 +31,19 @@ class LossSeam:
 
     Attributes:
         process: the output processor in force, ``None`` for stock's output.
+        head_rows: whoever trains some rows of the output layer puts here what gives, for the
+            micro-batch at hand, which of this rank's rows they are, ``[k]``, and their values
+            ``[k, h]``, part of the graph; or ``None`` while the layer's own rows are in force.
+        head_low_rank: likewise for a correction ``scale * b @ a`` of the layer: ``a [r, h]``,
+            ``b [v/p, r]`` and ``scale``.
     """
 
     def __init__(self, chunk: Chunk) -> None:
         self.process: OutputProcessor | None = None
+        self.head_rows: Callable[[], tuple[torch.Tensor, torch.Tensor] | None] | None = None
+        self.head_low_rank: Callable[[], tuple[torch.Tensor, torch.Tensor, float] | None] | None = (
+            None
+        )
         if takes_output_processor(chunk):
             chunk.register_forward_pre_hook(self._add, with_kwargs=True)
         else:

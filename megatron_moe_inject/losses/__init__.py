@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         fused_linear_distillation,
         fused_loss,
     )
+    from megatron_moe_inject.losses.head_rows import HeadRows, LowRankHead
     from megatron_moe_inject.losses.kinds import COMMITTEES, KINDS
     from megatron_moe_inject.losses.measure import TokenMeasures, measure_tokens, target_confidence
     from megatron_moe_inject.losses.sparse import sample_teacher, vocab_parallel_sparse_divergence
@@ -37,7 +38,9 @@ __all__ = [
     "Divergence",
     "FusedLoss",
     "FusedOptions",
+    "HeadRows",
     "LogitTransform",
+    "LowRankHead",
     "Mixed",
     "Sparse",
     "Student",
@@ -65,6 +68,7 @@ _HOMES = {
         "fused_linear_distillation",
         "fused_loss",
     ),
+    "head_rows": ("HeadRows", "LowRankHead"),
     "kinds": ("COMMITTEES", "KINDS"),
     "measure": ("TokenMeasures", "measure_tokens", "target_confidence"),
     "sparse": ("sample_teacher", "vocab_parallel_sparse_divergence"),

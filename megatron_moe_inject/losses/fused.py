@@ -10,7 +10,9 @@ The gradient that arrives from above, one number per token (loss mask, loss scal
 known in the forward pass, but it only scales a token's row. Hence three ways:
 
 - Head frozen: the forward pass keeps the unscaled gradient by the hidden states, [t, h] in float32,
-  and the backward pass scales and rounds it. 3 matrix products per chunk; no logits twice.
+  and the backward pass scales and rounds it. 3 matrix products per chunk; no logits twice. Where k
+  of its rows have values of their own that train (``head_rows.py``), it keeps the gradient by their
+  logits as well, [t, k]; 3 products of k columns more.
 - Head trained: its gradient mixes tokens, so the scale has to be known first. Keeping the gradient
   by all logits, [t, v/p], is what a fused loss is there to avoid, but one chunk of it is within the
   budget anyway: the last chunk's is kept, 4 products. Of the others the forward pass keeps a few
@@ -19,13 +21,17 @@ known in the forward pass, but it only scales a token's row. Hence three ways:
   pass forms both gradients, the head's as if the scales were the mask, and the backward pass
   multiplies by the factor in between. 4 products, no logits twice. The price is that a float32
   buffer of the head's size lives from the forward to the backward pass of each call. Where the
-  gradient goes into ``main_grad``, that is memory which the second way does not take.
+  gradient goes into ``main_grad``, that is memory which the second way does not take. A frozen
+  head's rows take a sum of [k, h] in this way, whatever t is.
+A correction of low rank goes the ways of a trained head, with products of r columns in the place of
+the head's own gradient.
 
 Without gradients (``torch.no_grad()``, or nothing that requires them) only the 2 products of the
 values run.
 """
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -42,14 +48,17 @@ from megatron_moe_inject.losses.checks import (
     may_be_nonzero,
 )
 from megatron_moe_inject.losses.chunks import (
+    HEAD_TENSORS,
+    HeadSums,
     Inputs,
     Plan,
+    chunk_gradients,
     forward_chunk,
     recomputed_gradient,
     statistics_and_gradient,
 )
 from megatron_moe_inject.losses.head_gradient import HeadGradient
-from megatron_moe_inject.losses.products import hidden_gradient
+from megatron_moe_inject.losses.products import aligned
 from megatron_moe_inject.losses.rows import (
     RowKernels,
     RowStats,
@@ -98,15 +107,17 @@ class FusedOptions:
             ``triton_rows.kernels_for``. With a ``Sparse`` target only for the cross-entropy.
         reduce_hidden_grad: sum the gradient by the hidden states over ``tp_group``. False leaves
             this rank's part, for a caller whose own backward sums: under sequence parallelism, the
-            reduce-scatter behind the gather of the hidden states.
+            reduce-scatter behind the gather of the hidden states. The same holds of the gradient by
+            ``head_low_rank.a``, which Megatron sums where the parameter is ``sequence_parallel``.
         accumulate_main_grad: add the head's gradient to its ``main_grad`` instead of returning it,
             as Megatron's gradient accumulation fusion does.
         upstream_mask: [t], a constant, of the order of 1: the promise that the gradient which
             arrives at ``total`` will be one number times it, as with a loss of
             ``(total * mask).sum() / tokens``. It is not applied to ``total``, only makes the
-            gradient of a trained head cheaper. A broken promise (checked without host
-            synchronisation, see ``common_factor``) makes the head's gradient NaN; that by the
-            hidden states is right all the same. The graph can go through one backward pass only.
+            gradient of a trained head cheaper, or of what changes a frozen one. A broken promise
+            (checked without host synchronisation, see ``common_factor``) makes that gradient NaN;
+            that by the hidden states is right all the same. The graph can go through one backward
+            pass only.
     """
 
     chunk_tokens: int | None = None
@@ -141,9 +152,9 @@ def fused_loss(
         options: how it runs.
 
     Returns:
-        FusedLoss; ``total`` is differentiable by the student's ``hidden`` and ``head``, with any
-        upstream gradient per token, or the promised. Every rank of the vocabulary's ``tp_group``
-        gets the same bits.
+        FusedLoss; ``total`` is differentiable by the student's ``hidden``, ``head`` and the tensors
+        of ``head_rows`` and ``head_low_rank``, with any upstream gradient per token, or the
+        promised. Every rank of the vocabulary's ``tp_group`` gets the same bits.
 
     Raises:
         ValueError: what does not fit, with the values.
@@ -151,9 +162,9 @@ def fused_loss(
     Collectives over ``tp_group``. Forward, per chunk of c tokens: one all-gather of at most 7 c
     float32 numbers (10 c with a weighting), and for jsd and skew_kl one all-reduce of 2 c; with a
     ``Sparse`` target one all-gather of 3 c and one of (k + 2) c; with a committee those of
-    ``committee.mix`` besides. Backward: one all-reduce of the hidden states' size and dtype with
-    ``reduce_hidden_grad``, and nothing else but those of ``committee.mix`` for every chunk whose
-    logits are computed again.
+    ``committee.mix`` besides. Backward, with ``reduce_hidden_grad``: one all-reduce of the hidden
+    states' size and dtype, and one of ``head_low_rank.a``'s if that trains; and nothing else but
+    those of ``committee.mix`` for every chunk whose logits are computed again.
     """
     target, hidden = single(target), student.hidden
     check_flat(student)
@@ -166,7 +177,7 @@ def fused_loss(
     )
     check_distilled(student, target, weights)
     plan = _plan(student, target, weights, options)
-    if plan.head_gradient and plan.accumulate_main_grad:
+    if "head" in plan.trained and plan.accumulate_main_grad:
         HeadGradient.main_grad_of(student.head)
     constant: Dense | Mixed | SparseRows | None = None
     if isinstance(target, Sparse):
@@ -179,33 +190,37 @@ def fused_loss(
     elif target is not None:
         constant = target.changed(Tensor.detach)
     upstream_mask = None
-    if plan.head_gradient and options.upstream_mask is not None:
+    if plan.trained and options.upstream_mask is not None:
         upstream_mask = _per_token(options.upstream_mask, hidden)
-    return FusedLoss(
-        *_FusedLoss.apply(
-            plan,
-            hidden,
-            student.head,
-            student.labels,
-            weights.temperature,
-            _per_token(weights.alpha, hidden),
-            _per_token(weights.beta, hidden),
-            upstream_mask,
-            constant,
-        )
+    rows, low_rank = student.placed_rows, student.head_low_rank
+    inputs = Inputs(
+        hidden=hidden,
+        head=student.head,
+        values=None if rows is None else rows.values,
+        a=None if low_rank is None else low_rank.a,
+        b=None if low_rank is None else low_rank.b,
+        places=None if rows is None else rows.columns,
+        labels=student.labels,
+        alpha=_per_token(weights.alpha, hidden),
+        beta=_per_token(weights.beta, hidden),
+        upstream_mask=upstream_mask,
+        temperature=weights.temperature,
+        scale=0.0 if low_rank is None else low_rank.scale,
+        target=constant,
     )
+    return FusedLoss(*_FusedLoss.apply(plan, *inputs))
 
 
 def _plan(
     student: Student, target: Target | None, weights: TermWeights, options: FusedOptions
 ) -> Plan:
     hidden, head = student.hidden, student.head
-    head_gradient = torch.is_grad_enabled() and head.requires_grad
+    trained = _trained(student) if torch.is_grad_enabled() else ()
     summed_apart = options.upstream_mask is not None or not options.accumulate_main_grad
     chunk_tokens = options.chunk_tokens or default_chunk_tokens(
         hidden,
         head,
-        head_gradient=head_gradient and summed_apart,
+        head_gradient="head" in trained and summed_apart,
         mixed=isinstance(target, Mixed),
     )
     teacher_hidden = target.hidden if isinstance(target, Dense) else None
@@ -219,10 +234,23 @@ def _plan(
         kd_gradient=target is not None and may_be_nonzero(weights.alpha),
         ce_gradient=may_be_nonzero(weights.beta),
         hidden_gradient=torch.is_grad_enabled() and hidden.requires_grad,
-        head_gradient=head_gradient,
+        trained=trained,
         reduce_hidden_grad=options.reduce_hidden_grad,
         accumulate_main_grad=options.accumulate_main_grad,
     )
+
+
+def _trained(student: Student) -> tuple[str, ...]:
+    """Which of ``HEAD_TENSORS`` require a gradient."""
+    rows, low_rank = student.head_rows, student.head_low_rank
+    tensors = (
+        student.head,
+        None if rows is None else rows.values,
+        None if low_rank is None else low_rank.a,
+        None if low_rank is None else low_rank.b,
+    )
+    named = zip(HEAD_TENSORS, tensors, strict=True)
+    return tuple(name for name, tensor in named if tensor is not None and tensor.requires_grad)
 
 
 def fused_linear_distillation(
@@ -306,32 +334,38 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: Plan, *given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         inputs = Inputs(*given)
-        hidden, weight, upstream_mask = inputs.hidden, inputs.head, inputs.upstream_mask
-        labels, temperature = inputs.labels, inputs.temperature
-        unscaled = head = last_gradient = None
-        twice = plan.head_gradient and upstream_mask is None
+        hidden, upstream_mask, temperature = (
+            inputs.hidden,
+            inputs.upstream_mask,
+            inputs.temperature,
+        )
+        unscaled = sums = last_gradient = columns = None
+        promised = upstream_mask is not None
+        twice = not promised and bool(set(plan.trained) - {"values"})
         if plan.hidden_gradient and not twice:
             unscaled = hidden.new_empty(hidden.shape, dtype=maths_dtype(hidden.dtype))
-        if upstream_mask is not None:
-            head = HeadGradient(weight, plan.accumulate_main_grad, factor_later=True)
+        if promised:
+            sums = HeadSums(inputs, plan, factor_later=True)
+        elif not twice and "values" in plan.trained:
+            columns = aligned(hidden, len(hidden), len(known(inputs.values)))
         chunks, parts, sparse_parts = plan.chunks(len(hidden)), [], []
         for rows in chunks:
             chunk = inputs.chunk(rows, plan.shard.columns)
             if twice and rows is chunks[-1]:
                 chunk_stats, sparse_stats, last_gradient = statistics_and_gradient(chunk, plan)
             else:
-                out = None if unscaled is None else unscaled[rows]
-                chunk_stats, sparse_stats = forward_chunk(chunk, plan, out, head)
+                out, by_rows = (None if x is None else x[rows] for x in (unscaled, columns))
+                chunk_stats, sparse_stats = forward_chunk(chunk, plan, out, sums, by_rows)
             parts.append(chunk_stats)
             sparse_parts.append(sparse_stats)
         stats = RowStats.cat(parts)
 
-        ctx.plan, ctx.twice, ctx.head, ctx.dtype = plan, twice, head, hidden.dtype
+        ctx.plan, ctx.twice, ctx.sums, ctx.dtype = plan, twice, sums, hidden.dtype
         if twice:
             ctx.sparse_parts = sparse_parts
             ctx.kept = last_gradient  # no saved tensor, so that the backward pass can free it
-            ctx.weight = weight
-            ctx.temperature = temperature
+            ctx.head = inputs.head
+            ctx.temperature, ctx.scale = temperature, inputs.scale
             target_tensors: tuple[Tensor, ...] = ()
             ctx.target_of = None
             if plan.kd_gradient:
@@ -343,14 +377,15 @@ class _FusedLoss(torch.autograd.Function):
                 used = used._replace(ce=None)
             ctx.save_for_backward(*tensors, *used, *target_tensors)
         else:
-            ctx.save_for_backward(unscaled, upstream_mask)
+            of_rows = (None, None) if columns is None else (hidden, inputs.values)
+            ctx.save_for_backward(unscaled, upstream_mask, columns, *of_rows)
         alpha, beta = inputs.alpha, inputs.beta
         kd, factor = torch.zeros_like(alpha), torch.ones_like(alpha)
         ce = known(stats.ce)
         if plan.divergence is not None:
             kd = known(stats.divergence) * temperature**2
         if plan.weighting:
-            factor = distillation_factor(stats, labels, plan.weighting, plan.shard)
+            factor = distillation_factor(stats, inputs.labels, plan.weighting, plan.shard)
         kd_weight = alpha * factor
         total = torch.where(kd_weight == 0, 0.0, kd_weight * kd) + torch.where(
             beta == 0, 0.0, beta * ce
@@ -363,34 +398,45 @@ class _FusedLoss(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         plan, grad_total = ctx.plan, grad_outputs[0]  # the others are detached
         gradients = _recomputed_gradients if ctx.twice else _scaled_gradients
-        grad_hidden, grad_weight = gradients(ctx, grad_total)
-        if grad_hidden is not None and plan.reduce_hidden_grad and plan.shard.group is not None:
-            dist.all_reduce(grad_hidden, group=plan.shard.group)
-        return None, grad_hidden, grad_weight, *[None] * 6
+        grad_hidden, of_head = gradients(ctx, grad_total)
+        if plan.reduce_hidden_grad and plan.shard.group is not None:
+            for partial in (grad_hidden, of_head.get("a")):
+                if partial is not None:
+                    dist.all_reduce(partial, group=plan.shard.group)
+        by_head = [of_head.get(name) for name in HEAD_TENSORS]
+        constants = len(Inputs._fields) - 1 - len(HEAD_TENSORS)
+        return None, grad_hidden, *by_head, *[None] * constants
 
 
-# Both give the gradients by the hidden states (this rank's part) and by the head.
+# Both give the gradients by the hidden states (this rank's part) and by what trains of the head.
+
+_Gradients = tuple[Tensor | None, Mapping[str, Tensor | None]]
 
 
-def _scaled_gradients(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _scaled_gradients(ctx: Any, grad_total: Tensor) -> _Gradients:
     """Those of the forward pass, multiplied."""
-    unscaled, mask = ctx.saved_tensors
-    grad_hidden = grad_weight = None
+    unscaled, mask, columns, hidden, values = ctx.saved_tensors
+    grad_hidden, of_head = None, {}
     if mask is not None:
-        head, ctx.head = ctx.head, None
-        if head is None:
+        sums, ctx.sums = ctx.sums, None
+        if sums is None:
             raise RuntimeError(
                 "with upstream_mask the first backward pass gives the head's gradient away; leave "
                 "it out where the graph is retained for another"
             )
-        grad_weight = head.finish(common_factor(grad_total, mask, head.weight.dtype))
+        of_head = sums.finish(common_factor(grad_total, mask, ctx.dtype))
+    if columns is not None:
+        of_rows = HeadGradient(values, accumulate_main_grad=False)
+        for rows in ctx.plan.chunks(len(hidden)):
+            of_rows.add(columns[rows], hidden[rows], grad_total[rows])
+        of_head = {"values": of_rows.finish()}
     if unscaled is not None:
         grad_hidden = unscaled.new_empty(unscaled.shape, dtype=ctx.dtype)
         torch.mul(unscaled, grad_total[:, None], out=grad_hidden)
-    return grad_hidden, grad_weight
+    return grad_hidden, of_head
 
 
-def _recomputed_gradients(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _recomputed_gradients(ctx: Any, grad_total: Tensor) -> _Gradients:
     """From logits made again, but for the last chunk's.
 
     The scale from above, [t], multiplies rows of [t, h] tensors, never of logits.
@@ -398,17 +444,17 @@ def _recomputed_gradients(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, 
     plan = ctx.plan
     saved, last_gradient, ctx.kept = iter(ctx.saved_tensors), ctx.kept, None
     tensors = itertools.islice(saved, len(Inputs._fields) - 1)
-    inputs = Inputs._make([*tensors, None])
+    inputs = Inputs._make([*tensors, None])._replace(head=ctx.head, scale=ctx.scale)
     stats = RowStats(*itertools.islice(saved, len(RowStats._fields)))
     if ctx.target_of is not None:
         inputs = inputs._replace(target=ctx.target_of(*saved))
     if inputs.temperature is None:
         inputs = inputs._replace(temperature=ctx.temperature)
 
-    grad_hidden = None
+    grad_hidden = wide = None
     if plan.hidden_gradient:
         grad_hidden = torch.empty_like(inputs.hidden, memory_format=torch.contiguous_format)
-    head = HeadGradient(ctx.weight, plan.accumulate_main_grad)
+    sums = HeadSums(inputs, plan)
     chunks = plan.chunks(len(grad_total))
     # The kept chunk first: its memory is free before another's is taken. (A second backward pass
     # through a retained graph finds none and computes it again.)
@@ -419,11 +465,11 @@ def _recomputed_gradients(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, 
         scale = grad_total[rows]
         if grad_hidden is not None:
             wide = scale.new_empty(chunk.hidden.shape, dtype=maths_dtype(chunk.hidden.dtype))
-            hidden_gradient(gradient, chunk.head, out=wide)
-            torch.mul(wide, scale[:, None], out=grad_hidden[rows])
-        head.add(gradient, chunk.hidden, scale)
-        last_gradient = gradient = None
-    return grad_hidden, head.finish()
+        chunk_gradients(chunk, gradient, wide, sums, scale)
+        if grad_hidden is not None:
+            torch.mul(known(wide), scale[:, None], out=grad_hidden[rows])
+        last_gradient = gradient = wide = None
+    return grad_hidden, sums.finish()
 
 
 def _per_token(weight: float | Tensor, hidden: Tensor) -> Tensor:

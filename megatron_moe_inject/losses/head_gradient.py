@@ -1,6 +1,7 @@
-"""Where the gradient of a trained language-model head goes, summed over chunks of tokens.
+"""Where the gradient of what trains of a language-model head goes, summed over chunks of tokens.
 
-Shapes: t tokens, h hidden, v vocabulary, p tensor-parallel size.
+Shapes: t tokens, h hidden, v vocabulary, p tensor-parallel size. A weight is the head, [v/p, h], or
+what changes it (``head_rows.py``): the values of some rows [k, h], or the factors of a correction.
 
 Two destinations. An ordinary gradient is summed in float32 and handed to autograd in the weight's
 dtype. Under Megatron's gradient accumulation fusion the sum goes straight into
@@ -22,7 +23,7 @@ _ROWS = 4096
 
 
 class HeadGradient:
-    """Sum of ``gradient.T @ (scale * hidden)`` over chunks for one head weight [v/p, h].
+    """Sum of ``gradient.T @ (scale * hidden)`` over chunks for one weight, such as a head [v/p, h].
 
     With ``factor_later`` it goes nowhere before ``finish``, which then takes a common factor.
     """

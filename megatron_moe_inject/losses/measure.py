@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_moe_inject.losses.checks import check_fits, check_flat
 from megatron_moe_inject.losses.chunks import teacher_logits
 from megatron_moe_inject.losses.fused import default_chunk_tokens
-from megatron_moe_inject.losses.products import head_logits
+from megatron_moe_inject.losses.head_rows import student_logits
 from megatron_moe_inject.losses.rows import (
     LogitRows,
     RowKernels,
@@ -96,11 +96,12 @@ def measure_tokens(
     step = chunk_tokens or default_chunk_tokens(
         student.hidden, student.head, mixed=isinstance(target, Mixed)
     )
-    parts = []
+    head, head_rows, parts = student.head[: shard.columns], student.placed_rows, []
     for start in range(0, max(len(student.hidden), 1), step):
         rows = slice(start, start + step)
         labels = student.labels[rows]
-        x, y = head_logits(student.hidden[rows], student.head[: shard.columns]), None
+        x = student_logits(student.hidden[rows], head, head_rows, student.head_low_rank)
+        y = None
         if student.transform:
             student.transform.apply_(x)
         if target is not None:

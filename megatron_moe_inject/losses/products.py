@@ -27,34 +27,51 @@ def whole(columns: int, dtype: torch.dtype) -> int:
     return columns - columns % (_BYTES // dtype.itemsize)
 
 
-def head_logits(hidden: Tensor, head: Tensor) -> Tensor:
+def aligned(like: Tensor, rows: int, columns: int) -> Tensor:
+    """Memory for [rows, columns] of the dtype and device of ``like``, with a spare column behind.
+
+    Columns are neighbours, and rows begin at multiples of 16 bytes.
+    """
+    stride = whole(columns, like.dtype) + _BYTES // like.dtype.itemsize
+    return like.new_empty(rows, stride)[:, :columns]
+
+
+def with_spare(block: Tensor) -> Tensor:
+    """A block that ``aligned`` made, [t, c], with the first of its spare columns, [t, c + 1]."""
+    return block.as_strided((len(block), block.shape[1] + 1), block.stride())
+
+
+def head_logits(hidden: Tensor, head: Tensor, *, spare: bool = False) -> Tensor:
     """``hidden @ head.T``: [t, h] and [c, h] of one dtype to [t, c]; no gradients.
 
-    Columns are neighbours in memory, and rows begin at multiples of 16 bytes.
+    Columns are neighbours in memory, and rows begin at multiples of 16 bytes; with ``spare`` in a
+    block of ``aligned``.
     """
     columns, even = len(head), whole(len(head), hidden.dtype)
-    if even == columns:
+    if even == columns and not spare:
         return hidden @ head.t()
-    stride = even + _BYTES // hidden.dtype.itemsize
-    logits = hidden.new_empty(len(hidden), stride)[:, :columns]
+    logits = aligned(hidden, len(hidden), columns)
     if even:
         torch.mm(hidden, head[:even].t(), out=logits[:, :even])
-    torch.mm(hidden, head[even:].t(), out=logits[:, even:])
+    if even < columns:
+        torch.mm(hidden, head[even:].t(), out=logits[:, even:])
     return logits
 
 
-def hidden_gradient(gradient: Tensor, head: Tensor, out: Tensor) -> None:
+def hidden_gradient(gradient: Tensor, head: Tensor, out: Tensor, *, add: bool = False) -> None:
     """``gradient @ head`` into ``out``: [t, c] as of ``head_logits`` and [c, h] to [t, h].
 
     ``out`` is of the dtype of the maths, so that what scales it later rounds it for the first time.
+    ``add`` adds to what is there.
     """
     at_once = in_one_pass(gradient, out)
     if gradient.is_cuda and not at_once:
-        out.copy_(gradient @ head)  # float32 operands would take several times as long
+        # float32 operands would take several times as long
+        (out.add_ if add else out.copy_)(gradient @ head)
         return
     size = max(whole(len(head), gradient.dtype), _TERMS) if at_once else _TERMS
     for part in pieces(len(head), size, gradient.dtype) or [slice(0, 0)]:
-        multiply_into(out, gradient[:, part], head[part], add=part.start > 0)
+        multiply_into(out, gradient[:, part], head[part], add=add or part.start > 0)
 
 
 def pieces(columns: int, size: int, dtype: torch.dtype) -> list[slice]:

@@ -122,7 +122,7 @@ def test_the_gradient_is_the_buffer_itself():
     case = FusedCase.make(dtype=torch.float32)
     hidden, weight = case.leaves()
     total = case.call(hidden, weight, **case.promise()).total
-    place = total.grad_fn.head.sum.data_ptr()
+    place = total.grad_fn.sums.of["head"].sum.data_ptr()
     total.backward(case.upstream)
     assert weight.grad.data_ptr() == place
 
