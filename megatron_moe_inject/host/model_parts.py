@@ -30,9 +30,22 @@ PROJECTIONS = f"{OWN_PREFIX}projections"
 """Name in a model chunk of the projections to teachers' widths, which always train."""
 
 
+ADAPTER = f"{OWN_PREFIX}adapter"
+"""Part of the names of low-rank adapters' factors (``stored_adapters``)."""
+
+
+VOCABULARY_ROWS = f"{OWN_PREFIX}vocabulary_rows"
+"""Rows of the embedding, or of the head, that stand in the place of the stock ones."""
+
+
 def is_own(name: str) -> bool:
     """Whether a tensor of a checkpoint is one that the plugin added to the student."""
     return any(part.startswith(OWN_PREFIX) for part in name.split("."))
+
+
+def is_adapter(name: str) -> bool:
+    """Whether it is one that the model's values depend on: an adapter's, or vocabulary rows."""
+    return any(part in (ADAPTER, VOCABULARY_ROWS) for part in name.split("."))
 
 
 COMPONENTS = (
@@ -53,6 +66,9 @@ COMPONENTS = (
 
 
 _LAYER = re.compile(r"(?:^|\.)decoder\.layers\.(\d+)\.(.*)")
+
+
+_STORED_LAYER = re.compile(r"decoder\.layers\.(?:\d+\.)?(.*)")
 
 
 _LOCAL_EXPERT = re.compile(
@@ -109,6 +125,12 @@ def _component(name: str, in_layer: str | None) -> str:
     if in_layer.startswith(("self_attention.", "cross_attention.")):
         return "attention"
     return "mlp" if in_layer.startswith("mlp.") else "other"
+
+
+def component_of_stored(name: str) -> str:
+    """Component of a tensor of a checkpoint, whether its name is of one layer or of all."""
+    match = _STORED_LAYER.match(name)
+    return _component(name, None if match is None else match[1])
 
 
 def decoder_layers(chunk: Chunk) -> list[MegatronModule]:

@@ -19,9 +19,8 @@ import itertools
 import json
 import math
 import operator
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from megatron_moe_inject.experts.delta.weights import Weights, stacked_axes
+from megatron_moe_inject.experts.delta.weights import Weights
 from megatron_moe_inject.host import typed
 from megatron_moe_inject.host.errors import (
     RecipeError,
@@ -39,15 +38,13 @@ from megatron_moe_inject.host.errors import (
     show,
 )
 from megatron_moe_inject.host.files import is_plain_name, new_folder
+from megatron_moe_inject.host.gpt_names import stacked_axes
 from megatron_moe_inject.host.torch_dist import TorchDistCheckpoint
-from megatron_moe_inject.host.torch_dist_copy import rewritten_copy
+from megatron_moe_inject.host.torch_dist_copy import Progress, replaced, saved_copy
 
 FORMAT, VERSION = "megatron_moe_inject.delta", 1
 INDEX = "delta.json"
 _FILE_BYTES = 4 << 30
-
-Progress = Callable[[Iterable[Any], int], Iterable[Any]]
-"""Wraps an iterable of known length to show how far it is, as ``tqdm`` does."""
 
 
 def _silent(items: Iterable[Any], total: int) -> Iterable[Any]:
@@ -184,7 +181,7 @@ def export_delta(
         RecipeError: a checkpoint that cannot be read, two that are not of one model, an output
             that exists, or nothing that changed.
     """
-    _must_not_exist(output)
+    must_not_exist(output)
     before, after = _of_one_kind(Weights(base.open()), Weights(trained.open()))
     before = before.named_like(after.tensors)
     after = after.named_like(before.tensors)
@@ -254,7 +251,7 @@ def apply_delta(
     Raises:
         RecipeError: a damaged delta, another base, or an output that exists.
     """
-    _must_not_exist(output)
+    must_not_exist(output)
     described = _read_index(delta)
     before = _numbered(Weights(base.open()), described.layers)
     before = before.named_like({entry.tensor for entry in described.slices.values()})
@@ -270,12 +267,8 @@ def apply_delta(
                 "name the base it was made from",
             )
     with new_folder(output) as folder:
-        checkpoint = before.checkpoint
-        number = re.fullmatch(r"iter_(\d{7,})", checkpoint.folder.name)
-        name = checkpoint.folder.name if number else "release"
-        rewritten_copy(checkpoint, folder / name, changes, progress)
-        tracker = folder / "latest_checkpointed_iteration.txt"
-        tracker.write_text(str(int(number[1])) if number else "release")
+        by_tensor = {name: replaced(slices) for name, slices in changes.items()}
+        saved_copy(before.checkpoint, folder, by_tensor, progress)
     return _summary(before, index)
 
 
@@ -438,6 +431,7 @@ def _changes(
     return changes
 
 
-def _must_not_exist(output: Path) -> None:
+def must_not_exist(output: Path) -> None:
+    """RecipeError where an output is there already."""
     if output.exists():
         raise RecipeError(f"--output {output} exists already; name another or remove it")
