@@ -28,7 +28,7 @@ def entry(rank: int, alpha: float, scaling: str = "standard") -> dict[str, Any]:
 
 
 def opened(folder: Path, flag: str = "CKPT") -> TorchDistCheckpoint:
-    return CheckpointPlace(flag, folder).open()
+    return CheckpointPlace(flag, Path(folder)).open()
 
 
 def factor_name(site: Site, factor: str, number: int) -> str:
@@ -42,7 +42,7 @@ def factor_name(site: Site, factor: str, number: int) -> str:
 
 
 def write_adapters(
-    base: Path,
+    base: Path | str,
     output: Path,
     sites: Mapping[Site, Sequence[int]],
     entries: Sequence[Mapping[str, Any]],
@@ -101,6 +101,8 @@ def write_adapters(
             writer.tensor([name], value.shape, (), value)
             state = f"optimizer.state.exp_avg.{name}"
             writer.tensor([state], value.shape, (), torch.zeros_like(value))
+        stored_names = before.metadata.state_dict_metadata.keys() - before.tensors.keys()
+        writer.nothing(name for name in sorted(stored_names) if "_extra_state" in name)
         writer.finish(common)
     (output / TRACKER).write_text("20")
     return added
