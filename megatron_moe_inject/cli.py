@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_moe_inject import __version__
+from megatron_moe_inject.adapters import command as adapters_command
 from megatron_moe_inject.convert import command as convert_command
 from megatron_moe_inject.data import command as data_command
 from megatron_moe_inject.evaluation import command as evaluate_command
@@ -171,6 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     select_command.add_commands(commands)
     delta_command.add_commands(commands)
     convert_command.add_commands(commands)
+    adapters_command.add_commands(commands)
     profile_command.add_commands(commands)
     routing_report.add_commands(commands)
     evaluate_command.add_commands(commands)

@@ -12,11 +12,8 @@ from typing import Any
 from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.host.layer_pattern import pattern_of
 from megatron_moe_inject.host.run_arguments import stored_argument
+from megatron_moe_inject.host.stored_adapters import ARGUMENT, VERSION
 from megatron_moe_inject.recipe.run_part import RunContext
-
-ARGUMENT = "inject_adapters"
-VERSION = 1
-_RATES = ("lr", "lr_b", "decay")
 
 
 class Stored:
@@ -31,9 +28,9 @@ class Stored:
     def __init__(self, run: RunContext) -> None:
         self._run = run
         self.entries: list[dict[str, Any]] = []
-        for adapter in run.recipe.train.adapters:
-            entry = {n: value for n, value in asdict(adapter).items() if n not in _RATES}
-            self.entries.append({**entry, "scale": adapter.scale})
+        for entry in run.recipe.train.adapters:
+            named = {name: getattr(entry, name) for name in ("targets", "rank", "alpha", "scaling")}
+            self.entries.append({**named, "scale": entry.scale})
         self.rows: list[int] | None = None
         self.holds = False
         self._base: dict[str, Any] = {}

@@ -14,12 +14,14 @@ from megatron_moe_inject.convert.architectures.table import Entry, Slot
 from megatron_moe_inject.convert.folder_model import FolderModel
 from megatron_moe_inject.convert.naming import Naming, Stored, numbers_layers, pieces_of
 from megatron_moe_inject.convert.tokenizer import compare_tokenizers
-from megatron_moe_inject.experts.delta.delta import DeltaFolder, Slice, slice_checksum
+from megatron_moe_inject.experts.delta.delta import DeltaFolder
+from megatron_moe_inject.experts.delta.index import Slice, slice_checksum
 from megatron_moe_inject.host.errors import RecipeError, listing
 from megatron_moe_inject.host.gpt_names import pattern_of_names
 from megatron_moe_inject.host.layer_pattern import LayerPattern
 from megatron_moe_inject.host.model_parts import is_own
 from megatron_moe_inject.host.norm_names import stored_name
+from megatron_moe_inject.host.stored_adapters import refuse_adapters
 from megatron_moe_inject.host.torch_dist import Piece, TorchDistCheckpoint
 
 _MTP = "mtp."
@@ -37,10 +39,11 @@ class TrainedCheckpoint:
         remarks: parts of the model that it does not hold; how its tokenizer differs.
 
     Raises:
-        RecipeError: it is another model, or of another tokenizer.
+        RecipeError: it is another model, of another tokenizer, or holds adapters.
     """
 
     def __init__(self, checkpoint: TorchDistCheckpoint, model: FolderModel) -> None:
+        refuse_adapters(checkpoint.tensors, checkpoint.source.error)
         self._checkpoint = checkpoint
         self._names = {name for name in checkpoint.tensors if not is_own(name)}
         by_layer = any(map(numbers_layers, self._names))

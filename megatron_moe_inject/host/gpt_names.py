@@ -30,6 +30,17 @@ _PARTS = (
 _ATTENTION = ("self_attention.", "input_layernorm.")
 
 
+def stacked_axes(name: str) -> int:
+    """Leading axes of a stored tensor that number layers and experts, not part of a weight.
+
+    Megatron stacks ``decoder.layers.3.x`` of all layers as ``decoder.layers.x``, and experts as
+    ``experts.experts.x``, unless the checkpoint says otherwise in the name.
+    """
+    layers = bool(re.search(r"(^|\.)layers\.(?!\d)", name))
+    experts = bool(re.search(r"\.experts\.experts\.(?!\d)", name))
+    return layers + experts
+
+
 def pattern_of_names(names: Iterable[str]) -> LayerPattern | None:
     """The layers of a hybrid model, one symbol each, by the names of its stored tensors; ``None``
     for a GPT model. Attention is ``*`` of whatever kind."""

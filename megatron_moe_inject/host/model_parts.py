@@ -47,6 +47,11 @@ def is_own(name: str) -> bool:
     return any(part.startswith(OWN_PREFIX) for part in name.split("."))
 
 
+def is_adapter(name: str) -> bool:
+    """Whether it is one that the model's values depend on: an adapter's, or vocabulary rows."""
+    return any(part in (ADAPTER, VOCABULARY_ROWS) for part in name.split("."))
+
+
 COMPONENTS = (
     EXPERTS,
     "router",
@@ -66,6 +71,9 @@ COMPONENTS = (
 
 
 _LAYER = re.compile(r"(?:^|\.)decoder\.layers\.(\d+)\.(.*)")
+
+
+_STORED_LAYER = re.compile(r"decoder\.layers\.(?:\d+\.)?(.*)")
 
 
 _LOCAL_EXPERT = re.compile(
@@ -125,6 +133,12 @@ def _component(name: str, in_layer: str | None) -> str:
     if in_layer.startswith(("self_attention.", "cross_attention.")):
         return "attention"
     return "mlp" if in_layer.startswith("mlp.") else "other"
+
+
+def component_of_stored(name: str) -> str:
+    """Component of a tensor of a checkpoint, whether its name is of one layer or of all."""
+    match = _STORED_LAYER.match(name)
+    return _component(name, None if match is None else match[1])
 
 
 def decoder_layers(chunk: Chunk) -> list[MegatronModule]:

@@ -35,6 +35,7 @@ from megatron_moe_inject.host.model_parts import (
     is_own,
 )
 from megatron_moe_inject.host.norm_names import other_name, stored_name
+from megatron_moe_inject.host.stored_adapters import refuse_adapters
 from megatron_moe_inject.host.stored_checkpoint import (
     StoredCheckpoint,
     checkpoint_to_load,
@@ -107,7 +108,7 @@ class StudentLoad:
 
         Raises:
             RecipeError: on every rank: the checkpoint lacks what the student asks for, holds more
-                of it, or is not the one that was looked into.
+                of it or adapters that the student has not, or is not the one that was looked into.
         """
         bound = compat.bound_arguments(stock, args, kwargs)
         if bound.get("rank0"):
@@ -182,6 +183,7 @@ class StudentLoad:
         names = model_names(stored)
         asked = union((i for i, flag in enumerate(compared[3]) if flag), len(names))
         left = [name for i, name in enumerate(names) if i not in asked]
+        refuse_adapters(left, checkpoint.error)
         self._check(checkpoint, sorted(lacking), left, sorted(wrong))
         if states:
             raise checkpoint.error(
@@ -302,7 +304,8 @@ class Request:
             stored: shape by name.
             ids: of the tokenizer; a vocabulary may lack padding alone.
         """
-        lacking = [n for n in self.model if n not in stored and not is_own(n) and _EXTRA not in n]
+        needed = (n for n in self.model if _EXTRA not in n and (is_adapter(n) or not is_own(n)))
+        lacking = [n for n in needed if n not in stored]
         wrong = []
         for name, shape in self.model.items():
             stored_shape = stored.get(name)

@@ -49,6 +49,7 @@ from megatron_moe_inject.host.errors import (
 from megatron_moe_inject.host.files import is_plain_name
 
 INDEX = ".metadata"
+COMMON_FILE = "common.pt"
 COMMON_OBJECT = "common_state/shard_0_1"
 _TRAINING_STATE = re.compile(
     r"(chained_\d+\.)?optimizer\.|(.*\.)?rng_state/|rerun_state_machine_state/|common_state/"
@@ -293,7 +294,7 @@ class TorchDistCheckpoint:
         """
         import megatron.core  # noqa: F401  registers the classes that torch.load may restore
 
-        path = self.folder / "common.pt"
+        path = self.folder / COMMON_FILE
         try:
             if path.is_file():
                 return torch.load(path, map_location="cpu", weights_only=True)

@@ -1,4 +1,4 @@
-"""Copies a Megatron ``torch_dist`` checkpoint on one rank, with some slices of it replaced."""
+"""Copies a Megatron ``torch_dist`` checkpoint on one rank, with some of its tensors changed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import io
 import pickle
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron_moe_inject.host.torch_dist import (
+    COMMON_FILE,
     COMMON_OBJECT,
     DAMAGED,
     INDEX,
@@ -23,14 +25,61 @@ from megatron_moe_inject.host.torch_dist import (
     is_training_state,
 )
 
+Progress = Callable[[Iterable[Any], int], Iterable[Any]]
+"""Wraps an iterable of known length to show how far it is, as ``tqdm`` does."""
+
+Change = Callable[[tuple[int, ...], torch.Tensor], bool]
+"""Changes a stored part of a tensor in place, given where it begins; says whether it did."""
+
+
+def replaced(slices: Mapping[tuple[int, ...], Callable[[], torch.Tensor]]) -> Change:
+    """The change of a tensor that replaces slices, by index on its leading axes, with what is
+    called for."""
+
+    def change(begin: tuple[int, ...], part: torch.Tensor) -> bool:
+        touched = False
+        for place, new in slices.items():
+            inside = tuple(i - b for i, b in zip(place, begin, strict=False))
+            if not all(0 <= i < size for i, size in zip(inside, part.shape, strict=False)):
+                continue
+            rest = zip(begin[len(place) :], part.shape[len(place) :], strict=True)
+            part[inside] = new()[tuple(slice(b, b + size) for b, size in rest)]
+            touched = True
+        return touched
+
+    return change
+
+
+def saved_copy(
+    checkpoint: TorchDistCheckpoint,
+    output: Path,
+    changes: Mapping[str, Change],
+    progress: Progress,
+    **without: Any,
+) -> None:
+    """``rewritten_copy`` into a ``--save`` directory: of the same iteration, or a release.
+
+    Args:
+        output: the directory, which is there.
+        without: see there.
+    """
+    number = re.fullmatch(r"iter_(\d{7,})", checkpoint.folder.name)
+    name = checkpoint.folder.name if number else "release"
+    rewritten_copy(checkpoint, output / name, changes, progress, **without)
+    tracker = output / "latest_checkpointed_iteration.txt"
+    tracker.write_text(str(int(number[1])) if number else "release")
+
 
 def rewritten_copy(
     checkpoint: TorchDistCheckpoint,
     folder: Path,
-    changes: Mapping[str, Mapping[tuple[int, ...], Callable[[], torch.Tensor]]],
-    progress: Callable[[Iterable[Any], int], Iterable[Any]],
+    changes: Mapping[str, Change],
+    progress: Progress,
+    *,
+    left_out: Callable[[str], bool] | None = None,
+    common: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
 ) -> None:
-    """A copy of a checkpoint without its training state and with some slices replaced.
+    """A copy of a checkpoint without its training state and with some tensors changed.
 
     What is stored stays as it is laid out; parts of tensors are read, changed and written one at a
     time.
@@ -38,8 +87,11 @@ def rewritten_copy(
     Args:
         checkpoint: the original.
         folder: where the copy goes; must not exist.
-        changes: by tensor and index on its leading axes, what gives the new values.
+        changes: by tensor.
         progress: wraps the stored parts to show how far it is.
+        left_out: whether a stored tensor or object of this name is not copied.
+        common: what to store once for all ranks, made of a shallow copy of what was; default the
+            same.
 
     Raises:
         RecipeError: parts that are stored transformed, or cannot be read, or a symbolic link: what
@@ -49,7 +101,8 @@ def rewritten_copy(
     parts = [
         (index, info)
         for index, info in metadata.storage_data.items()
-        if index.fqn == COMMON_OBJECT or not is_training_state(index.fqn)
+        if index.fqn == COMMON_OBJECT
+        or not (is_training_state(index.fqn) or (left_out and left_out(index.fqn)))
     ]
     parts.sort(key=lambda part: (part[1].relative_path, part[1].offset))
     parted = {info.relative_path for _, info in parts}
@@ -59,6 +112,10 @@ def rewritten_copy(
         if path.name not in parted and path.name != INDEX and path.suffix != ".distcp"
     ]
     _refuse_links(checkpoint, [checkpoint.folder / name for name in parted] + others)
+    blobs: dict[str, bytes] = {}
+    if common is not None:
+        state = common(dict(checkpoint.common))
+        blobs = {COMMON_OBJECT: _saved([state]), COMMON_FILE: _saved(state)}
     folder.mkdir(parents=True)
     storage: dict[MetadataIndex, Any] = {}
     for index, info in progress(parts, len(parts)):
@@ -66,9 +123,12 @@ def rewritten_copy(
             raise checkpoint.source.error(
                 "stores its tensors transformed (compressed, say)", "save it without"
             )
-        blob = _stored_bytes(checkpoint, info)
+        if index.fqn in blobs:
+            blob = blobs[index.fqn]
+        else:
+            blob = _stored_bytes(checkpoint, info)
         if index.fqn in changes:
-            blob = _with_changes(checkpoint, index, blob, changes[index.fqn])
+            blob = _changed(checkpoint, index, blob, changes[index.fqn])
         with (folder / info.relative_path).open("ab") as out:
             storage[index] = dataclasses.replace(info, offset=out.tell(), length=len(blob))
             out.write(blob)
@@ -80,6 +140,9 @@ def rewritten_copy(
     metadata.planner_data = _only(metadata.planner_data, names)
     (folder / INDEX).write_bytes(pickle.dumps(metadata))
     for path in others:
+        if path.name in blobs:
+            (folder / path.name).write_bytes(blobs[path.name])
+            continue
         (shutil.copytree if path.is_dir() else shutil.copyfile)(path, folder / path.name)
 
 
@@ -111,29 +174,19 @@ def _only(planner_data: Any, names: set[str]) -> Any:
     return {name: value for name, value in planner_data.items() if name in names}
 
 
-def _with_changes(
-    checkpoint: TorchDistCheckpoint,
-    index: MetadataIndex,
-    blob: bytes,
-    changes: Mapping[tuple[int, ...], Callable[[], torch.Tensor]],
+def _changed(
+    checkpoint: TorchDistCheckpoint, index: MetadataIndex, blob: bytes, change: Change
 ) -> bytes:
-    """A stored part of a tensor, with the slices that lie in it replaced."""
+    """A stored part of a tensor, changed."""
     try:
         part = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
     except (*DAMAGED, pickle.UnpicklingError) as error:
         raise damaged(checkpoint.source, checkpoint.folder, error) from error
     assert index.offset is not None, "parts of tensors have a place"
-    begin = tuple(index.offset)
-    touched = False
-    for place, new in changes.items():
-        inside = tuple(i - b for i, b in zip(place, begin, strict=False))
-        if not all(0 <= i < size for i, size in zip(inside, part.shape, strict=False)):
-            continue
-        rest = zip(begin[len(place) :], part.shape[len(place) :], strict=True)
-        part[inside] = new()[tuple(slice(b, b + size) for b, size in rest)]
-        touched = True
-    if not touched:
-        return blob
+    return _saved(part) if change(tuple(index.offset), part) else blob
+
+
+def _saved(value: Any) -> bytes:
     stream = io.BytesIO()
-    torch.save(part, stream)
+    torch.save(value, stream)
     return stream.getvalue()

@@ -32,6 +32,7 @@ from megatron_moe_inject.host.layer_pattern import pattern_of
 from megatron_moe_inject.host.megatron_types import Chunk, MegatronModule
 from megatron_moe_inject.host.norm_names import other_name, stored_name
 from megatron_moe_inject.host.rng import untouched_rng
+from megatron_moe_inject.host.stored_adapters import refuse_adapters
 from megatron_moe_inject.host.torch_dist import Piece, TorchDistCheckpoint, iteration_folder
 from megatron_moe_inject.losses.spec import LogitTransform
 from megatron_moe_inject.teachers import megatron_args, vocabulary
@@ -129,7 +130,7 @@ def check(
     source: Source, student: vocabulary.Vocabulary, prefix: str | Sequence[int]
 ) -> TeacherInfo:
     """What the checkpoint says about itself; see ``teachers.check_teacher``."""
-    checkpoint = TorchDistCheckpoint.open(source)
+    checkpoint = _opened(source)
     args = checkpoint.args
     megatron_args.refuse_unsupported(source, args)
     rows = _rows(checkpoint)
@@ -182,7 +183,7 @@ def load(
 
     Positions and masks are Megatron's own, which layers with a state do not look at.
     """
-    checkpoint = TorchDistCheckpoint.open(source)
+    checkpoint = _opened(source)
     precision = fp8_context(source, checkpoint.args, fp8, device)
     megatron_args.refuse_unsupported(source, checkpoint.args)
     if resets_documents:
@@ -196,6 +197,13 @@ def load(
         _fill(checkpoint, model)
     size = _vocabulary(source, checkpoint, rows).size or rows
     return MegatronTeacher(source.name, model, size, precision)
+
+
+def _opened(source: Source) -> TorchDistCheckpoint:
+    """The checkpoint; RecipeError where adapters beside its weights would be left out."""
+    checkpoint = TorchDistCheckpoint.open(source)
+    refuse_adapters(checkpoint.tensors, source.error)
+    return checkpoint
 
 
 def _is_own(key: str) -> bool:

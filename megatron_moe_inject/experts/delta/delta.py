@@ -14,15 +14,13 @@ have a checksum, and what its slices are is held against the base before anythin
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import math
 import operator
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,24 +28,30 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from megatron_moe_inject.experts.delta.weights import Weights, stacked_axes
-from megatron_moe_inject.host import typed
+from megatron_moe_inject.experts.delta.index import (
+    FORMAT,
+    INDEX,
+    VERSION,
+    DeltaIndex,
+    Slice,
+    as_bytes,
+    damaged,
+    file_checksum,
+    read_index,
+    slice_checksum,
+)
+from megatron_moe_inject.experts.delta.weights import Weights
 from megatron_moe_inject.host.errors import (
     RecipeError,
     listing,
-    one_line,
     show,
 )
-from megatron_moe_inject.host.files import is_plain_name, new_folder
+from megatron_moe_inject.host.files import new_folder
+from megatron_moe_inject.host.gpt_names import stacked_axes
 from megatron_moe_inject.host.torch_dist import TorchDistCheckpoint
-from megatron_moe_inject.host.torch_dist_copy import rewritten_copy
+from megatron_moe_inject.host.torch_dist_copy import Progress, replaced, saved_copy
 
-FORMAT, VERSION = "megatron_moe_inject.delta", 1
-INDEX = "delta.json"
 _FILE_BYTES = 4 << 30
-
-Progress = Callable[[Iterable[Any], int], Iterable[Any]]
-"""Wraps an iterable of known length to show how far it is, as ``tqdm`` does."""
 
 
 def _silent(items: Iterable[Any], total: int) -> Iterable[Any]:
@@ -91,51 +95,6 @@ class DeltaSummary:
     base_bytes: int
 
 
-_NEEDED = {"remedy": "the index was changed"}
-
-
-@dataclass(frozen=True)
-class Slice:
-    """One changed slice of a stored tensor.
-
-    Attributes:
-        tensor: name in the checkpoint.
-        place: indices on its leading axes.
-        base_sha256: of the bytes that the base holds there.
-        file: of the delta, which holds the new values under the slice's own name.
-    """
-
-    tensor: str = field(metadata=_NEEDED)
-    place: list[int] = field(metadata=_NEEDED)
-    base_sha256: str = field(metadata=_NEEDED)
-    file: str = field(metadata=_NEEDED)
-
-
-@dataclass(frozen=True)
-class DeltaIndex:
-    """What ``delta.json`` says.
-
-    Attributes:
-        model: fingerprint of names, shapes and types of the base's weights.
-        base_iteration, trained_iteration: folders that were compared.
-        bytes: size of the values.
-        layers: the layers of a hybrid base, one symbol each, which the slices' tensors number;
-            ``None`` for a base that is a GPT model, and where one of both was.
-        files: SHA-256 of each file, by name.
-        slices: by their name in the files.
-    """
-
-    format: str = field(metadata=_NEEDED)
-    version: int = field(metadata=_NEEDED)
-    model: str = field(metadata=_NEEDED)
-    base_iteration: str = field(metadata=_NEEDED)
-    trained_iteration: str = field(metadata=_NEEDED)
-    bytes: int = field(metadata=_NEEDED)
-    files: dict[str, str] = field(metadata=_NEEDED)
-    slices: dict[str, Slice] = field(metadata=_NEEDED)
-    layers: str | None = None
-
-
 class DeltaFolder:
     """A delta that was read, for others than ``apply_delta``.
 
@@ -151,7 +110,7 @@ class DeltaFolder:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.index = _read_index(path)
+        self.index = read_index(path)
 
     def error(self, problem: str, remedy: str) -> RecipeError:
         """The error "--delta path problem; remedy"."""
@@ -184,7 +143,7 @@ def export_delta(
         RecipeError: a checkpoint that cannot be read, two that are not of one model, an output
             that exists, or nothing that changed.
     """
-    _must_not_exist(output)
+    must_not_exist(output)
     before, after = _of_one_kind(Weights(base.open()), Weights(trained.open()))
     before = before.named_like(after.tensors)
     after = after.named_like(before.tensors)
@@ -210,7 +169,7 @@ def export_delta(
         size = 0
         for name, place in progress(slices, len(slices)):
             old, new = before.read(name, place), after.read(name, place)
-            if torch.equal(_bytes(old), _bytes(new)):
+            if torch.equal(as_bytes(old), as_bytes(new)):
                 continue
             if batch and size + new.nbytes > file_bytes:
                 flush()
@@ -231,7 +190,7 @@ def export_delta(
             trained_iteration=after.checkpoint.folder.name,
             layers=before.layers,
             bytes=summary.bytes,
-            files={path.name: _file_checksum(path) for path in sorted(folder.iterdir())},
+            files={path.name: file_checksum(path) for path in sorted(folder.iterdir())},
             slices=index,
         )
         (folder / INDEX).write_text(json.dumps(asdict(described), indent=1), encoding="utf-8")
@@ -254,8 +213,8 @@ def apply_delta(
     Raises:
         RecipeError: a damaged delta, another base, or an output that exists.
     """
-    _must_not_exist(output)
-    described = _read_index(delta)
+    must_not_exist(output)
+    described = read_index(delta)
     before = _numbered(Weights(base.open()), described.layers)
     before = before.named_like({entry.tensor for entry in described.slices.values()})
     if before.fingerprint() != described.model:
@@ -270,12 +229,8 @@ def apply_delta(
                 "name the base it was made from",
             )
     with new_folder(output) as folder:
-        checkpoint = before.checkpoint
-        number = re.fullmatch(r"iter_(\d{7,})", checkpoint.folder.name)
-        name = checkpoint.folder.name if number else "release"
-        rewritten_copy(checkpoint, folder / name, changes, progress)
-        tracker = folder / "latest_checkpointed_iteration.txt"
-        tracker.write_text(str(int(number[1])) if number else "release")
+        by_tensor = {name: replaced(slices) for name, slices in changes.items()}
+        saved_copy(before.checkpoint, folder, by_tensor, progress)
     return _summary(before, index)
 
 
@@ -297,7 +252,7 @@ class _Stored:
         with safe_open(self.delta / self.file, framework="pt") as file:
             value = file.get_tensor(self.name)
         if (tuple(value.shape), value.dtype) != (self.shape, self.dtype):
-            raise _damaged(
+            raise damaged(
                 self.delta,
                 f"holds {show(self.name)} as {list(value.shape)} {value.dtype}, which the base has "
                 f"as {list(self.shape)} {self.dtype}",
@@ -351,21 +306,6 @@ def _common_tensors(before: Weights, after: Weights) -> list[str]:
     return sorted(base)
 
 
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """So that NaN equals itself and 0.0 differs from -0.0."""
-    return tensor.reshape(-1).view(torch.uint8)
-
-
-def slice_checksum(tensor: torch.Tensor) -> str:
-    """What ``Slice.base_sha256`` is of the base's values."""
-    return hashlib.sha256(_bytes(tensor).numpy()).hexdigest()
-
-
-def _file_checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _summary(base: Weights, index: Mapping[str, Slice]) -> DeltaSummary:
     size = 0
     for entry in index.values():
@@ -374,48 +314,6 @@ def _summary(base: Weights, index: Mapping[str, Slice]) -> DeltaSummary:
     whole = base.checkpoint.tensors.values()
     total = sum(s.size.numel() * s.properties.dtype.itemsize for s in whole)
     return DeltaSummary(Counter(entry.tensor for entry in index.values()), size, total)
-
-
-def _damaged(delta: Path, problem: object) -> RecipeError:
-    return RecipeError(f"--delta {delta} {problem}; copy or export it again", "--delta")
-
-
-def _read_index(delta: Path) -> DeltaIndex:
-    """The delta's description, checked against its files."""
-    path = delta / INDEX
-    if not path.is_file():
-        raise RecipeError(f"--delta {delta} holds no {INDEX}; name a folder of export-delta")
-    try:
-        plain = json.loads(path.read_text(encoding="utf-8"))
-        kind = plain["format"], plain["version"]
-        if kind != (FORMAT, VERSION):
-            raise RecipeError(
-                f"--delta {delta} is {one_line(str(kind[0]))} version {show(kind[1])}; this reads "
-                f"{FORMAT} "
-                f"version {VERSION}"
-            )
-        try:
-            described = typed.build(DeltaIndex, plain)
-        except RecipeError as error:
-            raise _damaged(delta, f"has an {INDEX} that cannot be: {error}") from None
-        names = [*described.files, *(entry.file for entry in described.slices.values())]
-        for name in names:
-            if not is_plain_name(name) or name not in described.files:
-                raise _damaged(delta, f"names a file {show(name)}, which is none of its own")
-        stored: dict[str, str] = {}
-        for name, checksum in described.files.items():
-            if _file_checksum(delta / name) != checksum:
-                raise _damaged(delta, f"is damaged: {name} is not what was written")
-            with safe_open(delta / name, framework="pt") as file:
-                stored |= dict.fromkeys(file.keys(), name)
-        if stored != {name: entry.file for name, entry in described.slices.items()}:
-            raise _damaged(delta, "does not hold the slices that it lists")
-        return described
-    except RecipeError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
-        problem = f"cannot be read ({type(error).__name__}: {error})"
-        raise _damaged(delta, problem) from error
 
 
 def _changes(
@@ -428,16 +326,17 @@ def _changes(
         sizes = () if stored is None else stored.size[: stacked_axes(entry.tensor)]
         exists = len(place) == len(sizes) and all(map(operator.contains, map(range, sizes), place))
         if stored is None or not exists:
-            raise _damaged(delta, f"has a slice {show(name)} that is none of the base's")
+            raise damaged(delta, f"has a slice {show(name)} that is none of the base's")
         shape = stored.size[len(place) :]
         new = _Stored(delta, entry.file, name, shape, stored.dtype)
         for tensor, own_place in base.places_of(entry.tensor, place):
             if own_place in changes.setdefault(tensor, {}):
-                raise _damaged(delta, f"has a slice {show(name)} that is none of the base's")
+                raise damaged(delta, f"has a slice {show(name)} that is none of the base's")
             changes[tensor][own_place] = new
     return changes
 
 
-def _must_not_exist(output: Path) -> None:
+def must_not_exist(output: Path) -> None:
+    """RecipeError where an output is there already."""
     if output.exists():
         raise RecipeError(f"--output {output} exists already; name another or remove it")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +18,13 @@ from functools import cached_property
 import torch
 
 from megatron_moe_inject.host.errors import RecipeError
-from megatron_moe_inject.host.gpt_names import Place, pattern_of_names, to_gpt, to_hybrid
+from megatron_moe_inject.host.gpt_names import (
+    Place,
+    pattern_of_names,
+    stacked_axes,
+    to_gpt,
+    to_hybrid,
+)
 from megatron_moe_inject.host.layer_pattern import LayerPattern
 from megatron_moe_inject.host.model_parts import is_own
 from megatron_moe_inject.host.norm_names import other_name
@@ -32,17 +37,6 @@ class Stored:
 
     size: tuple[int, ...]
     dtype: torch.dtype
-
-
-def stacked_axes(name: str) -> int:
-    """Leading axes of a stored tensor that number layers and experts, not part of a weight.
-
-    Megatron stacks ``decoder.layers.3.x`` of all layers as ``decoder.layers.x``, and experts as
-    ``experts.experts.x``, unless the checkpoint says otherwise in the name.
-    """
-    layers = bool(re.search(r"(^|\.)layers\.(?!\d)", name))
-    experts = bool(re.search(r"\.experts\.experts\.(?!\d)", name))
-    return layers + experts
 
 
 class Weights:

@@ -27,7 +27,7 @@ from megatron_moe_inject.convert.trained import TrainedCheckpoint
 from megatron_moe_inject.experts.delta.delta import CheckpointPlace, apply_delta, export_delta
 from megatron_moe_inject.host.layer_pattern import LayerPattern
 from megatron_moe_inject.host.torch_dist import TorchDistCheckpoint
-from megatron_moe_inject.host.torch_dist_copy import rewritten_copy
+from megatron_moe_inject.host.torch_dist_copy import replaced, rewritten_copy
 from tests.harness.checkpoints import whole
 from tests.harness.hf_folder import FP8, in_fp8, write_file
 from tests.harness.tiny_folders import CASES, config_of, save_folder
@@ -74,11 +74,11 @@ def trained(checkpoint: Path, output: Path, changes) -> Path:
     def new(name, place, change):
         return lambda: change(whole(before, name)[place])
 
-    by_slice = {
-        name: {place: new(name, place, change) for place, change in places.items()}
+    by_tensor = {
+        name: replaced({place: new(name, place, change) for place, change in places.items()})
         for name, places in changes.items()
     }
-    rewritten_copy(before, output, by_slice, lambda items, total: items)
+    rewritten_copy(before, output, by_tensor, lambda items, total: items)
     return output
 
 
