@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING
 
 from megatron_moe_inject.adapters import uses
 from megatron_moe_inject.host.errors import fail
+from megatron_moe_inject.host.labels import GENERAL
 from megatron_moe_inject.host.text import ranges
-from megatron_moe_inject.recipe.adapter import TARGETS, Adapter
+from megatron_moe_inject.recipe.adapter import TARGETS, Adapter, VocabularyRows
+from megatron_moe_inject.recipe.entries import split_labels
 from megatron_moe_inject.recipe.facts import StudentFacts
 from megatron_moe_inject.recipe.feature import Feature, RefusedBeside
-from megatron_moe_inject.recipe.numbers import WEIGHTS, check_bounds
+from megatron_moe_inject.recipe.numbers import SHARES, WEIGHTS, check_bounds
 from megatron_moe_inject.recipe.refused_options import NO_PARTS, Refusal
 from megatron_moe_inject.recipe.schema import Recipe
 
@@ -24,6 +26,8 @@ _OVERLAPPED = Refusal(
     "moe_shared_expert_overlap", "runs the layers of shared experts in pieces of its own"
 )
 _GRAPHS = Refusal("cuda_graph_impl", "replays layers, and cannot leave out what stands beside them")
+
+_MTP = Refusal("mtp_num_layers", "reads the vocabulary's matrices in further places")
 
 
 def _adapts(recipe: Recipe, component: str) -> bool:
@@ -50,9 +54,15 @@ class AdaptersFeature(Feature):
         ),
         RefusedBeside(
             (_GRAPHS,),
-            "train.adapters",
-            lambda recipe, facts: bool(recipe.train.adapters),
-            "remove train.adapters",
+            "train.adapters or train.vocabulary_rows",
+            lambda recipe, facts: recipe.train.beside,
+            "remove them",
+        ),
+        RefusedBeside(
+            (_MTP,),
+            "train.vocabulary_rows",
+            lambda recipe, facts: recipe.train.vocabulary_rows is not None,
+            "remove train.vocabulary_rows",
         ),
     )
 
@@ -62,6 +72,8 @@ class AdaptersFeature(Feature):
             _check_numbers(f"train.adapters[{i}]", entry)
             _check_targets(f"train.adapters[{i}]", entry)
             _check_alone(i, recipe)
+        if recipe.train.vocabulary_rows is not None:
+            _check_rows(recipe, recipe.train.vocabulary_rows)
 
     def check(self, recipe: Recipe, facts: StudentFacts) -> None:
         """The student has what is named."""
@@ -79,6 +91,13 @@ class AdaptersFeature(Feature):
                 "the student has no attention layer",
             ),
         }
+        rows = recipe.train.vocabulary_rows
+        compared = rows is not None and not rows.ids
+        if compared and (facts.mock_data or GENERAL not in split_labels(recipe, facts, "train")):
+            raise fail(
+                "train.vocabulary_rows", "a choice by contrast", "needs general text, of which "
+                "--data-path has none", "add some, or name the rows by ids",
+            )  # fmt: skip
         for i, entry in enumerate(recipe.train.adapters):
             for j, target in enumerate(entry.targets):
                 exists, why = there.get(target, (True, ""))
@@ -97,24 +116,63 @@ class AdaptersFeature(Feature):
     def plan_lines(self, recipe: Recipe, facts: StudentFacts | None) -> dict[str, list[str]]:
         """Each entry in words."""
         lines = [_in_words(entry) for entry in recipe.train.adapters]
-        return {"adapters": lines} if lines else {}
+        rows = recipe.train.vocabulary_rows
+        if rows is not None:
+            lines.append(_rows_in_words(rows))
+        return {"beside the student": lines} if lines else {}
 
     def uses(
         self, recipe: Recipe, facts: StudentFacts | None, args: Namespace | None
     ) -> list[Contract]:
         """Of the layers that get them."""
-        if not recipe.train.adapters:
-            return []
-        grouped = facts is None or facts.precision.grouped_gemm
-        return [uses.ADAPTERS, *([uses.GROUPED_ADAPTERS] if grouped else [])]
+        train, parts = recipe.train, []
+        if train.adapters:
+            parts.append(uses.ADAPTERS)
+            if facts is None or facts.precision.grouped_gemm:
+                parts.append(uses.GROUPED_ADAPTERS)
+        if train.vocabulary_rows is not None:
+            parts.append(uses.VOCABULARY_ROWS)
+        return parts
 
     def start(self, run: RunContext) -> RunPart | None:
         """Makes them."""
-        if not run.recipe.train.adapters:
+        if not run.recipe.train.beside:
             return None
         from megatron_moe_inject.adapters.part import AdaptersPart
 
         return AdaptersPart(run)
+
+
+def _check_rows(recipe: Recipe, rows: VocabularyRows) -> None:
+    """One way of choosing, with what it needs, and no matrix that trains whole."""
+    path, train = "train.vocabulary_rows", recipe.train
+    ways = {"ids": bool(rows.ids), "budget": rows.budget, "threshold": rows.threshold}
+    given = [name for name, value in ways.items() if value not in (None, False)]
+    if len(given) != 1:
+        raise fail(
+            path, " and ".join(given) or "empty", "is not one way of choosing rows",
+            "write one of ids, budget: 0.1 and threshold: 0.9",
+        )  # fmt: skip
+    if not rows.ids and rows.domain not in [domain.name for domain in recipe.domains]:
+        raise fail(
+            f"{path}.domain", rows.domain, "is no domain, whose text is to be counted",
+            f"write one of {', '.join(domain.name for domain in recipe.domains)}",
+        )  # fmt: skip
+    if rows.ids and rows.domain is not None:
+        raise fail(f"{path}.domain", rows.domain, "is of no use beside ids", "remove it")
+    if len(set(rows.ids)) < len(rows.ids) or min(rows.ids, default=0) < 0:
+        raise fail(f"{path}.ids", rows.ids, "has one twice or a negative one", "take it out")
+    for name in ("budget", "threshold"):
+        if getattr(rows, name) is not None:
+            check_bounds(f"{path}.{name}", getattr(rows, name), SHARES)
+    check_bounds(f"{path}.lr", rows.lr, WEIGHTS)
+    check_bounds(f"{path}.decay", rows.decay, WEIGHTS, besides=(0,))
+    for name in ("embedding", "output_layer"):
+        if getattr(train, name):
+            raise fail(
+                path, given[0], f"stands beside train.{name}, which trains all rows",
+                "keep one of them",
+            )  # fmt: skip
 
 
 def _check_numbers(path: str, entry: Adapter) -> None:
@@ -167,6 +225,16 @@ def _check_alone(number: int, recipe: Recipe) -> None:
             f"{path}.experts", "selected", "but not every domain chooses experts",
             "write domains[0].experts, or experts: all",
         )  # fmt: skip
+
+
+def _rows_in_words(rows: VocabularyRows) -> str:
+    if rows.ids:
+        which = f"{len(rows.ids)} rows of the vocabulary"
+    elif rows.budget is not None:
+        which = f"{rows.budget:.3g} of the vocabulary's rows, by the contrast of {rows.domain}"
+    else:
+        which = f"rows with {rows.threshold:.3g} of the contrast of {rows.domain}"
+    return which + (f", at {rows.lr:g} times the learning rate" if rows.lr != 1 else "")
 
 
 def _in_words(entry: Adapter) -> str:

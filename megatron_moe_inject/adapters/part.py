@@ -12,8 +12,9 @@ import torch
 from megatron_moe_inject.adapters.attached import Attached
 from megatron_moe_inject.adapters.matrices import Matrix, matrices, wanted
 from megatron_moe_inject.adapters.rates import Rate, mark, with_rates
+from megatron_moe_inject.adapters.rows_part import RowsOfVocabulary
 from megatron_moe_inject.adapters.stored import Stored
-from megatron_moe_inject.host.agreement import agree, union
+from megatron_moe_inject.host.agreement import agree, on_first_rank, union
 from megatron_moe_inject.host.beside import Beside
 from megatron_moe_inject.host.errors import RecipeError, fail
 from megatron_moe_inject.host.megatron_types import Chunk
@@ -26,27 +27,53 @@ class AdaptersPart(RunPart):
 
     def __init__(self, run: RunContext) -> None:
         self._run = run
-        self._entries = run.recipe.train.adapters
+        train = run.recipe.train
+        self._entries = train.adapters
         self._selected = run.recipe.experts_by_layer()
         self._attached: list[Attached] = []
         self._used: set[int] = set()
         self._mistake: str | None = None
         self._stored = Stored(run)
+        self._rows: RowsOfVocabulary | None = None
+        if train.vocabulary_rows is not None:
+            self._rows = RowsOfVocabulary(run, train.vocabulary_rows, self._stored)
         self.writes_about = bool(run.args.save)
         self.around = {"get_megatron_optimizer": with_rates}
         run.provide(Beside, Beside(self._off))
 
     def trains(self) -> Mapping[str, Any]:
-        """The entries, since the optimizer's state is theirs."""
-        return {"adapters": self._stored.entries}
+        """The entries with what they are on, since the optimizer's state is theirs."""
+        adapters: list[dict[str, Any]] = []
+        for entry, named in zip(self._entries, self._stored.entries, strict=True):
+            adapters.append({**named, "layers": entry.layers})
+            if "experts" in entry.components:
+                chosen = {str(layer): sorted(ids) for layer, ids in self._selected.items()}
+                adapters[-1]["experts"] = "all" if entry.experts == "all" else chosen
+        rows = {} if self._rows is None else self._rows.asked()
+        return {"adapters": adapters, "vocabulary_rows": rows}
 
     def prepare(self) -> None:
         """Compare them with those of the checkpoint that is to be loaded. No collective."""
         self._stored.prepare()
 
+    @contextlib.contextmanager
+    def building(self) -> Iterator[None]:
+        """The rows of the vocabulary are chosen before.
+
+        Collectives: those of ``on_first_rank``, where rows are to be chosen.
+
+        Raises:
+            RecipeError: on every rank: none can be.
+        """
+        if self._rows is not None and self._stored.rows is None:
+            self._stored.choose(on_first_rank(self._rows.choose))
+        yield
+
     def before_ddp(self, chunks: Sequence[Chunk]) -> None:
         """Put adapters on the bare chunks' frozen matrices."""
         for chunk in chunks:
+            if self._rows is not None:
+                self._rows.before_ddp(chunk)
             by_module: dict[torch.nn.Module, list[tuple[Matrix, int]]] = defaultdict(list)
             for matrix in matrices(chunk):
                 numbers = wanted(self._entries, self._selected, matrix.place)
@@ -78,7 +105,12 @@ class AdaptersPart(RunPart):
                 self._mistake = self._mistake.replace("leave it out of one of both", "lower it")
 
     def loaded(self, student: BuiltStudent) -> None:
-        """From now on checkpoints hold them. No collective."""
+        """From now on checkpoints hold them.
+
+        Collectives: those of ``RowsOfVocabulary.loaded``.
+        """
+        if self._rows is not None:
+            self._rows.loaded(student, self._stored.holds)
         self._stored.loaded()
 
     def attach(self, student: BuiltStudent) -> StepPart | None:
@@ -91,7 +123,7 @@ class AdaptersPart(RunPart):
         """
         agree(self._check)
         self._check_used()
-        return None
+        return None if self._rows is None else self._rows.attach(student)
 
     def _check(self) -> None:
         if self._mistake is not None:
@@ -110,10 +142,13 @@ class AdaptersPart(RunPart):
     @contextlib.contextmanager
     def _off(self) -> Iterator[None]:
         """Inside, the model is the original: nothing of them acts. No collective."""
-        for attached in self._attached:
-            attached.adapter.on = False
+        beside = [attached.adapter for attached in self._attached]
+        if self._rows is not None:
+            beside += [layer.rows for layer in self._rows.layers]
+        for module in beside:
+            module.on = False
         try:
             yield
         finally:
-            for attached in self._attached:
-                attached.adapter.on = True
+            for module in beside:
+                module.on = True

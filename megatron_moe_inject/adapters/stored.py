@@ -61,6 +61,13 @@ class Stored:
                     f"layers are numbered otherwise; {remedy}"
                 )
             self.holds, self._base = True, dict(stored.get("base") or {})
+            rows = stored.get("vocabulary_rows")
+            self.rows = None if rows is None else list(rows["ids"])
+        self._describe()
+
+    def choose(self, ids: list[int]) -> None:
+        """The rows of the vocabulary that train from here on. No collective."""
+        self.rows = ids
         self._describe()
 
     def loaded(self) -> None:

@@ -27,6 +27,23 @@ GROUPED_SHARDED = Wrapped(
 )
 ROUTER_SHARDED = Wrapped(f"{ROUTER}.sharded_state_dict", _STATE, does=_STORES)
 
+_EMBEDDING = f"{_LAYERS}.VocabParallelEmbedding"
+EMBEDDING_FORWARD = Wrapped(
+    f"{_EMBEDDING}.forward", ("input_",), does="puts the trained rows in their places"
+)
+EMBEDDING_SHARDED = Wrapped(
+    f"{_EMBEDDING}.sharded_state_dict", _STATE, does="stores the rows beside the matrix"
+)
+HEAD_SHARDED = Wrapped(
+    f"{_LAYERS}.ColumnParallelLinear.sharded_state_dict",
+    _STATE,
+    does="stores the rows beside the matrix",
+)
+FINALIZE = Wrapped(
+    "megatron.core.model_parallel_config.ModelParallelConfig.finalize_model_grads_func",
+    does="sums the gradients of a tied student's rows over first and last stage",
+)
+
 ADAPTERS = Contract(
     "train.adapters",
     (
@@ -66,4 +83,24 @@ ADAPTERS = Contract(
 )
 GROUPED_ADAPTERS = Contract(
     "train.adapters, with --moe-grouped-gemm", (GROUPED_FORWARD, GROUPED_SHARDED)
+)
+
+VOCABULARY_ROWS = Contract(
+    "train.vocabulary_rows",
+    (
+        EMBEDDING_FORWARD,
+        EMBEDDING_SHARDED,
+        HEAD_SHARDED,
+        FINALIZE,
+        Hooked(
+            _EMBEDDING, kind="load_state_dict post-hook", does="a stock checkpoint lacks no rows"
+        ),
+        Use(_EMBEDDING, attributes=("reduce_scatter_embeddings", "weight")),
+        Use(
+            "megatron.core.optimizer.optimizer.MegatronOptimizer.reload_model_params",
+        ),
+        *symbols("megatron.core.datasets.indexed_dataset", "IndexedDataset"),
+        *symbols("megatron.core.tensor_parallel", "copy_to_tensor_model_parallel_region"),
+        *symbols("megatron.core.transformer.utils", "make_sharded_tensors_for_checkpoint"),
+    ),
 )

@@ -90,7 +90,7 @@ class TrainedIds(torch.nn.Module):
         """
         places, rows = self.get_buffer("places")[ids], self.rows
         if embedded.shape[:2] != ids.shape or self._divides(ids, embedded):
-            places = places.t().chunk(self._group.size(), dim=0)[self._group.rank()]
+            places = places.t().chunk(self._group.size(), dim=0)[self._group.rank()].contiguous()
         elif self._sequence:
             rows = _Shared.apply(rows, self._group.size())
         spread = torch.arange(places.numel(), device=places.device).view_as(places) % len(rows)

@@ -32,6 +32,7 @@ from megatron_moe_inject.host.errors import (
 from megatron_moe_inject.host.layer_pattern import pattern_of
 from megatron_moe_inject.host.megatron_types import Chunk
 from megatron_moe_inject.host.model_parts import (
+    is_adapter,
     is_own,
 )
 from megatron_moe_inject.host.norm_names import other_name, stored_name

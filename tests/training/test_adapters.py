@@ -3,6 +3,7 @@ original model on, resumed bitwise, with nothing else moved."""
 
 import pytest
 
+from tests.harness.grouped import grouped
 from tests.harness.injection import LAYOUTS, PROVEN, TERMS, inject
 
 RECIPE = """
@@ -36,6 +37,44 @@ def one(material):
 @pytest.mark.parametrize("layout", ["ep2", "tp2-sp", "pp2", "cp2", "full recompute"])
 def test_a_layout_gives_what_one_process_gives(material, one, layout):
     run = inject(material, RECIPE, **LAYOUTS[layout])
+    assert PROVEN.search(run.output)
+    for term in TERMS:
+        assert run.losses(term) == pytest.approx(one.losses(term), rel=2e-5), term
+
+
+@pytest.mark.parametrize("layout", [None, "ep2, distributed optimizer"])
+def test_grouped_experts_train_as_one_by_one(material, layout):
+    sizes = dict(LAYOUTS[layout]) if layout else {}
+    run = grouped(material, *sizes.pop("extra", ()), recipe=EXPERTS, **sizes)
+    one = inject(material, EXPERTS)
+    assert PROVEN.search(run.output)
+    for term in TERMS:
+        assert run.losses(term) == pytest.approx(one.losses(term), rel=2e-5), term
+
+
+def test_experts_may_be_divided(material, one):
+    run = inject(material, RECIPE, nproc=2, tp=2, extra=ETP)
+    for term in TERMS:
+        assert run.losses(term) == pytest.approx(one.losses(term), rel=2e-5), term
+
+
+ROWS = """
+domains:
+  - {{name: code, data: [1], teacher: coder, experts: {{layers: {{0: [1], 1: [0, 3]}}}}}}
+teachers:
+  coder: {{source: "megatron:{teacher}"}}
+objective: {{alpha: 0.7, beta: 0.3, gamma: 1.0}}
+train:
+  experts: none
+  adapters: [{{targets: [experts], rank: 4, alpha: 16}}]
+  vocabulary_rows: {{domain: code, budget: 0.4, lr: 3}}
+"""
+
+
+@pytest.mark.parametrize("layout", ["tp2-sp", "pp2", "dp2, distributed optimizer", "tp2-pp2"])
+def test_rows_of_the_vocabulary(material, layout):
+    one = inject(material, ROWS)
+    run = inject(material, ROWS, **LAYOUTS[layout])
     assert PROVEN.search(run.output)
     for term in TERMS:
         assert run.losses(term) == pytest.approx(one.losses(term), rel=2e-5), term

@@ -90,6 +90,9 @@ def _shown(policy: dict) -> str:
     named = [n for n in policy["components"] if n != "router_rows" or rows is None]
     named += [f"router rows {_by_layer(rows)}"] if rows else []
     named += [*layers, *policy.get("patterns", ())]
+    named += [f"adapters of rank {e['rank']} on {', '.join(e['targets'])}"
+              for e in policy.get("adapters", ())]  # fmt: skip
+    named += ["rows of the vocabulary"] if policy.get("vocabulary_rows") else []
     named += [f"projection {name}" for name in policy.get("projections", ())]
     return " and ".join(part for part in (experts, ", ".join(named)) if part)
 
