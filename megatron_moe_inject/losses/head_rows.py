@@ -64,16 +64,14 @@ class HeadRows:
         return None if found is None else cls(*found)
 
     def places(self, shard: VocabShard, width: int) -> Tensor:
-        """``columns``, with that behind the last real id for each padded one.
+        """``columns``, with that behind the last real id for each padded one, -1 for no row.
 
         Args:
             shard: this rank's part of the vocabulary.
             width: v/p, its rows with padding.
         """
-        if shard.columns == width:
-            return self.columns
-        padded = (self.columns >= shard.columns) & (self.columns < width)
-        return self.columns.masked_fill(padded, shard.columns)
+        places = self.columns.clamp(max=shard.columns)
+        return places.masked_fill_(self.columns >= width, -1)
 
 
 @dataclass(frozen=True)

@@ -115,10 +115,12 @@ class FusedCase:
         """What ``head`` of ``HEADS`` adds to a call: a mask of which ``upstream`` is a multiple."""
         return {"upstream_mask": self.upstream / -0.3} if head == "promised" else {}
 
-    def student(self, hidden: Tensor, weight: Tensor, tp_group=None, transform=None) -> Student:
-        """The student with these leaves."""
+    def student(
+        self, hidden: Tensor, weight: Tensor, tp_group=None, transform=None, **changes
+    ) -> Student:
+        """The student with these leaves; ``changes`` are ``head_rows`` and ``head_low_rank``."""
         vocabulary = Vocabulary(tp_group, self.options["valid_vocab_size"])
-        return Student(hidden, weight, self.labels, vocabulary, transform)
+        return Student(hidden, weight, self.labels, vocabulary, transform, **changes)
 
     def target(self, transform: LogitTransform | None = None) -> Target | None:
         """What the teacher says, by its hidden states and head; None without one."""
@@ -140,7 +142,8 @@ class FusedCase:
             given.pop("temperature"),
             given.pop("weighting", None),
         )
-        student = self.student(hidden, weight, tp_group, transform)
+        changes = {name: given.pop(name, None) for name in ("head_rows", "head_low_rank")}
+        student = self.student(hidden, weight, tp_group, transform, **changes)
         return fused_loss(student, target, weights, FusedOptions(**given))
 
     def dense(self) -> dict[str, Tensor]:

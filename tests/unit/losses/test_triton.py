@@ -45,6 +45,7 @@ from tests.harness.losses_cases import (
     per_token,
     relative_error,
 )
+from tests.harness.losses_head_cases import CHANGES, ChangedHead
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
@@ -302,6 +303,27 @@ def _fused(options, head_trains, chunk, stored):
     ):
         if expected is not None:
             _same(actual, expected, f"{options}: {name}", floor=2e-5)
+
+
+def _changed_head(change, head):
+    """The kernels read what a product of some columns wrote over the logits."""
+    case = FusedCase.make(t=4, v=80, valid=77, dtype=torch.float32, kind="jsd")
+    results = []
+    for kernels in (None, _kernels()):
+        own = ChangedHead.make(case, change, ids=range(0, 80, 3)).shard(0, 1, 80)
+        hidden, weight = case.leaves(head_trains=False)
+        options = {"chunk_tokens": 3, "kernels": kernels, **own.options, **case.promise(head)}
+        loss = case.call(hidden, weight, **options)
+        loss.total.backward(case.upstream)
+        results.append([*loss, hidden.grad, *(leaf.grad for leaf in own.leaves.values())])
+    for place, (expected, actual) in enumerate(zip(*results, strict=True)):
+        _same(actual, expected, f"{change}, {head}: {place}", floor=2e-5)
+
+
+@pytest.mark.parametrize("head", ["kept", "promised"])
+def test_a_head_with_rows_of_its_own(run, head):
+    for change in CHANGES:
+        run(_changed_head, change, head)
 
 
 def _mixture(kind):
