@@ -6,15 +6,11 @@ torch is imported when it runs: the other commands do without it.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_moe_inject.host.commands import Commands, add_command
-from megatron_moe_inject.host.text import table
-
-if TYPE_CHECKING:
-    from megatron_moe_inject.host.low_rank import Rounding
 
 
 def add_commands(commands: Commands) -> None:
@@ -37,31 +33,17 @@ def add_commands(commands: Commands) -> None:
 def _merge(options: argparse.Namespace) -> str:
     from megatron_moe_inject.adapters.merge import merge_adapters
     from megatron_moe_inject.experts.delta.delta import CheckpointPlace
+    from megatron_moe_inject.host.low_rank import rounding_table
 
     trained = CheckpointPlace("--trained", options.trained)
     done = merge_adapters(trained, options.output, _progress)
     number = sum(rounding.matrices for rounding in done.roundings.values())
     return "\n".join(
         [
-            *_rounding_table(done.roundings),
+            *rounding_table(done.roundings),
             f"{options.output}: adapters merged into {number} matrices, without optimizer state",
         ]
     )
-
-
-def _rounding_table(roundings: Mapping[str, Rounding]) -> list[str]:
-    """The largest error of a matrix relative to its largest change, the root mean square of all
-    relative to that of all changes, and how many values stayed as they were."""
-    rows = [("merged", "matrices", "largest rounding", "rms", "values not moved")]
-    for component, rounding in sorted(roundings.items()):
-        lost = rounding.lost / rounding.values if rounding.values else 0.0
-        numbers = (_share(rounding.largest), _share(rounding.rms), _share(lost))
-        rows.append((component, str(rounding.matrices), *numbers))
-    return [*table(rows, right=(1, 2, 3, 4)), "rounding is relative to the change, s B A"]
-
-
-def _share(value: float) -> str:
-    return f"{value:.2g}" if value else "none"
 
 
 def _progress(items: Iterable[Any], total: int) -> Iterable[Any]:

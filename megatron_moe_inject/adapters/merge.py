@@ -17,12 +17,10 @@ from typing import Any
 from megatron_moe_inject.experts.delta.delta import CheckpointPlace, must_not_exist
 from megatron_moe_inject.host.files import new_folder
 from megatron_moe_inject.host.gpt_names import Place, stacked_axes
-from megatron_moe_inject.host.low_rank import Product, Rounding, merged, rows_put_in
-from megatron_moe_inject.host.model_parts import OWN_PREFIX, component_of_stored, is_own
+from megatron_moe_inject.host.low_rank import Product, Rounding, by_component, merged, rows_put_in
+from megatron_moe_inject.host.model_parts import OWN_PREFIX, is_own
 from megatron_moe_inject.host.stored_adapters import StoredAdapters
 from megatron_moe_inject.host.torch_dist_copy import Change, Progress, saved_copy
-
-ROWS = "vocabulary rows"
 
 
 @dataclass(frozen=True)
@@ -61,12 +59,7 @@ def merge_adapters(trained: CheckpointPlace, output: Path, progress: Progress) -
         saved_copy(
             checkpoint, folder, changes, progress, left_out=is_own, common=without_own_arguments
         )
-    roundings: dict[str, Rounding] = {}
-    for name, by_place in matrices.items():
-        for rounding in by_place.values():
-            roundings.setdefault(component_of_stored(name), Rounding()).join(rounding)
-    for rounding in rows.values():
-        roundings.setdefault(ROWS, Rounding()).join(rounding)
+    roundings = by_component(matrices, rows)
     return Merged(roundings, adapters.described.base.checkpoint)
 
 

@@ -136,7 +136,8 @@ def _export(options: argparse.Namespace) -> str:
 
 def _trained(options: argparse.Namespace, model: FolderModel) -> Trained:
     from megatron_moe_inject.convert.trained import TrainedCheckpoint, TrainedDelta
-    from megatron_moe_inject.experts.delta.delta import CheckpointPlace, DeltaFolder
+    from megatron_moe_inject.experts.delta.delta import CheckpointPlace
+    from megatron_moe_inject.experts.delta.index import DeltaFolder
 
     if options.delta is not None:
         return TrainedDelta(DeltaFolder(options.delta), model)

@@ -14,11 +14,18 @@ from megatron_moe_inject.convert.architectures.table import Entry, Slot
 from megatron_moe_inject.convert.folder_model import FolderModel
 from megatron_moe_inject.convert.naming import Naming, Stored, numbers_layers, pieces_of
 from megatron_moe_inject.convert.tokenizer import compare_tokenizers
-from megatron_moe_inject.experts.delta.delta import DeltaFolder
-from megatron_moe_inject.experts.delta.index import Slice, slice_checksum
+from megatron_moe_inject.experts.delta.adapters import new_rows, products
+from megatron_moe_inject.experts.delta.index import (
+    Adapted,
+    DeltaFolder,
+    NewRows,
+    Slice,
+    slice_checksum,
+)
 from megatron_moe_inject.host.errors import RecipeError, listing
 from megatron_moe_inject.host.gpt_names import pattern_of_names
 from megatron_moe_inject.host.layer_pattern import LayerPattern
+from megatron_moe_inject.host.low_rank import Rounding, merge, rounded
 from megatron_moe_inject.host.model_parts import is_own
 from megatron_moe_inject.host.norm_names import stored_name
 from megatron_moe_inject.host.stored_adapters import refuse_adapters
@@ -160,11 +167,14 @@ class TrainedDelta:
         slices = delta.index.slices
         layers = delta.index.layers
         pattern = None if layers is None else LayerPattern(layers)
-        by_layer = any(numbers_layers(item.tensor) for item in slices.values())
+        tensors = [item.tensor for item in slices.values()]
+        tensors += [] if delta.index.adapters is None else delta.index.adapters.dtypes
+        by_layer = any(map(numbers_layers, tensors))
         naming = model.naming.seen_in(pattern, by_layer)
         if naming is None:
             raise self._other("it has other layers")
         keys: dict[tuple[str, tuple[int, ...]], tuple[Slot, slice]] = {}
+        adapters = delta.index.adapters
         for entry in model.entries:
             for where, rows in pieces_of(entry, naming.stored(entry.slot)):
                 keys |= {(name, where.place): (entry.slot, rows) for name in where.names}
@@ -176,11 +186,54 @@ class TrainedDelta:
                 unknown.append(_text(item))
             else:
                 self._slices.setdefault(taker[0], []).append((key, taker[1]))
+        self._adapted: dict[Slot, Adapted] = {}
+        self._rows: dict[Slot, NewRows] = {}
+        for matrix in () if adapters is None else adapters.matrices:
+            taker = keys.get((matrix.tensor, tuple(matrix.place)))
+            if taker is None or taker[0] in self._adapted:
+                unknown.append(f"adapters of {_text(matrix)}")
+            else:
+                self._adapted[taker[0]] = matrix
+        for vocabulary in () if adapters is None else adapters.rows:
+            taker = keys.get((vocabulary.tensor, ()))
+            if taker is None or taker[0] in self._rows:
+                unknown.append(f"rows of {vocabulary.tensor}")
+            else:
+                self._rows[taker[0]] = vocabulary
         if unknown:
             raise self._other(f"it holds {listing(unknown, 4)}, which no part of it takes")
 
     def slice(self, entry: Entry) -> torch.Tensor | None:
         """See ``exporting.Trained``."""
+        matrix, rows = self._adapted.get(entry.slot), self._rows.get(entry.slot)
+        adapted = matrix or rows
+        if adapted is None:
+            return self._replaced(entry)
+        whole = self._model.joined(entry, self._dtype(adapted.tensor))
+        if matrix is not None:
+            self._check(whole, matrix.base_sha256, _text(matrix))
+            merge(whole, products(self._delta, matrix, tuple(whole.shape)), Rounding())
+        if rows is not None:
+            new = new_rows(self._delta, rows, tuple(whole.shape))
+            self._check(whole[rows.ids], rows.base_sha256, f"rows of {rows.tensor}")
+            whole[rows.ids] = rounded(new.double(), whole.dtype)
+        return whole
+
+    def _dtype(self, tensor: str) -> torch.dtype:
+        """Of the delta's base."""
+        adapters = self._delta.index.adapters
+        name = None if adapters is None else adapters.dtypes.get(tensor)
+        dtype = getattr(torch, name or "", None)
+        if not isinstance(dtype, torch.dtype):
+            raise self._delta.damaged(f"has adapters of {tensor} in the type {name!r}")
+        return dtype
+
+    def _check(self, old: torch.Tensor, sha256: str, text: str) -> None:
+        if slice_checksum(old) != sha256:
+            raise self._other(f"its base held other values of {text}")
+
+    def _replaced(self, entry: Entry) -> torch.Tensor | None:
+        """With the slices of the delta; ``None`` where it has none."""
         changes = self._slices.get(entry.slot)
         if changes is None:
             return None
@@ -195,8 +248,7 @@ class TrainedDelta:
                 raise self._other(
                     f"it has {_text(item)} as {list(value.shape)} instead of {list(old.shape)}"
                 )
-            if slice_checksum(old) != item.base_sha256:
-                raise self._other(f"its base held other values of {_text(item)}")
+            self._check(old, item.base_sha256, _text(item))
             old.copy_(value)
         return whole[: entry.shape[0]] if entry.padded else whole
 
@@ -214,5 +266,5 @@ def _shape(entry: Entry, rows: slice) -> tuple[int, ...]:
     return (rows.stop - rows.start, *entry.shape[1:])
 
 
-def _text(item: Slice) -> str:
+def _text(item: Slice | Adapted) -> str:
     return f"{item.tensor} {item.place}" if item.place else item.tensor

@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 
 from megatron_moe_inject.host.gpt_names import Place
+from megatron_moe_inject.host.model_parts import component_of_stored
+from megatron_moe_inject.host.text import table
 from megatron_moe_inject.host.torch_dist_copy import Change
 
 _BLOCK = 1 << 21
@@ -96,6 +98,34 @@ class Rounding:
         if not self.squared_change:
             return 0.0
         return math.sqrt(self.squared_error / self.squared_change)
+
+
+ROWS = "vocabulary rows"
+
+
+def by_component(
+    matrices: Mapping[str, Mapping[Place, Rounding]], rows: Mapping[str, Rounding]
+) -> dict[str, Rounding]:
+    """What was lost, by component of the model, of matrices by tensor and place and of rows."""
+    joined: dict[str, Rounding] = {}
+    for name, by_place in matrices.items():
+        for rounding in by_place.values():
+            joined.setdefault(component_of_stored(name), Rounding()).join(rounding)
+    for rounding in rows.values():
+        joined.setdefault(ROWS, Rounding()).join(rounding)
+    return joined
+
+
+def rounding_table(roundings: Mapping[str, Rounding]) -> list[str]:
+    """The largest error of a matrix relative to its largest change, the root mean square of all
+    relative to that of all changes, and the part of the values that are stored as before."""
+    heads = "merged", "matrices", "largest rounding", "rms", "values not moved"
+    rows: list[tuple[str, ...]] = [heads]
+    for component, rounding in sorted(roundings.items()):
+        lost = rounding.lost / rounding.values if rounding.values else 0.0
+        numbers = [f"{n:.2g}" if n else "none" for n in (rounding.largest, rounding.rms, lost)]
+        rows.append((component, str(rounding.matrices), *numbers))
+    return [*table(rows, right=(1, 2, 3, 4)), "rounding is relative to the change, s B A"]
 
 
 def merge(weight: torch.Tensor, products: Sequence[Product], rounding: Rounding) -> None:

@@ -8,7 +8,7 @@ import io
 import pickle
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,16 @@ def replaced(slices: Mapping[tuple[int, ...], Callable[[], torch.Tensor]]) -> Ch
             part[inside] = new()[tuple(slice(b, b + size) for b, size in rest)]
             touched = True
         return touched
+
+    return change
+
+
+def in_turn(changes: Sequence[Change]) -> Change:
+    """Several changes of one tensor, one after the other."""
+
+    def change(begin: tuple[int, ...], part: torch.Tensor) -> bool:
+        touched = [each(begin, part) for each in changes]
+        return any(touched)
 
     return change
 

@@ -57,11 +57,17 @@ def _export(options: argparse.Namespace) -> str:
 
 def _apply(options: argparse.Namespace) -> str:
     from megatron_moe_inject.experts.delta.delta import CheckpointPlace, apply_delta
+    from megatron_moe_inject.host.low_rank import rounding_table
 
     base = CheckpointPlace("--base", options.base)
     summary = apply_delta(base, options.delta, options.output, progress=_progress)
-    number = sum(summary.changed.values())
-    return f"{options.output}: {number} slices ({memory_text(summary.bytes)}) replaced"
+    size = memory_text(summary.bytes)
+    if not summary.roundings:
+        number = sum(summary.changed.values())
+        return f"{options.output}: {number} slices ({size}) replaced"
+    matrices = sum(rounding.matrices for rounding in summary.roundings.values())
+    lines = rounding_table(summary.roundings)
+    return "\n".join([*lines, f"{options.output}: {matrices} matrices merged ({size})"])
 
 
 def _progress(items: Iterable[Any], total: int) -> Iterable[Any]:

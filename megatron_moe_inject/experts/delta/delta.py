@@ -14,30 +14,30 @@ have a checksum, and what its slices are is held against the base before anythin
 
 from __future__ import annotations
 
-import itertools
 import json
-import math
 import operator
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 
+from megatron_moe_inject.experts.delta.adapters import AppliedAdapters, ExportedAdapters
+from megatron_moe_inject.experts.delta.files import DeltaFiles
 from megatron_moe_inject.experts.delta.index import (
     FORMAT,
     INDEX,
     VERSION,
+    WITH_ADAPTERS,
+    DeltaFolder,
     DeltaIndex,
     Slice,
     as_bytes,
     damaged,
     file_checksum,
-    read_index,
     slice_checksum,
 )
 from megatron_moe_inject.experts.delta.weights import Weights
@@ -48,8 +48,10 @@ from megatron_moe_inject.host.errors import (
 )
 from megatron_moe_inject.host.files import new_folder
 from megatron_moe_inject.host.gpt_names import stacked_axes
+from megatron_moe_inject.host.low_rank import Rounding
+from megatron_moe_inject.host.stored_adapters import StoredAdapters, refuse_adapters
 from megatron_moe_inject.host.torch_dist import TorchDistCheckpoint
-from megatron_moe_inject.host.torch_dist_copy import Progress, replaced, saved_copy
+from megatron_moe_inject.host.torch_dist_copy import Progress, in_turn, replaced, saved_copy
 
 _FILE_BYTES = 4 << 30
 
@@ -85,41 +87,16 @@ class DeltaSummary:
     """What a delta holds.
 
     Attributes:
-        changed: slices by the name of their tensor.
+        changed: slices by the name of their tensor; matrices with adapters, and rows, besides.
         bytes: size of the values.
         base_bytes: size of all weights of the base.
+        roundings: of adapters that were merged, by component.
     """
 
     changed: Mapping[str, int]
     bytes: int
     base_bytes: int
-
-
-class DeltaFolder:
-    """A delta that was read, for others than ``apply_delta``.
-
-    Args:
-        path: what ``export_delta`` wrote.
-
-    Attributes:
-        index: its description, checked against its files.
-
-    Raises:
-        RecipeError: it is damaged, or no delta.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.index = read_index(path)
-
-    def error(self, problem: str, remedy: str) -> RecipeError:
-        """The error "--delta path problem; remedy"."""
-        return RecipeError(f"--delta {self._path} {problem}; {remedy}", "--delta")
-
-    def read(self, name: str) -> torch.Tensor:
-        """New values of a slice by its name in ``index.slices``."""
-        with safe_open(self._path / self.index.slices[name].file, framework="pt") as file:
-            return file.get_tensor(name)
+    roundings: Mapping[str, Rounding] = field(default_factory=dict)
 
 
 def export_delta(
@@ -132,69 +109,60 @@ def export_delta(
 ) -> DeltaSummary:
     """Compare two checkpoints of one model and write what differs. No collective.
 
+    Adapters and vocabulary rows are written as they are, not merged into the weights.
+
     Args:
-        base: before training.
+        base: before training, without adapters.
         trained: after it, at any parallel layout.
         output: a folder that does not exist; it appears whole or not at all.
         progress: shows how far it is.
         file_bytes: largest size of one file, and of what is held in memory.
 
     Raises:
-        RecipeError: a checkpoint that cannot be read, two that are not of one model, an output
-            that exists, or nothing that changed.
+        RecipeError: a checkpoint that cannot be read, two that are not of one model, adapters of
+            another base, an output that exists, or nothing that changed.
     """
     must_not_exist(output)
-    before, after = _of_one_kind(Weights(base.open()), Weights(trained.open()))
+    opened = base.open()
+    refuse_adapters(opened.tensors, base.error)
+    before, after = _of_one_kind(Weights(opened), Weights(trained.open()))
+    stored = StoredAdapters.of(after.checkpoint)
     before = before.named_like(after.tensors)
     after = after.named_like(before.tensors)
     names = _common_tensors(before, after)
     slices = [(name, place) for name in names for place in before.places(name)]
+    adapted = None if stored is None else ExportedAdapters(stored, after)
     index: dict[str, Slice] = {}
     with new_folder(output) as folder:
-        batch: dict[str, torch.Tensor] = {}
-        changed: dict[str, tuple[str, tuple[int, ...], str]] = {}
-        files = itertools.count(1)
-
-        def flush() -> None:
-            file = f"delta-{next(files):05d}.safetensors"
-            try:
-                save_file(batch, folder / file)
-            except SafetensorError as error:  # no space left, say
-                raise OSError(str(error)) from error
-            for name in batch:
-                tensor, place, checksum = changed[name]
-                index[name] = Slice(tensor, list(place), checksum, file)
-            batch.clear()
-
-        size = 0
+        files = DeltaFiles(folder, file_bytes)
         for name, place in progress(slices, len(slices)):
             old, new = before.read(name, place), after.read(name, place)
-            if torch.equal(as_bytes(old), as_bytes(new)):
+            same = torch.equal(as_bytes(old), as_bytes(new))
+            if adapted is not None:
+                adapted.take(name, place, old, same, files)
+            if same:
                 continue
-            if batch and size + new.nbytes > file_bytes:
-                flush()
-                size = 0
             entry = "@".join([name, ".".join(map(str, place))]) if place else name
-            changed[entry] = name, place, slice_checksum(old)
-            batch[entry] = new
-            size += new.nbytes
-        if not changed:
+            file = files.add(entry, new)
+            index[entry] = Slice(name, list(place), slice_checksum(old), file)
+        adapters = None if adapted is None else adapted.index()
+        if not index and adapters is None:
             raise trained.error("does not differ from the base", "name the checkpoint after it")
-        flush()
-        summary = _summary(before, index)
+        files.close()
         described = DeltaIndex(
             format=FORMAT,
-            version=VERSION,
+            version=VERSION if adapters is None else WITH_ADAPTERS,
             model=before.fingerprint(),
             base_iteration=before.checkpoint.folder.name,
             trained_iteration=after.checkpoint.folder.name,
             layers=before.layers,
-            bytes=summary.bytes,
+            bytes=files.bytes,
             files={path.name: file_checksum(path) for path in sorted(folder.iterdir())},
             slices=index,
+            adapters=adapters,
         )
         (folder / INDEX).write_text(json.dumps(asdict(described), indent=1), encoding="utf-8")
-    return summary
+    return _summary(before, described)
 
 
 def apply_delta(
@@ -214,13 +182,19 @@ def apply_delta(
         RecipeError: a damaged delta, another base, or an output that exists.
     """
     must_not_exist(output)
-    described = read_index(delta)
-    before = _numbered(Weights(base.open()), described.layers)
-    before = before.named_like({entry.tensor for entry in described.slices.values()})
+    opened = base.open()
+    refuse_adapters(opened.tensors, base.error)
+    source = DeltaFolder(delta)
+    described = source.index
+    before = _numbered(Weights(opened), described.layers)
+    adapters = described.adapters
+    named = {entry.tensor for entry in described.slices.values()}
+    before = before.named_like(named | set(() if adapters is None else adapters.dtypes))
     if before.fingerprint() != described.model:
         raise base.error("is another model than the delta's base", "name the base it was made from")
     index = described.slices
-    changes = _changes(delta, index, before)
+    changes = {name: [replaced(new)] for name, new in _changes(delta, index, before).items()}
+    applied = None if adapters is None else AppliedAdapters(source, adapters, before)
     for entry in progress(index.values(), len(index)):
         checksum = slice_checksum(before.read(entry.tensor, tuple(entry.place)))
         if checksum != entry.base_sha256:
@@ -228,10 +202,14 @@ def apply_delta(
                 f"holds other values of {entry.tensor} {entry.place} than the delta's base",
                 "name the base it was made from",
             )
+    if applied is not None:
+        applied.check_base(base)
+        for name, merging in applied.changes.items():
+            changes.setdefault(name, []).append(merging)
     with new_folder(output) as folder:
-        by_tensor = {name: replaced(slices) for name, slices in changes.items()}
+        by_tensor = {name: in_turn(each) for name, each in changes.items()}
         saved_copy(before.checkpoint, folder, by_tensor, progress)
-    return _summary(before, index)
+    return _summary(before, described, {} if applied is None else applied.roundings())
 
 
 @dataclass(frozen=True)
@@ -306,14 +284,16 @@ def _common_tensors(before: Weights, after: Weights) -> list[str]:
     return sorted(base)
 
 
-def _summary(base: Weights, index: Mapping[str, Slice]) -> DeltaSummary:
-    size = 0
-    for entry in index.values():
-        stored = base.tensors[entry.tensor]
-        size += math.prod(stored.size[len(entry.place) :]) * stored.dtype.itemsize
+def _summary(
+    base: Weights, index: DeltaIndex, roundings: Mapping[str, Rounding] | None = None
+) -> DeltaSummary:
+    changed = Counter(entry.tensor for entry in index.slices.values())
+    if index.adapters is not None:
+        changed.update(f"{entry.tensor}, adapters" for entry in index.adapters.matrices)
+        changed.update({f"{entry.tensor}, rows": len(entry.ids) for entry in index.adapters.rows})
     whole = base.checkpoint.tensors.values()
     total = sum(s.size.numel() * s.properties.dtype.itemsize for s in whole)
-    return DeltaSummary(Counter(entry.tensor for entry in index.values()), size, total)
+    return DeltaSummary(changed, index.bytes, total, roundings or {})
 
 
 def _changes(

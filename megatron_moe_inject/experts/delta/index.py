@@ -17,8 +17,11 @@ from safetensors import SafetensorError, safe_open
 from megatron_moe_inject.host import typed
 from megatron_moe_inject.host.errors import RecipeError, one_line, show
 from megatron_moe_inject.host.files import is_plain_name
+from megatron_moe_inject.host.stored_adapters import Base
 
-FORMAT, VERSION = "megatron_moe_inject.delta", 1
+FORMAT = "megatron_moe_inject.delta"
+VERSION, WITH_ADAPTERS = 1, 2
+"""Of an index without and with adapters."""
 INDEX = "delta.json"
 
 _NEEDED = {"remedy": "the index was changed"}
@@ -42,6 +45,68 @@ class Slice:
 
 
 @dataclass(frozen=True)
+class Factors:
+    """One low-rank change of a matrix, ``scale * b @ a``.
+
+    Attributes:
+        a, b: names in the files, of ``[r, in]`` and ``[out, r]``.
+        scale: of their product.
+    """
+
+    a: str = field(metadata=_NEEDED)
+    b: str = field(metadata=_NEEDED)
+    scale: float = field(metadata=_NEEDED)
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A matrix with adapters.
+
+    Attributes:
+        tensor, place, base_sha256: as of a ``Slice``.
+        changes: which are added to what the base holds.
+    """
+
+    tensor: str = field(metadata=_NEEDED)
+    place: list[int] = field(metadata=_NEEDED)
+    base_sha256: str = field(metadata=_NEEDED)
+    changes: list[Factors] = field(metadata=_NEEDED)
+
+
+@dataclass(frozen=True)
+class NewRows:
+    """Rows that take the place of the base's in a vocabulary.
+
+    Attributes:
+        tensor: name in the checkpoint.
+        base_sha256: of these rows in the base.
+        rows: name in the files; row i is that of ``ids[i]``.
+    """
+
+    tensor: str = field(metadata=_NEEDED)
+    base_sha256: str = field(metadata=_NEEDED)
+    rows: str = field(metadata=_NEEDED)
+    ids: list[int] = field(metadata=_NEEDED)
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """Adapters and vocabulary rows of a delta.
+
+    Attributes:
+        base: what their run loaded when they began.
+        dtypes: types of the base's matrices, by tensor: ``bfloat16``.
+        files: of their tensors, by name.
+    """
+
+    base: Base = field(metadata=_NEEDED)
+    dtypes: dict[str, str] = field(metadata=_NEEDED)
+    files: dict[str, str] = field(metadata=_NEEDED)
+    matrices: list[Adapted] = field(metadata=_NEEDED)
+    rows: list[NewRows] = field(metadata=_NEEDED)
+
+
+@dataclass(frozen=True)
 class DeltaIndex:
     """What ``delta.json`` says.
 
@@ -53,6 +118,7 @@ class DeltaIndex:
             ``None`` for a base that is a GPT model, and where one of both was.
         files: SHA-256 of each file, by name.
         slices: by their name in the files.
+        adapters: of a run that trained some.
     """
 
     format: str = field(metadata=_NEEDED)
@@ -64,6 +130,12 @@ class DeltaIndex:
     files: dict[str, str] = field(metadata=_NEEDED)
     slices: dict[str, Slice] = field(metadata=_NEEDED)
     layers: str | None = None
+    adapters: Adapters | None = None
+
+    def file_of(self) -> dict[str, str]:
+        """The file of each tensor of the delta, by the tensor's name in it."""
+        files = {name: entry.file for name, entry in self.slices.items()}
+        return files if self.adapters is None else files | self.adapters.files
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -93,17 +165,19 @@ def read_index(delta: Path) -> DeltaIndex:
     try:
         plain = json.loads(path.read_text(encoding="utf-8"))
         kind = plain["format"], plain["version"]
-        if kind != (FORMAT, VERSION):
+        if kind not in ((FORMAT, VERSION), (FORMAT, WITH_ADAPTERS)):
             raise RecipeError(
                 f"--delta {delta} is {one_line(str(kind[0]))} version {show(kind[1])}; this reads "
-                f"{FORMAT} "
-                f"version {VERSION}"
+                f"{FORMAT} versions {VERSION} and {WITH_ADAPTERS}"
             )
         try:
             described = typed.build(DeltaIndex, plain)
         except RecipeError as error:
             raise damaged(delta, f"has an {INDEX} that cannot be: {error}") from None
-        names = [*described.files, *(entry.file for entry in described.slices.values())]
+        if (described.adapters is not None) != (kind[1] == WITH_ADAPTERS):
+            raise damaged(delta, f"is of version {kind[1]}, which goes with adapters or without")
+        file_of = described.file_of()
+        names = [*described.files, *file_of.values()]
         for name in names:
             if not is_plain_name(name) or name not in described.files:
                 raise damaged(delta, f"names a file {show(name)}, which is none of its own")
@@ -113,7 +187,9 @@ def read_index(delta: Path) -> DeltaIndex:
                 raise damaged(delta, f"is damaged: {name} is not what was written")
             with safe_open(delta / name, framework="pt") as file:
                 stored |= dict.fromkeys(file.keys(), name)
-        if stored != {name: entry.file for name, entry in described.slices.items()}:
+        adapters = described.adapters
+        both = described.slices.keys() & (() if adapters is None else adapters.files.keys())
+        if stored != file_of or both:
             raise damaged(delta, "does not hold the slices that it lists")
         return described
     except RecipeError:
@@ -121,3 +197,35 @@ def read_index(delta: Path) -> DeltaIndex:
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         problem = f"cannot be read ({type(error).__name__}: {error})"
         raise damaged(delta, problem) from error
+
+
+class DeltaFolder:
+    """A delta that was read, for others than ``apply_delta``.
+
+    Args:
+        path: what ``export_delta`` wrote.
+
+    Attributes:
+        index: its description, checked against its files.
+
+    Raises:
+        RecipeError: it is damaged, or no delta.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.index = read_index(path)
+        self._file_of = self.index.file_of()
+
+    def error(self, problem: str, remedy: str) -> RecipeError:
+        """The error "--delta path problem; remedy"."""
+        return RecipeError(f"--delta {self._path} {problem}; {remedy}", "--delta")
+
+    def damaged(self, problem: str) -> RecipeError:
+        """The error for what does not fit in it."""
+        return damaged(self._path, problem)
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor by its name in the files: new values of a slice, a factor, rows."""
+        with safe_open(self._path / self._file_of[name], framework="pt") as file:
+            return file.get_tensor(name)

@@ -122,6 +122,17 @@ class Weights:
         renamed = None if self._as_gpt is None else to_gpt(name, (), self._as_gpt)
         return name if renamed is None else renamed[0]
 
+    def seen_at(self, name: str, place: Place) -> tuple[str, Place]:
+        """The name and place here of a slice of the checkpoint's; the other way of ``place_of``.
+
+        Raises:
+            RecipeError: these names have none for it.
+        """
+        seen = (name, place) if self._as_gpt is None else to_gpt(name, place, self._as_gpt)
+        if seen is None:
+            raise self.error(f"has {name}, and a GPT model has no such layer", "name two of a kind")
+        return seen
+
     def place_of(self, name: str, place: Place) -> tuple[str, Place]:
         """Where the checkpoint itself has a slice."""
         return (name, place) if self._as_gpt is None else to_hybrid(name, place, self._as_gpt)
