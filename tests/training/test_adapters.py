@@ -3,8 +3,14 @@ original model on, resumed bitwise, with nothing else moved."""
 
 import pytest
 
+from megatron_moe_inject.adapters.merge import merge_adapters
+from megatron_moe_inject.evaluation.evaluation_file import read_list
+from megatron_moe_inject.experts.delta.delta import CheckpointPlace
+from tests.harness import lane
+from tests.harness.evaluating import EVALUATIONS, evaluate
 from tests.harness.grouped import grouped
-from tests.harness.injection import LAYOUTS, PROVEN, TERMS, inject
+from tests.harness.injection import LAYOUTS, PROVEN, TERMS, inject, recipe_file
+from tests.harness.material import student_flags
 
 RECIPE = """
 domains:
@@ -78,3 +84,71 @@ def test_rows_of_the_vocabulary(material, layout):
     assert PROVEN.search(run.output)
     for term in TERMS:
         assert run.losses(term) == pytest.approx(one.losses(term), rel=2e-5), term
+
+
+TIED = "--untie-embeddings-and-output-weights"
+
+
+def test_rows_of_a_tied_matrix_on_two_stages(material, tmp_path):
+    """First and last stage hold a copy each."""
+    student = str(tmp_path / "student")
+    saved = ("--data-path", material.general, "--split", "90,5,5", "--train-iters", "2")
+    saved += ("--save", student, "--save-interval", "2")
+    lane.run([flag for flag in student_flags(*saved) if flag != TIED])
+
+    def run(*extra, nproc=1, **layout):
+        own = ("--load", student, "--inject-recipe", recipe_file(material, ROWS))
+        flags = material.flags(*own, *extra, **layout)
+        return lane.run([flag for flag in flags if flag != TIED], nproc=nproc)
+
+    one = run()
+    for two in (run(nproc=2, pp=2), run(*lane.DISTRIBUTED_OPTIMIZER, nproc=4, pp=2)):
+        for term in TERMS:
+            assert two.losses(term) == pytest.approx(one.losses(term), rel=2e-5), term
+
+
+KEPT = {
+    "to another layout": (RECIPE, {"nproc": 2, "ep": 2}, {"nproc": 4, "ep": 4}, 1e-5),
+    "rows, at tp 2": (ROWS, {"nproc": 2, "tp": 2}, {"nproc": 2, "tp": 2}, 0),
+    "rows, from pp 2": (ROWS, {"nproc": 2, "pp": 2}, {}, 1e-5),
+    "bf16, distributed optimizer": (
+        *(RECIPE, *[dict(nproc=2, ep=2, extra=("--bf16", *lane.DISTRIBUTED_OPTIMIZER))] * 2, 0),
+    ),
+}
+
+
+@pytest.mark.parametrize(("recipe", "first", "then", "rel"), KEPT.values(), ids=KEPT)
+def test_a_resumed_run_goes_on(material, tmp_path, recipe, first, then, rel):
+    """Bitwise where the layout stays; and the original is what was loaded, of which nothing is kept
+    beside where nothing but adapters train."""
+    save = str(tmp_path / "saved")
+    keep = ("--save", save, "--save-interval", "2", "--train-iters", "4")
+    first, then = dict(first), dict(then)
+    flags, more = (layout.pop("extra", ()) for layout in (first, then))
+    whole = inject(material, recipe, extra=(*flags, "--train-iters", "4"), **first)
+    inject(material, recipe, extra=(*flags, *keep, "--exit-interval", "2"), **first)
+    nproc = then.pop("nproc", 1)
+    on = ("--inject-recipe", recipe_file(material, recipe), "--load", save, *keep, *more)
+    resumed = lane.run(student_flags(*material.blend, *on, **then), nproc=nproc)
+    for term in TERMS:
+        expected = whole.losses(term)[2:]
+        assert resumed.losses(term) == (pytest.approx(expected, rel=rel) if rel else expected), term
+    assert (tmp_path / "saved" / "inject_original").exists() == (recipe == RECIPE)
+
+
+def test_what_is_merged_is_what_was_trained(material, tmp_path):
+    """Measured at the end of the run with adapters beside, and of a student with them in it."""
+    save, merged = tmp_path / "saved", tmp_path / "merged"
+    measure = ("--inject-set", f"evaluation.file={tmp_path / 'run.jsonl'}", "evaluation.gate=false")
+    keep = ("--save", str(save), "--save-interval", "4", *EVALUATIONS, *measure)
+    inject(material, ROWS, nproc=2, tp=2, extra=keep)
+    *_, beside = read_list(tmp_path / "run.jsonl")
+    done = merge_adapters(CheckpointPlace("--trained", save), merged, lambda items, _: items)
+    assert done.roundings
+    loaded = ("--finetune", "--eval-interval", "2", "--train-iters", "4")
+    alone = evaluate(material, tmp_path / "alone.json", *loaded, load=str(merged))
+    start, *_ = read_list(tmp_path / "run.jsonl")
+    for name, measured in alone.classes.items():
+        found, before = measured.sums["loss"], start.classes[name].sums["loss"]
+        assert found == pytest.approx(beside.classes[name].sums["loss"], rel=1e-5), name
+        assert found != pytest.approx(before, rel=1e-3)
