@@ -33,7 +33,8 @@ class Arm:
 
     Attributes:
         name: as in the table.
-        experts: ``all`` trains the whole student; ``chosen``, ``random``, ``quarter`` some experts.
+        experts: ``all`` trains the whole student; ``chosen``, ``random``, ``quarter`` some experts;
+            ``none`` none of them.
         taught: by the teacher's distribution; otherwise by cross-entropy.
         mixed: English is a tenth of the batch.
         gamma: weight of the KL to the original on it.
@@ -42,6 +43,10 @@ class Arm:
         router: the routers train.
         steering: the recipe's ``steering``.
         rate: peak learning rate.
+        adapters: the recipe's ``train.adapters``; nothing else of experts, attention and routers
+            trains then.
+        rows: share of the vocabulary's rows that train, those that the domain's text uses most.
+        embedding: the matrix that embedding and output layer share trains.
         early: counts at the best evaluation of the domain, not at the last.
     """
 
@@ -54,6 +59,9 @@ class Arm:
     router: bool = False
     steering: tuple[tuple[str, float], ...] = ()
     rate: float = 1e-3
+    adapters: tuple[dict, ...] = ()
+    rows: float | None = None
+    embedding: bool = False
 
     @property
     def early(self) -> bool:
@@ -83,6 +91,22 @@ ARMS = (
     Arm("10 of 32 experts, KD + mixing + gamma", "quarter", **HELD),
     Arm("... + three times the learning rate", "quarter", rate=3e-3, **HELD),
 )
+LOW_RANK = {"targets": ["experts", "attention"], "experts": "all"}
+
+
+def adapted(name: str, rank: int, **more) -> Arm:
+    """An arm with adapters of scale 8 on all experts and attention."""
+    own = {name: more.pop(name) for name in ("lr", "lr_b") if name in more}
+    adapters = ({**LOW_RANK, "rank": rank, "alpha": 8.0 * rank, **own},)
+    return Arm(name, "none", adapters=adapters, **{**HELD, **more})
+
+
+ARMS += (
+    adapted("adapters of rank 8", 8, rate=2e-3),
+    adapted("adapters of rank 8 + embedding", 8, embedding=True),
+    adapted("adapters of rank 8 + 30 % of the rows", 8, rows=0.3, rate=2e-3),
+    adapted("adapters of rank 4 + 10 % of the rows", 4, rows=0.1, rate=2e-3),
+)
 BY_NAME = {arm.name: arm for arm in ARMS}
 UNTOUCHED = "untouched"
 FULL_REFERENCE = "full, KD + mixing + gamma"
@@ -96,12 +120,26 @@ def random_experts(seed: int) -> dict[int, list[int]]:
 
 def experts(arm: Arm, profile: Path, seed: int) -> dict:
     """The domain's ``experts`` in the recipe."""
-    if arm.experts == "all":
+    if arm.experts in ("all", "none"):
         return {}
     if arm.experts == "random":
         return {"layers": random_experts(seed)}
     choice = {"method": "top_n", "n": CHOSEN, "score": "contrast"}
     return {"profile": str(profile), **(QUARTER if arm.experts == "quarter" else choice)}
+
+
+def train(arm: Arm, domain: str) -> dict:
+    """The recipe's ``train``."""
+    if arm.experts == "all":
+        return dict(EVERYTHING)
+    made: dict = {"router": arm.router}
+    if arm.adapters:
+        made |= {"experts": "none", "adapters": list(arm.adapters)}
+    if arm.rows is not None:
+        made["vocabulary_rows"] = {"domain": domain, "budget": arm.rows}
+    if arm.embedding:
+        made |= {"embedding": True, "output_layer": True}
+    return made
 
 
 def recipe(arm: Arm, domain: str, folder: Path, seed: int) -> dict:
@@ -125,7 +163,7 @@ def recipe(arm: Arm, domain: str, folder: Path, seed: int) -> dict:
             "gamma": arm.gamma,
         },
         "retention": dict(arm.retention),
-        "train": dict(EVERYTHING) if arm.experts == "all" else {"router": arm.router},
+        "train": train(arm, domain),
         "evaluation": {},
     }
     if arm.taught:
