@@ -17,7 +17,10 @@ from domains import DOMAINS
 MOST_TRAINED = 0.25
 """Share of the parameters that the chosen experts of the first aim may train."""
 OF_FULL_GAIN, TIMES_CE_GAIN, OF_CE_FORGETTING = 0.9, 3.0, 0.1
-COLOURS = {"all": "#0072b2", "chosen": "#cc79a7", "random": "#8c8c8c", "quarter": "#e69f00"}
+COLOURS = {
+    "all": "#0072b2", "chosen": "#cc79a7", "random": "#8c8c8c", "quarter": "#e69f00",
+    "none": "#009e73",
+}  # fmt: skip
 NUMBERS = {arm.name: number for number, arm in enumerate(arms.ARMS, 1)}
 
 

@@ -79,11 +79,13 @@ class Attached:
             if matrix.place.component == "router":
                 around = self._gating
         self._module = module
+        self.is_head = matrix.place.component == "output_layer"
         self._input = forward.parameters[0]
         self._behind_norm = forward is TE_NORM_FORWARD
         if self._behind_norm:
             module.return_layernorm_output = True
-        wrap_method(module, forward, around)
+        if not self.is_head:  # whose product is the loss's
+            wrap_method(module, forward, around)
         wrap_method(module, _sharded_of(module, matrix), self._sharded_state_dict)
         module.register_load_state_dict_post_hook(self._forgive)
         module.add_module(ADAPTER, self.adapter)
@@ -96,6 +98,14 @@ class Attached:
             for matrix, number in self._found
             for factor in "ab"
         ]
+
+    def of_head(self) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+        """A, B and s of the output layer for the loss (``losses.LowRankHead``); ``None`` while it
+        is off. No collective."""
+        if not self.adapter.on:
+            return None
+        compat.run_forward_pre_hooks(self.adapter)
+        return self.adapter.a, self.adapter.b, self.adapter.scale
 
     def _sharding(self, matrix: Matrix) -> Sharding:
         expert = matrix.place.component == EXPERTS
@@ -170,8 +180,8 @@ class Attached:
                 ).values()
                 if expert:
                     shard.replica_id = (*shard.replica_id[:2], self._groups.expt_dp.rank())
-                numbers = [number, matrix.layer, *([_expert(matrix)] if expert else [])]
-                key = ".".join([f"{prefix}{ADAPTER}.{factor}", *map(str, numbers)])
+                numbers = map(str, (number, *matrix.numbers))
+                key = ".".join([f"{prefix}{ADAPTER}.{factor}", *numbers])
                 shard = replace(shard, key=key)
                 if factor == "b" and self._is_gated(matrix):
                     shard = _by_gate(shard)

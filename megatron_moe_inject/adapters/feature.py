@@ -86,6 +86,11 @@ class AdaptersFeature(Feature):
                 "the student has none (no --moe-shared-expert-intermediate-size)",
             ),
             "mlp": (facts.has_dense_layers, "every layer is a MoE layer"),
+            "output_layer": (
+                not facts.tied_embeddings,
+                "it is one matrix with the embedding, which would move too; train some rows of it "
+                "whole by train.vocabulary_rows",
+            ),
             "attention": (
                 facts.pattern is None or bool(facts.pattern.where("*+")),
                 "the student has no attention layer",
@@ -192,10 +197,10 @@ def _check_targets(path: str, entry: Adapter) -> None:
     for j, target in enumerate(entry.targets):
         if target in entry.targets[:j]:
             raise fail(f"{path}.targets[{j}]", target, "is there twice", "remove it")
-        if target in ("embedding", "output_layer"):
+        if target == "embedding":
             raise fail(
-                f"{path}.targets[{j}]", target, "has no adapter, which would move every row of the "
-                "vocabulary", "train some rows whole by train.vocabulary_rows",
+                f"{path}.targets[{j}]", target, "has no adapter, which would move every row of it",
+                "train some rows whole by train.vocabulary_rows",
             )  # fmt: skip
         if target not in TARGETS and not set(target) & set(".*?["):
             raise fail(
@@ -219,6 +224,11 @@ def _check_alone(number: int, recipe: Recipe) -> None:
                 f"{path}.targets", entry.targets, f"names {component}, while train.{name} trains "
                 "their weights themselves", f"set train.{name}: {off}, or take {component} out",
             )  # fmt: skip
+    if "output_layer" in entry.components and train.vocabulary_rows is not None:
+        raise fail(
+            f"{path}.targets", entry.targets, "names output_layer beside train.vocabulary_rows",
+            "keep one of them",
+        )  # fmt: skip
     chosen = all(d.experts.layers or d.experts.profile for d in recipe.domains)
     if "experts" in entry.components and entry.experts == "selected" and not chosen:
         raise fail(

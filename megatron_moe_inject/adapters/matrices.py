@@ -57,10 +57,9 @@ class Matrix:
     local: int | None = None
 
     @property
-    def layer(self) -> int:
-        """0-based global decoder layer."""
-        assert self.place.layer is not None, "matrices are those of decoder layers"
-        return self.place.layer
+    def numbers(self) -> list[int]:
+        """0-based global decoder layer and expert, as far as it is of one."""
+        return [n for n in (self.place.layer, self.place.expert) if n is not None]
 
     @property
     def name(self) -> str:
@@ -79,6 +78,9 @@ def matrices(chunk: Chunk) -> Iterator[Matrix]:
                     yield Matrix(module, weight, kind, where[weight], local)
             elif getattr(module, "weight", None) in where:
                 yield Matrix(module, module.weight, kind, where[module.weight])
+    head = getattr(chunk, "output_layer", None)
+    if head is not None and chunk.post_process and head.weight in where:
+        yield Matrix(head, head.weight, COLUMN, where[head.weight])
 
 
 def _linears(layer: MegatronModule) -> Iterator[tuple[MegatronModule, str]]:

@@ -17,6 +17,7 @@ from megatron_moe_inject.adapters.stored import Stored
 from megatron_moe_inject.host.agreement import agree, on_first_rank, union
 from megatron_moe_inject.host.beside import Beside
 from megatron_moe_inject.host.errors import RecipeError, fail
+from megatron_moe_inject.host.loss_seam import LossSeam
 from megatron_moe_inject.host.megatron_types import Chunk
 from megatron_moe_inject.host.step import StepPart
 from megatron_moe_inject.recipe.run_part import BuiltStudent, RunContext, RunPart
@@ -123,6 +124,10 @@ class AdaptersPart(RunPart):
         """
         agree(self._check)
         self._check_used()
+        seam = self._run.get(LossSeam)
+        for attached in self._attached:
+            if attached.is_head and seam is not None:
+                seam.head_low_rank = attached.of_head
         return None if self._rows is None else self._rows.attach(student)
 
     def _check(self) -> None:

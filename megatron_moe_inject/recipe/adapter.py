@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-TARGETS = ("experts", "attention", "shared_experts", "mlp", "router")
+TARGETS = ("experts", "attention", "shared_experts", "mlp", "router", "output_layer")
 """Components whose matrices can have adapters."""
 
 SCALINGS = ("standard", "rslora")

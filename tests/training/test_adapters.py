@@ -26,10 +26,11 @@ train:
   norms: true
   adapters:
     - {{targets: [experts], rank: 4, alpha: 16, lr: 2, lr_b: 2}}
+    - {{targets: [output_layer], rank: 3, alpha: 3}}
     - {{targets: [attention, router], rank: 2, alpha: 8, scaling: rslora, layers: [1, 2], decay: 0.5}}
 """  # noqa: E501
 ALONE = RECIPE.replace("  norms: true\n", "")
-EXPERTS = RECIPE[: RECIPE.index("    - {{targets: [attention")].replace("  norms: true\n", "")
+EXPERTS = RECIPE[: RECIPE.index("    - {{targets: [output_layer")].replace("  norms: true\n", "")
 
 SHARED = ("--moe-shared-expert-intermediate-size", "64")
 ETP = ("--expert-tensor-parallel-size", "2")
