@@ -79,12 +79,11 @@ class Attached:
             if matrix.place.component == "router":
                 around = self._gating
         self._module = module
-        self.is_head = matrix.place.component == "output_layer"
         self._input = forward.parameters[0]
         self._behind_norm = forward is TE_NORM_FORWARD
         if self._behind_norm:
             module.return_layernorm_output = True
-        if not self.is_head:  # whose product is the loss's
+        if matrix.place.component != "output_layer":  # whose product is the loss's
             wrap_method(module, forward, around)
         wrap_method(module, _sharded_of(module, matrix), self._sharded_state_dict)
         module.register_load_state_dict_post_hook(self._forgive)
@@ -98,14 +97,6 @@ class Attached:
             for matrix, number in self._found
             for factor in "ab"
         ]
-
-    def of_head(self) -> tuple[torch.Tensor, torch.Tensor, float] | None:
-        """A, B and s of the output layer for the loss (``losses.LowRankHead``); ``None`` while it
-        is off. No collective."""
-        if not self.adapter.on:
-            return None
-        compat.run_forward_pre_hooks(self.adapter)
-        return self.adapter.a, self.adapter.b, self.adapter.scale
 
     def _sharding(self, matrix: Matrix) -> Sharding:
         expert = matrix.place.component == EXPERTS

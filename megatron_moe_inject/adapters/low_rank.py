@@ -32,6 +32,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from megatron_moe_inject.host import compat
+
 COLUMN, ROW, WHOLE = "column", "row", "whole"
 
 
@@ -129,6 +131,14 @@ class LowRank(torch.nn.Module):
         if sharding.size > 1 and not sharding.expert:
             hidden = _travelled(hidden, sharding)
         return F.linear(hidden, b)
+
+    def of_head(self) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+        """A, B and s of an output layer for the loss (``losses.LowRankHead``); ``None`` while they
+        are off. No collective."""
+        if not self.on:
+            return None
+        compat.run_forward_pre_hooks(self)
+        return self.a, self.b, self.scale
 
 
 def _travelled(hidden: torch.Tensor, sharding: Sharding) -> torch.Tensor:

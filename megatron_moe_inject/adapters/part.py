@@ -14,6 +14,7 @@ from megatron_moe_inject.adapters.matrices import Matrix, matrices, wanted
 from megatron_moe_inject.adapters.rates import Rate, mark, with_rates
 from megatron_moe_inject.adapters.rows_part import RowsOfVocabulary
 from megatron_moe_inject.adapters.stored import Stored
+from megatron_moe_inject.adapters.vocabulary import change_head
 from megatron_moe_inject.host.agreement import agree, on_first_rank, union
 from megatron_moe_inject.host.beside import Beside
 from megatron_moe_inject.host.errors import RecipeError, fail
@@ -72,6 +73,8 @@ class AdaptersPart(RunPart):
 
     def before_ddp(self, chunks: Sequence[Chunk]) -> None:
         """Put adapters on the bare chunks' frozen matrices."""
+        if self._rows is not None and self._stored.rows is None:
+            self._stored.choose(self._rows.foreseen())
         for chunk in chunks:
             if self._rows is not None:
                 self._rows.before_ddp(chunk)
@@ -125,9 +128,8 @@ class AdaptersPart(RunPart):
         agree(self._check)
         self._check_used()
         seam = self._run.get(LossSeam)
-        for attached in self._attached:
-            if attached.is_head and seam is not None:
-                seam.head_low_rank = attached.of_head
+        if seam is not None and student.last is not None:
+            change_head(seam, student.last)
         return None if self._rows is None else self._rows.attach(student)
 
     def _check(self) -> None:

@@ -16,7 +16,6 @@ from megatron_moe_inject.adapters.uses import FINALIZE
 from megatron_moe_inject.adapters.vocabulary import OfLayer, of_chunk
 from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.host.labels import GENERAL
-from megatron_moe_inject.host.loss_seam import LossSeam
 from megatron_moe_inject.host.megatron_types import Chunk
 from megatron_moe_inject.host.step import Step, StepPart
 from megatron_moe_inject.host.wrap import Call, wrap_method, wrap_of
@@ -74,6 +73,21 @@ class RowsOfVocabulary:
         scores = contrast(*counts)
         return chosen(scores, budget=spec.budget, threshold=spec.threshold)
 
+    def foreseen(self) -> list[int]:
+        """As many ids as will be chosen, for a plan. No collective.
+
+        Raises:
+            RecipeError: nobody knows how many.
+        """
+        if self._spec.ids:
+            return sorted(self._spec.ids)
+        if self._spec.budget is None:
+            raise RecipeError(
+                "train.vocabulary_rows.threshold: how many rows it takes is not planned; plan with "
+                "a budget"
+            )
+        return list(range(int(self._spec.budget * self._run.valid_vocab_size)))
+
     def before_ddp(self, chunk: Chunk) -> None:
         """Give the layers of a bare chunk their rows. No collective."""
         ids = self._stored.rows
@@ -97,10 +111,7 @@ class RowsOfVocabulary:
             student.optimizer.reload_model_params()
 
     def attach(self, student: BuiltStudent) -> StepPart | None:
-        """Tell the loss, and keep copies on two stages alike. No collective."""
-        seam = self._run.get(LossSeam)
-        if seam is not None:
-            seam.head_rows = self.layers[-1].rows.of_head
+        """Keep copies on two stages alike. No collective."""
         two = self._run.facts.tied_embeddings and student.groups.pp.size() > 1
         if not two or not self.layers:
             return None

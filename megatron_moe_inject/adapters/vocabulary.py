@@ -12,6 +12,7 @@ Shapes: b samples, s sequence, h hidden, k rows, v vocabulary, p tensor-parallel
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,8 +22,9 @@ import torch.nn.functional as F
 
 from megatron_moe_inject.adapters.uses import EMBEDDING_FORWARD, EMBEDDING_SHARDED, HEAD_SHARDED
 from megatron_moe_inject.host import compat
+from megatron_moe_inject.host.loss_seam import LossSeam
 from megatron_moe_inject.host.megatron_types import Chunk, Config, Groups, MegatronModule
-from megatron_moe_inject.host.model_parts import VOCABULARY_ROWS
+from megatron_moe_inject.host.model_parts import ADAPTER, VOCABULARY_ROWS
 from megatron_moe_inject.host.wrap import Call, wrap_method
 
 
@@ -54,11 +56,11 @@ class TrainedIds(torch.nn.Module):
         self._group = group
         self._sequence = sequence
         self._first = group.rank() * len(weight)
-        known = torch.tensor(ids)
         self._mine = slice(
-            int(torch.searchsorted(known, self._first)),
-            int(torch.searchsorted(known, self._first + len(weight))),
+            bisect.bisect_left(ids, self._first),
+            bisect.bisect_left(ids, self._first + len(weight)),
         )
+        known = torch.tensor(ids)
         places = torch.full((len(weight) * group.size(),), -1)
         places[known] = torch.arange(len(ids))
         # Buffers, since Megatron moves the model to its device after this.
@@ -216,3 +218,15 @@ def of_chunk(
         if not (tied and chunk.pre_process):
             layers.append(OfLayer(head, ids, groups, config, stored, key=key, is_copy=copy))
     return layers
+
+
+def change_head(seam: LossSeam, chunk: Chunk) -> None:
+    """Tell the loss what changes a bare chunk's output layer. No collective."""
+    head, tied = chunk.output_layer, getattr(chunk, "embedding", None)
+    for owner in (getattr(tied, "word_embeddings", None), head):
+        rows = getattr(owner, VOCABULARY_ROWS, None)
+        if rows is not None and (owner is head or head.weight is None):
+            seam.head_rows = rows.of_head
+    adapter = getattr(head, ADAPTER, None)
+    if adapter is not None:
+        seam.head_low_rank = adapter.of_head

@@ -24,6 +24,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_moe_inject import losses
+from megatron_moe_inject.adapters.vocabulary import change_head
 from megatron_moe_inject.experts.train.boundary import GradientBoundary
 from megatron_moe_inject.host import compat
 from megatron_moe_inject.host.loss_seam import LossSeam
@@ -258,8 +259,10 @@ def _run(
                 stack.callback(remove)
         if chunk.post_process:
             if job.recipe is not None:
-                process = _loss_process(job.recipe, job, allocations, loss_bytes, chunk)
-                stack.enter_context(LossSeam(chunk).using(process))
+                seam = LossSeam(chunk)
+                change_head(seam, chunk)
+                process = _loss_process(job.recipe, job, allocations, loss_bytes, chunk, seam)
+                stack.enter_context(seam.using(process))
             inputs |= {"labels": tokens(), "loss_mask": tokens(torch.float32)}
         received: torch.Tensor | None = None
         with allocations, counter:
@@ -310,7 +313,12 @@ def _own_bytes(output: torch.Tensor, saved: Saved) -> int:
 
 
 def _loss_process(
-    recipe: Recipe, job: Job, allocations: Allocations, taken: list[int], chunk: Chunk
+    recipe: Recipe,
+    job: Job,
+    allocations: Allocations,
+    taken: list[int],
+    chunk: Chunk,
+    seam: LossSeam,
 ) -> Callable[..., torch.Tensor]:
     """``output_processor``: the fused loss, as ``LossHook`` calls it for one kind of sample."""
     from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
@@ -347,8 +355,10 @@ def _loss_process(
             labels.t(),
             losses.Vocabulary(tp_group, job.valid_vocab_size),
             LogitTransform(scale=compat.logit_scale(config)),
+            losses.HeadRows.given(seam.head_rows),
+            losses.LowRankHead.given(seam.head_low_rank),
         )
-        promise = objective.masked_sum and head.requires_grad
+        promise = objective.masked_sum and student.head_trains
         options = losses.FusedOptions(
             kernels=None,
             reduce_hidden_grad=not config.sequence_parallel,

@@ -35,7 +35,7 @@ from megatron_moe_inject.recipe.features import FEATURES
 from megatron_moe_inject.recipe.run_part import RunContext, RunPart
 from megatron_moe_inject.teachers.part import TeacherInfos
 
-_PARTS = ("train", "imitation", "router_rows")
+_PARTS = ("train", "adapters", "imitation", "router_rows")
 """Features whose parts change a student before DDP and the optimizer."""
 
 
@@ -341,6 +341,7 @@ class StageBuilder:
 
         context: RunContext = self._context()
         context.provide(TeacherInfos, self._teachers)
+        _check_adapters(context)
         parts = [part for name in _PARTS if (part := FEATURES[name].start(context)) is not None]
         args, provider = self._args, gpt_entry.model_provider
         config = compat.model_config(args)
@@ -360,6 +361,19 @@ class StageBuilder:
         with torch.device("meta"):
             model, optimizer, _ = compat.call_with_pre_wrap_hook(stock, (), arguments, before_ddp)
         return Stage(context, parts, model, compat.bare_chunks(model), optimizer)
+
+
+def _check_adapters(context: RunContext) -> None:
+    """Ranks with other experts are planned from those of one, which must have as many adapters."""
+    if context.facts.parallel.ep == 1:
+        return
+    for i, entry in enumerate(context.recipe.train.adapters):
+        if entry.patterns or ("experts" in entry.components and entry.experts == "selected"):
+            raise RecipeError(
+                f"train.adapters[{i}]: adapters on some of the experts are not planned with "
+                "--expert-model-parallel-size above 1; plan with experts: all, which is the most, "
+                "or with one expert-parallel rank"
+            )
 
 
 def _of_spec(

@@ -15,6 +15,15 @@ objective: {{alpha: 0, beta: 1}}
 train: {{router_rows: true, norms: {norms}}}
 retention: {{l2: 0.1}}
 """
+ADAPTED = """
+domains: [{{name: code, data: [0]}}]
+objective: {{alpha: 0, beta: 1}}
+train:
+  experts: none
+  norms: {norms}
+  adapters: [{{targets: [experts, attention], experts: all, rank: 4}}]
+  vocabulary_rows: {{ids: [3, 5, 60]}}
+"""
 MAMBA = "--mamba-state-dim 16 --mamba-head-dim 16 --mamba-num-groups 2"
 SHAPES = ("--moe-expert-capacity-factor", "1", "--moe-pad-expert-input-to-capacity")
 """Known without values, as a plan takes them."""
@@ -46,7 +55,22 @@ slow = pytest.mark.slow
     ],
 )
 def test_bytes_are_those_of_a_job(tmp_path, nproc, layout, flags, norms):
-    recipe = RECIPE.format(norms=str(norms).lower())
+    assert_planned(tmp_path, nproc, layout, flags, RECIPE.format(norms=str(norms).lower()))
+
+
+@pytest.mark.parametrize(
+    ("nproc", "layout", "flags"),
+    [
+        pytest.param(2, {"ep": 2}, BF16, id="EP 2"),
+        pytest.param(2, {"tp": 2}, (), id="TP 2", marks=slow),
+        pytest.param(2, {"pp": 2}, BF16, id="PP 2", marks=slow),
+    ],
+)
+def test_bytes_of_adapters_and_rows_of_the_vocabulary(tmp_path, nproc, layout, flags):
+    assert_planned(tmp_path, nproc, layout, flags, ADAPTED.format(norms="true"))
+
+
+def assert_planned(tmp_path, nproc, layout, flags, recipe):
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe)
     given = lane.moe("--num-layers", "4", "--train-iters", "1", *SHAPES, *flags, **layout)
