@@ -42,6 +42,7 @@ from tests.harness.losses_cases import (
     per_token,
     relative_error,
 )
+from tests.harness.losses_head_cases import CHANGES, ChangedHead
 from tests.harness.losses_sparse_cases import TAIL_KINDS, stored_for
 
 pytestmark = [
@@ -384,6 +385,55 @@ def _gpu_step(options, head, kernels, dtype=torch.bfloat16):
     leaves = there.leaves(head != "frozen")
     options = {"chunk_tokens": 8, "kernels": kernels, **there.promise(head)}
     return (lambda: _step(there, leaves, **options)), leaves
+
+
+def _changed_step(case: FusedCase, change: str, head: str, kernels):
+    """The changes, what computes losses and gradients on the device, and a rank's part of them."""
+    changed = ChangedHead.make(case, change, ids=range(0, V, 7), scale=0.1)
+    there = _on_gpu(case)
+    own = _on_gpu_changes(changed)
+    hidden, weight = there.leaves(head_trains=False)
+    leaves = {"hidden": hidden, **own.leaves}
+    given = {"chunk_tokens": 8, "kernels": kernels, **own.options, **there.promise(head)}
+
+    def step():
+        loss = there.call(hidden, weight, **given)
+        gradients = torch.autograd.grad(loss.total, list(leaves.values()), there.upstream)
+        return {"total": loss.total.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+    return changed, step
+
+
+def _on_gpu_changes(changed: ChangedHead):
+    moved = {name: None if x is None else x.cuda() for name, x in vars(changed).items()}
+    return ChangedHead(**moved).shard(0, 1, V)
+
+
+@pytest.mark.parametrize("head", ["kept", "promised"])
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("kind", ["forward_kl", "jsd"])
+def test_a_head_with_rows_of_its_own(kernels, kind, change, head):
+    case = _case(kind=kind, dtype=torch.float32)
+    changed, step = _changed_step(case, change, head, kernels)
+    dense = changed.applied(case).dense()
+    expected = {"total": dense["total"], "hidden": dense["hidden"]}
+    expected |= changed.gradients(dense["weight"])
+    for name, found in step().items():
+        assert_close(found.cpu(), expected[name], name, 1e-5)
+
+
+@pytest.mark.parametrize("head", ["kept", "promised"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_head_with_rows_of_its_own_waits_for_nothing(kernels, change, head):
+    _, step = _changed_step(_case(dtype=torch.bfloat16), change, head, kernels)
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        results = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(result.isfinite().all() for result in results.values())
 
 
 @pytest.mark.parametrize("head", HEADS)
