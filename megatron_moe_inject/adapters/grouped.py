@@ -88,7 +88,7 @@ class GroupedLowRank(torch.nn.Module):
         }
         pairs = self._pairs()
         if self._grouped(rows):
-            changes = _grouped(rows, parts, pairs)
+            changes = grouped_products(rows, parts, pairs)
         else:
             changes = [
                 F.linear(F.linear(rows[part], pairs[one][0]) * one.scale, pairs[one][1])
@@ -122,7 +122,7 @@ class GroupedLowRank(torch.nn.Module):
         )
 
 
-def _grouped(
+def grouped_products(
     rows: torch.Tensor,
     parts: Mapping[OfExpert, slice],
     pairs: Mapping[OfExpert, tuple[torch.Tensor, torch.Tensor]],

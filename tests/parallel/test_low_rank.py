@@ -1,0 +1,162 @@
+"""Adapters of divided matrices against dense autograd in float64: value and every gradient."""
+
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from megatron_moe_inject.adapters.grouped import GroupedLowRank, OfExpert
+from megatron_moe_inject.adapters.low_rank import COLUMN, ROW, WHOLE, LowRank, Sharding, factors
+from tests.harness import gloo
+
+L, B, N, K, R, SCALE = 8, 2, 12, 16, 3, 0.5
+
+
+def dense(name="some.weight"):
+    """Weight, input and what arrives at the output, and the whole factors with values."""
+    drawn = torch.Generator().manual_seed(5)
+    random = lambda *shape: torch.randn(shape, generator=drawn, dtype=torch.float64)  # noqa: E731
+    weight, x, upstream, b = random(K, N), random(L, B, N), random(L, B, K), random(K, R)
+    alone = Sharding(WHOLE, dist.group.WORLD)
+    a = factors(weight, R, alone, name)[0].detach()
+    return weight, x, upstream, a, b
+
+
+def expected():
+    _, x, upstream, a, b = dense()
+    x, a, b = (tensor.requires_grad_() for tensor in (x, a, b))
+    (F.linear(F.linear(x, a), b) * SCALE).backward(upstream)
+    return x.grad, a.grad, b.grad
+
+
+def part(tensor, group, dim):
+    return tensor.chunk(group.size(), dim)[group.rank()].contiguous()
+
+
+def divided(kind, sequence):
+    """One layer over all ranks, with Megatron's sum of what is marked ``sequence_parallel``."""
+    group = dist.group.WORLD
+    weight, x, upstream, a, b = dense()
+    sharding = Sharding(kind, group, sequence)
+    if kind != WHOLE:
+        weight = part(weight, group, 0 if kind == COLUMN else 1)
+    adapter = LowRank(weight, R, SCALE, sharding, "some.weight")
+    begun = part(a, group, 1) if kind == ROW else a
+    assert torch.equal(adapter.a, begun)
+    assert not adapter.b.any()
+    with torch.no_grad():
+        adapter.b.copy_(part(b, group, 0) if kind == COLUMN else b)
+    if sequence and kind != ROW:
+        x = part(x, group, 0)
+    if kind == ROW:
+        x = part(x, group, 2)
+    if kind == COLUMN:
+        upstream = part(upstream, group, 2)
+    elif sequence:
+        upstream = part(upstream, group, 0)
+    x.requires_grad_()
+    with mock.patch.object(torch.cuda, "current_device", lambda: "cpu"):
+        adapter(x).backward(upstream)
+    for parameter in adapter.parameters():
+        if parameter.sequence_parallel:
+            dist.all_reduce(parameter.grad, group=group)
+    grads = expected()
+    if kind == ROW:
+        assert_close(x.grad, part(grads[0], group, 2))
+        assert_close(adapter.a.grad, part(grads[1], group, 1))
+        assert_close(adapter.b.grad, grads[2])
+    else:
+        assert_close(x.grad, part(grads[0], group, 0) if sequence else grads[0])
+        assert_close(adapter.a.grad, grads[1])
+        assert_close(adapter.b.grad, part(grads[2], group, 0) if kind == COLUMN else grads[2])
+    duplicated = [not p.tensor_model_parallel for p in adapter.parameters()]
+    whole = {COLUMN: [True, False], ROW: [False, True], WHOLE: [True, True]}[kind]
+    assert duplicated == (whole if group.size() > 1 else [True, True])
+
+
+def of_expert(kind):
+    """A divided expert's output is a partial sum that the dispatcher adds up."""
+    group = dist.group.WORLD
+    weight, x, upstream, a, b = dense()
+    weight = part(weight, group, 0 if kind == COLUMN else 1)
+    weight.allreduce = False
+    adapter = LowRank(weight, R, SCALE, Sharding(kind, group, expert=True), "some.weight")
+    assert not any(parameter.allreduce for parameter in adapter.parameters())
+    with torch.no_grad():
+        adapter.b.copy_(part(b, group, 0) if kind == COLUMN else b)
+    x = (part(x, group, 2) if kind == ROW else x).flatten(0, 1).requires_grad_()
+    upstream = (part(upstream, group, 2) if kind == COLUMN else upstream).flatten(0, 1)
+    output = adapter(x)
+    output.backward(upstream)
+    grads = expected()
+    whole = F.linear(F.linear(dense()[1], a), b).flatten(0, 1) * SCALE
+    if kind == COLUMN:
+        assert_close(output, part(whole, group, 1))
+        dist.all_reduce(x.grad, group=group)
+        assert_close(x.grad, grads[0].flatten(0, 1))
+        assert_close(adapter.a.grad, grads[1])
+        assert_close(adapter.b.grad, part(grads[2], group, 0))
+    else:
+        total = output.detach().clone()
+        dist.all_reduce(total, group=group)
+        assert_close(total, whole)
+        assert_close(x.grad, part(grads[0], group, 2).flatten(0, 1))
+        assert_close(adapter.a.grad, part(grads[1], group, 1))
+        assert_close(adapter.b.grad, grads[2])
+
+
+def assert_close(found, wanted):
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("kind", [COLUMN, ROW, WHOLE])
+@pytest.mark.parametrize("sequence", [False, True])
+def test_a_layer(ranks, kind, sequence):
+    gloo.pool(ranks).run(divided, kind, sequence)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("kind", [COLUMN, ROW])
+def test_an_expert(ranks, kind):
+    gloo.pool(ranks).run(of_expert, kind)
+
+
+def grouped(kind):
+    """Three of four experts, one of them without rows, of other ranks, against one by one."""
+    group = dist.group.WORLD
+    counts, sharding = [3, 0, 4, 2], Sharding(kind, group, expert=True)
+    drawn = torch.Generator().manual_seed(1)
+    weights = [torch.randn(K, N, generator=drawn, dtype=torch.float64) for _ in counts]
+    chosen = [OfExpert(i, 4 + i, 2 + i, 0.5 + i, f"expert {i}") for i in (0, 1, 3)]
+    layer = GroupedLowRank(weights, chosen, sharding)
+    rows = torch.randn(sum(counts), N, generator=drawn, dtype=torch.float64, requires_grad=True)
+    output = torch.randn(sum(counts), K, generator=drawn, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(sum(counts), K, generator=drawn, dtype=torch.float64)
+    alone = [LowRank(weights[o.local], o.rank, o.scale, sharding, o.name) for o in chosen]
+    for one, single in zip(chosen, alone, strict=True):
+        with torch.no_grad():
+            single.b.normal_(generator=drawn)
+            layer.get_parameter(f"b{one.expert}").copy_(single.b)
+    layer(rows, counts, output).backward(upstream)
+    found = rows.grad.clone(), output.grad.clone()
+    rows.grad = None
+    starts = [0, 3, 3, 7]
+    total = output.detach().clone()
+    for one, single in zip(chosen, alone, strict=True):
+        at = slice(starts[one.local], starts[one.local] + counts[one.local])
+        total[at] = total[at] + single(rows[at])
+    total.backward(upstream)
+    assert_close(found[0], rows.grad)
+    assert_close(found[1], upstream)
+    for one, single in zip(chosen, alone, strict=True):
+        for factor in "ab":
+            parameter = layer.get_parameter(f"{factor}{one.expert}")
+            assert_close(parameter.grad, single.get_parameter(factor).grad)
+    assert not layer.get_parameter("b5").grad.any()
+
+
+def test_grouped_experts():
+    gloo.pool(1).run(grouped, COLUMN)
