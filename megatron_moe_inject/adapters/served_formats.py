@@ -29,6 +29,7 @@ from megatron_moe_inject.convert.folder_model import FolderModel
 
 _MODEL = "base_model.model."
 _EXPERT = re.compile(r"(?P<container>.+\.experts)\.\d+\.[^.]+\.weight")
+_SGLANG_RENAMES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _MERGED = "export it with its weights: moe-inject merge-adapters, then export-hf"
 
 _ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
@@ -141,7 +142,12 @@ def plan_sglang(
     scaled = _scaled(modules, fused)
     rank = max(one.rank for one in scaled.values())
     scale = Counter(one.scale for one in scaled.values()).most_common(1)[0][0]
-    return _plan(model, adapters, modules, fused, dict.fromkeys(scaled, Scaled(rank, scale)))
+    planned, config = _plan(
+        model, adapters, modules, fused, dict.fromkeys(scaled, Scaled(rank, scale))
+    )
+    # SGLang renames these weights, and not the targets that it reads them for.
+    targets = {_SGLANG_RENAMES.get(name, name) for name in config["target_modules"]}
+    return planned, config | {"target_modules": sorted(targets)}
 
 
 def _modules(

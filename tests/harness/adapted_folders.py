@@ -54,7 +54,7 @@ def write_adapted(
 
 
 def python_with(package: str) -> str:
-    """The Python that has a package: ``PEFT_PYTHON``, say, or this one; else the test is skipped."""
+    """The Python that has a package: ``PEFT_PYTHON``, say, or this one; skipped without."""
     variable = f"{package.upper()}_PYTHON"
     if variable in os.environ:
         return os.environ[variable]
