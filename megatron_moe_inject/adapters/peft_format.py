@@ -96,8 +96,10 @@ def plan_peft(model: FolderModel, adapters: FolderAdapters) -> tuple[list[Planne
         adapters: of it.
 
     Raises:
-        RecipeError: transformers' model has no such parameter.
+        RecipeError: transformers' model has no such parameter, or there are rows alone.
     """
+    if not adapters.matrices:
+        raise adapters.error("has vocabulary rows alone, which PEFT does not load as LoRA")
     names = _Names(model)
     targets: dict[str, _Target] = {}
     for matrix in adapters.matrices:

@@ -31,7 +31,7 @@ PEFT = {
     "deepseek_v2": (ANY, ()),
     "deepseek_v3": (ANY, ()),
     "gpt_oss": (ANY, ()),
-    "nemotron_h": (ANY, ()),
+    "nemotron_h": (LAYERS, IDS),
     "gemma": (LAYERS, ()),
 }
 """Which matrices have adapters, and ids of vocabulary rows, by case of ``tiny_folders``."""
@@ -202,6 +202,11 @@ def test_what_a_server_would_drop_is_refused(qwen, tmp_path, capsys):
     make(tmp_path / "fused", save_folder, "gpt_oss", "linear_fc1")
     refused(capsys, export(tmp_path / "fused", "sglang"), "is of a gpt_oss model", "SGLang 0.5.23")
     assert not list(tmp_path.glob("*/sglang")) + list(tmp_path.glob("*/vllm"))
+
+
+def test_rows_alone_are_refused(tmp_path, capsys):
+    make(tmp_path / "rows", save_folder, "qwen3", "nothing", ids=IDS)
+    refused(capsys, export(tmp_path / "rows", "peft"), "has vocabulary rows alone", REMEDY)
 
 
 def test_a_tensor_that_the_folder_keeps_once_is_refused(tmp_path, capsys):
