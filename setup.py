@@ -36,6 +36,7 @@ setup(
             "matplotlib>=3.8",
             "jinja2>=3.1",
             "tensorboard>=2.16",
+            "peft>=0.21",
         ],
     },
     entry_points={"console_scripts": ["moe-inject = megatron_moe_inject.cli:main"]},

@@ -1,6 +1,6 @@
-"""``moe-inject merge-adapters``.
+"""``moe-inject merge-adapters``, ``export-adapters`` and ``check-adapters``.
 
-torch is imported when it runs: the other commands do without it.
+torch is imported when one of them runs: the other commands do without it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moe_inject.host.commands import Commands, add_command
+from megatron_moe_inject.host.text import memory_text
+
+_FORMATS = ("peft", "vllm", "sglang")
+_EXAMPLES = """examples:
+  moe-inject export-adapters ckpt/adapted --hf Qwen3-30B-A3B --output adapters/code
+  moe-inject export-adapters ckpt/adapted --hf Qwen3-30B-A3B --output adapters/vllm --format vllm
+  moe-inject check-adapters adapters/code --hf Qwen3-30B-A3B
+"""
 
 
 def add_commands(commands: Commands) -> None:
@@ -28,6 +36,68 @@ def add_commands(commands: Commands) -> None:
         "--trained", metavar="CKPT", type=Path, required=True, help="the checkpoint with adapters"
     )
     merge.add_argument("--output", type=Path, required=True, help="a --save directory to write")
+    export = add_command(
+        commands,
+        "export-adapters",
+        "write adapters as a folder that PEFT, vLLM or SGLang loads",
+        "Write the adapters of a checkpoint as adapter_model.safetensors and adapter_config.json, "
+        "by the names of the model's Hugging Face folder, and base.json, which names that folder "
+        "by checksum. What the consumer would not load is an error.",
+        _EXAMPLES,
+        run=_export,
+    )
+    export.add_argument(
+        "checkpoint", metavar="CKPT", type=Path, help="a --save directory or an iteration in it"
+    )
+    export.add_argument("--hf", type=Path, required=True, help="the folder it was imported from")
+    export.add_argument("--output", type=Path, required=True, help="a folder to write")
+    export.add_argument(
+        "--format", choices=_FORMATS, default="peft",
+        help="whose names: PEFT on transformers 5 (default), vLLM, or SGLang",
+    )  # fmt: skip
+    check = add_command(
+        commands,
+        "check-adapters",
+        "see whether adapters belong to a model",
+        "Compare a folder of export-adapters with a Hugging Face folder by checksum. Reads all "
+        "weights of the model.",
+        run=_check,
+    )
+    check.add_argument("adapters", metavar="DIR", type=Path, help="a folder of export-adapters")
+    check.add_argument("--hf", type=Path, required=True, help="the folder of the model")
+
+
+def _export(options: argparse.Namespace) -> str:
+    from megatron_moe_inject.adapters.export import export_adapters
+    from megatron_moe_inject.convert.folder_model import FolderModel
+    from megatron_moe_inject.convert.hf_folder import HfFolder
+    from megatron_moe_inject.experts.delta.delta import CheckpointPlace
+
+    done = export_adapters(
+        CheckpointPlace("CKPT", options.checkpoint),
+        FolderModel.of(HfFolder.open("--hf", options.hf)),
+        options.output,
+        options.format,
+        _progress,
+    )
+    ranks = sorted({done.config["r"], *done.config["rank_pattern"].values()})
+    return "\n".join(
+        [
+            f"{options.output}: adapters of {done.matrices} matrices and {done.rows} rows of the "
+            f"vocabulary as {done.tensors} tensors, {memory_text(done.bytes)}, for "
+            f"{options.format}",
+            f"ranks of modules: {', '.join(map(str, ranks))}",
+            f"they belong to {options.hf}, sha256 {done.base.sha256[:12]}",
+        ]
+    )
+
+
+def _check(options: argparse.Namespace) -> str:
+    from megatron_moe_inject.adapters.adapter_folder import check_base
+    from megatron_moe_inject.convert.hf_folder import HfFolder
+
+    base = check_base(options.adapters, HfFolder.open("--hf", options.hf), _progress)
+    return f"{options.adapters} belongs to {options.hf}, sha256 {base.sha256[:12]}"
 
 
 def _merge(options: argparse.Namespace) -> str:

@@ -185,7 +185,7 @@ class _Values:
         if new is None:
             return dict.fromkeys(range(len(entry.parts)))
         changed: dict[int, torch.Tensor | None] = dict(enumerate(entry.form.split(new)))
-        for old in self._imported(entry, new.dtype):
+        for old in imported(self._model, entry, new.dtype):
             if same_bytes(new, old):
                 return dict.fromkeys(changed)
             for at, part in enumerate(entry.form.split(old)):
@@ -194,16 +194,17 @@ class _Values:
                     changed[at] = None
         return changed
 
-    def _imported(self, entry: Entry, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-        """What an import gives, in the type of the checkpoint.
 
-        Quantised weights mean more digits than the type that they are imported in by default, so
-        that a run in float32 may have begun from either.
-        """
-        yield self._model.joined(entry, dtype)
-        own, folder = self._model.dtype(entry), self._model.folder
-        if own != dtype and any(folder.storage(part.name) != "plain" for part in entry.parts):
-            yield self._model.joined(entry, own).to(dtype)
+def imported(model: FolderModel, entry: Entry, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """What an import of a folder gives for a slice, in the type of a checkpoint.
+
+    Quantised weights mean more digits than the type that they are imported in by default, so that
+    a run in float32 may have begun from either.
+    """
+    yield model.joined(entry, dtype)
+    own = model.dtype(entry)
+    if own != dtype and any(model.folder.storage(part.name) != "plain" for part in entry.parts):
+        yield model.joined(entry, own).to(dtype)
 
 
 def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -41,22 +41,28 @@ class TrainedCheckpoint:
     Args:
         checkpoint: opened.
         model: the folder that it is to become.
+        adapters_apart: whether the caller takes care of the adapters that it may hold.
 
     Attributes:
+        naming: how it names the slices of the model.
         remarks: parts of the model that it does not hold; how its tokenizer differs.
 
     Raises:
         RecipeError: it is another model, of another tokenizer, or holds adapters.
     """
 
-    def __init__(self, checkpoint: TorchDistCheckpoint, model: FolderModel) -> None:
-        refuse_adapters(checkpoint.tensors, checkpoint.source.error)
+    def __init__(
+        self, checkpoint: TorchDistCheckpoint, model: FolderModel, *, adapters_apart: bool = False
+    ) -> None:
+        if not adapters_apart:
+            refuse_adapters(checkpoint.tensors, checkpoint.source.error)
         self._checkpoint = checkpoint
         self._names = {name for name in checkpoint.tensors if not is_own(name)}
         by_layer = any(map(numbers_layers, self._names))
         naming = model.naming.seen_in(pattern_of_names(self._names), by_layer)
         if naming is None:
             raise self._other("has other layers", model)
+        self.naming = naming
         self._places: dict[Slot, list[tuple[str, Stored]]] = {}
         self.remarks: list[str] = []
         self._find(model, naming)

@@ -9,7 +9,6 @@ Shapes: r rank, o outputs, i inputs; A ``[r, i]``, B ``[o, r]``, W ``[o, i]`` or
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import torch
 from megatron_moe_inject.host.gpt_names import Place
 from megatron_moe_inject.host.model_parts import component_of_stored
 from megatron_moe_inject.host.text import table
-from megatron_moe_inject.host.torch_dist_copy import Change
+from megatron_moe_inject.host.torch_dist_copy import Change, places_in
 
 _BLOCK = 1 << 21
 """Values that are worked on at a time, in fp64."""
@@ -162,8 +161,7 @@ def merged(
 
     def change(begin: tuple[int, ...], part: torch.Tensor) -> bool:
         touched = False
-        leading = zip(begin[:axes], part.shape[:axes], strict=True)
-        for place in itertools.product(*(range(b, b + size) for b, size in leading)):
+        for place in places_in(begin, part.shape, axes):
             source = sources.get(place)
             if source is None:
                 continue

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import io
+import itertools
 import pickle
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +33,30 @@ Change = Callable[[tuple[int, ...], torch.Tensor], bool]
 """Changes a stored part of a tensor in place, given where it begins; says whether it did."""
 
 
+def places_in(begin: tuple[int, ...], shape: Sequence[int], axes: int) -> Iterator[tuple[int, ...]]:
+    """Indices on a tensor's leading axes of the slices that a part of it holds something of.
+
+    Args:
+        begin, shape: of the part.
+        axes: how many lead.
+    """
+    leading = zip(begin[:axes], shape[:axes], strict=True)
+    return itertools.product(*(range(b, b + size) for b, size in leading))
+
+
 def replaced(slices: Mapping[tuple[int, ...], Callable[[], torch.Tensor]]) -> Change:
     """The change of a tensor that replaces slices, by index on its leading axes, with what is
-    called for."""
+    called for. All have the same number of indices."""
+    (axes,) = {len(place) for place in slices}
 
     def change(begin: tuple[int, ...], part: torch.Tensor) -> bool:
         touched = False
-        for place, new in slices.items():
-            inside = tuple(i - b for i, b in zip(place, begin, strict=False))
-            if not all(0 <= i < size for i, size in zip(inside, part.shape, strict=False)):
+        for place in places_in(begin, part.shape, axes):
+            if place not in slices:
                 continue
-            rest = zip(begin[len(place) :], part.shape[len(place) :], strict=True)
-            part[inside] = new()[tuple(slice(b, b + size) for b, size in rest)]
+            rest = zip(begin[axes:], part.shape[axes:], strict=True)
+            block = slices[place]()[tuple(slice(b, b + size) for b, size in rest)]
+            part[tuple(i - b for i, b in zip(place, begin, strict=False))] = block
             touched = True
         return touched
 

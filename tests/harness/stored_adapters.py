@@ -3,8 +3,9 @@ and rows beside them, and the argument that says what they are."""
 
 from __future__ import annotations
 
+import itertools
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,25 @@ def factor_name(site: Site, factor: str, number: int) -> str:
     if weight.startswith("decoder.layers.") and layer.isdigit():
         numbers = ".".join(map(str, (number, int(layer), *place)))
     return f"{weight.removesuffix('.weight')}.inject_adapter.{factor}.{numbers}"
+
+
+def parts(value: torch.Tensor, axes: int) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
+    """Parts of a stored tensor with where they begin, as ranks that shard rows and columns write
+    them: quarters of each matrix, halves of a vector."""
+    for leading in itertools.product(*map(range, value.shape[:axes])):
+        blocks = [(leading, value[leading])]
+        for axis in range(value.dim() - axes):
+            blocks = [
+                ((*begin, at), half)
+                for begin, block in blocks
+                for at, half in zip(
+                    (0, (block.shape[axis] + 1) // 2),
+                    block.split((block.shape[axis] + 1) // 2, dim=axis),
+                    strict=False,
+                )
+            ]
+        for begin, block in blocks:
+            yield begin, block.reshape((1,) * axes + tuple(block.shape))
 
 
 def write_adapters(
@@ -94,9 +114,8 @@ def write_adapters(
     output.mkdir(parents=True)
     with CheckpointWriter(folder) as writer:
         for name, stored in before.tensors.items():
-            value, rows = whole(before, name), max(1, stored.size[0] // 2)
-            for begin in range(0, stored.size[0], rows):  # in parts, as ranks write them
-                writer.tensor([name], stored.size, (begin,), value[begin : begin + rows])
+            for place, part in parts(whole(before, name), stacked_axes(name)):
+                writer.tensor([name], stored.size, place, part)
         for name, value in added.items():
             writer.tensor([name], value.shape, (), value)
             state = f"optimizer.state.exp_avg.{name}"

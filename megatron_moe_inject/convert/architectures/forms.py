@@ -28,6 +28,12 @@ class Form(Protocol):
         """The folder's tensors of Megatron's."""
         ...
 
+    def outputs(self, rows: torch.Tensor) -> list[torch.Tensor] | None:
+        """What stands for each of Megatron's outputs, ``[out, ...]``, in the order of the outputs
+        of the folder's tensors; ``None`` where these are no linear layers of the same outputs. So
+        a low-rank change of Megatron's matrix becomes one of each of the folder's."""
+        ...
+
 
 @dataclass(frozen=True)
 class Same:
@@ -39,6 +45,9 @@ class Same:
 
     def split(self, whole: torch.Tensor) -> list[torch.Tensor]:
         return [whole]
+
+    def outputs(self, rows: torch.Tensor) -> list[torch.Tensor] | None:
+        return self.split(rows)
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,9 @@ class Stacked:
 
     def split(self, whole: torch.Tensor) -> list[torch.Tensor]:
         return list(whole.split(self.rows))
+
+    def outputs(self, rows: torch.Tensor) -> list[torch.Tensor] | None:
+        return self.split(rows)
 
 
 @dataclass(frozen=True)
@@ -78,6 +90,9 @@ class Qkv:
         rows = (self.queries * self.width, self.width, self.width)
         return [part.flatten(0, 1) for part in grouped.split(rows, dim=1)]
 
+    def outputs(self, rows: torch.Tensor) -> list[torch.Tensor] | None:
+        return self.split(rows)
+
 
 @dataclass(frozen=True)
 class Transposed:
@@ -89,6 +104,9 @@ class Transposed:
 
     def split(self, whole: torch.Tensor) -> list[torch.Tensor]:
         return [whole.t().contiguous()]
+
+    def outputs(self, rows: torch.Tensor) -> list[torch.Tensor] | None:
+        return [rows]
 
 
 @dataclass(frozen=True)
@@ -107,6 +125,9 @@ class GateUpInTurn:
         rows = torch.stack(whole.chunk(2), dim=1).flatten(0, 1)
         return [rows.t().contiguous() if rows.dim() == 2 else rows]
 
+    def outputs(self, rows: torch.Tensor) -> list[torch.Tensor] | None:
+        return [torch.stack(rows.chunk(2), dim=1).flatten(0, 1)]
+
 
 @dataclass(frozen=True)
 class Scaled:
@@ -120,3 +141,6 @@ class Scaled:
 
     def split(self, whole: torch.Tensor) -> list[torch.Tensor]:
         return [whole / torch.tensor(self.by, dtype=whole.dtype)]
+
+    def outputs(self, rows: torch.Tensor) -> list[torch.Tensor] | None:
+        return None

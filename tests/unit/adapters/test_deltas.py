@@ -100,6 +100,32 @@ def test_as_a_folder_it_is_what_merging_gives(folders, tmp_path):
         assert one.read_bytes() == (tmp_path / "delta" / one.name).read_bytes(), one.name
 
 
+def test_a_hybrid_students_adapters_go_onto_its_gpt_base(folders, tmp_path):
+    """The delta has a GPT model's names where one of both is one, and goes onto either."""
+    words = ["import-hf", str(folders / "hf"), "--layout", "hybrid"]
+    assert main([*words, "--output", str(tmp_path / "base")]) == 0
+    one = "decoder.layers.{}.mlp.experts.experts.linear_fc1.weight"
+    qkv = "decoder.layers.0.self_attention.linear_qkv.weight"
+    sites = {(one.format(3), (2,)): [0], (qkv, ()): [1]}
+    write_adapters(tmp_path / "base", tmp_path / "trained", sites, ENTRIES, ids=IDS)
+    paths = {"base": folders / "base", "trained": tmp_path / "trained"}
+    assert command("export-delta", **paths, output=tmp_path / "delta") == 0
+    index = json.loads((tmp_path / "delta" / "delta.json").read_text())
+    places = {(m["tensor"], tuple(m["place"])) for m in index["adapters"]["matrices"]}
+    assert places == {(FC1, (1, 2)), (QKV, (0,))}
+    paths = {"trained": tmp_path / "trained", "output": tmp_path / "merged"}
+    assert command("merge-adapters", **paths) == 0
+    merged = opened(tmp_path / "merged")
+    for kind, base in (("gpt", folders / "base"), ("hybrid", tmp_path / "base")):
+        paths = {"base": base, "delta": tmp_path / "delta", "output": tmp_path / kind}
+        assert command("apply-delta", **paths) == 0
+    for name in merged.tensors:
+        assert torch.equal(whole(opened(tmp_path / "hybrid"), name), whole(merged, name)), name
+    assert torch.equal(
+        whole(opened(tmp_path / "gpt"), FC1)[1], whole(merged, one.format(3))
+    )  # block 1's experts are layer 3
+
+
 @pytest.mark.parametrize(("name", "place"), [(FC1, (0, 1)), (EMBEDDING, (44,)), (NORM, ())])
 def test_another_base_is_refused(folders, tmp_path, capsys, name, place):
     other = changed(folders / "base", tmp_path / "other", name, place)
