@@ -148,6 +148,9 @@ class StoredAdapters:
         for (site, entry), names in sorted(found.items()):
             self.pairs[site] = (*self.pairs.get(site, ()), self._pair(site, entry, names))
         self._check_rows()
+        left = set(range(len(self.described.entries))) - {entry for _, entry in found}
+        if left:
+            raise self.error(f"holds no adapter of entry {min(left)} of {ARGUMENT}")
 
     @classmethod
     def of(cls, checkpoint: TorchDistCheckpoint) -> StoredAdapters | None:
@@ -197,6 +200,8 @@ class StoredAdapters:
         if entry >= len(self.described.entries):
             raise self.error(f"holds {names['a']}, and {ARGUMENT} has no entry {entry}")
         of_entry = self.described.entries[entry]
+        if len(sizes) - axes != 2:
+            raise self.error(f"holds an adapter of {where}, which is no matrix")
         out, into = sizes[axes:]
         for factor, shape in (("a", (of_entry.rank, into)), ("b", (out, of_entry.rank))):
             held = tuple(self._checkpoint.tensors[names[factor]].size)
@@ -209,6 +214,8 @@ class StoredAdapters:
 
     def _check_rows(self) -> None:
         tensors, ids = self._checkpoint.tensors, self.ids
+        if ids and not self.rows:
+            raise self.error(f"holds no vocabulary rows, of which {ARGUMENT} has {len(ids)}")
         for weight, name in self.rows.items():
             size = tuple(tensors[name].size)
             matrix = tuple(tensors[weight].size) if weight in tensors else (0,)

@@ -75,7 +75,8 @@ def write_adapters(
     """Write a checkpoint of a base with random adapters.
 
     Args:
-        sites: matrices with the numbers of the entries that they have.
+        sites: matrices with the numbers of the entries that they have; entries that no matrix has
+            are left out.
         ids: of vocabulary rows, of the embedding and of a head of its own.
         size: of the factors' values.
         described: what else the argument says.
@@ -83,6 +84,9 @@ def write_adapters(
     Returns:
         What was added, by name.
     """
+    used = sorted({number for numbers in sites.values() for number in numbers})
+    entries = [entries[number] for number in used]
+    sites = {site: [used.index(n) for n in numbers] for site, numbers in sites.items()}
     before = opened(base)
     generator = torch.Generator().manual_seed(7)
     added: dict[str, torch.Tensor] = {}

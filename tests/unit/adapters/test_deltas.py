@@ -21,6 +21,8 @@ EMBEDDING = "embedding.word_embeddings.weight"
 ENTRIES = [entry(2, 8.0), entry(4, 4.0, "rslora")]
 SITES = {(FC1, (0, 1)): [0, 1], (FC2, (1, 3)): [0], (QKV, (1,)): [1]}
 IDS = [7, 2, 44]
+EXPERT = (1, 0)
+"""Layer and number of one without adapters, whose matrix trained whole."""
 
 
 def command(name, **paths):
@@ -39,12 +41,14 @@ def changed(checkpoint, output, name, place=()):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A folder, its import, that with adapters and a trained norm, and the delta of both."""
+    """A folder, its import, that with adapters and with an expert and a norm that trained whole,
+    and the delta of both."""
     root = tmp_path_factory.mktemp("deltas")
     save_folder("qwen3_moe", root / "hf")
     assert main(["import-hf", str(root / "hf"), "--output", str(root / "base")]) == 0
     write_adapters(root / "base", root / "adapted", SITES, ENTRIES, ids=IDS)
-    changed(root / "adapted", root / "trained", NORM)
+    changed(root / "adapted", root / "half", FC1, EXPERT)
+    changed(root / "half", root / "trained", NORM)
     paths = {"base": root / "base", "trained": root / "trained"}
     assert command("export-delta", **paths, output=root / "delta") == 0
     return root
@@ -60,17 +64,18 @@ def refused(capsys, status, *parts):
 def test_it_holds_adapters_and_rows_and_no_merged_matrix(folders):
     index = json.loads((folders / "delta" / "delta.json").read_text())
     assert index["version"] == 2
-    assert list(index["slices"]) == [NORM]
+    slices = {NORM, f"{FC1}@1.0"}
+    assert set(index["slices"]) == slices
     assert index["adapters"]["base"]["checkpoint"] == str(folders / "base")
     names = set()
     for file in index["files"]:
         with safe_open(folders / "delta" / file, framework="pt") as stored:
             names |= set(stored.keys())
     added = {name for name in opened(folders / "trained").tensors if "inject" in name}
-    assert names == {NORM} | added
-    assert index["bytes"] == sum(
-        opened(folders / "trained").tensors[name].size.numel() * 4 for name in names
-    )
+    assert names == slices | added
+    trained = opened(folders / "trained")
+    values = sum(trained.tensors[name].size.numel() for name in {NORM} | added)
+    assert index["bytes"] == 4 * (values + whole(trained, FC1)[EXPERT].numel())
 
 
 def test_applied_it_is_what_merging_gives(folders, tmp_path, capsys):

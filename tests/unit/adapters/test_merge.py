@@ -151,6 +151,7 @@ def test_nothing_to_merge_is_an_error(base, tmp_path, capsys):
         ({"entries": ENTRIES[:1]}, ("inject_adapters has no entry 1",)),
         ({"entries": [entry(2, 8.0)] * 2}, ("where rank 2 of a matrix [", "asks for [2, 6]")),
         ({"entries": [{"rank": 2}]}, ("has an inject_adapters that cannot be", "targets: missing")),
+        ({"entries": [*ENTRIES, entry(5, 5.0)]}, ("holds no adapter of entry 2 of",)),
         ({"vocabulary_rows": None}, ("inject_adapters has 0 ids",)),
         ({"vocabulary_rows": {"ids": [3, 0, 16]}}, ("where inject_adapters has 3 ids",)),
         ({"vocabulary_rows": {"ids": [3, 3, 1]}}, ("where inject_adapters has 3 ids",)),
@@ -170,6 +171,10 @@ def test_arguments_that_do_not_fit_are_refused(base, tmp_path, capsys, described
         ({f"{ALONE[:-7]}.inject_adapter.a.0.2": (2, 4)}, "whose numbers name no matrix"),
         ({"decoder.layers.nothing.inject_adapter.a.0.0": (2, 4)}, "which it has not"),
         ({f"{QKV[:-7]}.inject_adapter.b.0.0": (10, 2)}, "without the other factor"),
+        (
+            {f"{NORM[:-7]}.inject_adapter.{factor}.0": (2, 6) for factor in "ab"},
+            "which is no matrix",
+        ),
     ],
 )
 def test_tensors_that_name_no_adapter_are_refused(base, tmp_path, capsys, added, parts):
@@ -184,6 +189,12 @@ def test_tensors_that_name_no_adapter_are_refused(base, tmp_path, capsys, added,
         writer.finish(common)
     (tmp_path / "trained" / TRACKER).write_text("release")
     refused(capsys, tmp_path / "trained", tmp_path / "out", parts)
+
+
+def test_rows_that_are_told_and_not_there_are_refused(base, tmp_path, capsys):
+    rows = {"vocabulary_rows": {"ids": [1]}}
+    write_adapters(base, tmp_path / "trained", SITES, ENTRIES, described=rows)
+    refused(capsys, tmp_path / "trained", tmp_path / "out", "holds no vocabulary rows, of which")
 
 
 def test_values_that_are_not_finite_are_refused(base, tmp_path, capsys):
