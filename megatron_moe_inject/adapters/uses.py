@@ -23,7 +23,10 @@ ROUTER_GATING = Wrapped(f"{ROUTER}.gating", ("input",), does=_ADDS)
 LINEAR_SHARDED = Wrapped(f"{_LAYERS}.ColumnParallelLinear.sharded_state_dict", _STATE, does=_STORES)
 TE_SHARDED = Wrapped(f"{_TE_LAYERS}.TELinear.sharded_state_dict", _STATE, package=_TE, does=_STORES)
 GROUPED_SHARDED = Wrapped(
-    f"{_TE_LAYERS}.TEGroupedLinear.sharded_state_dict", _STATE, package=_TE, does=_STORES
+    f"{_TE_LAYERS}.TEColumnParallelGroupedLinear.sharded_state_dict",
+    _STATE,
+    package=_TE,
+    does=_STORES,
 )
 ROUTER_SHARDED = Wrapped(f"{ROUTER}.sharded_state_dict", _STATE, does=_STORES)
 

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_moe_inject.adapters.merge import merge_adapters
 from megatron_moe_inject.experts.delta.delta import CheckpointPlace, export_delta
 from megatron_moe_inject.host.errors import RecipeError
+from megatron_moe_inject.host.stored_adapters import StoredAdapters
 from tests.harness import lane
 from tests.harness.gpu_runs import BF16, DISTRIBUTED, EP2, FP8, MLA, PP2, RECIPE, TP2, Runs
 
@@ -138,3 +140,58 @@ def test_multi_latent_attention(runs, pattern):
     flags = (*BF16, *MLA, *(() if pattern is None else hybrid(pattern)))
     output, _ = build(runs, f"mla {pattern}", 1, flags, student=False)
     assert re.search(r"experts +295 k +1\.28 M", output)
+
+
+ADAPTED = (
+    *("--inject-set", "train.experts=none", "train.vocabulary_rows={ids: [1, 40]}"),
+    "train.adapters=[{targets: [experts, attention, router, output_layer], rank: 4}]",
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "nproc", "flags", "attention"),
+    [
+        ("grouped", 1, BF16, ("linear_qkv", "linear_proj")),
+        ("one by one", 1, ONE_BY_ONE, ("linear_qkv", "linear_proj")),
+        ("ep2", 2, (*BF16, *EP2, *DISTRIBUTED), ("linear_qkv", "linear_proj")),
+        ("tp2", 2, (*BF16, *TP2), ("linear_qkv", "linear_proj")),
+        ("hybrid", 1, (*BF16, *hybrid("*E*E*E*E")), ("linear_qkv", "linear_proj")),
+        ("fp8", 1, (*BF16, *FP8["blockwise"]), ("linear_qkv", "linear_proj")),
+    ],
+)
+def test_adapters_stand_beside_all_modules(runs, stock, tmp_path, name, nproc, flags, attention):
+    """Under the names of a run without Transformer Engine, with nothing else moved."""
+    own = [flag for flag in ADAPTED if "vocabulary" not in flag]
+    _, saved = build(runs, f"adapters, {name}", nproc, (*flags, *own))
+    stored = StoredAdapters(CheckpointPlace("--trained", saved).open())
+    shapes = {}
+    for (tensor, _), pairs in stored.pairs.items():
+        module = tensor.removesuffix(".weight").rpartition(".")[2]
+        for pair in pairs:
+            assert not stored.read(pair.b).any()
+            sizes = tuple(stored.read(pair.a).shape), tuple(stored.read(pair.b).shape)
+            shapes.setdefault(module, []).append(sizes)
+    assert {module: len(found) for module, found in shapes.items()} == {
+        "linear_fc1": 3, "linear_fc2": 3, "router": 4, "output_layer": 1,
+        **dict.fromkeys(attention, 4),
+    }  # fmt: skip
+    assert set(shapes["linear_fc1"]) == {((4, 128), (512, 4))}
+    assert set(shapes["linear_fc2"]) == {((4, 256), (128, 4))}
+    assert set(shapes["linear_qkv"]) == {((4, 128), (384, 4))}
+    merged = tmp_path / "merged"
+    merge_adapters(CheckpointPlace("--trained", saved), merged, lambda items, _: items)
+    assert differences(stock, merged, tmp_path / "delta") == {}
+
+
+def test_adapters_of_latent_attention_and_rows(runs):
+    rows = [flag for flag in ADAPTED if "adapters=" not in flag]
+    one = "train.adapters=[{targets: [attention], rank: 4}]"
+    _, saved = build(runs, "adapters, mla", 1, (*BF16, *MLA, *rows, one), student=False)
+    stored = StoredAdapters(CheckpointPlace("--trained", saved).open())
+    modules = {tensor.split(".")[-2] for tensor, _ in stored.pairs}
+    assert modules == {
+        "linear_q_down_proj", "linear_q_up_proj", "linear_kv_down_proj", "linear_kv_up_proj",
+        "linear_proj",
+    }  # fmt: skip
+    assert stored.ids == [1, 40]
+    assert set(stored.rows) == {"embedding.word_embeddings.weight", "output_layer.weight"}
