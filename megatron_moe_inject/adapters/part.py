@@ -23,6 +23,9 @@ from megatron_moe_inject.host.megatron_types import Chunk
 from megatron_moe_inject.host.step import StepPart
 from megatron_moe_inject.recipe.run_part import BuiltStudent, RunContext, RunPart
 
+_SHOWN = 24
+"""Ids of rows in a plan."""
+
 
 class AdaptersPart(RunPart):
     """The adapters of a student; provides what switches them off (``Beside``)."""
@@ -145,6 +148,14 @@ class AdaptersPart(RunPart):
                     "name components that it has, or weights such as "
                     "decoder.layers.3.self_attention.linear_qkv.weight",
                 )  # fmt: skip
+
+    def plan_lines(self, given: Mapping[str, list[str]]) -> Mapping[str, list[str]]:
+        """With the ids of the rows that were chosen, as far as they fit a line."""
+        ids = self._stored.rows
+        if ids is None:
+            return given
+        shown = " ".join(map(str, ids[:_SHOWN])) + (" ..." if len(ids) > _SHOWN else "")
+        return {**given, "rows of the vocabulary": [f"{len(ids)}: {shown}"]}
 
     @contextlib.contextmanager
     def _off(self) -> Iterator[None]:

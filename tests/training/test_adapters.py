@@ -1,6 +1,8 @@
 """Adapters through the real ``pretrain()``: at every layout the run of one process, from the
 original model on, resumed bitwise, with nothing else moved."""
 
+import re
+
 import pytest
 
 from megatron_moe_inject.adapters.merge import merge_adapters
@@ -85,6 +87,21 @@ def test_rows_of_the_vocabulary(material, layout):
     assert PROVEN.search(run.output)
     for term in TERMS:
         assert run.losses(term) == pytest.approx(one.losses(term), rel=2e-5), term
+
+
+def test_rows_by_name_or_threshold_decay(material):
+    """Those of a threshold are those of their ids; and they decay where it is asked for."""
+    choice = "{{domain: code, budget: 0.4, lr: 3}}"
+    by_threshold = ROWS.replace(choice, "{{domain: code, threshold: 0.5}}")
+    run = inject(material, by_threshold)
+    found = re.search(r"^rows of the vocabulary\n +\d+: (.*)$", run.output, re.M)
+    ids = [int(i) for i in found[1].split()]
+    assert 0 < len(ids) < 30
+    by_name = inject(material, ROWS.replace(choice, f"{{{{ids: {ids}}}}}"))
+    assert by_name.losses("total loss") == run.losses("total loss")
+    decayed = inject(material, ROWS.replace(choice, f"{{{{ids: {ids}, decay: 50}}}}"))
+    assert decayed.losses("total loss")[0] == run.losses("total loss")[0]
+    assert decayed.losses("total loss")[-1] != run.losses("total loss")[-1]
 
 
 TIED = "--untie-embeddings-and-output-weights"

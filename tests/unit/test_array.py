@@ -68,7 +68,9 @@ def test_a_pair_that_no_set_has_is_a_gap():
     assert ("trained rows", "imitated states") in missing
     assert set(missing) == {
         ("trained rows", other)
-        for other in (array.TRAINED - {"trained router"}) | array.IMITATED | {"expert retention"}
+        for other in (array.TRAINED - {"trained router"})
+        | array.IMITATED
+        | {"expert retention", "adapters"}
     }
     new = [*array.FEATURES, "what nobody wrote"]
     assert len(array.gaps(features=new)) == len(array.FEATURES) + len(array.LAYOUTS)
@@ -148,6 +150,25 @@ TESTED_ELSEWHERE = {
     },
     "te/test_construction.py": {
         "test_a_published_student_is_saved_as_it_was_loaded": ["train.fp8_source"]
+    },
+    "training/test_adapters.py": {
+        "test_a_layout_gives_what_one_process_gives": [
+            "train.adapters.*.decay",
+            "train.adapters.*.experts",
+            "train.adapters.*.layers",
+            "train.adapters.*.lr",
+            "train.adapters.*.scaling",
+        ],
+        "test_rows_of_the_vocabulary": [
+            "train.vocabulary_rows.budget",
+            "train.vocabulary_rows.domain",
+            "train.vocabulary_rows.lr",
+        ],
+        "test_rows_by_name_or_threshold_decay": [
+            "train.vocabulary_rows.decay",
+            "train.vocabulary_rows.ids",
+            "train.vocabulary_rows.threshold",
+        ],
     },
     "training/test_frozen_bias.py": {
         "test_frozen_routers_keep_their_bias_and_the_one_that_trains_does_not": [
