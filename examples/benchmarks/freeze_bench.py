@@ -3,11 +3,12 @@
     python examples/benchmarks/freeze_bench.py [--layouts single ep2 pp2] [--steps 8] [--json FILE]
 
 Real Megatron training, cross-entropy only, the same model and data in every arm: everything
-trained; chosen experts in every layer; the same in the last quarter of the layers; and stock
-Megatron without the plugin whose script sets ``requires_grad`` before DDP. All arms of a layout
-are alive at once and take their steps in turns, so that the noise of the machine hits all alike.
-An arm that crashes or hangs is reported with how it ended. On a machine without a GPU it runs on
-the CPU lane. Beside each ratio stands what arithmetic allows.
+trained; chosen experts in every layer; the same in the last quarter of the layers; adapters on
+chosen experts, or all, and attention; and stock Megatron without the plugin whose script sets
+``requires_grad`` before DDP. All arms of a layout are alive at once and take their steps in turns,
+so that the noise of the machine hits all alike. An arm that crashes or hangs is reported with how
+it ended. On a machine without a GPU it runs on the CPU lane. Beside each ratio stands what
+arithmetic allows.
 """
 
 from __future__ import annotations
@@ -44,14 +45,19 @@ class Arm:
     Attributes:
         plugin: whether the plugin is installed.
         trains: ``all``, or which layers' chosen experts: ``every layer``, ``last quarter``.
+        adapters: which experts have adapters of rank 8, and attention with them, in the place of
+            what trains; ``None`` = none.
     """
 
     title: str
     plugin: bool
     trains: str
+    adapters: str | None = None
 
 
 ARMS = {
+    "adapters-chosen": Arm("adapters: chosen, attention", True, "every layer", "selected"),
+    "adapters-all": Arm("adapters: experts, attention", True, "every layer", "all"),
     "stock-all": Arm("stock, everything", False, "all"),
     "all": Arm("plugin, everything", True, "all"),
     "every-layer": Arm("plugin, chosen, every layer", True, "every layer"),
@@ -65,6 +71,7 @@ domains:
 objective: {{alpha: 0.0, beta: 1.0}}
 train: {{experts: {which}{rest}}}
 """
+ADAPTED = ", adapters: [{{targets: [experts, attention], experts: {experts}, rank: 8}}]"
 EVERYTHING = "".join(
     f", {name}: true" for name in ("router", "attention", "norms", "embedding", "output_layer")
 )
@@ -107,6 +114,8 @@ def start(name: str, layout: str, port: int, options: argparse.Namespace, folder
         recipe = folder / f"{name}.yaml"
         by_layer = "" if experts is None else f", experts: {{layers: {experts}}}"
         which, rest = ("all", EVERYTHING) if experts is None else ("selected", "")
+        if arm.adapters is not None:
+            which, rest = "none", ADAPTED.format(experts=arm.adapters)
         recipe.write_text(RECIPE.format(experts=by_layer, which=which, rest=rest))
         flags = [*(["--cpu"] if options.cpu else []), *flags, "--inject-recipe", str(recipe)]
         flags += ["--inject-from-scratch"]

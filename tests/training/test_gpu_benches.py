@@ -41,6 +41,7 @@ def test_every_arm_steps(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     rows = {row["arm"]: row for row in json.loads(out.read_text())["rows"]}
     named = {"stock", "off", "freeze", "kd", "gamma", "host", "steering", "features"}
+    named |= {"bare", "adapters", "grouped"}
     assert set(rows) == named
     assert {arm: row["ended"] for arm, row in rows.items() if "ended" in row} == {}
     assert all(len(row["seconds"]) == 2 for row in rows.values()), rows

@@ -64,6 +64,7 @@ class Arm:
 
 
 TAUGHT = ("objective.alpha=1.0", "objective.beta=0.0")
+ADAPTED = ("objective.alpha=0.0", "objective.beta=1.0", "train.experts=none")
 ARMS = {
     "stock": Arm("stock Megatron, everything trains", None, plugin=False, places=2),
     "off": Arm("plugin installed, no recipe", None, places=2),
@@ -85,6 +86,23 @@ ARMS = {
         beside="kd",
     ),
     "features": Arm("+ imitation of hidden states", (*TAUGHT, "imitation.hidden=0.5"), beside="kd"),
+    "adapters": Arm(
+        "adapters of rank 8 on all experts and attention, cross-entropy",
+        (*ADAPTED, "train.adapters=[{targets: [experts, attention], experts: all, rank: 8}]"),
+        beside="bare",
+        taught=False,
+    ),
+    "grouped": Arm(
+        "adapters of rank 8 on all experts alone, cross-entropy",
+        (*ADAPTED, "train.adapters=[{targets: [experts], experts: all, rank: 8}]"),
+        beside="bare",
+        taught=False,
+    ),
+    "bare": Arm(
+        "norms alone train, cross-entropy: what adapters stand beside",
+        (*ADAPTED, "train.norms=true"),
+        taught=False,
+    ),
     "frozen": Arm(
         "+ frozen experts in FP8 alone",
         (*TAUGHT, "train.frozen_experts=fp8"),
