@@ -1,0 +1,140 @@
+"""Two runs on CPUs that measure a checkpoint with new experts against its base, on the same text.
+
+Each is a run of the training command's flags that only evaluates (``moe-inject evaluate``,
+``moe-inject profile``), on one process: for models that fit on the machine.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_moe_inject.evaluation.evaluation_file import read_evaluation
+from megatron_moe_inject.experts.choose.profile_file import read_profile
+from megatron_moe_inject.experts.grow.add import Addition
+from megatron_moe_inject.experts.grow.bounds import Bounds
+from megatron_moe_inject.host.errors import RecipeError, one_line
+from megatron_moe_inject.host.new_experts import NewExperts
+from megatron_moe_inject.host.text import memory_text
+
+_RECIPE = """
+domains: [{name: text, data: [0]}]
+objective: {alpha: 0.0, beta: 1.0}
+train: {experts: all}
+"""
+_ALONE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE")
+_SET = ("--load", "--num-experts", "--inject-recipe", "--save")
+_FLOAT32 = 4
+
+
+def compared(
+    addition: Addition, flags: Sequence[str], folder: Path, card: NewExperts, bounds: Bounds
+) -> list[str]:
+    """Measure both; what to say.
+
+    Args:
+        flags: of the training command; what it loads and its number of experts are set here.
+        folder: the new checkpoint's.
+
+    Raises:
+        RecipeError: the model does not fit, a run fails, or the function has moved too far.
+    """
+    _check_flags(flags)
+    _check_room(addition)
+    old, new = addition.checkpoint.folder, folder
+    with tempfile.TemporaryDirectory() as kept:
+        place = Path(kept)
+        (place / "recipe.yaml").write_text(_RECIPE)
+        base = _as_save(old, place / "base")
+        given = {"before": (base, card.base_experts), "after": (new, card.experts)}
+        for name, (load, experts) in given.items():
+            own = ["--num-experts", str(experts), "--load", str(load)]
+            _run("evaluate", place, place / f"{name}.json", [*flags, *own])
+        own = ["--num-experts", str(card.experts), "--load", str(new)]
+        _run("profile", place, place / "profile.json", [*flags, *own])
+        before, after = (read_evaluation(place / f"{name}.json") for name in given)
+        profile = read_profile(place / "profile.json")
+    lines = []
+    for name, ours in after.classes.items():
+        theirs = before.classes[name]
+        tokens = ours.sums["tokens"].sum()
+        losses = [x.sums["loss"].sum() / tokens for x in (theirs, ours)]
+        moved = losses[1] - losses[0]
+        if abs(moved) > bounds.loss:
+            raise RecipeError(
+                f"--most-loss: the loss of {name} moves from {losses[0]:.5f} to {losses[1]:.5f}, "
+                f"by more than {bounds.loss:g}; raise the bound if that is meant",
+                "--most-loss",
+            )
+        lines.append(
+            f"loss of {name}: {losses[0]:.6f} before, {losses[1]:.6f} after ({moved:+.2e} nats a "
+            f"token, {tokens:.0f} tokens)"
+        )
+    for name, statistics in profile.classes.items():
+        share = statistics.selections[:, card.ids()].sum(1) / statistics.selections.sum(1)
+        worst = int(share.argmax())
+        layer = profile.provenance.moe_layers[worst]
+        if card.rows != "donor":
+            bounds.check_chosen(float(share[worst]), f"layer {layer} on {name}")
+        lines.append(
+            f"new experts get {share.mean():.3%} of the choices of {name}, at most "
+            f"{share[worst]:.3%} (layer {layer}), in the new model"
+        )
+    return lines
+
+
+def _check_flags(flags: Sequence[str]) -> None:
+    if not flags:
+        raise RecipeError(
+            "--check: needs the flags of the training command, with the data, behind --", "--check"
+        )
+    for flag in _SET:
+        if any(item == flag or item.startswith(f"{flag}=") for item in flags):
+            raise RecipeError(f"--check: {flag} is set here; leave it out behind --", "--check")
+
+
+def _check_room(addition: Addition) -> None:
+    """The model in float32 must fit twice: Megatron reads a checkpoint beside the model."""
+    elements = sum(stored.size.numel() for stored in addition.checkpoint.tensors.values())
+    needed = 2 * _FLOAT32 * elements
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > free:
+        raise RecipeError(
+            f"--check: the model needs {memory_text(needed)} on one process of CPUs, and "
+            f"{memory_text(free)} are free; leave --check out, and before training measure the new "
+            "checkpoint in a job of its own: moe-inject profile, moe-inject evaluate",
+            "--check",
+        )
+
+
+def _as_save(folder: Path, root: Path) -> Path:
+    """A ``--save`` directory that points to one iteration."""
+    root.mkdir()
+    release = not folder.name.startswith("iter_")
+    name = "release" if release else folder.name
+    (root / name).symlink_to(folder.absolute())
+    tracker = root / "latest_checkpointed_iteration.txt"
+    tracker.write_text("release" if release else str(int(name.removeprefix("iter_"))))
+    return root
+
+
+def _run(command: str, place: Path, output: Path, flags: Sequence[str]) -> None:
+    """One run, as a process of its own: Megatron keeps its state in globals."""
+    words = [command, str(place / "recipe.yaml"), "--output", str(output), "--cpu", "--", *flags]
+    environment = {name: value for name, value in os.environ.items() if name not in _ALONE}
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_moe_inject.cli", *words],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode or not output.is_file():
+        lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        own = [line for line in lines if line.startswith(("megatron_moe_inject:", "moe-inject:"))]
+        reason = one_line((own or lines or ["it said nothing"])[-1], 300)
+        raise RecipeError(f"--check: moe-inject {command} ended without a result: {reason}")
