@@ -1,0 +1,67 @@
+"""New experts of a checkpoint as a feature: the card of them goes on with the run's checkpoints."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import TYPE_CHECKING
+
+from megatron_moe_inject.host.errors import fail
+from megatron_moe_inject.host.text import ranges
+from megatron_moe_inject.recipe import run_kinds
+from megatron_moe_inject.recipe.facts import StudentFacts
+from megatron_moe_inject.recipe.feature import Feature
+from megatron_moe_inject.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from megatron_moe_inject.host.new_experts import NewExperts
+    from megatron_moe_inject.recipe.run_part import RunContext, RunPart
+
+
+class NewExpertsFeature(Feature):
+    """What ``moe-inject add-experts`` wrote beside the model."""
+
+    runs = (run_kinds.INJECTION, run_kinds.EVALUATION, run_kinds.PROFILE)
+
+    def foresee(self, recipe: Recipe, facts: StudentFacts, args: Namespace) -> list[str]:
+        """As ``start``; says what is new."""
+        card = _card(args)
+        return [] if card is None else [_line(card)]
+
+    def start(self, run: RunContext) -> RunPart | None:
+        """Let checkpoints of the run have the card, which Megatron would leave behind with the
+        arguments of the run before."""
+        from megatron_moe_inject.host.new_experts import STORED
+
+        card = _card(run.args)
+        if card is not None:
+            setattr(run.args, STORED, card.plain())
+            run.warnings.append(_line(card))
+        return None
+
+
+def _card(args: Namespace) -> NewExperts | None:
+    """Of the checkpoint that will be loaded.
+
+    Raises:
+        RecipeError: the flags ask for another number of experts.
+    """
+    from megatron_moe_inject.host.new_experts import loaded_card
+
+    if not (args.load or getattr(args, "pretrained_checkpoint", None)):
+        return None
+    folder, card = loaded_card(args)
+    if card is not None and args.num_experts != card.experts:
+        raise fail(
+            "--num-experts", args.num_experts,
+            f"is not what {folder} has: {card.experts}, of which {ranges(card.ids())} were added",
+            f"pass --num-experts {card.experts}",
+        )  # fmt: skip
+    return card
+
+
+def _line(card: NewExperts) -> str:
+    per_layer = len(card.ids())
+    return (
+        f"the student has {per_layer} new experts in each MoE layer ({ranges(card.ids())} of "
+        f"{card.experts}), to be trained in layers {ranges(list(card.new))}"
+    )
