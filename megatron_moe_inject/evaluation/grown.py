@@ -27,7 +27,12 @@ objective: {alpha: 0.0, beta: 1.0}
 train: {experts: all}
 """
 _ALONE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE")
-_SET = ("--load", "--num-experts", "--inject-recipe", "--save")
+_ONE_PROCESS = (
+    *("--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1"),
+    *("--context-parallel-size", "1", "--expert-model-parallel-size", "1"),
+    *("--expert-tensor-parallel-size", "1"),
+)
+"""Later flags win over earlier ones."""
 _FLOAT32 = 4
 
 
@@ -37,7 +42,8 @@ def compared(
     """Measure both; what to say.
 
     Args:
-        flags: of the training command; what it loads and its number of experts are set here.
+        flags: of the training command; what it loads, its number of experts and its layout are
+            set here.
         folder: the new checkpoint's.
 
     Raises:
@@ -52,9 +58,8 @@ def compared(
         base = _as_save(old, place / "base")
         given = {"before": (base, card.base_experts), "after": (new, card.experts)}
         for name, (load, experts) in given.items():
-            own = ["--num-experts", str(experts), "--load", str(load)]
+            own = ["--num-experts", str(experts), "--load", str(load), *_ONE_PROCESS]
             _run("evaluate", place, place / f"{name}.json", [*flags, *own])
-        own = ["--num-experts", str(card.experts), "--load", str(new)]
         _run("profile", place, place / "profile.json", [*flags, *own])
         before, after = (read_evaluation(place / f"{name}.json") for name in given)
         profile = read_profile(place / "profile.json")
@@ -92,9 +97,11 @@ def _check_flags(flags: Sequence[str]) -> None:
         raise RecipeError(
             "--check: needs the flags of the training command, with the data, behind --", "--check"
         )
-    for flag in _SET:
-        if any(item == flag or item.startswith(f"{flag}=") for item in flags):
-            raise RecipeError(f"--check: {flag} is set here; leave it out behind --", "--check")
+    if any(item.partition("=")[0] == "--ckpt-step" for item in flags):
+        raise RecipeError(
+            "--check: --ckpt-step does not go with it; name the iteration's folder as CKPT",
+            "--check",
+        )
 
 
 def _check_room(addition: Addition) -> None:
@@ -136,5 +143,6 @@ def _run(command: str, place: Path, output: Path, flags: Sequence[str]) -> None:
     if done.returncode or not output.is_file():
         lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
         own = [line for line in lines if line.startswith(("megatron_moe_inject:", "moe-inject:"))]
-        reason = one_line((own or lines or ["it said nothing"])[-1], 300)
+        reason = (own or lines or ["it said nothing"])[-1]
+        reason = one_line(reason.removeprefix("megatron_moe_inject: error: "), 300)
         raise RecipeError(f"--check: moe-inject {command} ended without a result: {reason}")

@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import hashlib
 import io
+import itertools
 import pickle
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -38,7 +39,7 @@ from megatron_moe_inject.host.torch_dist import (
 from megatron_moe_inject.host.torch_dist_copy import refuse_links
 
 _BLOCK = 1 << 24
-_NEW_FILE = "__new_0.distcp"
+_NEW_FILE = "__new_{}.distcp"
 
 
 class NewPart(NamedTuple):
@@ -124,7 +125,7 @@ def rearranged_copy(
         copied += info.length if targets else 0
     reader.close()
     checksum = joined_checksum(digests)
-    with (folder / _NEW_FILE).open("wb") as file:
+    with (folder / _free_name(used)).open("xb") as file:
         for item in new:
             index.add(item, _stored(file, item.value.contiguous().clone()))
         state = dict(common(checksum))
@@ -280,6 +281,12 @@ def _other_files(checkpoint: TorchDistCheckpoint) -> list[Path]:
     ]
 
 
+def _free_name(used: Iterable[Path]) -> str:
+    """A name for the file of new parts: the original may have been written here as well."""
+    taken = {path.name for path in used}
+    return next(name for n in itertools.count() if (name := _NEW_FILE.format(n)) not in taken)
+
+
 def _stored(file: BinaryIO, value: Any) -> Any:
     """Append a value; returns where it is. By way of memory: what a full disk does to
     ``torch.save`` is no ``OSError``."""
@@ -288,6 +295,6 @@ def _stored(file: BinaryIO, value: Any) -> Any:
     stream = io.BytesIO()
     torch.save(value, stream)
     blob = stream.getvalue()
-    info = _StorageInfo(_NEW_FILE, file.tell(), len(blob))
+    info = _StorageInfo(Path(file.name).name, file.tell(), len(blob))
     file.write(blob)
     return info

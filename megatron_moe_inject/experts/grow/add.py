@@ -420,18 +420,15 @@ class _NewParts:
 
     def _count(self) -> int:
         """Parameters of the model that came."""
-        checkpoint = self._moved.checkpoint
-        grown = {
-            name: math.prod(size) - checkpoint.tensors[name].size.numel()
-            for name, size in self._moved.sizes.items()
-            if name in checkpoint.tensors and not is_training_state(name)
-        }
-        named = sum(
-            math.prod(size)
-            for name, size in self._moved.sizes.items()
-            if name not in checkpoint.tensors and not is_training_state(name)
-        )
-        return sum(grown.values()) + named
+        moved, count = self._moved, len(self._weights.numbering.new)
+        total = 0
+        for name in (*moved.tensors, *moved.routers):
+            if name.state is not None or name.expert not in (None, 0):
+                continue
+            size = math.prod(moved.size(name))
+            each = size if name.axis is None else size // len(self._weights.numbering.moved)
+            total += count * each
+        return total
 
     def _experts(self, name: ExpertName) -> Iterator[tuple[tuple[int, ...], Layer]]:
         """Layers of a tensor; of one that is a single expert's, its own, once for each layer."""

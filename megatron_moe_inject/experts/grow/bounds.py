@@ -59,7 +59,7 @@ class Bounds:
             raise RecipeError(
                 f"--most-chosen: new experts would get {share:.2%} of the choices of {where}, more "
                 f"than {self.chosen:.2%}, and the model would not be what it was; raise the bound "
-                "if that is meant, or leave that layer out by --layers",
+                "if that is meant",
                 "--most-chosen",
             )
 
@@ -138,16 +138,26 @@ def _expert_bias(addition: Addition, layer: int) -> torch.Tensor | None:
 
 
 def chosen_lines(
-    addition: Addition, shares: Mapping[str, Mapping[int, float]], bounds: Bounds
+    addition: Addition,
+    shares: Mapping[str, Mapping[int, float]],
+    bounds: Bounds,
+    *,
+    checked: bool,
 ) -> list[str]:
     """What was measured, in words.
+
+    Args:
+        addition: planned.
+        shares: by ``chosen_share``.
+        bounds: for rows that are to keep the function.
+        checked: whether both models will be run.
 
     Raises:
         RecipeError: new experts get too many choices, and their rows were to keep the function.
     """
     rows = addition.rows.method
     if not shares:
-        if rows == "closed":
+        if rows == "closed" or checked:
             return []
         return [
             "the model computes what it did wherever no new expert is among the k best, which was "

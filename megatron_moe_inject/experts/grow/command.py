@@ -153,7 +153,7 @@ def _add(options: argparse.Namespace) -> str:
         ),
     )
     shares = chosen_share(addition)
-    measured = chosen_lines(addition, shares, bounds)
+    measured = chosen_lines(addition, shares, bounds, checked=options.check)
     checked: list[str] = []
 
     def check(folder: Path, card: NewExperts) -> None:
