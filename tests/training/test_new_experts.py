@@ -14,7 +14,7 @@ from megatron_moe_inject.host.new_experts import STORED
 from megatron_moe_inject.host.torch_dist_copy import rewritten_copy
 from tests.harness import lane
 from tests.harness.checkpoints import SAVE, changed, whole
-from tests.harness.injection import PROVEN, inject
+from tests.harness.injection import OTHER, PROVEN, inject
 from tests.harness.material import student_flags
 
 LOGITS = (str(lane.HARNESS / "logits_gpt.py"),)
@@ -231,3 +231,61 @@ def test_the_share_from_sampled_logits_is_that_of_a_run(material, tmp_path, caps
         statistics = after.classes[name]
         tokens = statistics.selections[0]
         assert by_layer[0] == pytest.approx(tokens[4:].sum() / tokens.sum(), abs=0.03), name
+
+
+HYBRID = ("--hybrid-layer-pattern", "*E*-*E")
+
+
+def test_a_hybrid_model_in_bf16_with_its_sharded_optimizer(material, tmp_path, capsys):
+    """At EP 2; one block of three has no experts, and one that has gets them to fill it up. Its
+    next steps are those of the base."""
+    general = ("--data-path", material.general, "--split", "90,5,5")
+    own = (*HYBRID, "--bf16", *lane.DISTRIBUTED_OPTIMIZER, "--dist-ckpt-optim-fully-reshardable")
+    own = [*own, *DEEPSEEK[: DEEPSEEK.index("--mtp-num-layers")], *STILL]
+
+    def run(*flags):
+        flags = student_flags(*general, *own, *flags, ep=2)
+        at = flags.index("--num-layers")
+        return lane.run([*flags[:at], *flags[at + 2 :]], nproc=2)
+
+    base, load = tmp_path / "base", tmp_path / "grown"
+    run("--train-iters", "3", *SAVE, str(base))
+    arguments = ["add-experts", str(base), "--output", str(load), "--per-layer", "2"]
+    assert main([*arguments, "--layers", "5", "--donors", "0,2"]) == 0
+    out = capsys.readouterr().out
+    assert "layers 1 got as many" in out
+    assert "optimizer" not in out
+    names = opened(load).metadata.state_dict_metadata
+    experts = "decoder.layers.5.mlp.experts.experts.linear_fc1.weight"
+    states = {name: tuple(names[name].size) for name in names if name.endswith(experts)}
+    assert len(states) == 4
+    assert set(states.values()) == {(6, 128, 32)}
+    on = ("--train-iters", "5", "--override-opt_param-scheduler", "--load")
+    before, after = (run(*on, str(base)), run(*on, str(load), "--num-experts", "6"))
+    assert [x["iteration"] for x in after.iterations] == [4, 5]
+    assert after.losses("lm loss") == pytest.approx(before.losses("lm loss"), rel=1e-5)
+    assert after.losses("grad norm") == pytest.approx(before.losses("grad norm"), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(OTHER is None, reason="MEGATRON_OTHER is not set")
+def test_the_other_megatron_has_its_own_grown(material, tmp_path):
+    """Saved, grown, loaded at EP 2, trained and taken out again."""
+    base, load, after, without = (tmp_path / name for name in ("base", "grown", "after", "without"))
+    data = ("--data-path", material.general, "--split", "90,5,5", *DEEPSEEK)
+    flags = student_flags(*data, "--train-iters", "3", *SAVE, str(base))
+    lane.run(flags, pythonpath=[OTHER])
+    arguments = ["add-experts", str(base), "--output", str(load), "--per-layer", "2"]
+    assert main([*arguments, "--donors", "0,2"]) == 0
+    start = ("--finetune", "--no-load-optim", "--no-load-rng", "--train-iters", "1")
+    runs = [
+        lane.run(student_flags(*data, *start, *more, ep=ep), nproc=ep, pythonpath=[OTHER])
+        for more, ep in (
+            (("--load", str(base)), 1),
+            (("--load", str(load), "--num-experts", "6", *SAVE, str(after)), 2),
+        )
+    ]
+    assert runs[1].losses() == pytest.approx(runs[0].losses(), rel=2e-6)
+    arguments = ["remove-experts", str(after), "--output", str(without), "--card", str(load)]
+    assert main(arguments) == 0
+    assert opened(without).args.num_experts == 4

@@ -8,16 +8,12 @@ is bounded by one expert's tensor in float32, whatever the model's size.
 from __future__ import annotations
 
 import copy
-import math
 import re
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron_moe_inject.experts.delta.delta import CheckpointPlace
 from megatron_moe_inject.experts.grow.donors import (
@@ -30,6 +26,7 @@ from megatron_moe_inject.experts.grow.donors import (
     profile_of,
 )
 from megatron_moe_inject.experts.grow.moving import Moved, known_optimizer
+from megatron_moe_inject.experts.grow.new_parts import NewParts
 from megatron_moe_inject.experts.grow.numbering import Numbering, check_count
 from megatron_moe_inject.experts.grow.router_kinds import rows_of_router, score_function
 from megatron_moe_inject.experts.grow.starts import (
@@ -40,7 +37,6 @@ from megatron_moe_inject.experts.grow.starts import (
     NewWeights,
 )
 from megatron_moe_inject.experts.grow.stored_names import (
-    ExpertName,
     Layer,
     expert_name,
     is_of_optimizer,
@@ -53,7 +49,7 @@ from megatron_moe_inject.host.model_parts import is_own
 from megatron_moe_inject.host.new_experts import STORED, VERSION, NewExperts, card_in
 from megatron_moe_inject.host.text import ranges
 from megatron_moe_inject.host.torch_dist import TorchDistCheckpoint, is_training_state
-from megatron_moe_inject.host.torch_dist_parts import NewPart, Rearranged, rearranged_copy
+from megatron_moe_inject.host.torch_dist_parts import Rearranged, rearranged_copy
 
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]
 _ENDED = ("inject_policy", "inject_lineage")
@@ -281,7 +277,7 @@ class Addition:
         whole = self.checkpoint.with_training_state()
         optimizer = self._optimizer(whole)
         moved = Moved(whole, self.numbering.moved, self.numbering.experts, _kept(optimizer))
-        new = _NewParts(moved, self.weights, self.rows)
+        new = NewParts(moved, self.weights, self.rows)
         new.place_copies()
         needed = sum(info.length for info in whole.metadata.storage_data.values())
         require_room(output, needed, "--output")
@@ -377,134 +373,6 @@ def _kept(optimizer: bool) -> Callable[[str], bool]:
         return optimizer or not (is_training_state(name) or is_of_optimizer(name))
 
     return keeps
-
-
-class _NewParts:
-    """Parts of new experts, and of grown routers.
-
-    Attributes:
-        parameters: of all new experts and their rows, once ``parts`` has ended.
-    """
-
-    def __init__(self, moved: Moved, weights: NewWeights, rows: NewRows) -> None:
-        self._moved, self._weights, self._rows = moved, weights, rows
-        self.parameters = 0
-
-    def place_copies(self) -> None:
-        """Let new experts that begin as copies have their donors' bytes, and objects."""
-        moved, weights = self._moved, self._weights
-        new = weights.numbering.new
-        for item in moved.objects:
-            for number, expert in enumerate(new):
-                if item.expert == weights.donors[item.layer][number]:
-                    target = MetadataIndex(item.moved(expert, moved.experts))
-                    moved.placed[MetadataIndex(item.name)].append(target)
-        for name in moved.tensors:
-            if name.state in ZERO_STATES or not moved.whole(name):
-                continue
-            for part in moved.parts_of(name):
-                layer, old = _layer_of(name, part.offset), _expert_of(name, part.offset)
-                for number, expert in enumerate(new):
-                    if weights.copied_from(layer, number) == old:
-                        place = moved.place(part, name.of(expert), name.axis, expert)
-                        moved.placed[part].append(place)
-                        if name.axis is None:
-                            moved.sizes[place.fqn] = moved.size(name)
-
-    def parts(self) -> Iterator[NewPart]:
-        """All that is not stored bytes, one at a time."""
-        for name in self._moved.tensors:
-            yield from self._zeros(name) if name.state in ZERO_STATES else self._values(name)
-        yield from self._moved.new_parts(self._rows)
-        self.parameters += self._count()
-
-    def _count(self) -> int:
-        """Parameters of the model that came."""
-        moved, count = self._moved, len(self._weights.numbering.new)
-        total = 0
-        for name in (*moved.tensors, *moved.routers):
-            if name.state is not None or name.expert not in (None, 0):
-                continue
-            size = math.prod(moved.size(name))
-            each = size if name.axis is None else size // len(self._weights.numbering.moved)
-            total += count * each
-        return total
-
-    def _experts(self, name: ExpertName) -> Iterator[tuple[tuple[int, ...], Layer]]:
-        """Layers of a tensor; of one that is a single expert's, its own, once for each layer."""
-        if name.axis is not None or name.expert == 0:
-            yield from self._moved.layers(name)
-
-    def _read(self, name: ExpertName, place: tuple[int, ...], expert: int) -> torch.Tensor:
-        if name.axis is not None:
-            return self._moved.read(name, (*place, expert))
-        return self._moved.read(replace(name, name=name.of(expert), expert=expert), place)
-
-    def _part(
-        self, name: ExpertName, place: tuple[int, ...], number: int, value: torch.Tensor
-    ) -> NewPart:
-        expert = self._weights.numbering.new[number]
-        at = place if name.axis is None else (*place, expert)
-        target = name.of(expert)
-        if name.axis is None:
-            self._moved.sizes[target] = self._moved.size(name)
-        offset = (*at, *(0 for _ in value.shape))
-        return NewPart([(target, offset)], value.reshape((*(1 for _ in at), *value.shape)))
-
-    def _zeros(self, name: ExpertName) -> Iterator[NewPart]:
-        """The optimizer's state of all new experts: the same zeros."""
-        places: list[tuple[str, tuple[int, ...]]] = []
-        value = None
-        for place, _ in self._experts(name):
-            for number in range(len(self._weights.numbering.new)):
-                if value is None:
-                    value = torch.zeros_like(self._read(name, place, 0))
-                part = self._part(name, place, number, value)
-                places += part.places
-        if value is not None:
-            yield NewPart(places, part.value)
-
-    def _values(self, name: ExpertName) -> Iterator[NewPart]:
-        """New experts that are no copy of stored bytes."""
-        main = self._main(name)
-        for place, layer in self._experts(name):
-            copies = [
-                self._weights.copied_from(layer, n) for n in range(len(self._weights.numbering.new))
-            ]
-            if not self._moved.whole(name):
-                for number, donor in enumerate(copies):
-                    if donor is not None:
-                        yield self._part(name, place, number, self._read(name, place, donor))
-
-            def read(expert: int, place: tuple[int, ...] = place) -> torch.Tensor:
-                return self._read(main, place, expert)
-
-            dtype = self._moved.checkpoint.tensors[name.name].properties.dtype
-            for number, value in self._weights.values(main, layer, read):
-                yield self._part(name, place, number, value.to(dtype))
-
-    def _main(self, name: ExpertName) -> ExpertName:
-        """The optimizer's copy of a model's tensor in higher precision, if it is kept: values of
-        both must agree."""
-        if name.state is not None:
-            return name
-        for other in self._moved.tensors:
-            if other.state in MAIN_STATES and other.key == name.key:
-                return other
-        return name
-
-
-def _layer_of(name: ExpertName, offset: Sequence[int] | None) -> Layer:
-    assert offset is not None, name
-    return name.layer(offset[0] if name.layers_axis else 0)
-
-
-def _expert_of(name: ExpertName, offset: Sequence[int] | None) -> int:
-    assert offset is not None, name
-    if name.expert is not None:
-        return name.expert
-    assert name.axis is not None, name
-    return int(offset[name.axis])
 
 
 def add_experts(
