@@ -39,6 +39,8 @@ from megatron_moe_inject.host.errors import (
     show,
 )
 from megatron_moe_inject.host.files import is_plain_name, new_folder
+from megatron_moe_inject.host.new_experts import card_in
+from megatron_moe_inject.host.text import ranges
 from megatron_moe_inject.host.torch_dist import TorchDistCheckpoint
 from megatron_moe_inject.host.torch_dist_copy import rewritten_copy
 
@@ -259,6 +261,7 @@ def apply_delta(
     before = _numbered(Weights(base.open()), described.layers)
     before = before.named_like({entry.tensor for entry in described.slices.values()})
     if before.fingerprint() != described.model:
+        _refuse_new_experts(base, before.checkpoint)
         raise base.error("is another model than the delta's base", "name the base it was made from")
     index = described.slices
     changes = _changes(delta, index, before)
@@ -277,6 +280,17 @@ def apply_delta(
         tracker = folder / "latest_checkpointed_iteration.txt"
         tracker.write_text(str(int(number[1])) if number else "release")
     return _summary(before, index)
+
+
+def _refuse_new_experts(base: CheckpointPlace, checkpoint: TorchDistCheckpoint) -> None:
+    """RecipeError where another model is the base with new experts, whose ids may have moved."""
+    card = card_in(checkpoint.common.get("args"), str(checkpoint.folder))
+    if card is not None:
+        raise base.error(
+            f"has new experts ({ranges(card.ids())} of {card.experts}), which the delta's base has "
+            "not",
+            f"apply it to {card.base}, and add the experts to the result",
+        )
 
 
 @dataclass(frozen=True)

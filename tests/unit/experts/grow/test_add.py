@@ -1,17 +1,23 @@
 """New experts in every form of a checkpoint, and out again; what cannot be is one line."""
 
 import re
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
 from megatron_moe_inject.cli import main
+from megatron_moe_inject.experts.choose.profile_file import write_profile
 from megatron_moe_inject.experts.delta.delta import CheckpointPlace
 from megatron_moe_inject.experts.grow import starts
 from megatron_moe_inject.experts.grow.add import Asked, add_experts
 from megatron_moe_inject.experts.grow.remove import remove_experts
+from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.host.new_experts import STORED, NewExperts, card_in
+from megatron_moe_inject.host.torch_dist_copy import rewritten_copy
 from tests.harness.checkpoints import whole
+from tests.harness.profiles import from_counts
 from tests.harness.stored_moe import EXPERTS, FORMS, LAYERS, STATES, read, write_moe
 
 FC1, FC2 = (f"mlp.experts.experts.linear_fc{n}.weight" for n in (1, 2))
@@ -277,3 +283,47 @@ def test_names_that_nobody_knows_are_refused(tmp_path, capsys):
     assert main(["add-experts", str(other), "--output", str(out), "--per-layer", "2"]) == 2
     assert "holds decoder.layers.mlp.experts.weight1, which belong to" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_donors_are_the_most_used_of_their_group(tmp_path):
+    """Domains take turns in each group; what is used most overall is not what counts."""
+    counts = [[20, 12, 4, 4], [6, 10, 20, 4], [12, 8, 8, 12]]
+    general = [[4, 4, 12, 20], [4, 20, 12, 4], [10, 10, 10, 10]]
+    file = str(tmp_path / "p.json")
+    profile = from_counts(counts, topk=2, general=general)
+    law = {"law": profile.classes["general"]}
+    write_profile(file, replace(profile, classes={**profile.classes, **law}))
+    base = write_moe(tmp_path / "base", **GROUPS)
+    added = add(base, tmp_path / "grown", per_layer=4, domains=["code", "law"], profile=file)
+    assert added.card.donors == {0: [0, 0, 2, 3], 1: [1, 1, 2, 2], 2: [0, 0, 3, 2]}
+    assert added.card.domains == {"code": [2, 6], "law": [3, 7]}
+    assert added.card.noise == 0.01, "0 and 1 are donors of two"
+    assert "was recorded of other weights (an unknow" in added.remarks[0]
+    card = add(base, tmp_path / "contrast", profile=file, domains=["code"], score="contrast").card
+    assert card.donors == {0: [0, 2], 1: [0, 2], 2: [0, 3]}
+
+
+def test_a_profile_of_another_model_is_refused(tmp_path):
+    file = str(tmp_path / "p.json")
+    write_profile(file, from_counts([[4] * 8] * 3, topk=2))
+    base = write_moe(tmp_path / "base")
+    with pytest.raises(RecipeError, match="with 8 experts, 2 chosen"):
+        add(base, tmp_path / "grown", profile=file, domains=["code"])
+
+
+def test_a_delta_of_the_base_says_why_it_does_not_apply(tmp_path, capsys):
+    base, trained = write_moe(tmp_path / "base"), tmp_path / "trained"
+    old = place(base).open()
+    name = "output_layer.weight"
+    changes = {name: {(): lambda: whole(old, name) + 1}}
+    rewritten_copy(old, trained / "iter_0000007", changes, silent)
+    shutil.copy(base / "latest_checkpointed_iteration.txt", trained)
+    delta, grown = tmp_path / "delta", tmp_path / "grown"
+    words = ["--base", str(base), "--trained", str(trained), "--output", str(delta)]
+    assert main(["export-delta", *words]) == 0
+    add(base, grown)
+    words = ["--base", str(grown), "--delta", str(delta), "--output", str(tmp_path / "out")]
+    assert main(["apply-delta", *words]) == 2
+    error = capsys.readouterr().err
+    assert "has new experts (4-5 of 6), which the delta's base has not; apply it to" in error
+    assert str(base) in error
