@@ -134,11 +134,11 @@ def _check_evaluates(options: argparse.Namespace, flags: list[str]) -> None:
         try_file(Path(options.output), "--output")
 
 
-def _compared(*measured: Any) -> list[str]:
-    """``evaluation.grown.compared``, which needs torch."""
-    from megatron_moe_inject.evaluation.grown import compared
+def _comparison(*measured: Any) -> Any:
+    """``evaluation.grown.Comparison``, which needs torch."""
+    from megatron_moe_inject.evaluation.grown import Comparison
 
-    return compared(*measured)
+    return Comparison(*measured)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -179,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
     data_command.add_commands(commands)
     select_command.add_commands(commands)
     delta_command.add_commands(commands)
-    grow_command.add_commands(commands, _compared)
+    grow_command.add_commands(commands, _comparison)
     convert_command.add_commands(commands)
     profile_command.add_commands(commands)
     routing_report.add_commands(commands)

@@ -10,11 +10,13 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from megatron_moe_inject.evaluation.evaluation import Evaluation
 from megatron_moe_inject.evaluation.evaluation_file import read_evaluation
 from megatron_moe_inject.experts.choose.profile_file import read_profile
+from megatron_moe_inject.experts.choose.routing_profile import RoutingProfile
 from megatron_moe_inject.experts.grow.add import Addition
 from megatron_moe_inject.experts.grow.bounds import Bounds
 from megatron_moe_inject.host.errors import RecipeError, one_line
@@ -36,60 +38,78 @@ _ONE_PROCESS = (
 _FLOAT32 = 4
 
 
-def compared(
-    addition: Addition, flags: Sequence[str], folder: Path, card: NewExperts, bounds: Bounds
-) -> list[str]:
-    """Measure both; what to say.
+class Comparison:
+    """What ``--check`` measures.
 
     Args:
+        addition: planned.
         flags: of the training command; what it loads, its number of experts and its layout are
             set here.
-        folder: the new checkpoint's.
+        bounds: what the function may move by.
 
     Raises:
-        RecipeError: the model does not fit, a run fails, or the function has moved too far.
+        RecipeError: flags that are missing or do not go with it, or a model that does not fit.
     """
-    _check_flags(flags)
-    _check_room(addition)
-    old, new = addition.checkpoint.folder, folder
-    with tempfile.TemporaryDirectory() as kept:
-        place = Path(kept)
-        (place / "recipe.yaml").write_text(_RECIPE)
-        base = _as_save(old, place / "base")
-        given = {"before": (base, card.base_experts), "after": (new, card.experts)}
-        for name, (load, experts) in given.items():
-            own = ["--num-experts", str(experts), "--load", str(load), *_ONE_PROCESS]
-            _run("evaluate", place, place / f"{name}.json", [*flags, *own])
-        _run("profile", place, place / "profile.json", [*flags, *own])
-        before, after = (read_evaluation(place / f"{name}.json") for name in given)
-        profile = read_profile(place / "profile.json")
-    lines = []
-    for name, ours in after.classes.items():
-        theirs = before.classes[name]
-        tokens = ours.sums["tokens"].sum()
-        losses = [x.sums["loss"].sum() / tokens for x in (theirs, ours)]
-        moved = losses[1] - losses[0]
-        if abs(moved) > bounds.loss:
-            raise RecipeError(
-                f"--most-loss: the loss of {name} moves from {losses[0]:.5f} to {losses[1]:.5f}, "
-                f"by more than {bounds.loss:g}; raise the bound if that is meant",
-                "--most-loss",
+
+    def __init__(self, addition: Addition, flags: Sequence[str], bounds: Bounds) -> None:
+        _check_flags(flags)
+        _check_room(addition)
+        self._base = addition.checkpoint.folder
+        self._flags, self._bounds = flags, bounds
+
+    def __call__(self, folder: Path, card: NewExperts) -> list[str]:
+        """Measure both models; what to say.
+
+        Args:
+            folder: of the new checkpoint.
+            card: of it.
+
+        Raises:
+            RecipeError: a run fails, or the function has moved too far.
+        """
+        with tempfile.TemporaryDirectory() as kept:
+            place = Path(kept)
+            (place / "recipe.yaml").write_text(_RECIPE)
+            models = {
+                "before": (_as_save(self._base, place / "base"), card.base_experts),
+                "after": (folder, card.experts),
+            }
+            for name, (load, experts) in models.items():
+                own = ["--num-experts", str(experts), "--load", str(load), *_ONE_PROCESS]
+                _run("evaluate", place, place / f"{name}.json", [*self._flags, *own])
+            _run("profile", place, place / "profile.json", [*self._flags, *own])
+            before, after = (read_evaluation(place / f"{name}.json") for name in models)
+            profile = read_profile(place / "profile.json")
+        return [*self._losses(before, after), *self._chosen(profile, card)]
+
+    def _losses(self, before: Evaluation, after: Evaluation) -> Iterator[str]:
+        for name, now in after.classes.items():
+            tokens = now.sums["tokens"].sum()
+            losses = [x.sums["loss"].sum() / tokens for x in (before.classes[name], now)]
+            moved = losses[1] - losses[0]
+            if abs(moved) > self._bounds.loss:
+                raise RecipeError(
+                    f"--most-loss: the loss of {name} moves from {losses[0]:.5f} to "
+                    f"{losses[1]:.5f}, by more than {self._bounds.loss:g}; raise the bound if that "
+                    "is meant",
+                    "--most-loss",
+                )
+            yield (
+                f"loss of {name}: {losses[0]:.6f} before, {losses[1]:.6f} after ({moved:+.2e} nats "
+                f"a token, {tokens:.0f} tokens)"
             )
-        lines.append(
-            f"loss of {name}: {losses[0]:.6f} before, {losses[1]:.6f} after ({moved:+.2e} nats a "
-            f"token, {tokens:.0f} tokens)"
-        )
-    for name, statistics in profile.classes.items():
-        share = statistics.selections[:, card.ids()].sum(1) / statistics.selections.sum(1)
-        worst = int(share.argmax())
-        layer = profile.provenance.moe_layers[worst]
-        if card.rows != "donor":
-            bounds.check_chosen(float(share[worst]), f"layer {layer} on {name}")
-        lines.append(
-            f"new experts get {share.mean():.3%} of the choices of {name}, at most "
-            f"{share[worst]:.3%} (layer {layer}), in the new model"
-        )
-    return lines
+
+    def _chosen(self, profile: RoutingProfile, card: NewExperts) -> Iterator[str]:
+        for name, statistics in profile.classes.items():
+            share = statistics.selections[:, card.ids()].sum(1) / statistics.selections.sum(1)
+            worst = int(share.argmax())
+            layer = profile.provenance.moe_layers[worst]
+            if card.rows != "donor":
+                self._bounds.check_chosen(float(share[worst]), f"layer {layer} on {name}")
+            yield (
+                f"new experts get {share.mean():.3%} of the choices of {name}, at most "
+                f"{share[worst]:.3%} (layer {layer}), in the new model"
+            )
 
 
 def _check_flags(flags: Sequence[str]) -> None:

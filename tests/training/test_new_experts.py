@@ -1,6 +1,7 @@
 """New experts through the real ``pretrain()``: the same function, trained, taken out again."""
 
 import functools
+import re
 import shutil
 from pathlib import Path
 
@@ -289,3 +290,23 @@ def test_the_other_megatron_has_its_own_grown(material, tmp_path):
     arguments = ["remove-experts", str(after), "--output", str(without), "--card", str(load)]
     assert main(arguments) == 0
     assert opened(without).args.num_experts == 4
+
+
+@pytest.mark.slow
+def test_both_models_are_measured_on_the_same_text(material, tmp_path, capsys):
+    """As the flags of a training command at EP 2 say it, on one process."""
+    words = ["add-experts", material.student, "--output", str(tmp_path / "grown"), "--check"]
+    words += ["--per-layer", "2", "--donors", "0,2"]
+    flags = student_flags(*material.blend, "--eval-iters", "1", ep=2)
+    assert main([*words, "--", *flags]) == 2
+    error = capsys.readouterr().err
+    assert "--most-chosen: new experts would get 1" in error
+    assert not (tmp_path / "grown").exists()
+    assert main([*words, "--most-chosen", "0.3", "--most-loss", "0.1", "--", *flags]) == 0
+    out = capsys.readouterr().out
+    lines = [line for line in out.splitlines() if line.startswith("loss of ")]
+    assert len(lines) == 2
+    for line in lines:
+        before, after = map(float, re.findall(r"(\d\.\d{6}) ", line))
+        assert 0 < abs(after - before) < 0.1
+    assert "of the choices of text, at most" in out

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from megatron_moe_inject.experts.grow.add import Added
     from megatron_moe_inject.host.new_experts import NewExperts
 
-Compared = Callable[..., list[str]]
-"""See ``evaluation.grown.compared``, which stands in a room above."""
+Comparison = Callable[..., Callable[..., list[str]]]
+"""``evaluation.grown.Comparison``, which stands in a room above."""
 _ADD_EXAMPLES = """examples:
   moe-inject add-experts ckpt/student --output ckpt/grown --per-layer 2 --domain code \\
       --profile profiles/code.json
@@ -40,11 +40,11 @@ _WEIGHTS, _ROWS, _SCORES = ("copy", "mean", "random"), ("closed", "mean", "donor
 )  # fmt: skip
 
 
-def add_commands(commands: Commands, compared: Compared) -> None:
+def add_commands(commands: Commands, comparison: Comparison) -> None:
     """Add both commands to ``moe-inject``; ``run`` of the parsed options returns the text.
 
     Args:
-        compared: what ``--check`` does.
+        comparison: what ``--check`` measures.
     """
     add = add_command(
         commands,
@@ -57,7 +57,7 @@ def add_commands(commands: Commands, compared: Compared) -> None:
         _ADD_EXAMPLES,
         run=_add,
         takes_flags=True,
-        compared=compared,
+        comparison=comparison,
     )
     add.usage = "%(prog)s [-h] --output DIR --per-layer N [...] CKPT [-- MEGATRON FLAGS]"
     _checkpoint(add)
@@ -134,6 +134,8 @@ def _add(options: argparse.Namespace) -> str:
 
     begin = time.monotonic()
     bounds = Bounds.of(options)
+    if options.flags and not options.check:
+        raise RecipeError("add-experts: training flags are for --check; add it, or leave them out")
     _must_not_exist(options.output)
     addition = Addition(
         CheckpointPlace("CKPT", options.checkpoint),
@@ -154,11 +156,12 @@ def _add(options: argparse.Namespace) -> str:
     )
     shares = chosen_share(addition)
     measured = chosen_lines(addition, shares, bounds, checked=options.check)
+    comparison = options.comparison(addition, options.flags, bounds) if options.check else None
     checked: list[str] = []
 
     def check(folder: Path, card: NewExperts) -> None:
-        if options.check:
-            checked.extend(options.compared(addition, options.flags, folder, card, bounds))
+        if comparison is not None:
+            checked.extend(comparison(folder, card))
 
     added = addition.write(options.output, _progress, check)
     return "\n".join(

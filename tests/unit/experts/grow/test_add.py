@@ -237,6 +237,8 @@ MISTAKES = {
     "dense": ("--per-layer 2", "is a dense model", {"num_experts": None}),
     "other": ("--per-layer 2", "and --num-experts 5 in its arguments", {"num_experts": 5}),
     "bound": ("--per-layer 2 --most-chosen 3", "--most-chosen: 3.0 is not between 0 and 1"),
+    "flags": ("--per-layer 2 -- --seq-length 32", "training flags are for --check; add it"),
+    "step": ("--per-layer 2 --check -- --ckpt-step 3", "--check: --ckpt-step does not go with it"),
     "check": ("--per-layer 2 --check", "--check: needs the flags of the training command"),
 }  # fmt: skip
 
