@@ -292,6 +292,27 @@ def test_the_other_megatron_has_its_own_grown(material, tmp_path):
     assert opened(without).args.num_experts == 4
 
 
+def test_a_door_that_stays_closed_is_in_the_plan_and_a_wrong_number_ends_it(material, grown):
+    load = ("--load", str(grown("--donors", "0,2")), "--inject-dry-run", *DEEPSEEK)
+    run = inject(material, RECIPE, extra=(*load, "--num-experts", "6"))
+    assert "no token reaches one until that opens" in run.output
+    run = inject(material, RECIPE, extra=load, check=False)
+    assert run.returncode == 2
+    assert "--num-experts: 4 is not what" in run.output
+    assert "has: 6, of which 2, 5 were added; pass --num-experts 6" in run.output
+
+
+@pytest.mark.slow
+def test_the_update_of_the_bias_opens_the_door(material, grown):
+    """Megatron's own raises the bias of whoever gets no token, here by 0.05 a step."""
+    load = ("--load", str(grown("--donors", "0,2")), "--num-experts", "6", *DEEPSEEK)
+    rate = ("--moe-router-bias-update-rate", "0.05", "--train-iters", "20")
+    recipe = RECIPE.replace("router_rows", "router").replace("[1, 2, 3]", "[]")
+    shares = inject(material, recipe, extra=(*load, *rate)).losses("target share/code")
+    assert shares[0] == 0
+    assert shares[-1] > 0.1
+
+
 @pytest.mark.slow
 def test_both_models_are_measured_on_the_same_text(material, tmp_path, capsys):
     """As the flags of a training command at EP 2 say it, on one process."""

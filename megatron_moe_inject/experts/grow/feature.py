@@ -25,7 +25,7 @@ class NewExpertsFeature(Feature):
     def foresee(self, recipe: Recipe, facts: StudentFacts, args: Namespace) -> list[str]:
         """As ``start``; says what is new."""
         card = _card(args)
-        return [] if card is None else [_line(card)]
+        return [] if card is None else _lines(card, recipe, args)
 
     def start(self, run: RunContext) -> RunPart | None:
         """Let checkpoints of the run have the card, which Megatron would leave behind with the
@@ -35,7 +35,7 @@ class NewExpertsFeature(Feature):
         card = _card(run.args)
         if card is not None:
             setattr(run.args, STORED, card.plain())
-            run.warnings.append(_line(card))
+            run.warnings += _lines(card, run.recipe, run.args)
         return None
 
 
@@ -59,9 +59,20 @@ def _card(args: Namespace) -> NewExperts | None:
     return card
 
 
-def _line(card: NewExperts) -> str:
+def _lines(card: NewExperts, recipe: Recipe, args: Namespace) -> list[str]:
+    """What is new; and whether no token will reach it."""
     per_layer = len(card.ids())
-    return (
+    lines = [
         f"the student has {per_layer} new experts in each MoE layer ({ranges(card.ids())} of "
         f"{card.experts}), to be trained in layers {ranges(list(card.new))}"
-    )
+    ]
+    train = recipe.train
+    routers = train.router or train.layers or train.patterns
+    rate = getattr(args, "moe_router_bias_update_rate", 0)
+    if card.rows == "closed" and not (routers and rate):
+        lines.append(
+            "they were closed by their routers' bias, and no token reaches one until that opens: "
+            "Megatron moves it while train.router trains and --moe-router-bias-update-rate is "
+            "above 0; or add them with --rows mean"
+        )
+    return lines
