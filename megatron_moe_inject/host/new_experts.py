@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from argparse import Namespace
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from megatron_moe_inject.host import typed
-from megatron_moe_inject.host.errors import RecipeError
+from megatron_moe_inject.host.errors import RecipeError, fail
 from megatron_moe_inject.host.layer_pattern import LayerPattern, pattern_of
 from megatron_moe_inject.host.stored_checkpoint import checkpoint_to_load
+from megatron_moe_inject.host.text import ranges
 
 STORED = "inject_new_experts"
 """The card's name in Megatron's arguments."""
@@ -134,17 +134,24 @@ def card_in(stored: Namespace | None, where: str) -> NewExperts | None:
         raise RecipeError(f"{where} has a card of new experts that cannot be: {error}") from None
 
 
-def loaded_card(args: Namespace) -> tuple[Path | None, NewExperts | None]:
-    """The card of the checkpoint that a run will load, in the run's layer numbers, and the
-    checkpoint's folder. No collective.
+def loaded_card(args: Namespace) -> NewExperts | None:
+    """The card of the checkpoint that a run will load, in the run's layer numbers. No collective.
 
     Raises:
-        RecipeError: the checkpoint cannot be read, or the run's student is not of its layers.
+        RecipeError: the checkpoint cannot be read, or the run's student has other layers or another
+            number of experts.
     """
     checkpoint = checkpoint_to_load(args)
     if checkpoint is None:
-        return None, None
+        return None
     card = card_in(checkpoint.arguments(), f"{checkpoint.flag} {checkpoint.folder}")
-    if card is not None:
-        card = card.in_layers_of(pattern_of(args))
-    return checkpoint.folder, card
+    if card is None:
+        return None
+    if args.num_experts != card.experts:
+        raise fail(
+            "--num-experts", args.num_experts,
+            f"is not what {checkpoint.folder} has: {card.experts}, of which {ranges(card.ids())} "
+            "were added",
+            f"pass --num-experts {card.experts}",
+        )  # fmt: skip
+    return card.in_layers_of(pattern_of(args))

@@ -44,11 +44,11 @@ class LoadedNewExperts:
         """``None`` without new experts.
 
         Raises:
-            RecipeError: the checkpoint cannot be read.
+            RecipeError: the checkpoint cannot be read, or has more experts than the student.
         """
         if not self._read and self.known:
             assert self._facts is not None, "known"
-            self._card = loaded_card(Namespace(**self._facts.options))[1]
+            self._card = loaded_card(Namespace(**self._facts.options))
         self._read = True
         return self._card
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import TYPE_CHECKING
 
-from megatron_moe_inject.host.errors import fail
 from megatron_moe_inject.host.text import ranges
 from megatron_moe_inject.recipe import run_kinds
 from megatron_moe_inject.recipe.facts import StudentFacts
@@ -40,23 +39,11 @@ class NewExpertsFeature(Feature):
 
 
 def _card(args: Namespace) -> NewExperts | None:
-    """Of the checkpoint that will be loaded.
-
-    Raises:
-        RecipeError: the flags ask for another number of experts.
-    """
+    """Of the checkpoint that will be loaded; see ``host.new_experts.loaded_card``."""
     from megatron_moe_inject.host.new_experts import loaded_card
 
-    if not (args.load or getattr(args, "pretrained_checkpoint", None)):
-        return None
-    folder, card = loaded_card(args)
-    if card is not None and args.num_experts != card.experts:
-        raise fail(
-            "--num-experts", args.num_experts,
-            f"is not what {folder} has: {card.experts}, of which {ranges(card.ids())} were added",
-            f"pass --num-experts {card.experts}",
-        )  # fmt: skip
-    return card
+    named = args.load or getattr(args, "pretrained_checkpoint", None)
+    return loaded_card(args) if named else None
 
 
 def _lines(card: NewExperts, recipe: Recipe, args: Namespace) -> list[str]:

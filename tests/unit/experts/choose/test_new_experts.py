@@ -40,7 +40,7 @@ def facts(load, experts=8):
         num_moe_experts=experts,
         router_topk=2,
         moe_layers=(0, 1, 2),
-        options=vars(load_arguments(load)),
+        options=vars(load_arguments(load, num_experts=experts)),
         data_paths={"train": ("/d/en", "/d/code")},
     )
 
@@ -90,6 +90,9 @@ def message_of(call):
 
 def test_mistakes_say_what_there_is(grown, tmp_path):
     base = grown.parent / "base"
+    found = message_of(lambda: resolved(grown, experts=4, new="all"))
+    assert "--num-experts: 4 is not what" in found
+    assert "pass --num-experts 8" in found
     path = "domains[0].experts"
     for choice, load, message in (
         ({"new": "all"}, base, f"{path}.new: all names new experts, but the student's checkpoint"),

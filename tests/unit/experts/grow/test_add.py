@@ -1,7 +1,10 @@
 """New experts in every form of a checkpoint, and out again; what cannot be is one line."""
 
+import multiprocessing
+import os
 import re
 import shutil
+import signal
 from dataclasses import replace
 
 import pytest
@@ -205,6 +208,30 @@ def test_stopped_half_way_nothing_is_left(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         add_experts(place(base), tmp_path / "grown", asked, progress=stop)
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def _killed(base, output):
+    """A process that is killed while it copies."""
+
+    def stop(items, total):
+        yield from list(items)[:9]
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    add_experts(place(base), output, Asked(per_layer=2, donors="0,2"), progress=stop)
+
+
+def test_killed_half_way_nothing_looks_whole_and_the_next_one_tidies_up(tmp_path):
+    base, output = write_moe(tmp_path / "base"), tmp_path / "grown"
+    process = multiprocessing.get_context("fork").Process(target=_killed, args=(base, output))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    (left,) = (path for path in tmp_path.iterdir() if path != base)
+    assert left.name.startswith(".grown.")
+    assert not list(left.rglob(".metadata"))
+    assert not list(left.rglob("latest_checkpointed_iteration.txt"))
+    add(base, output)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "grown"]
 
 
 MISTAKES = {
