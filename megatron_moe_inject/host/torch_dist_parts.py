@@ -8,6 +8,7 @@ Memory is bounded by one block of bytes, and by one new tensor.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -17,7 +18,7 @@ import pickle
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Self
 
 import torch
 from torch.distributed.checkpoint.metadata import (
@@ -101,29 +102,26 @@ def rearranged_copy(
     folder.mkdir(parents=True)
     index = _Index(checkpoint, sizes)
     digests: list[tuple[str, bytes]] = []
-    copied = 0
     parts = sorted(
         ((part, info) for part, info in checkpoint.metadata.storage_data.items()),
         key=lambda item: (item[1].relative_path, item[1].offset),
     )
-    reader = _Files(checkpoint)
-    for part, info in progress(parts, len(parts)):
-        of_model = part.offset is not None and not is_training_state(part.fqn)
-        targets = placed.get(part, ())
-        if not targets and not of_model:
-            continue
-        if getattr(info, "transform_descriptors", None):
-            raise source.error(
-                "stores its tensors transformed (compressed, say)", "save it without"
-            )
-        out = folder / info.relative_path if targets else None
-        begin, digest = reader.copy(info, out)
-        if of_model:
-            digests.append((part_name(part), digest))
-        for target in targets:
-            index.place(part, target, dataclasses.replace(info, offset=begin))
-        copied += info.length if targets else 0
-    reader.close()
+    with _Files(checkpoint, folder) as files:
+        for part, info in progress(parts, len(parts)):
+            of_model = part.offset is not None and not is_training_state(part.fqn)
+            targets = placed.get(part, ())
+            if not targets and not of_model:
+                continue
+            if getattr(info, "transform_descriptors", None):
+                raise source.error(
+                    "stores its tensors transformed (compressed, say)", "save it without"
+                )
+            begin, digest = files.copy(info, kept=bool(targets))
+            if of_model:
+                digests.append((part_name(part), digest))
+            for target in targets:
+                index.place(part, target, dataclasses.replace(info, offset=begin))
+        copied = files.written
     checksum = joined_checksum(digests)
     with (folder / _free_name(used)).open("xb") as file:
         for item in new:
@@ -218,36 +216,57 @@ class _Index:
 
 
 class _Files:
-    """The original's data files, read from their beginning to their end."""
+    """The original's data files, read from their beginning to their end, and those of the copy.
 
-    def __init__(self, checkpoint: TorchDistCheckpoint) -> None:
-        self._checkpoint = checkpoint
+    Attributes:
+        written: bytes of the copy.
+    """
+
+    def __init__(self, checkpoint: TorchDistCheckpoint, folder: Path) -> None:
+        self._checkpoint, self._folder = checkpoint, folder
         self._path: Path | None = None
         self._file: BinaryIO | None = None
+        self._last: tuple[Any, bool, int, bytes] | None = None
+        self.written = 0
 
-    def copy(self, info: Any, out: Path | None) -> tuple[int, bytes]:
-        """Append a range of bytes to ``out``; returns where it begins there, and its SHA-256."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._close()
+
+    def copy(self, info: Any, *, kept: bool) -> tuple[int, bytes]:
+        """Read a range of bytes; returns where the copy has it, if it is kept, and its SHA-256.
+
+        What has several names follows itself, and is copied once.
+        """
+        place = info.relative_path, info.offset, info.length
+        if self._last is None or self._last[0] != place or (kept and not self._last[1]):
+            self._last = (place, kept, *self._copied(info, kept))
+        return self._last[2:]
+
+    def _copied(self, info: Any, kept: bool) -> tuple[int, bytes]:
         path = self._checkpoint.folder / info.relative_path
         hasher, rest, begin = hashlib.sha256(), info.length, 0
-        writer = None if out is None else out.open("ab")
-        try:
+        with contextlib.ExitStack() as stack:
+            out = None
+            if kept:
+                out = stack.enter_context((self._folder / info.relative_path).open("ab"))
+                begin = out.tell()
             source = self._open(path)
             source.seek(info.offset)
-            begin = 0 if writer is None else writer.tell()
             while rest:
                 block = self._read(source, path, min(rest, _BLOCK))
                 hasher.update(block)
-                if writer is not None:
-                    writer.write(block)
+                if out is not None:
+                    out.write(block)
                 rest -= len(block)
-        finally:
-            if writer is not None:
-                writer.close()
+        self.written += info.length if kept else 0
         return begin, hasher.digest()
 
     def _open(self, path: Path) -> BinaryIO:
         if self._file is None or self._path != path:
-            self.close()
+            self._close()
             try:
                 self._path, self._file = path, path.open("rb")
             except OSError as error:
@@ -263,7 +282,7 @@ class _Files:
             raise damaged(self._checkpoint.source, path, EOFError("it ends too early"))
         return block
 
-    def close(self) -> None:
+    def _close(self) -> None:
         if self._file is not None:
             self._file.close()
         self._file = None

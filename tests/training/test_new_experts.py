@@ -222,6 +222,8 @@ def test_the_share_from_sampled_logits_is_that_of_a_run(material, tmp_path, caps
     assert "--most-chosen: new experts would get" in message
     assert not out.exists()
     assert main([*arguments, "--most-chosen", "0.9"]) == 0
+    # The profile's checksum of what was loaded is that of the file that was copied.
+    assert "recorded of other weights" not in capsys.readouterr().out
     from megatron_moe_inject.experts.grow.add import Addition, Asked
     from megatron_moe_inject.experts.grow.bounds import chosen_share
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_moe_inject.host.commands import Commands, add_command
 from megatron_moe_inject.host.errors import RecipeError, show_path
 from megatron_moe_inject.host.text import count, memory_text, ranges, table
+from megatron_moe_inject.recipe.expert_choice import SCORES
 from megatron_moe_inject.recipe.layer_list import parse_layers
 
 if TYPE_CHECKING:
@@ -35,9 +36,8 @@ _REMOVE_EXAMPLES = """examples:
   moe-inject remove-experts ckpt/injected --output ckpt/without
   moe-inject export-delta --base ckpt/student --trained ckpt/without --output what-else-changed
 """
-_WEIGHTS, _ROWS, _SCORES = ("copy", "mean", "random"), ("closed", "mean", "donor"), (
-    "token", "gate", "contrast",
-)  # fmt: skip
+_WEIGHTS = ("copy", "mean", "random")
+_ROWS = ("closed", "mean", "donor")
 
 
 def add_commands(commands: Commands, comparison: Comparison) -> None:
@@ -96,7 +96,7 @@ def add_commands(commands: Commands, comparison: Comparison) -> None:
         "of the layer's rows (else), or the donor's, which changes the function",
     )  # fmt: skip
     add.add_argument(
-        "--score", choices=_SCORES, default="token", help="what donors are ranked by (token)"
+        "--score", choices=SCORES, default="token", help="what donors are ranked by (token)"
     )
     add.add_argument("--no-optimizer", action="store_true", help="leave the optimizer's state out")
     add.add_argument(

@@ -356,3 +356,15 @@ def test_a_delta_of_the_base_says_why_it_does_not_apply(tmp_path, capsys):
     error = capsys.readouterr().err
     assert "has new experts (4-5 of 6), which the delta's base has not; apply it to" in error
     assert str(base) in error
+
+
+def test_what_has_several_names_is_copied_once(tmp_path):
+    base = write_moe(tmp_path / "base")
+    took = add(base, tmp_path / "grown", donors="0,1", rows="donor").copy
+    old = place(base).open()
+    parts = old.metadata.storage_data
+    kept = {(info.relative_path, info.offset): info.length for part, info in parts.items()
+            if "router" not in part.fqn and "common" not in part.fqn}  # fmt: skip
+    assert took.copied == sum(kept.values())
+    objects = [part for part in parts if part.offset is None]
+    assert len(objects) > len({parts[part].offset for part in objects})
