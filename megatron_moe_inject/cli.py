@@ -20,7 +20,7 @@ import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from megatron_moe_inject import __version__
 from megatron_moe_inject.adapters import command as adapters_command
@@ -31,6 +31,7 @@ from megatron_moe_inject.evaluation.report import command as report_command
 from megatron_moe_inject.experts.choose import profile_command, select_command
 from megatron_moe_inject.experts.choose.choice import resolve_experts
 from megatron_moe_inject.experts.delta import command as delta_command
+from megatron_moe_inject.experts.grow import command as grow_command
 from megatron_moe_inject.host.errors import RecipeError, listing
 from megatron_moe_inject.host.files import try_file
 from megatron_moe_inject.host.help_texts import make_printable
@@ -92,11 +93,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _quiet():
             if options.command == "plan":
                 text, status = _planned(options, flags)
-            elif flags:
+            elif flags and not hasattr(options, "takes_flags"):
                 raise RecipeError(
                     f"{options.command} takes no training flags; leave out -- and them"
                 )
             else:
+                options.flags = flags or []
                 text = options.run(options)
     except RecipeError as error:
         print(f"moe-inject: {error}", file=sys.stderr)
@@ -131,6 +133,13 @@ def _check_evaluates(options: argparse.Namespace, flags: list[str]) -> None:
         raise RecipeError("--cpu: is no flag of Megatron's; put it before --")
     if os.environ.get("RANK", "0") == "0":
         try_file(Path(options.output), "--output")
+
+
+def _comparison(*measured: Any) -> Any:
+    """``evaluation.grown.Comparison``, which needs torch."""
+    from megatron_moe_inject.evaluation.grown import Comparison
+
+    return Comparison(*measured)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -171,6 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     data_command.add_commands(commands)
     select_command.add_commands(commands)
     delta_command.add_commands(commands)
+    grow_command.add_commands(commands, _comparison)
     convert_command.add_commands(commands)
     adapters_command.add_commands(commands)
     profile_command.add_commands(commands)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 from argparse import Namespace
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from megatron_moe_inject.host.agreement import agree
 from megatron_moe_inject.host.errors import (
@@ -141,7 +142,7 @@ class StoredCheckpoint:
             stored = read_metadata(self.folder)
             parts = [
                 Part(
-                    f"{index.fqn}@{'.'.join(map(str, index.offset or ()))}",
+                    part_name(index),
                     self.folder / info.relative_path,
                     info.offset,
                     info.length,
@@ -283,12 +284,22 @@ def model_checksum(checkpoint: StoredCheckpoint) -> str:
     dist.gather_object(agree(read), ranks)
     result: list[str] = [""]
     if ranks is not None:
-        hasher = hashlib.sha256()
-        for name, digest in sorted(pair for share in ranks for pair in share):
-            hasher.update(f"{name}:{digest.hex()};".encode())
-        result = [hasher.hexdigest()]
+        result = [joined_checksum(pair for share in ranks for pair in share)]
     dist.broadcast_object_list(result, src=0)
     return result[0]
+
+
+def part_name(index: MetadataIndex) -> str:
+    """What a stored part of a tensor is called in ``model_checksum``."""
+    return f"{index.fqn}@{'.'.join(map(str, index.offset or ()))}"
+
+
+def joined_checksum(digests: Iterable[tuple[str, bytes]]) -> str:
+    """``model_checksum`` from the SHA-256 of each part of the model, by ``part_name``."""
+    hasher = hashlib.sha256()
+    for name, digest in sorted(digests):
+        hasher.update(f"{name}:{digest.hex()};".encode())
+    return hasher.hexdigest()
 
 
 def _wrong(flag: str, path: str | Path, problem: str, remedy: str) -> RecipeError:

@@ -239,6 +239,21 @@ class TorchDistCheckpoint:
         with torch.no_grad():
             self._read_items(items, _Placer(pieces))
 
+    def with_training_state(self) -> TorchDistCheckpoint:
+        """The same with the optimizer's tensors, and other training state, among ``tensors``.
+
+        Raises:
+            RecipeError: a file of theirs is missing or too short.
+        """
+        tensors = {
+            key: value
+            for key, value in self.metadata.state_dict_metadata.items()
+            if isinstance(value, TensorStorageMetadata)
+        }
+        checkpoint = dataclasses.replace(self, tensors=tensors, _places={})
+        checkpoint._check_files()
+        return checkpoint
+
     def _near(self, key: str, chunk: ChunkStorageMetadata) -> TensorStorageMetadata:
         """A stored tensor with those of its parts alone that can overlap a slice.
 

@@ -134,7 +134,7 @@ def rewritten_copy(
         for path in checkpoint.folder.iterdir()
         if path.name not in parted and path.name != INDEX and path.suffix != ".distcp"
     ]
-    _refuse_links(checkpoint, [checkpoint.folder / name for name in parted] + others)
+    refuse_links(checkpoint, [checkpoint.folder / name for name in parted] + others)
     blobs: dict[str, bytes] = {}
     if common is not None:
         state = common(dict(checkpoint.common))
@@ -169,7 +169,9 @@ def rewritten_copy(
         (shutil.copytree if path.is_dir() else shutil.copyfile)(path, folder / path.name)
 
 
-def _refuse_links(checkpoint: TorchDistCheckpoint, paths: Iterable[Path]) -> None:
+def refuse_links(checkpoint: TorchDistCheckpoint, paths: Iterable[Path]) -> None:
+    """Raises ``RecipeError`` for a symbolic link among paths or in folders among them: what it
+    points to may be no part of the checkpoint."""
     for path in paths:
         inside = sorted(path.rglob("*")) if path.is_dir() and not path.is_symlink() else []
         for entry in (path, *inside):

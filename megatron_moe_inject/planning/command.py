@@ -116,6 +116,11 @@ def plan_ranks(
                 f"--gpus: the experts of {domain.name} are still to be chosen from "
                 f"{domain.experts.profile}; record it with moe-inject profile, or write layers"
             )
+        if domain.experts.new is not None:
+            raise RecipeError(
+                f"--gpus: the new experts of {domain.name} are in no checkpoint yet; name the one "
+                "that moe-inject add-experts wrote with --load behind --, or write layers"
+            )
     memory = _memory(options)
     with planner() as process:
         answer = process.plan(dump_recipe(recipe), flags, options.gpus, memory=memory.total)

@@ -82,7 +82,7 @@ def _changed(before: dict[str, str] | None, recipe: Recipe) -> list[str]:
     undecided = tuple(
         f"domains[{i}].experts."
         for i, domain in enumerate(recipe.domains)
-        if domain.experts.profile is not None
+        if domain.experts.undecided
     )
     keys = [key for key in dict.fromkeys([*now, *before]) if now.get(key) != before.get(key)]
     return [key for key in keys if not key.startswith(undecided)] if undecided else keys

@@ -15,13 +15,14 @@ from megatron_moe_inject.host.text import ranges
 SCORES = ("token", "gate", "contrast")
 METHODS = (*SCORES, "top_n", "budget")
 BUDGETS = ("routed", "all")
+NUMBERINGS = ("new", "old")
 
 
 @dataclass
 class ExpertChoice:
-    """Chosen experts: named by ``layers``, or chosen from a routing profile.
+    """Chosen experts: named by ``layers``, chosen from a routing profile, or new ones.
 
-    With ``profile`` the experts are chosen when the recipe meets its student
+    With ``profile`` or ``new`` the experts are chosen when the recipe meets its student
     (``experts.choose.choice.resolve_experts``), which leaves ``layers`` and ``origin``.
 
     Attributes:
@@ -41,6 +42,10 @@ class ExpertChoice:
             ``contrast``.
         at_least, at_most: experts per layer.
         only_layers: decoder layers to choose in; empty = all MoE layers.
+        new: experts that ``moe-inject add-experts`` gave the student's checkpoint: ``all``, or
+            those for a domain that was named there.
+        numbering: whose ids ``layers`` has, the checkpoint's (``new``, the default) or, before
+            experts were added to it, its base's (``old``).
         ep: expert-parallel ranks to spread each layer's experts over. Named here rather than
             read from the run, so that the choice does not depend on the layout.
     """
@@ -61,6 +66,13 @@ class ExpertChoice:
     at_most: int | None = None
     only_layers: list[int] = field(default_factory=list)
     ep: int | None = None
+    new: str | None = None
+    numbering: str | None = field(default=None, metadata={"choices": NUMBERINGS})
+
+    @property
+    def undecided(self) -> bool:
+        """Whether the experts are still to be chosen, once profile or checkpoint is read."""
+        return self.profile is not None or self.new is not None
 
 
 def parse_experts(text: str, key: str = "experts") -> dict[int, list[int]]:
@@ -84,11 +96,18 @@ def parse_experts(text: str, key: str = "experts") -> dict[int, list[int]]:
     return layers
 
 
+def describe_new(which: str) -> str:
+    """How new experts were chosen, on one line."""
+    return "the checkpoint's new experts" + ("" if which == "all" else f" for {which}")
+
+
 _SCORE_NAMES = {"token": "token share", "gate": "gate share", "contrast": "contrast with general"}
 
 
 def describe_choice(choice: ExpertChoice, domain: str, checksum: str | None) -> str:
     """How experts were chosen, on one line; without a checksum, how they will be."""
+    if choice.new is not None:
+        return describe_new(choice.new)
     method = choice.method
     score = _SCORE_NAMES[method if method in _SCORE_NAMES else choice.score or "token"]
     rules: dict[str | None, str] = {

@@ -88,6 +88,12 @@ def recipe_warnings(recipe: Recipe) -> list[str]:
         warnings.append(f"{' and '.join(sharing)} share experts ({where})")
     for domain in _undecided(recipe):
         file = domain.experts.profile
+        if file is None:
+            warnings.append(
+                f"the new experts of {domain.name} are known once the student's checkpoint is: "
+                "name it with --load behind --"
+            )
+            continue
         warnings.append(
             f"{file} is no file yet (in {Path.cwd()}): training needs it, to choose the experts of "
             f"{domain.name}; moe-inject profile records it"
@@ -144,8 +150,8 @@ def _expert_lines(recipe: Recipe, facts: StudentFacts | None) -> list[str]:
 
 
 def _undecided(recipe: Recipe) -> list[Domain]:
-    """Domains whose profile is not there yet."""
-    return [domain for domain in recipe.domains if domain.experts.profile is not None]
+    """Domains whose profile or checkpoint is not there yet."""
+    return [domain for domain in recipe.domains if domain.experts.undecided]
 
 
 def _loss_lines(recipe: Recipe) -> list[str]:

@@ -12,7 +12,13 @@ from dataclasses import asdict
 from megatron_moe_inject.host.errors import NAME, RecipeError, child, fail, listing
 from megatron_moe_inject.host.files import is_file_path
 from megatron_moe_inject.recipe.committee_rules import check_committee
-from megatron_moe_inject.recipe.expert_choice import BUDGETS, METHODS, SCORES, ExpertChoice
+from megatron_moe_inject.recipe.expert_choice import (
+    BUDGETS,
+    METHODS,
+    NUMBERINGS,
+    SCORES,
+    ExpertChoice,
+)
 from megatron_moe_inject.recipe.features import FEATURES
 from megatron_moe_inject.recipe.fields import check_choice, check_fields, check_temperature
 from megatron_moe_inject.recipe.numbers import MIXTURES, check_bounds
@@ -110,12 +116,34 @@ def _check_experts(path: str, choice: ExpertChoice) -> None:
                 "keep layers or profile",
             )
         check_profile_choice(path, choice)
+    if choice.numbering is not None:
+        check_choice(f"{path}.numbering", choice.numbering, NUMBERINGS)
+        if choice.undecided:
+            raise fail(
+                f"{path}.numbering", choice.numbering, "is of layers, which are not written",
+                "remove it: a profile says whose ids it has, and new experts have new ones",
+            )  # fmt: skip
+    if choice.new is not None:
+        _check_new(path, choice)
+    if choice.undecided:
         return
     for name, value in asdict(choice).items():
-        if name not in ("layers", "origin") and value not in (None, []):
+        if name not in ("layers", "origin", "numbering") and value not in (None, []):
             raise fail(
                 f"{path}.{name}", value, "needs a profile", f"write {path}.profile or remove it"
             )
+
+
+def _check_new(path: str, choice: ExpertChoice) -> None:
+    """``new`` stands alone, but for ``only_layers``."""
+    for name, value in asdict(choice).items():
+        if name not in ("new", "only_layers") and value not in (None, [], {}):
+            raise fail(
+                f"{path}.{name}", value, "stands beside new, which names the experts",
+                "keep one of them",
+            )  # fmt: skip
+    if choice.new != "all" and not NAME.fullmatch(choice.new or ""):
+        raise fail(f"{path}.new", choice.new, "is no name", "write all, or a domain's name")
 
 
 def _check_layer(path: str, layer: int, ids: list[int]) -> None:

@@ -287,7 +287,7 @@ class Recipe:
         """Union of all domains' chosen experts: layer -> sorted global ids, layers sorted."""
         union: dict[int, set[int]] = {}
         for domain in self.domains:
-            assert domain.experts.profile is None, "resolve_experts comes first"
+            assert not domain.experts.undecided, "resolve_experts comes first"
             for layer, ids in domain.experts.layers.items():
                 union.setdefault(layer, set()).update(ids)
         return {layer: sorted(union[layer]) for layer in sorted(union)}

@@ -66,7 +66,7 @@ class RouterRowsFeature(Feature):
                 "keep one of them",
             )  # fmt: skip
         for i, domain in enumerate(recipe.domains):
-            if not domain.experts.layers and domain.experts.profile is None:
+            if not domain.experts.layers and not domain.experts.undecided:
                 raise fail(
                     "train.router_rows", True, f"has no rows to train for domain {domain.name!r}",
                     f"write domains[{i}].experts.layers, or train.router: true",
@@ -201,7 +201,7 @@ class SteeringFeature(Feature):
 def _check_use(recipe: Recipe) -> None:
     steering, train = recipe[STEERING], recipe.train
     chosen = {layer for d in recipe.domains for layer in d.experts.layers}
-    by_profile = any(d.experts.profile is not None for d in recipe.domains)
+    undecided = any(d.experts.undecided for d in recipe.domains)
     routers = train.router or train.router_rows or train.layers or train.patterns
     if steering.retains and not routers:
         raise fail(
@@ -210,7 +210,7 @@ def _check_use(recipe: Recipe) -> None:
         )  # fmt: skip
     if steering.steers and steering.confidence != "none":
         _check_confidence(recipe)
-    if by_profile:
+    if undecided:
         return
     name = "coeff" if steering.steers else "report"
     if (steering.steers or steering.report) and not chosen:
@@ -229,7 +229,7 @@ def _check_use(recipe: Recipe) -> None:
 def _check_confidence(recipe: Recipe) -> None:
     kind = recipe[STEERING].confidence
     for i, domain in enumerate(recipe.domains):
-        if domain.teacher is None and (domain.experts.layers or domain.experts.profile):
+        if domain.teacher is None and (domain.experts.layers or domain.experts.undecided):
             raise fail(
                 "steering.confidence", kind, f"asks for a teacher that {domain.name!r} lacks",
                 f"write domains[{i}].teacher, or confidence: none",
@@ -242,7 +242,7 @@ def _lines(recipe: Recipe) -> list[str]:
         chosen = {la for d in recipe.domains for la in d.experts.layers}
         layers = sorted(chosen & set(steering.layers)) if steering.layers else sorted(chosen)
         where = f"layers {ranges(layers)}"
-        if any(domain.experts.profile is not None for domain in recipe.domains):
+        if any(domain.experts.undecided for domain in recipe.domains):
             where = f"layers {ranges(steering.layers)}" if steering.layers else "all their layers"
         coeff, mass = show_weight(steering.coeff), f"{steering.target_mass:g}"
         lines.append(f"{coeff} * relu(log {mass} - log mass) on a domain's experts, {where}")

@@ -21,6 +21,7 @@ from tests.harness.recipes import facts
 TESTED_ALONE = {
     "data": "training/test_errors.py",
     "beginning": "unit/recipe/test_beginning.py",
+    "new_experts": "training/test_new_experts.py",
     "report": "training/test_report.py",
     "progress": "unit/host/test_progress.py",
     "stages": "training/test_boundary.py",
@@ -227,6 +228,10 @@ TESTED_ELSEWHERE = {
             "domains.*.experts.score",
         ],
         "test_resolved_recipe_is_plain_and_says_where_from": ["domains.*.experts.origin"],
+    },
+    "unit/experts/choose/test_new_experts.py": {
+        "test_new_experts_by_name": ["domains.*.experts.new"],
+        "test_old_ids_are_moved": ["domains.*.experts.numbering"],
     },
     "unit/recipe/test_recipe.py": {
         "test_good_recipe_and_its_defaults": ["verify_frozen"],

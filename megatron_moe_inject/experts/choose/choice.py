@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_moe_inject.experts.choose.new_experts import LoadedNewExperts, renamed
 from megatron_moe_inject.experts.choose.profile_file import profile_checksum, read_profile
 from megatron_moe_inject.experts.choose.profile_numbers import in_numbers_of
 from megatron_moe_inject.experts.choose.routing_profile import (
@@ -72,6 +73,7 @@ def resolve_experts(
         pattern = like.provenance.pattern
     if numbered:
         recipe = renumbered(recipe, pattern)
+    grown = LoadedNewExperts(facts)
     profiles: dict[str, tuple[RoutingProfile, str]] = {}
     domains = []
     for i, domain in enumerate(recipe.domains):
@@ -90,17 +92,22 @@ def resolve_experts(
             profile, checksum = profiles[choice.profile]
             if numbered:
                 profile = in_numbers_of(profile, pattern, key, choice.profile)
+            moved = None
             if facts is not None:
-                check_student(profile, facts, key, choice.profile)
+                moved = grown.numbering_of(profile.provenance.router.num_moe_experts)
+                before = facts if moved is None else replace(facts, num_moe_experts=len(moved))
+                check_student(profile, before, key, choice.profile)
             name = choice.domain or domain.name
             layers = choose_experts(choice, profile, name, path)
             domain = replace(
                 domain,
                 experts=ExpertChoice(
-                    {layer: sorted(ids) for layer, ids in layers.items()},
+                    {layer: sorted(renamed(ids, moved)) for layer, ids in layers.items()},
                     origin=describe_choice(choice, name, checksum),
                 ),
             )
+        elif grown.known and (choice.new is not None or choice.numbering is not None):
+            domain = replace(domain, experts=grown.resolved(choice, path))
         domains.append(domain)
     return replace(recipe, domains=domains)
 

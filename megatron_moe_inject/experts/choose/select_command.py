@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 from pathlib import Path
 
 from megatron_moe_inject.experts.choose import select_report
@@ -38,6 +37,7 @@ from megatron_moe_inject.recipe.expert_choice import (
     ExpertChoice,
     describe_choice,
 )
+from megatron_moe_inject.recipe.layer_list import parse_layers
 from megatron_moe_inject.recipe.rules import check_profile_choice
 
 _OPTIONS = (
@@ -96,7 +96,7 @@ def add_commands(commands: Commands) -> None:
 def _select(options: argparse.Namespace) -> str:
     expert_choice = ExpertChoice(
         profile=options.profile,
-        only_layers=_layers(options.layers),
+        only_layers=[] if options.layers is None else parse_layers(options.layers),
         **{name: getattr(options, name) for name in _OPTIONS},
     )
     _refuse_overwriting(options)
@@ -153,18 +153,6 @@ def _only_domain(profile: RoutingProfile) -> str:
     if len(names) != 1:
         raise RecipeError(f"domain: missing; choose one of {listing(names) or '(none)'}", "domain")
     return names[0]
-
-
-def _layers(text: str | None) -> list[int]:
-    """``12-14,20`` as ``[12, 13, 14, 20]``."""
-    layers: list[int] = []
-    for part in [] if text is None else text.split(","):
-        match = re.fullmatch(r"\s*([0-9]{1,5})(?:-([0-9]{1,5}))?\s*", part)
-        run = [] if match is None else range(int(match[1]), int(match[2] or match[1]) + 1)
-        if not run:
-            raise RecipeError(f"--layers: {show(text)} is no list of layers; write 12-23,26")
-        layers += run
-    return layers
 
 
 def _as_flag(error: RecipeError) -> RecipeError:

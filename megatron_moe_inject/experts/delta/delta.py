@@ -49,7 +49,9 @@ from megatron_moe_inject.host.errors import (
 from megatron_moe_inject.host.files import new_folder
 from megatron_moe_inject.host.gpt_names import stacked_axes
 from megatron_moe_inject.host.low_rank import Rounding
+from megatron_moe_inject.host.new_experts import card_in
 from megatron_moe_inject.host.stored_adapters import StoredAdapters, refuse_adapters
+from megatron_moe_inject.host.text import ranges
 from megatron_moe_inject.host.torch_dist import TorchDistCheckpoint
 from megatron_moe_inject.host.torch_dist_copy import Progress, in_turn, replaced, saved_copy
 
@@ -191,6 +193,7 @@ def apply_delta(
     named = {entry.tensor for entry in described.slices.values()}
     before = before.named_like(named | set(() if adapters is None else adapters.dtypes))
     if before.fingerprint() != described.model:
+        _refuse_new_experts(base, before.checkpoint)
         raise base.error("is another model than the delta's base", "name the base it was made from")
     index = described.slices
     changes = {name: [replaced(new)] for name, new in _changes(delta, index, before).items()}
@@ -210,6 +213,17 @@ def apply_delta(
         by_tensor = {name: in_turn(each) for name, each in changes.items()}
         saved_copy(before.checkpoint, folder, by_tensor, progress)
     return _summary(before, described, {} if applied is None else applied.roundings())
+
+
+def _refuse_new_experts(base: CheckpointPlace, checkpoint: TorchDistCheckpoint) -> None:
+    """RecipeError where another model is the base with new experts, whose ids may have moved."""
+    card = card_in(checkpoint.common.get("args"), str(checkpoint.folder))
+    if card is not None:
+        raise base.error(
+            f"has new experts ({ranges(card.ids())} of {card.experts}), which the delta's base has "
+            "not",
+            f"apply it to {card.base}, and add the experts to the result",
+        )
 
 
 @dataclass(frozen=True)

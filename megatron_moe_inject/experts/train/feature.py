@@ -151,7 +151,7 @@ class Freezing(Feature):
                 f"train.experts: selected, or set one of {listing(names)} to true",
             )  # fmt: skip
         for i, domain in enumerate(recipe.domains):
-            chosen = domain.experts.layers or domain.experts.profile
+            chosen = domain.experts.layers or domain.experts.undecided
             if train.experts == "selected" and not chosen:
                 raise fail(
                     f"domains[{i}].experts.layers", {},
@@ -290,7 +290,7 @@ def _check_components(recipe: Recipe, facts: StudentFacts) -> None:
 def _trained_experts(recipe: Recipe, facts: StudentFacts | None) -> str:
     if recipe.train.experts == "all":
         return "all experts"
-    if any(domain.experts.profile is not None for domain in recipe.domains):
+    if any(domain.experts.undecided for domain in recipe.domains):
         return "experts still to be chosen"
     chosen = recipe.experts_by_layer()
     total = sum(len(ids) for ids in chosen.values())
