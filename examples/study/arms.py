@@ -95,17 +95,14 @@ LOW_RANK = {"targets": ["experts", "attention"], "experts": "all"}
 
 
 def adapted(name: str, rank: int, **more) -> Arm:
-    """An arm with adapters of scale 8 on all experts and attention."""
-    own = {name: more.pop(name) for name in ("lr", "lr_b") if name in more}
-    adapters = ({**LOW_RANK, "rank": rank, "alpha": 8.0 * rank, **own},)
-    return Arm(name, "none", adapters=adapters, **{**HELD, **more})
+    """An arm with adapters of the usual scale and rate on all experts and attention."""
+    return Arm(name, "none", adapters=({**LOW_RANK, "rank": rank},), **{**HELD, **more})
 
 
 ARMS += (
-    adapted("adapters of rank 8", 8, rate=2e-3),
-    adapted("adapters of rank 8 + embedding", 8, embedding=True),
-    adapted("adapters of rank 8 + 30 % of the rows", 8, rows=0.3, rate=2e-3),
-    adapted("adapters of rank 4 + 10 % of the rows", 4, rows=0.1, rate=2e-3),
+    adapted("adapters of rank 11 + embedding", 11, embedding=True),
+    adapted("adapters of rank 6 + 20 % of the rows", 6, rows=0.2),
+    adapted("adapters of rank 11", 11),
 )
 BY_NAME = {arm.name: arm for arm in ARMS}
 UNTOUCHED = "untouched"

@@ -183,8 +183,8 @@ def _check_rows(recipe: Recipe, rows: VocabularyRows) -> None:
 def _check_numbers(path: str, entry: Adapter) -> None:
     if entry.rank < 1:
         raise fail(f"{path}.rank", entry.rank, "is no rank", "write a number from 1, such as 8")
-    for name in ("alpha", "lr", "lr_b"):
-        check_bounds(f"{path}.{name}", getattr(entry, name), WEIGHTS)
+    for name, value in (("alpha", entry.numerator), ("lr", entry.lr), ("lr_b", entry.lr_b)):
+        check_bounds(f"{path}.{name}", value, WEIGHTS)
     check_bounds(f"{path}.decay", entry.decay, WEIGHTS, besides=(0,))
     for layer in entry.layers:
         if layer < 0:

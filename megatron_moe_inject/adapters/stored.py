@@ -29,8 +29,8 @@ class Stored:
         self._run = run
         self.entries: list[dict[str, Any]] = []
         for entry in run.recipe.train.adapters:
-            named = {name: getattr(entry, name) for name in ("targets", "rank", "alpha", "scaling")}
-            self.entries.append({**named, "scale": entry.scale})
+            named = {name: getattr(entry, name) for name in ("targets", "rank", "scaling")}
+            self.entries.append({**named, "alpha": entry.numerator, "scale": entry.scale})
         self.rows: list[int] | None = None
         self.holds = False
         self._base: dict[str, Any] = {}

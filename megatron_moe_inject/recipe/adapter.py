@@ -20,11 +20,11 @@ class Adapter:
         targets: components, see ``TARGETS``, or names of weights with shell wildcards as in
             ``train.patterns``.
         rank: r, of A ``[r, in]`` and B ``[out, r]``.
-        alpha: s = alpha / r.
+        alpha: s = alpha / r; None = 2 r.
         scaling: ``standard``, or ``rslora`` (2312.03732): s = alpha / sqrt(r).
         experts: which of the experts: ``selected`` (those of the domains) or ``all``.
         layers: 0-based decoder layers; empty = all.
-        lr: of A, in learning rates of the run.
+        lr: of A, in learning rates of the run, which is that of what trains whole beside them.
         lr_b: of B, in learning rates of A (LoRA+, 2402.12354).
         decay: in weight decays of the run.
     """
@@ -33,18 +33,23 @@ class Adapter:
         metadata={"remedy": "name what gets adapters, such as targets: [experts, attention]"}
     )
     rank: int = 8
-    alpha: float = 64.0
+    alpha: float | None = None
     scaling: str = field(default="standard", metadata={"choices": SCALINGS})
     experts: str = field(default="selected", metadata={"choices": EXPERTS})
     layers: list[int] = field(default_factory=list)
-    lr: float = 1.0
+    lr: float = 4.5
     lr_b: float = 1.0
     decay: float = 0.0
 
     @property
+    def numerator(self) -> float:
+        """alpha."""
+        return 2.0 * self.rank if self.alpha is None else self.alpha
+
+    @property
     def scale(self) -> float:
         """s."""
-        return self.alpha / (self.rank if self.scaling == "standard" else math.sqrt(self.rank))
+        return self.numerator / (self.rank if self.scaling == "standard" else math.sqrt(self.rank))
 
     @property
     def components(self) -> list[str]:

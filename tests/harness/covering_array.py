@@ -70,7 +70,11 @@ FEATURES = {
     # On experts that no set with them has chosen, beside those that train whole.
     "adapters": Feature(
         "adapters",
-        {"train.adapters": [{"targets": ["*.mlp.experts.1.*"], "rank": 4, "alpha": 2, "lr_b": 2}]},
+        {
+            "train.adapters": [
+                {"targets": ["*.mlp.experts.1.*"], "rank": 4, "alpha": 2, "lr": 1, "lr_b": 2}
+            ]
+        },
     ),
     "frozen experts in fp8": Feature(
         "train", {"train.frozen_experts": "fp8"}, flags=("--moe-grouped-gemm",)

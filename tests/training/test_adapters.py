@@ -28,8 +28,8 @@ train:
   norms: true
   adapters:
     - {{targets: [experts], rank: 4, alpha: 16, lr: 2, lr_b: 2}}
-    - {{targets: [output_layer], rank: 3, alpha: 3}}
-    - {{targets: [attention, router], rank: 2, alpha: 8, scaling: rslora, layers: [1, 2], decay: 0.5}}
+    - {{targets: [output_layer], rank: 3, alpha: 3, lr: 1}}
+    - {{targets: [attention, router], rank: 2, alpha: 8, scaling: rslora, layers: [1, 2], lr: 1, decay: 0.5}}
 """  # noqa: E501
 ALONE = RECIPE.replace("  norms: true\n", "")
 EXPERTS = RECIPE[: RECIPE.index("    - {{targets: [output_layer")].replace("  norms: true\n", "")
@@ -75,7 +75,7 @@ teachers:
 objective: {{alpha: 0.7, beta: 0.3, gamma: 1.0}}
 train:
   experts: none
-  adapters: [{{targets: [experts], rank: 4, alpha: 16}}]
+  adapters: [{{targets: [experts], rank: 4, alpha: 16, lr: 1}}]
   vocabulary_rows: {{domain: code, budget: 0.4, lr: 3}}
 """
 

@@ -157,7 +157,6 @@ TESTED_ELSEWHERE = {
             "train.adapters.*.decay",
             "train.adapters.*.experts",
             "train.adapters.*.layers",
-            "train.adapters.*.lr",
             "train.adapters.*.scaling",
         ],
         "test_rows_of_the_vocabulary": [

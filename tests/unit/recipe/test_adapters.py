@@ -106,6 +106,8 @@ def test_the_scale():
         "{targets: [attention], rank: 16, alpha: 32, scaling: rslora}]"
     )
     assert [entry.scale for entry in own.train.adapters] == [2.0, 8.0]
+    (usual,) = recipe("adapters: [{targets: [mlp], rank: 16}]").train.adapters
+    assert (usual.scale, usual.lr) == (2.0, 4.5)
 
 
 def test_plans_say_what_stands_beside():
