@@ -6,11 +6,9 @@ torch is imported when one of them runs: the other commands do without it.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from megatron_moe_inject.host.commands import Commands, add_command
+from megatron_moe_inject.host.commands import Commands, add_command, progress_bar
 from megatron_moe_inject.host.text import memory_text
 
 _FORMATS = ("peft", "vllm", "sglang")
@@ -78,7 +76,7 @@ def _export(options: argparse.Namespace) -> str:
         FolderModel.of(HfFolder.open("--hf", options.hf)),
         options.output,
         options.format,
-        _progress,
+        progress_bar,
     )
     ranks = sorted({done.config["r"], *done.config["rank_pattern"].values()})
     return "\n".join(
@@ -96,7 +94,7 @@ def _check(options: argparse.Namespace) -> str:
     from megatron_moe_inject.adapters.adapter_folder import check_base
     from megatron_moe_inject.convert.hf_folder import HfFolder
 
-    base = check_base(options.adapters, HfFolder.open("--hf", options.hf), _progress)
+    base = check_base(options.adapters, HfFolder.open("--hf", options.hf), progress_bar)
     return f"{options.adapters} belongs to {options.hf}, sha256 {base.sha256[:12]}"
 
 
@@ -106,7 +104,7 @@ def _merge(options: argparse.Namespace) -> str:
     from megatron_moe_inject.host.low_rank import rounding_table
 
     trained = CheckpointPlace("--trained", options.trained)
-    done = merge_adapters(trained, options.output, _progress)
+    done = merge_adapters(trained, options.output, progress_bar)
     number = sum(rounding.matrices for rounding in done.roundings.values())
     return "\n".join(
         [
@@ -114,9 +112,3 @@ def _merge(options: argparse.Namespace) -> str:
             f"{options.output}: adapters merged into {number} matrices, without optimizer state",
         ]
     )
-
-
-def _progress(items: Iterable[Any], total: int) -> Iterable[Any]:
-    from tqdm import tqdm
-
-    return tqdm(items, total=total, disable=None, leave=False)

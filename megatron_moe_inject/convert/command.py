@@ -6,15 +6,18 @@ torch is imported when one of them runs: the other commands do without it.
 from __future__ import annotations
 
 import argparse
-import os
-import resource
 import time
-from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from megatron_moe_inject.host.commands import Commands, add_command
-from megatron_moe_inject.host.errors import RecipeError, listing, show_path
+from megatron_moe_inject.host.commands import (
+    Commands,
+    add_command,
+    cost,
+    must_not_exist,
+    progress_bar,
+)
+from megatron_moe_inject.host.errors import RecipeError, listing
 from megatron_moe_inject.host.text import memory_text, table
 
 if TYPE_CHECKING:
@@ -89,7 +92,7 @@ def add_commands(commands: Commands) -> None:
 
 def _import(options: argparse.Namespace) -> str:
     begin = time.monotonic()
-    _must_not_exist(options.output)
+    must_not_exist(options.output)
     if options.vocab_multiple < 1:
         raise RecipeError(f"--vocab-multiple: {options.vocab_multiple} is below 1; use 128")
     from megatron_moe_inject.convert.hf_folder import HfFolder
@@ -101,7 +104,7 @@ def _import(options: argparse.Namespace) -> str:
         dtype=options.dtype,
         layout=options.layout,
         vocab_multiple=options.vocab_multiple,
-        progress=_progress,
+        progress=progress_bar,
     )
     lines = [
         f"{options.output}: {imported.model_type}, {imported.tensors} tensors of the folder as "
@@ -111,14 +114,14 @@ def _import(options: argparse.Namespace) -> str:
     if imported.left_out:
         lines.append(f"not taken, as they follow from others: {listing(imported.left_out, 4)}")
     lines.append(f"Megatron's options of the model: {options.output / 'flags.sh'}")
-    return "\n".join([*lines, _cost(begin)])
+    return "\n".join([*lines, cost(begin)])
 
 
 def _export(options: argparse.Namespace) -> str:
     begin = time.monotonic()
     if (options.checkpoint is None) == (options.delta is None):
         raise RecipeError("export-hf: name either a checkpoint or --delta")
-    _must_not_exist(options.output)
+    must_not_exist(options.output)
     from megatron_moe_inject.convert.exporting import export_folder
     from megatron_moe_inject.convert.folder_model import FolderModel
     from megatron_moe_inject.convert.hf_folder import HfFolder
@@ -129,9 +132,9 @@ def _export(options: argparse.Namespace) -> str:
         _trained(options, model),
         options.output,
         quantized=options.quantized,
-        progress=_progress,
+        progress=progress_bar,
     )
-    return "\n".join([*_report(exported, options.output), _cost(begin)])
+    return "\n".join([*_report(exported, options.output), cost(begin)])
 
 
 def _trained(options: argparse.Namespace, model: FolderModel) -> Trained:
@@ -174,21 +177,3 @@ def _report(exported: Exported, output: Path) -> list[str]:
 
 def _rounding(value: float) -> str:
     return f"{value:.2g}" if value else "none"
-
-
-def _must_not_exist(output: Path) -> None:
-    if os.path.lexists(output):
-        raise RecipeError(
-            f"--output: {show_path(output)} is there already; name a new folder", "--output"
-        )
-
-
-def _cost(begin: float) -> str:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-    return f"{time.monotonic() - begin:.1f} s, at most {memory_text(peak)} of memory"
-
-
-def _progress(items: Iterable[Any], total: int) -> Iterable[Any]:
-    from tqdm import tqdm
-
-    return tqdm(items, total=total, disable=None, leave=False)

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
+import resource
+import time
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
+
+from megatron_moe_inject.host.errors import RecipeError, show_path
+from megatron_moe_inject.host.text import memory_text
 
 Commands = argparse._SubParsersAction
 
@@ -29,3 +37,24 @@ def add_command(
     )
     parser.set_defaults(**does)
     return parser
+
+
+def must_not_exist(output: Path) -> None:
+    """RecipeError where ``--output`` is there already."""
+    if os.path.lexists(output):
+        raise RecipeError(
+            f"--output: {show_path(output)} is there already; name a new folder", "--output"
+        )
+
+
+def cost(begin: float) -> str:
+    """What a command took since ``begin`` (``time.monotonic``), and the most memory, in words."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    return f"{time.monotonic() - begin:.1f} s, at most {memory_text(peak)} of memory"
+
+
+def progress_bar(items: Iterable[Any], total: int) -> Iterable[Any]:
+    """The items, with a bar on a terminal that says how far they are."""
+    from tqdm import tqdm
+
+    return tqdm(items, total=total, disable=None, leave=False)

@@ -12,7 +12,7 @@ from tests.harness import lane
 from tests.harness.evaluating import EVALUATIONS, evaluate
 from tests.harness.grouped import grouped
 from tests.harness.injection import LAYOUTS, OTHER, PROVEN, TERMS, inject, recipe_file
-from tests.harness.material import student_flags
+from tests.harness.material import make_material, student_flags
 
 RECIPE = """
 domains:
@@ -174,14 +174,15 @@ def test_what_is_merged_is_what_was_trained(material, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not OTHER, reason="MEGATRON_OTHER names no second Megatron-Core")
-def test_the_other_megatron_gives_the_same(material, one, tmp_path):
-    """Resumed, too: before 0.19 groups of parameters are told apart by other numbers."""
-    save = str(tmp_path / "saved")
-    keep = ("--save", save, "--save-interval", "2", "--train-iters", "4")
+def test_the_other_megatron_resumes_bitwise(tmp_path):
+    """Before 0.19 groups of parameters are told apart by other numbers."""
+    material = make_material(tmp_path, [OTHER])
+    keep = ("--save", str(tmp_path / "saved"), "--save-interval", "2", "--train-iters", "4")
     other = {"nproc": 2, "path": [OTHER]}
     whole = inject(material, RECIPE, ep=2, **other)
+    one = inject(material, RECIPE, path=[OTHER])
     inject(material, RECIPE, extra=(*keep, "--exit-interval", "2"), ep=2, **other)
-    on = ("--inject-recipe", recipe_file(material, RECIPE), "--load", save, *keep)
+    on = ("--inject-recipe", recipe_file(material, RECIPE), "--load", keep[1], *keep)
     resumed = lane.run(student_flags(*material.blend, *on, ep=2), nproc=2, pythonpath=[OTHER])
     for term in TERMS:
         assert whole.losses(term) == pytest.approx(one.losses(term), rel=2e-5), term

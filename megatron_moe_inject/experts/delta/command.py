@@ -6,11 +6,9 @@ torch is imported when one of them runs: the other commands do without it.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from megatron_moe_inject.host.commands import Commands, add_command
+from megatron_moe_inject.host.commands import Commands, add_command, progress_bar
 from megatron_moe_inject.host.text import (
     memory_text,
     table,
@@ -47,7 +45,7 @@ def _export(options: argparse.Namespace) -> str:
 
     base = CheckpointPlace("--base", options.base)
     trained = CheckpointPlace("--trained", options.trained)
-    summary = export_delta(base, trained, options.output, progress=_progress)
+    summary = export_delta(base, trained, options.output, progress=progress_bar)
     rows = [("changed tensor", "slices")]
     rows += [(name, str(number)) for name, number in sorted(summary.changed.items())]
     share = 100 * summary.bytes / summary.base_bytes
@@ -60,7 +58,7 @@ def _apply(options: argparse.Namespace) -> str:
     from megatron_moe_inject.host.low_rank import rounding_table
 
     base = CheckpointPlace("--base", options.base)
-    summary = apply_delta(base, options.delta, options.output, progress=_progress)
+    summary = apply_delta(base, options.delta, options.output, progress=progress_bar)
     size = memory_text(summary.bytes)
     if not summary.roundings:
         number = sum(summary.changed.values())
@@ -68,9 +66,3 @@ def _apply(options: argparse.Namespace) -> str:
     matrices = sum(rounding.matrices for rounding in summary.roundings.values())
     lines = rounding_table(summary.roundings)
     return "\n".join([*lines, f"{options.output}: {matrices} matrices merged ({size})"])
-
-
-def _progress(items: Iterable[Any], total: int) -> Iterable[Any]:
-    from tqdm import tqdm
-
-    return tqdm(items, total=total, disable=None, leave=False)

@@ -6,16 +6,20 @@ torch is imported when one of them runs: the other commands do without it.
 from __future__ import annotations
 
 import argparse
-import os
-import resource
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from megatron_moe_inject.host.commands import Commands, add_command
-from megatron_moe_inject.host.errors import RecipeError, show_path
-from megatron_moe_inject.host.text import count, memory_text, ranges, table
+from megatron_moe_inject.host.commands import (
+    Commands,
+    add_command,
+    cost,
+    must_not_exist,
+    progress_bar,
+)
+from megatron_moe_inject.host.errors import RecipeError
+from megatron_moe_inject.host.text import count, ranges, table
 from megatron_moe_inject.recipe.expert_choice import SCORES
 from megatron_moe_inject.recipe.layer_list import parse_layers
 
@@ -136,7 +140,7 @@ def _add(options: argparse.Namespace) -> str:
     bounds = Bounds.of(options)
     if options.flags and not options.check:
         raise RecipeError("add-experts: training flags are for --check; add it, or leave them out")
-    _must_not_exist(options.output)
+    must_not_exist(options.output)
     addition = Addition(
         CheckpointPlace("CKPT", options.checkpoint),
         Asked(
@@ -163,9 +167,9 @@ def _add(options: argparse.Namespace) -> str:
         if comparison is not None:
             checked.extend(comparison(folder, card))
 
-    added = addition.write(options.output, _progress, check)
+    added = addition.write(options.output, progress_bar, check)
     return "\n".join(
-        [*_summary(added, options.output), *measured, *checked, *added.remarks, _cost(begin)]
+        [*_summary(added, options.output), *measured, *checked, *added.remarks, cost(begin)]
     )
 
 
@@ -207,13 +211,13 @@ def _remove(options: argparse.Namespace) -> str:
     from megatron_moe_inject.experts.grow.remove import remove_experts
 
     begin = time.monotonic()
-    _must_not_exist(options.output)
+    must_not_exist(options.output)
     card_of = None if options.card is None else CheckpointPlace("--card", options.card)
     removed = remove_experts(
         CheckpointPlace("CKPT", options.checkpoint),
         options.output,
         card_of=card_of,
-        progress=_progress,
+        progress=progress_bar,
     )
     card = removed.card
     return "\n".join(
@@ -221,24 +225,6 @@ def _remove(options: argparse.Namespace) -> str:
             f"{options.output}: {card.experts} -> {card.base_experts} experts in each MoE layer, "
             f"without {ranges(card.ids())}",
             f"they had been added to {card.base} (sha256 {card.base_sha256[:12]})",
-            _cost(begin),
+            cost(begin),
         ]
     )
-
-
-def _must_not_exist(output: Path) -> None:
-    if os.path.lexists(output):
-        raise RecipeError(
-            f"--output: {show_path(output)} is there already; name a new folder", "--output"
-        )
-
-
-def _cost(begin: float) -> str:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-    return f"{time.monotonic() - begin:.1f} s, at most {memory_text(peak)} of memory"
-
-
-def _progress(items: Iterable[Any], total: int) -> Iterable[Any]:
-    from tqdm import tqdm
-
-    return tqdm(items, total=total, disable=None, leave=False)
