@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from megatron_moe_inject.host import typed
-from megatron_moe_inject.host.errors import RecipeError, one_line
+from megatron_moe_inject.host.errors import Failure, RecipeError, one_line
 from megatron_moe_inject.host.files import readable_json, replace_file
 from megatron_moe_inject.teachers.store.row_format import RowFormat
+from megatron_moe_inject.teachers.store.signing import check_signature
 
 FORMAT = "megatron_moe_inject store"
 VERSION = 1
@@ -28,9 +29,6 @@ MANIFEST = "manifest.json"
 PLAN = "plan.json"
 TOKENIZER = "tokenizer"
 _LARGEST = 1 << 30
-
-Failure = Callable[[str, str], RecipeError]
-"""The error for a problem and a remedy, which names the key or flag that the store comes from."""
 
 
 @dataclass(frozen=True)
@@ -199,14 +197,23 @@ def read_plan(folder: Path, failure: Failure) -> StorePlan | None:
         RecipeError: it is damaged.
     """
     path = folder / PLAN
-    return _read(path, StorePlan, failure) if path.is_file() else None
+    if not path.is_file():
+        return None
+    return _parsed(_content(path, failure), path, StorePlan, failure)
 
 
-def read_manifest(folder: Path, failure: Failure) -> Manifest:
+def read_manifest(
+    folder: Path, failure: Failure, trusted: Sequence[str] = (), key: str = ""
+) -> Manifest:
     """The manifest of a store.
 
+    Args:
+        trusted: public keys, one of which must have signed it; empty for anybody's or none.
+        key: where these stand in the recipe.
+
     Raises:
-        RecipeError: there is none, it is damaged or of another version, or does not fit itself.
+        RecipeError: there is none, it is not signed as it must be, damaged or of another version,
+            or does not fit itself.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -218,16 +225,26 @@ def read_manifest(folder: Path, failure: Failure) -> Manifest:
         raise failure(
             f"is no store: {MANIFEST} is not there", "name the --output of moe-inject store-teacher"
         )
-    manifest = _read(path, Manifest, failure)
+    content = _content(path, failure)
+    if trusted:
+        check_signature(folder, content, trusted, key, failure)
+    manifest = _parsed(content, path, Manifest, failure)
     _check(manifest, failure)
     return manifest
 
 
-def _read[T](path: Path, kind: type[T], failure: Failure) -> T:
+def _content(path: Path, failure: Failure) -> bytes:
     try:
         if path.stat().st_size > _LARGEST:
-            raise ValueError("larger than any manifest")
-        content = json.loads(path.read_bytes())
+            raise failure(f"has a damaged {path.name} (larger than any)", "copy it again")
+        return path.read_bytes()
+    except OSError as error:
+        raise failure(f"has a {path.name} that cannot be read ({error})", "copy it again") from None
+
+
+def _parsed[T](stored: bytes, path: Path, kind: type[T], failure: Failure) -> T:
+    try:
+        content = json.loads(stored)
         if kind is Manifest:
             if not isinstance(content, dict) or content.get("format") != FORMAT:
                 raise ValueError(f"its format is not {FORMAT!r}")
@@ -241,7 +258,7 @@ def _read[T](path: Path, kind: type[T], failure: Failure) -> T:
         if error.key is None or error.key.startswith("teachers.") or error.key.startswith("--"):
             raise
         raise failure(f"has a damaged {path.name} ({error})", "copy it again") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise failure(
             f"has a damaged {path.name} ({one_line(str(error))})", "copy it again"
         ) from None

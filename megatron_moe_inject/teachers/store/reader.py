@@ -14,10 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_moe_inject.host.errors import RecipeError
+from megatron_moe_inject.host.errors import Failure, RecipeError
 from megatron_moe_inject.host.safetensors_file import DamagedFileError
 from megatron_moe_inject.teachers.store.manifest import (
-    Failure,
     Manifest,
     StoredShard,
     StorePlan,
@@ -48,11 +47,13 @@ class Store:
 
     Args:
         folder: where it is.
-        failure: makes errors; see ``manifest.Failure``.
+        failure: makes errors; see ``errors.Failure``.
         manifest: of it, if it was read already.
 
     Attributes:
         manifest: what it says about itself.
+        layout: of its rows.
+        failure: as given.
 
     Raises:
         RecipeError: it is no store, not whole, damaged, or a shard is not there.
@@ -60,7 +61,7 @@ class Store:
 
     def __init__(self, folder: Path, failure: Failure, manifest: Manifest | None = None) -> None:
         self._folder = folder
-        self._failure = failure
+        self.failure = failure
         self.manifest = read_manifest(folder, failure) if manifest is None else manifest
         self.layout = self.manifest.plan.row_format
         self._open: OrderedDict[str, ShardReader] = OrderedDict()
@@ -108,18 +109,18 @@ class Store:
                 there = members[rows >= 0]
                 content[there], counts[there] = reader.read(rows[rows >= 0])
             except DamagedFileError as error:
-                raise self._failure(
+                raise self.failure(
                     f"has {shard.file}, which {error.problem}", error.remedy
                 ) from None
             except OSError as error:
-                raise self._failure(
+                raise self.failure(
                     f"has {shard.file}, which cannot be read ({error})", "copy it again"
                 ) from None
         return content, counts
 
     def _lacks(self, data: int, token: int) -> RecipeError:
         stored = self.manifest.plan.data[data]
-        return self._failure(
+        return self.failure(
             f"says nothing about token {token:,} of {stored.name}: it has documents "
             f"{stored.first:,} to {stored.last - 1:,} of {stored.documents:,}",
             "store the whole data set, or train on what is stored",

@@ -203,6 +203,11 @@ class RowFormat:
         powers = torch.tensor([1 << i for i in range(8)], dtype=torch.uint8, device=bits.device)
         return (whole.view(len(bits), -1, 8) * powers).sum(-1, dtype=torch.uint8)
 
+    def tokens(self, content: Tensor) -> Tensor:
+        """The tokens [t] that were read, of bytes [t, w]; see ``Rows``."""
+        content = torch.nn.functional.pad(content[:, :5], (0, 5)).long()
+        return _read(content, content.new_zeros(len(content), 1), self._token_bits).squeeze(1)
+
     def decode(self, content: Tensor, counts: Tensor | None = None) -> Rows:
         """Of bytes [t, ``widest``], filled up behind each row with anything, what was encoded.
 

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_moe_inject.host.errors import Failure
 from megatron_moe_inject.host.files import replace_file
 from megatron_moe_inject.host.safetensors_file import DamagedFileError
 from megatron_moe_inject.teachers.store.manifest import (
     MANIFEST,
     PLAN,
-    Failure,
     Manifest,
     StoredShard,
     StorePlan,
@@ -95,7 +95,7 @@ class StoreWriter:
         folder: a new one, or one that a writer of the same plan has begun.
         plan: what is written.
         pieces: its shards.
-        failure: makes errors; see ``manifest.Failure``.
+        failure: makes errors; see ``errors.Failure``.
 
     Raises:
         RecipeError: the folder holds another store, or cannot be written.
