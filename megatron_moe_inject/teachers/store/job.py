@@ -39,6 +39,7 @@ from megatron_moe_inject.teachers.store.manifest import (
     StoredData,
     StoredTeacher,
     StorePlan,
+    sample_sha256,
 )
 from megatron_moe_inject.teachers.store.produce import Producer
 from megatron_moe_inject.teachers.store.rules import taught_by
@@ -320,6 +321,7 @@ def _data(text: TextFiles, choices: Choices) -> StoredData:
         os.path.basename(text.path),
         file_sha256(Path(f"{text.path}.idx"), choices.failure),
         os.stat(f"{text.path}.bin").st_size,
+        sample_sha256(Path(f"{text.path}.bin"), choices.failure),
         count,
         int(text.lengths.sum()),
         first,

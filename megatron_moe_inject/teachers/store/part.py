@@ -10,14 +10,18 @@ from pathlib import Path
 
 from megatron_moe_inject.data.token_places import TokenPlaces, number_data_sets
 from megatron_moe_inject.host.agreement import on_first_rank
-from megatron_moe_inject.host.errors import Failure, RecipeError, fail, listing
+from megatron_moe_inject.host.errors import RecipeError, fail, listing
 from megatron_moe_inject.host.text import memory_text
 from megatron_moe_inject.recipe.entries import SPLITS, split_labels
 from megatron_moe_inject.recipe.facts import StudentFacts
 from megatron_moe_inject.recipe.run_part import RunContext
 from megatron_moe_inject.recipe.schema import Recipe
 from megatron_moe_inject.teachers.sources import parse_source
-from megatron_moe_inject.teachers.store.manifest import Manifest, read_manifest
+from megatron_moe_inject.teachers.store.manifest import (
+    Manifest,
+    read_manifest,
+    sample_sha256,
+)
 from megatron_moe_inject.teachers.store.rules import check_use, stored_names, taught_by
 from megatron_moe_inject.teachers.store.signing import signer_of
 from megatron_moe_inject.teachers.store.step_teacher import OpenStores
@@ -71,7 +75,7 @@ def data_in_store(
         RecipeError: a store that lacks data of its domains, or has another version of it.
     """
     found: dict[str, dict[str, int]] = {}
-    digest = functools.cache(lambda path: file_sha256(Path(f"{path}.idx"), _unreadable(path)))
+    digests = functools.cache(_digests)
     for name, manifest in manifests.items():
         own = {recipe.domains.index(domain) for domain in taught_by(recipe, name)}
         found[name] = {}
@@ -80,19 +84,27 @@ def data_in_store(
             for entry, label in zip(facts.data_paths[split], labels, strict=True):
                 path = os.path.normpath(entry)
                 if label in own and path not in found[name]:
-                    found[name][path] = _place(name, recipe, manifest, path, digest(path))
+                    found[name][path] = _place(name, recipe, manifest, path, digests(path))
     return found
 
 
-def _unreadable(path: str) -> Failure:
-    return lambda problem, remedy: RecipeError(f"--data-path: {path} {problem}; {remedy}")
+def _digests(path: str) -> tuple[str, int, str]:
+    """By which a data set is known: of its index, the size of its tokens, and of some of them."""
+
+    def failure(problem: str, remedy: str) -> RecipeError:
+        return RecipeError(f"--data-path: {path} {problem}; {remedy}")
+
+    tokens = Path(f"{path}.bin")
+    sample = sample_sha256(tokens, failure)
+    return file_sha256(Path(f"{path}.idx"), failure), tokens.stat().st_size, sample
 
 
-def _place(name: str, recipe: Recipe, manifest: Manifest, path: str, digest: str) -> int:
+def _place(
+    name: str, recipe: Recipe, manifest: Manifest, path: str, digests: tuple[str, int, str]
+) -> int:
     data = manifest.plan.data
-    size = os.stat(f"{path}.bin").st_size
     for place, stored in enumerate(data):
-        if stored.idx_sha256 == digest and stored.bin_bytes == size:
+        if (stored.idx_sha256, stored.bin_bytes, stored.bin_sample_sha256) == digests:
             return place
     same = [stored for stored in data if stored.name == os.path.basename(path)]
     about = f"another version of {same[0].name}" if same else listing(d.name for d in data)

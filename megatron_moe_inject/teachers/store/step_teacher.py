@@ -205,7 +205,7 @@ class StoreTeacher:
         return self._layout.decode(content.flatten(0, 1), counts.flatten())
 
     def _sparse(self, rows: slice | torch.Tensor, place: int, temperature: float) -> Sparse:
-        shape = (*self._counts[rows].shape, -1)
+        shape = (*self._counts[rows].shape, self._layout.slots)
         decoded = self._decoded(rows)
         log_probs = decoded.at(place, temperature)
         return Sparse(

@@ -38,7 +38,9 @@ def failure(problem, remedy):
 
 def plan_of(mass=None, **changes) -> StorePlan:
     data = [
-        StoredData(f"text{n}", f"{n}" * 64, 2 * int(lengths.sum()), 60, int(lengths.sum()), 0, 60)
+        StoredData(
+            f"text{n}", f"{n}" * 64, 2 * int(lengths.sum()), "e" * 64, 60, int(lengths.sum()), 0, 60
+        )
         for n, lengths in enumerate(LENGTHS)
     ]
     plan = StorePlan(
@@ -332,3 +334,22 @@ def test_a_full_disk_loses_nothing(whole, tmp_path, monkeypatch):
     assert not list(folder.glob(".*"))
     assert write(folder) is not None
     assert files(folder) == files(whole)
+
+
+def test_a_step_with_another_text_than_the_stores_is_noticed(whole):
+    """Where index and size are the same, and the bytes that were compared at start."""
+    from megatron_moe_inject.teachers.store.step_teacher import StoredSource
+
+    source = StoredSource(Store(whole, failure), {7: 1}, {7: "prose"})
+    places, tokens = np.arange(STARTS[1][20], STARTS[1][23]), said(1).tokens.numpy()
+    numbered = np.where(np.arange(len(places)) % 5 == 4, -1, places | 7 << 44)
+    content, counts = source.read(numbered, tokens[places])
+    assert not counts[numbered < 0].any()
+    assert counts[numbered >= 0].sum() > 0
+    assert content.shape == (len(places), plan_of().row_format.widest)
+    other = tokens[places].copy()
+    wrong = int(np.flatnonzero(counts)[3])
+    other[wrong] += 1
+    told = f"than prose: its token {places[wrong]:,} is {tokens[places[wrong]]} in the store and "
+    with pytest.raises(RecipeError, match=f"was written from another text {told}"):
+        source.read(numbered, other)

@@ -105,14 +105,16 @@ def test_data_is_known_by_its_index_and_size_not_by_its_name(tmp_path):
             (tmp_path / f"{path}{end}").write_text(path)
     size, digest = len(paths[1]), hashlib.sha256(paths[1].encode()).hexdigest()
     plan = plan_of()
-    own = dataclasses.replace(plan.data[1], name="named", idx_sha256=digest, bin_bytes=size)
+    own = dataclasses.replace(
+        plan.data[1], name="named", idx_sha256=digest, bin_bytes=size, bin_sample_sha256=digest
+    )
     plan = dataclasses.replace(plan, data=[plan.data[0], own])
     facts = SimpleNamespace(
         mock_data=False, data_paths={"train": tuple(paths), "valid": tuple(paths)}
     )
     manifests = {"coder": SimpleNamespace(plan=plan)}
     assert data_in_store(recipe(), facts, manifests) == {"coder": {paths[1]: 1}}
-    (tmp_path / "code.bin").write_text("longer than it was")
+    (tmp_path / "code.bin").write_text(paths[2].ljust(size))
     with pytest.raises(
         RecipeError,
         match=r"says nothing about .*/code, the text of its domain; it is about text0, named",
