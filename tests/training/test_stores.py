@@ -14,8 +14,8 @@ from megatron_moe_inject.host import compat
 from megatron_moe_inject.teachers.store.row_format import RowFormat
 from tests.harness import lane
 from tests.harness.corpus import write_corpora
-from tests.harness.injection import assert_clean_end, recipe_file
-from tests.harness.material import SEQUENCE
+from tests.harness.injection import OTHER, assert_clean_end, recipe_file
+from tests.harness.material import SEQUENCE, make_material
 
 TERMS = ("lm loss", "kd loss", "total loss", "kd loss/code", "steering loss", "grad norm")
 RECIPE = """
@@ -80,13 +80,13 @@ def whole(write):
 def train(material, blend):
     """A run on the documents; of the live teacher unless a store is named."""
 
-    def run(store=None, *extra, nproc=1, sets=(), check=True, **layout):
+    def run(store=None, *extra, nproc=1, sets=(), check=True, path=(), of=material, **layout):
         overrides = [] if store is None else [f"teachers.coder.source=store:{store}"]
         overrides += sets
         ours = ["--inject-recipe", recipe_file(material, RECIPE), "--inject-verify-frozen"]
         ours += ["--inject-set", *overrides] if overrides else []
-        flags = material.flags(*ours, *blend, *extra, **layout)
-        return lane.run(flags, nproc=nproc, check=check)
+        flags = of.flags(*ours, *blend, *extra, **layout)
+        return lane.run(flags, nproc=nproc, check=check, pythonpath=path)
 
     return run
 
@@ -161,12 +161,13 @@ def test_a_run_goes_on_with_other_batches(train, whole, tmp_path):
     assert_same(*ends)
 
 
-def test_some_ids_and_the_rest_say_less_than_all(train, write, live):
+def test_some_ids_and_the_rest_say_less_than_all(train, write, live, tmp_path):
     """What is merged can only hide a difference; here 12 of 61 ids hide little."""
     folder, told = write("--top", "12")
     size = RowFormat(61, 12, "packed", 2).row_bytes(12)
     assert f"12 of 61 ids, packed log-probabilities, temperatures 1, 2: {size} bytes a tok" in told
-    run = train(folder, "--eval-iters", "2", "--eval-interval", "2", sets=["evaluation.gate=true"])
+    measured = [f"evaluation.file={tmp_path / 'evaluation.jsonl'}", "evaluation.gate=true"]
+    run = train(folder, "--eval-iters", "2", "--eval-interval", "2", sets=measured)
     merged, all_ids = run.losses("kd loss/code")[0], live.losses("kd loss/code")[0]
     assert 0.6 * all_ids < merged < all_ids * 1.001
     assert "teacher gate: of teacher coder only some ids of each token of code are known" in (
@@ -174,6 +175,17 @@ def test_some_ids_and_the_rest_say_less_than_all(train, write, live):
     )
     renormalized = train(folder, sets=["teachers.coder.tail=renormalize"])
     assert renormalized.losses("kd loss/code")[0] != pytest.approx(merged, rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not OTHER, reason="MEGATRON_OTHER names no other Megatron")
+def test_the_other_version_reads_the_same(train, write, tmp_path):
+    """A teacher that the other version saved, in a store that this one wrote; two stages."""
+    old = make_material(tmp_path, (OTHER,))
+    sets = [f"teachers.coder.source=megatron:{old.teacher}"]
+    folder, _ = write(*WHOLE, sets=sets)
+    stored = train(folder, nproc=2, pp=2, of=old, path=(OTHER,))
+    assert_same(stored, train(None, sets=sets, of=old, path=(OTHER,)))
 
 
 @pytest.mark.slow
