@@ -128,7 +128,7 @@ def test_it_goes_on_and_parts_make_the_same(store_teacher, tmp_path):
 
 def test_a_store_that_is_signed_is_taken_by_who_trusts_its_signer(store_teacher, tmp_path):
     pytest.importorskip("cryptography")
-    from tests.unit.teachers.store.test_signing import key_file
+    from tests.harness.stores import key_file
 
     key = str(key_file(tmp_path))
     status, told = store_teacher(tmp_path / "store", "--top", "4", "--sign", key)

@@ -10,7 +10,7 @@ from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.recipe.load import recipe_from_yaml
 from megatron_moe_inject.teachers.store.part import data_in_store, told_of
 from megatron_moe_inject.teachers.store.rules import check_use
-from tests.unit.teachers.store.test_files import plan_of
+from tests.harness.stores import plan_of
 
 RECIPE = """
 domains:

@@ -9,32 +9,18 @@ import pytest
 
 pytest.importorskip("cryptography")
 
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from megatron_moe_inject.host.errors import RecipeError, fail
 from megatron_moe_inject.teachers.store.manifest import MANIFEST, read_manifest
 from megatron_moe_inject.teachers.store.signing import SIGNATURE, private_key, sign, signer_of
-from tests.unit.teachers.store.test_files import write
+from tests.harness.stores import key_file, write
 
 KEY = "teachers.coder.trusted"
 
 
 def failure(problem, remedy):
     return fail("teachers.coder.source", "store:/s", problem, remedy)
-
-
-def key_file(folder: Path, key=None) -> Path:
-    key = key or ed25519.Ed25519PrivateKey.generate()
-    path = folder / "key.pem"
-    path.write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-    )
-    return path
 
 
 @pytest.fixture(scope="module")
