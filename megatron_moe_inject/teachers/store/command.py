@@ -15,6 +15,8 @@ from megatron_moe_inject.host.errors import RecipeError, fail
 from megatron_moe_inject.host.text import memory_text
 
 if TYPE_CHECKING:
+    import torch
+
     from megatron_moe_inject.teachers.store.job import Choices, StoreJob
     from megatron_moe_inject.teachers.store.writer import StoreWriter
 
@@ -90,6 +92,10 @@ def add_commands(commands: Commands) -> None:
         "--sign", metavar="KEY", type=Path,
         help="sign the whole store with this Ed25519 private key (PEM)",
     )  # fmt: skip
+    parser.add_argument(
+        "--verify", metavar="N", type=int, default=0,
+        help="run the teacher again over N documents, and say how far the store is from it",
+    )  # fmt: skip
     parser.add_argument("--cpu", action="store_true", help="run on the CPU")
 
 
@@ -128,6 +134,8 @@ def write_store(options: argparse.Namespace, recipe_args: argparse.Namespace) ->
     manifest = writer.finish(job.bin_sha256)
     if manifest is None:
         return "\n".join([*lines, f"{len(writer.missing)} shards are left to other processes"])
+    if options.verify:
+        lines.append(_verified(job, options.verify, options.cpu))
     if key is not None:
         signer = sign(choices.output / MANIFEST, key)
         lines.append(f"signed; to have that checked: teachers.{job.name}.trusted: [{signer}]")
@@ -145,6 +153,8 @@ def write_store(options: argparse.Namespace, recipe_args: argparse.Namespace) ->
 def _choices(options: argparse.Namespace) -> Choices:
     from megatron_moe_inject.teachers.store.job import Choices
 
+    if options.verify < 0:
+        raise fail("--verify", options.verify, "is negative", "write a number of documents")
     for flag in ("top", "shard_tokens", "pass_tokens", "context"):
         value = getattr(options, flag)
         if value is not None and value < 1:
@@ -208,11 +218,7 @@ def _written(job: StoreJob, writer: StoreWriter, part: tuple[int, int], cpu: boo
     todo = [piece for piece in writer.missing if piece.file in mine]
     if not todo:
         return []
-    if cpu and job.info.kind == "megatron":
-        from megatron_moe_inject.host import cpu_lane
-
-        cpu_lane.enable(force=True)
-    device = torch.device("cpu" if cpu else "cuda")
+    device = _device(job, cpu)
     with job.teacher(device) as teacher, torch.no_grad():
         producer, begin = job.producer(teacher, device), time.monotonic()
         size = rows = 0
@@ -230,3 +236,35 @@ def _written(job: StoreJob, writer: StoreWriter, part: tuple[int, int], cpu: boo
         f"{rows:,} tokens in {seconds:.1f} s: {rows / seconds:,.0f} tokens and "
         f"{size / seconds / 1e6:.1f} MB a second"
     ]
+
+
+def _device(job: StoreJob, cpu: bool) -> torch.device:
+    """Where the teacher runs; on the CPU Megatron's needs the stand-ins of the CPU lane."""
+    import torch
+
+    if cpu and job.info.kind == "megatron":
+        from megatron_moe_inject.host import cpu_lane
+
+        cpu_lane.enable(force=True)
+    return torch.device("cpu" if cpu else "cuda")
+
+
+def _verified(job: StoreJob, count: int, cpu: bool) -> str:
+    """How far the store is from its teacher, over some documents of its first data set."""
+    import numpy as np
+    import torch
+
+    from megatron_moe_inject.teachers.store.reader import Store
+    from megatron_moe_inject.teachers.store.verify import verify
+
+    text, stored, device = job.texts[0], job.plan.data[0], _device(job, cpu)
+    known = np.arange(stored.first, stored.last)
+    chosen = np.random.default_rng(0).permutation(known[text.lengths[known] > 1])[:count]
+    spans = [(text.starts[n], text.lengths[n]) for n in np.sort(chosen)]
+    places = np.concatenate([np.arange(a, a + n) for a, n in spans] or [np.zeros(0, np.int64)])
+    tokens = text.at(places)
+    with job.teacher(device) as teacher, torch.no_grad():
+        producers = job.producer(teacher, device), job.producer(teacher, device, pass_tokens=1)
+        store = Store(job.choices.output, job.choices.failure)
+        lengths = [int(length) for _, length in spans]
+        return verify(store, producers, tokens, lengths, places, 0).told()

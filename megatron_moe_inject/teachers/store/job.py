@@ -129,6 +129,10 @@ class TextFiles:
             )  # fmt: skip
         return cls(path, lengths, starts, np.dtype(index.dtype))
 
+    def at(self, places: np.ndarray) -> np.ndarray:
+        """Ids of some tokens of the ``.bin`` file."""
+        return np.memmap(f"{self.path}.bin", self.dtype, "r")[places].astype(np.int64)
+
     def tokens(self, piece: Piece) -> np.ndarray:
         """Ids of a shard's documents, one after the other."""
         count = int(piece.lengths.sum())
@@ -257,13 +261,20 @@ class StoreJob:
             folder.mkdir(exist_ok=True)
             shutil.copyfile(_tokenizer_file(self._tokenizer_files, name), folder / name)
 
-    def producer(self, teacher: Teacher, device: torch.device) -> Producer:
-        """What runs the loaded teacher over documents."""
+    def producer(
+        self, teacher: Teacher, device: torch.device, pass_tokens: int | None = None
+    ) -> Producer:
+        """What runs the loaded teacher over documents.
+
+        Args:
+            pass_tokens: of one forward pass, if not as chosen.
+        """
         transform = teacher.logit_transform
         if self._excluded:
             columns = torch.tensor(self._excluded, device=device)
             transform = dataclasses.replace(transform, excluded=columns)
-        return Producer(teacher, self.plan, transform, device, self.choices.pass_tokens)
+        size = pass_tokens or self.choices.pass_tokens
+        return Producer(teacher, self.plan, transform, device, size)
 
     @contextlib.contextmanager
     def teacher(self, device: torch.device) -> Iterator[Teacher]:

@@ -127,14 +127,23 @@ class Producer:
         count = sum(max(0, length - 1) for length in lengths)
         content = np.zeros((count, self._layout.widest), np.uint8)
         counts = np.zeros(count, np.int64)
-        found = list(windows(lengths, self._plan.context, self._plan.overlap))
-        for own in passes(found, self._pass_tokens):
-            for rows, part in self._pass(tokens, own):
-                packed, ids = self._layout.encode(part)
-                content[rows], counts[rows] = packed.cpu().numpy(), ids.cpu().numpy()
+        for rows, log_probs, read in self.log_probs(tokens, lengths):
+            packed, ids = self._layout.encode(self._top(log_probs, read))
+            content[rows], counts[rows] = packed.cpu().numpy(), ids.cpu().numpy()
         return content, counts
 
-    def _pass(self, tokens: np.ndarray, own: Sequence[Window]) -> Iterator[tuple[np.ndarray, Rows]]:
+    def log_probs(
+        self, tokens: np.ndarray, lengths: Sequence[int]
+    ) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor]]:
+        """The same whole: chunk by chunk the rows [t], log-probabilities [t, v] at temperature 1 in
+        float32, and the ids [t] that were read."""
+        found = list(windows(lengths, self._plan.context, self._plan.overlap))
+        for own in passes(found, self._pass_tokens):
+            yield from self._pass(tokens, own)
+
+    def _pass(
+        self, tokens: np.ndarray, own: Sequence[Window]
+    ) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor]]:
         longest = -(-own[0].length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
         text = np.zeros((len(own), longest), np.int64)
         for row, window in enumerate(own):
@@ -149,19 +158,15 @@ class Producer:
         for begin in range(0, len(places), self._chunk):
             part = slice(begin, begin + self._chunk)
             at = torch.from_numpy(places[part]).to(self._device)
-            yield rows[part], self._top(states[at], read.flatten()[at])
+            logits = head_logits(states[at], self._head)
+            logits = self._transform.apply_(logits) if self._transform else logits
+            yield rows[part], logits.float().log_softmax(-1), read.flatten()[at]
 
-    def log_probs(self, states: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities [t, v] at temperature 1, float32, of states [t, h_t]."""
-        logits = head_logits(states, self._head)
-        logits = self._transform.apply_(logits) if self._transform else logits
-        return logits.float().log_softmax(-1)
-
-    def _top(self, states: torch.Tensor, tokens: torch.Tensor) -> Rows:
+    def _top(self, log_probs: torch.Tensor, tokens: torch.Tensor) -> Rows:
         plan = self._plan
         return top_rows(
             tokens,
-            self.log_probs(states),
+            log_probs,
             slots=plan.slots,
             mass=plan.mass,
             temperatures=plan.temperatures,

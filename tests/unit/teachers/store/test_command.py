@@ -196,3 +196,42 @@ def test_another_store_stays_as_it_is(store_teacher, tmp_path):
     assert "is a store with other settings: slots is 4 there and 5 now" in told
     for path in kept.iterdir():
         assert (tmp_path / "store" / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize(("precision", "most"), [("fp32", 1e-6), ("bf16", 1e-3), ("packed", 2e-2)])
+@pytest.mark.parametrize("mass", [(), ("--mass", "0.5")])
+def test_a_store_is_held_against_its_teacher(store_teacher, tmp_path, precision, most, mass):
+    options = ("--top", "16", "--log-probs", precision, *mass)
+    status, told = store_teacher(tmp_path / "store", *options, "--verify", "12")
+    assert status == 0, told
+    found = re.search(
+        r"verified: 12 documents, [\d,]+ tokens: the store is (\S+) nats from the teacher in the "
+        r"mean, (\S+) at most; the teacher from itself (\S+) and (\S+);",
+        told,
+    )
+    mean, largest, itself, itself_most = (float(number) for number in found.groups())
+    assert -1e-7 <= mean <= largest < most
+    assert itself <= itself_most < 1e-6
+    assert precision == "fp32" or mean > 10 * abs(itself)
+    same = float(re.search(r"the same at (\S+) % of the tokens", told)[1])
+    assert same == 100 if precision == "fp32" else same > 20  # it is a flat, random model
+
+
+def test_a_store_of_another_teacher_is_seen(store_teacher, material, tmp_path):
+    """As if somebody had exchanged the teacher behind its name."""
+    from megatron_moe_inject.teachers.store import job
+
+    assert store_teacher(tmp_path / "store", "--top", "16")[0] == 0
+    stock = job.load_teacher
+
+    def other(*args, **kwargs):
+        teacher = stock(*args, **kwargs)
+        teacher._head = teacher._head.roll(1, 0)
+        return teacher
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "load_teacher", other)
+        told = store_teacher(tmp_path / "store", "--top", "16", "--verify", "5")[1]
+    mean = float(re.search(r"the store is (\S+) nats", told)[1])
+    assert mean > 1e-4
+    assert "the same at 100.00 %" not in told
