@@ -199,6 +199,7 @@ def test_ids_by_mass_of_a_hugging_face_teacher(train, write, llama):
     assert_same(train(folder, nproc=2, tp=2), run)
 
 
+@pytest.mark.slow
 def test_a_sample_that_the_store_lacks_ends_the_run(train, write):
     folder, _ = write("--top", "4", "--documents", "0:60")
     run = train(folder, check=False)
@@ -220,21 +221,13 @@ def test_another_text_than_the_stores_is_noticed(train, whole, blend, tmp_path):
     assert_clean_end(run, ("says nothing about", "it is about another version of domain"))
 
 
-@pytest.mark.parametrize(
-    ("extra", "sets", "fragments"),
-    [
-        (
-            (), ["domains.0.data=[0]"],
-            ("says nothing about", "general, the text of its domain; it is about domain"),
-        ),
-        ((), ["objective.temperature=3"], ("3.0 is not one of those that the store was written",)),
-    ],
-    ids=["other data", "temperature"],
-)  # fmt: skip
-def test_mistakes_are_one_message_at_start(train, whole, extra, sets, fragments):
-    assert_clean_end(train(whole, *extra, sets=sets, nproc=2, tp=2, check=False), fragments)
+def test_a_mistake_is_one_message_at_start(train, whole):
+    run = train(whole, sets=["domains.0.data=[0]"], nproc=2, tp=2, check=False)
+    told = "general, the text of its domain; it is about domain"
+    assert_clean_end(run, ("says nothing about", told))
 
 
+@pytest.mark.slow
 def test_a_changed_store_ends_the_run(train, whole, tmp_path):
     folder = shutil.copytree(whole, tmp_path / "store")
     for path in folder.glob("data0-*.safetensors"):

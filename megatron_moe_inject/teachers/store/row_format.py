@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -220,7 +220,7 @@ class RowFormat:
         if counts is None:
             counts = torch.full((rows,), self.slots, device=device)
         counts = counts.long()[:, None]
-        low = self._by_count(self.low_bits, device)[counts]
+        low = _by_count(self, device)[0][counts]
         # So many bytes are read at once; the last ones of a row may have fewer behind them.
         content = torch.nn.functional.pad(content, (0, 5)).long()
         tokens = _read(content, torch.zeros_like(counts), self._token_bits)
@@ -250,12 +250,9 @@ class RowFormat:
             log_rest.masked_fill(~there, -torch.inf),
         )
 
-    def _by_count(self, measure: Callable[[int], int], device: torch.device) -> Tensor:
-        return torch.tensor([measure(count) for count in range(self.slots + 1)], device=device)
-
     def _highs(self, content: Tensor, begin: Tensor, counts: Tensor) -> Tensor:
         """High bits [t, k] of the ids, whose unary code begins at ``begin`` [t, 1]."""
-        lengths = self._by_count(self.high_bits, content.device)
+        lengths = _by_count(self, content.device)[1]
         longest = max(self.high_bits(count) for count in range(self.slots + 1))
         place = torch.arange(longest, device=content.device)
         bits = _read(content, begin + place, 1) * (place < lengths[counts])
@@ -264,6 +261,17 @@ class RowFormat:
         highs = content.new_zeros(len(content), self.slots + 1)
         highs.scatter_(1, order, place.expand_as(order))
         return highs[:, :-1] - torch.arange(self.slots, device=content.device)
+
+
+@functools.lru_cache(maxsize=16)
+def _by_count(layout: RowFormat, device: torch.device) -> tuple[Tensor, Tensor]:
+    """``low_bits`` and ``high_bits`` by number of ids, int64 [k + 1] each; copied to a device once,
+    since such a copy waits for it."""
+    counts = range(layout.slots + 1)
+    return (
+        torch.tensor([layout.low_bits(count) for count in counts], device=device),
+        torch.tensor([layout.high_bits(count) for count in counts], device=device),
+    )
 
 
 def top_rows(

@@ -166,7 +166,8 @@ class StoreTeacher:
             found = self._look_up(batches, selected.nonzero().tolist())
         else:
             found = {
-                name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()
+                name: torch.empty(shape, dtype=dtype, device=self._device)
+                for name, (shape, dtype) in shapes.items()
             }
         first = dist.get_process_group_ranks(self._group)[0]
         for name, value in found.items():
