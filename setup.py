@@ -23,6 +23,7 @@ setup(
         "te": ["transformer-engine[pytorch]>=2.8"],
         "hf": ["transformers>=4.56", "tokenizers>=0.21"],
         "bench": ["nvidia-modelopt>=0.47", "liger-kernel>=0.8.5", "matplotlib>=3.8"],
+        "signed": ["cryptography>=42"],
         "report": ["matplotlib>=3.8", "jinja2>=3.1"],
         "dev": [
             "pytest>=8",
@@ -37,6 +38,7 @@ setup(
             "jinja2>=3.1",
             "tensorboard>=2.16",
             "peft>=0.21",
+            "cryptography>=42",
         ],
     },
     entry_points={"console_scripts": ["moe-inject = megatron_moe_inject.cli:main"]},

@@ -48,6 +48,7 @@ from megatron_moe_inject.recipe.run_kinds import INJECTION
 from megatron_moe_inject.recipe.schema import Recipe
 from megatron_moe_inject.recipe.student import check_recipe, student_facts_from_args
 from megatron_moe_inject.routing import report as routing_report
+from megatron_moe_inject.teachers.store import command as store_command
 
 _EXAMPLES = """examples:
   moe-inject plan recipe.yaml
@@ -75,7 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         ours, flags = argv[:at], argv[at + 1 :]
     parser = _parser()
     options, unknown = parser.parse_known_args(ours)
-    takes_flags = options.command == "plan" or hasattr(options, "evaluates")
+    takes_flags = any(
+        (options.command == "plan", hasattr(options, "evaluates"), hasattr(options, "writes_store"))
+    )
     status = 0
     if unknown and not takes_flags:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -93,6 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _quiet():
             if options.command == "plan":
                 text, status = _planned(options, flags)
+            elif hasattr(options, "writes_store"):
+                text = _store(options, flags)
             elif flags and not hasattr(options, "takes_flags"):
                 raise RecipeError(
                     f"{options.command} takes no training flags; leave out -- and them"
@@ -188,6 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate_command.add_commands(commands)
     report_command.add_commands(commands)
     schema_command.add_commands(commands)
+    store_command.add_commands(commands)
     return parser
 
 
@@ -202,17 +208,7 @@ def _plan(
             return Plan(resolve_experts(recipe, may_be_missing=True)), None
         except RecipeError as error:
             raise located(error, options.recipe, overrides) from None
-    from megatron.training.arguments import add_megatron_arguments
-
-    parser = _TrainingParser(prog="moe-inject plan", allow_abbrev=False)
-    make_printable(add_megatron_arguments(parser))
-    if "--inject-recipe" not in parser._option_string_actions:
-        add_inject_arguments(parser)
-    args, unknown = parser.parse_known_args(flags)
-    if args.inject_recipe is not None:
-        raise RecipeError("--inject-recipe: the recipe is already named; leave it out after --")
-    args.inject_recipe = options.recipe
-    args.inject_set = [overrides, *(args.inject_set or [])]
+    args, unknown = _training_arguments(options, flags)
     recipe_and_facts = recipe_for_student(args, profiles_may_be_missing=True)
     assert recipe_and_facts is not None
     recipe, facts = recipe_and_facts
@@ -222,6 +218,39 @@ def _plan(
     if unknown:
         remarks.append(f"not Megatron flags, ignored: {' '.join(unknown)}")
     return Plan(recipe, facts, lines, remarks), args
+
+
+def _training_arguments(
+    options: argparse.Namespace, flags: list[str]
+) -> tuple[argparse.Namespace, list[str]]:
+    """Megatron's namespace of a training command with the recipe in it, and flags that are not
+    Megatron's."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = _TrainingParser(prog=f"moe-inject {options.command}", allow_abbrev=False)
+    make_printable(add_megatron_arguments(parser))
+    if "--inject-recipe" not in parser._option_string_actions:
+        add_inject_arguments(parser)
+    args, unknown = parser.parse_known_args(flags)
+    if args.inject_recipe is not None:
+        raise RecipeError("--inject-recipe: the recipe is already named; leave it out after --")
+    args.inject_recipe = options.recipe
+    overrides = [item for group in options.inject_set for item in group]
+    args.inject_set = [overrides, *(args.inject_set or [])]
+    return args, unknown
+
+
+def _store(options: argparse.Namespace, flags: list[str] | None) -> str:
+    """Write a store; what to print."""
+    if not flags:
+        raise RecipeError(
+            f"{options.command}: put -- and Megatron's flags for the data, its tokenizer and "
+            "--seq-length behind the options"
+        )
+    args, unknown = _training_arguments(options, flags)
+    if unknown:
+        raise RecipeError(f"{options.command}: {listing(unknown, 4)}: no flags of Megatron's")
+    return options.writes_store(options, args)
 
 
 def _wraps(plan: Plan, args: argparse.Namespace | None) -> str:

@@ -10,7 +10,7 @@ from argparse import Namespace
 from collections.abc import Iterable
 
 from megatron_moe_inject.convert.uses import IMPORT
-from megatron_moe_inject.data.uses import MIXING, PREPARE, VALIDATION_SETS
+from megatron_moe_inject.data.uses import MIXING, PLACES, PREPARE, VALIDATION_SETS
 from megatron_moe_inject.experts.train.uses import FROZEN_FP8, GROUPED, HYBRID_TRAIN, TRAIN
 from megatron_moe_inject.host import compat
 from megatron_moe_inject.host.contract import Contract, Use, Wrapped, symbols, unmet
@@ -35,7 +35,7 @@ from megatron_moe_inject.recipe.schema import Recipe
 from megatron_moe_inject.recipe.uses import RECIPE
 from megatron_moe_inject.retention.uses import EXPERT_RETENTION, L2, ORIGINALS
 from megatron_moe_inject.routing.uses import ROUTER_ROWS, STEERING
-from megatron_moe_inject.teachers.uses import DATA_FILES, IMITATION, MEGATRON
+from megatron_moe_inject.teachers.uses import DATA_FILES, IMITATION, MEGATRON, WRITER
 
 _TRAINING = "megatron.training.training"
 
@@ -93,6 +93,7 @@ EVERYTHING = (
     *(ROUTING_WATCH, STEERING, ROUTER_ROWS),
     *(ORIGINALS, EXPERT_RETENTION, L2),
     *(DATA_FILES, MEGATRON, IMITATION),
+    *(PLACES, WRITER),
     *(MIXING, VALIDATION_SETS),
     PREPARE,
     IMPORT,

@@ -65,13 +65,14 @@ class StepHook:
             batches = [domain_labels.pull(it, num_microbatches) for it in iterators]
             step = Step(
                 self._labels(iterators, batches, num_microbatches, micro_batch_size),
-                [domain_labels.without_dataset_id(chunk) for chunk in batches],
+                [domain_labels.for_stock_code(chunk) for chunk in batches],
                 self._iteration(),
                 seq_length,
                 not arguments.get("forward_only"),
                 forward_backward,
                 forward_step_func,
                 arguments,
+                as_read=next((chunk for chunk in batches if chunk is not None), None),
             )
             if any(part.reads_tokens for part in self.parts):
                 step.loss_mask, step.starts = self._tokens(step)

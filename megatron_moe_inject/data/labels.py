@@ -26,6 +26,9 @@ from megatron_moe_inject.host.step import MicroBatch
 
 DATASET_ID = "dataset_id"
 """Batch key set by ``megatron.core.datasets.blended_dataset.BlendedDataset``."""
+TOKEN_PLACES = "token_places"
+"""Batch key set by ``data.token_places`` where a run asks for it, ``[b, s]`` int64."""
+_HIDDEN = (DATASET_ID, TOKEN_PLACES)
 
 
 def pull(iterator: Iterator[MicroBatch] | None, num_microbatches: int) -> list[MicroBatch] | None:
@@ -39,14 +42,15 @@ def pull(iterator: Iterator[MicroBatch] | None, num_microbatches: int) -> list[M
     return [next(iterator) for _ in range(num_microbatches)]
 
 
-def without_dataset_id(batches: list[MicroBatch] | None) -> list[MicroBatch] | None:
-    """Copies without ``dataset_id``, which stock slicing under context parallelism cannot handle.
+def for_stock_code(batches: list[MicroBatch] | None) -> list[MicroBatch] | None:
+    """Copies without what is ours or what stock slicing under context parallelism cannot handle:
+    ``dataset_id`` and ``token_places``.
 
     The originals stay as they are, because a rerun is given the same dictionaries again.
     """
     if batches is None:
         return None
-    return [{k: v for k, v in batch.items() if k != DATASET_ID} for batch in batches]
+    return [{k: v for k, v in batch.items() if k not in _HIDDEN} for batch in batches]
 
 
 def samples_of(

@@ -32,3 +32,14 @@ MIXING = Contract(
         *symbols("megatron.core.datasets.blended_dataset", "BlendedDataset"),
     ),
 )
+
+PLACES = Contract(
+    "teachers from store:",
+    (
+        Use(
+            "megatron.core.datasets.gpt_dataset.GPTDataset",
+            attributes=("config", "dataset", "document_index", "sample_index", "shuffle_index"),
+        ),
+        *symbols("megatron.core.datasets.blended_dataset", "BlendedDataset"),
+    ),
+)

@@ -25,7 +25,9 @@ def add_command(
         summary: its line in the list of commands.
         examples: shown below its options as they are.
         does: ``run``, which takes the parsed options and returns the text to print, or
-            ``evaluates``, which takes them and returns our flags for a run that only evaluates.
+            ``evaluates``, which takes them and returns our flags for a run that only evaluates, or
+            ``writes_store``, which takes them and Megatron's arguments behind ``--`` and returns
+            the text.
     """
     parser = commands.add_parser(
         name,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 _WORD = re.compile(r"[\w-]{1,80}")
@@ -23,6 +23,10 @@ class RecipeError(ValueError):
     def __init__(self, message: str, key: str | None = None):
         super().__init__(message)
         self.key = key
+
+
+Failure = Callable[[str, str], RecipeError]
+"""Makes the error for a problem and a remedy, with the key or flag that they belong to."""
 
 
 def fail(key: str, value: Any, problem: str, remedy: str) -> RecipeError:

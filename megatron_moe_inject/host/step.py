@@ -34,6 +34,7 @@ class Step:
         arguments: what the schedule gets besides; a part may add to it.
         loss_mask: ``[n, b, s]`` bool on the host, tokens whose loss counts; ``None`` where all do,
             and where no part ``reads_tokens``.
+        as_read: ``micro_batches`` with all that the data has, such as ``dataset_id``.
         starts: ``[n, b, s]`` bool on the host, where documents begin; ``None`` where samples are
             not packed, and where no part ``reads_tokens``.
     """
@@ -47,6 +48,7 @@ class Step:
     forward_step: Callable[..., Any]
     arguments: dict[str, Any] = field(default_factory=dict)
     loss_mask: torch.Tensor | None = None
+    as_read: list[MicroBatch] | None = None
     starts: torch.Tensor | None = None
 
     @property

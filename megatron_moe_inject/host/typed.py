@@ -221,7 +221,8 @@ def _build_dataclass(kind: Any, value: Any, path: str) -> Any:
         default = _default(spec)
         if name not in value:
             if default is None:
-                raise RecipeError(f"{where}: missing; {spec.metadata['remedy']}", where)
+                remedy = spec.metadata.get("remedy", "it has no default")
+                raise RecipeError(f"{where}: missing; {remedy}", where)
         elif value[name] is None and default and _is_section(default()):
             pass
         else:

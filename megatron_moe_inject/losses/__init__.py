@@ -22,12 +22,12 @@ if TYPE_CHECKING:
         fused_loss,
     )
     from megatron_moe_inject.losses.head_rows import HeadRows, LowRankHead
-    from megatron_moe_inject.losses.kinds import COMMITTEES, KINDS
+    from megatron_moe_inject.losses.kinds import COMMITTEES, KINDS, TAILS
     from megatron_moe_inject.losses.measure import TokenMeasures, measure_tokens, target_confidence
     from megatron_moe_inject.losses.sparse import sample_teacher, vocab_parallel_sparse_divergence
     from megatron_moe_inject.losses.spec import Divergence, LogitTransform, TermWeights
     from megatron_moe_inject.losses.student import Student, Vocabulary
-    from megatron_moe_inject.losses.target import TAILS, Dense, Mixed, Sparse, Target
+    from megatron_moe_inject.losses.target import Dense, Mixed, Sparse, Target
     from megatron_moe_inject.losses.triton_rows import TritonRows
 
 __all__ = [
@@ -69,12 +69,12 @@ _HOMES = {
         "fused_loss",
     ),
     "head_rows": ("HeadRows", "LowRankHead"),
-    "kinds": ("COMMITTEES", "KINDS"),
+    "kinds": ("COMMITTEES", "KINDS", "TAILS"),
     "measure": ("TokenMeasures", "measure_tokens", "target_confidence"),
     "sparse": ("sample_teacher", "vocab_parallel_sparse_divergence"),
     "spec": ("Divergence", "LogitTransform", "TermWeights"),
     "student": ("Student", "Vocabulary"),
-    "target": ("Dense", "Mixed", "Sparse", "TAILS", "Target"),
+    "target": ("Dense", "Mixed", "Sparse", "Target"),
     "triton_rows": ("TritonRows",),
 }
 """By module, the public names of the room."""

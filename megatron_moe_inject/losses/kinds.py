@@ -6,5 +6,7 @@ CONFIDENCES = ("none", "label", "entropy")
 """What weighs a token's distillation."""
 COMMITTEES = ("fixed", "label", "top")
 """What weighs teachers against each other."""
+TAILS = ("renormalize", "bucket", "sample")
+"""What stands for the ids of a teacher that are not known."""
 FEATURE_LOSSES = ("mse", "cosine", "normalized")
 """Losses between states."""

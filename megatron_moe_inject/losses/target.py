@@ -20,11 +20,9 @@ from typing import NamedTuple, Self, overload
 import torch
 from torch import Tensor
 
-from megatron_moe_inject.losses.kinds import COMMITTEES
+from megatron_moe_inject.losses.kinds import COMMITTEES, TAILS
 from megatron_moe_inject.losses.products import head_logits
 from megatron_moe_inject.losses.spec import LogitTransform
-
-TAILS = ("renormalize", "bucket", "sample")
 
 
 class TeacherLogits(NamedTuple):

@@ -72,7 +72,8 @@ def placed(
     for name, info in infos.items():
         spec = recipe.teachers[name]
         held = info.parameters * _size(recipe, name, args)
-        wishes[name] = Wish(spec.ranks, held, bool(spec.window))
+        ranks = spec.ranks if info.runs_model else "last"
+        wishes[name] = Wish(ranks, held, bool(spec.window))
     return placements(wishes, stages, spare)
 
 

@@ -17,8 +17,8 @@ class Adapter:
     """Low-rank adapters (LoRA, 2106.09685) on some matrices: W x + s B (A x), where W stays.
 
     Attributes:
-        targets: components, see ``TARGETS``, or names of weights with shell wildcards as in
-            ``train.patterns``.
+        targets: ``experts``, ``attention``, ``shared_experts``, ``mlp``, ``router``,
+            ``output_layer``, or names of weights with shell wildcards as in ``train.patterns``.
         rank: r, of A ``[r, in]`` and B ``[out, r]``.
         alpha: s = alpha / r; None = 2 r.
         scaling: ``standard``, or ``rslora`` (2312.03732): s = alpha / sqrt(r).

@@ -14,6 +14,7 @@ FEATURES: Registry[Feature] = Registry(
     "megatron_moe_inject.features",
     {
         "data": "megatron_moe_inject.data.feature:DataFiles",
+        "stores": "megatron_moe_inject.teachers.store.feature:StoresFeature",
         "validation_sets": "megatron_moe_inject.data.feature:SeveralValidationSets",
         "beginning": "megatron_moe_inject.recipe.beginning:BeginningFeature",
         "new_experts": "megatron_moe_inject.experts.grow.feature:NewExpertsFeature",

@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from megatron_moe_inject.losses.kinds import COMMITTEES, CONFIDENCES, KINDS
+from megatron_moe_inject.losses.kinds import COMMITTEES, CONFIDENCES, KINDS, TAILS
 from megatron_moe_inject.recipe.adapter import Adapter, VocabularyRows
 from megatron_moe_inject.recipe.committee import in_words, weights_of
 from megatron_moe_inject.recipe.expert_choice import ExpertChoice
@@ -78,7 +78,8 @@ class TeacherSpec:
     """Where a teacher comes from and how it runs.
 
     Attributes:
-        source: ``megatron:/dir`` (a ``torch_dist`` checkpoint) or ``hf:/dir`` (a local folder).
+        source: ``megatron:/dir`` (a ``torch_dist`` checkpoint), ``hf:/dir`` (a local folder) or
+            ``store:/dir`` (what one of these said, by ``moe-inject store-teacher``).
         temperature: overrides ``objective.temperature`` for this teacher.
         dtype: ``params`` (the student's parameter type), ``fp32`` or ``bf16``.
         window: micro-batches whose teacher states are kept at once; 0 = the whole step.
@@ -92,6 +93,10 @@ class TeacherSpec:
         ranks: which pipeline stages hold it and run it before the step: ``last``, ``pipeline`` (all
             together), or ``auto``: all, if it has no window and leaves the others three quarters of
             what the student leaves of their memory.
+        tail: of a ``store``, what becomes of the ids that are not stored: ``bucket`` (one outcome
+            together), ``renormalize`` (nothing), or ``sample``.
+        trusted: public keys (Ed25519, 44 characters each), one of which must have signed a
+            ``store``; empty = whoever wrote it.
     """
 
     source: str = field(metadata={"remedy": "write source: megatron:/dir or source: hf:/dir"})
@@ -102,10 +107,12 @@ class TeacherSpec:
     fp8: str = field(default="none", metadata={"choices": TEACHER_FP8})
     prefix: str | list[int] = "auto"
     ranks: str = field(default="auto", metadata={"choices": TEACHER_RANKS})
+    tail: str = field(default="bucket", metadata={"choices": TAILS})
+    trusted: list[str] = field(default_factory=list)
 
     @property
     def kind(self) -> str:
-        """``megatron`` or ``hf``."""
+        """``megatron``, ``hf`` or ``store``."""
         return self.source.partition(":")[0]
 
     @property

@@ -111,8 +111,8 @@ class TeacherInfo:
         kind: one of ``teachers.sources.SOURCES``.
         path: the directory that holds the weights.
         architecture: class of the model.
-        num_layers: decoder layers.
-        hidden_size: h_t.
+        num_layers: decoder layers; 0 where no model runs.
+        hidden_size: h_t; 0 likewise.
         vocab_rows: rows of the head, padding included.
         vocab_size: rows that stand for tokens; equal to ``vocab_rows`` where unknown.
         parameters: number of parameters, head and embedding included.
@@ -143,6 +143,11 @@ class TeacherInfo:
     trained_positions: int | None = None
     prefix: tuple[int, ...] = ()
     prefix_told: str = ""
+
+    @property
+    def runs_model(self) -> bool:
+        """Whether a model runs beside the student."""
+        return self.num_layers > 0
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,13 @@ class Teachers(Feature):
                     "FP8 is for megatron: teachers with dtype params or bf16; write none",
                 )  # fmt: skip
             _check_prefix(f"{path}.prefix", spec.prefix)
+            if spec.kind != "store":
+                for key, usual in (("tail", "bucket"), ("trusted", [])):
+                    if getattr(spec, key) != usual:
+                        raise fail(
+                            f"{path}.{key}", getattr(spec, key), "is for a store",
+                            "write source: store:/dir, or remove it",
+                        )  # fmt: skip
             if spec.window < 0:
                 raise fail(f"{path}.window", spec.window, "is negative", "0 keeps the whole step")
             for student, teacher in spec.layers.items():

@@ -26,7 +26,12 @@ from megatron_moe_inject.teachers.loading import (
 from megatron_moe_inject.teachers.occurrences import occurrences
 from megatron_moe_inject.teachers.pipeline import Helper, Pipeline, SpreadTeacher
 from megatron_moe_inject.teachers.prefix import words
-from megatron_moe_inject.teachers.step_pass import CommitteePass, TeacherPass
+from megatron_moe_inject.teachers.step_pass import (
+    CommitteePass,
+    DomainTeacher,
+    StepTeacher,
+    TeacherPass,
+)
 
 
 def checked_teachers(recipe: Recipe, args: Namespace) -> dict[str, TeacherInfo]:
@@ -238,11 +243,9 @@ def taught_domains(recipe: Recipe) -> dict[str, list[int]]:
     return taught
 
 
-def by_domain(
-    recipe: Recipe, passes: Mapping[str, TeacherPass]
-) -> dict[int, TeacherPass | CommitteePass]:
+def by_domain(recipe: Recipe, passes: Mapping[str, StepTeacher]) -> dict[int, DomainTeacher]:
     """The teacher or teachers of each domain that has one, by its index."""
-    teachers: dict[int, TeacherPass | CommitteePass] = {}
+    teachers: dict[int, DomainTeacher] = {}
     for index, domain in enumerate(recipe.domains):
         weights = domain.teacher_weights
         members = tuple(passes[name] for name in weights)

@@ -88,7 +88,9 @@ def load_teacher(
     Megatron's tracker) are as before.
     """
     parsed = parse_source(name, source)
-    teacher = SOURCES[parsed.kind].load(
+    load = SOURCES[parsed.kind].load
+    assert load is not None, f"a {parsed.kind}: runs no model"
+    teacher = load(
         parsed,
         params_dtype=params_dtype,
         device=torch.device(device),

@@ -16,7 +16,7 @@ from megatron_moe_inject.data.packed import (
 )
 from megatron_moe_inject.host.agreement import agree
 from megatron_moe_inject.host.finite import FiniteWatch
-from megatron_moe_inject.host.megatron_types import Chunk, Groups
+from megatron_moe_inject.host.megatron_types import Chunk
 from megatron_moe_inject.host.step import StepPart
 from megatron_moe_inject.host.text import count, memory_text, table
 from megatron_moe_inject.recipe.run_kinds import INJECTION
@@ -41,6 +41,8 @@ from megatron_moe_inject.teachers.placement import (
     placements,
     spare_bytes,
 )
+from megatron_moe_inject.teachers.sources import SOURCES
+from megatron_moe_inject.teachers.step_pass import StepTeacher
 from megatron_moe_inject.teachers.step_teachers import ComparesPrefix, OriginalTeacher, StepTeachers
 
 
@@ -85,7 +87,7 @@ class TeachersPart(RunPart):
             lambda: (
                 ({}, self._helpers(student, pipeline))
                 if last is None
-                else (self._taught(last, student.groups, pipeline), [])
+                else (self._taught(last, student, pipeline), [])
             )
         )
         watch = run.get(FiniteWatch)
@@ -113,7 +115,7 @@ class TeachersPart(RunPart):
         """With sizes and places."""
         rows = {
             name: (
-                f"{info.kind}: {info.num_layers} layers, hidden {info.hidden_size}",
+                described(info),
                 count(info.parameters),
                 memory_text(self._size(info)),
                 held_by(self._placements[name], self._run.facts.parallel.pp),
@@ -132,7 +134,8 @@ class TeachersPart(RunPart):
         wishes = {}
         for name, info in self._infos.items():
             spec = self._run.recipe.teachers[name]
-            wishes[name] = Wish(spec.ranks, self._size(info), bool(spec.window))
+            ranks = spec.ranks if info.runs_model else "last"
+            wishes[name] = Wish(ranks, self._size(info), bool(spec.window))
         groups, stages = student.groups, student.groups.pp.size()
         spare = _spare(student) if stages > 1 and wishes else None
         self._placements = placements(wishes, stages, spare)
@@ -160,23 +163,35 @@ class TeachersPart(RunPart):
         parts = self._run.parts
         return sorted({layer for part in parts for layer in part.teacher_layers(teacher)})
 
-    def _taught(self, chunk: Chunk, groups: Groups, pipeline: Pipeline | None) -> dict[int, Any]:
+    def _taught(
+        self, chunk: Chunk, student: BuiltStudent, pipeline: Pipeline | None
+    ) -> dict[int, Any]:
         """The teachers of the domains, loaded beside the student's last chunk."""
         run = self._run
-        passes = {
-            name: teacher_pass(
+        passes: dict[str, StepTeacher] = {}
+        for name, info in self._infos.items():
+            in_step = SOURCES[info.kind].in_step
+            if in_step is not None:
+                passes[name] = in_step(run, info, student)
+                continue
+            passes[name] = teacher_pass(
                 run.recipe,
                 info,
                 run.args,
                 chunk,
-                groups,
+                student.groups,
                 valid_vocab_size=run.valid_vocab_size,
                 layers_of=self._layers_of,
                 pipeline=pipeline if self._placements[name].spread else None,
             )
-            for name, info in self._infos.items()
-        }
         return by_domain(run.recipe, passes)
+
+
+def described(info: TeacherInfo) -> str:
+    """What runs, or is read, in a few words."""
+    if info.runs_model:
+        return f"{info.kind}: {info.num_layers} layers, hidden {info.hidden_size}"
+    return info.architecture
 
 
 def held_by(placement: Placement, stages: int) -> str:

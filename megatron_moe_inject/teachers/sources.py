@@ -15,7 +15,9 @@ from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.host.registry import Registry
 
 if TYPE_CHECKING:
+    from megatron_moe_inject.recipe.run_part import BuiltStudent, RunContext
     from megatron_moe_inject.teachers.base import Source, Teacher, TeacherInfo
+    from megatron_moe_inject.teachers.step_pass import StepTeacher
     from megatron_moe_inject.teachers.vocabulary import Vocabulary
 
 
@@ -46,15 +48,19 @@ class SourceKind:
         folder: which one is read of the one that is named; ``None`` = itself.
         files: what is read of it, for ``--inject-verify-inputs``; ``None`` = all in it.
         takes_fp8: ``TeacherSpec.fp8`` may be more than ``none``.
+        in_step: of a kind that runs no model, and has no ``load``: makes what teaches in a step, on
+            a rank of the last stage, of the run, what ``check`` gave, and the built student; no
+            collective.
     """
 
     example: str
     check: Callable[[Source, Vocabulary, str | Sequence[int]], TeacherInfo]
-    load: Callable[..., Teacher]
+    load: Callable[..., Teacher] | None = None
     is_folder: bool = True
     folder: Callable[[Folder], Path] | None = None
     files: Callable[[Folder], Sequence[Path]] | None = None
     takes_fp8: bool = False
+    in_step: Callable[[RunContext, TeacherInfo, BuiltStudent], StepTeacher] | None = None
 
 
 SOURCES: Registry[SourceKind] = Registry(
@@ -62,6 +68,7 @@ SOURCES: Registry[SourceKind] = Registry(
     {
         "megatron": "megatron_moe_inject.teachers.megatron:source_kind",
         "hf": "megatron_moe_inject.teachers.huggingface:source_kind",
+        "store": "megatron_moe_inject.teachers.store.kind:source_kind",
     },
 )
 

@@ -91,8 +91,9 @@ class StepTeacher(DomainTeacher, Protocol):
         bare: bool = False,
         starts: torch.Tensor | None = None,
     ) -> None:
-        """Start a step; ``selected`` ``[n, b]`` are the samples of its micro-batches to teach, and
-        ``starts`` ``[n, b, s]`` says where documents begin if they are packed."""
+        """Start a step; ``batches`` are its micro-batches as they were read, ``selected``
+        ``[n, b]`` their samples to teach, and ``starts`` ``[n, b, s]`` says where documents begin
+        if they are packed."""
         ...
 
     def target(self, micro_batch: int) -> Target:
@@ -431,7 +432,7 @@ class CommitteePass:
         by: how they are weighed at each token.
     """
 
-    passes: tuple[TeacherPass, ...]
+    passes: tuple[StepTeacher, ...]
     weights: tuple[float, ...]
     by: str
 

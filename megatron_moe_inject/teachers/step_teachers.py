@@ -148,9 +148,7 @@ class StepTeachers(StepPart):
     def _begin(self, runs: Iterable[StepTeacher], step: Step, bare: bool) -> None:
         for run in runs:
             wanted = torch.isin(step.labels, torch.tensor(self.taught_by(run)))
-            run.begin(
-                step.micro_batches, wanted, step.sequence_length, bare=bare, starts=step.starts
-            )
+            run.begin(step.as_read, wanted, step.sequence_length, bare=bare, starts=step.starts)
 
     def close(self) -> None:
         """Let the original's states go, and what was sent to the last stage."""
@@ -231,14 +229,14 @@ class StepTeachers(StepPart):
         ``[k, s/c]``; None where they know it all."""
         known_by_all = None
         for member in teacher.passes:
-            if member.unknown is None:
+            readable = member.readable(index)
+            if readable is None:
                 continue
             taught = [i for i, d in enumerate(domains) if d in self.taught_by(member)]
-            readable = member.readable(index)
-            assert readable is not None, f"teacher {member.name} lacks tokens"
             known = _pick(taught, samples)(readable)
-            targets = labels.index_select(0, positions(samples, labels.device))
-            known = known & ~torch.isin(targets, member.unknown)
+            if member.unknown is not None:
+                targets = labels.index_select(0, positions(samples, labels.device))
+                known = known & ~torch.isin(targets, member.unknown)
             known_by_all = known if known_by_all is None else known_by_all & known
         return known_by_all
 

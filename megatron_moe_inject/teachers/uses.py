@@ -22,6 +22,14 @@ DATA_FILES = Contract(
     ),
 )
 
+WRITER = Contract(
+    "store-teacher",
+    (
+        *symbols(f"{_CORE}.parallel_state", "destroy_model_parallel", "initialize_model_parallel"),
+        *symbols(f"{_CORE}.tensor_parallel", "model_parallel_cuda_manual_seed"),
+    ),
+)
+
 STATE_TENSORS = Wrapped(
     f"{_CORE}.ssm.mamba_mixer.make_sharded_tensors_for_checkpoint",
     ("tp_group", "dp_cp_group"),

@@ -16,5 +16,12 @@ def step_of(
     """A step of one model chunk whose schedule does nothing."""
     labels = torch.zeros(1, 1, dtype=torch.int64) if labels is None else labels
     return Step(
-        labels, [batches], iteration, sequence_length, training, lambda **_: [], lambda *_: None
+        labels,
+        [batches],
+        iteration,
+        sequence_length,
+        training,
+        lambda **_: [],
+        lambda *_: None,
+        as_read=batches,
     )

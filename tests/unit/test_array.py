@@ -25,9 +25,10 @@ TESTED_ALONE = {
     "report": "training/test_report.py",
     "progress": "unit/host/test_progress.py",
     "stages": "training/test_boundary.py",
+    "stores": "training/test_stores.py",
     "validation_sets": "training/test_validation_sets.py",
 }
-"""Features of the package that no recipe asks for, and their tests."""
+"""Features of the package that no recipe asks for, or in the place of others, and their tests."""
 
 
 def test_every_feature_of_the_package_is_in_the_array_or_tested_alone():
@@ -174,6 +175,12 @@ TESTED_ELSEWHERE = {
         "test_frozen_routers_keep_their_bias_and_the_one_that_trains_does_not": [
             "steering.bias_counts"
         ]
+    },
+    "training/test_stores.py": {
+        "test_some_ids_and_the_rest_say_less_than_all": ["teachers.*.tail"],
+    },
+    "unit/teachers/store/test_command.py": {
+        "test_a_store_that_is_signed_is_taken_by_who_trusts_its_signer": ["teachers.*.trusted"],
     },
     "training/test_hybrid_mamba.py": {
         "test_mixers_and_chosen_experts_change_and_nothing_else": ["train.mamba"]

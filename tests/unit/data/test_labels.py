@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_moe_inject.data.labels import HostGroup, domains_of, pull, without_dataset_id
+from megatron_moe_inject.data.labels import HostGroup, domains_of, for_stock_code, pull
 from megatron_moe_inject.host.labels import (
     GENERAL,
 )
@@ -34,10 +34,10 @@ def test_a_blend_of_one_dataset_is_one_domain():
 
 def test_stock_code_does_not_see_the_id_and_a_rerun_still_does():
     original = batches([0, 1])
-    clean = without_dataset_id(original)
+    clean = for_stock_code(original)
     assert set(clean[0]) == {"tokens"}
     assert "dataset_id" in original[0]
-    assert without_dataset_id(None) is None
+    assert for_stock_code(None) is None
 
 
 def test_one_rank_needs_no_group():

@@ -147,7 +147,7 @@ MISTAKES = [
     (by(only_layers=3), ["experts.only_layers: 3 is not a list"]),
     (by(treshold=1), ["experts.treshold: unknown key; did you mean threshold?"]),
     ({"teachers.coder.source": "/ckpt"}, ["teachers.coder.source: '/ckpt'", "megatron:/dir"]),
-    ({"teachers.coder.source": "store:/x"}, ["teachers.coder.source: 'store:/x'", "hf:/dir"]),
+    ({"teachers.coder.source": "disk:/x"}, ["teachers.coder.source: 'disk:/x'", "hf:/dir"]),
     ({"teachers.coder.source": "hf:"}, ["teachers.coder.source: 'hf:' is no source"]),
     ({"teachers.coder.temperature": 0}, ["teachers.coder.temperature: 0.0 is not positive"]),
     ({"teachers.coder.dtype": "fp16"}, ["teachers.coder.dtype: 'fp16'", "params, fp32, bf16"]),

@@ -193,7 +193,7 @@ def test_without_any_size_nothing_is_compared_and_told_so():
     assert told == "not compared: vocabularies of Tik cannot be read"
 
 
-@pytest.mark.parametrize("text", ["", "coder", "store:/tmp", "megatron:", "hf: ", "/tmp"])
+@pytest.mark.parametrize("text", ["", "coder", "disk:/tmp", "megatron:", "hf: ", "/tmp"])
 def test_other_sources_are_refused(text):
     with pytest.raises(RecipeError, match="write megatron:/dir or hf:/dir"):
         parse_source("coder", text)

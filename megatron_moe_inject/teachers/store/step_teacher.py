@@ -1,0 +1,298 @@
+"""A store in a step: what it says about the samples of its domains, in the place of a model.
+
+The rank that reads the data looks the tokens up before the schedule and hands the rows on to its
+tensor-parallel ranks as they are on disk, some hundred bytes a token; each unpacks a micro-batch's
+when it is asked. Context-parallel ranks look up their own parts. No pipeline stage but the last
+takes part.
+
+Nothing is said about the last token of a document, after which the text goes on with another, and
+``readable`` is False there. A store whose text is another one than the step's is an error.
+
+Shapes: n micro-batches, b samples each, k samples of a micro-batch or a step, s sequence, c
+context-parallel size.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_moe_inject.data.labels import TOKEN_PLACES, samples_of
+from megatron_moe_inject.data.token_places import number_data_sets, split_places
+from megatron_moe_inject.host.context_parallel import context_parallel_slice
+from megatron_moe_inject.host.indices import index
+from megatron_moe_inject.host.step import MicroBatch
+from megatron_moe_inject.losses.target import Sparse, Target
+from megatron_moe_inject.recipe.run_kinds import EVALUATION
+from megatron_moe_inject.recipe.run_part import BuiltStudent, RunContext
+from megatron_moe_inject.teachers.base import TeacherInfo
+from megatron_moe_inject.teachers.sources import parse_source
+from megatron_moe_inject.teachers.store.manifest import Manifest
+from megatron_moe_inject.teachers.store.reader import Store
+from megatron_moe_inject.teachers.store.row_format import RowFormat, Rows
+from megatron_moe_inject.teachers.store.rules import taught_by
+
+
+@dataclass(frozen=True)
+class OpenStores:
+    """The stores of a run, and where its data is in them.
+
+    Attributes:
+        manifests: by teacher, read and trusted.
+        of_teacher: by teacher and path prefix, the position of the data set in the store.
+    """
+
+    manifests: Mapping[str, Manifest]
+    of_teacher: Mapping[str, Mapping[str, int]]
+
+
+class StoredSource:
+    """Looks samples up in a store, on ranks that read data.
+
+    Args:
+        store: the store.
+        data: by number of a data set of the run, its position in the store.
+        names: path prefixes of these, for messages.
+    """
+
+    def __init__(self, store: Store, data: Mapping[int, int], names: Mapping[int, str]) -> None:
+        self._store = store
+        self._data = data
+        self._names = names
+
+    def read(self, places: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of some tokens, bytes [t, widest] and numbers of ids [t].
+
+        Args:
+            places: [t] of ``data.token_places``.
+            tokens: [t] the ids that the step has there.
+
+        Raises:
+            RecipeError: the store lacks one, or was written from another text.
+        """
+        layout = self._store.layout
+        content = np.zeros((len(places), layout.widest), np.uint8)
+        counts = np.zeros(len(places), np.int64)
+        numbers, positions = split_places(places)
+        for number in np.unique(numbers[places >= 0]).tolist():
+            members = np.flatnonzero((numbers == number) & (places >= 0))
+            own = self._store.read(self._data[number], positions[members])
+            content[members], counts[members] = own
+        read = layout.tokens(torch.from_numpy(content)).numpy()
+        other = np.flatnonzero((counts > 0) & (read != tokens))
+        if len(other):
+            at = other[0]
+            raise self._store.failure(
+                f"was written from another text than {self._names[int(numbers[at])]}: its token "
+                f"{positions[at]:,} is {read[at]} in the store and {tokens[at]} in the data",
+                "write it from this data",
+            )
+        return content, counts
+
+
+class StoreTeacher:
+    """``step_pass.StepTeacher`` of a store.
+
+    Args:
+        name: its key in the recipe.
+        source: looks samples up, on ranks that read data; None on others.
+        layout: of its rows.
+        temperature: at which it is distilled; its position among the store's, and it.
+        tail: see ``losses.target.Sparse``.
+        tp_group: tensor-parallel group of the last stage; its first rank reads the data.
+        cp_group: context-parallel group.
+        device: where the loss is computed.
+    """
+
+    unknown: torch.Tensor | None = None
+    ran_bare = False
+    windowed = False
+    tp_group: dist.ProcessGroup | None = None
+
+    def __init__(
+        self,
+        name: str,
+        source: StoredSource | None,
+        layout: RowFormat,
+        *,
+        temperature: tuple[int, float],
+        tail: str,
+        tp_group: dist.ProcessGroup,
+        cp_group: dist.ProcessGroup,
+        device: torch.device,
+    ) -> None:
+        self.name = name
+        self._source = source
+        self._layout = layout
+        self._temperature = temperature
+        self._tail = tail
+        self._group = tp_group
+        self._cp = (cp_group.rank(), cp_group.size())
+        self._device = device
+
+    def begin(
+        self,
+        batches: Sequence[MicroBatch] | None,
+        selected: torch.Tensor,
+        sequence_length: int,
+        *,
+        bare: bool = False,
+        starts: torch.Tensor | None = None,
+    ) -> None:
+        """Look the step's samples up; see ``step_pass.StepTeacher``.
+
+        Args:
+            batches: as they were read, with ``token_places``.
+
+        Collectives: over the tensor-parallel group one broadcast of the rows, one of their numbers
+        of ids and one of the tokens; none where it is one rank or nothing is selected.
+
+        Raises:
+            RecipeError: the store lacks a sample, was written from another text, or is damaged.
+        """
+        count, width = int(selected.sum()), sequence_length // self._cp[1]
+        self._selected, self._rows = selected, selected.sum(dim=1).tolist()
+        shapes = {
+            "content": ((count, width, self._layout.widest), torch.uint8),
+            "counts": ((count, width), torch.int32),
+            "tokens": ((count, sequence_length), torch.int64),
+        }
+        if batches is not None and count:
+            found = self._look_up(batches, selected.nonzero().tolist())
+        else:
+            found = {
+                name: torch.empty(shape, dtype=dtype, device=self._device)
+                for name, (shape, dtype) in shapes.items()
+            }
+        first = dist.get_process_group_ranks(self._group)[0]
+        for name, value in found.items():
+            if value.device != self._device:
+                value = value.to(self._device, non_blocking=True)
+            if self._group.size() > 1 and count:
+                dist.broadcast(value, src=first, group=self._group)
+            found[name] = value.view(shapes[name][0])
+        self._content, self._counts = found["content"], found["counts"]
+        self._tokens = found["tokens"]
+
+    def _look_up(
+        self, batches: Sequence[MicroBatch], samples: Sequence[Sequence[int]]
+    ) -> dict[str, torch.Tensor]:
+        assert self._source is not None, "a rank that reads data has opened the store"
+        places = samples_of([batch[TOKEN_PLACES] for batch in batches], samples)
+        tokens = samples_of([batch["tokens"] for batch in batches], samples)
+        assert places is not None and tokens is not None, "samples are selected"  # noqa: PT018
+        tokens = tokens.cpu().view(places.shape)
+        own = [
+            context_parallel_slice(whole.unsqueeze(-1), *self._cp).flatten().numpy()
+            for whole in (places.cpu(), tokens)
+        ]
+        content, counts = self._source.read(*own)
+        found = {
+            "content": torch.from_numpy(content),
+            "counts": torch.from_numpy(counts).int(),
+            "tokens": tokens,
+        }
+        if self._device.type == "cuda":
+            return {name: value.pin_memory() for name, value in found.items()}
+        return found
+
+    def _decoded(self, rows: slice | torch.Tensor) -> Rows:
+        content, counts = self._content[rows], self._counts[rows]
+        return self._layout.decode(content.flatten(0, 1), counts.flatten())
+
+    def _sparse(self, rows: slice | torch.Tensor, place: int, temperature: float) -> Sparse:
+        shape = (*self._counts[rows].shape, self._layout.slots)
+        decoded = self._decoded(rows)
+        log_probs = decoded.at(place, temperature)
+        return Sparse(
+            decoded.ids.view(shape), log_probs.view(shape), self._tail, temperature=temperature
+        )
+
+    def _of(self, micro_batch: int) -> slice:
+        begin = sum(self._rows[:micro_batch])
+        return slice(begin, begin + self._rows[micro_batch])
+
+    def target(self, micro_batch: int) -> Target:
+        """What it says about a micro-batch's k selected samples, ids ``[k, s/c, ids]``."""
+        return self._sparse(self._of(micro_batch), *self._temperature)
+
+    def bare_target(self, micro_batch: int) -> Target:
+        """Never asked: a store has no prefix to leave out."""
+        raise AssertionError("a store was written with or without a prefix")
+
+    def readable(self, micro_batch: int) -> torch.Tensor | None:
+        """Where it says something, ``[k, s/c]``: everywhere but at the end of documents."""
+        return self._counts[self._of(micro_batch)] > 0
+
+    def of_step(self, wanted: torch.Tensor) -> tuple[torch.Tensor, Target]:
+        """Tokens ``[k, s]``, and what it says about them at temperature 1, of some samples."""
+        rows = self._wanted(wanted)
+        return self._tokens[rows], self._sparse(rows, 0, 1.0)
+
+    def readable_of_step(self, wanted: torch.Tensor) -> torch.Tensor | None:
+        """``readable`` of the samples of ``of_step``."""
+        return self._counts[self._wanted(wanted)] > 0
+
+    def _wanted(self, wanted: torch.Tensor) -> torch.Tensor:
+        samples = wanted[self._selected].nonzero().flatten().tolist()
+        return index(samples, self._device)
+
+    def next_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The next token of each position of ``[k, s]``, -1 at the last; this rank's, flat."""
+        labels = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -1)], dim=1)
+        return context_parallel_slice(labels.unsqueeze(-1), *self._cp).flatten()
+
+    @property
+    def passes(self) -> tuple[StoreTeacher, ...]:
+        """Itself: a domain's teachers."""
+        return (self,)
+
+    def together(self, targets: Sequence[Target]) -> Target:
+        """What the domain's teachers say as one: that of the only teacher."""
+        (target,) = targets
+        return target
+
+
+def stored_teacher(run: RunContext, info: TeacherInfo, student: BuiltStudent) -> StoreTeacher:
+    """The store as a teacher of a step on a rank of the last stage; no collective.
+
+    Raises:
+        RecipeError: it is damaged, or knows ids that the student lacks.
+    """
+    name, groups = info.name, student.groups
+    spec, source = run.recipe.teachers[name], parse_source(name, info.source)
+    if info.vocab_size > run.valid_vocab_size:
+        raise source.error(
+            f"has {info.vocab_size} ids, and the student's tokenizer {run.valid_vocab_size}",
+            "write it with the student's tokenizer",
+        )
+    stores = run.need(OpenStores)
+    manifest = stores.manifests[name]
+    temperatures = manifest.plan.temperatures
+    temperature = 1.0
+    if run.kind != EVALUATION:  # which measures at 1
+        temperature = run.recipe.temperature(taught_by(run.recipe, name)[0])
+    reader = None
+    if groups.tp.rank() == 0:
+        numbers = number_data_sets(run.facts.data_paths)
+        places = stores.of_teacher[name]
+        reader = StoredSource(
+            Store(source.path, source.error, manifest),
+            {numbers[path]: place for path, place in places.items()},
+            {number: os.path.basename(path) for path, number in numbers.items()},
+        )
+    return StoreTeacher(
+        name,
+        reader,
+        manifest.plan.row_format,
+        temperature=(temperatures.index(temperature), temperature),
+        tail=spec.tail,
+        tp_group=groups.tp,
+        cp_group=groups.cp,
+        device=student.device,
+    )

@@ -1,0 +1,238 @@
+"""Stores in the place of their teachers, through the real ``pretrain()``.
+
+The text has documents of a sample's length. So a teacher that reads each sample reads what the
+store's writer read, and with all ids stored the losses and gradients must be the same.
+"""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from megatron_moe_inject.host import compat
+from megatron_moe_inject.teachers.store.row_format import RowFormat
+from tests.harness import lane
+from tests.harness.corpus import write_corpora
+from tests.harness.injection import OTHER, assert_clean_end, recipe_file
+from tests.harness.material import SEQUENCE, make_material
+
+TERMS = ("lm loss", "kd loss", "total loss", "kd loss/code", "steering loss", "grad norm")
+RECIPE = """
+domains:
+  - name: code
+    data: [1]
+    teacher: coder
+    experts: {{layers: {{2: [3], 3: [0, 3]}}}}
+teachers:
+  coder: {{source: "megatron:{teacher}"}}
+objective: {{alpha: 0.7, beta: 0.3, temperature: 2.0}}
+steering: {{coeff: 0.5, target_mass: 0.8, confidence: label}}
+train: {{attention: true}}
+"""
+END = "60"
+WHOLE = ("--top", "61", "--log-probs", "fp32")
+TOKENIZER = ("--tokenizer-type", "NullTokenizer", "--vocab-size", "61")
+not_before_19 = pytest.mark.skipif(
+    compat.megatron_version().startswith("0.18"), reason="0.18 does not pack in the loader"
+)
+
+
+@pytest.fixture(scope="module")
+def blend(tmp_path_factory) -> tuple[str, ...]:
+    """Flags of two corpora whose documents have a sample's length, an end included."""
+    import numpy as np
+
+    folder = tmp_path_factory.mktemp("documents")
+    general, domain = write_corpora(folder, documents=400, length=SEQUENCE)
+    for prefix in (general, domain):
+        tokens = np.fromfile(f"{prefix}.bin", np.uint16).reshape(-1, SEQUENCE)
+        tokens[:, -1] = int(END)
+        tokens.tofile(f"{prefix}.bin")
+    return ("--data-path", "0.4", general, "0.6", domain, "--split", "90,5,5", "--eod-mask-loss")
+
+
+@pytest.fixture(scope="module")
+def write(material, blend, tmp_path_factory):
+    """Writes a store with more options and recipe overrides, by the command line; its folder."""
+
+    def written(*options, sets=()):
+        folder = tmp_path_factory.mktemp("stores") / "store"
+        command = [sys.executable, "-m", "megatron_moe_inject.cli", "store-teacher"]
+        command += [recipe_file(material, RECIPE), "--output", str(folder), "--cpu", *options]
+        command += ["--inject-set", *sets] if sets else []
+        flags = [*blend[:-1], *TOKENIZER, "--seq-length", str(SEQUENCE)]
+        run = subprocess.run(
+            [*command, "--", *flags], capture_output=True, text=True, timeout=300, check=False
+        )
+        assert run.returncode == 0, run.stderr
+        return folder, run.stdout
+
+    return written
+
+
+@pytest.fixture(scope="module")
+def whole(write):
+    return write(*WHOLE, "--shard-tokens", "2000")[0]
+
+
+@pytest.fixture(scope="module")
+def train(material, blend):
+    """A run on the documents; of the live teacher unless a store is named."""
+
+    def run(store=None, *extra, nproc=1, sets=(), check=True, path=(), of=material, **layout):
+        overrides = [] if store is None else [f"teachers.coder.source=store:{store}"]
+        overrides += sets
+        ours = ["--inject-recipe", recipe_file(material, RECIPE), "--inject-verify-frozen"]
+        ours += ["--inject-set", *overrides] if overrides else []
+        flags = of.flags(*ours, *blend, *extra, **layout)
+        return lane.run(flags, nproc=nproc, check=check, pythonpath=path)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def live(train):
+    return train()
+
+
+@pytest.fixture(scope="module")
+def stored(train, whole):
+    return train(whole)
+
+
+def assert_same(run, other, rel=2e-5):
+    for term in TERMS:
+        assert other.losses(term), term
+        assert run.losses(term) == lane.approx(other.losses(term), rel=rel, abs=1e-7), term
+
+
+def test_all_ids_of_a_store_are_its_teacher(live, stored):
+    """Loss, gradient, and how sure it is of each token, which steering weighs by."""
+    assert_same(stored, live)
+    for shown in ("a store of GPTModel", "400 documents", "61 ids, fp32 log-probabilities"):
+        assert shown in stored.output or shown == "400 documents"
+    assert "12,400 tokens" in stored.output
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        dict(nproc=2, tp=2),
+        dict(nproc=2, pp=2),
+        dict(nproc=2, cp=2),
+        pytest.param(dict(nproc=2, ep=2), marks=pytest.mark.slow),
+        pytest.param(dict(nproc=4, tp=2, pp=2), marks=pytest.mark.slow),
+        pytest.param(dict(nproc=4, tp=2, cp=2), marks=pytest.mark.slow),
+        pytest.param(
+            dict(nproc=2, pp=2, extra=("--num-layers-per-virtual-pipeline-stage", "1")),
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["tp2-sp", "pp2", "cp2", "ep2", "tp2-pp2", "tp2-cp2", "pp2-vpp2"],
+)
+def test_every_layout_reads_the_same(train, whole, stored, layout):
+    """With context parallelism Megatron itself weighs the masked ends of documents by rank, so that
+    a live teacher at the same layout is what it must equal."""
+    extra = layout.pop("extra", ())
+    other = train(None, *extra, **layout) if "cp" in layout else stored
+    assert_same(train(whole, *extra, **layout), other)
+
+
+@not_before_19
+def test_longer_samples_of_another_order_read_the_same_store(train, whole):
+    """Two documents to a sample, another seed and batch size; a model reads each document too."""
+    flags = ("--dataloader-inter-document-masking", "--seq-length", str(2 * SEQUENCE))
+    flags += ("--max-position-embeddings", str(2 * SEQUENCE), "--seed", "7")
+    flags += ("--micro-batch-size", "1", "--global-batch-size", "4", "--train-iters", "3")
+    assert_same(train(whole, *flags, nproc=2, tp=2), train(None, *flags))
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_batches(train, whole, tmp_path):
+    """A run that was stopped goes on at another batch size as with its live teacher."""
+    begin = ("--save", str(tmp_path), "--save-interval", "2", "--exit-interval", "2")
+    train(whole, *begin)
+    ends = []
+    for store in (whole, None):
+        folder = shutil.copytree(tmp_path, tmp_path.with_name(f"{tmp_path.name}-{store is None}"))
+        more = ("--load", str(folder), "--global-batch-size", "16", "--micro-batch-size", "4")
+        ends.append(train(store, *more, nproc=2, ep=2))
+    assert_same(*ends)
+
+
+def test_some_ids_and_the_rest_say_less_than_all(train, write, live, tmp_path):
+    """What is merged can only hide a difference; here 12 of 61 ids hide little."""
+    folder, told = write("--top", "12")
+    size = RowFormat(61, 12, "packed", 2).row_bytes(12)
+    assert f"12 of 61 ids, packed log-probabilities, temperatures 1, 2: {size} bytes a tok" in told
+    measured = [f"evaluation.file={tmp_path / 'evaluation.jsonl'}", "evaluation.gate=true"]
+    run = train(folder, "--eval-iters", "2", "--eval-interval", "2", sets=measured)
+    merged, all_ids = run.losses("kd loss/code")[0], live.losses("kd loss/code")[0]
+    assert 0.6 * all_ids < merged < all_ids * 1.001
+    assert "teacher gate: of teacher coder only some ids of each token of code are known" in (
+        run.output
+    )
+    renormalized = train(folder, sets=["teachers.coder.tail=renormalize"])
+    assert renormalized.losses("kd loss/code")[0] != pytest.approx(merged, rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not OTHER, reason="MEGATRON_OTHER names no other Megatron")
+def test_the_other_version_reads_the_same(train, write, tmp_path):
+    """A teacher that the other version saved, in a store that this one wrote; two stages."""
+    old = make_material(tmp_path, (OTHER,))
+    sets = [f"teachers.coder.source=megatron:{old.teacher}"]
+    folder, _ = write(*WHOLE, sets=sets)
+    stored = train(folder, nproc=2, pp=2, of=old, path=(OTHER,))
+    assert_same(stored, train(None, sets=sets, of=old, path=(OTHER,)))
+
+
+@pytest.mark.slow
+def test_ids_by_mass_of_a_hugging_face_teacher(train, write, llama):
+    sets = [f"teachers.coder.source=hf:{llama}"]
+    folder, told = write("--top", "61", "--mass", "0.9", "--log-probs", "bf16", sets=sets)
+    assert "at most 61 of 61 ids" in told
+    run, other = train(folder), train(None, sets=sets)
+    first, expected = run.losses("kd loss/code")[0], other.losses("kd loss/code")[0]
+    assert 0.9 * expected < first < expected * 1.005
+    assert_same(train(folder, nproc=2, tp=2), run)
+
+
+@pytest.mark.slow
+def test_a_sample_that_the_store_lacks_ends_the_run(train, write):
+    folder, _ = write("--top", "4", "--documents", "0:60")
+    run = train(folder, check=False)
+    lacks = "of domain: it has documents 0 to 59 of 400; store the whole data set"
+    assert_clean_end(run, ("teachers.coder.source: 'store:", "says nothing about token", lacks))
+
+
+def test_another_text_than_the_stores_is_noticed(train, whole, blend, tmp_path):
+    """Of the same lengths, so that only the tokens themselves differ."""
+    for end in (".bin", ".idx"):
+        for entry, name in ((blend[2], "general"), (blend[4], "domain")):
+            shutil.copy(f"{entry}{end}", tmp_path / f"{name}{end}")
+    content = bytearray((tmp_path / "domain.bin").read_bytes())
+    for place in range(0, len(content), 2 * SEQUENCE):
+        content[place + 10] = (content[place + 10] + 1) % 60
+    (tmp_path / "domain.bin").write_bytes(content)
+    data = ("--data-path", "0.4", str(tmp_path / "general"), "0.6", str(tmp_path / "domain"))
+    run = train(whole, *data, check=False)
+    assert_clean_end(run, ("says nothing about", "it is about another version of domain"))
+
+
+def test_a_mistake_is_one_message_at_start(train, whole):
+    run = train(whole, sets=["domains.0.data=[0]"], nproc=2, tp=2, check=False)
+    told = "general, the text of its domain; it is about domain"
+    assert_clean_end(run, ("says nothing about", told))
+
+
+@pytest.mark.slow
+def test_a_changed_store_ends_the_run(train, whole, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "store")
+    for path in folder.glob("data0-*.safetensors"):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 4 :: 97] = bytes(len(content[len(content) // 4 :: 97]))
+        path.write_bytes(content)
+    run = train(folder, check=False)
+    assert_clean_end(run, ("teachers.coder.source: 'store:", "was changed or is damaged in rows"))
