@@ -16,6 +16,8 @@ from domains import DOMAINS
 
 MOST_TRAINED = 0.25
 """Share of the parameters that the chosen experts of the first aim may train."""
+ADAPTED = ((0.25, 0.95), (0.10, 0.90))
+"""Of adapters: the share of parameters that may train, and of the full gain that they aim at."""
 OF_FULL_GAIN, TIMES_CE_GAIN, OF_CE_FORGETTING = 0.9, 3.0, 0.1
 COLOURS = {
     "all": "#0072b2", "chosen": "#cc79a7", "random": "#8c8c8c", "quarter": "#e69f00",
@@ -93,30 +95,46 @@ def aims(rows: list[dict]) -> list[dict]:
             for row in rows
             if row["domain"] == domain and row["arm"] in arms.BY_NAME
         }
-        few = [m for name, m in means.items() if _is_candidate(arms.BY_NAME[name], m)]
         plain = [m for name, m in means.items() if arms.BY_NAME[name].early]
-        if not few or not plain or arms.FULL_REFERENCE not in means:
+        if arms.FULL_REFERENCE not in means:
             continue
-        ours = max(few, key=lambda m: m["gain"])
-        full, best = means[arms.FULL_REFERENCE], max(plain, key=lambda m: m["gain"])
-        for other, least_gain, most_forgotten in (
-            (full, OF_FULL_GAIN, 1.0),
-            (best, TIMES_CE_GAIN, OF_CE_FORGETTING),
-        ):
-            gained = ours["gain"] >= least_gain * other["gain"]
-            kept = ours["forgotten"] <= most_forgotten * other["forgotten"]
-            for what, name, limit, met in (
-                ("gain", "gain", f"at least {least_gain:g}", gained),
-                ("forgetting", "forgotten", f"at most {most_forgotten:g}", kept),
-            ):
-                judged.append(
-                    {
-                        **{"domain": domain, "arm": ours["arm"], "beside": other["arm"]},
-                        **{"what": what, "reached": _ratio(ours[name], other[name])},
-                        **{"limit": limit, "met": met},
-                    }
-                )
+        full = means[arms.FULL_REFERENCE]
+        few = [m for name, m in means.items() if _is_candidate(arms.BY_NAME[name], m)]
+        if few and plain:
+            ours, best = (max(found, key=lambda m: m["gain"]) for found in (few, plain))
+            judged += _judged(domain, ours, full, OF_FULL_GAIN, 1.0)
+            judged += _judged(domain, ours, best, TIMES_CE_GAIN, OF_CE_FORGETTING)
+        for most, least_gain in ADAPTED:
+            few = [m for name, m in means.items() if _is_adapted(arms.BY_NAME[name], m, most)]
+            if few:
+                ours = max(few, key=lambda m: m["gain"])
+                judged += _judged(domain, ours, full, least_gain, 1.0)
     return judged
+
+
+def _judged(
+    domain: str, ours: Mapping, other: Mapping, least_gain: float, most_forgotten: float
+) -> list[dict]:
+    """What an arm gains and forgets beside another, held against what was aimed at."""
+    kept = ours["forgotten"] <= most_forgotten * other["forgotten"]
+    return [
+        {
+            **{"domain": domain, "arm": ours["arm"], "beside": other["arm"]},
+            **{"what": what, "reached": _ratio(ours[name], other[name])},
+            **{"limit": limit, "met": met},
+        }
+        for what, name, limit, met in (
+            (
+                *("gain", "gain", f"at least {least_gain:g}"),
+                ours["gain"] >= least_gain * other["gain"],
+            ),
+            ("forgetting", "forgotten", f"at most {most_forgotten:g}", kept),
+        )
+    ]
+
+
+def _is_adapted(arm: arms.Arm, row: Mapping, most: float) -> bool:
+    return bool(arm.adapters) and row["trained"] <= most * row["parameters"]
 
 
 def _is_candidate(arm: arms.Arm, row: Mapping) -> bool:
