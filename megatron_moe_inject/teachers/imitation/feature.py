@@ -10,7 +10,6 @@ from megatron_moe_inject.recipe.refused_options import GRAPHS_OF_LAYERS, Refusal
 from megatron_moe_inject.recipe.schedule import show_weight
 from megatron_moe_inject.recipe.schema import Recipe
 from megatron_moe_inject.teachers.imitation.section import IMITATION
-from megatron_moe_inject.teachers.sources import SOURCES
 from megatron_moe_inject.teachers.uses import IMITATION as IMITATES
 
 if TYPE_CHECKING:
@@ -62,12 +61,6 @@ class ImitationFeature(Feature):
                 raise fail(
                     f"teachers.{name}.layers", spec.layers, "names layers that nothing imitates",
                     "set imitation.hidden or imitation.experts above 0, or remove it",
-                )  # fmt: skip
-            if spec.kind in SOURCES and SOURCES[spec.kind].in_step is not None and in_use:
-                raise fail(
-                    f"imitation.{in_use[0]}", getattr(imitation, in_use[0]),
-                    f"compares layers, and teacher {name} ({spec.source}) runs no model",
-                    "set it to 0, or name a teacher of another kind",
                 )  # fmt: skip
             if spec.window and in_use:
                 raise fail(

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from megatron_moe_inject.host.errors import fail, listing
 from megatron_moe_inject.recipe.schema import Domain, Recipe
+from megatron_moe_inject.teachers.imitation.section import IMITATION
 from megatron_moe_inject.teachers.store.signing import check_package
 
 KIND = "store"
@@ -68,6 +69,13 @@ def check_rules(recipe: Recipe, name: str) -> None:
         value = getattr(spec, key)
         if value != getattr(usual, key):
             raise fail(f"{path}.{key}", value, "is of a model, and a store runs none", "remove it")
+    imitation = recipe[IMITATION]
+    for key in imitation.in_use():
+        raise fail(
+            f"imitation.{key}", getattr(imitation, key),
+            f"compares layers, and teacher {name} ({spec.source}) runs no model",
+            "set it to 0, or name a teacher of another kind",
+        )  # fmt: skip
     if spec.trusted:
         check_package(f"{path}.trusted")
     if objective.confidence != "none" or objective.skip_worse:
