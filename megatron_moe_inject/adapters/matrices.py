@@ -13,7 +13,7 @@ import torch
 
 from megatron_moe_inject.adapters.low_rank import COLUMN, ROW, WHOLE
 from megatron_moe_inject.host.layer_pattern import name_matches
-from megatron_moe_inject.host.megatron_types import Chunk, MegatronModule
+from megatron_moe_inject.host.megatron_types import Chunk, Groups, MegatronModule
 from megatron_moe_inject.host.model_parts import (
     EXPERTS,
     ParameterPlace,
@@ -98,6 +98,14 @@ def _linears(layer: MegatronModule) -> Iterator[tuple[MegatronModule, str]]:
     router = getattr(mlp, "router", None)
     if router is not None:
         yield router, WHOLE
+
+
+def whole_shape(matrix: Matrix, groups: Groups) -> tuple[int, int]:
+    """``[out, in]`` of a matrix over all ranks that divide it."""
+    group = groups.expt_tp if matrix.place.component == EXPERTS else groups.tp
+    rows, columns = matrix.weight.shape
+    by = {COLUMN: (group.size(), 1), ROW: (1, group.size())}.get(matrix.kind, (1, 1))
+    return rows * by[0], columns * by[1]
 
 
 def wanted(

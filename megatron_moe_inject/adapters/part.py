@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from megatron_moe_inject.adapters.attached import Attached
-from megatron_moe_inject.adapters.matrices import Matrix, matrices, wanted
+from megatron_moe_inject.adapters.matrices import Matrix, matrices, wanted, whole_shape
 from megatron_moe_inject.adapters.rates import Rate, mark, with_rates
 from megatron_moe_inject.adapters.rows_part import RowsOfVocabulary
 from megatron_moe_inject.adapters.stored import Stored
 from megatron_moe_inject.adapters.vocabulary import change_head
+from megatron_moe_inject.host import compat
 from megatron_moe_inject.host.agreement import agree, on_first_rank, union
 from megatron_moe_inject.host.beside import Beside
 from megatron_moe_inject.host.errors import RecipeError, fail
@@ -84,7 +85,7 @@ class AdaptersPart(RunPart):
             by_module: dict[torch.nn.Module, list[tuple[Matrix, int]]] = defaultdict(list)
             for matrix in matrices(chunk):
                 numbers = wanted(self._entries, self._selected, matrix.place)
-                self._note(matrix, numbers)
+                self._note(matrix, numbers, whole_shape(matrix, compat.process_groups(chunk)))
                 if len(numbers) == 1 and not matrix.weight.requires_grad:
                     by_module[matrix.module].append((matrix, numbers[0]))
             for found in by_module.values():
@@ -95,17 +96,21 @@ class AdaptersPart(RunPart):
                     lr = entry.lr * (entry.lr_b if factor == "b" else 1.0)
                     mark(parameter, Rate(lr, entry.decay))
 
-    def _note(self, matrix: Matrix, numbers: Sequence[int]) -> None:
-        """What entries were used for, and the first mistake, which all ranks hear of later."""
+    def _note(self, matrix: Matrix, numbers: Sequence[int], shape: tuple[int, int]) -> None:
+        """What entries were used for, and the first mistake, which all ranks hear of later.
+
+        Args:
+            shape: of the whole matrix.
+        """
         self._used.update(numbers)
         mistake = None
         if len(numbers) > 1:
             mistake = f"names {matrix.name}, which train.adapters[{numbers[0]}] names too"
         elif numbers and matrix.weight.requires_grad:
             mistake = f"names {matrix.name}, which trains as a whole"
-        elif numbers and self._entries[numbers[0]].rank > min(matrix.weight.shape):
-            rank, shape = self._entries[numbers[0]].rank, list(matrix.weight.shape)
-            mistake = f"has rank {rank}, but {matrix.name} is {shape} on a rank"
+        elif numbers and self._entries[numbers[0]].rank > min(shape):
+            rank = self._entries[numbers[0]].rank
+            mistake = f"has rank {rank}, but {matrix.name} is {list(shape)}"
         if mistake is not None and self._mistake is None:
             self._mistake = f"train.adapters[{numbers[-1]}]: {mistake}; leave it out of one of both"
             if "has rank" in mistake:

@@ -39,9 +39,14 @@ class Stored:
         """Look into the checkpoint whose training goes on. No collective.
 
         Raises:
-            RecipeError: it holds other adapters, or in other layers.
+            RecipeError: it holds other adapters, or in other layers, or is of another format.
         """
         args = self._run.args
+        if (args.save or args.load) and args.ckpt_format != "torch_dist":
+            raise RecipeError(
+                f"train.adapters, train.vocabulary_rows: --ckpt-format {args.ckpt_format} cannot "
+                "keep them apart from the student's own tensors; use torch_dist"
+            )
         folder, stored = stored_argument(args, ARGUMENT)
         if folder is not None and stored is not None:
             remedy = (

@@ -11,7 +11,15 @@ from megatron_moe_inject.experts.delta.delta import CheckpointPlace
 from tests.harness import lane
 from tests.harness.evaluating import EVALUATIONS, evaluate
 from tests.harness.grouped import grouped
-from tests.harness.injection import LAYOUTS, OTHER, PROVEN, TERMS, inject, recipe_file
+from tests.harness.injection import (
+    LAYOUTS,
+    OTHER,
+    PROVEN,
+    TERMS,
+    assert_clean_end,
+    inject,
+    recipe_file,
+)
 from tests.harness.material import make_material, student_flags
 
 RECIPE = """
@@ -102,6 +110,73 @@ def test_rows_by_name_or_threshold_decay(material):
     decayed = inject(material, ROWS.replace(choice, f"{{{{ids: {ids}, decay: 50}}}}"))
     assert decayed.losses("total loss")[0] == run.losses("total loss")[0]
     assert decayed.losses("total loss")[-1] != run.losses("total loss")[-1]
+
+
+WRONG = {
+    "a pattern that matches nothing": (
+        RECIPE.replace("[experts]", "['*.9.mlp.*']"),
+        (),
+        ("train.adapters[0].targets", "'*.9.mlp.*'", "matches no matrix"),
+    ),
+    "two entries on one matrix": (
+        RECIPE.replace("[output_layer]", "['*.experts.3.*']"),
+        (),
+        ("train.adapters[1]", "experts.3.linear_fc1.weight, which train.adapters[0] names too"),
+    ),
+    "a matrix that trains whole": (
+        RECIPE.replace("norms: true", "patterns: ['*.2.self_attention.linear_proj.*']"),
+        (),
+        ("train.adapters[2]", "linear_proj.weight, which trains as a whole"),
+    ),
+    "a rank larger than a matrix": (
+        RECIPE.replace("rank: 4", "rank: 65"),
+        (),
+        ("train.adapters[0]: has rank 65, but", "is [128, 32]; lower it"),
+    ),
+    "an id beyond": (
+        ROWS.replace("{{domain: code, budget: 0.4, lr: 3}}", "{{ids: [3, 60, 61]}}"),
+        (),
+        ("train.vocabulary_rows.ids: 61 is beyond the 61 ids",),
+    ),
+}
+
+
+@pytest.mark.parametrize(("recipe", "extra", "fragments"), WRONG.values(), ids=WRONG)
+def test_a_mistake_ends_at_start(material, recipe, extra, fragments):
+    """On both expert-parallel ranks, though one of them alone has the experts."""
+    assert recipe not in (RECIPE, ROWS) or extra
+    run = inject(material, recipe, nproc=2, ep=2, extra=extra, check=False)
+    assert_clean_end(run, fragments)
+
+
+@pytest.mark.parametrize(
+    ("change", "extra", "fragments"),
+    [
+        (("rank: 4", "rank: 3"), (), ("adapters of rank 4 on", "adapters of rank 3 on")),
+        (
+            *(("rank: 4", "rank: 3"), ("--no-load-optim",)),
+            ("train.adapters", "holds those of rank 4, alpha 16", "merge-adapters"),
+        ),
+        (("layers: [1, 2]", "layers: [1]"), (), ("holds the optimizer state of", "adapters of")),
+    ],
+    ids=["another rank", "another rank, without the optimizer", "other layers"],
+)
+def test_other_adapters_do_not_go_on(material, tmp_path, change, extra, fragments):
+    save = str(tmp_path / "saved")
+    keep = ("--save", save, "--save-interval", "2", "--train-iters", "4")
+    inject(material, RECIPE, extra=(*keep, "--exit-interval", "2"))
+    other = ("--inject-recipe", recipe_file(material, RECIPE.replace(*change)), "--load", save)
+    run = lane.run(student_flags(*material.blend, *other, *keep, *extra), check=False)
+    assert_clean_end(run, fragments)
+
+
+def test_another_format_cannot_keep_them(material, tmp_path):
+    flags = material.flags("--inject-recipe", recipe_file(material, RECIPE))
+    at = flags.index("--load")
+    anew = ("--inject-from-scratch", "--save", str(tmp_path / "s"), "--save-interval", "2")
+    form = ("--ckpt-format", "torch")
+    run = lane.run([*flags[:at], *flags[at + 2 :], *anew, *form], check=False)
+    assert_clean_end(run, ("--ckpt-format torch", "use torch_dist"))
 
 
 TIED = "--untie-embeddings-and-output-weights"
