@@ -43,6 +43,7 @@ ALONE = RECIPE.replace("  norms: true\n", "")
 EXPERTS = RECIPE[: RECIPE.index("    - {{targets: [output_layer")].replace("  norms: true\n", "")
 
 SHARED = ("--moe-shared-expert-intermediate-size", "64")
+slow = pytest.mark.slow
 ETP = ("--expert-tensor-parallel-size", "2")
 
 
@@ -59,7 +60,7 @@ def test_a_layout_gives_what_one_process_gives(material, one, layout):
         assert run.losses(term) == pytest.approx(one.losses(term), rel=2e-5), term
 
 
-@pytest.mark.parametrize("layout", [None, "ep2, distributed optimizer"])
+@pytest.mark.parametrize("layout", [pytest.param(None, marks=slow), "ep2, distributed optimizer"])
 def test_grouped_experts_train_as_one_by_one(material, layout):
     sizes = dict(LAYOUTS[layout]) if layout else {}
     run = grouped(material, *sizes.pop("extra", ()), recipe=EXPERTS, **sizes)
@@ -88,7 +89,13 @@ train:
 """
 
 
-@pytest.mark.parametrize("layout", ["tp2-sp", "pp2", "dp2, distributed optimizer", "tp2-pp2"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        *("tp2-sp", "pp2"),
+        *(pytest.param(at, marks=slow) for at in ("dp2, distributed optimizer", "tp2-pp2")),
+    ],
+)
 def test_rows_of_the_vocabulary(material, layout):
     one = inject(material, ROWS)
     run = inject(material, ROWS, **LAYOUTS[layout])
@@ -210,7 +217,13 @@ KEPT = {
 }
 
 
-@pytest.mark.parametrize(("recipe", "first", "then", "rel"), KEPT.values(), ids=KEPT)
+@pytest.mark.parametrize(
+    ("recipe", "first", "then", "rel"),
+    [
+        pytest.param(*case, id=name, marks=[slow] if name == "rows, from pp 2" else [])
+        for name, case in KEPT.items()
+    ],
+)
 def test_a_resumed_run_goes_on(material, tmp_path, recipe, first, then, rel):
     """Bitwise where the layout stays; and the original is what was loaded, of which nothing is kept
     beside where nothing but adapters train."""
