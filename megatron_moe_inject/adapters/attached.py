@@ -65,7 +65,7 @@ class Attached:
         sharding = self._sharding(matrix)
         if matrix.local is not None:
             chosen = [
-                OfExpert(m.local, _expert(m), entries[i].rank, entries[i].scale, m.name)
+                OfExpert(m.local, _expert(m), entries[i].rank, entries[i].scale, m.drawn_by)
                 for m, i in found
                 if m.local is not None
             ]
@@ -74,7 +74,7 @@ class Attached:
             forward, around = GROUPED_FORWARD, self._grouped
         else:
             scale = entry.scale
-            self.adapter = LowRank(matrix.weight, entry.rank, scale, sharding, matrix.name)
+            self.adapter = LowRank(matrix.weight, entry.rank, scale, sharding, matrix.drawn_by)
             forward, around = _forward_of(module, matrix.place.component), self._added
             if matrix.place.component == "router":
                 around = self._gating

@@ -66,6 +66,12 @@ class Matrix:
         """The weight's, with global numbers."""
         return self.place.global_name
 
+    @property
+    def drawn_by(self) -> str:
+        """The name that its A is drawn by: that of a GPT model of these weights, if there is one,
+        so that a hybrid model begins as that does."""
+        return self.place.gpt_name or self.place.global_name
+
 
 def matrices(chunk: Chunk) -> Iterator[Matrix]:
     """All of a bare chunk, in the model's order."""

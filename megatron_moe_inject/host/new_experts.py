@@ -14,7 +14,6 @@ from typing import Any
 from megatron_moe_inject.host import typed
 from megatron_moe_inject.host.errors import RecipeError, fail
 from megatron_moe_inject.host.layer_pattern import LayerPattern, pattern_of
-from megatron_moe_inject.host.stored_checkpoint import checkpoint_to_load
 from megatron_moe_inject.host.text import ranges
 
 STORED = "inject_new_experts"
@@ -141,6 +140,8 @@ def loaded_card(args: Namespace) -> NewExperts | None:
         RecipeError: the checkpoint cannot be read, or the run's student has other layers or another
             number of experts.
     """
+    from megatron_moe_inject.host.stored_checkpoint import checkpoint_to_load
+
     checkpoint = checkpoint_to_load(args)
     if checkpoint is None:
         return None

@@ -34,9 +34,17 @@ def test_every_arm_is_a_valid_recipe_that_says_what_its_name_says(arm, tmp_path)
     assert (recipe.objective.alpha, recipe.objective.beta) == ((1, 0) if taught else (0, 1))
     assert bool(domain.teacher) is taught
     assert (recipe.train.experts == "all") is arm.name.startswith("full")
-    assert recipe.train.attention is recipe.train.embedding is (recipe.train.experts == "all")
-    assert recipe[MIXING] == ({"general": 0.1} if "mixing" in arm.name or "..." in arm.name else {})
-    assert recipe.objective.gamma == (10 if "gamma" in arm.name or "..." in arm.name else 0)
+    assert recipe.train.attention is (recipe.train.experts == "all")
+    assert recipe.train.embedding is (recipe.train.attention or "+ embedding" in arm.name)
+    held = any(word in arm.name for word in ("gamma", "...", "adapters"))
+    assert recipe[MIXING] == ({"general": 0.1} if held or "mixing" in arm.name else {})
+    assert recipe.objective.gamma == (10 if held else 0)
+    assert [f"rank {entry.rank}" in arm.name for entry in recipe.train.adapters] == (
+        [True] if "adapters" in arm.name else []
+    )
+    rows = recipe.train.vocabulary_rows
+    assert (rows is not None) is ("of the rows" in arm.name)
+    assert rows is None or f"{rows.budget:.0%}".replace("%", " %") in arm.name
     retained = recipe[RETENTION]
     assert (retained.experts > 0) is ("expert retention" in arm.name)
     assert (retained.l2 > 0) is ("L2" in arm.name)
