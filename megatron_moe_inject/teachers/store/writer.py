@@ -88,6 +88,11 @@ def pieces(
             begin, number = end, number + 1
 
 
+def _is_part(name: str) -> bool:
+    """Whether a file is one of the plan that was never whole (``host.files.replace_file``)."""
+    return name.startswith(f".{PLAN}.") and name.endswith(".part")
+
+
 class StoreWriter:
     """Writes a store, or goes on with one.
 
@@ -111,7 +116,8 @@ class StoreWriter:
         self._done: dict[str, StoredShard] = {}
         begun = read_plan(folder, failure)
         if begun is None:
-            if folder.is_dir() and any(folder.iterdir()):
+            # A writer that was killed at its first file leaves the part that it had begun.
+            if folder.is_dir() and any(not _is_part(path.name) for path in folder.iterdir()):
                 raise failure("is a folder with other things", "name a new one")
             try:
                 folder.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -259,6 +260,20 @@ def test_a_writer_that_is_killed_leaves_whole_shards(whole, tmp_path):
     read_all(folder)
     for name, content in files(whole).items():
         assert (folder / name).read_bytes() == content
+
+
+def test_a_writer_that_was_killed_at_its_first_file_goes_on(whole, tmp_path):
+    """What it had begun of the plan lies in the folder, and is no other thing."""
+    folder = tmp_path / "store"
+    folder.mkdir()
+    (folder / f".{PLAN}.{platform.node()}-0123456789ab.part").write_text("{")
+    assert write(folder) is not None
+    for name, content in files(whole).items():
+        assert (folder / name).read_bytes() == content
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / ".hidden").write_text("mine")
+    with pytest.raises(RecipeError, match="is a folder with other things"):
+        write(tmp_path / "other")
 
 
 def test_a_full_disk_loses_nothing(whole, tmp_path, monkeypatch):
