@@ -31,7 +31,7 @@ from megatron_moe_inject.adapters.uses import (
 )
 from megatron_moe_inject.host import compat
 from megatron_moe_inject.host.megatron_types import Chunk
-from megatron_moe_inject.host.model_parts import ADAPTER, EXPERTS
+from megatron_moe_inject.host.model_parts import ADAPTER, EXPERTS, local_weights
 from megatron_moe_inject.host.wrap import Call, wrap_method
 from megatron_moe_inject.recipe.adapter import Adapter
 
@@ -69,8 +69,7 @@ class Attached:
                 for m, i in found
                 if m.local is not None
             ]
-            weights = [weight for name, weight in module.named_parameters() if "weight" in name]
-            self.adapter: Any = GroupedLowRank(weights, chosen, sharding)
+            self.adapter: Any = GroupedLowRank(local_weights(module), chosen, sharding)
             forward, around = GROUPED_FORWARD, self._grouped
         else:
             scale = entry.scale

@@ -12,6 +12,9 @@ from megatron_moe_inject.host.errors import RecipeError
 MOST_TOKENS = 50_000_000
 """Of a body of text that are counted, from documents evenly over its files."""
 
+_AT_ONCE = 1 << 20
+"""Tokens of one count."""
+
 
 def count_ids(prefixes: Iterable[str], size: int, share: float = 1.0) -> np.ndarray:
     """How often each id occurs in Megatron's indexed datasets.
@@ -27,15 +30,26 @@ def count_ids(prefixes: Iterable[str], size: int, share: float = 1.0) -> np.ndar
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     counts = np.zeros(size, dtype=np.int64)
-    prefixes = list(prefixes)
+    waiting: list[np.ndarray] = []
+    prefixes, held = list(prefixes), 0
+
+    def count() -> None:
+        ids = np.concatenate([*waiting, np.zeros(0, np.int64)])
+        ids = ids[(ids >= 0) & (ids < size)].astype(np.int64)
+        counts[:] += np.bincount(ids, minlength=size)
+        waiting.clear()
+
     for prefix in prefixes:
         dataset = IndexedDataset(prefix)
         lengths = dataset.sequence_lengths[: max(1, math.ceil(len(dataset) * share))]
         step = max(1, math.ceil(int(lengths.sum()) * len(prefixes) / MOST_TOKENS))
         for document in range(0, len(lengths), step):
-            ids = np.asarray(dataset[document]).ravel()
-            ids = ids[(ids >= 0) & (ids < size)]
-            counts += np.bincount(ids, minlength=size)
+            waiting.append(np.array(dataset[document]).ravel())  # a view dies with its file
+            held += len(waiting[-1])
+            if held >= _AT_ONCE:  # a count goes over the whole vocabulary
+                count()
+                held = 0
+    count()
     return counts
 
 

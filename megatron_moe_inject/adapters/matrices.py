@@ -23,7 +23,7 @@ from megatron_moe_inject.host.model_parts import (
     mlp_of,
     places,
 )
-from megatron_moe_inject.recipe.adapter import Adapter
+from megatron_moe_inject.recipe.adapter import TARGETS, Adapter
 
 ATTENTION = {
     "linear_qkv": COLUMN,
@@ -118,26 +118,31 @@ def wanted(
     entries: Sequence[Adapter],
     selected: Mapping[int, Collection[int]],
     place: ParameterPlace,
-) -> list[int]:
-    """The entries that name the weight at ``place``, by position.
+) -> dict[int, list[int]]:
+    """The entries that name the weight at ``place``, each with the targets that do, by position.
 
     Args:
         entries: a recipe's ``train.adapters``.
         selected: experts that the domains chose, by layer.
     """
-    return [i for i, entry in enumerate(entries) if _names(entry, selected, place)]
+    named = {i: _naming(entry, selected, place) for i, entry in enumerate(entries)}
+    return {i: targets for i, targets in named.items() if targets}
 
 
-def _names(entry: Adapter, selected: Mapping[int, Collection[int]], place: ParameterPlace) -> bool:
+def _naming(
+    entry: Adapter, selected: Mapping[int, Collection[int]], place: ParameterPlace
+) -> list[int]:
     if entry.layers and place.layer not in entry.layers:
+        return []
+    return [j for j, t in enumerate(entry.targets) if _names(t, entry, selected, place)]
+
+
+def _names(
+    target: str, entry: Adapter, selected: Mapping[int, Collection[int]], place: ParameterPlace
+) -> bool:
+    if target not in TARGETS:
+        return name_matches(target, place.global_name, place.gpt_name)
+    if target != place.component:
         return False
-    if place.component in entry.components:
-        chosen = selected.get(place.layer, ()) if place.layer is not None else ()
-        return place.component != EXPERTS or entry.experts == "all" or place.expert in chosen
-    return bool(matching(entry, place))
-
-
-def matching(entry: Adapter, place: ParameterPlace) -> list[str]:
-    """Its patterns that name the weight at ``place``."""
-    names = place.global_name, place.gpt_name
-    return [pattern for pattern in entry.patterns if name_matches(pattern, *names)]
+    chosen = selected.get(place.layer, ()) if place.layer is not None else ()
+    return target != EXPERTS or entry.experts == "all" or place.expert in chosen

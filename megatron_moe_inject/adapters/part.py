@@ -37,13 +37,13 @@ class AdaptersPart(RunPart):
         self._entries = train.adapters
         self._selected = run.recipe.experts_by_layer()
         self._attached: list[Attached] = []
-        self._used: set[int] = set()
+        self._targets = [(i, j) for i, e in enumerate(self._entries) for j in range(len(e.targets))]
+        self._used: set[tuple[int, int]] = set()
         self._mistake: str | None = None
         self._stored = Stored(run)
         self._rows: RowsOfVocabulary | None = None
         if train.vocabulary_rows is not None:
             self._rows = RowsOfVocabulary(run, train.vocabulary_rows, self._stored)
-        self.writes_about = bool(run.args.save)
         self.around = {"get_megatron_optimizer": with_rates}
         run.provide(Beside, Beside(self._off))
 
@@ -61,6 +61,7 @@ class AdaptersPart(RunPart):
     def prepare(self) -> None:
         """Compare them with those of the checkpoint that is to be loaded. No collective."""
         self._stored.prepare()
+        self.writes_about = bool(self._run.args.save) and not self._stored.holds
 
     @contextlib.contextmanager
     def building(self) -> Iterator[None]:
@@ -84,10 +85,13 @@ class AdaptersPart(RunPart):
                 self._rows.before_ddp(chunk)
             by_module: dict[torch.nn.Module, list[tuple[Matrix, int]]] = defaultdict(list)
             for matrix in matrices(chunk):
-                numbers = wanted(self._entries, self._selected, matrix.place)
-                self._note(matrix, numbers, whole_shape(matrix, compat.process_groups(chunk)))
-                if len(numbers) == 1 and not matrix.weight.requires_grad:
-                    by_module[matrix.module].append((matrix, numbers[0]))
+                named = wanted(self._entries, self._selected, matrix.place)
+                self._used.update((i, j) for i, targets in named.items() for j in targets)
+                shape = whole_shape(matrix, compat.process_groups(chunk))
+                if named and self._mistake is None:
+                    self._mistake = self._mistake_of(matrix, list(named), shape)
+                if len(named) == 1 and not matrix.weight.requires_grad:
+                    by_module[matrix.module].append((matrix, next(iter(named))))
             for found in by_module.values():
                 attached = Attached(found, self._entries, chunk, lambda: self._stored.holds)
                 self._attached.append(attached)
@@ -96,25 +100,24 @@ class AdaptersPart(RunPart):
                     lr = entry.lr * (entry.lr_b if factor == "b" else 1.0)
                     mark(parameter, Rate(lr, entry.decay))
 
-    def _note(self, matrix: Matrix, numbers: Sequence[int], shape: tuple[int, int]) -> None:
-        """What entries were used for, and the first mistake, which all ranks hear of later.
+    def _mistake_of(
+        self, matrix: Matrix, numbers: Sequence[int], shape: tuple[int, int]
+    ) -> str | None:
+        """What is wrong with the entries of a matrix, which all ranks hear of later.
 
         Args:
             shape: of the whole matrix.
         """
-        self._used.update(numbers)
-        mistake = None
+        last, name = f"train.adapters[{numbers[-1]}]", matrix.name
         if len(numbers) > 1:
-            mistake = f"names {matrix.name}, which train.adapters[{numbers[0]}] names too"
-        elif numbers and matrix.weight.requires_grad:
-            mistake = f"names {matrix.name}, which trains as a whole"
-        elif numbers and self._entries[numbers[0]].rank > min(shape):
-            rank = self._entries[numbers[0]].rank
-            mistake = f"has rank {rank}, but {matrix.name} is {list(shape)}"
-        if mistake is not None and self._mistake is None:
-            self._mistake = f"train.adapters[{numbers[-1]}]: {mistake}; leave it out of one of both"
-            if "has rank" in mistake:
-                self._mistake = self._mistake.replace("leave it out of one of both", "lower it")
+            other = f"train.adapters[{numbers[0]}]"
+            return f"{last}: names {name}, which {other} names too; leave it out of one of both"
+        if matrix.weight.requires_grad:
+            return f"{last}: names {name}, which trains as a whole; leave it out of one of both"
+        rank = self._entries[numbers[0]].rank
+        if rank > min(shape):
+            return f"{last}: has rank {rank}, but {name} is {list(shape)}; lower it"
+        return None
 
     def loaded(self, student: BuiltStudent) -> None:
         """From now on checkpoints hold them.
@@ -126,12 +129,12 @@ class AdaptersPart(RunPart):
         self._stored.loaded()
 
     def attach(self, student: BuiltStudent) -> StepPart | None:
-        """See that every entry is of use.
+        """See that every target is there, and tell the loss what changes the output layer.
 
-        Collectives: those of ``agree``, and one all-reduce of a byte for each entry and pattern.
+        Collectives: those of ``agree``, and one all-reduce of a byte for each target.
 
         Raises:
-            RecipeError: on every rank: an entry names nothing, or what it cannot have.
+            RecipeError: on every rank: a target names nothing, or what it cannot have.
         """
         agree(self._check)
         self._check_used()
@@ -145,11 +148,13 @@ class AdaptersPart(RunPart):
             raise RecipeError(self._mistake)
 
     def _check_used(self) -> None:
-        used = union(self._used, len(self._entries))
-        for i, entry in enumerate(self._entries):
-            if i not in used:
+        numbers = {self._targets.index(pair) for pair in self._used}
+        used = union(numbers, len(self._targets))
+        for number, (i, j) in enumerate(self._targets):
+            if number not in used:
                 raise fail(
-                    f"train.adapters[{i}].targets", entry.targets, "matches no matrix",
+                    f"train.adapters[{i}].targets[{j}]", self._entries[i].targets[j],
+                    "matches no matrix",
                     "name components that it has, or weights such as "
                     "decoder.layers.3.self_attention.linear_qkv.weight",
                 )  # fmt: skip

@@ -57,10 +57,9 @@ class RowsOfVocabulary:
                 )
             return sorted(spec.ids)
         index = next(i for i, d in enumerate(run.recipe.domains) if d.name == spec.domain)
-        entries = dict(zip(run.facts.data_paths["train"], run.labels["train"], strict=True))
+        entries = list(zip(run.facts.data_paths["train"], run.labels["train"], strict=True))
         bodies = [
-            [prefix for prefix, label in entries.items() if label == wanted]
-            for wanted in (index, GENERAL)
+            [prefix for prefix, label in entries if label == wanted] for wanted in (index, GENERAL)
         ]
         share = _training_share(run.args)
         try:
@@ -74,7 +73,7 @@ class RowsOfVocabulary:
         return chosen(scores, budget=spec.budget, threshold=spec.threshold)
 
     def foreseen(self) -> list[int]:
-        """As many ids as will be chosen, for a plan. No collective.
+        """As many ids as will be chosen, evenly over the vocabulary, for a plan. No collective.
 
         Raises:
             RecipeError: nobody knows how many.
@@ -86,7 +85,9 @@ class RowsOfVocabulary:
                 "train.vocabulary_rows.threshold: how many rows it takes is not planned; plan with "
                 "a budget"
             )
-        return list(range(int(self._spec.budget * self._run.valid_vocab_size)))
+        size = self._run.valid_vocab_size
+        count = int(self._spec.budget * size)
+        return [i * size // count for i in range(count)]
 
     def before_ddp(self, chunk: Chunk) -> None:
         """Give the layers of a bare chunk their rows. No collective."""

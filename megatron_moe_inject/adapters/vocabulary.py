@@ -36,13 +36,20 @@ class TrainedIds(torch.nn.Module):
         ids: global, rising.
         group: the tensor-parallel ranks that divide it.
         sequence: whether gradients are of a part of the sequence on each of them.
+        divided: whether an embedding's output is such a part (``reduce_scatter_embeddings``).
 
     Attributes:
         on: whether they act.
     """
 
     def __init__(
-        self, weight: torch.Tensor, ids: Sequence[int], group: dist.ProcessGroup, *, sequence: bool
+        self,
+        weight: torch.Tensor,
+        ids: Sequence[int],
+        group: dist.ProcessGroup,
+        *,
+        sequence: bool,
+        divided: bool,
     ) -> None:
         super().__init__()
         rows: Any = torch.nn.Parameter(
@@ -55,6 +62,7 @@ class TrainedIds(torch.nn.Module):
         self.on = True
         self._group = group
         self._sequence = sequence
+        self._divided = divided
         self._first = group.rank() * len(weight)
         self._mine = slice(
             bisect.bisect_left(ids, self._first),
@@ -91,16 +99,13 @@ class TrainedIds(torch.nn.Module):
             embedded: ``[b, s, h]``, or ``[s/p, b, h]`` where the embedding divides the sequence.
         """
         places, rows = self.get_buffer("places")[ids], self.rows
-        if embedded.shape[:2] != ids.shape or self._divides(ids, embedded):
+        if self._divided:
             places = places.t().chunk(self._group.size(), dim=0)[self._group.rank()].contiguous()
         elif self._sequence:
             rows = _Shared.apply(rows, self._group.size())
         spread = torch.arange(places.numel(), device=places.device).view_as(places) % len(rows)
         values = F.embedding(torch.where(places < 0, spread, places), rows)
         return torch.where((places >= 0).unsqueeze(-1), values, embedded)
-
-    def _divides(self, ids: torch.Tensor, embedded: torch.Tensor) -> bool:
-        return self._sequence and embedded.shape[0] * self._group.size() == ids.shape[1]
 
     def of_head(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Columns and values for the loss, ``losses.HeadRows``; ``None`` while they are off.
@@ -159,7 +164,8 @@ class OfLayer:
         self.module, self._groups = module, groups
         self._stored, self._key, self._is_copy = stored, key, is_copy
         sequence = bool(config.sequence_parallel) and groups.tp.size() > 1
-        self.rows = TrainedIds(module.weight, ids, groups.tp, sequence=sequence)
+        divided = bool(getattr(module, "reduce_scatter_embeddings", False))
+        self.rows = TrainedIds(module.weight, ids, groups.tp, sequence=sequence, divided=divided)
         if getattr(module.weight, "shared_embedding", False):
             # A bucket of its own, so that both stages divide it among their ranks alike.
             self.rows.rows.shared_embedding = True

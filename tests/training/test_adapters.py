@@ -121,9 +121,9 @@ def test_rows_by_name_or_threshold_decay(material):
 
 WRONG = {
     "a pattern that matches nothing": (
-        RECIPE.replace("[experts]", "['*.9.mlp.*']"),
+        RECIPE.replace("[experts]", "[experts, '*.9.mlp.*']"),
         (),
-        ("train.adapters[0].targets", "'*.9.mlp.*'", "matches no matrix"),
+        ("train.adapters[0].targets[1]: '*.9.mlp.*' matches no matrix",),
     ),
     "two entries on one matrix": (
         RECIPE.replace("[output_layer]", "['*.experts.3.*']"),

@@ -24,6 +24,14 @@ def test_ids_are_counted_in_the_training_part(tmp_path):
     assert contrast.count_ids([first, second], 5, share=0.5).tolist() == [0, 3, 1, 1, 0]
 
 
+def test_what_is_counted_at_once_changes_nothing(tmp_path, monkeypatch):
+    prefix = dataset(tmp_path / "a", [[i % 7] * (i % 5 + 1) for i in range(50)])
+    whole = contrast.count_ids([prefix], 7)
+    monkeypatch.setattr(contrast, "_AT_ONCE", 3)
+    assert contrast.count_ids([prefix], 7).tolist() == whole.tolist()
+    assert whole.sum() == 150
+
+
 def test_large_text_is_counted_in_part(tmp_path, monkeypatch):
     prefix = dataset(tmp_path / "a", [[i % 2] * 10 for i in range(100)])
     monkeypatch.setattr(contrast, "MOST_TOKENS", 300)
