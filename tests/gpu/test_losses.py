@@ -31,6 +31,16 @@ from megatron_moe_inject.losses.spec import (
     TokenWeighting,
     VocabShard,
 )
+from tests.harness.gpu_losses import (
+    VALID,
+    T,
+    V,
+    assert_waits_for_nothing,
+    case_of,
+    kernels,
+    on_gpu,
+    whole_float32,
+)
 from tests.harness.losses_cases import (
     HEADS,
     KINDS,
@@ -42,7 +52,6 @@ from tests.harness.losses_cases import (
     per_token,
     relative_error,
 )
-from tests.harness.losses_head_cases import CHANGES, ChangedHead
 from tests.harness.losses_sparse_cases import TAIL_KINDS, stored_for
 
 pytestmark = [
@@ -50,47 +59,14 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-T, V, VALID = 21, 5000, 4987
+__all__ = ["kernels", "whole_float32"]
+"""Fixtures."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(autouse=True)
-def _whole_float32():
-    """No TF32 in the products."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
-@pytest.fixture(params=["plain", "triton"])
-def kernels(request):
-    if request.param == "plain":
-        return None
-    pytest.importorskip("triton", reason="Triton is not installed")
-    return TritonRows()
-
-
-def _case(**options) -> FusedCase:
-    """Logits of standard deviation 3 or less, whatever h."""
-    case = FusedCase.make(**{"t": T, "h": 64, "h_t": 32, "v": V, "valid": VALID} | options)
-    case.weight, case.teacher_weight = case.weight * 0.3, case.teacher_weight * 0.3
-    return case
-
-
-def _on_gpu(case: FusedCase) -> FusedCase:
-    def moved(value):
-        return value.cuda() if isinstance(value, torch.Tensor) else value
-
-    options = {name: moved(value) for name, value in case.options.items()}
-    return FusedCase(**{name: moved(value) for name, value in vars(case).items()} | {
-        "options": options
-    })  # fmt: skip
 
 
 def _matches(case: FusedCase, kernels, head: str, tolerance: float, **options):
     expected = case.dense()
-    there = _on_gpu(case)
+    there = on_gpu(case)
     hidden, weight = there.leaves(head != "frozen")
     loss = there.call(hidden, weight, kernels=kernels, **there.promise(head), **options)
     loss.total.backward(there.upstream)
@@ -104,7 +80,7 @@ def _matches(case: FusedCase, kernels, head: str, tolerance: float, **options):
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_fused(kernels, kind, head):
-    case = _case(kind=kind, dtype=torch.float32, alpha=per_token(T), beta=per_token(T, seed=6))
+    case = case_of(kind=kind, dtype=torch.float32, alpha=per_token(T), beta=per_token(T, seed=6))
     _matches(case, kernels, head, 1e-5, chunk_tokens=8)
 
 
@@ -123,16 +99,16 @@ OPTIONS = [
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("options", OPTIONS)
 def test_fused_options(kernels, options, head):
-    _matches(_case(dtype=torch.float32, **options), kernels, head, 1e-5, chunk_tokens=16)
+    _matches(case_of(dtype=torch.float32, **options), kernels, head, 1e-5, chunk_tokens=16)
 
 
 @pytest.mark.parametrize("teacher", [True, False])
 def test_measures(kernels, teacher):
-    case = _case(dtype=torch.float32)
+    case = case_of(dtype=torch.float32)
     if not teacher:
         case.teacher_hidden = case.teacher_weight = None
     expected = measure_tokens(case.student(case.hidden, case.weight), case.target())
-    there = _on_gpu(case)
+    there = on_gpu(case)
     student = there.student(there.hidden, there.weight)
     found = measure_tokens(student, there.target(), chunk_tokens=8, kernels=kernels)
     for name, value in expected._asdict().items():
@@ -182,8 +158,8 @@ def test_an_odd_number_of_ids_costs_little(kernels, dtype, head_trains):
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 @pytest.mark.parametrize("kind", KINDS)
 def test_16_bits_are_no_worse_than_naive(kernels, kind, dtype, head):
-    case = _case(kind=kind, dtype=dtype, t=96, alpha=per_token(96), beta=per_token(96, seed=6))
-    expected, there = case.dense(), _on_gpu(case)
+    case = case_of(kind=kind, dtype=dtype, t=96, alpha=per_token(96), beta=per_token(96, seed=6))
+    expected, there = case.dense(), on_gpu(case)
 
     naive_hidden, naive_weight = there.leaves()
     x = (naive_hidden @ naive_weight.t()).float()
@@ -299,7 +275,7 @@ def _moved(stored: Sparse) -> Sparse:
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize(("tail", "kind"), TAIL_KINDS)
 def test_fused_with_a_stored_teacher(kernels, tail, kind, head):
-    case = _case(kind=kind, dtype=torch.float32)
+    case = case_of(kind=kind, dtype=torch.float32)
     stored = _stored(case, tail)
     hidden, weight = (leaf.detach().double().requires_grad_() for leaf in case.leaves())
     x = hidden @ weight.t()
@@ -310,7 +286,7 @@ def test_fused_with_a_stored_teacher(kernels, tail, kind, head):
     total = 0.7 * kd + 0.3 * reference.cross_entropy(x, case.labels, valid_vocab_size=VALID)
     total.backward(case.upstream.double())
 
-    there = _on_gpu(case)
+    there = on_gpu(case)
     there.teacher_hidden = there.teacher_weight = None
     teacher = _moved(stored)
     leaves = there.leaves(head != "frozen")
@@ -375,11 +351,11 @@ def _gpu_step(options, head, kernels, dtype=torch.bfloat16):
     """A function that runs the step, and its leaves; everything is on the device already."""
     options = dict(options)
     tail = options.pop("tail", None)
-    case = _case(dtype=dtype, **options)
+    case = case_of(dtype=dtype, **options)
     if tail is not None:
         stored = _stored(case, tail)
         case.teacher_hidden = case.teacher_weight = None
-    there = _on_gpu(case)
+    there = on_gpu(case)
     if tail is not None:
         there.options["target"] = _moved(stored)
     leaves = there.leaves(head != "frozen")
@@ -387,67 +363,11 @@ def _gpu_step(options, head, kernels, dtype=torch.bfloat16):
     return (lambda: _step(there, leaves, **options)), leaves
 
 
-def _changed_step(case: FusedCase, change: str, head: str, kernels):
-    """The changes, what computes losses and gradients on the device, and a rank's part of them."""
-    changed = ChangedHead.make(case, change, ids=range(0, V, 7), scale=0.1)
-    there = _on_gpu(case)
-    own = _on_gpu_changes(changed)
-    hidden, weight = there.leaves(head_trains=False)
-    leaves = {"hidden": hidden, **own.leaves}
-    given = {"chunk_tokens": 8, "kernels": kernels, **own.options, **there.promise(head)}
-
-    def step():
-        loss = there.call(hidden, weight, **given)
-        gradients = torch.autograd.grad(loss.total, list(leaves.values()), there.upstream)
-        return {"total": loss.total.detach(), **dict(zip(leaves, gradients, strict=True))}
-
-    return changed, step
-
-
-def _on_gpu_changes(changed: ChangedHead):
-    moved = {name: None if x is None else x.cuda() for name, x in vars(changed).items()}
-    return ChangedHead(**moved).shard(0, 1, V)
-
-
-@pytest.mark.parametrize("head", ["kept", "promised"])
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("kind", ["forward_kl", "jsd"])
-def test_a_head_with_rows_of_its_own(kernels, kind, change, head):
-    case = _case(kind=kind, dtype=torch.float32)
-    changed, step = _changed_step(case, change, head, kernels)
-    dense = changed.applied(case).dense()
-    expected = {"total": dense["total"], "hidden": dense["hidden"]}
-    expected |= changed.gradients(dense["weight"])
-    for name, found in step().items():
-        assert_close(found.cpu(), expected[name], name, 1e-5)
-
-
-@pytest.mark.parametrize("head", ["kept", "promised"])
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_head_with_rows_of_its_own_waits_for_nothing(kernels, change, head):
-    _, step = _changed_step(_case(dtype=torch.bfloat16), change, head, kernels)
-    step()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        results = step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert all(result.isfinite().all() for result in results.values())
-
-
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("options", STEPS)
 def test_nothing_waits_for_the_device(kernels, options, head):
     step, _ = _gpu_step(options, head, kernels)
-    step()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        results = step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert all(result.isfinite().all() for result in results)
+    assert_waits_for_nothing(step)
 
 
 @pytest.mark.parametrize("head", HEADS)
