@@ -23,7 +23,13 @@ from megatron_moe_inject.convert.arguments import (
 )
 from megatron_moe_inject.convert.folder_model import FolderModel
 from megatron_moe_inject.convert.hf_folder import HfFolder
-from megatron_moe_inject.convert.naming import Naming, Stored, as_hybrid, pieces_of
+from megatron_moe_inject.convert.naming import (
+    Naming,
+    Stored,
+    as_hybrid,
+    extra_states,
+    pieces_of,
+)
 from megatron_moe_inject.convert.tokenizer import check_own_tokenizer
 from megatron_moe_inject.host.errors import fail
 from megatron_moe_inject.host.files import new_folder, require_room
@@ -110,7 +116,7 @@ def import_folder(
                     part_value = value[part_rows] if entry.pieces else value
                     size = (*where.axes, *part_value.shape)
                     writer.tensor(piece.names, size, where.place, part_value)
-            writer.nothing(_extra_states(naming, stored))
+            writer.nothing(extra_states(naming, stored))
             writer.finish({"args": arguments, "checkpoint_version": 3.0, "iteration": 0})
         (part / "latest_checkpointed_iteration.txt").write_text("release")
         arrays = {"MODEL": flags, **({"TOKENIZER": tokenizer} if tokenizer else {})}
@@ -169,12 +175,6 @@ def _type(model: FolderModel, entry: Entry, chosen: torch.dtype | None) -> torch
     if entry.dtype is not None:
         return getattr(torch, entry.dtype)
     return chosen or model.dtype(entry)
-
-
-def _extra_states(naming: Naming, stored: Iterable[Stored]) -> Iterable[str]:
-    yield from dict.fromkeys(name for where in stored for name in where.extra_states())
-    if naming.pattern is not None:
-        yield "output_layer._extra_state/shard_0_1"
 
 
 def _tokenizer_flags(folder: HfFolder) -> dict[str, Any]:

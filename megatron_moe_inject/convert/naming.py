@@ -10,7 +10,7 @@ Engine has a class for asks for an ``_extra_state``, as Megatron's own linear la
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -118,6 +118,13 @@ class Naming:
             layer = int(not block[2].startswith(_ATTENTION))
             return f"{block[1]}.mtp_model_layer.layers.{layer}.{block[2]}"
         return to_hybrid(name, (), self.pattern)[0]
+
+
+def extra_states(naming: Naming, stored: Iterable[Stored]) -> Iterator[str]:
+    """Every ``_extra_state`` that a model of these slices asks for."""
+    yield from dict.fromkeys(name for where in stored for name in where.extra_states())
+    if naming.pattern is not None:
+        yield "output_layer._extra_state/shard_0_1"
 
 
 def naming_of(flags: Mapping[str, Any], stacked: bool) -> Naming:

@@ -5,16 +5,19 @@ which tensor. Parts are written as they come, at most ``_CHUNK_BYTES`` each, so 
 grow with the model and a rank that loads some rows of a tensor reads little more than those.
 
 A tensor can have several names, which share its bytes: layers of Transformer Engine and Megatron's
-own ask for the same norm under two (``host.norm_names``). Objects without content are stored once,
-whatever their number. The common state is stored as each Megatron reads it: 0.18 takes it from
-``common.pt``, later ones from an object among the tensors, where they find no such file.
+own ask for the same norm under two (``host.norm_names``). So can slices that are the same. Objects
+without content are stored once, whatever their number. The common state is stored as each Megatron
+reads it: 0.18 takes it from ``common.pt``, later ones from an object among the tensors, where they
+find no such file.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
+import operator
 import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -87,6 +90,7 @@ class CheckpointWriter:
         size: Sequence[int],
         place: Sequence[int],
         value: torch.Tensor,
+        also: Sequence[Sequence[int]] = (),
     ) -> None:
         """Write one slice of a stored tensor.
 
@@ -96,15 +100,17 @@ class CheckpointWriter:
             place: where the slice begins in it, indices of its leading axes; 0 on the others.
             value: the slice, ``[*size]`` but for axes that it takes a part of; leading axes of size
                 1 may be left out.
+            also: other places of the same bytes, which are stored once.
 
         Raises:
             OSError: the disk is full, say.
         """
         size = tuple(size)
         value = value.detach().reshape((1,) * (len(size) - value.dim()) + tuple(value.shape))
-        begin = (*place, *(0 for _ in range(len(size) - len(place))))
-        inside = all(b + n <= s for b, n, s in zip(begin, value.shape, size, strict=True))
-        assert inside, (names, size, begin, tuple(value.shape))
+        begins = [(*at, *(0 for _ in range(len(size) - len(at)))) for at in (place, *also)]
+        for begin in begins:
+            inside = all(b + n <= s for b, n, s in zip(begin, value.shape, size, strict=True))
+            assert inside, (names, size, begin, tuple(value.shape))
         for name in names:
             stored = self._state.get(name)
             if stored is None:
@@ -113,14 +119,15 @@ class CheckpointWriter:
                 self._state[name] = stored
             assert isinstance(stored, TensorStorageMetadata), name
             assert (tuple(stored.size), stored.properties.dtype) == (size, value.dtype), name
-            self._filled[name] = self._filled.get(name, 0) + value.numel()
-        for offset, part in _parts(value, begin, self._chunk_bytes):
+            self._filled[name] = self._filled.get(name, 0) + value.numel() * len(begins)
+        for inner, part in _parts(value, self._chunk_bytes):
             info = self._put(part.clone(memory_format=torch.contiguous_format))
-            for name in names:
+            for name, begin in itertools.product(names, begins):
+                offset = torch.Size(map(operator.add, begin, inner))
                 stored = self._state[name]
                 assert isinstance(stored, TensorStorageMetadata)
-                stored.chunks.append(ChunkStorageMetadata(torch.Size(offset), part.shape))
-                index = MetadataIndex(name, torch.Size(offset))
+                stored.chunks.append(ChunkStorageMetadata(offset, part.shape))
+                index = MetadataIndex(name, offset)
                 assert index not in self._storage, f"{name} is written twice at {offset}"
                 self._storage[index] = info
 
@@ -176,10 +183,9 @@ class CheckpointWriter:
         return info
 
 
-def _parts(
-    value: torch.Tensor, begin: tuple[int, ...], most: int
-) -> Iterable[tuple[tuple[int, ...], torch.Tensor]]:
-    """Parts of a slice along its first axis longer than 1, each with where it begins."""
+def _parts(value: torch.Tensor, most: int) -> Iterable[tuple[tuple[int, ...], torch.Tensor]]:
+    """Parts of a slice along its first axis longer than 1, each with where it begins in it."""
+    begin = (0,) * value.dim()
     axis = next((axis for axis, n in enumerate(value.shape) if n > 1), None)
     if axis is None or value.nbytes <= most:
         yield begin, value
@@ -187,7 +193,7 @@ def _parts(
     rows = max(1, most // (value.nbytes // value.shape[axis]))
     for start in range(0, value.shape[axis], rows):
         part = value.narrow(axis, start, min(rows, value.shape[axis] - start))
-        yield (*begin[:axis], begin[axis] + start, *begin[axis + 1 :]), part
+        yield (*begin[:axis], start, *begin[axis + 1 :]), part
 
 
 def _saved(value: Any) -> bytes:

@@ -79,6 +79,22 @@ def test_second_names_take_no_room(tmp_path):
     assert by_name[states[0]] == by_name[states[1]]
 
 
+@pytest.mark.parametrize("chunk_bytes", [1 << 20, 40])
+def test_slices_that_are_the_same_take_no_room(tmp_path, chunk_bytes):
+    value = random(6, 4)
+    with CheckpointWriter(tmp_path / "release", chunk_bytes=chunk_bytes) as writer:
+        writer.tensor(["a", "b"], (2, 3, 6, 4), (1, 0), value, also=[(0, 2), (1, 1)])
+        for place in ((0, 0), (0, 1), (1, 2)):
+            writer.tensor(["a", "b"], (2, 3, 6, 4), place, torch.zeros(6, 4))
+        writer.finish(COMMON)
+    assert value.nbytes * 4 <= writer.bytes < value.nbytes * 4 + 60_000
+    checkpoint = CheckpointPlace("--load", tmp_path / "release").open()
+    for name in "ab":
+        found = whole(checkpoint, name)
+        assert all(torch.equal(found[at], value) for at in ((1, 0), (0, 2), (1, 1))), name
+        assert all(not found[at].any() for at in ((0, 0), (0, 1), (1, 2))), name
+
+
 def test_megatron_reads_it(tmp_path):
     model = write(tmp_path / "release", file_bytes=3000, chunk_bytes=40)
     words = [sys.executable, "-c", BY_MEGATRON, str(tmp_path / "release"), str(tmp_path / "read")]
