@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Moves a small code model's knowledge into a few experts of an English mixture-of-experts model, with
-# real Megatron-Core on two gloo processes. No GPU; 2 CPU cores; 5 to 14 minutes from nothing.
+# Moves a small code model's knowledge into an English mixture-of-experts model, by adapters on a few of
+# its experts, with real Megatron-Core on two gloo processes. No GPU; 2 CPU cores; 5 to 14 minutes from nothing.
 #
 #   bash examples/quickstart.sh                   from the two models that this repository ships
 #   bash examples/quickstart.sh --from-scratch    pretrains them first, about half an hour more
@@ -41,7 +41,7 @@ case "${1:-}" in
   *) echo "usage: bash examples/quickstart.sh [--from-scratch]" >&2; exit 2 ;;
 esac
 
-rm -rf "$data" "$out"/{student,teacher,injected,tensorboard} "$out"/{profile.json,routing.png,experts.yaml}
+rm -rf "$data" "$out"/{student,teacher,injected,merged,tensorboard} "$out"/{profile.json,routing.png,experts.yaml}
 say "cutting English and code from the text that ships with Python"
 logged "$out/corpora.log" "$PYTHON" "$HERE/corpora.py" "$data"
 
@@ -112,8 +112,12 @@ logged "$out/inject.log" megatron "${STUDENT[@]}" "${BOTH[@]}" "${TRAINING[@]}" 
   --save "$out/injected" --save-interval "$steps" --tensorboard-dir "$out/tensorboard"
 kill "$watcher"
 
-say "evaluating the student after injection"
-evaluate after "$out/injected" --expert-model-parallel-size 2 "${STUDENT[@]}"
+say "merging the adapters into a checkpoint that stock Megatron reads"
+rm -rf "$out/merged"
+"$PYTHON" -m megatron_moe_inject.cli merge-adapters --trained "$out/injected" --output "$out/merged"
+
+say "evaluating it"
+evaluate after "$out/merged" --expert-model-parallel-size 2 "${STUDENT[@]}"
 
 "$PYTHON" "$HERE/report.py" "$out"
 say "done; log of every step, checkpoints and curves: $out"

@@ -3,7 +3,7 @@
     python report.py FOLDER        a finished run of quickstart.sh
 
 The numbers come from what Megatron printed (losses per token, held-out text whole) and the sizes in
-the corpora's manifest; what changed is counted by comparing the checkpoints before and after.
+the corpora's manifest; what trained is counted by comparing the checkpoints before and after.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ COLOURS = {"before": "#8c8c8c", "after": "#cc79a7", "teacher": "#e69f00"}
 
 @dataclass(frozen=True)
 class Changes:
-    """How many of a checkpoint's parameters differ from those of another, bit for bit."""
+    """How many parameters a checkpoint holds that another lacks, or that differ bit for bit."""
 
     changed: int
     total: int
@@ -48,13 +48,19 @@ def read_weights(folder: Path) -> dict:
 
 
 def compare(before: dict, after: dict) -> Changes:
-    """Counts elements that differ. ValueError if the checkpoints hold different tensors."""
-    if {k: v.shape for k, v in before.items()} != {k: v.shape for k, v in after.items()}:
+    """Counts elements that differ, and those of adapters, which stand beside the weights.
+
+    ValueError if the checkpoints hold different tensors otherwise.
+    """
+    added = {name: value.numel() for name, value in after.items() if name not in before}
+    if any(".inject_adapter." not in name for name in added) or {
+        name: value.shape for name, value in before.items()
+    } != {name: value.shape for name, value in after.items() if name not in added}:
         raise ValueError("the checkpoints before and after are not of the same model")
-    changed = {name: int((after[name] != value).sum()) for name, value in before.items()}
+    changed = {name: int((after[name] != value).sum()) for name, value in before.items()} | added
     return Changes(
         sum(changed.values()),
-        sum(value.numel() for value in before.values()),
+        sum(value.numel() for value in before.values()) + sum(added.values()),
         tuple(name for name, count in changed.items() if count),
     )
 

@@ -152,8 +152,11 @@ def test_changes_are_counted_by_element():
     before = {"a": torch.zeros(2, 3), "b": torch.ones(4)}
     after = {"a": torch.tensor([[0.0, 1, 0], [0, 0, 2]]), "b": torch.ones(4)}
     assert report.compare(before, after) == report.Changes(2, 10, ("a",))
-    with pytest.raises(ValueError, match="same model"):
-        report.compare(before, {"a": torch.zeros(2, 3)})
+    adapted = after | {"x.inject_adapter.a.0.0": torch.zeros(5)}
+    assert report.compare(before, adapted) == report.Changes(7, 15, ("a", "x.inject_adapter.a.0.0"))
+    for other in ({"a": torch.zeros(2, 3)}, after | {"c": torch.zeros(5)}):
+        with pytest.raises(ValueError, match="same model"):
+            report.compare(before, other)
 
 
 def test_recipe_file_is_valid_and_chooses_by_the_profile_that_the_quickstart_writes():
