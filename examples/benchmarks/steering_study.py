@@ -31,7 +31,7 @@ QUICKSTART = HERE.parent / "quickstart"
 sys.path.insert(0, str(QUICKSTART))
 
 import figures  # noqa: E402
-from runner import flags, megatron  # noqa: E402
+from runner import WHOLE_EXPERTS, flags, megatron  # noqa: E402
 
 GENTLE = ("steering.coeff=0.01",)
 RETAINED = (*GENTLE, "steering.retention=1.0")
@@ -94,6 +94,7 @@ def run_arm(folder: Path, work: Path, arm: str, seed: int, steps: int) -> dict:
         f"teachers.coder.source=megatron:{folder}/teacher",
         f"domains[0].experts.profile={folder}/profile.json",
         *("steering.report=true", f"steering.detail_every={steps}"),
+        *WHOLE_EXPERTS,
         *ARMS[arm],
     ]
     megatron(

@@ -17,6 +17,13 @@ QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
 }
+WHOLE_EXPERTS = (
+    "train.experts=selected",
+    "train.adapters=[]",
+    "train.embedding=false",
+    "train.output_layer=false",
+)
+"""For ``--inject-set``: the chosen experts train whole, instead of what the quickstart trains."""
 
 
 def flags(*names: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""The quickstart's injection on a GPU in fp32, bf16 and FP8: the same curves, the same gain?
+"""The quickstart into whole experts, in six precisions on a GPU: the same curves, the same gain?
 
     bash examples/quickstart.sh       first, anywhere: student, teacher, data and profile
     python examples/benchmarks/gpu/precision_curves.py runs/quickstart [--json FILE] [--plot FILE]
@@ -24,7 +24,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parents[1] / "quickstart")]
 
-from runner import flags  # noqa: E402
+from runner import WHOLE_EXPERTS, flags  # noqa: E402
 
 from megatron_moe_inject.evaluation.evaluation_file import read_list  # noqa: E402
 
@@ -50,6 +50,7 @@ def start(arm: str, folder: Path, work: Path, steps: int) -> subprocess.Popen:
         f"teachers.coder.source=megatron:{folder}/teacher",
         f"domains[0].experts.profile={folder}/profile.json",
         f"evaluation.file={work}/evaluation.jsonl",
+        *WHOLE_EXPERTS,
         *fields,
     ]
     command = [
