@@ -91,18 +91,24 @@ ARMS = (
     Arm("10 of 32 experts, KD + mixing + gamma", "quarter", **HELD),
     Arm("... + three times the learning rate", "quarter", rate=3e-3, **HELD),
 )
-LOW_RANK = {"targets": ["experts", "attention"], "experts": "all"}
 
 
-def adapted(name: str, rank: int, **more) -> Arm:
-    """An arm with adapters of the usual scale and rate on all experts and attention."""
-    return Arm(name, "none", adapters=({**LOW_RANK, "rank": rank},), **{**HELD, **more})
+def adapted(name: str, rank: int, experts: str = "none", **more) -> Arm:
+    """An arm with adapters of the usual scale and rate on attention and all experts, or those that
+    ``experts`` names."""
+    low_rank = {
+        "targets": ["experts", "attention"],
+        "experts": "all" if experts == "none" else "selected",
+        "rank": rank,
+    }
+    return Arm(name, experts, adapters=(low_rank,), **{**HELD, **more})
 
 
 ARMS += (
     adapted("adapters of rank 11 + embedding", 11, embedding=True),
     adapted("adapters of rank 6 + 20 % of the rows", 6, rows=0.2),
     adapted("adapters of rank 11", 11),
+    adapted("adapters of rank 22 on chosen experts + embedding", 22, "chosen", embedding=True),
 )
 BY_NAME = {arm.name: arm for arm in ARMS}
 UNTOUCHED = "untouched"
