@@ -35,7 +35,7 @@ from megatron_moe_inject.recipe.run_kinds import INJECTION
 from megatron_moe_inject.recipe.schema import Recipe
 from megatron_moe_inject.recipe.uses import RECIPE
 from megatron_moe_inject.retention.uses import EXPERT_RETENTION, L2, ORIGINALS
-from megatron_moe_inject.routing.uses import ROUTER_ROWS, STEERING
+from megatron_moe_inject.routing.uses import DOOR, ROUTER_ROWS, STEERING
 from megatron_moe_inject.teachers.uses import DATA_FILES, IMITATION, MEGATRON, WRITER
 
 _TRAINING = "megatron.training.training"
@@ -92,7 +92,7 @@ EVERYTHING = (
     HYBRID_STUDENT,
     *(TRAIN, HYBRID_TRAIN, GROUPED, FROZEN_FP8),
     *(ADAPTERS, GROUPED_ADAPTERS, VOCABULARY_ROWS),
-    *(ROUTING_WATCH, STEERING, ROUTER_ROWS),
+    *(ROUTING_WATCH, STEERING, ROUTER_ROWS, DOOR),
     *(ORIGINALS, EXPERT_RETENTION, L2),
     *(DATA_FILES, MEGATRON, IMITATION),
     *(PLACES, WRITER),

@@ -19,6 +19,7 @@ from megatron_moe_inject.host.files import new_folder
 from megatron_moe_inject.host.gpt_names import Place, stacked_axes
 from megatron_moe_inject.host.low_rank import Product, Rounding, by_component, merged, rows_put_in
 from megatron_moe_inject.host.model_parts import OWN_PREFIX, is_own
+from megatron_moe_inject.host.open_door import refuse_half_open
 from megatron_moe_inject.host.stored_adapters import StoredAdapters
 from megatron_moe_inject.host.torch_dist_copy import Change, Progress, saved_copy
 
@@ -49,6 +50,7 @@ def merge_adapters(trained: CheckpointPlace, output: Path, progress: Progress) -
     """
     must_not_exist(output)
     checkpoint = trained.open()
+    refuse_half_open(checkpoint.common.get("args"), trained.error)
     adapters = StoredAdapters.of(checkpoint)
     if adapters is None:
         raise trained.error(

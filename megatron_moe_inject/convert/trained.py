@@ -28,6 +28,7 @@ from megatron_moe_inject.host.layer_pattern import LayerPattern
 from megatron_moe_inject.host.low_rank import Rounding, merge, rounded
 from megatron_moe_inject.host.model_parts import is_own
 from megatron_moe_inject.host.norm_names import stored_name
+from megatron_moe_inject.host.open_door import refuse_half_open
 from megatron_moe_inject.host.stored_adapters import refuse_adapters
 from megatron_moe_inject.host.torch_dist import Piece, TorchDistCheckpoint
 
@@ -56,6 +57,7 @@ class TrainedCheckpoint:
     ) -> None:
         if not adapters_apart:
             refuse_adapters(checkpoint.tensors, checkpoint.source.error)
+        refuse_half_open(checkpoint.common.get("args"), checkpoint.source.error)
         self._checkpoint = checkpoint
         self._names = {name for name in checkpoint.tensors if not is_own(name)}
         by_layer = any(map(numbers_layers, self._names))

@@ -15,3 +15,7 @@ class Beside:
 
     def __init__(self, off: Callable[[], AbstractContextManager[None]]) -> None:
         self.off = off
+
+
+class Door(Beside):
+    """The door of a model's new experts; without it they are as open as when the run began."""

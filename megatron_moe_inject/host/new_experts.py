@@ -8,6 +8,7 @@ ones move; the card says where to.
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -75,6 +76,14 @@ class NewExperts:
         """Ids of the new experts, which are the same in every layer."""
         return sorted(set(range(self.experts)) - set(self.moved))
 
+    def among(self, chosen: Mapping[int, Sequence[int]]) -> dict[int, list[int]]:
+        """Which of some experts are new, by layer; layers without one are left out."""
+        found = {
+            layer: [expert for expert in ids if expert in chosen.get(layer, ())]
+            for layer, ids in self.new.items()
+        }
+        return {layer: ids for layer, ids in found.items() if ids}
+
     def in_layers_of(self, pattern: LayerPattern | None) -> NewExperts:
         """The card in the layer numbers of another run of the same weights.
 
@@ -131,6 +140,12 @@ def card_in(stored: Namespace | None, where: str) -> NewExperts | None:
         return typed.build(NewExperts, plain)
     except RecipeError as error:
         raise RecipeError(f"{where} has a card of new experts that cannot be: {error}") from None
+
+
+def card_of_run(args: Namespace) -> NewExperts | None:
+    """``loaded_card``; ``None`` also where the run names no checkpoint."""
+    named = args.load or getattr(args, "pretrained_checkpoint", None)
+    return loaded_card(args) if named else None
 
 
 def loaded_card(args: Namespace) -> NewExperts | None:

@@ -18,6 +18,7 @@ FEATURES: Registry[Feature] = Registry(
         "validation_sets": "megatron_moe_inject.data.feature:SeveralValidationSets",
         "beginning": "megatron_moe_inject.recipe.beginning:BeginningFeature",
         "new_experts": "megatron_moe_inject.experts.grow.feature:NewExpertsFeature",
+        "door": "megatron_moe_inject.routing.door_feature:DoorFeature",
         "mixing": "megatron_moe_inject.data.feature:Mixing",
         "train": "megatron_moe_inject.experts.train.feature:Freezing",
         "adapters": "megatron_moe_inject.adapters.feature:AdaptersFeature",

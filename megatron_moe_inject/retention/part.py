@@ -9,7 +9,7 @@ from typing import Any
 from megatron_moe_inject.data.packed import check_packed, packing_flag
 from megatron_moe_inject.host import compat
 from megatron_moe_inject.host.agreement import host_twin
-from megatron_moe_inject.host.beside import Beside
+from megatron_moe_inject.host.beside import Beside, Door
 from megatron_moe_inject.host.loss_seam import LossSeam
 from megatron_moe_inject.host.model_parts import BESIDE
 from megatron_moe_inject.host.original_values import OriginalValues
@@ -76,7 +76,7 @@ class OriginalsPart(RunPart):
         apart = ("projections", *BESIDE)
         trains = {name: what for name, what in args.inject_policy.items() if name not in apart}
         on_host = run.recipe[RETENTION].originals == "host"
-        beside = [part for part in (run.get(Beside),) if part is not None]
+        beside = [part for part in (run.get(Beside), run.get(Door)) if part is not None]
         originals = OriginalParameters(
             student.chunks, trains, self._components, on_host=on_host, beside=beside
         )

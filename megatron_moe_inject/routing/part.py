@@ -15,6 +15,7 @@ from megatron_moe_inject.host.model_parts import (
     decoder_layers,
     routers,
 )
+from megatron_moe_inject.host.new_experts import card_of_run
 from megatron_moe_inject.host.original_values import OriginalValues
 from megatron_moe_inject.host.routing_watch import (
     RoutingWatch,
@@ -113,6 +114,9 @@ class SteeringPart(RunPart):
         self._running: RunningConfidence | None = None
         self._targets: dict[int, torch.Tensor] = {}
         facts = run.facts
+        card = card_of_run(run.args)
+        trained = {} if card is None else card.among(run.recipe.experts_by_layer())
+        self._new = {layer: self._these(ids) for layer, ids in trained.items()}
         for index, domain in enumerate(run.recipe.domains):
             for layer, ids in domain.experts.layers.items():
                 if layer in self._spec.layers or not self._spec.layers:
@@ -122,10 +126,20 @@ class SteeringPart(RunPart):
             for layer in facts.moe_layers:
                 self._targets.setdefault(layer, self._no_targets())
 
+    def _these(self, ids: Sequence[int]) -> torch.Tensor:
+        """Bool ``[E]``."""
+        these = torch.zeros(self._experts, dtype=torch.bool)
+        these[list(ids)] = True
+        return these
+
     def _no_targets(self) -> torch.Tensor:
+        return torch.zeros(len(self._recipe.domains) + 1, self._experts, dtype=torch.bool)
+
+    @property
+    def _experts(self) -> int:
         experts = self._run.facts.num_moe_experts
         assert experts is not None, "a dense student has neither targets nor MoE layers"
-        return torch.zeros(len(self._recipe.domains) + 1, experts, dtype=torch.bool)
+        return experts
 
     def prepare(self) -> None:
         """Let running means of confidence begin, or go on from the checkpoint that is loaded; they
@@ -190,6 +204,7 @@ class SteeringPart(RunPart):
                 original=run.need(OriginalValues).of if spec.retains else None,
                 stock_balance=spec.stock_balance == "all",
                 bias_counts=spec.bias_counts,
+                new=self._new,
                 weighs={
                     i: domain.name
                     for i, domain in enumerate(self._recipe.domains)

@@ -1,4 +1,4 @@
-"""The part of a recipe that steers tokens to experts, and what weighs tokens in it."""
+"""The parts of a recipe that steer tokens to experts and open the door of new ones."""
 
 from __future__ import annotations
 
@@ -10,6 +10,25 @@ from megatron_moe_inject.recipe.section import Section
 
 STOCK_BALANCES = ("general", "all")
 STEERING_CONFIDENCES = ("none", "label", "top")
+
+
+@dataclass
+class Routing:
+    """What routers do beyond what is stored of them.
+
+    Attributes:
+        open: how far the door of the new experts that the domains chose is open: a schedule that
+            ends at 1, as in ``{points: {0: 0.0, 100: 1.0}}``, or 1 for at once. It multiplies their
+            unnormalised probability where a router chooses and weighs; experts that a bias closed
+            lose that bias. None = routers are as they are stored.
+    """
+
+    open: float | Schedule | None = None
+
+
+ROUTING: Section[Routing] = Section(
+    "routing", Routing, Routing, "How new experts are opened, see Routing."
+)
 
 
 @dataclass

@@ -53,6 +53,8 @@ from megatron_moe_inject.routing.losses import (
 from megatron_moe_inject.routing.rows import original_weight
 from megatron_moe_inject.routing.uses import STEERED_GATING, STEERED_ROUTING
 
+_NEVER = -1e4
+"""A logit without probability."""
 TERMS = STEERING, WITHIN, RETENTION = "steering loss", "target balance loss", "router retention"
 
 
@@ -73,6 +75,7 @@ class _SteeredRouter(Passages):
         router: Megatron's.
         targets: bool ``[D + 1, E]``: targets by domain index plus one, none of general data.
         balance: keeps its stock losses to general samples; ``None`` leaves them.
+        new: bool ``[E]``, experts that the original router knows nothing of; ``None`` of none.
 
     Attributes:
         original_logits: of the pass that is under way, with retention.
@@ -85,6 +88,7 @@ class _SteeredRouter(Passages):
         router: MegatronModule,
         targets: torch.Tensor,
         balance: GeneralBalance | None,
+        new: torch.Tensor | None,
     ) -> None:
         super().__init__(clock)
         self.router = router
@@ -92,6 +96,7 @@ class _SteeredRouter(Passages):
         self.has_targets = targets.any(1).cpu()
         self.on_device = targets.any(1)
         self.balance = balance
+        self.new = new
         self.original_logits: torch.Tensor | None = None
         self.per_token: dict[str, torch.Tensor] = {}
 
@@ -108,6 +113,8 @@ class SteeringHook:
         original: gives the original value of a parameter; ``None`` without retention.
         stock_balance: leave Megatron's balance losses and bias counts as they are.
         bias_counts: weight of a domain token in the counts for the expert bias.
+        new: by layer, bool ``[E]``: new experts that the domains chose. Retention is to the
+            original router without them, so that general tokens are kept off them.
         weighs: names of the domains whose tokens are weighed by their teachers' confidence, by
             index; all others weigh nothing where there are any.
         by_token: weigh some of them by ``confidences`` of ``begin``.
@@ -128,11 +135,13 @@ class SteeringHook:
         original: Callable[[torch.Tensor], torch.Tensor] | None,
         stock_balance: bool,
         bias_counts: float,
+        new: Mapping[int, torch.Tensor] | None = None,
         weighs: Mapping[int, str] | None = None,
         by_token: bool = False,
         packed: bool = False,
     ) -> None:
         self._weighs = weighs or {}
+        self._new = new or {}
         self._by_token = by_token
         self._config = chunks[0].config
         self.device = next(chunks[0].parameters()).device
@@ -156,21 +165,24 @@ class SteeringHook:
             self._clocks.append(clock)
             for layer, router in routers(chunk):
                 if layer in targets:
-                    self._watch(clock, router, targets[layer], not stock_balance, bias_counts)
+                    self._watch(clock, router, layer, targets[layer], stock_balance, bias_counts)
 
     def _watch(
         self,
         clock: ChunkClock,
         router: MegatronModule,
+        layer: int,
         targets: torch.Tensor,
-        exclude: bool,
+        stock_balance: bool,
         bias_counts: float,
     ) -> None:
+        new, apart = self._new.get(layer), not stock_balance and targets.any()
         steered = _SteeredRouter(
             clock,
             router,
             targets.to(self.device),
-            GeneralBalance(router, bias_counts) if exclude and targets.any() else None,
+            GeneralBalance(router, bias_counts) if apart else None,
+            None if new is None else new.to(self.device),
         )
         if self._original is not None:
             gating = functools.partial(self._gating, steered, self._original)
@@ -316,6 +328,8 @@ class SteeringHook:
                     None if bias is None else original(bias),
                     logits.dtype,
                 )
+                if steered.new is not None:
+                    steered.original_logits.masked_fill_(steered.new, _NEVER)
         return logits
 
     def _routing(self, steered: _SteeredRouter, call: Call) -> tuple[torch.Tensor, torch.Tensor]:

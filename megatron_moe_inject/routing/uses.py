@@ -6,6 +6,21 @@ from megatron_moe_inject.host.uses import ROUTER
 _LOSS = ("probs", "scores_for_aux_loss", "routing_map")
 _GENERAL_ONLY = "leaves tokens of domains out"
 
+DOOR_ROUTING = Wrapped(
+    f"{ROUTER}.routing", ("logits",), does="with routing.open: keeps new experts back"
+)
+DOOR = Contract(
+    "routing.open",
+    (
+        DOOR_ROUTING,
+        Hooked(ROUTER, kind="load_state_dict post-hook", does="takes away what closed new experts"),
+        Use(
+            ROUTER,
+            attributes=("bias", "config", "expert_bias", "local_tokens_per_expert", "weight"),
+        ),
+    ),
+)
+
 STEERED_GATING = Wrapped(
     f"{ROUTER}.gating", ("input",), does="with steering.retention: the original router's logits"
 )

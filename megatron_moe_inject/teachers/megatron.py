@@ -31,6 +31,7 @@ from megatron_moe_inject.host.hybrid_seam import takes_output_processor
 from megatron_moe_inject.host.layer_pattern import pattern_of
 from megatron_moe_inject.host.megatron_types import Chunk, MegatronModule
 from megatron_moe_inject.host.norm_names import other_name, stored_name
+from megatron_moe_inject.host.open_door import refuse_half_open
 from megatron_moe_inject.host.rng import untouched_rng
 from megatron_moe_inject.host.stored_adapters import refuse_adapters
 from megatron_moe_inject.host.torch_dist import Piece, TorchDistCheckpoint, iteration_folder
@@ -203,6 +204,7 @@ def _opened(source: Source) -> TorchDistCheckpoint:
     """The checkpoint; RecipeError where adapters beside its weights would be left out."""
     checkpoint = TorchDistCheckpoint.open(source)
     refuse_adapters(checkpoint.tensors, source.error)
+    refuse_half_open(checkpoint.common.get("args"), source.error)
     return checkpoint
 
 

@@ -50,6 +50,7 @@ from megatron_moe_inject.host.files import new_folder
 from megatron_moe_inject.host.gpt_names import stacked_axes
 from megatron_moe_inject.host.low_rank import Rounding
 from megatron_moe_inject.host.new_experts import card_in
+from megatron_moe_inject.host.open_door import refuse_half_open
 from megatron_moe_inject.host.stored_adapters import StoredAdapters, refuse_adapters
 from megatron_moe_inject.host.text import ranges
 from megatron_moe_inject.host.torch_dist import TorchDistCheckpoint
@@ -127,7 +128,10 @@ def export_delta(
     must_not_exist(output)
     opened = base.open()
     refuse_adapters(opened.tensors, base.error)
-    before, after = _of_one_kind(Weights(opened), Weights(trained.open()))
+    opened_after = trained.open()
+    for place, checkpoint in ((base, opened), (trained, opened_after)):
+        refuse_half_open(checkpoint.common.get("args"), place.error)
+    before, after = _of_one_kind(Weights(opened), Weights(opened_after))
     stored = StoredAdapters.of(after.checkpoint)
     before = before.named_like(after.tensors)
     after = after.named_like(before.tensors)
