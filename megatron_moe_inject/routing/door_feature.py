@@ -79,12 +79,15 @@ class DoorFeature(Feature):
         return [uses.DOOR] if recipe[ROUTING].open is not None else []
 
     def foresee(self, recipe: Recipe, facts: StudentFacts, args: Namespace) -> list[str]:
-        """Whether something stands behind it, and whether it opens in time."""
-        from megatron_moe_inject.routing.door_part import late, planned_door
+        """Whether something stands behind it, and whether it opens in time; without it, whether a
+        token will reach new experts."""
+        from megatron_moe_inject.routing.door_part import late, planned_door, unreached
 
         opened = recipe[ROUTING].open
-        if opened is None:
+        if any(domain.experts.undecided for domain in recipe.domains):
             return []
+        if opened is None:
+            return unreached(recipe, args)
         planned_door(recipe, args)
         return late(opened, args)
 

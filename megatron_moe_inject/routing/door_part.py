@@ -133,6 +133,8 @@ def door_part(run: RunContext) -> DoorPart | None:
     stored = _stored(checkpoint, run.args)
     asked = run.recipe[ROUTING].open if run.kind == INJECTION else None
     if asked is None:
+        if run.kind == INJECTION and stored is None:
+            run.warnings += unreached(run.recipe, run.args)
         return None if stored is None else _door_as_stored(run, checkpoint, stored)
     behind = planned_door(run.recipe, run.args)
     card = card_of_run(run.args)
@@ -197,3 +199,27 @@ def _door_as_stored(
     )
     door = NewExpertsDoor(behind, lambda iteration: stored.open, unlock=False)
     return DoorPart(run, door, stored.experts)
+
+
+def unreached(recipe: Recipe, args: Namespace) -> list[str]:
+    """What to say where no token will reach new experts. No collective."""
+    card = card_of_run(args)
+    if card is None or recipe[ROUTING].open is not None:
+        return []
+    if not card.among(recipe.experts_by_layer()):
+        return []
+    train = recipe.train
+    routers = train.router or train.layers or train.patterns
+    rate = getattr(args, "moe_router_bias_update_rate", 0)
+    if card.rows == "closed" and not (routers and rate):
+        return [
+            "new experts were closed by their routers' bias, and no token reaches one until that "
+            "opens: write routing.open; or Megatron moves it while train.router trains and "
+            "--moe-router-bias-update-rate is above 0; or add them with --rows mean"
+        ]
+    if card.rows == "mean" and not (routers or train.router_rows or train.adapters):
+        return [
+            "the routers are frozen, so that no more tokens will choose the new experts than do "
+            "now, which are few: set train.router_rows: true"
+        ]
+    return []

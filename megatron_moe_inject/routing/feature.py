@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from megatron_moe_inject.host.errors import fail
 from megatron_moe_inject.host.labels import GENERAL
+from megatron_moe_inject.host.new_experts import card_of_run
 from megatron_moe_inject.host.text import ranges
 from megatron_moe_inject.host.uses import ROUTING_WATCH
 from megatron_moe_inject.recipe.entries import split_labels
@@ -186,12 +187,13 @@ class SteeringFeature(Feature):
     ) -> list[Contract]:
         """What the log watches, and what steers."""
         steering = recipe[STEERING]
-        parts = [ROUTING_WATCH] if steering.watches else []
+        watches = steering.watches or (args is not None and card_of_run(args) is not None)
+        parts = [ROUTING_WATCH] if watches else []
         return [*parts, uses.STEERING] if steering.steers or steering.retains else parts
 
     def start(self, run: RunContext) -> RunPart | None:
-        """Find targets, and what the checkpoint keeps of confidences."""
-        if not run.recipe[STEERING].watches:
+        """Find targets, new experts, and what the checkpoint keeps of confidences."""
+        if not (run.recipe[STEERING].watches or card_of_run(run.args)):
             return None
         from megatron_moe_inject.routing.part import SteeringPart
 

@@ -115,11 +115,13 @@ class SteeringPart(RunPart):
         self._targets: dict[int, torch.Tensor] = {}
         facts = run.facts
         card = card_of_run(run.args)
+        added = {} if card is None else card.new
         trained = {} if card is None else card.among(run.recipe.experts_by_layer())
+        self._added = {layer: self._these(ids) for layer, ids in added.items()}
         self._new = {layer: self._these(ids) for layer, ids in trained.items()}
         for index, domain in enumerate(run.recipe.domains):
             for layer, ids in domain.experts.layers.items():
-                if layer in self._spec.layers or not self._spec.layers:
+                if self._spec.watches and (layer in self._spec.layers or not self._spec.layers):
                     table = self._targets.setdefault(layer, self._no_targets())
                     table[index + 1, ids] = True
         if self._spec.retains:
@@ -184,7 +186,7 @@ class SteeringPart(RunPart):
         Raises:
             RecipeError: steering would act on nothing.
         """
-        if not self._targets:
+        if not (self._targets or self._added):
             return None
         spec, run, chunks, groups = self._spec, self._run, student.chunks, student.groups
         teachers = run.need(StepTeachers)
@@ -213,12 +215,13 @@ class SteeringPart(RunPart):
                 by_token=by_token,
                 packed=packed,
             )
-        if not any(table.any() for table in self._targets.values()):
+        if not (self._added or any(table.any() for table in self._targets.values())):
             return RoutingStep(hook, None, teachers)
         shares = RoutingShares(
             RoutingWatch(chunks, groups, packed=packed),
             [domain.name for domain in self._recipe.domains],
             self._targets,
+            self._added,
             groups,
             device=student.device,
             drops=chunks[0].config.moe_expert_capacity_factor is not None,

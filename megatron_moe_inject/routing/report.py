@@ -86,10 +86,11 @@ def layer_table(
     targets: Mapping[int, Sequence[int]],
 ) -> list[str]:
     """One line per layer, and what the columns are."""
-    layers = before.provenance.moe_layers
+    layers, new = before.provenance.moe_layers, after.provenance.new_experts or {}
     general = all(GENERAL_CLASS in profile.classes for profile in (before, after))
     names = [domain, *([GENERAL_CLASS] if general else [])]
-    header = ["layer", *(f"{name} {what}" for name in names for what in _columns(targets))]
+    columns = [*_columns(targets), *(["on new"] if new else [])]
+    header = ["layer", *(f"{name} {what}" for name in names for what in columns)]
     rows = [[*header, "unused"]]
     for row, layer in enumerate(layers):
         cells = [str(layer)]
@@ -101,11 +102,16 @@ def layer_table(
                 on = [f"{100 * share[ids].sum():.1f}" if ids else "" for share in shares]
                 cells += [" > ".join(on) if ids else ""]
             cells.append(f"{100 * np.abs(shares[1] - shares[0]).sum() / 2:.1f}")
+            if new:
+                ids = new.get(layer, [])
+                cells.append(" > ".join(f"{100 * share[ids].sum():.1f}" for share in shares))
         cells.append(" > ".join(str(_unused(profile, row)) for profile in (before, after)))
         rows.append(cells)
     notes = ["moved: share of the class's routing choices that went to other experts, %"]
     if targets:
         notes.insert(0, "on targets: share of the class's choices on the marked experts, %")
+    if new:
+        notes.append("on new: share of the class's choices on new experts, %")
     notes.append("unused: experts that no token of any class chose")
     return [*table(rows, right=range(len(rows[0]))), "", *notes]
 

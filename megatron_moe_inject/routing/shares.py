@@ -26,6 +26,8 @@ from megatron_moe_inject.host.routing_watch import (
     RoutingWatch,
 )
 
+NEW_SHARE = "new share"
+"""Share of a class's choices that go to new experts, in the layers that got some."""
 Write = Callable[[Mapping[str, float], int], None]
 """Gets scalars by name and the iteration."""
 
@@ -37,6 +39,7 @@ class RoutingShares:
         watch: the sums.
         domains: names by domain index.
         targets: by global layer, bool ``[C, E]``, none in row 0.
+        new: by global layer, bool ``[E]``: new experts, of which the share of each class is told.
         groups: the student's ``ProcessGroupCollection``.
         drops: also report dropped choices.
         detail_every: steps between details by layer; 0 = never.
@@ -48,6 +51,7 @@ class RoutingShares:
         watch: RoutingWatch,
         domains: Sequence[str],
         targets: Mapping[int, torch.Tensor],
+        new: Mapping[int, torch.Tensor],
         groups: Any,
         *,
         device: torch.device,
@@ -65,10 +69,12 @@ class RoutingShares:
         self._steered = sorted(
             {i - 1 for mask in targets.values() for i in mask.any(1).nonzero().flatten().tolist()}
         )
-        shape = next(iter(targets.values())).shape
-        masks = [targets.get(layer, torch.zeros(shape, dtype=torch.bool)) for layer in watch.layers]
-        empty = torch.zeros(0, *shape, dtype=torch.bool)
-        self._targets = (torch.stack(masks) if masks else empty).transpose(0, 1).to(device)
+        self._classes = ["general", *domains]
+        experts = next(iter([*targets.values(), *new.values()])).shape[-1]
+        of_layers = _stacked(targets, watch.layers, (len(self._classes), experts))
+        self._targets = of_layers.transpose(0, 1).to(device)
+        self._has_new = bool(new)
+        self._new = _stacked(new, watch.layers, (experts,)).to(device)
 
     def begin(self, labels: torch.Tensor, loss_mask: torch.Tensor | None = None) -> None:
         """Watch the step whose micro-batches have these labels, ``[n, b]`` on the host, and this
@@ -92,15 +98,20 @@ class RoutingShares:
         label = (self._labels.flatten() + 1).to(self._device, non_blocking=True)
         by_class.index_add_(1, label, sums)
         values = [self._of_domain(domain, by_class) for domain in self._steered]
-        table = torch.stack([torch.stack(list(v.values())) for v in values])
+        named = {
+            f"{name}/{self._domains[domain]}": pair
+            for domain, of_domain in zip(self._steered, values, strict=True)
+            for name, pair in of_domain.items()
+        }
+        if self._has_new:
+            layers = self._new.any(-1, keepdim=True)
+            for name, chosen in zip(self._classes, by_class[0], strict=True):
+                pair = torch.stack([(chosen * self._new).sum(), (chosen * layers).sum()])
+                named[f"{NEW_SHARE}/{name}"] = pair
+        table = torch.stack(list(named.values()))
         if self._groups.pp.size() > 1:
             dist.all_reduce(table, group=self._groups.pp)
-        named = {
-            f"{name}/{self._domains[domain]}": sum_and_count(*pair)
-            for domain, names, rows in zip(self._steered, values, table, strict=True)
-            for name, pair in zip(names, rows, strict=True)
-        }
-        add_reports(reports, named)
+        add_reports(reports, {n: sum_and_count(*p) for n, p in zip(named, table, strict=True)})
         if iteration is not None and self._detail_every and iteration % self._detail_every == 0:
             self._detail(by_class, iteration)
 
@@ -184,6 +195,15 @@ def layer_shares(sums: torch.Tensor, targets: torch.Tensor, index: int) -> dict[
             float((chosen * targets).sum()), 1.0
         )
     return values
+
+
+def _stacked(
+    masks: Mapping[int, torch.Tensor], layers: Sequence[int], shape: tuple[int, ...]
+) -> torch.Tensor:
+    """Bool ``[L, *shape]`` of a rank's layers, nothing where a layer has no mask."""
+    nothing = torch.zeros(shape, dtype=torch.bool)
+    rows = [masks.get(layer, nothing) for layer in layers]
+    return torch.stack(rows) if rows else nothing.new_zeros(0, *shape)
 
 
 def _share(name: str, values: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Two small Megatron datasets that differ, over a NullTokenizer vocabulary."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,25 @@ def write_corpora(folder: Path, documents: int = 40, length: int = 300) -> list[
             noise = rng.random(length) < 0.1
             tokens[noise] = rng.integers(VOCAB, size=noise.sum())
             builder.add_document(torch.from_numpy(tokens), [length])
+        builder.finalize(f"{prefix}.idx")
+        prefixes.append(str(prefix))
+    return prefixes
+
+
+def write_apart(folder: Path, names: Sequence[str], documents: int = 40) -> list[str]:
+    """Write a data set for each name, of ids of its own; return their prefixes.
+
+    A token alone tells which it is from, so that a student which has learned little can, too.
+    """
+    rng = np.random.default_rng(0)
+    size, length = VOCAB // len(names), 300
+    prefixes = []
+    for number, name in enumerate(names):
+        prefix = folder / name
+        builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+        for _ in range(documents):
+            tokens = (rng.integers(size) + (number + 1) * np.arange(length)) % size
+            builder.add_document(torch.from_numpy(number * size + tokens), [length])
         builder.finalize(f"{prefix}.idx")
         prefixes.append(str(prefix))
     return prefixes

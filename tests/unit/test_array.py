@@ -22,6 +22,7 @@ TESTED_ALONE = {
     "data": "training/test_errors.py",
     "beginning": "unit/recipe/test_beginning.py",
     "new_experts": "training/test_new_experts.py",
+    "door": "training/test_open_experts.py",
     "report": "training/test_report.py",
     "progress": "unit/host/test_progress.py",
     "stages": "training/test_boundary.py",

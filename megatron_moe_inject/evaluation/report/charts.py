@@ -13,7 +13,8 @@ from megatron_moe_inject.recipe.schedule import Schedule, Weight, ever_positive,
 from megatron_moe_inject.recipe.schema import Recipe
 
 SHARES = (
-    "target share", "target gates", "target mass", "general on targets", "dropped on targets"
+    "new share", "new experts open", "target share", "target gates", "target mass",
+    "general on targets", "dropped on targets",
 )  # fmt: skip
 """Terms of Megatron's log that say where tokens go and not what is lost."""
 

@@ -43,6 +43,7 @@ from megatron_moe_inject.host.labels import (
 from megatron_moe_inject.host.model_parts import (
     EXPERTS,
 )
+from megatron_moe_inject.host.new_experts import card_of_run
 from megatron_moe_inject.host.text import (
     memory_text,
 )
@@ -77,6 +78,8 @@ class ProfilePart(RunPart):
         if not facts.moe_layers or facts.num_moe_experts is None:
             raise RecipeError(f"{_FLAG}: the student has no routers (no --num-experts)")
         self._experts = facts.num_moe_experts
+        card = card_of_run(args)
+        self._new_experts = None if card is None else card.new
         self._names = [GENERAL_CLASS, *(domain.name for domain in recipe.domains)]
         self._check_logits()
         self._data = [
@@ -186,6 +189,7 @@ class ProfilePart(RunPart):
             hybrid_layer_pattern=None if self._facts.pattern is None else self._facts.pattern.text,
             parameters=self._parameters,
             expert_parameters=self._expert_parameters,
+            new_experts=self._new_experts,
             router=RouterSettings(
                 num_moe_experts=self._experts,
                 topk=args.moe_router_topk,
@@ -214,6 +218,12 @@ class ProfilePart(RunPart):
         if args.inject_profile_logits is not None:
             beside = f", router logits to {logit_path(self._path)}"
         message = f"routing profile: {counts}, written to {self._path}{beside}"
+        if self._new_experts is not None:
+            layers = provenance.moe_layers
+            shares = [
+                f"{n} {s.share_of(self._new_experts, layers):.2%}" for n, s in classes.items()
+            ]
+            message += f"\nrouting profile: choices that go to new experts: {', '.join(shares)}"
         for name in again:
             message += f"\nrouting profile: {name} was read more than once, so it has no spread"
         return message

@@ -58,7 +58,13 @@ def in_numbers_of(
             )  # fmt: skip
         moe_layers = [one.blocks[block][1] for block in provenance.moe_layers]
         num_layers, text = pattern.num_layers, pattern.text
+    number = dict(zip(provenance.moe_layers, moe_layers, strict=True))
+    new = provenance.new_experts
     numbered = replace(
-        provenance, moe_layers=moe_layers, num_layers=num_layers, hybrid_layer_pattern=text
+        provenance,
+        moe_layers=moe_layers,
+        num_layers=num_layers,
+        hybrid_layer_pattern=text,
+        new_experts=None if new is None else {number[layer]: ids for layer, ids in new.items()},
     )
     return replace(profile, provenance=numbered)

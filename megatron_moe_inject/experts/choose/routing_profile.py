@@ -13,7 +13,7 @@ Shapes: L MoE layers, E experts, k top-k.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,6 +68,8 @@ class Provenance:
             GPT model, whose blocks they count.
         parameters: of the whole model.
         expert_parameters: of one routed expert.
+        new_experts: by layer the experts that ``moe-inject add-experts`` gave the checkpoint to be
+            trained; ``None`` without any.
     """
 
     checkpoint: str = field(metadata=_MISSING)
@@ -83,6 +85,7 @@ class Provenance:
     checkpoint_iteration: int | None = None
     checkpoint_sha256: str | None = None
     hybrid_layer_pattern: str | None = None
+    new_experts: dict[int, list[int]] | None = None
 
     @property
     def pattern(self) -> LayerPattern | None:
@@ -156,6 +159,17 @@ class ClassStatistics:
     def gate_share(self) -> np.ndarray:
         """Share ``[L, E]`` of the layer's gate weights; 0 in a layer that saw no token."""
         return _share(self.gate_sums)
+
+    def share_of(self, experts: Mapping[int, Collection[int]], layers: Sequence[int]) -> float:
+        """Share of the choices of some layers that goes to these experts, in layers with some.
+
+        Args:
+            experts: by layer.
+            layers: the layers of the rows.
+        """
+        rows = [(row, list(experts[la])) for row, la in enumerate(layers) if experts.get(la)]
+        total = sum(int(self.selections[row].sum()) for row, _ in rows)
+        return sum(int(self.selections[row, ids].sum()) for row, ids in rows) / max(total, 1)
 
     def share_error(self) -> np.ndarray | None:
         """Standard error ``[L, E]`` of ``selection_share``, where the spread allows one."""
@@ -267,6 +281,11 @@ def check_provenance(provenance: Provenance) -> None:
         raise _contradiction(
             "provenance.moe_layers", f"{layers[-1]} is beyond num_layers {provenance.num_layers}"
         )
+    for layer, ids in (provenance.new_experts or {}).items():
+        if layer not in layers or not set(ids) <= set(range(router.num_moe_experts)):
+            raise _contradiction(
+                f"provenance.new_experts.{layer}", f"{ids} are no experts of a MoE layer"
+            )
     if router.topk > router.num_moe_experts:
         raise _contradiction(
             "provenance.router.topk", f"{router.topk} of {router.num_moe_experts} experts"

@@ -111,6 +111,8 @@ def _select(options: argparse.Namespace) -> str:
     origin = describe_choice(expert_choice, domain, profile_checksum(profile))
     choice = select_report.Choice(profile, domain, layers, origin, expert_choice.ep or 1, cut)
     sections = [select_report.summary(choice), select_report.layer_table(choice)]
+    if profile.provenance.new_experts is not None:
+        sections.append(select_report.new_table(choice))
     if options.per_expert:
         sections.append(select_report.expert_table(choice))
     fragment = select_report.fragment(choice)

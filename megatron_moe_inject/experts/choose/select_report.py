@@ -109,6 +109,22 @@ def layer_table(choice: Choice) -> list[str]:
     return [*lines, "", *notes, *_remarks(choice)]
 
 
+def new_table(choice: Choice) -> list[str]:
+    """One line per layer with new experts: what of the domain, and of general data, goes to them;
+    nothing where there are none."""
+    provenance = choice.profile.provenance
+    if provenance.new_experts is None:
+        return []
+    header = ["layer", "new", f"of {choice.domain}"]
+    rows = [header if choice.general is None else [*header, "of general"]]
+    for layer, ids in provenance.new_experts.items():
+        row = provenance.moe_layers.index(layer)
+        found = [s for s in (choice.statistics, choice.general) if s is not None]
+        shares = [_percent(statistics.selection_share()[row, ids].sum()) for statistics in found]
+        rows.append([str(layer), ranges(ids), *shares])
+    return [*table(rows, right=(0, 2, 3)), "", "new: share of the choices that go to new experts"]
+
+
 def expert_table(choice: Choice) -> list[str]:
     """One line per chosen expert, with standard errors over sequences where recorded."""
     statistics, general = choice.statistics, choice.general

@@ -21,45 +21,31 @@ class NewExpertsFeature(Feature):
 
     runs = (run_kinds.INJECTION, run_kinds.EVALUATION, run_kinds.PROFILE)
 
-    def foresee(self, recipe: Recipe, facts: StudentFacts, args: Namespace) -> list[str]:
-        """As ``start``; says what is new."""
-        card = _card(args)
-        return [] if card is None else _lines(card, recipe, args)
+    def plan_lines(self, recipe: Recipe, facts: StudentFacts | None) -> dict[str, list[str]]:
+        """What is new, and whose."""
+        options = {} if facts is None else facts.options
+        if not (options.get("load") or options.get("pretrained_checkpoint")):
+            return {}
+        from megatron_moe_inject.host.new_experts import loaded_card
+
+        card = loaded_card(Namespace(**options))
+        return {} if card is None else {"new experts": _lines(card)}
 
     def start(self, run: RunContext) -> RunPart | None:
         """Let checkpoints of the run have the card, which Megatron would leave behind with the
         arguments of the run before."""
-        from megatron_moe_inject.host.new_experts import STORED
+        from megatron_moe_inject.host.new_experts import STORED, card_of_run
 
-        card = _card(run.args)
+        card = card_of_run(run.args)
         if card is not None:
             setattr(run.args, STORED, card.plain())
-            run.warnings += _lines(card, run.recipe, run.args)
         return None
 
 
-def _card(args: Namespace) -> NewExperts | None:
-    """Of the checkpoint that will be loaded; see ``host.new_experts.loaded_card``."""
-    from megatron_moe_inject.host.new_experts import loaded_card
-
-    named = args.load or getattr(args, "pretrained_checkpoint", None)
-    return loaded_card(args) if named else None
-
-
-def _lines(card: NewExperts, recipe: Recipe, args: Namespace) -> list[str]:
-    """What is new; and whether no token will reach it."""
-    per_layer = len(card.ids())
+def _lines(card: NewExperts) -> list[str]:
+    """What is new, and whose."""
     lines = [
-        f"the student has {per_layer} new experts in each MoE layer ({ranges(card.ids())} of "
-        f"{card.experts}), to be trained in layers {ranges(list(card.new))}"
+        f"{len(card.ids())} new experts in each MoE layer ({ranges(card.ids())} of "
+        f"{card.experts}), to be trained in layers {ranges(list(card.new))}; rows: {card.rows}"
     ]
-    train = recipe.train
-    routers = train.router or train.layers or train.patterns
-    rate = getattr(args, "moe_router_bias_update_rate", 0)
-    if card.rows == "closed" and not (routers and rate):
-        lines.append(
-            "they were closed by their routers' bias, and no token reaches one until that opens: "
-            "Megatron moves it while train.router trains and --moe-router-bias-update-rate is "
-            "above 0; or add them with --rows mean"
-        )
-    return lines
+    return lines + [f"for {domain}: {ranges(ids)}" for domain, ids in card.domains.items()]
