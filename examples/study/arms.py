@@ -22,6 +22,10 @@ EVERYTHING = {
     "experts": "all",
     **dict.fromkeys(("router", "attention", "norms", "embedding", "output_layer"), True),
 }
+NEW_PER_LAYER = 3
+NEW = {0: [8, 9], 1: [8, 9], 2: [8, 9, 10], 3: [8, 9, 10]}
+"""Ten new experts, as many as ``QUARTER`` chooses; one in layers 0 and 1 is left as it is."""
+HALF = {0: [8], 1: [8], 2: [8], 3: [8, 9]}
 GENERAL_SHARE = 0.1
 EVALUATIONS = 6
 """Evaluations of an arm that stops early, besides the one before its first step."""
@@ -33,8 +37,8 @@ class Arm:
 
     Attributes:
         name: as in the table.
-        experts: ``all`` trains the whole student; ``chosen``, ``random``, ``quarter`` some experts;
-            ``none`` none of them.
+        experts: ``all`` trains the whole student; ``chosen``, ``random``, ``quarter`` some experts,
+            ``new`` new ones, ``both`` half as many beside adapters; ``none`` none of them.
         taught: by the teacher's distribution; otherwise by cross-entropy.
         mixed: English is a tenth of the batch.
         gamma: weight of the KL to the original on it.
@@ -43,10 +47,12 @@ class Arm:
         router: the routers train.
         steering: the recipe's ``steering``.
         rate: peak learning rate.
-        adapters: the recipe's ``train.adapters``; nothing else of experts, attention and routers
-            trains then.
+        adapters: the recipe's ``train.adapters``.
         rows: share of the vocabulary's rows that train, those that the domain's text uses most.
         embedding: the matrix that embedding and output layer share trains.
+        grown: options of ``moe-inject add-experts``, by which the student gets its new experts.
+        router_rows: the rows of the experts that train do so too.
+        open_after: steps after which new experts are open; ``None`` = from the start.
         early: counts at the best evaluation of the domain, not at the last.
     """
 
@@ -62,6 +68,9 @@ class Arm:
     adapters: tuple[dict, ...] = ()
     rows: float | None = None
     embedding: bool = False
+    grown: tuple[str, ...] = ()
+    router_rows: bool = False
+    open_after: int | None = None
 
     @property
     def early(self) -> bool:
@@ -127,6 +136,10 @@ def experts(arm: Arm, profile: Path, seed: int) -> dict:
         return {}
     if arm.experts == "random":
         return {"layers": random_experts(seed)}
+    if arm.experts == "new":
+        return {"layers": NEW}
+    if arm.experts == "both":
+        return {"layers": HALF}
     choice = {"method": "top_n", "n": CHOSEN, "score": "contrast"}
     return {"profile": str(profile), **(QUARTER if arm.experts == "quarter" else choice)}
 
@@ -135,9 +148,11 @@ def train(arm: Arm, domain: str) -> dict:
     """The recipe's ``train``."""
     if arm.experts == "all":
         return dict(EVERYTHING)
-    made: dict = {"router": arm.router}
+    made: dict = {"router": arm.router, "router_rows": arm.router_rows}
+    if arm.experts == "none":
+        made["experts"] = "none"
     if arm.adapters:
-        made |= {"experts": "none", "adapters": list(arm.adapters)}
+        made["adapters"] = list(arm.adapters)
     if arm.rows is not None:
         made["vocabulary_rows"] = {"domain": domain, "budget": arm.rows}
     if arm.embedding:
@@ -176,6 +191,8 @@ def recipe(arm: Arm, domain: str, folder: Path, seed: int) -> dict:
         made["mixing"] = {"general": GENERAL_SHARE}
     if arm.steering:
         made["steering"] = dict(arm.steering)
+    if arm.open_after is not None:
+        made["routing"] = {"open": {"points": {0: 0.0, arm.open_after: 1.0}}}
     return made
 
 

@@ -16,6 +16,7 @@ HERE = Path(__file__).resolve().parent
 QUICKSTART = HERE.parent / "quickstart"
 sys.path.insert(0, str(QUICKSTART))
 
+import arms  # noqa: E402
 import runner  # noqa: E402
 
 LATEST = "latest_checkpointed_iteration.txt"
@@ -75,6 +76,27 @@ def unpack(name: str, models: Path, folder: Path, architecture: str) -> None:
         command = [str(QUICKSTART / "models.py"), "unpack", name, str(folder)]
         command += ["--models", str(models), "--", *runner.flags(architecture, "BOTH")]
         runner.logged(folder.parent / f"unpack-{folder.name}.log", *command)
+
+
+def grown(domain: str, folder: Path, options: tuple[str, ...]) -> tuple[Path, int]:
+    """The student that an arm trains, and how many experts its layers have.
+
+    Args:
+        domain: of ``DOMAINS``.
+        folder: prepared.
+        options: of ``moe-inject add-experts``; none = the student as it is.
+    """
+    student = folder / "student"
+    if not options:
+        return student, arms.EXPERTS
+    output = folder / "-".join(["grown", *(option.strip("-") for option in options)])
+    if not output.exists():
+        of_domain = ("--domain", domain, "--profile", str(folder / "profile.json"))
+        command = ("-m", "megatron_moe_inject.cli", "add-experts", str(student))
+        count = ("--per-layer", str(arms.NEW_PER_LAYER))
+        log = output.with_name(f"{output.name}.log")
+        runner.logged(log, *command, "--output", str(output), *count, *of_domain, *options)
+    return output, arms.EXPERTS + arms.NEW_PER_LAYER
 
 
 def profile(domain: Domain, folder: Path) -> None:

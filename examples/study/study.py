@@ -64,6 +64,7 @@ def train(domain: str, arm: arms.Arm, seed: int, folder: Path, options) -> dict:
     work.mkdir(parents=True)
     recipe, saved, data = work / "recipe.yaml", work / "injected", folder / "data"
     recipe.write_text(json.dumps(arms.recipe(arm, domain, folder, seed), indent=1))
+    student, experts = domains.grown(domain, folder, arm.grown)
     blend = [f"{data}/{domain}_slice", *([f"{data}/english_slice"] if arm.mixed else [])]
     runner.megatron(
         work / "train.log",
@@ -76,7 +77,8 @@ def train(domain: str, arm: arms.Arm, seed: int, folder: Path, options) -> dict:
         *("--train-iters", str(options.steps), "--lr", str(arm.rate), "--min-lr", "1e-4"),
         *("--eval-interval", str(arms.evaluation_interval(arm, options.steps))),
         *("--eval-iters", str(HELD_OUT_BATCHES), "--seed", str(seed)),
-        *("--load", str(folder / "student"), "--finetune", "--no-load-optim", "--no-load-rng"),
+        *("--load", str(student), "--finetune", "--no-load-optim", "--no-load-rng"),
+        *("--num-experts", str(experts)),
         *("--save", str(saved), "--save-interval", str(options.steps), "--no-save-optim"),
     )
     found = numbers(saved, domain)

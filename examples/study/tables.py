@@ -21,7 +21,7 @@ ADAPTED = ((0.25, 0.95), (0.10, 0.90))
 OF_FULL_GAIN, TIMES_CE_GAIN, OF_CE_FORGETTING = 0.9, 3.0, 0.1
 COLOURS = {
     "all": "#0072b2", "chosen": "#cc79a7", "random": "#8c8c8c", "quarter": "#e69f00",
-    "none": "#009e73",
+    "none": "#009e73", "new": "#d55e00", "both": "#56b4e9",
 }  # fmt: skip
 NUMBERS = {arm.name: number for number, arm in enumerate(arms.ARMS, 1)}
 

@@ -205,6 +205,9 @@ TESTED_ELSEWHERE = {
     "training/test_objective.py": {
         "test_all_that_goes_through_logits_is_told_which_kernels": ["objective.kernels"]
     },
+    "training/test_open_experts.py": {
+        "test_each_domain_finds_its_own_and_general_tokens_stay_away": ["routing.open"]
+    },
     "training/test_packed.py": {
         "test_each_sample_of_a_row_has_the_loss_of_its_class": ["objective.general_beta"]
     },

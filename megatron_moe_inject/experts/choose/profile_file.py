@@ -189,8 +189,10 @@ def _content(profile: RoutingProfile) -> dict[str, Any]:
 def _plain_provenance(provenance: Provenance) -> dict[str, Any]:
     """Without what files of earlier versions did not have, whose checksums stay theirs."""
     later = ("checkpoint_iteration", "checkpoint_sha256", "hybrid_layer_pattern", "new_experts")
-    fields = asdict(provenance).items()
-    return {name: value for name, value in fields if value is not None or name not in later}
+    fields = asdict(provenance)
+    if provenance.new_experts is not None:
+        fields["new_experts"] = {str(la): ids for la, ids in provenance.new_experts.items()}
+    return {name: value for name, value in fields.items() if value is not None or name not in later}
 
 
 def _plain_class(found: ClassStatistics) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """``moe-inject routing-report``: what it shows of two profiles, and what it refuses."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megatron_moe_inject.cli import main
-from megatron_moe_inject.experts.choose.profile_file import write_profile
+from megatron_moe_inject.experts.choose.profile_file import read_profile, write_profile
 from tests.harness.profiles import from_counts, profile
 
 BEFORE = [[10, 50, 30, 10], [40, 20, 20, 20]]
@@ -95,3 +96,21 @@ def test_profiles_of_two_students(files, capsys):
     write_profile("b.json", profile())
     assert main(["routing-report", *files]) == 2
     assert "compare profiles of one student" in capsys.readouterr().err
+
+
+def test_new_experts_have_columns_and_a_table_of_their_own(files, capsys, tmp_path):
+    for name, counts in (("a.json", BEFORE), ("b.json", AFTER)):
+        plain = from_counts(counts, general=GENERAL)
+        provenance = replace(plain.provenance, new_experts={1: [2, 3]})
+        write_profile(name, replace(plain, provenance=provenance))
+    assert read_profile("a.json").provenance.new_experts == {1: [2, 3]}
+    lines = report(capsys, *files).splitlines()
+    assert lines[3].split("  ")[-1] == "unused"
+    assert "code on new" in lines[3]
+    assert "40.0 > 40.0" in lines[5]
+    assert "general on new" in lines[3]
+    assert any(line.startswith("on new: share of the class's choices") for line in lines)
+    assert main(["select", "b.json", "--method", "top_n", "--n", "1"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    head = next(i for i, line in enumerate(out) if line.split()[:2] == ["layer", "new"])
+    assert out[head + 1].split() == ["1", "2-3", "40.0", "%", "0.0", "%"]
