@@ -133,6 +133,8 @@ def test_each_domain_finds_its_own_and_general_tokens_stay_away(ran, kind, layou
         assert shares[-1] <= run.losses(f"new share/{domain}")[-1]
         assert run.losses(f"general on targets/{domain}")[-1] < MOST_GENERAL
     assert run.losses("new share/general")[-1] < 2 * MOST_GENERAL
+    # The original router gives new experts nothing, though their rows' mean gives them a third.
+    assert run.losses("router retention")[0] > 0.3
     # What is shut is not there: the original model, which has no door, is the same.
     assert run.losses("retention loss")[:SHUT] == [0] * SHUT
     assert run.losses("kd loss/code")[-1] < run.losses("kd loss/code")[0]
