@@ -265,6 +265,16 @@ def test_terms_are_grouped_by_class_and_gaps_stay():
     assert [chart.title for chart in term_charts(steps, shares=True)] == ["target mass"]
 
 
+def test_choices_of_new_experts_are_a_picture_with_a_line_for_each_class():
+    names = ("new share/code", "new share/general", "new experts open")
+    steps = [step(n, {name: n / 10 + i for i, name in enumerate(names)}) for n in (1, 2)]
+    assert term_charts(steps, shares=False) == []
+    shares, door = term_charts(steps, shares=True)
+    assert (shares.title, door.title) == ("new share", "new experts open")
+    assert [line.name for line in shares.series] == ["code", "general"]
+    assert list(shares.series[1].y) == [1.1, 1.2]
+
+
 def test_gain_against_forgetting():
     found = [evaluation({"loss": a}, {"loss": b}) for a, b in zip(*CHANGES, strict=True)]
     over_time, against = gain_charts(found)
