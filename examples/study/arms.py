@@ -22,10 +22,6 @@ EVERYTHING = {
     "experts": "all",
     **dict.fromkeys(("router", "attention", "norms", "embedding", "output_layer"), True),
 }
-NEW_PER_LAYER = 3
-NEW = {0: [8, 9], 1: [8, 9], 2: [8, 9, 10], 3: [8, 9, 10]}
-"""Ten new experts, as many as ``QUARTER`` chooses; one in layers 0 and 1 is left as it is."""
-HALF = {0: [8], 1: [8], 2: [8], 3: [8, 9]}
 GENERAL_SHARE = 0.1
 EVALUATIONS = 6
 """Evaluations of an arm that stops early, besides the one before its first step."""
@@ -38,7 +34,7 @@ class Arm:
     Attributes:
         name: as in the table.
         experts: ``all`` trains the whole student; ``chosen``, ``random``, ``quarter`` some experts,
-            ``new`` new ones, ``both`` half as many beside adapters; ``none`` none of them.
+            ``new`` those by which the student has grown; ``none`` none of them.
         taught: by the teacher's distribution; otherwise by cross-entropy.
         mixed: English is a tenth of the batch.
         gamma: weight of the KL to the original on it.
@@ -119,6 +115,33 @@ ARMS += (
     adapted("adapters of rank 11", 11),
     adapted("adapters of rank 22 on chosen experts + embedding", 22, "chosen", embedding=True),
 )
+COPIES = ("--layers", "2-3", "--per-layer", "5", "--rows", "mean")
+"""Ten new experts, in the later layers, whose routers tell a domain best."""
+DONORS = (*COPIES[:-1], "donor")
+FOUR = ("--layers", "2-3", "--per-layer", "2", "--rows", "mean")
+LED = (("coeff", 0.03), ("target_mass", 0.5), ("retention", 0.3))
+OPENED = {"router_rows": False, "open_after": 75}
+BESIDE = {"adapters": ({"targets": ["*.mlp.experts.[0-7].*", "attention"], "rank": 11},)}
+
+
+def grown(name: str, options: tuple[str, ...] = COPIES, **more) -> Arm:
+    """An arm with new experts, at the rate that suits them."""
+    usual = {"router_rows": True, "rate": 6e-3, **HELD}
+    return Arm(name, "new", grown=options, **{**usual, **more})
+
+
+ARMS += (
+    grown("10 new experts"),
+    grown("10 new experts, led by steering", steering=LED),
+    grown("10 new experts, led by steering, a door", steering=LED, open_after=50),
+    grown(
+        "10 new experts that begin as the mean, led by steering",
+        (*COPIES, "--weights", "mean"),
+        steering=LED,
+    ),
+    grown("10 new experts in their donors' rows, frozen, a door", DONORS, **OPENED),
+    grown("4 new experts, led by steering, + adapters of rank 11", FOUR, steering=LED, **BESIDE),
+)
 BY_NAME = {arm.name: arm for arm in ARMS}
 UNTOUCHED = "untouched"
 FULL_REFERENCE = "full, KD + mixing + gamma"
@@ -136,10 +159,8 @@ def experts(arm: Arm, profile: Path, seed: int) -> dict:
         return {}
     if arm.experts == "random":
         return {"layers": random_experts(seed)}
-    if arm.experts == "new":
-        return {"layers": NEW}
-    if arm.experts == "both":
-        return {"layers": HALF}
+    if arm.grown:
+        return {"new": "all"}
     choice = {"method": "top_n", "n": CHOSEN, "score": "contrast"}
     return {"profile": str(profile), **(QUARTER if arm.experts == "quarter" else choice)}
 

@@ -93,10 +93,9 @@ def grown(domain: str, folder: Path, options: tuple[str, ...]) -> tuple[Path, in
     if not output.exists():
         of_domain = ("--domain", domain, "--profile", str(folder / "profile.json"))
         command = ("-m", "megatron_moe_inject.cli", "add-experts", str(student))
-        count = ("--per-layer", str(arms.NEW_PER_LAYER))
         log = output.with_name(f"{output.name}.log")
-        runner.logged(log, *command, "--output", str(output), *count, *of_domain, *options)
-    return output, arms.EXPERTS + arms.NEW_PER_LAYER
+        runner.logged(log, *command, "--output", str(output), *of_domain, *options)
+    return output, arms.EXPERTS + int(options[options.index("--per-layer") + 1])
 
 
 def profile(domain: Domain, folder: Path) -> None:

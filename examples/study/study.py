@@ -107,6 +107,11 @@ def numbers(saved: Path, domain: str) -> dict:
         "general_bits": [round(value, 5) for value in general],
         "teacher_bits": None if teacher is None else round(bits[0] * teacher / loss, 5),
         "text": evaluations[0].text(),
+        "new_share": {
+            name.partition("/")[2]: round(value, 4)
+            for name, value in (steps[-1].terms if steps else {}).items()
+            if name.startswith("new share/") and value is not None
+        },
         "trained": sum(part.trained for part in start.parameters),
         "parameters": sum(part.trained + part.frozen for part in start.parameters),
         "step_seconds": round(

@@ -18,10 +18,12 @@ MOST_TRAINED = 0.25
 """Share of the parameters that the chosen experts of the first aim may train."""
 ADAPTED = ((0.25, 0.95), (0.10, 0.90))
 """Of adapters: the share of parameters that may train, and of the full gain that they aim at."""
+NEW_GAIN, NEW_FORGETTING = 1.0, 0.5
+"""Of as many new experts, in relation to chosen ones."""
 OF_FULL_GAIN, TIMES_CE_GAIN, OF_CE_FORGETTING = 0.9, 3.0, 0.1
 COLOURS = {
     "all": "#0072b2", "chosen": "#cc79a7", "random": "#8c8c8c", "quarter": "#e69f00",
-    "none": "#009e73", "new": "#d55e00", "both": "#56b4e9",
+    "none": "#009e73", "new": "#d55e00",
 }  # fmt: skip
 NUMBERS = {arm.name: number for number, arm in enumerate(arms.ARMS, 1)}
 
@@ -109,7 +111,16 @@ def aims(rows: list[dict]) -> list[dict]:
             if few:
                 ours = max(few, key=lambda m: m["gain"])
                 judged += _judged(domain, ours, full, least_gain, 1.0)
+        ours = [m for name, m in means.items() if _is_grown(arms.BY_NAME[name])]
+        for name, chosen in means.items():
+            if ours and arms.BY_NAME[name].experts == "quarter":
+                best = min(ours, key=lambda m: m["forgotten"] / max(m["gain"], 1e-9))
+                judged += _judged(domain, best, chosen, NEW_GAIN, NEW_FORGETTING)
     return judged
+
+
+def _is_grown(arm: arms.Arm) -> bool:
+    return bool(arm.grown) and not arm.adapters
 
 
 def _judged(

@@ -11,7 +11,7 @@ from megatron_moe_inject.data.section import MIXING
 from megatron_moe_inject.evaluation.section import EVALUATION
 from megatron_moe_inject.recipe.load import load_recipe
 from megatron_moe_inject.retention.section import RETENTION
-from megatron_moe_inject.routing.section import STEERING
+from megatron_moe_inject.routing.section import ROUTING, STEERING
 
 ROOT = Path(__file__).parents[3]
 sys.path.insert(0, str(ROOT / "examples" / "study"))
@@ -36,7 +36,7 @@ def test_every_arm_is_a_valid_recipe_that_says_what_its_name_says(arm, tmp_path)
     assert (recipe.train.experts == "all") is arm.name.startswith("full")
     assert recipe.train.attention is (recipe.train.experts == "all")
     assert recipe.train.embedding is (recipe.train.attention or "+ embedding" in arm.name)
-    held = any(word in arm.name for word in ("gamma", "...", "adapters"))
+    held = any(word in arm.name for word in ("gamma", "...", "adapters", "new"))
     assert recipe[MIXING] == ({"general": 0.1} if held or "mixing" in arm.name else {})
     assert recipe.objective.gamma == (10 if held else 0)
     assert [f"rank {entry.rank}" in arm.name for entry in recipe.train.adapters] == (
@@ -51,6 +51,9 @@ def test_every_arm_is_a_valid_recipe_that_says_what_its_name_says(arm, tmp_path)
     assert (recipe[STEERING].coeff > 0) is ("steering" in arm.name)
     assert recipe.train.router is ("router" in arm.name or recipe.train.experts == "all")
     assert recipe[EVALUATION] is not None
+    assert (domain.experts.new == "all") is bool(arm.grown) is ("new experts" in arm.name)
+    assert recipe.train.router_rows is (bool(arm.grown) and "frozen" not in arm.name)
+    assert (recipe[ROUTING].open is not None) is ("a door" in arm.name)
 
 
 def test_general_text_without_gamma_counts_by_cross_entropy_and_with_it_by_gamma_alone():
@@ -172,6 +175,16 @@ def test_aims_are_judged_by_the_best_arm_with_gamma_and_few_chosen_experts():
     judged = tables.aims(tables.summary(better))
     assert {aim["arm"] for aim in judged} == {"10 of 32 experts, KD + mixing + gamma"}
     assert [aim["met"] for aim in judged] == [True, True, True, True]
+
+
+def test_new_experts_are_judged_by_the_least_forgetting_for_their_gain():
+    chosen = "10 of 32 experts, KD + mixing + gamma"
+    new = ("10 new experts", (1.6, 1.8)), ("10 new experts, led by steering", (1.72, 1.74))
+    runs = [*RUNS, *(run_of(name, START, (*end,), trained=25) for name, end in new)]
+    judged = [a for a in tables.aims(tables.summary(runs)) if a["beside"] == chosen]
+    assert {aim["arm"] for aim in judged} == {"10 new experts, led by steering"}
+    assert [aim["limit"] for aim in judged] == ["at least 1", "at most 0.5"]
+    assert len(judged) == 2
 
 
 def test_aims_need_the_arms_that_they_speak_of():
