@@ -121,7 +121,9 @@ DONORS = (*COPIES[:-1], "donor")
 FOUR = ("--layers", "2-3", "--per-layer", "2", "--rows", "mean")
 LED = (("coeff", 0.03), ("target_mass", 0.5), ("retention", 0.3))
 OPENED = {"router_rows": False, "open_after": 75}
-BESIDE = {"adapters": ({"targets": ["*.mlp.experts.[0-7].*", "attention"], "rank": 11},)}
+BESIDE = {
+    "adapters": ({"targets": ["*.mlp.experts.[0-7].*", "attention"], "rank": 11, "lr": 0.75},)
+}
 
 
 def grown(name: str, options: tuple[str, ...] = COPIES, **more) -> Arm:

@@ -99,12 +99,18 @@ class DoorPart(RunPart):
         run: the run.
         door: of this rank.
         experts: by layer those behind it.
+        remark: what to say at the end.
     """
 
     def __init__(
-        self, run: RunContext, door: NewExpertsDoor, experts: dict[int, list[int]]
+        self,
+        run: RunContext,
+        door: NewExpertsDoor,
+        experts: dict[int, list[int]],
+        remark: str | None = None,
     ) -> None:
         self._run = run
+        self._remark = remark
         self._door = door
         self._experts = experts
         run.provide(Door, Door(door.as_begun))
@@ -116,6 +122,10 @@ class DoorPart(RunPart):
     def attach(self, student: BuiltStudent) -> DoorStep:
         """No collective."""
         return DoorStep(self._door, student.device, self.keep)
+
+    def finish(self) -> str | None:
+        """How far it was open, where only that was measured."""
+        return self._remark
 
     def keep(self, value: float) -> None:
         """Let checkpoints to come have how far it is open."""
@@ -193,12 +203,12 @@ def _door_as_stored(
     card = card_of_run(run.args)
     assert card is not None, "a door has new experts behind it"
     behind = {layer: _behind(card, layer, ids) for layer, ids in stored.experts.items()}
-    run.warnings.append(
-        f"{checkpoint.folder} was saved while routing.open was at {stored.open:.4g}, and is "
-        "measured so"
+    remark = (
+        f"new experts: {checkpoint.folder} was saved while routing.open was at {stored.open:.4g}, "
+        "and was measured so"
     )
     door = NewExpertsDoor(behind, lambda iteration: stored.open, unlock=False)
-    return DoorPart(run, door, stored.experts)
+    return DoorPart(run, door, stored.experts, remark)
 
 
 def unreached(recipe: Recipe, args: Namespace) -> list[str]:

@@ -218,7 +218,8 @@ def test_saved_half_open_it_is_measured_so_and_exported_nowhere(
     def share(*flags):
         file = tmp_path / "profile.json"
         own = ("--skip-train", "--eval-iters", "2", "--inject-profile", str(file))
-        _going_on(material, plain, [*extra, *own, *flags])
+        run = _going_on(material, plain, [*extra, *own, *flags])
+        assert ("routing.open was at 0.5, and was measured so" in run.output) is (not flags)
         new = {layer: [4, 5] for layer in range(4)}
         return read_profile(file).classes["code"].share_of(new, range(4))
 
