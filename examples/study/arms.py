@@ -135,6 +135,7 @@ def grown(name: str, options: tuple[str, ...] = COPIES, **more) -> Arm:
 ARMS += (
     grown("10 new experts"),
     grown("10 new experts, led by steering", steering=LED),
+    grown("10 new experts, led by steering, gamma 30", steering=LED, gamma=30.0),
     grown("10 new experts, led by steering, a door", steering=LED, open_after=50),
     grown(
         "10 new experts that begin as the mean, led by steering",
@@ -143,6 +144,15 @@ ARMS += (
     ),
     grown("10 new experts in their donors' rows, frozen, a door", DONORS, **OPENED),
     grown("4 new experts, led by steering, + adapters of rank 11", FOUR, steering=LED, **BESIDE),
+)
+ARMS += (
+    Arm(
+        "10 of 32 experts, three times the learning rate, gamma 30",
+        "quarter",
+        mixed=True,
+        gamma=30.0,
+        rate=3e-3,
+    ),
 )
 BY_NAME = {arm.name: arm for arm in ARMS}
 UNTOUCHED = "untouched"

@@ -144,7 +144,7 @@ def card_in(stored: Namespace | None, where: str) -> NewExperts | None:
 
 def card_of_run(args: Namespace) -> NewExperts | None:
     """``loaded_card``; ``None`` also where the run names no checkpoint."""
-    named = args.load or getattr(args, "pretrained_checkpoint", None)
+    named = getattr(args, "load", None) or getattr(args, "pretrained_checkpoint", None)
     return loaded_card(args) if named else None
 
 

@@ -38,7 +38,7 @@ def test_every_arm_is_a_valid_recipe_that_says_what_its_name_says(arm, tmp_path)
     assert recipe.train.embedding is (recipe.train.attention or "+ embedding" in arm.name)
     held = any(word in arm.name for word in ("gamma", "...", "adapters", "new"))
     assert recipe[MIXING] == ({"general": 0.1} if held or "mixing" in arm.name else {})
-    assert recipe.objective.gamma == (10 if held else 0)
+    assert recipe.objective.gamma == (30 if "gamma 30" in arm.name else 10 if held else 0)
     assert [f"rank {entry.rank}" in arm.name for entry in recipe.train.adapters] == (
         [True] if "adapters" in arm.name else []
     )
