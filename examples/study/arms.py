@@ -43,7 +43,7 @@ class Arm:
         router: the routers train.
         steering: the recipe's ``steering``.
         rate: peak learning rate.
-        adapters: the recipe's ``train.adapters``.
+        adapters: the recipe's ``train.adapters``; of experts none but new ones train beside them.
         rows: share of the vocabulary's rows that train, those that the domain's text uses most.
         embedding: the matrix that embedding and output layer share trains.
         grown: options of ``moe-inject add-experts``, by which the student gets its new experts.
@@ -182,10 +182,10 @@ def train(arm: Arm, domain: str) -> dict:
     if arm.experts == "all":
         return dict(EVERYTHING)
     made: dict = {"router": arm.router, "router_rows": arm.router_rows}
-    if arm.experts == "none":
-        made["experts"] = "none"
     if arm.adapters:
         made["adapters"] = list(arm.adapters)
+    if arm.adapters and not arm.grown:
+        made["experts"] = "none"
     if arm.rows is not None:
         made["vocabulary_rows"] = {"domain": domain, "budget": arm.rows}
     if arm.embedding:
