@@ -18,11 +18,12 @@ from megatron_moe_inject.host.commands import (
     progress_bar,
 )
 from megatron_moe_inject.host.errors import RecipeError, listing
-from megatron_moe_inject.host.text import memory_text, table
+from megatron_moe_inject.host.text import memory_text, ranges, table
 
 if TYPE_CHECKING:
     from megatron_moe_inject.convert.exporting import Exported, Trained
     from megatron_moe_inject.convert.folder_model import FolderModel
+    from megatron_moe_inject.host.new_experts import NewExperts
 
 _IMPORT_EXAMPLES = """examples:
   moe-inject import-hf Qwen3-30B-A3B --output ckpt/qwen3
@@ -84,6 +85,10 @@ def add_commands(commands: Commands) -> None:
     exports.add_argument("--hf", type=Path, required=True, help="the folder it was imported from")
     exports.add_argument("--output", type=Path, required=True, help="a folder to write")
     exports.add_argument(
+        "--card", type=Path, metavar="CKPT",
+        help="what add-experts wrote, if a run without the plugin saved CKPT with new experts",
+    )  # fmt: skip
+    exports.add_argument(
         "--quantized", choices=("keep", "drop"), default="keep",
         help="encode what changed as the folder stores it (default), or write all in bfloat16 and "
         "take quantization_config out of config.json",
@@ -113,6 +118,11 @@ def _import(options: argparse.Namespace) -> str:
     ]
     if imported.left_out:
         lines.append(f"not taken, as they follow from others: {listing(imported.left_out, 4)}")
+    if imported.card is not None:
+        lines.append(
+            f"{ranges(imported.card.ids())} of {imported.card.experts} experts are new, says "
+            "the folder's card, which the checkpoint has too"
+        )
     lines.append(f"Megatron's options of the model: {options.output / 'flags.sh'}")
     return "\n".join([*lines, cost(begin)])
 
@@ -124,27 +134,59 @@ def _export(options: argparse.Namespace) -> str:
     must_not_exist(options.output)
     from megatron_moe_inject.convert.exporting import export_folder
     from megatron_moe_inject.convert.folder_model import FolderModel
+    from megatron_moe_inject.convert.grown_folder import CARD
     from megatron_moe_inject.convert.hf_folder import HfFolder
 
-    model = FolderModel.of(HfFolder.open("--hf", options.hf))
+    model, trained, card = _trained(options, FolderModel.of(HfFolder.open("--hf", options.hf)))
     exported = export_folder(
         model,
-        _trained(options, model),
+        trained,
         options.output,
         quantized=options.quantized,
+        card=card,
         progress=progress_bar,
     )
-    return "\n".join([*_report(exported, options.output), cost(begin)])
+    lines = _report(exported, options.output)
+    if card is not None:
+        lines.append(
+            f"{card.experts} experts in a layer, of which {ranges(card.ids())} were added to "
+            f"{card.base_experts}; {CARD} says so, for an import of the folder"
+        )
+    return "\n".join([*lines, cost(begin)])
 
 
-def _trained(options: argparse.Namespace, model: FolderModel) -> Trained:
+def _trained(
+    options: argparse.Namespace, model: FolderModel
+) -> tuple[FolderModel, Trained, NewExperts | None]:
+    """What is exported, the folder as it is to be, and the card of new experts."""
+    from megatron_moe_inject.convert.grown_folder import with_new_experts
     from megatron_moe_inject.convert.trained import TrainedCheckpoint, TrainedDelta
     from megatron_moe_inject.experts.delta.delta import CheckpointPlace
     from megatron_moe_inject.experts.delta.index import DeltaFolder
+    from megatron_moe_inject.host.new_experts import card_in
 
+    card: NewExperts | None = None
     if options.delta is not None:
-        return TrainedDelta(DeltaFolder(options.delta), model)
-    return TrainedCheckpoint(CheckpointPlace("CKPT", options.checkpoint).open(), model)
+        if options.card is not None:
+            raise RecipeError("--card: goes with a checkpoint, not with --delta", "--card")
+        delta = DeltaFolder(options.delta)
+        return model, TrainedDelta(delta, model), None
+    place = CheckpointPlace("CKPT", options.checkpoint)
+    checkpoint = place.open()
+    place = place if options.card is None else CheckpointPlace("--card", options.card)
+    args = (checkpoint if options.card is None else place.open()).common.get("args")
+    card = card_in(args, str(place.path))
+    if card is None and options.card is not None:
+        raise place.error("has no card of new experts", "name what moe-inject add-experts wrote")
+    experts = getattr(checkpoint.common.get("args"), "num_experts", None) or 0
+    if card is None and experts > model.naming.experts > 0:
+        raise place.error(
+            f"has {experts} experts in a layer and no card of new ones, and the folder has "
+            f"{model.naming.experts}",
+            "name with --card the checkpoint that moe-inject add-experts wrote",
+        )
+    model = with_new_experts(model, card)
+    return model, TrainedCheckpoint(checkpoint, model), card
 
 
 def _report(exported: Exported, output: Path) -> list[str]:

@@ -19,7 +19,9 @@ import torch
 
 from megatron_moe_inject.convert.architectures.table import Entry
 from megatron_moe_inject.convert.folder_model import FolderModel
+from megatron_moe_inject.convert.grown_folder import CARD, card_text
 from megatron_moe_inject.convert.hf_writer import Outcome, Quantized, Written, write_like
+from megatron_moe_inject.host.new_experts import NewExperts
 
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]
 _WAITING_BYTES = 1 << 30
@@ -92,6 +94,7 @@ def export_folder(
     output: Path,
     *,
     quantized: Quantized = "keep",
+    card: NewExperts | None = None,
     progress: Progress,
 ) -> Exported:
     """Write the folder with trained values. No collective.
@@ -101,6 +104,7 @@ def export_folder(
         trained: what training made of it.
         output: must not exist; appears whole or not at all.
         quantized: what is quantised stays so, or the quantisation is dropped.
+        card: of new experts, which is written beside.
         progress: wraps the folder's tensors to show how far it is.
 
     Raises:
@@ -108,7 +112,14 @@ def export_folder(
     """
     _check_following(model, trained)
     values = _Values(model, trained)
-    written = write_like(model.folder, output, values, quantized=quantized, progress=progress)
+    written = write_like(
+        model.folder,
+        output,
+        values,
+        quantized=quantized,
+        beside={} if card is None else {CARD: card_text(card)},
+        progress=progress,
+    )
     rows: dict[str, Row] = {}
     for name, outcome in written.tensors.items():
         kind = re.sub(r"\b\d+\b", "*", name)
@@ -185,6 +196,8 @@ class _Values:
         if new is None:
             return dict.fromkeys(range(len(entry.parts)))
         changed: dict[int, torch.Tensor | None] = dict(enumerate(entry.form.split(new)))
+        if entry.slot in self._model.absent:
+            return changed
         for old in imported(self._model, entry, new.dtype):
             if same_bytes(new, old):
                 return dict.fromkeys(changed)

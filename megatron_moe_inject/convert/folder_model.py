@@ -8,14 +8,14 @@ known copy of one that is, or a known leftover.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from megatron_moe_inject.convert.architectures import architecture_of
-from megatron_moe_inject.convert.architectures.table import Architecture, Entry, Part
+from megatron_moe_inject.convert.architectures.table import Architecture, Entry, Part, Slot
 from megatron_moe_inject.convert.hf_folder import HfFolder
 from megatron_moe_inject.convert.naming import Naming, naming_of
 from megatron_moe_inject.host.errors import RecipeError, listing
@@ -37,6 +37,7 @@ class FolderModel:
         entries: every slice.
         copies: tensors that must equal another, by name, of those that the folder holds.
         leftovers: tensors that say nothing.
+        absent: slots of which the folder has not all values (``grown_folder``).
     """
 
     folder: HfFolder
@@ -47,6 +48,7 @@ class FolderModel:
     entries: Sequence[Entry]
     copies: Mapping[str, str]
     leftovers: Sequence[str]
+    absent: Collection[Slot] = ()
 
     @classmethod
     def of(cls, folder: HfFolder) -> FolderModel:

@@ -8,9 +8,11 @@ then. Nothing is fetched from a network, no code of the folder runs, nothing pic
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib.util
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from megatron_moe_inject.host.safetensors_file import is_lfs_pointer
 from megatron_moe_inject.host.safetensors_folder import (
     INDEX,
     SafetensorsFolder,
+    TensorFiles,
     read_json,
     refuse_foreign_link,
 )
@@ -53,17 +56,10 @@ class HfFolder:
         self._flag = flag
         self.path = path
         self._check_place()
-        self.json = read_json(path, CONFIG, self.error)
+        self.json: Mapping[str, Any] = read_json(path, CONFIG, self.error)
         self._storages = self._known_storages()
         self.config = self._read_config()
-        self.files = SafetensorsFolder.open(path, self.error)
-        self._storage_of: dict[str, Storage] = {}
-        self._logical: dict[str, tuple[str, str]] = {}
-        for name in self.files.file_of:
-            self._take(name)
-        self.names = tuple(self._storage_of)
-        for name in self.names:
-            self._check_stored(name)
+        self._enter(SafetensorsFolder.open(path, self.error))
 
     @classmethod
     def open(cls, flag: str, path: str | Path) -> HfFolder:
@@ -78,6 +74,13 @@ class HfFolder:
                 quantised in a way that is not known here.
         """
         return cls(flag, Path(path).expanduser())
+
+    def seen_as(self, files: TensorFiles, json: Mapping[str, Any], config: Any) -> HfFolder:
+        """The same folder with other files of weights and another configuration."""
+        seen = copy.copy(self)
+        seen.json, seen.config = json, config
+        seen._enter(files)
+        return seen
 
     def error(self, problem: str, remedy: str) -> RecipeError:
         """The error "flag: path problem; remedy"."""
@@ -242,6 +245,17 @@ class HfFolder:
                 "install transformers 5.24 or later",
             )
         return config
+
+    def _enter(self, files: TensorFiles) -> None:
+        """Take the tensors of these files."""
+        self.files = files
+        self._storage_of: dict[str, Storage] = {}
+        self._logical: dict[str, tuple[str, str]] = {}
+        for name in files.file_of:
+            self._take(name)
+        self.names = tuple(self._storage_of)
+        for name in self.names:
+            self._check_stored(name)
 
     def _take(self, stored: str) -> None:
         """Enter the logical tensor that a stored one begins or belongs to."""

@@ -233,10 +233,11 @@ def _write(content: Iterable[memoryview], path: Path, place: StoredTensor) -> No
 
 
 def _write_config(folder: HfFolder, part: Path, quantized: Quantized) -> None:
-    if quantized == "keep" or "quantization_config" not in folder.json:
+    dropped = {"quantization_config"} if quantized == "drop" else set()
+    config = {key: value for key, value in folder.json.items() if key not in dropped}
+    if config == read_json(folder.path, CONFIG, folder.error):
         shutil.copyfile(folder.path / CONFIG, part / CONFIG)
         return
-    config = {key: value for key, value in folder.json.items() if key != "quantization_config"}
     (part / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
@@ -244,14 +245,14 @@ def _write_index(folder: HfFolder, part: Path, plans: Mapping[str, _Plan]) -> No
     """The folder's own index where it still tells the truth."""
     if not (folder.path / INDEX).exists():
         return
-    if all(
+    index = read_json(folder.path, INDEX, folder.error)
+    total = sum(t.bytes for plan in plans.values() for t in plan.tensors.values())
+    files = {t: name for name, plan in plans.items() for t in plan.tensors}
+    if index["weight_map"] == files and all(
         plans.get(n) == _Plan(f.header, f.tensors, f.size) for n, f in folder.files.files.items()
     ):
         shutil.copyfile(folder.path / INDEX, part / INDEX)
         return
-    index = read_json(folder.path, INDEX, folder.error)
-    total = sum(t.bytes for plan in plans.values() for t in plan.tensors.values())
-    files = {t: name for name, plan in plans.items() for t in plan.tensors}
     metadata = {**(index.get("metadata") or {}), "total_size": total}
     content = {**index, "metadata": metadata, "weight_map": dict(sorted(files.items()))}
     (part / INDEX).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")

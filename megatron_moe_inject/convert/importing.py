@@ -8,6 +8,7 @@ together and written, one after the other. Any layout loads the result
 from __future__ import annotations
 
 import math
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from megatron_moe_inject.convert.arguments import (
     shell_arrays,
 )
 from megatron_moe_inject.convert.folder_model import FolderModel
+from megatron_moe_inject.convert.grown_folder import CARD, card_of
 from megatron_moe_inject.convert.hf_folder import HfFolder
 from megatron_moe_inject.convert.naming import (
     Naming,
@@ -33,6 +35,8 @@ from megatron_moe_inject.convert.naming import (
 from megatron_moe_inject.convert.tokenizer import check_own_tokenizer
 from megatron_moe_inject.host.errors import fail
 from megatron_moe_inject.host.files import new_folder, require_room
+from megatron_moe_inject.host.layer_pattern import pattern_of
+from megatron_moe_inject.host.new_experts import STORED, NewExperts
 from megatron_moe_inject.host.torch_dist_write import CheckpointWriter
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "folder": None}
@@ -55,6 +59,7 @@ class Imported:
         bytes: of the checkpoint.
         left_out: tensors of the folder that were not taken: copies, and buffers that say nothing.
         rows: of the embedding, with padding.
+        card: of new experts, of a folder that was exported with some.
     """
 
     model_type: str
@@ -63,6 +68,7 @@ class Imported:
     bytes: int
     left_out: tuple[str, ...]
     rows: int
+    card: NewExperts | None = None
 
 
 def import_folder(
@@ -102,6 +108,7 @@ def import_folder(
     arguments = megatron_arguments(
         flags | tokenizer, rows, chosen or folder.dtype(model.entries[0].parts[0].name)
     )
+    card = _card(model, arguments)
     stored = [naming.stored(entry.slot) for entry in model.entries]
     types = _types(model, stored, chosen)
     require_room(output, _bytes(model, stored, types), "--output")
@@ -129,7 +136,27 @@ def import_folder(
         bytes=writer.bytes,
         left_out=left_out,
         rows=rows,
+        card=card,
     )
+
+
+def _card(model: FolderModel, arguments: Namespace) -> NewExperts | None:
+    """The folder's card of new experts, which the arguments get too.
+
+    Raises:
+        RecipeError: it is damaged, or another model's.
+    """
+    card = card_of(model.folder)
+    if card is None:
+        return None
+    if card.experts != model.naming.experts:
+        raise model.folder.error(
+            f"has {model.naming.experts} experts in a layer, and {CARD} says {card.experts}",
+            "take that file out of it",
+        )
+    card = card.in_layers_of(pattern_of(arguments))
+    setattr(arguments, STORED, card.plain())
+    return card
 
 
 def _in_layout(model: FolderModel, layout: str | None) -> tuple[dict[str, Any], Naming]:

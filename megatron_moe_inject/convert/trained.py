@@ -112,6 +112,12 @@ class TrainedCheckpoint:
             if places:
                 self._places[entry.slot] = places
         depths = [name for name in lacking if name.startswith(_MTP)]
+        if depths and model.absent:
+            raise self._checkpoint.source.error(
+                "has new experts and no layers of multi-token prediction, which "
+                f"{model.folder.path} has and which would lack them",
+                "add experts to a checkpoint that has these layers, or take them out of the folder",
+            )
         if depths and not any(name.startswith(_MTP) for name in self._names):
             self.remarks.append(
                 "it holds no layers of multi-token prediction: they are the folder's"

@@ -132,14 +132,31 @@ def card_in(stored: Namespace | None, where: str) -> NewExperts | None:
     plain = getattr(stored, STORED, None)
     if plain is None:
         return None
-    if not isinstance(plain, dict) or plain.get("version") != VERSION:
-        raise RecipeError(
-            f"{where} has a card of new experts of another version; this reads version {VERSION}"
-        )
     try:
-        return typed.build(NewExperts, plain)
+        return read_card(plain)
     except RecipeError as error:
-        raise RecipeError(f"{where} has a card of new experts that cannot be: {error}") from None
+        raise RecipeError(f"{where} has a card of new experts {error}") from None
+
+
+def read_card(plain: object) -> NewExperts:
+    """A card as it was stored.
+
+    Raises:
+        RecipeError: it is of another version, or cannot be; the text follows what has it.
+    """
+    if not isinstance(plain, dict) or plain.get("version") != VERSION:
+        raise RecipeError(f"of another version; this reads version {VERSION}")
+    try:
+        card: NewExperts = typed.build(NewExperts, plain)
+    except RecipeError as error:
+        raise RecipeError(f"that cannot be: {error}") from None
+    ids = set(range(card.experts))
+    named = [*card.new.values(), *card.domains.values()]
+    if len(set(card.moved)) < len(card.moved) or not set(card.moved) < ids:
+        raise RecipeError("that cannot be: moved: names an id twice, or one that is not there")
+    if any(not set(some) <= ids - set(card.moved) for some in named):
+        raise RecipeError("that cannot be: it names experts that are not new")
+    return card
 
 
 def card_of_run(args: Namespace) -> NewExperts | None:

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -84,6 +84,32 @@ def refuse_foreign_link(folder: Path, path: Path, error: Error) -> None:
             f"holds {path.relative_to(folder)}, a symbolic link out of it, which is not followed",
             "copy the folder with the files themselves (cp -rL)",
         )
+
+
+class TensorFiles(Protocol):
+    """Files of tensors, as ``SafetensorsFolder`` has them."""
+
+    @property
+    def files(self) -> Mapping[str, SafetensorsFile]:
+        """By name, in the order of names."""
+        ...
+
+    @property
+    def file_of(self) -> Mapping[str, SafetensorsFile]:
+        """The file of each tensor, by files and then by place in them."""
+        ...
+
+    def stored(self, name: str) -> StoredTensor:
+        """What the header says of a tensor."""
+        ...
+
+    def read(self, name: str, index: tuple[int, ...] = ()) -> torch.Tensor:
+        """A tensor, or its slice at ``index`` on the leading axes, as it is stored."""
+        ...
+
+    def chunks(self, name: str) -> Iterator[memoryview]:
+        """A tensor's bytes, some at a time."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -145,10 +145,11 @@ class DenseDecoder(Decoder):
 class ExpertDecoder(Decoder):
     """One with experts in some or all layers, each expert in tensors of its own."""
 
-    @abstractmethod
+    experts_key: str
+
     def experts(self, config: Any) -> int:
         """How many experts a layer has."""
-        ...
+        return getattr(config, self.experts_key)
 
     def expert_width(self, config: Any) -> int:
         """Width of an expert."""

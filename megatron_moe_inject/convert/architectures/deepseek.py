@@ -48,12 +48,10 @@ class DeepSeek(ExpertDecoder):
     """What both have."""
 
     attention_symbol = "+"
+    experts_key = "n_routed_experts"
 
     def layouts(self, config: Any) -> tuple[str, ...]:
         return ("gpt",) if config.q_lora_rank is None else super().layouts(config)
-
-    def experts(self, config: Any) -> int:
-        return config.n_routed_experts
 
     def check(self, config: Any) -> None:
         super().check(config)

@@ -27,6 +27,7 @@ class GptOss(ExpertDecoder):
     """gpt-oss-20b and gpt-oss-120b."""
 
     model_types = ("gpt_oss",)
+    experts_key = "num_local_experts"
     keys = Keys(
         READ
         | key_names("num_local_experts num_experts_per_tok sliding_window layer_types swiglu_limit")
@@ -43,9 +44,6 @@ class GptOss(ExpertDecoder):
             if kind not in ("sliding_attention", "full_attention"):
                 remedy = "served: sliding_attention, full_attention"
                 raise fail(key_of("layer_types"), kind, "is not served", remedy)
-
-    def experts(self, config: Any) -> int:
-        return config.num_local_experts
 
     def expert_width(self, config: Any) -> int:
         return config.intermediate_size

@@ -17,13 +17,11 @@ class Mixtral(ExpertDecoder):
     """Mixtral-8x7B and 8x22B."""
 
     model_types = ("mixtral",)
+    experts_key = "num_local_experts"
     keys = Keys(
         READ | key_names("num_local_experts num_experts_per_tok sliding_window"),
         {**ONLY, "router_jitter_noise": (0.0,)},
     )
-
-    def experts(self, config: Any) -> int:
-        return config.num_local_experts
 
     def expert_width(self, config: Any) -> int:
         return config.intermediate_size

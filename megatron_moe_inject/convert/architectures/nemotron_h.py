@@ -23,6 +23,7 @@ class NemotronH(Architecture):
     """Nemotron-H and Nemotron 3 Nano, without multi-token prediction."""
 
     model_types = ("nemotron_h",)
+    experts_key = "n_routed_experts"
     keys = Keys(
         key_names(
             "vocab_size hidden_size intermediate_size layers_block_type num_attention_heads "

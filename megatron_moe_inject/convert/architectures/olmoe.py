@@ -19,6 +19,7 @@ class Olmoe(ExpertDecoder):
     """OLMoE-1B-7B."""
 
     model_types = ("olmoe",)
+    experts_key = "num_experts"
     keys = Keys(
         READ | key_names("num_experts num_experts_per_tok norm_topk_prob"),
         {**ONLY, "attention_bias": (False,), "clip_qkv": (None,)},
@@ -26,9 +27,6 @@ class Olmoe(ExpertDecoder):
 
     def layouts(self, config: Any) -> tuple[str, ...]:
         return ("gpt",)  # a specification of its layers
-
-    def experts(self, config: Any) -> int:
-        return config.num_experts
 
     def expert_width(self, config: Any) -> int:
         return config.intermediate_size

@@ -22,8 +22,7 @@ SPARSE = key_names(
 class QwenExperts(ExpertDecoder):
     """Which layers have experts, and how they are routed, in Qwen2-MoE and Qwen3-MoE."""
 
-    def experts(self, config: Any) -> int:
-        return config.num_experts
+    experts_key = "num_experts"
 
     def expert_layer(self, config: Any, layer: int) -> bool:
         every = (layer + 1) % config.decoder_sparse_step == 0

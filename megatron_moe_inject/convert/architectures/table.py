@@ -77,9 +77,12 @@ class Architecture(Protocol):
 
     Attributes:
         model_types: those that it serves.
+        experts_key: the configuration's key of how many experts a layer has; ``None`` of dense
+            models, and where that number alone cannot be changed.
     """
 
     model_types: tuple[str, ...]
+    experts_key: str | None = None
 
     def for_folder(self, config: Any, names: Container[str]) -> Any:
         """The configuration of what a folder with tensors of these ``names`` holds; the other
