@@ -170,7 +170,9 @@ def _trained(
         if options.card is not None:
             raise RecipeError("--card: goes with a checkpoint, not with --delta", "--card")
         delta = DeltaFolder(options.delta)
-        return model, TrainedDelta(delta, model), None
+        card = delta.index.new_experts
+        model = with_new_experts(model, card)
+        return model, TrainedDelta(delta, model), card
     place = CheckpointPlace("CKPT", options.checkpoint)
     checkpoint = place.open()
     place = place if options.card is None else CheckpointPlace("--card", options.card)

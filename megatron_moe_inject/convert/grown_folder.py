@@ -115,7 +115,8 @@ class _GrownFiles:
         for name, source in sources.items():
             by_old.setdefault(source.old, []).append(name)
         for at, file in before.files.files.items():
-            tensors, added = [], []
+            tensors: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
+            added: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
             for stored in file.tensors.values():
                 logical, ending = before.logical(stored.name)
                 for name in by_old[logical]:

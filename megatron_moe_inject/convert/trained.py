@@ -15,6 +15,7 @@ from megatron_moe_inject.convert.folder_model import FolderModel
 from megatron_moe_inject.convert.naming import Naming, Stored, numbers_layers, pieces_of
 from megatron_moe_inject.convert.tokenizer import compare_tokenizers
 from megatron_moe_inject.experts.delta.adapters import new_rows, products
+from megatron_moe_inject.experts.delta.grown import most_experts
 from megatron_moe_inject.experts.delta.index import (
     Adapted,
     DeltaFolder,
@@ -178,6 +179,8 @@ class TrainedDelta:
 
     def __init__(self, delta: DeltaFolder, model: FolderModel) -> None:
         self._delta, self._model = delta, model
+        card = delta.index.new_experts
+        self._moved = [] if card is None else card.moved
         slices = delta.index.slices
         layers = delta.index.layers
         pattern = None if layers is None else LayerPattern(layers)
@@ -187,6 +190,13 @@ class TrainedDelta:
         naming = model.naming.seen_in(pattern, by_layer)
         if naming is None:
             raise self._other("it has other layers")
+        if most_experts(delta.index) > model.naming.experts:
+            raise delta.error(
+                f"has {most_experts(delta.index)} experts or more in a layer, and "
+                f"{model.folder.path} has {model.naming.experts}: its base had new ones already",
+                "export that base to a folder (moe-inject export-hf) and name this as --hf, or "
+                "make a delta against the checkpoint before moe-inject add-experts",
+            )
         keys: dict[tuple[str, tuple[int, ...]], tuple[Slot, slice]] = {}
         adapters = delta.index.adapters
         for entry in model.entries:
@@ -216,6 +226,9 @@ class TrainedDelta:
                 self._rows[taker[0]] = vocabulary
         if unknown:
             raise self._other(f"it holds {listing(unknown, 4)}, which no part of it takes")
+        lacking = [str(slot) for slot in model.absent if slot not in self._slices]
+        if lacking:
+            raise delta.damaged(f"lacks {listing(lacking, 4)} of its new experts")
 
     def slice(self, entry: Entry) -> torch.Tensor | None:
         """See ``exporting.Trained``."""
@@ -262,7 +275,10 @@ class TrainedDelta:
                 raise self._other(
                     f"it has {_text(item)} as {list(value.shape)} instead of {list(old.shape)}"
                 )
-            self._check(old, item.base_sha256, _text(item))
+            if entry.slot not in self._model.absent:
+                self._check(old, item.base_sha256, _text(item))
+            elif entry.slot.expert is None:
+                self._check(old[self._moved], item.base_sha256, _text(item))
             old.copy_(value)
         return whole[: entry.shape[0]] if entry.padded else whole
 

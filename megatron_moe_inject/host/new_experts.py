@@ -72,6 +72,16 @@ class NewExperts:
         """As it is stored."""
         return asdict(self)
 
+    def check(self) -> None:
+        """RecipeError where ids do not fit each other."""
+        known, moved = set(range(self.experts)), set(self.moved)
+        if len(moved) < len(self.moved) or not moved or not moved < known:
+            raise RecipeError("moved: names an id twice, or one that is not there")
+        if any(
+            not set(some) <= known - moved for some in [*self.new.values(), *self.domains.values()]
+        ):
+            raise RecipeError("new, domains: they name experts that are not new")
+
     def ids(self) -> list[int]:
         """Ids of the new experts, which are the same in every layer."""
         return sorted(set(range(self.experts)) - set(self.moved))
@@ -148,14 +158,9 @@ def read_card(plain: object) -> NewExperts:
         raise RecipeError(f"of another version; this reads version {VERSION}")
     try:
         card: NewExperts = typed.build(NewExperts, plain)
+        card.check()
     except RecipeError as error:
         raise RecipeError(f"that cannot be: {error}") from None
-    ids = set(range(card.experts))
-    named = [*card.new.values(), *card.domains.values()]
-    if len(set(card.moved)) < len(card.moved) or not set(card.moved) < ids:
-        raise RecipeError("that cannot be: moved: names an id twice, or one that is not there")
-    if any(not set(some) <= ids - set(card.moved) for some in named):
-        raise RecipeError("that cannot be: it names experts that are not new")
     return card
 
 

@@ -14,46 +14,51 @@ have a checksum, and what its slices are is held against the base before anythin
 
 from __future__ import annotations
 
-import json
 import operator
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from megatron_moe_inject.experts.delta.adapters import AppliedAdapters, ExportedAdapters
 from megatron_moe_inject.experts.delta.files import DeltaFiles
+from megatron_moe_inject.experts.delta.grown import (
+    AppliedGrowth,
+    Growth,
+    card_between,
+    most_experts,
+    most_experts_of,
+)
 from megatron_moe_inject.experts.delta.index import (
     FORMAT,
     INDEX,
     VERSION,
-    WITH_ADAPTERS,
     DeltaFolder,
     DeltaIndex,
     Slice,
+    StoredSlice,
     as_bytes,
     damaged,
     file_checksum,
     slice_checksum,
 )
 from megatron_moe_inject.experts.delta.weights import Weights
+from megatron_moe_inject.host.checkpoint_place import CheckpointPlace
 from megatron_moe_inject.host.errors import (
     RecipeError,
     listing,
     show,
 )
-from megatron_moe_inject.host.files import new_folder
+from megatron_moe_inject.host.files import new_folder, require_room
 from megatron_moe_inject.host.gpt_names import stacked_axes
 from megatron_moe_inject.host.low_rank import Rounding
 from megatron_moe_inject.host.new_experts import card_in
 from megatron_moe_inject.host.open_door import refuse_half_open
 from megatron_moe_inject.host.stored_adapters import StoredAdapters, refuse_adapters
 from megatron_moe_inject.host.text import ranges
-from megatron_moe_inject.host.torch_dist import TorchDistCheckpoint
 from megatron_moe_inject.host.torch_dist_copy import Progress, in_turn, replaced, saved_copy
 
 _FILE_BYTES = 4 << 30
@@ -61,28 +66,6 @@ _FILE_BYTES = 4 << 30
 
 def _silent(items: Iterable[Any], total: int) -> Iterable[Any]:
     return items
-
-
-@dataclass(frozen=True)
-class CheckpointPlace:
-    """A checkpoint named on the command line; see ``host.torch_dist.CheckpointSource``."""
-
-    flag: str
-    path: Path
-
-    def error(self, problem: str, remedy: str) -> RecipeError:
-        """The error "--flag path problem; remedy"."""
-        return RecipeError(f"{self.flag} {self.path} {problem}; {remedy}", self.flag)
-
-    def open(self) -> TorchDistCheckpoint:
-        """The checkpoint.
-
-        Raises:
-            RecipeError: it is not there, or no whole ``torch_dist`` checkpoint.
-        """
-        if not self.path.is_dir():
-            raise self.error("is no directory", "name a directory given to Megatron's --save")
-        return TorchDistCheckpoint.open(self)
 
 
 @dataclass(frozen=True)
@@ -124,6 +107,8 @@ def export_delta(
     Raises:
         RecipeError: a checkpoint that cannot be read, two that are not of one model, adapters of
             another base, an output that exists, or nothing that changed.
+
+    A checkpoint with new experts against its base before them gives a delta that adds them.
     """
     must_not_exist(output)
     opened = base.open()
@@ -135,29 +120,40 @@ def export_delta(
     stored = StoredAdapters.of(after.checkpoint)
     before = before.named_like(after.tensors)
     after = after.named_like(before.tensors)
-    names = _common_tensors(before, after)
-    slices = [(name, place) for name in names for place in before.places(name)]
+    same_shapes = before.tensors == after.tensors
+    card = None if same_shapes else card_between(opened, after.checkpoint)
+    growth = None if card is None else Growth(card)
+    if stored is not None and card is not None:
+        raise trained.error(
+            f"has adapters, and new experts that {base.path} has not",
+            "merge the adapters first (moe-inject merge-adapters), or name as --base what "
+            "moe-inject add-experts wrote",
+        )
+    names = _common_tensors(before, after, growth)
+    slices = [(name, place) for name in names for place in after.places(name)]
     adapted = None if stored is None else ExportedAdapters(stored, after)
     index: dict[str, Slice] = {}
     with new_folder(output) as folder:
         files = DeltaFiles(folder, file_bytes)
         for name, place in progress(slices, len(slices)):
-            old, new = before.read(name, place), after.read(name, place)
-            same = torch.equal(as_bytes(old), as_bytes(new))
+            old, new = _before(before, name, place, growth), after.read(name, place)
+            same = old is not None and torch.equal(as_bytes(old), as_bytes(new))
             if adapted is not None:
+                assert old is not None, "adapters and new experts do not meet"
                 adapted.take(name, place, old, same, files)
             if same:
                 continue
             entry = "@".join([name, ".".join(map(str, place))]) if place else name
             file = files.add(entry, new)
-            index[entry] = Slice(name, list(place), slice_checksum(old), file)
+            checksum = "" if old is None else slice_checksum(old)
+            index[entry] = Slice(name, list(place), checksum, file)
         adapters = None if adapted is None else adapted.index()
         if not index and adapters is None:
             raise trained.error("does not differ from the base", "name the checkpoint after it")
         files.close()
         described = DeltaIndex(
             format=FORMAT,
-            version=VERSION if adapters is None else WITH_ADAPTERS,
+            version=VERSION,
             model=before.fingerprint(),
             base_iteration=before.checkpoint.folder.name,
             trained_iteration=after.checkpoint.folder.name,
@@ -166,8 +162,10 @@ def export_delta(
             files={path.name: file_checksum(path) for path in sorted(folder.iterdir())},
             slices=index,
             adapters=adapters,
+            new_experts=card if card is None or before.layers else card.in_layers_of(None),
         )
-        (folder / INDEX).write_text(json.dumps(asdict(described), indent=1), encoding="utf-8")
+        described = replace(described, version=described.its_version)
+        (folder / INDEX).write_text(described.text(), encoding="utf-8")
     return _summary(before, described)
 
 
@@ -197,8 +195,17 @@ def apply_delta(
     named = {entry.tensor for entry in described.slices.values()}
     before = before.named_like(named | set(() if adapters is None else adapters.dtypes))
     if before.fingerprint() != described.model:
-        _refuse_new_experts(base, before.checkpoint)
+        _refuse_new_experts(base, before, described)
         raise base.error("is another model than the delta's base", "name the base it was made from")
+    if described.new_experts is not None:
+        growing = AppliedGrowth(source, delta, described.new_experts, before)
+        growing.check_base(base, progress)
+        stored = before.checkpoint.metadata.storage_data.values()
+        needed = sum(info.length for info in stored) + described.bytes
+        require_room(output, needed, "--output")
+        with new_folder(output) as folder:
+            growing.write(folder, progress)
+        return _summary(before, described)
     index = described.slices
     changes = {name: [replaced(new)] for name, new in _changes(delta, index, before).items()}
     applied = None if adapters is None else AppliedAdapters(source, adapters, before)
@@ -219,41 +226,33 @@ def apply_delta(
     return _summary(before, described, {} if applied is None else applied.roundings())
 
 
-def _refuse_new_experts(base: CheckpointPlace, checkpoint: TorchDistCheckpoint) -> None:
-    """RecipeError where another model is the base with new experts, whose ids may have moved."""
+def _before(
+    before: Weights, name: str, place: tuple[int, ...], growth: Growth | None
+) -> torch.Tensor | None:
+    """What the base holds of a slice, ``None`` of a new expert."""
+    origin = None if growth is None else growth.origin(name, place)
+    if origin is None:
+        return before.read(name, place)
+    return None if origin.new else before.read(origin.name, origin.place)
+
+
+def _refuse_new_experts(base: CheckpointPlace, held: Weights, delta: DeltaIndex) -> None:
+    """RecipeError where one of base and delta has new experts, and the other has not."""
+    checkpoint = held.checkpoint
+    if delta.new_experts is None and most_experts(delta) > most_experts_of(held.tensors):
+        raise base.error(
+            "has fewer experts than the delta's base",
+            "name the checkpoint with new experts that it was made from; a delta that adds them "
+            "itself is one against the checkpoint before moe-inject add-experts",
+        )
     card = card_in(checkpoint.common.get("args"), str(checkpoint.folder))
     if card is not None:
         raise base.error(
             f"has new experts ({ranges(card.ids())} of {card.experts}), which the delta's base has "
             "not",
-            f"apply it to {card.base}, and add the experts to the result",
+            f"apply it to {card.base}"
+            + ("" if delta.new_experts else ", and add the experts to the result"),
         )
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """One slice of a delta, read when it is called for.
-
-    Raises:
-        RecipeError: it is not of the base's shape and type.
-    """
-
-    delta: Path
-    file: str
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    def __call__(self) -> torch.Tensor:
-        with safe_open(self.delta / self.file, framework="pt") as file:
-            value = file.get_tensor(self.name)
-        if (tuple(value.shape), value.dtype) != (self.shape, self.dtype):
-            raise damaged(
-                self.delta,
-                f"holds {show(self.name)} as {list(value.shape)} {value.dtype}, which the base has "
-                f"as {list(self.shape)} {self.dtype}",
-            )
-        return value
 
 
 def _of_one_kind(before: Weights, after: Weights) -> tuple[Weights, Weights]:
@@ -281,8 +280,9 @@ def _numbered(base: Weights, layers: str | None) -> Weights:
     )
 
 
-def _common_tensors(before: Weights, after: Weights) -> list[str]:
-    base, after_names = before.tensors.keys(), after.tensors.keys()
+def _common_tensors(before: Weights, after: Weights, growth: Growth | None) -> list[str]:
+    expected = before.tensors if growth is None else growth.tensors(before)
+    base, after_names = expected.keys(), after.tensors.keys()
     if after_names != base:
         missing, more = sorted(base - after_names), sorted(after_names - base)
         parts = [f"lacks {listing(missing, 4)}"] if missing else []
@@ -292,7 +292,7 @@ def _common_tensors(before: Weights, after: Weights) -> list[str]:
             "compare two checkpoints of one model",
         )
     for name in base:
-        old, new = before.tensors[name], after.tensors[name]
+        old, new = expected[name], after.tensors[name]
         if old != new:
             raise after.error(
                 f"has {name} as {list(new.size)} {new.dtype}, the base as {list(old.size)} "
@@ -316,9 +316,9 @@ def _summary(
 
 def _changes(
     delta: Path, index: Mapping[str, Slice], base: Weights
-) -> dict[str, dict[tuple[int, ...], _Stored]]:
+) -> dict[str, dict[tuple[int, ...], StoredSlice]]:
     """The new values by the base's own tensors and places; every slice must be one of its, once."""
-    changes: dict[str, dict[tuple[int, ...], _Stored]] = {}
+    changes: dict[str, dict[tuple[int, ...], StoredSlice]] = {}
     for name, entry in index.items():
         place, stored = tuple(entry.place), base.tensors.get(entry.tensor)
         sizes = () if stored is None else stored.size[: stacked_axes(entry.tensor)]
@@ -326,7 +326,7 @@ def _changes(
         if stored is None or not exists:
             raise damaged(delta, f"has a slice {show(name)} that is none of the base's")
         shape = stored.size[len(place) :]
-        new = _Stored(delta, entry.file, name, shape, stored.dtype)
+        new = StoredSlice(delta, entry.file, name, shape, stored.dtype)
         for tensor, own_place in base.places_of(entry.tensor, place):
             if own_place in changes.setdefault(tensor, {}):
                 raise damaged(delta, f"has a slice {show(name)} that is none of the base's")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,11 +17,12 @@ from safetensors import SafetensorError, safe_open
 from megatron_moe_inject.host import typed
 from megatron_moe_inject.host.errors import RecipeError, one_line, show
 from megatron_moe_inject.host.files import is_plain_name
+from megatron_moe_inject.host.new_experts import NewExperts
 from megatron_moe_inject.host.stored_adapters import Base
 
 FORMAT = "megatron_moe_inject.delta"
-VERSION, WITH_ADAPTERS = 1, 2
-"""Of an index without and with adapters."""
+VERSION, WITH_ADAPTERS, WITH_NEW_EXPERTS = 1, 2, 3
+"""Of an index with slices alone, with adapters, and with experts that the base has not."""
 INDEX = "delta.json"
 
 _NEEDED = {"remedy": "the index was changed"}
@@ -34,7 +35,7 @@ class Slice:
     Attributes:
         tensor: name in the checkpoint.
         place: indices on its leading axes.
-        base_sha256: of the bytes that the base holds there.
+        base_sha256: of the bytes that the base holds there; empty of a new expert.
         file: of the delta, which holds the new values under the slice's own name.
     """
 
@@ -119,6 +120,8 @@ class DeltaIndex:
         files: SHA-256 of each file, by name.
         slices: by their name in the files.
         adapters: of a run that trained some.
+        new_experts: the card of experts that the base has not; slices are then those of the model
+            with them (``delta.grown``).
     """
 
     format: str = field(metadata=_NEEDED)
@@ -131,6 +134,21 @@ class DeltaIndex:
     slices: dict[str, Slice] = field(metadata=_NEEDED)
     layers: str | None = None
     adapters: Adapters | None = None
+    new_experts: NewExperts | None = None
+
+    @property
+    def its_version(self) -> int:
+        """The version that goes with what it holds."""
+        if self.new_experts is not None:
+            return WITH_NEW_EXPERTS
+        return VERSION if self.adapters is None else WITH_ADAPTERS
+
+    def text(self) -> str:
+        """As it is stored; an older reader knows what of it was there before."""
+        plain = asdict(self)
+        if self.new_experts is None:
+            del plain["new_experts"]
+        return json.dumps(plain, indent=1)
 
     def file_of(self) -> dict[str, str]:
         """The file of each tensor of the delta, by the tensor's name in it."""
@@ -165,16 +183,18 @@ def read_index(delta: Path) -> DeltaIndex:
     try:
         plain = json.loads(path.read_text(encoding="utf-8"))
         kind = plain["format"], plain["version"]
-        if kind not in ((FORMAT, VERSION), (FORMAT, WITH_ADAPTERS)):
+        if kind not in [(FORMAT, v) for v in (VERSION, WITH_ADAPTERS, WITH_NEW_EXPERTS)]:
             raise RecipeError(
                 f"--delta {delta} is {one_line(str(kind[0]))} version {show(kind[1])}; this reads "
-                f"{FORMAT} versions {VERSION} and {WITH_ADAPTERS}"
+                f"{FORMAT} versions {VERSION} to {WITH_NEW_EXPERTS}"
             )
         try:
             described = typed.build(DeltaIndex, plain)
+            if described.new_experts is not None:
+                described.new_experts.check()
         except RecipeError as error:
             raise damaged(delta, f"has an {INDEX} that cannot be: {error}") from None
-        if (described.adapters is not None) != (kind[1] == WITH_ADAPTERS):
+        if described.its_version != kind[1]:
             raise damaged(delta, f"is of version {kind[1]}, which goes with adapters or without")
         file_of = described.file_of()
         names = [*described.files, *file_of.values()]
@@ -229,3 +249,29 @@ class DeltaFolder:
         """A tensor by its name in the files: new values of a slice, a factor, rows."""
         with safe_open(self._path / self._file_of[name], framework="pt") as file:
             return file.get_tensor(name)
+
+
+@dataclass(frozen=True)
+class StoredSlice:
+    """One slice of a delta, read when it is called for.
+
+    Raises:
+        RecipeError: it is not of the base's shape and type.
+    """
+
+    delta: Path
+    file: str
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __call__(self) -> torch.Tensor:
+        with safe_open(self.delta / self.file, framework="pt") as file:
+            value = file.get_tensor(self.name)
+        if (tuple(value.shape), value.dtype) != (self.shape, self.dtype):
+            raise damaged(
+                self.delta,
+                f"holds {show(self.name)} as {list(value.shape)} {value.dtype}, which the base has "
+                f"as {list(self.shape)} {self.dtype}",
+            )
+        return value

@@ -7,7 +7,6 @@ is bounded by one expert's tensor in float32, whatever the model's size.
 
 from __future__ import annotations
 
-import copy
 import re
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_moe_inject.experts.delta.delta import CheckpointPlace
+from megatron_moe_inject.experts.grow.arguments import grown_arguments
 from megatron_moe_inject.experts.grow.donors import (
     Shape,
     check_recorded,
@@ -42,19 +41,18 @@ from megatron_moe_inject.experts.grow.stored_names import (
     is_of_optimizer,
     moe_layers,
 )
+from megatron_moe_inject.host.checkpoint_place import CheckpointPlace
 from megatron_moe_inject.host.errors import RecipeError, fail
 from megatron_moe_inject.host.files import new_folder, require_room
 from megatron_moe_inject.host.layer_pattern import pattern_of
 from megatron_moe_inject.host.model_parts import is_own
-from megatron_moe_inject.host.new_experts import STORED, VERSION, NewExperts, card_in
+from megatron_moe_inject.host.new_experts import VERSION, NewExperts, card_in
 from megatron_moe_inject.host.stored_adapters import refuse_adapters
 from megatron_moe_inject.host.text import ranges
 from megatron_moe_inject.host.torch_dist import TorchDistCheckpoint, is_training_state
 from megatron_moe_inject.host.torch_dist_parts import Rearranged, rearranged_copy
 
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]
-_ENDED = ("inject_policy", "inject_lineage")
-"""Arguments of the injection that a checkpoint belongs to, which ends here."""
 _TWINS = 0.01
 
 
@@ -329,20 +327,12 @@ class Addition:
         return bool(known)
 
     def _common(self, card: NewExperts) -> dict[str, Any]:
-        args = copy.copy(self.args)
-        args.num_experts = card.experts
+        args = grown_arguments(self.args, card)
         if card.capacity_factor is not None:
-            args.moe_expert_capacity_factor = (
-                card.capacity_factor * card.experts / card.base_experts
-            )
             self.remarks.append(
                 f"--moe-expert-capacity-factor {args.moe_expert_capacity_factor:.6g} gives each "
                 f"expert the room that it had with {card.capacity_factor:g}"
             )
-        for name in _ENDED:
-            if hasattr(args, name):
-                delattr(args, name)
-        setattr(args, STORED, card.plain())
         return {**self.checkpoint.common, "args": args}
 
 

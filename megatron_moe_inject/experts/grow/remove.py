@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from megatron_moe_inject.experts.delta.delta import CheckpointPlace
 from megatron_moe_inject.experts.grow.moving import Moved
 from megatron_moe_inject.experts.grow.numbering import restored
 from megatron_moe_inject.experts.grow.stored_names import ExpertName, Layer
+from megatron_moe_inject.host.checkpoint_place import CheckpointPlace
 from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.host.files import new_folder, require_room
 from megatron_moe_inject.host.model_parts import is_own

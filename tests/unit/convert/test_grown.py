@@ -175,6 +175,31 @@ def test_trained_further_it_is_exported_to_the_grown_folder_too(chains, tmp_path
     assert filecmp.cmpfiles(chain.exported, tmp_path / "out", files, shallow=False)[0] == files
 
 
+@pytest.mark.parametrize(("case", "layout"), PAIRS)
+def test_a_delta_against_the_base_is_exported_as_the_checkpoint_is(chains, case, layout, tmp_path):
+    chain = chains[case, layout]
+    between = ("--base", chain.checkpoint, "--trained", chain.grown)
+    do("export-delta", *between, "--output", tmp_path / "delta")
+    words = ("--delta", tmp_path / "delta", "--hf", chain.hf, "--output", tmp_path / "out")
+    do("export-hf", *words)
+    files = [path.name for path in chain.exported.iterdir()]
+    assert filecmp.cmpfiles(chain.exported, tmp_path / "out", files, shallow=False)[0] == files
+
+
+def test_a_delta_of_a_hybrid_model_adds_its_experts_to_a_gpt_model(chains, tmp_path):
+    gpt, hybrid = (chains["qwen3_moe", layout] for layout in (None, "hybrid"))
+    between = ("--base", gpt.checkpoint, "--trained", hybrid.grown)
+    do("export-delta", *between, "--output", tmp_path / "delta")
+    for base, name in ((gpt, "gpt"), (hybrid, "hybrid")):
+        words = ("--base", base.checkpoint, "--delta", tmp_path / "delta")
+        do("apply-delta", *words, "--output", tmp_path / name)
+        do("export-hf", tmp_path / name, "--hf", gpt.hf, "--output", tmp_path / f"{name}-hf")
+        same = filecmp.cmp(hybrid.exported / MODEL, tmp_path / f"{name}-hf" / MODEL, shallow=False)
+        assert same, name
+    assert card_in(opened(tmp_path / "gpt").args, "here").layers is None
+    assert card_in(opened(tmp_path / "hybrid").args, "here").layers == "*E*E"
+
+
 @pytest.mark.parametrize("kind", ["fp8", "mxfp4"])
 def test_codes_of_old_experts_go_where_they_move(tmp_path, kind, capsys):
     """And new experts are encoded as the others are."""
@@ -244,7 +269,7 @@ class TestMistakes:
     def refused(self, capsys, *words):
         assert main([str(word) for word in words]) == 2
         error = capsys.readouterr().err
-        assert error.count("\n") == 1
+        assert error.count("moe-inject: ") == 1
         return error
 
     def without_card(self, chain, folder):
@@ -284,7 +309,7 @@ class TestMistakes:
             ({"experts": 7}, "has 6 experts in a layer, and inject_new_experts.json says 7"),
             ({"moved": [0, 1, 2, 9]}, "moved: names an id twice, or one that is not there"),
             ({"moved": [0, 1, 2, 2]}, "moved: names an id twice"),
-            ({"new": {"0": [1]}}, "it names experts that are not new"),
+            ({"new": {"0": [1]}}, "they name experts that are not new"),
             ({"version": 9}, "of another version; this reads version 1"),
             ({"rows": 3}, "a card of new experts that cannot be"),
         ],
@@ -301,6 +326,26 @@ class TestMistakes:
         assert message in error
         assert "take that file out of it" in error
         assert not (tmp_path / "out").exists()
+
+    def test_a_delta_whose_base_had_them(self, chains, tmp_path, capsys):
+        chain = chains["qwen3_moe", None]
+        changed = {
+            name: replaced({(0, 5): lambda: torch.ones(48, 32)})
+            for name in opened(chain.grown).tensors
+            if ".experts." in name and name.endswith("fc1.weight")
+        }
+        rewritten_copy(opened(chain.grown), tmp_path / "more", changed, lambda items, n: items)
+        between = ("--base", chain.grown, "--trained", tmp_path / "more")
+        do("export-delta", *between, "--output", tmp_path / "own")
+        words = ("export-hf", "--delta", tmp_path / "own", "--output", tmp_path / "out", "--hf")
+        error = self.refused(capsys, *words, chain.hf)
+        assert "has 6 experts or more in a layer" in error
+        assert "export that base to a folder (moe-inject export-hf) and name this as --hf" in error
+        do(*words, chain.exported)
+        do("export-hf", tmp_path / "more", "--hf", chain.hf, "--output", tmp_path / "whole")
+        files = [path.name for path in (tmp_path / "whole").iterdir()]
+        same = filecmp.cmpfiles(tmp_path / "whole", tmp_path / "out", files, shallow=False)[0]
+        assert same == files
 
     def test_layers_of_prediction_that_would_lack_new_experts(self, chains, tmp_path, capsys):
         chain = chains["deepseek_v3, prediction", None]
