@@ -148,6 +148,13 @@ def _comparison(*measured: Any) -> Any:
     return Comparison(*measured)
 
 
+def _feed_forwards(flag: str, path: Path) -> Any:
+    """``convert.feed_forwards.open_folder``, which needs torch."""
+    from megatron_moe_inject.convert.feed_forwards import open_folder
+
+    return open_folder(flag, path)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="moe-inject",
@@ -186,7 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     data_command.add_commands(commands)
     select_command.add_commands(commands)
     delta_command.add_commands(commands)
-    grow_command.add_commands(commands, _comparison)
+    grow_command.add_commands(commands, _comparison, {"hf": _feed_forwards})
     convert_command.add_commands(commands)
     upcycle_command.add_commands(commands)
     adapters_command.add_commands(commands)

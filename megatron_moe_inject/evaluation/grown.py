@@ -132,8 +132,9 @@ def _check_room(addition: Addition) -> None:
     if needed > free:
         raise RecipeError(
             f"--check: the model needs {memory_text(needed)} on one process of CPUs, and "
-            f"{memory_text(free)} are free; leave --check out, and before training measure the new "
-            "checkpoint in a job of its own: moe-inject profile, moe-inject evaluate",
+            f"{memory_text(free)} are free; write it with --unmeasured instead of --check, and "
+            "before training measure the new checkpoint in a job of its own: moe-inject profile, "
+            "moe-inject evaluate",
             "--check",
         )
 

@@ -40,6 +40,8 @@ def write_moe(
     bias: str | None = None,
     states: bool = False,
     dtype: torch.dtype = torch.float32,
+    experts: int = EXPERTS,
+    layers: int = LAYERS,
     **changed,
 ) -> Path:
     """Write ``iter_0000007`` into ``root``; random values, the same for every form.
@@ -48,17 +50,18 @@ def write_moe(
         form: one of ``FORMS``.
         bias: a bias of routers, ``expert_bias`` or ``bias``.
         states: with the optimizer's, of which ``fp32_param`` has more digits than the model.
+        experts, layers: how many.
         changed: arguments.
     """
     torch.manual_seed(1)
     whole = {
-        "mlp.experts.experts.linear_fc1.weight": torch.randn(LAYERS, EXPERTS, 2 * WIDTH, HIDDEN),
-        "mlp.experts.experts.linear_fc2.weight": torch.randn(LAYERS, EXPERTS, HIDDEN, WIDTH),
-        "mlp.router.weight": torch.randn(LAYERS, EXPERTS, HIDDEN),
-        "self_attention.linear_proj.weight": torch.randn(LAYERS, HIDDEN, HIDDEN),
+        "mlp.experts.experts.linear_fc1.weight": torch.randn(layers, experts, 2 * WIDTH, HIDDEN),
+        "mlp.experts.experts.linear_fc2.weight": torch.randn(layers, experts, HIDDEN, WIDTH),
+        "mlp.router.weight": torch.randn(layers, experts, HIDDEN),
+        "self_attention.linear_proj.weight": torch.randn(layers, HIDDEN, HIDDEN),
     }
     if bias:
-        whole[f"mlp.router.{bias}"] = torch.randn(LAYERS, EXPERTS)
+        whole[f"mlp.router.{bias}"] = torch.randn(layers, experts)
     with CheckpointWriter(root / "iter_0000007", chunk_bytes=1 << 20) as writer:
         for name, value in whole.items():
             kept = torch.float32 if "expert_bias" in name else dtype
@@ -67,8 +70,11 @@ def write_moe(
                 of_state = value if state == "fp32_param" else torch.randn(value.shape).abs()
                 _write(writer, form, f"optimizer.state.{state}.", name, of_state)
         writer.tensor(["output_layer.weight"], (7, HIDDEN), (), torch.randn(7, HIDDEN))
-        writer.nothing(_objects(form))
-        writer.finish({"args": arguments(**changed), "iteration": 7, "checkpoint_version": 3.0})
+        writer.nothing(_objects(form, experts, layers))
+        sizes = {"num_experts": experts, "num_layers": layers}
+        writer.finish(
+            {"args": arguments(**sizes | changed), "iteration": 7, "checkpoint_version": 3.0}
+        )
     (root / "latest_checkpointed_iteration.txt").write_text("7")
     return root
 
@@ -97,18 +103,18 @@ def _write(writer, form: str, prefix: str, name: str, value: torch.Tensor) -> No
                     writer.tensor([stacked], size, (layer, expert, begin), half)
 
 
-def _objects(form: str):
+def _objects(form: str, number: int, layers: int):
     experts = "mlp.experts.experts"
-    for layer in range(LAYERS):
-        for expert in range(EXPERTS):
+    for layer in range(layers):
+        for expert in range(number):
             if form == "by_layer":
-                name, place = f"decoder.layers.{layer}.{experts}", f"{expert}_{EXPERTS}"
+                name, place = f"decoder.layers.{layer}.{experts}", f"{expert}_{number}"
             elif form == "named":
-                name, place = f"decoder.layers.{experts}.{expert}", f"{layer}_{LAYERS}"
+                name, place = f"decoder.layers.{experts}.{expert}", f"{layer}_{layers}"
             else:
-                name, place = f"decoder.layers.{experts}", f"{layer}.{expert}_{LAYERS}.{EXPERTS}"
+                name, place = f"decoder.layers.{experts}", f"{layer}.{expert}_{layers}.{number}"
             yield f"{name}.linear_fc1._extra_state/shard_{place}"
-        yield f"decoder.layers.self_attention.linear_proj._extra_state/shard_{layer}_{LAYERS}"
+        yield f"decoder.layers.self_attention.linear_proj._extra_state/shard_{layer}_{layers}"
 
 
 def read(checkpoint, form: str, name: str, prefix: str = "") -> torch.Tensor:
@@ -117,7 +123,8 @@ def read(checkpoint, form: str, name: str, prefix: str = "") -> torch.Tensor:
 
     stacked = f"{prefix}decoder.layers.{name}"
     if form == "by_layer":
-        parts = [f"{prefix}decoder.layers.{layer}.{name}" for layer in range(LAYERS)]
+        layers = range(checkpoint.args.num_layers)
+        parts = [f"{prefix}decoder.layers.{layer}.{name}" for layer in layers]
         return torch.stack([whole(checkpoint, part) for part in parts])
     if form == "named" and ".experts." in name:
         parts, expert = [], 0

@@ -40,6 +40,13 @@ teachers:
   coder: {source: "SOURCE"}
 objective: {alpha: 0.7, beta: 0.3}
 """
+NEW_EXPERTS = (
+    RECIPE.replace("{layers: {1: [0, 3], 2: [3]}}", "{new: all}")
+    + """
+train: {router_rows: true}
+steering: {coeff: 1.0, target_mass: 0.9}
+"""
+)
 CHANGED = {
     f"model.layers.{layer}.mlp.experts.{expert}.{name}_proj.weight"
     for layer, expert in ((1, 0), (1, 3), (2, 3))
@@ -137,6 +144,17 @@ class Chain:
         assert losses[-1] < losses[0]
         return run
 
+    def grow(self, source: str) -> Path:
+        """New experts, trained for ten steps at EP 2."""
+        grown, saved = self.folder / "grown", self.folder / "grown-injected"
+        words = ["add-experts", str(self.checkpoint), "--output", str(grown), "--per-layer", "2"]
+        assert main([*words, "--unmeasured"]) == 0
+        recipe = self.folder / "new.yaml"
+        recipe.write_text(NEW_EXPERTS.replace("SOURCE", source))
+        ours = ("--inject-recipe", str(recipe), "--train-iters", "10", *SAVE, str(saved))
+        lane.run(self.flags(grown, *ours, *EP2, "--num-experts", "6"), nproc=2)
+        return saved
+
     def export(self, name: str, *arguments) -> Path:
         output = self.folder / name
         words = ["export-hf", *map(str, arguments), "--hf", str(self.hf), "--output", str(output)]
@@ -209,6 +227,22 @@ def test_a_delta_is_exported_as_the_checkpoint_is(chain, exported):
     names = sorted(path.name for path in exported.iterdir())
     assert sorted(path.name for path in from_delta.iterdir()) == names
     assert filecmp.cmpfiles(exported, from_delta, names, shallow=False) == (names, [], [])
+
+
+@GPT_FIRST
+def test_new_experts_are_trained_and_exported(chain):
+    """The folder has six experts in each layer, of which two were trained, and the same logits;
+    imported, with its card, they are taken out again."""
+    saved = chain.grow(f"hf:{chain.teacher}")
+    exported = chain.export("grown-hf", saved)
+    found = transformers_logits(exported, chain.tokens)
+    assert (found - chain.logits(saved, "--num-experts", "6")).abs().max() < 1e-5
+    assert (found - transformers_logits(chain.hf, chain.tokens)).abs().max() > 1e-2
+    again, without = chain.folder / "grown-again", chain.folder / "grown-without"
+    assert main(["import-hf", str(exported), *chain.output(again, chain.layout)]) == 0
+    assert main(["remove-experts", str(again), "--output", str(without)]) == 0
+    name = "model.safetensors"
+    assert filecmp.cmp(chain.hf / name, chain.export("same", without) / name, shallow=False)
 
 
 @GPT_FIRST

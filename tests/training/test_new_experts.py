@@ -11,7 +11,7 @@ import torch
 from megatron_moe_inject.cli import main
 from megatron_moe_inject.experts.choose.profile_file import read_profile
 from megatron_moe_inject.experts.delta.delta import CheckpointPlace
-from megatron_moe_inject.host.new_experts import STORED
+from megatron_moe_inject.host.new_experts import STORED, card_in
 from megatron_moe_inject.host.torch_dist_copy import replaced, rewritten_copy
 from tests.harness import lane
 from tests.harness.checkpoints import SAVE, changed, whole
@@ -136,7 +136,8 @@ def test_training_goes_on_with_the_optimizer_as_it_was(material, deepseek, grown
 def trained(material, grown, tmp_path_factory):
     """New experts of layers 1 to 3 of the softmax student, with their rows, at EP 2."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    begin = grown("--layers", "1-3", "--domain", "code", base=Path(material.student))
+    student = Path(material.student)
+    begin = grown("--layers", "1-3", "--domain", "code", "--unmeasured", base=student)
     extra = ("--load", str(begin), "--num-experts", "6", "--train-iters", "24", *SAVE, str(folder))
     run = inject(material, RECIPE, nproc=2, ep=2, extra=extra)
     return begin, folder, run
@@ -178,6 +179,18 @@ def test_taken_out_the_student_is_the_base_bitwise(material, trained, tmp_path, 
     args = opened(without).args
     assert args.num_experts == 4
     assert not hasattr(args, STORED)
+
+
+def test_one_file_brings_them_to_the_base(material, trained, tmp_path):
+    """Applied to the student as it was before, it is what was trained."""
+    _, folder, _ = trained
+    delta, applied = tmp_path / "delta", tmp_path / "applied"
+    between = ["--base", material.student, "--trained", str(folder)]
+    assert main(["export-delta", *between, "--output", str(delta)]) == 0
+    words = ["--base", material.student, "--delta", str(delta), "--output", str(applied)]
+    assert main(["apply-delta", *words]) == 0
+    assert changed(folder, applied) == set()
+    assert card_in(opened(applied).args, "here").new == card_in(opened(folder).args, "here").new
 
 
 def test_a_checkpoint_without_a_card_needs_one_of_its_model(deepseek, grown, tmp_path, capsys):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,21 @@ from megatron_moe_inject.experts.grow.donors import (
     named_donors,
     profile_of,
 )
+from megatron_moe_inject.experts.grow.feed_forwards import (
+    FROM_TEACHER,
+    Opens,
+    TeacherNeurons,
+    layers_of_teacher,
+    opened,
+)
 from megatron_moe_inject.experts.grow.moving import Moved, known_optimizer
 from megatron_moe_inject.experts.grow.new_parts import NewParts
 from megatron_moe_inject.experts.grow.numbering import Numbering, check_count
-from megatron_moe_inject.experts.grow.router_kinds import rows_of_router, score_function
+from megatron_moe_inject.experts.grow.router_kinds import (
+    rows_of_router,
+    score_function,
+    takes_weight,
+)
 from megatron_moe_inject.experts.grow.starts import (
     MAIN_STATES,
     WEIGHTS,
@@ -44,7 +55,7 @@ from megatron_moe_inject.experts.grow.stored_names import (
 from megatron_moe_inject.host.checkpoint_place import CheckpointPlace
 from megatron_moe_inject.host.errors import RecipeError, fail
 from megatron_moe_inject.host.files import new_folder, require_room
-from megatron_moe_inject.host.layer_pattern import pattern_of
+from megatron_moe_inject.host.layer_pattern import MLP, pattern_of
 from megatron_moe_inject.host.model_parts import is_own
 from megatron_moe_inject.host.new_experts import VERSION, NewExperts, card_in
 from megatron_moe_inject.host.stored_adapters import refuse_adapters
@@ -67,7 +78,9 @@ class Asked:
         profile: a routing profile of the checkpoint.
         score: how the profile ranks donors.
         donors: named instead.
-        weights, rows: words of ``starts``; ``None`` = what is usual.
+        weights, rows: words of ``starts``, or for the weights a dense teacher's source
+            (``feed_forwards``); ``None`` = what is usual.
+        teacher_layers: see ``feed_forwards.layers_of_teacher``.
         noise: see ``starts.NewWeights``; ``None`` = what is needed for no two to be the same.
         seed: of random numbers.
         ep: expert-parallel ranks that must be able to share them; ``None`` = those of the
@@ -82,6 +95,7 @@ class Asked:
     score: str = "token"
     donors: str | None = None
     weights: str | None = None
+    teacher_layers: Sequence[int] | None = None
     rows: str | None = None
     noise: float | None = None
     seed: int = 1234
@@ -114,6 +128,7 @@ class Addition:
     Args:
         place: the checkpoint.
         asked: for what.
+        teachers: see ``feed_forwards.opened``.
 
     Attributes:
         checkpoint: opened.
@@ -130,8 +145,10 @@ class Addition:
             cannot be.
     """
 
-    def __init__(self, place: CheckpointPlace, asked: Asked) -> None:
-        self.asked = asked
+    def __init__(
+        self, place: CheckpointPlace, asked: Asked, teachers: Mapping[str, Opens] | None = None
+    ) -> None:
+        self.asked, self._teachers = asked, teachers or {}
         self.checkpoint = place.open()
         refuse_adapters(self.checkpoint.tensors, place.error)
         self.args = self.checkpoint.args
@@ -155,6 +172,18 @@ class Addition:
         self.profile = None if asked.profile is None else profile_of(asked.profile, self._shape())
         self.rows = self._rows(*self._donors())
         self.weights = self._weights()
+
+    @property
+    def takes_weight(self) -> bool:
+        """See ``router_kinds.takes_weight``."""
+        closed = all(self.rows.in_layer(layer) == "closed" for layer in self.layers)
+        return takes_weight(self.args, self.closes_by if closed else None)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the function is what it was: no token can choose a new expert."""
+        closed = all(self.rows.in_layer(layer) == "closed" for layer in self.layers)
+        return closed and not self.takes_weight
 
     @property
     def decoder_layers(self) -> list[int]:
@@ -205,8 +234,9 @@ class Addition:
 
     def _rows(self, donors: dict[Layer, list[int]], known: bool) -> NewRows:
         self._method = self.asked.weights or ("copy" if known else "mean")
-        if self._method not in WEIGHTS:
-            raise fail("--weights", self._method, "is no word here", f"use {', '.join(WEIGHTS)}")
+        if self._method not in WEIGHTS and not self._method.startswith(FROM_TEACHER):
+            words = f"{', '.join(WEIGHTS)} or {FROM_TEACHER}SOURCE"
+            raise fail("--weights", self._method, "is no word here", f"use {words}")
         rows = rows_of_router(self.args, self.closes_by, self.asked.rows)
         for flag, word in (("--weights", "copy"), ("--rows", "donor")):
             if word in (self._method, rows) and not known:
@@ -236,7 +266,44 @@ class Addition:
         return NewWeights(
             self.numbering, method, donors, self.filled, noise, self.asked.seed,
             float(getattr(self.args, "init_method_std", None) or 0.02), self.args.num_layers,
+            self._neurons(),
         )  # fmt: skip
+
+    def _neurons(self) -> TeacherNeurons | None:
+        """Of the dense teacher that ``--weights`` names."""
+        asked = self.asked
+        if not self._method.startswith(FROM_TEACHER):
+            if asked.teacher_layers is not None:
+                raise RecipeError(
+                    f"--teacher-layers: goes with --weights {FROM_TEACHER}SOURCE; leave it out",
+                    "--teacher-layers",
+                )
+            return None
+        teacher = opened(self._method, self._teachers)
+        layers = [number for _, number in self._chosen]
+        depths = {layer: self._depth(layer) for layer in layers}
+        return TeacherNeurons(
+            teacher,
+            self.args,
+            layers_of_teacher(asked.teacher_layers, layers, depths, teacher.layers),
+            len(self.numbering.new),
+            self._width(),
+        )
+
+    def _depth(self, layer: int) -> float:
+        """Where a layer stands among the model's feed-forwards, between 0 and 1."""
+        if self.pattern is None:
+            return (layer + 0.5) / self.args.num_layers
+        known = self.pattern.where(MLP)
+        return (known.index(layer) + 0.5) / len(known)
+
+    def _width(self) -> int:
+        """Neurons of an expert."""
+        for name, stored in self.checkpoint.tensors.items():
+            known = expert_name(name)
+            if known is not None and known.key.endswith("linear_fc2.weight"):
+                return int(stored.size[-1])
+        raise self.checkpoint.source.error("has no experts", "name a MoE model's")
 
     def card(self, checksum: str) -> NewExperts:
         """The card of the checkpoint to be written."""
@@ -303,10 +370,7 @@ class Addition:
             folder_name = self.checkpoint.folder
             other = check_recorded(self.asked.profile, self.profile, folder_name, took.checksum)
             self.remarks += [] if other is None else [other]
-        exact = self.rows.method == "closed" and all(
-            self.rows.in_layer(layer) == "closed" for layer in self.filled
-        )
-        return Added(written[0], exact, new.parameters, took, tuple(self.remarks))
+        return Added(written[0], self.exact, new.parameters, took, tuple(self.remarks))
 
     def _optimizer(self, whole: TorchDistCheckpoint) -> bool:
         """Whether the optimizer's state is kept."""
@@ -372,10 +436,11 @@ def add_experts(
     output: Path,
     asked: Asked,
     *,
+    teachers: Mapping[str, Opens] | None = None,
     progress: Progress,
     check: Callable[[Path, NewExperts], None] = lambda folder, card: None,
 ) -> Added:
     """Write a checkpoint with new experts; see ``Addition`` and its ``write``."""
     if output.exists():
         raise RecipeError(f"--output {output} exists already; name another or remove it")
-    return Addition(place, asked).write(output, progress, check)
+    return Addition(place, asked, teachers).write(output, progress, check)

@@ -86,6 +86,36 @@ def chosen_share(addition: Addition) -> dict[str, dict[int, float]]:
     }
 
 
+def check_measured(addition: Addition, shares: Mapping[str, Mapping[int, float]]) -> None:
+    """Whether it is known by how much the function moves, where it does and is not meant to.
+
+    Args:
+        shares: by ``chosen_share``.
+
+    Raises:
+        RecipeError: it is not; with what would measure it.
+    """
+    if addition.exact:
+        return
+    if addition.takes_weight:
+        raise RecipeError(
+            "--rows: the routers take the softmax over all experts before they choose "
+            "(--moe-router-pre-softmax) and have no bias of their own, so that any new expert "
+            "takes weight from all others, even where it is not chosen; add --check -- <flags of "
+            "the training command> to measure by how much the loss moves, or --unmeasured, and "
+            "open new experts gradually as they train (routing.open)",
+            "--rows",
+        )
+    if addition.rows.method != "donor" and not any(shares.values()):
+        raise RecipeError(
+            "--rows: a new expert is chosen where the mean of a token's logits is among the k "
+            "best, and how often that is was not measured; add --profile FILE that was recorded "
+            "with --logits N, or --check -- <flags of the training command>, or --unmeasured to "
+            "write it all the same",
+            "--rows",
+        )
+
+
 def _share(addition: Addition, sample: LogitSample, row: int, layer: int) -> float:
     """Of one class in one layer, over ``n k`` choices."""
     from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
@@ -156,13 +186,12 @@ def chosen_lines(
         RecipeError: new experts get too many choices, and their rows were to keep the function.
     """
     rows = addition.rows.method
-    if not shares:
-        if rows == "closed" or checked:
+    if not any(shares.values()):
+        if addition.exact or checked:
             return []
         return [
-            "the model computes what it did wherever no new expert is among the k best, which was "
-            "not measured: add --profile FILE that was recorded with --logits N, or --check, or "
-            "look at a profile of the new checkpoint (moe-inject profile) before training"
+            "by how much the model's function moves was not measured: compare both models before "
+            "training (moe-inject evaluate and profile)"
         ]
     lines = []
     for name, by_layer in shares.items():

@@ -6,10 +6,11 @@ torch is imported when one of them runs: the other commands do without it.
 from __future__ import annotations
 
 import argparse
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_moe_inject.host.commands import (
     Commands,
@@ -18,7 +19,7 @@ from megatron_moe_inject.host.commands import (
     must_not_exist,
     progress_bar,
 )
-from megatron_moe_inject.host.errors import RecipeError
+from megatron_moe_inject.host.errors import RecipeError, fail
 from megatron_moe_inject.host.text import count, ranges, table
 from megatron_moe_inject.recipe.expert_choice import SCORES
 from megatron_moe_inject.recipe.layer_list import parse_layers
@@ -29,10 +30,12 @@ if TYPE_CHECKING:
 
 Comparison = Callable[..., Callable[..., list[str]]]
 """``evaluation.grown.Comparison``, which stands in a room above."""
+Teachers = Mapping[str, Callable[[str, Path], Any]]
+"""See ``feed_forwards.opened``; these stand in rooms above."""
 _ADD_EXAMPLES = """examples:
   moe-inject add-experts ckpt/student --output ckpt/grown --per-layer 2 --domain code \\
       --profile profiles/code.json
-  moe-inject add-experts ckpt/student --output ckpt/grown --per-layer 8 --weights mean --ep 8
+  moe-inject add-experts ckpt/student --output ckpt/grown --per-layer 8 --ep 8 --unmeasured
   moe-inject add-experts ckpt/student --output ckpt/grown --per-layer 2 --check -- <flags of the
       training command>
 """
@@ -40,15 +43,15 @@ _REMOVE_EXAMPLES = """examples:
   moe-inject remove-experts ckpt/injected --output ckpt/without
   moe-inject export-delta --base ckpt/student --trained ckpt/without --output what-else-changed
 """
-_WEIGHTS = ("copy", "mean", "random")
 _ROWS = ("closed", "mean", "donor")
 
 
-def add_commands(commands: Commands, comparison: Comparison) -> None:
+def add_commands(commands: Commands, comparison: Comparison, teachers: Teachers) -> None:
     """Add both commands to ``moe-inject``; ``run`` of the parsed options returns the text.
 
     Args:
         comparison: what ``--check`` measures.
+        teachers: further kinds of dense teachers for ``--weights``.
     """
     add = add_command(
         commands,
@@ -57,11 +60,13 @@ def add_commands(commands: Commands, comparison: Comparison) -> None:
         "Write a checkpoint with new experts in every MoE layer. What it computes stays as it was: "
         "new experts are closed by the router's bias where it has one, and else have the mean of "
         "the layer's rows, which is chosen rarely; how rarely is measured on the router logits of "
-        "a profile, or by --check. No GPU, no process group; memory is bounded by one expert.",
+        "a profile, or by --check, and nothing is written unmeasured but with --unmeasured. No "
+        "GPU, no process group; memory is bounded by one expert.",
         _ADD_EXAMPLES,
         run=_add,
         takes_flags=True,
         comparison=comparison,
+        teachers=teachers,
     )
     add.usage = "%(prog)s [-h] --output DIR --per-layer N [...] CKPT [-- MEGATRON FLAGS]"
     _checkpoint(add)
@@ -90,9 +95,15 @@ def add_commands(commands: Commands, comparison: Comparison) -> None:
         help="class of the profile that they are for; several share them in turns",
     )  # fmt: skip
     add.add_argument(
-        "--weights", choices=_WEIGHTS,
-        help="how they begin: copies of donors (default with --domain and --profile, or --donors), "
-        "the mean of the layer's experts (else), or random",
+        "--weights", metavar="WORD",
+        help="how they begin: copy of donors (default with --domain and --profile, or --donors), "
+        "mean of the layer's experts (else), random, or teacher:megatron:DIR or teacher:hf:DIR: "
+        "neurons of a dense model's feed-forwards",
+    )  # fmt: skip
+    add.add_argument(
+        "--teacher-layers", metavar="LIST",
+        help="with a teacher: its feed-forward for each layer that gets new experts, from 0, as in "
+        "5,11,17 (default: those at the same depth)",
     )  # fmt: skip
     add.add_argument(
         "--rows", choices=_ROWS,
@@ -107,6 +118,10 @@ def add_commands(commands: Commands, comparison: Comparison) -> None:
         "--check", action="store_true",
         help="run both models on the validation data of the flags behind --, on CPUs: how often "
         "new experts are chosen, and by how much the loss moves",
+    )  # fmt: skip
+    add.add_argument(
+        "--unmeasured", action="store_true",
+        help="write it though nobody knows by how much the model's function moves",
     )  # fmt: skip
     remove = add_command(
         commands,
@@ -132,14 +147,21 @@ def _checkpoint(command: argparse.ArgumentParser) -> None:
 
 
 def _add(options: argparse.Namespace) -> str:
-    from megatron_moe_inject.experts.delta.delta import CheckpointPlace
     from megatron_moe_inject.experts.grow.add import Addition, Asked
-    from megatron_moe_inject.experts.grow.bounds import Bounds, chosen_lines, chosen_share
+    from megatron_moe_inject.experts.grow.bounds import (
+        Bounds,
+        check_measured,
+        chosen_lines,
+        chosen_share,
+    )
+    from megatron_moe_inject.host.checkpoint_place import CheckpointPlace
 
     begin = time.monotonic()
     bounds = Bounds.of(options)
     if options.flags and not options.check:
         raise RecipeError("add-experts: training flags are for --check; add it, or leave them out")
+    if options.unmeasured and options.check:
+        raise RecipeError("--unmeasured: --check measures it; leave one of both out")
     must_not_exist(options.output)
     addition = Addition(
         CheckpointPlace("CKPT", options.checkpoint),
@@ -151,14 +173,18 @@ def _add(options: argparse.Namespace) -> str:
             score=options.score,
             donors=options.donors,
             weights=options.weights,
+            teacher_layers=_numbers(options.teacher_layers, "--teacher-layers"),
             rows=options.rows,
             noise=options.noise,
             seed=1234 if options.seed is None else options.seed,
             ep=options.ep,
             optimizer=not options.no_optimizer,
         ),
+        options.teachers,
     )
     shares = chosen_share(addition)
+    if not (options.check or options.unmeasured):
+        check_measured(addition, shares)
     measured = chosen_lines(addition, shares, bounds, checked=options.check)
     comparison = options.comparison(addition, options.flags, bounds) if options.check else None
     checked: list[str] = []
@@ -171,6 +197,15 @@ def _add(options: argparse.Namespace) -> str:
     return "\n".join(
         [*_summary(added, options.output), *measured, *checked, *added.remarks, cost(begin)]
     )
+
+
+def _numbers(text: str | None, flag: str) -> list[int] | None:
+    """``5,11,17`` as numbers, ``None`` as it is."""
+    if text is None:
+        return None
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise fail(flag, text, "is no list of numbers", "write some such as 5,11,17")
+    return [int(part) for part in text.split(",")]
 
 
 def _summary(added: Added, output: Path) -> list[str]:
@@ -207,8 +242,8 @@ def _summary(added: Added, output: Path) -> list[str]:
 
 
 def _remove(options: argparse.Namespace) -> str:
-    from megatron_moe_inject.experts.delta.delta import CheckpointPlace
     from megatron_moe_inject.experts.grow.remove import remove_experts
+    from megatron_moe_inject.host.checkpoint_place import CheckpointPlace
 
     begin = time.monotonic()
     must_not_exist(options.output)

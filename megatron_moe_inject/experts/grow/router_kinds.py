@@ -36,16 +36,18 @@ def rows_of_router(args: Namespace, closes_by: str | None, asked: str | None) ->
             "--rows", rows, "needs routers with a bias, and this checkpoint's have none",
             "use mean",
         )  # fmt: skip
-    before = score_function(args) == "softmax" and getattr(args, "moe_router_pre_softmax", False)
-    if before and (rows, closes_by) != ("closed", "bias"):
-        raise RecipeError(
-            "--rows: the routers take the softmax over all experts before they choose "
-            "(--moe-router-pre-softmax) and have no bias of their own, so that any new expert "
-            "takes weight from all others; new experts are for routers that take it over the "
-            "chosen, or sigmoids",
-            "--rows",
-        )
     return rows
+
+
+def takes_weight(args: Namespace, closed_by: str | None) -> bool:
+    """Whether a new expert takes weight from others even where it is not chosen.
+
+    Args:
+        closed_by: the kind of tensor that closes it, if any does. A linear bias is part of the
+            logits that the softmax sees, an expert bias is not.
+    """
+    before = score_function(args) == "softmax" and getattr(args, "moe_router_pre_softmax", False)
+    return bool(before) and closed_by != "bias"
 
 
 def score_function(args: Namespace) -> str:

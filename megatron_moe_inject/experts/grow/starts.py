@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_moe_inject.experts.grow.feed_forwards import TeacherNeurons
 from megatron_moe_inject.experts.grow.numbering import Numbering
 from megatron_moe_inject.experts.grow.stored_names import ExpertName, Layer
 
 WEIGHTS = ("copy", "mean", "random")
-"""Words of ``--weights``."""
+"""Words of ``--weights``, which takes a teacher's source as well."""
 ROWS = ("closed", "mean", "donor")
 """Words of ``--rows``."""
 ZERO_STATES = ("exp_avg", "exp_avg_sq", "momentum_buffer")
@@ -43,6 +44,7 @@ class NewWeights:
         filled: layers that are filled up.
         noise: standard deviation of what is added, in that of the expert's tensor.
         seed: of random numbers.
+        neurons: of a dense teacher, where ``method`` names one.
         deviation: of random weights of the first matrix, as Megatron begins them.
         layers: of the model; the second matrix begins with ``deviation / sqrt(2 * layers)``.
     """
@@ -55,6 +57,7 @@ class NewWeights:
     seed: int
     deviation: float
     layers: int
+    neurons: TeacherNeurons | None = None
 
     def copied_from(self, layer: Layer, number: int) -> int | None:
         """The old id whose bytes the new expert ``numbering.new[number]`` has; ``None`` where it
@@ -82,7 +85,12 @@ class NewWeights:
             if self.method == "random":
                 yield number, self._random(name, read(0), generator)
                 continue
-            value = read(self.donors[layer][number]) if mean is None else mean
+            if self.neurons is not None:
+                tensor = name.key.rpartition(".experts.experts.")[2]
+                tensor = tensor[tensor.index("linear_fc") :]
+                value = self.neurons.value(tensor, layer[1], number, read(0))
+            else:
+                value = read(self.donors[layer][number]) if mean is None else mean
             if self.noise:
                 spread = self.noise * float(value.float().std())
                 drawn = torch.randn(value.shape, generator=generator)

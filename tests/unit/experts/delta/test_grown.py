@@ -76,7 +76,7 @@ class Files:
     def __init__(self, root, form="stacked", chosen=None, **changed):
         self.root, self.base = root, write_moe(root / "base", form, **changed)
         self.grown, self.trained, self.delta = (root / n for n in ("grown", "trained", "delta"))
-        words = ("--per-layer", "2", "--donors", "1,2", "--noise", "0.1")
+        words = ("--per-layer", "2", "--donors", "1,2", "--noise", "0.1", "--unmeasured")
         do("add-experts", self.base, "--output", self.grown, *words)
         self.new = card_in(opened(self.grown).args, "here").ids()
         trained(self.grown, self.trained, chosen or self.new_experts)

@@ -2,9 +2,11 @@
 
 import multiprocessing
 import os
+import random
 import re
 import shutil
 import signal
+import sys
 from dataclasses import replace
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 
 from megatron_moe_inject.cli import main
 from megatron_moe_inject.experts.choose.profile_file import write_profile
-from megatron_moe_inject.experts.delta.delta import CheckpointPlace
+from megatron_moe_inject.experts.delta.delta import CheckpointPlace, apply_delta, export_delta
 from megatron_moe_inject.experts.grow import starts
 from megatron_moe_inject.experts.grow.add import Asked, add_experts
 from megatron_moe_inject.experts.grow.remove import remove_experts
@@ -211,28 +213,117 @@ def test_stopped_half_way_nothing_is_left(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
-def _killed(base, output):
-    """A process that is killed while it copies."""
+def _killed(work, calls):
+    """A process that is killed at the so-manieth function that its work calls."""
+    count = 0
 
-    def stop(items, total):
-        yield from list(items)[:9]
-        os.kill(os.getpid(), signal.SIGKILL)
+    def watch(frame, event, argument):
+        nonlocal count
+        count += event in ("call", "c_call")
+        if count == calls:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    add_experts(place(base), output, Asked(per_layer=2, donors="0,2"), progress=stop)
+    sys.setprofile(watch)
+    work()
+    sys.setprofile(None)
 
 
-def test_killed_half_way_nothing_looks_whole_and_the_next_one_tidies_up(tmp_path):
-    base, output = write_moe(tmp_path / "base"), tmp_path / "grown"
-    process = multiprocessing.get_context("fork").Process(target=_killed, args=(base, output))
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    (left,) = (path for path in tmp_path.iterdir() if path != base)
-    assert left.name.startswith(".grown.")
-    assert not list(left.rglob(".metadata"))
-    assert not list(left.rglob("latest_checkpointed_iteration.txt"))
-    add(base, output)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "grown"]
+def _works(tmp_path):
+    """What writes checkpoints: adds, takes out, applies a delta that adds."""
+    base, grown, delta = (tmp_path / name for name in ("base", "grown", "delta"))
+    write_moe(base, **GROUPS)
+    add(base, grown, donors="0,2", noise=0.1)
+    export_delta(place(base), place(grown), delta)
+    output = tmp_path / "output"
+    return output, {
+        "add": lambda: add(base, output, donors="0,2"),
+        "remove": lambda: remove_experts(place(grown), output, progress=silent),
+        "apply": lambda: apply_delta(place(base), delta, output),
+    }
+
+
+@pytest.mark.parametrize("name", ["add", "remove", "apply"])
+def test_killed_at_random_moments_nothing_looks_whole_and_the_next_one_tidies_up(tmp_path, name):
+    """``output`` is there whole or not at all; what else is left has no tracker file."""
+    output, works = _works(tmp_path)
+    there, work = set(tmp_path.iterdir()), works[name]
+    work()
+    whole_names = {path.relative_to(output): path.stat().st_size for path in output.rglob("*")}
+    shutil.rmtree(output)
+    calls = 0
+
+    def count(frame, event, argument):
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    work()
+    sys.setprofile(None)
+    shutil.rmtree(output)
+    fork, moments = multiprocessing.get_context("fork"), random.Random(3)
+    outcomes = set()
+    for moment in [*(moments.randrange(calls) for _ in range(14)), calls - 5]:
+        process = fork.Process(target=_killed, args=(work, 1 + moment))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        left = set(tmp_path.iterdir()) - there - {output}
+        assert all(path.name.startswith(".output.") for path in left)
+        outcomes.add(output.exists())
+        if output.exists():
+            found = {p.relative_to(output): p.stat().st_size for p in output.rglob("*")}
+            assert found == whole_names
+            shutil.rmtree(output)
+    assert False in outcomes
+    work()
+    assert set(tmp_path.iterdir()) == there | {output}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_whatever_is_added_and_taken_out_again_leaves_the_base(tmp_path, seed):
+    """Random numbers of experts, groups, layers, ranks, forms and starts."""
+    draw = random.Random(seed)
+    groups = draw.choice([1, 2, 3])
+    experts, layers = groups * draw.randint(2, 4), draw.randint(1, 4)
+    bias = draw.choice([None, "bias", "expert_bias"]) if groups == 1 else "expert_bias"
+    more = GROUPS | {"moe_router_num_groups": groups} if groups > 1 else {}
+    score = {"moe_router_score_function": "sigmoid"} if bias == "expert_bias" else {}
+    form = draw.choice(FORMS)
+    sizes = {"experts": experts, "layers": layers}
+    sizes["states"], sizes["dtype"] = draw.random() < 0.5, draw.choice([torch.float32, torch.half])
+    base = write_moe(tmp_path / "base", form, bias=bias, **sizes, **more, **score)
+    ep = draw.choice([n for n in (1, 2, 3) if experts % n == 0])
+    per_layer = groups * draw.randint(1, 3)
+    while (experts + per_layer) % ep:
+        per_layer += groups
+    chosen = sorted(draw.sample(range(layers), draw.randint(1, layers)))
+    donors = [draw.randrange(experts) for _ in range(per_layer)]
+    asked = Asked(
+        per_layer=per_layer, layers=chosen, ep=ep, seed=seed,
+        donors=draw.choice([None, ",".join(map(str, donors))]),
+        noise=draw.choice([None, 0.2]), optimizer=draw.random() < 0.5,
+    )  # fmt: skip
+    card = add_experts(place(base), tmp_path / "grown", asked, progress=silent).card
+    assert sorted([*card.ids(), *card.moved]) == list(range(experts + per_layer))
+    assert (sorted(card.new), len(card.filled)) == (chosen, layers - len(chosen))
+    size = (experts + per_layer) // groups
+    assert [sum(e // size == g for e in card.ids()) for g in range(groups)] == (
+        [per_layer // groups] * groups
+    )
+    grown = place(tmp_path / "grown").open()
+    for name in (FC1, FC2, ROWS):
+        values = [read(c, form, name) for c in (place(base).open(), grown)]
+        assert torch.equal(values[0], values[1][:, card.moved]), name
+    export_delta(place(base), place(tmp_path / "grown"), tmp_path / "delta")
+    apply_delta(place(base), tmp_path / "delta", tmp_path / "applied")
+    for number, folder in enumerate(("grown", "applied")):
+        without = tmp_path / f"without{number}"
+        remove_experts(place(tmp_path / folder), without, progress=silent)
+        old, new = place(base).open(), place(without).open()
+        assert old.tensors.keys() == new.tensors.keys()
+        for name in old.tensors:
+            assert torch.equal(whole(old, name), whole(new, name)), name
+        assert vars(old.args) == vars(new.args)
 
 
 MISTAKES = {
@@ -254,8 +345,21 @@ MISTAKES = {
     "closed": ("--per-layer 2 --rows closed", "needs routers with a bias"),
     "same": ("--per-layer 2 --donors 1,1 --noise 0", "leaves new experts of a layer the same"),
     "noise": ("--per-layer 2 --noise -1", "--noise: -1.0 is negative"),
-    "pre-softmax": ("--per-layer 2", "take the softmax over all experts before they choose",
+    "pre-softmax": ("--per-layer 2 --donors 1,2 --rows donor",
+                    "take the softmax over all experts before they choose",
                     {"moe_router_pre_softmax": True}),
+    "expert bias": ("--per-layer 2", "even where it is not chosen; add --check",
+                    {"moe_router_pre_softmax": True, "bias": "expert_bias"}),
+    "unmeasured": ("--per-layer 2", "was not measured; add --profile FILE that was recorded with "
+                   "--logits N, or --check -- <flags of the training command>, or --unmeasured"),
+    "open": ("--per-layer 2 --rows mean", "was not measured", {"bias": "bias"}),
+    "twice": ("--per-layer 2 --check --unmeasured", "--unmeasured: --check measures it"),
+    "weights": ("--per-layer 2 --weights mine", "use copy, mean, random or teacher:SOURCE"),
+    "source": ("--per-layer 2 --weights teacher:x", "write teacher:megatron:/dir or teacher:hf:"),
+    "no teacher": ("--per-layer 2 --weights teacher:megatron:/none", "--weights /none is no dir"),
+    "no folder": ("--per-layer 2 --weights teacher:hf:/none", "--weights: '/none' is no dir"),
+    "no use": ("--per-layer 2 --teacher-layers 1,2,3", "--teacher-layers: goes with --weights"),
+    "not numbers": ("--per-layer 2 --teacher-layers a", "'a' is no list of numbers"),
     "sinkhorn": ("--per-layer 2", "'sinkhorn' of the checkpoint deals tokens out",
                  {"moe_router_load_balancing_type": ["sinkhorn"]}),
     "forced": ("--per-layer 2", "--moe-router-force-load-balancing: of the checkpoint",
@@ -283,6 +387,15 @@ def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, capsys, case):
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
+def test_routers_that_weigh_all_experts_are_written_when_that_is_said(tmp_path, capsys):
+    base = write_moe(tmp_path / "base", moe_router_pre_softmax=True)
+    words = ["add-experts", str(base), "--output", str(tmp_path / "out"), "--per-layer", "2"]
+    assert main([*words, "--unmeasured"]) == 0
+    out = capsys.readouterr().out
+    assert "by how much the model's function moves was not measured" in out
+    assert "no token can choose" not in out
+
+
 def test_a_linear_bias_closes_experts_before_a_softmax_over_all(tmp_path):
     base = write_moe(tmp_path / "base", bias="bias", moe_router_pre_softmax=True)
     assert add(base, tmp_path / "grown", donors="0,2").exact
@@ -293,8 +406,8 @@ def test_a_linear_bias_closes_experts_before_a_softmax_over_all(tmp_path):
 def test_experts_are_added_once(tmp_path, capsys):
     base = write_moe(tmp_path / "base")
     add(base, tmp_path / "grown")
-    assert main(["add-experts", str(tmp_path / "grown"), "--output", str(tmp_path / "more"),
-                 "--per-layer", "2"]) == 2  # fmt: skip
+    words = ["add-experts", str(tmp_path / "grown"), "--output", str(tmp_path / "more")]
+    assert main([*words, "--per-layer", "2"]) == 2
     assert "has new experts already (4-5 of 6); take them out" in capsys.readouterr().err
 
 
@@ -322,7 +435,8 @@ def test_names_that_nobody_knows_are_refused(tmp_path, capsys):
         writer.finish(old.common)
     (other / "latest_checkpointed_iteration.txt").write_text("7")
     out = tmp_path / "out"
-    assert main(["add-experts", str(other), "--output", str(out), "--per-layer", "2"]) == 2
+    words = ["add-experts", str(other), "--output", str(out), "--per-layer", "2", "--unmeasured"]
+    assert main(words) == 2
     assert "holds decoder.layers.mlp.experts.weight1, which belong to" in capsys.readouterr().err
     assert not out.exists()
 
