@@ -27,13 +27,16 @@ CASES = {
     "deepseek_v3, experts alone": (None,),
     "gpt_oss": (None,),
     "nemotron_h": (None,),
+    "qwen2_moe": (None,),
+    "olmoe": (None,),
+    "deepseek_v2": (None,),
 }
 """Each with its layouts; a hybrid model with latent attention needs Transformer Engine."""
 GROUPED = ("--per-layer", "4", "--donors", "0,2,5,6")
 TWO = ("--per-layer", "2", "--donors", "3,1")
-OPEN = ("--rows", "donor", "--noise", "0.5")
+OPEN = ("--rows", "donor", "--noise", "0.5", "--unmeasured")
 PAIRS = [(case, layout) for case, layouts in CASES.items() for layout in layouts]
-CLOSED = [pair for pair in PAIRS if pair[0] not in ("qwen3_moe", "mixtral")]
+CLOSED = [(case, None) for case in CASES if case.startswith(("deepseek_v3", "gpt", "nemotron"))]
 
 
 def do(*words):
@@ -53,7 +56,7 @@ def transformers_logits(folder, tokens):
 
 
 def grow(case, checkpoint, output, *options):
-    words = GROUPED if case.startswith("deepseek") else TWO
+    words = GROUPED if case.startswith("deepseek_v3") else TWO
     do("add-experts", checkpoint, "--output", output, *words, *options)
     return output
 
