@@ -78,13 +78,14 @@ class _Target:
         (rank, scale), count = self.scaled, self.experts or 1
         dtype = next(iter(self.parts.values()))[0].dtype
         value = torch.zeros(shape, dtype=dtype)
-        a, b = value.view(count, -1, shape[1]), value.view(shape[0], -1, count)
         for expert, (matrix, part) in self.parts.items():
             factors = adapters.factors(matrix, rank, scale)
             if factor == "A":
-                a[expert] = factors.a
+                value.view(count, rank, -1)[expert] = factors.a
             else:
-                b[..., expert] = torch.cat(factors.b) if part is None else factors.b[part]
+                value.view(-1, rank, count)[..., expert] = (
+                    torch.cat(factors.b) if part is None else factors.b[part]
+                )
         return value
 
 
