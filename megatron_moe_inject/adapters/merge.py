@@ -19,6 +19,7 @@ from megatron_moe_inject.host.files import new_folder
 from megatron_moe_inject.host.gpt_names import Place, stacked_axes
 from megatron_moe_inject.host.low_rank import Product, Rounding, by_component, merged, rows_put_in
 from megatron_moe_inject.host.model_parts import OWN_PREFIX, is_own
+from megatron_moe_inject.host.new_experts import STORED as CARD
 from megatron_moe_inject.host.open_door import refuse_half_open
 from megatron_moe_inject.host.stored_adapters import StoredAdapters
 from megatron_moe_inject.host.torch_dist_copy import Change, Progress, saved_copy
@@ -86,10 +87,11 @@ def _changes(
 
 
 def without_own_arguments(common: dict[str, Any]) -> dict[str, Any]:
-    """What Megatron stores once for all ranks, without the plugin's arguments and the optimizer's
-    groups of parameters."""
+    """What Megatron stores once for all ranks, without the plugin's arguments (but for the card of
+    new experts, which are the model's) and the optimizer's groups of parameters."""
     kept = {key: value for key, value in common.items() if not key.startswith("optimizer")}
     if isinstance(kept.get("args"), Namespace):
         arguments = vars(kept["args"]).items()
-        kept["args"] = Namespace(**{k: v for k, v in arguments if not k.startswith(OWN_PREFIX)})
+        others = {k: v for k, v in arguments if k == CARD or not k.startswith(OWN_PREFIX)}
+        kept["args"] = Namespace(**others)
     return kept
