@@ -15,7 +15,7 @@ from megatron_moe_inject.convert.folder_model import FolderModel
 from megatron_moe_inject.convert.naming import Naming, Stored, numbers_layers, pieces_of
 from megatron_moe_inject.convert.tokenizer import compare_tokenizers
 from megatron_moe_inject.experts.delta.adapters import new_rows, products
-from megatron_moe_inject.experts.delta.grown import most_experts
+from megatron_moe_inject.experts.delta.grown import most_experts, most_experts_of
 from megatron_moe_inject.experts.delta.index import (
     Adapted,
     DeltaFolder,
@@ -61,6 +61,13 @@ class TrainedCheckpoint:
         refuse_half_open(checkpoint.common.get("args"), checkpoint.source.error)
         self._checkpoint = checkpoint
         self._names = {name for name in checkpoint.tensors if not is_own(name)}
+        experts = most_experts_of({name: checkpoint.tensors[name] for name in self._names})
+        if experts > model.naming.experts > 0:
+            raise checkpoint.source.error(
+                f"has {experts} experts in a layer, and {model.folder.path} has "
+                f"{model.naming.experts}",
+                "name as --hf the folder that moe-inject export-hf makes of what add-experts wrote",
+            )
         by_layer = any(map(numbers_layers, self._names))
         naming = model.naming.seen_in(pattern_of_names(self._names), by_layer)
         if naming is None:

@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_moe_inject.host.commands import Commands, add_command, progress_bar
 from megatron_moe_inject.host.text import (
     memory_text,
+    ranges,
     table,
 )
+
+if TYPE_CHECKING:
+    from megatron_moe_inject.experts.delta.delta import DeltaSummary
 
 
 def add_commands(commands: Commands) -> None:
@@ -22,7 +27,8 @@ def add_commands(commands: Commands) -> None:
         "export-delta",
         "write what training changed, as a folder of that size",
         "Compare a checkpoint with the one that training began from and write the "
-        "slices (experts, layers) that differ, with checksums of what the base held there.",
+        "slices (experts, layers) that differ, with checksums of what the base held there. "
+        "Experts that the base has not are written whole, and added where the delta is applied.",
         run=_export,
     )
     export.add_argument("--trained", type=Path, required=True, help="the checkpoint after training")
@@ -50,7 +56,8 @@ def _export(options: argparse.Namespace) -> str:
     rows += [(name, str(number)) for name, number in sorted(summary.changed.items())]
     share = 100 * summary.bytes / summary.base_bytes
     size = f"{memory_text(summary.bytes)}, {share:.3g} % of the base's weights"
-    return "\n".join([*table(rows, right=(1,)), f"{options.output}: {size}"])
+    lines = [*table(rows, right=(1,)), f"{options.output}: {size}"]
+    return "\n".join([*lines, *_new_experts(summary, "apply-delta adds")])
 
 
 def _apply(options: argparse.Namespace) -> str:
@@ -62,7 +69,20 @@ def _apply(options: argparse.Namespace) -> str:
     size = memory_text(summary.bytes)
     if not summary.roundings:
         number = sum(summary.changed.values())
-        return f"{options.output}: {number} slices ({size}) replaced"
+        lines = [f"{options.output}: {number} slices ({size}) replaced"]
+        return "\n".join([*lines, *_new_experts(summary, "it has")])
     matrices = sum(rounding.matrices for rounding in summary.roundings.values())
     lines = rounding_table(summary.roundings)
     return "\n".join([*lines, f"{options.output}: {matrices} matrices merged ({size})"])
+
+
+def _new_experts(summary: DeltaSummary, what: str) -> list[str]:
+    """What is new, where something is."""
+    card = summary.new_experts
+    if card is None:
+        return []
+    return [
+        f"{what} {len(card.ids())} new experts in each MoE layer ({ranges(card.ids())} of "
+        f"{card.experts}): pass --num-experts {card.experts}; moe-inject remove-experts takes them "
+        "out"
+    ]

@@ -55,7 +55,7 @@ from megatron_moe_inject.host.errors import (
 from megatron_moe_inject.host.files import new_folder, require_room
 from megatron_moe_inject.host.gpt_names import stacked_axes
 from megatron_moe_inject.host.low_rank import Rounding
-from megatron_moe_inject.host.new_experts import card_in
+from megatron_moe_inject.host.new_experts import NewExperts, card_in
 from megatron_moe_inject.host.open_door import refuse_half_open
 from megatron_moe_inject.host.stored_adapters import StoredAdapters, refuse_adapters
 from megatron_moe_inject.host.text import ranges
@@ -77,12 +77,14 @@ class DeltaSummary:
         bytes: size of the values.
         base_bytes: size of all weights of the base.
         roundings: of adapters that were merged, by component.
+        new_experts: the card of experts that it adds.
     """
 
     changed: Mapping[str, int]
     bytes: int
     base_bytes: int
     roundings: Mapping[str, Rounding] = field(default_factory=dict)
+    new_experts: NewExperts | None = None
 
 
 def export_delta(
@@ -311,7 +313,7 @@ def _summary(
         changed.update({f"{entry.tensor}, rows": len(entry.ids) for entry in index.adapters.rows})
     whole = base.checkpoint.tensors.values()
     total = sum(s.size.numel() * s.properties.dtype.itemsize for s in whole)
-    return DeltaSummary(changed, index.bytes, total, roundings or {})
+    return DeltaSummary(changed, index.bytes, total, roundings or {}, index.new_experts)
 
 
 def _changes(

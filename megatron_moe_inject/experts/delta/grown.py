@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import operator
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
@@ -55,17 +56,24 @@ def card_between(base: TorchDistCheckpoint, trained: TorchDistCheckpoint) -> New
     return card if before is None and card is not None and experts == card.base_experts else None
 
 
+class Sized(Protocol):
+    """What is stored, with its shape."""
+
+    @property
+    def size(self) -> Sequence[int]: ...
+
+
 def most_experts(delta: DeltaIndex) -> int:
     """Experts that a layer must have for a delta to have its slices, as far as they tell."""
-    ids = [0]
+    ids: list[int] = []
     for entry in delta.slices.values():
         known = expert_name(entry.tensor)
         if known is not None and known.kind == "expert":
-            ids.append(1 + (entry.place[-1] if known.expert is None else known.expert))
-    return max(ids)
+            ids += [known.expert] if known.expert is not None else entry.place[-1:]
+    return 1 + max(ids, default=-1)
 
 
-def most_experts_of(tensors: Mapping[str, Stored]) -> int:
+def most_experts_of(tensors: Mapping[str, Sized]) -> int:
     """Experts of a layer, by the names and shapes of what is stored."""
     counts = [0]
     for name, stored in tensors.items():
@@ -160,20 +168,22 @@ class AppliedGrowth:
         self._routers: dict[tuple[str, Layer], StoredSlice] = {}
         self._changed: dict[str, dict[Place, StoredSlice]] = {}
         tensors = self._growth.tensors(base)
+        taken: set[tuple[str, Place]] = set()
         for name, entry in delta.index.slices.items():
             place, stored = tuple(entry.place), tensors.get(entry.tensor)
             axes = () if stored is None else stored.size[: stacked_axes(entry.tensor)]
-            origin = self._growth.origin(entry.tensor, place)
             inside = len(place) == len(axes) and all(
-                i in range(size) for i, size in zip(place, axes, strict=True)
+                map(operator.contains, map(range, axes), place)
             )
-            if stored is None or origin is None or not inside:
+            origin = self._growth.origin(entry.tensor, place) if inside else None
+            if stored is None or origin is None or (entry.tensor, place) in taken:
                 raise delta.damaged(f"has a slice {show(name)} that is none of the grown base's")
+            taken.add((entry.tensor, place))
             self._origins[name] = origin
             shape = stored.size[len(place) :]
             value = StoredSlice(path, entry.file, name, shape, stored.dtype)
             self._take(entry.tensor, place, origin, value)
-        self._check_whole(tensors)
+        self._check_whole(tensors, taken)
 
     def check_base(self, source: CheckpointSource, progress: Progress) -> None:
         """That the base holds what the delta's was.
@@ -247,9 +257,8 @@ class AppliedGrowth:
             for name, at in self._base.places_of(origin.name, origin.place):
                 self._changed.setdefault(name, {})[at] = value
 
-    def _check_whole(self, tensors: dict[str, Stored]) -> None:
+    def _check_whole(self, tensors: dict[str, Stored], held: set[tuple[str, Place]]) -> None:
         """Every new expert and every router is in the delta."""
-        held = {(e.tensor, tuple(e.place)) for e in self._delta.index.slices.values()}
         for name, stored in tensors.items():
             if expert_name(name) is None:
                 continue

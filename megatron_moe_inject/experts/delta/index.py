@@ -144,7 +144,7 @@ class DeltaIndex:
         return VERSION if self.adapters is None else WITH_ADAPTERS
 
     def text(self) -> str:
-        """As it is stored; an older reader knows what of it was there before."""
+        """As it is stored: without new experts as before there were any."""
         plain = asdict(self)
         if self.new_experts is None:
             del plain["new_experts"]
@@ -194,8 +194,9 @@ def read_index(delta: Path) -> DeltaIndex:
                 described.new_experts.check()
         except RecipeError as error:
             raise damaged(delta, f"has an {INDEX} that cannot be: {error}") from None
-        if described.its_version != kind[1]:
-            raise damaged(delta, f"is of version {kind[1]}, which goes with adapters or without")
+        both = described.adapters is not None and described.new_experts is not None
+        if described.its_version != kind[1] or both:
+            raise damaged(delta, f"is of version {kind[1]} and holds what is not of that one")
         file_of = described.file_of()
         names = [*described.files, *file_of.values()]
         for name in names:

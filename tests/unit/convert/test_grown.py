@@ -16,6 +16,7 @@ from megatron_moe_inject.host.new_experts import STORED, card_in
 from megatron_moe_inject.host.torch_dist_copy import replaced, rewritten_copy
 from tests.harness.checkpoints import whole
 from tests.harness.hf_folder import FP8, MXFP4, in_fp8, in_mxfp4, write_file
+from tests.harness.stored_adapters import entry, write_adapters
 from tests.harness.table_keys import ROWS, run_script
 from tests.harness.tiny_folders import config_of, save_folder
 
@@ -201,6 +202,32 @@ def test_a_delta_of_a_hybrid_model_adds_its_experts_to_a_gpt_model(chains, tmp_p
         assert same, name
     assert card_in(opened(tmp_path / "gpt").args, "here").layers is None
     assert card_in(opened(tmp_path / "hybrid").args, "here").layers == "*E*E"
+
+
+def test_adapters_on_new_experts_go_into_files_too(chains, tmp_path, capsys):
+    """By the grown folder: exported for PEFT, merged, in a delta."""
+    chain, adapted = chains["qwen3_moe", None], tmp_path / "adapted"
+    fc1 = "decoder.layers.mlp.experts.experts.linear_fc1.weight"
+    sites = {(fc1, (layer, expert)): [0] for layer, expert in ((1, 5), (0, 1))}
+    write_adapters(chain.grown, adapted, sites, [entry(2, 1.0)])
+    words = ("export-adapters", str(adapted), "--output", str(tmp_path / "peft"), "--hf")
+    assert main([*words, str(chain.hf)]) == 2
+    error = capsys.readouterr().err
+    assert "has 6 experts in a layer, and" in error
+    assert "name as --hf the folder that moe-inject export-hf makes of what add-experts" in error
+    do(*words, chain.exported)
+    factors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    rows = {name: t for name, t in factors.items() if "lora_A" in name and "layers.1." in name}
+    (stacked,) = rows.values()
+    used = stacked.view(6, -1, 32).flatten(1).any(1)
+    assert used.tolist() == [False] * 5 + [True]
+    do("merge-adapters", "--trained", adapted, "--output", tmp_path / "merged")
+    do("export-hf", tmp_path / "merged", "--hf", chain.hf, "--output", tmp_path / "whole")
+    between = ("--base", chain.grown, "--trained", adapted)
+    do("export-delta", *between, "--output", tmp_path / "delta")
+    words = ("--delta", tmp_path / "delta", "--hf", chain.exported, "--output", tmp_path / "out")
+    do("export-hf", *words)
+    assert filecmp.cmp(tmp_path / "whole" / MODEL, tmp_path / "out" / MODEL, shallow=False)
 
 
 @pytest.mark.parametrize("kind", ["fp8", "mxfp4"])

@@ -185,6 +185,11 @@ class TestMistakes:
         do("merge-adapters", "--trained", adapted, "--output", tmp_path / "m")
         same_new = (whole(opened(tmp_path / f), FC1)[1, 2] for f in ("a", "m"))
         assert torch.equal(*same_new)
+        words = ("--base", files.base, "--trained", tmp_path / "m", "--output", tmp_path / "whole")
+        do("export-delta", *words)
+        words = ("--base", files.base, "--delta", tmp_path / "whole", "--output", tmp_path / "b")
+        do("apply-delta", *words)
+        assert torch.equal(whole(opened(tmp_path / "b"), FC1), whole(opened(tmp_path / "m"), FC1))
 
     def change(self, files, change):
         """Rewrite the delta's description."""
@@ -211,6 +216,8 @@ class TestMistakes:
             (lambda index: index["slices"][f"{FC1}@1.5"].update(place=[1, 6]), "that is none of"),
             (lambda index: index["slices"][f"{FC1}@1.5"].update(place=[7, 5]), "that is none of"),
             (lambda index: index["slices"][f"{FC1}@1.5"].update(place=[1]), "that is none of"),
+            (lambda index: index["slices"][f"{FC1}@1.5"].update(place=[]), "that is none of"),
+            (lambda index: index["slices"][f"{FC1}@1.5"].update(place=[1, 2]), "that is none of"),
             (lambda index: index["new_experts"].update(moved=[0, 1, 3, 3]), "names an id twice"),
             (lambda index: index["new_experts"].update(experts=9), "of its new experts"),
             (lambda index: index.update(new_experts=None), "is of version 3"),
