@@ -189,7 +189,7 @@ def test_one_file_brings_them_to_the_base(material, trained, tmp_path):
     assert main(["export-delta", *between, "--output", str(delta)]) == 0
     words = ["--base", material.student, "--delta", str(delta), "--output", str(applied)]
     assert main(["apply-delta", *words]) == 0
-    assert changed(folder, applied) == set()
+    assert changed(applied, folder) == set()
     assert card_in(opened(applied).args, "here").new == card_in(opened(folder).args, "here").new
 
 
