@@ -91,7 +91,7 @@ def grown(domain: str, folder: Path, options: tuple[str, ...]) -> tuple[Path, in
         return student, arms.EXPERTS
     output = folder / "-".join(["grown", *(option.strip("-") for option in options)])
     if not output.exists():
-        of_domain = ("--domain", domain, "--profile", str(folder / "profile.json"))
+        of_domain = ("--domain", domain, "--profile", str(folder / "profile.json"), "--unmeasured")
         command = ("-m", "megatron_moe_inject.cli", "add-experts", str(student))
         log = output.with_name(f"{output.name}.log")
         runner.logged(log, *command, "--output", str(output), *of_domain, *options)

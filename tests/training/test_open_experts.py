@@ -84,7 +84,7 @@ def grown(apart, tmp_path_factory):
         data = (*apart[1], "--train-iters", "6", *SAVE, str(folder / "student"))
         lane.run(student_flags(*data, *KINDS[kind]), pythonpath=path)
         options = ["--per-layer", str(EXPERTS[kind] - 4), "--donors", DONORS[kind]]
-        options += ["--domain", "code", "--domain", "html"]
+        options += ["--domain", "code", "--domain", "html", "--unmeasured"]
         base, output = str(folder / "student"), str(folder / "grown")
         assert main(["add-experts", base, "--output", output, *options]) == 0
         return folder / "student", folder / "grown"
