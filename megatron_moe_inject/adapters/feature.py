@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from megatron_moe_inject.adapters import uses
-from megatron_moe_inject.host.errors import fail
+from megatron_moe_inject.host.errors import fail, listing, suggest
 from megatron_moe_inject.host.labels import GENERAL
 from megatron_moe_inject.host.text import ranges
-from megatron_moe_inject.recipe.adapter import TARGETS, Adapter, VocabularyRows
+from megatron_moe_inject.recipe.adapter import OF_LOSS, TARGETS, Adapter, VocabularyRows
 from megatron_moe_inject.recipe.entries import split_labels
 from megatron_moe_inject.recipe.facts import StudentFacts
 from megatron_moe_inject.recipe.feature import Feature, RefusedBeside
@@ -26,6 +27,10 @@ _OVERLAPPED = Refusal(
     "moe_shared_expert_overlap", "runs the layers of shared experts in pieces of its own"
 )
 _GRAPHS = Refusal("cuda_graph_impl", "replays layers, and cannot leave out what stands beside them")
+
+_FLEX = Refusal(
+    "moe_token_dispatcher_type", "does not send the domain of each row along", value="flex"
+)
 
 _MTP = Refusal("mtp_num_layers", "reads the vocabulary's matrices in further places")
 
@@ -59,6 +64,15 @@ class AdaptersFeature(Feature):
             "remove them",
         ),
         RefusedBeside(
+            (_FLEX,),
+            "by: domain of train.adapters on experts",
+            lambda recipe, facts: any(
+                entry.by is not None and ("experts" in entry.components or entry.patterns)
+                for entry in recipe.train.adapters
+            ),
+            "take by: domain out",
+        ),
+        RefusedBeside(
             (_MTP,),
             "train.vocabulary_rows",
             lambda recipe, facts: recipe.train.vocabulary_rows is not None,
@@ -71,6 +85,7 @@ class AdaptersFeature(Feature):
         for i, entry in enumerate(recipe.train.adapters):
             _check_numbers(f"train.adapters[{i}]", entry)
             _check_targets(f"train.adapters[{i}]", entry)
+            _check_domains(f"train.adapters[{i}]", entry, [d.name for d in recipe.domains])
             _check_alone(i, recipe)
         if recipe.train.vocabulary_rows is not None:
             _check_rows(recipe, recipe.train.vocabulary_rows)
@@ -118,9 +133,20 @@ class AdaptersFeature(Feature):
                         f"the student's layers are 0 to {facts.num_layers - 1}",
                     )  # fmt: skip
 
+    def warnings(self, recipe: Recipe) -> list[str]:
+        """General text that nothing learns from."""
+        train = recipe.train
+        apart = train.adapters and all(entry.by is not None for entry in train.adapters)
+        if not apart or train.whole or train.vocabulary_rows is not None:
+            return []
+        return [
+            "train.adapters: nothing but adapters of single domains trains, which general text "
+            "does not pass: objective.gamma and losses on general text change nothing"
+        ]
+
     def plan_lines(self, recipe: Recipe, facts: StudentFacts | None) -> dict[str, list[str]]:
         """Each entry in words."""
-        lines = [_in_words(entry) for entry in recipe.train.adapters]
+        lines = [_in_words(entry, recipe) for entry in recipe.train.adapters]
         rows = recipe.train.vocabulary_rows
         if rows is not None:
             lines.append(_rows_in_words(rows))
@@ -135,6 +161,8 @@ class AdaptersFeature(Feature):
             parts.append(uses.ADAPTERS)
             if facts is None or facts.precision.grouped_gemm:
                 parts.append(uses.GROUPED_ADAPTERS)
+            if any(entry.by is not None for entry in train.adapters):
+                parts.append(uses.DOMAIN_ADAPTERS)
         if train.vocabulary_rows is not None:
             parts.append(uses.VOCABULARY_ROWS)
         return parts
@@ -209,6 +237,29 @@ def _check_targets(path: str, entry: Adapter) -> None:
             )  # fmt: skip
 
 
+def _check_domains(path: str, entry: Adapter, names: Sequence[str]) -> None:
+    """Those of ``by: domain`` are of the recipe, once each."""
+    if entry.by is None:
+        if entry.domains:
+            raise fail(
+                f"{path}.domains", entry.domains, "stands without by: domain, so that all tokens "
+                "pass the same adapters", "write by: domain, or remove it",
+            )  # fmt: skip
+        return
+    for j, name in enumerate(entry.domains):
+        if name not in names:
+            raise fail(
+                f"{path}.domains[{j}]", name, "is no domain", suggest(name, names, "domains")
+            )
+        if name in entry.domains[:j]:
+            raise fail(f"{path}.domains[{j}]", name, "is there twice", "remove it")
+    if "output_layer" in entry.components:
+        raise fail(
+            f"{path}.targets", entry.targets, f"names output_layer, {OF_LOSS}",
+            "give it an entry without by: domain",
+        )  # fmt: skip
+
+
 def _check_alone(number: int, recipe: Recipe) -> None:
     """What trains whole has no adapter."""
     train, path = recipe.train, f"train.adapters[{number}]"
@@ -229,7 +280,8 @@ def _check_alone(number: int, recipe: Recipe) -> None:
             f"{path}.targets", entry.targets, "names output_layer beside train.vocabulary_rows",
             "keep one of them",
         )  # fmt: skip
-    chosen = all(d.experts.layers or d.experts.profile for d in recipe.domains)
+    own = [d for d in recipe.domains if not entry.domains or d.name in entry.domains]
+    chosen = all(d.experts.layers or d.experts.profile for d in own)
     if "experts" in entry.components and entry.experts == "selected" and not chosen:
         raise fail(
             f"{path}.experts", "selected", "but not every domain chooses experts",
@@ -247,9 +299,13 @@ def _rows_in_words(rows: VocabularyRows) -> str:
     return which + (f", at {rows.lr:g} times the learning rate" if rows.lr != 1 else "")
 
 
-def _in_words(entry: Adapter) -> str:
+def _in_words(entry: Adapter, recipe: Recipe) -> str:
     names = [f"{entry.experts} experts" if t == "experts" else t for t in entry.targets]
     where = f" of layers {ranges(entry.layers)}" if entry.layers else ""
     rate = f", at {entry.lr:g} times the learning rate" if entry.lr != 1 else ""
     rate += f" (B {entry.lr_b:g} times that)" if entry.lr_b != 1 else ""
-    return f"rank {entry.rank}, scaled by {entry.scale:g}, on {', '.join(names)}{where}{rate}"
+    words = f"rank {entry.rank}, scaled by {entry.scale:g}, on {', '.join(names)}{where}{rate}"
+    if entry.by is None:
+        return words
+    domains = listing(entry.domains or [domain.name for domain in recipe.domains])
+    return f"{words}; of each domain its own ({domains}), general text passes none"

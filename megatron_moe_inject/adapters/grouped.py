@@ -17,6 +17,14 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from megatron_moe_inject.adapters.blocks import (
+    LabelsOfRows,
+    OfDomain,
+    joined,
+    label_tensor,
+    of_own_domain,
+    suffixes,
+)
 from megatron_moe_inject.adapters.low_rank import Sharding, factors, whole_summed
 
 _LEAST_GROUPED = 4
@@ -35,6 +43,7 @@ class OfExpert:
         rank: r.
         scale: s.
         name: the whole matrix's, with global numbers.
+        domains: which have factors of their own (``blocks``); none = one pair for all tokens.
     """
 
     local: int
@@ -42,6 +51,12 @@ class OfExpert:
     rank: int
     scale: float
     name: str
+    domains: tuple[OfDomain, ...] = ()
+
+    @property
+    def width(self) -> int:
+        """Of A x: r, with D domains D r."""
+        return self.rank * max(1, len(self.domains))
 
 
 class GroupedLowRank(torch.nn.Module):
@@ -55,22 +70,39 @@ class GroupedLowRank(torch.nn.Module):
     Attributes:
         on: whether they act.
         chosen: as given.
+        labels: with domains, those of all blocks of the chosen, one after the other.
     """
+
+    labels: torch.Tensor
 
     def __init__(
         self, weights: Sequence[torch.Tensor], chosen: Sequence[OfExpert], sharding: Sharding
     ) -> None:
         super().__init__()
         for one in chosen:
-            pair = factors(weights[one.local], one.rank, sharding, one.name)
-            for factor, parameter in zip("ab", pair, strict=True):
-                self.register_parameter(f"{factor}{one.expert}", parameter)
+            for suffix, drawn_by in suffixes(one.domains):
+                weight = weights[one.local]
+                pair = factors(weight, one.rank, sharding, one.name + drawn_by)
+                for factor, parameter in zip("ab", pair, strict=True):
+                    self.register_parameter(f"{factor}{one.expert}{suffix}", parameter)
+        domains = [domain for one in chosen for domain in one.domains]
+        if domains:
+            labels = label_tensor(domains, weights[0].device)
+            self.register_buffer("labels", labels, persistent=False)
+        ends = itertools.accumulate(len(one.domains) for one in chosen)
+        self._labels_of = {
+            one: slice(end - len(one.domains), end) for one, end in zip(chosen, ends, strict=True)
+        }
         self.chosen = tuple(chosen)
         self.on = True
         self._sharding = sharding
 
     def forward(
-        self, rows: torch.Tensor, counts: Sequence[int], output: torch.Tensor
+        self,
+        rows: torch.Tensor,
+        counts: Sequence[int],
+        output: torch.Tensor,
+        row_labels: LabelsOfRows | None = None,
     ) -> torch.Tensor:
         """The layer's output ``[m, k]`` with the changes.
 
@@ -78,6 +110,8 @@ class GroupedLowRank(torch.nn.Module):
             rows: its input ``[m, n]``, by local expert.
             counts: rows of each local expert.
             output: ``[m, k]`` without them.
+            row_labels: with domains, gives the domain of each of an expert's rows; see
+                ``blocks.LabelsOfRows``.
 
         Collectives: under expert tensor parallelism two all-reduces of e factors in the backward
         pass; none otherwise.
@@ -88,36 +122,55 @@ class GroupedLowRank(torch.nn.Module):
         }
         pairs = self._pairs()
         if self._grouped(rows):
-            changes = grouped_products(rows, parts, pairs)
+            changes = grouped_products(rows, parts, pairs, self._others(parts, row_labels))
         else:
-            changes = [
-                F.linear(F.linear(rows[part], pairs[one][0]) * one.scale, pairs[one][1])
-                for one, part in parts.items()
-            ]
+            changes = []
+            for one, part in parts.items():
+                hidden = F.linear(rows[part], pairs[one][0]) * one.scale
+                if one.domains:
+                    assert row_labels is not None, "whoever makes factors of domains tells rows"
+                    labels = row_labels(one.expert, part.stop - part.start)
+                    hidden = of_own_domain(hidden, labels, self.labels[self._labels_of[one]])
+                changes.append(F.linear(hidden, pairs[one][1]))
         pieces, begun = [], 0
         for part, change in zip(parts.values(), changes, strict=True):
             pieces += [output[begun : part.start], output[part] + change]
             begun = part.stop
         return torch.cat([*pieces, output[begun:]])
 
+    def _others(
+        self,
+        parts: Mapping[OfExpert, slice],
+        row_labels: LabelsOfRows | None,
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Domains of the rows of the chosen and of the blocks, which all have alike."""
+        first = self.chosen[0]
+        if not first.domains:
+            return None
+        assert row_labels is not None, "whoever makes factors of domains tells rows"
+        labels = [row_labels(one.expert, part.stop - part.start) for one, part in parts.items()]
+        return torch.cat(labels), self.labels[self._labels_of[first]]
+
     def _pairs(self) -> Mapping[OfExpert, tuple[torch.Tensor, torch.Tensor]]:
         """A and B of each."""
-        return {one: whole_summed(*self._factors(one), self._sharding) for one in self.chosen}
+        return {
+            one: whole_summed(*joined(self._factors(one)), self._sharding) for one in self.chosen
+        }
 
-    def _factors(self, one: OfExpert) -> tuple[torch.Tensor, torch.Tensor]:
-        a, b = (self.get_parameter(f"{factor}{one.expert}") for factor in "ab")
-        return a, b
+    def _factors(self, one: OfExpert) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        names = [f"{one.expert}{suffix}" for suffix, _ in suffixes(one.domains)]
+        return [(self.get_parameter(f"a{name}"), self.get_parameter(f"b{name}")) for name in names]
 
     def _grouped(self, rows: torch.Tensor) -> bool:
-        sizes = {one.rank for one in self.chosen}
-        a, b = self._factors(self.chosen[0])
-        even = not any(size % _MULTIPLE for size in (*sizes, a.shape[1], b.shape[0]))
+        kinds = {(one.width, one.domains) for one in self.chosen}
+        a, b = self._factors(self.chosen[0])[0]
+        sizes = (self.chosen[0].width, a.shape[1], b.shape[0])
         return (
             rows.is_cuda
             and rows.dtype == torch.bfloat16
             and len(self.chosen) >= _LEAST_GROUPED
-            and len(sizes) == 1
-            and even
+            and len(kinds) == 1
+            and not any(size % _MULTIPLE for size in sizes)
             and hasattr(F, "grouped_mm")
         )
 
@@ -126,8 +179,13 @@ def grouped_products(
     rows: torch.Tensor,
     parts: Mapping[OfExpert, slice],
     pairs: Mapping[OfExpert, tuple[torch.Tensor, torch.Tensor]],
+    labels: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Sequence[torch.Tensor]:
-    """Each expert's change, by two grouped products over the rows of the chosen."""
+    """Each expert's change, by two grouped products over the rows of the chosen.
+
+    Args:
+        labels: with domains, that of each row of the chosen and of each block of every one.
+    """
     lengths = [part.stop - part.start for part in parts.values()]
     ends = torch.tensor(list(itertools.accumulate(lengths)), dtype=torch.int32)
     if rows.is_cuda:
@@ -136,4 +194,6 @@ def grouped_products(
     first = torch.stack([a for a, _ in pairs.values()]).transpose(-2, -1)
     second = torch.stack([b * one.scale for one, (_, b) in pairs.items()]).transpose(-2, -1)
     hidden = F.grouped_mm(chosen, first, offs=ends)
+    if labels is not None:
+        hidden = of_own_domain(hidden, *labels)
     return F.grouped_mm(hidden, second, offs=ends).split(lengths)

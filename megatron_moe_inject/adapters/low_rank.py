@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import functools
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from megatron_moe_inject.adapters.blocks import (
+    OfDomain,
+    joined,
+    label_tensor,
+    of_own_domain,
+    suffixes,
+)
 from megatron_moe_inject.host import compat
 
 COLUMN, ROW, WHOLE = "column", "row", "whole"
@@ -105,32 +113,62 @@ class LowRank(torch.nn.Module):
         scale: s.
         sharding: how the layer is divided.
         name: the whole matrix's, with global numbers.
+        domains: which have factors of their own (``blocks``); none = one pair for all tokens.
 
     Attributes:
         on: whether it acts.
+        labels: with domains, those of the blocks, ``[D]``.
     """
 
+    labels: torch.Tensor
+
     def __init__(
-        self, weight: torch.Tensor, rank: int, scale: float, sharding: Sharding, name: str
+        self,
+        weight: torch.Tensor,
+        rank: int,
+        scale: float,
+        sharding: Sharding,
+        name: str,
+        domains: Sequence[OfDomain] = (),
     ) -> None:
         super().__init__()
-        self.a, self.b = factors(weight, rank, sharding, name)
+        self._blocks = [suffix for suffix, _ in suffixes(domains)]
+        for suffix, drawn_by in suffixes(domains):
+            pair = factors(weight, rank, sharding, name + drawn_by)
+            for factor, parameter in zip("ab", pair, strict=True):
+                self.register_parameter(factor + suffix, parameter)
+        if domains:
+            labels = label_tensor(domains, weight.device)
+            self.register_buffer("labels", labels, persistent=False)
         self.scale = scale
         self.on = True
         self._sharding = sharding
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, token_labels: torch.Tensor | None = None) -> torch.Tensor:
         """What is added to the output of an input as the layer gets it, ``[l, b, n]`` or, of an
         expert, ``[tokens, n]``.
 
-        Collectives: with p > 1 one of a tensor r wide over the group, and one in the backward pass.
+        Args:
+            token_labels: with ``domains``, the domain of each token ``[l, b]`` or ``[tokens]``: of
+                the input, or of the output of a matrix that is divided by its inputs.
+
+        Collectives: with p > 1 one of a tensor r wide (with D domains D r) over the group, and one
+        in the backward pass.
         """
         sharding = self._sharding
-        a, b = whole_summed(self.a, self.b, sharding)
+        a, b = whole_summed(*joined([self._pair(suffix) for suffix in self._blocks]), sharding)
         hidden = F.linear(x, a) * self.scale
-        if sharding.size > 1 and not sharding.expert:
+        travels = sharding.size > 1 and not sharding.expert
+        if travels and sharding.kind == ROW:
+            hidden = _travelled(hidden, sharding)
+        if token_labels is not None:
+            hidden = of_own_domain(hidden, token_labels, self.labels)
+        if travels and sharding.kind != ROW:
             hidden = _travelled(hidden, sharding)
         return F.linear(hidden, b)
+
+    def _pair(self, suffix: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.get_parameter(f"a{suffix}"), self.get_parameter(f"b{suffix}")
 
     def of_head(self) -> tuple[torch.Tensor, torch.Tensor, float] | None:
         """A, B and s of an output layer for the loss (``losses.LowRankHead``); ``None`` while they
@@ -138,7 +176,7 @@ class LowRank(torch.nn.Module):
         if not self.on:
             return None
         compat.run_forward_pre_hooks(self)
-        return self.a, self.b, self.scale
+        return *self._pair(""), self.scale
 
 
 def _travelled(hidden: torch.Tensor, sharding: Sharding) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The matrices of a student that can have adapters, and which of a recipe's entries each gets.
+"""The matrices of a student that can have adapters, and which of a recipe's each gets.
 
 Names are Megatron's: ``decoder.layers.3.self_attention.linear_qkv.weight`` with global layers, and
 ``experts.17`` for an expert wherever it is (``host.model_parts.places``).
@@ -6,7 +6,7 @@ Names are Megatron's: ``decoder.layers.3.self_attention.linear_qkv.weight`` with
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,7 @@ from megatron_moe_inject.host.model_parts import (
     mlp_of,
     places,
 )
-from megatron_moe_inject.recipe.adapter import TARGETS, Adapter
+from megatron_moe_inject.recipe.adapter import TARGETS, FactorSet
 
 ATTENTION = {
     "linear_qkv": COLUMN,
@@ -114,35 +114,24 @@ def whole_shape(matrix: Matrix, groups: Groups) -> tuple[int, int]:
     return rows * by[0], columns * by[1]
 
 
-def wanted(
-    entries: Sequence[Adapter],
-    selected: Mapping[int, Collection[int]],
-    place: ParameterPlace,
-) -> dict[int, list[int]]:
-    """The entries that name the weight at ``place``, each with the targets that do, by position.
-
-    Args:
-        entries: a recipe's ``train.adapters``.
-        selected: experts that the domains chose, by layer.
-    """
-    named = {i: _naming(entry, selected, place) for i, entry in enumerate(entries)}
+def wanted(sets: Sequence[FactorSet], place: ParameterPlace) -> dict[int, list[int]]:
+    """The sets of factors that the weight at ``place`` gets, by position, each with the targets of
+    its entry that name it."""
+    named = {i: _naming(factors, place) for i, factors in enumerate(sets)}
     return {i: targets for i, targets in named.items() if targets}
 
 
-def _naming(
-    entry: Adapter, selected: Mapping[int, Collection[int]], place: ParameterPlace
-) -> list[int]:
+def _naming(factors: FactorSet, place: ParameterPlace) -> list[int]:
+    entry = factors.entry
     if entry.layers and place.layer not in entry.layers:
         return []
-    return [j for j, t in enumerate(entry.targets) if _names(t, entry, selected, place)]
+    return [j for j, target in enumerate(entry.targets) if _names(target, factors, place)]
 
 
-def _names(
-    target: str, entry: Adapter, selected: Mapping[int, Collection[int]], place: ParameterPlace
-) -> bool:
+def _names(target: str, factors: FactorSet, place: ParameterPlace) -> bool:
     if target not in TARGETS:
         return name_matches(target, place.global_name, place.gpt_name)
     if target != place.component:
         return False
-    chosen = selected.get(place.layer, ()) if place.layer is not None else ()
-    return target != EXPERTS or entry.experts == "all" or place.expert in chosen
+    chosen = factors.selected.get(place.layer, ()) if place.layer is not None else ()
+    return target != EXPERTS or factors.entry.experts == "all" or place.expert in chosen

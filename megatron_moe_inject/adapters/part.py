@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,14 +15,18 @@ from megatron_moe_inject.adapters.matrices import Matrix, matrices, wanted, whol
 from megatron_moe_inject.adapters.rates import Rate, mark, with_rates
 from megatron_moe_inject.adapters.rows_part import RowsOfVocabulary
 from megatron_moe_inject.adapters.stored import Stored
+from megatron_moe_inject.adapters.token_labels import ChunkLabels, LabelledStep
 from megatron_moe_inject.adapters.vocabulary import change_head
+from megatron_moe_inject.data.packed import check_packed, packing_flag
 from megatron_moe_inject.host import compat
 from megatron_moe_inject.host.agreement import agree, on_first_rank, union
 from megatron_moe_inject.host.beside import Beside
 from megatron_moe_inject.host.errors import RecipeError, fail
 from megatron_moe_inject.host.loss_seam import LossSeam
 from megatron_moe_inject.host.megatron_types import Chunk
+from megatron_moe_inject.host.model_parts import routers
 from megatron_moe_inject.host.step import StepPart
+from megatron_moe_inject.recipe.adapter import OF_LOSS
 from megatron_moe_inject.recipe.run_part import BuiltStudent, RunContext, RunPart
 
 _SHOWN = 24
@@ -35,7 +40,10 @@ class AdaptersPart(RunPart):
         self._run = run
         train = run.recipe.train
         self._entries = train.adapters
-        self._selected = run.recipe.experts_by_layer()
+        self._sets = run.recipe.factor_sets()
+        self._labels: dict[Chunk, ChunkLabels] = {}
+        if any(entry.by is not None for entry in self._entries):
+            check_packed(run.args, run.largest_micro_batch, "by: domain of train.adapters")
         self._attached: list[Attached] = []
         self._targets = [(i, j) for i, e in enumerate(self._entries) for j in range(len(e.targets))]
         self._used: set[tuple[int, int]] = set()
@@ -50,10 +58,11 @@ class AdaptersPart(RunPart):
     def trains(self) -> Mapping[str, Any]:
         """The entries with what they are on, since the optimizer's state is theirs."""
         adapters: list[dict[str, Any]] = []
-        for entry, named in zip(self._entries, self._stored.entries, strict=True):
+        for factors, named in zip(self._sets, self._stored.entries, strict=True):
+            entry = factors.entry
             adapters.append({**named, "layers": entry.layers})
             if "experts" in entry.components:
-                chosen = {str(layer): sorted(ids) for layer, ids in self._selected.items()}
+                chosen = {str(layer): sorted(ids) for layer, ids in factors.selected.items()}
                 adapters[-1]["experts"] = "all" if entry.experts == "all" else chosen
         rows = {} if self._rows is None else self._rows.asked()
         return {"adapters": adapters, "vocabulary_rows": rows}
@@ -83,22 +92,32 @@ class AdaptersPart(RunPart):
         for chunk in chunks:
             if self._rows is not None:
                 self._rows.before_ddp(chunk)
-            by_module: dict[torch.nn.Module, list[tuple[Matrix, int]]] = defaultdict(list)
+            by_module: dict[torch.nn.Module, list[tuple[Matrix, list[int]]]] = defaultdict(list)
             for matrix in matrices(chunk):
-                named = wanted(self._entries, self._selected, matrix.place)
-                self._used.update((i, j) for i, targets in named.items() for j in targets)
+                named = wanted(self._sets, matrix.place)
+                for i, targets in named.items():
+                    self._used.update((self._sets[i].number, j) for j in targets)
+                entries = sorted({self._sets[i].number for i in named})
                 shape = whole_shape(matrix, compat.process_groups(chunk))
                 if named and self._mistake is None:
-                    self._mistake = self._mistake_of(matrix, list(named), shape)
-                if len(named) == 1 and not matrix.weight.requires_grad:
-                    by_module[matrix.module].append((matrix, next(iter(named))))
+                    self._mistake = self._mistake_of(matrix, entries, shape)
+                if len(entries) == 1 and not matrix.weight.requires_grad:
+                    by_module[matrix.module].append((matrix, sorted(named)))
+            labels = functools.partial(self._labels_of, chunk)
             for found in by_module.values():
-                attached = Attached(found, self._entries, chunk, lambda: self._stored.holds)
+                attached = Attached(found, self._sets, chunk, lambda: self._stored.holds, labels)
                 self._attached.append(attached)
                 for number, factor, parameter in attached.parameters:
-                    entry = self._entries[number]
+                    entry = self._sets[number].entry
                     lr = entry.lr * (entry.lr_b if factor == "b" else 1.0)
                     mark(parameter, Rate(lr, entry.decay))
+
+    def _labels_of(self, chunk: Chunk) -> ChunkLabels:
+        """What tells a chunk's places of their tokens, made where one asks."""
+        if chunk not in self._labels:
+            packed = packing_flag(self._run.args) is not None
+            self._labels[chunk] = ChunkLabels(chunk, packed=packed)
+        return self._labels[chunk]
 
     def _mistake_of(
         self, matrix: Matrix, numbers: Sequence[int], shape: tuple[int, int]
@@ -112,6 +131,8 @@ class AdaptersPart(RunPart):
         if len(numbers) > 1:
             other = f"train.adapters[{numbers[0]}]"
             return f"{last}: names {name}, which {other} names too; leave it out of one of both"
+        if self._entries[numbers[0]].by is not None and matrix.place.component == "output_layer":
+            return f"{last}: names {name}, {OF_LOSS}; give it an entry without by: domain"
         if matrix.weight.requires_grad:
             return f"{last}: names {name}, which trains as a whole; leave it out of one of both"
         rank = self._entries[numbers[0]].rank
@@ -131,7 +152,8 @@ class AdaptersPart(RunPart):
     def attach(self, student: BuiltStudent) -> StepPart | None:
         """See that every target is there, and tell the loss what changes the output layer.
 
-        Collectives: those of ``agree``, and one all-reduce of a byte for each target.
+        Collectives: those of ``agree``, one all-reduce of a byte for each target and, with
+        ``by: domain``, for each decoder layer.
 
         Raises:
             RecipeError: on every rank: a target names nothing, or what it cannot have.
@@ -141,7 +163,22 @@ class AdaptersPart(RunPart):
         seam = self._run.get(LossSeam)
         if seam is not None and student.last is not None:
             change_head(seam, student.last)
-        return None if self._rows is None else self._rows.attach(student)
+        rows = None if self._rows is None else self._rows.attach(student)
+        if any(entry.by is not None for entry in self._entries):
+            self._send_to_experts(student)
+        return LabelledStep(list(self._labels.values()), rows) if self._labels else rows
+
+    def _send_to_experts(self, student: BuiltStudent) -> None:
+        """Let every rank of a layer send along what one of them wants to know of its rows.
+
+        Collectives: one all-reduce of a byte for each decoder layer.
+        """
+        here = {layer for labels in self._labels.values() for layer in labels.expert_layers}
+        anywhere = union(here, student.chunks[0].config.num_layers)
+        for chunk in student.chunks:
+            for layer, _ in routers(chunk):
+                if layer in anywhere:
+                    self._labels_of(chunk).of_experts(layer)
 
     def _check(self) -> None:
         if self._mistake is not None:
@@ -176,7 +213,10 @@ class AdaptersPart(RunPart):
         for module in beside:
             module.on = False
         try:
-            yield
+            with contextlib.ExitStack() as stack:
+                for labels in self._labels.values():
+                    stack.enter_context(labels.off())
+                yield
         finally:
             for module in beside:
                 module.on = True

@@ -20,7 +20,8 @@ class Stored:
     """The adapters of one run as its checkpoints describe them.
 
     Attributes:
-        entries: what stands beside the model by position in ``train.adapters``, in plain values.
+        entries: what stands beside the model by position among the recipe's sets
+            (``Recipe.factor_sets``), in plain values.
         rows: of the vocabulary that train, see ``recipe.adapter.VocabularyRows``; ``None`` without.
         holds: whether the checkpoint at hand, to be loaded or saved, holds adapters.
     """
@@ -28,9 +29,12 @@ class Stored:
     def __init__(self, run: RunContext) -> None:
         self._run = run
         self.entries: list[dict[str, Any]] = []
-        for entry in run.recipe.train.adapters:
+        for factors in run.recipe.factor_sets():
+            entry = factors.entry
             named = {name: getattr(entry, name) for name in ("targets", "rank", "scaling")}
             self.entries.append({**named, "alpha": entry.numerator, "scale": entry.scale})
+            if factors.domain is not None:
+                self.entries[-1]["domain"] = factors.domain
         self.rows: list[int] | None = None
         self.holds = False
         self._base: dict[str, Any] = {}
@@ -93,5 +97,6 @@ def _shown(entries: Any) -> str:
         return "none"
     return " and ".join(
         f"rank {e.get('rank')}, alpha {e.get('alpha')} on {', '.join(e.get('targets', ()))}"
+        + (f" of {e['domain']}" if "domain" in e else "")
         for e in entries
     )

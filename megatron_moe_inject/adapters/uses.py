@@ -1,7 +1,7 @@
 """What adapters use of Megatron, and what they wrap."""
 
 from megatron_moe_inject.host.contract import Contract, Hooked, Use, Wrapped, symbols
-from megatron_moe_inject.host.uses import ROUTER
+from megatron_moe_inject.host.uses import DISPATCHER, ROUTER
 
 _LAYERS = "megatron.core.tensor_parallel.layers"
 _TE_LAYERS = "megatron.core.extensions.transformer_engine"
@@ -87,6 +87,48 @@ ADAPTERS = Contract(
 )
 GROUPED_ADAPTERS = Contract(
     "train.adapters, with --moe-grouped-gemm", (GROUPED_FORWARD, GROUPED_SHARDED)
+)
+
+_DISPATCHERS = "megatron.core.transformer.moe.token_dispatcher"
+DISPATCHED = Wrapped(
+    f"{DISPATCHER}.dispatch_postprocess",
+    does="sends the domain of each row after the rows",
+)
+_KEPT = ("config", "ep_size", "hidden_shape", "reversed_local_input_permutation_mapping", "tp_size")
+DOMAIN_ADAPTERS = Contract(
+    "train.adapters, by: domain",
+    (
+        DISPATCHED,
+        Use(
+            f"{_DISPATCHERS}.MoEAlltoAllTokenDispatcher",
+            attributes=(
+                *_KEPT,
+                "capacity",
+                "drop_and_pad",
+                "ep_group",
+                "input_splits",
+                "num_global_tokens_per_local_expert",
+                "num_local_experts",
+                "num_out_tokens",
+                "output_splits",
+                "output_splits_tp",
+                "routing_map",
+                "sort_input_by_local_experts",
+                "tp_group",
+            ),
+        ),
+        Use(
+            f"{_DISPATCHERS}.MoEAllGatherTokenDispatcher",
+            attributes=(*_KEPT, "local_map", "tp_ep_group"),
+        ),
+        *symbols("megatron.core.tensor_parallel", "all_to_all"),
+        Use(
+            "megatron.core.tensor_parallel.gather_from_sequence_parallel_region",
+            ("group", "output_split_sizes"),
+        ),
+        Use("megatron.core.transformer.moe.moe_utils.permute", ("num_out_tokens", "fused")),
+        Use("megatron.core.transformer.moe.moe_utils.sort_chunks_by_idxs", ("fused",)),
+    ),
 )
 
 VOCABULARY_ROWS = Contract(

@@ -11,9 +11,10 @@ order of the micro-batches, and each node of a plan is inside while it runs.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -44,6 +45,15 @@ class ChunkClock:
     def reset(self) -> None:
         """Start a step."""
         self.micro_batch, self.inside, self._planned = -1, False, -1
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside the block forward passes are not counted."""
+        before = self.micro_batch, self.inside, self._planned
+        try:
+            yield
+        finally:
+            self.micro_batch, self.inside, self._planned = before
 
     def _enter(self, *_: Any) -> None:
         self.micro_batch, self.inside = self.micro_batch + 1, True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 TARGETS = ("experts", "attention", "shared_experts", "mlp", "router", "output_layer")
@@ -10,6 +11,9 @@ TARGETS = ("experts", "attention", "shared_experts", "mlp", "router", "output_la
 
 SCALINGS = ("standard", "rslora")
 EXPERTS = ("selected", "all")
+BY = ("domain",)
+OF_LOSS = "whose product is taken in the loss, where all tokens pass the same adapter"
+"""Why the output layer has none by domain."""
 
 
 @dataclass
@@ -27,6 +31,10 @@ class Adapter:
         lr: of A, in learning rates of the run, which is that of what trains whole beside them.
         lr_b: of B, in learning rates of A (LoRA+, 2402.12354).
         decay: in weight decays of the run.
+        by: ``domain`` = each domain has factors of its own on these matrices, which its tokens
+            alone pass; tokens of general text, and of domains without, pass none. ``None`` = all
+            tokens pass the same factors.
+        domains: with ``by: domain``, those that have some; empty = all.
     """
 
     targets: list[str] = field(
@@ -40,6 +48,8 @@ class Adapter:
     lr: float = 4.5
     lr_b: float = 1.0
     decay: float = 0.0
+    by: str | None = field(default=None, metadata={"choices": BY})
+    domains: list[str] = field(default_factory=list)
 
     @property
     def numerator(self) -> float:
@@ -60,6 +70,26 @@ class Adapter:
     def patterns(self) -> list[str]:
         """Those that are names of weights."""
         return [name for name in self.targets if name not in TARGETS]
+
+
+@dataclass(frozen=True)
+class FactorSet:
+    """Factors on the matrices of one entry: for all tokens, or for those of one domain.
+
+    Attributes:
+        entry: of ``train.adapters``.
+        number: the entry's position there.
+        selected: by layer the experts that ``experts: selected`` means here: those of the domain,
+            or of all domains.
+        domain: whose tokens pass them; ``None`` = all tokens do.
+        label: the domain's position in the recipe.
+    """
+
+    entry: Adapter
+    number: int
+    selected: Mapping[int, Collection[int]]
+    domain: str | None = None
+    label: int | None = None
 
 
 @dataclass

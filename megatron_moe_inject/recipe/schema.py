@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from megatron_moe_inject.losses.kinds import COMMITTEES, CONFIDENCES, KINDS, TAILS
-from megatron_moe_inject.recipe.adapter import Adapter, VocabularyRows
+from megatron_moe_inject.recipe.adapter import Adapter, FactorSet, VocabularyRows
 from megatron_moe_inject.recipe.committee import in_words, weights_of
 from megatron_moe_inject.recipe.expert_choice import ExpertChoice
 from megatron_moe_inject.recipe.schedule import Schedule, Weight
@@ -298,3 +298,17 @@ class Recipe:
             for layer, ids in domain.experts.layers.items():
                 union.setdefault(layer, set()).update(ids)
         return {layer: sorted(union[layer]) for layer in sorted(union)}
+
+    def factor_sets(self) -> list[FactorSet]:
+        """The sets of adapters in their order: of each entry one, or with ``by: domain`` one for
+        each of its domains, in the order in which they are named."""
+        union, labels = self.experts_by_layer(), {d.name: i for i, d in enumerate(self.domains)}
+        sets: list[FactorSet] = []
+        for number, entry in enumerate(self.train.adapters):
+            if entry.by is None:
+                sets.append(FactorSet(entry, number, union))
+                continue
+            for name in entry.domains or labels:
+                own = self.domains[labels[name]].experts.layers
+                sets.append(FactorSet(entry, number, own, name, labels[name]))
+        return sets

@@ -18,19 +18,26 @@ def write_corpora(folder: Path, documents: int = 40, length: int = 300) -> list[
     that a model can tell them apart and learn either.
     """
     rng = np.random.default_rng(0)
-    prefixes = []
-    for name, stride in (("general", 1), ("domain", 7)):
-        prefix = folder / name
-        builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
-        for _ in range(documents):
-            start = rng.integers(VOCAB)
-            tokens = (start + stride * np.arange(length)) % VOCAB
-            noise = rng.random(length) < 0.1
-            tokens[noise] = rng.integers(VOCAB, size=noise.sum())
-            builder.add_document(torch.from_numpy(tokens), [length])
-        builder.finalize(f"{prefix}.idx")
-        prefixes.append(str(prefix))
-    return prefixes
+    strides = {"general": 1, "domain": 7}
+    return [
+        write_corpus(folder / name, stride, rng, documents, length)
+        for name, stride in strides.items()
+    ]
+
+
+def write_corpus(
+    prefix: Path, stride: int, rng: np.random.Generator, documents: int = 40, length: int = 300
+) -> str:
+    """Write one whose documents count up by ``stride``, with a little noise; returns its prefix."""
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    for _ in range(documents):
+        start = rng.integers(VOCAB)
+        tokens = (start + stride * np.arange(length)) % VOCAB
+        noise = rng.random(length) < 0.1
+        tokens[noise] = rng.integers(VOCAB, size=noise.sum())
+        builder.add_document(torch.from_numpy(tokens), [length])
+    builder.finalize(f"{prefix}.idx")
+    return str(prefix)
 
 
 def write_apart(folder: Path, names: Sequence[str], documents: int = 40) -> list[str]:
