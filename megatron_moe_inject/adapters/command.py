@@ -9,12 +9,14 @@ import argparse
 from pathlib import Path
 
 from megatron_moe_inject.host.commands import Commands, add_command, progress_bar
+from megatron_moe_inject.host.domain_choice import add_choice, choice_of
 from megatron_moe_inject.host.text import memory_text
 
 _FORMATS = ("peft", "vllm", "sglang")
 _EXAMPLES = """examples:
   moe-inject export-adapters ckpt/adapted --hf Qwen3-30B-A3B --output adapters/code
   moe-inject export-adapters ckpt/adapted --hf Qwen3-30B-A3B --output adapters/vllm --format vllm
+  moe-inject export-adapters ckpt/adapted --hf Qwen3-30B-A3B --output adapters/code --domain code
   moe-inject check-adapters adapters/code --hf Qwen3-30B-A3B
 """
 
@@ -34,6 +36,7 @@ def add_commands(commands: Commands) -> None:
         "--trained", metavar="CKPT", type=Path, required=True, help="the checkpoint with adapters"
     )
     merge.add_argument("--output", type=Path, required=True, help="a --save directory to write")
+    add_choice(merge)
     export = add_command(
         commands,
         "export-adapters",
@@ -53,6 +56,7 @@ def add_commands(commands: Commands) -> None:
         "--format", choices=_FORMATS, default="peft",
         help="whose names: PEFT on transformers 5 (default), vLLM, or SGLang",
     )  # fmt: skip
+    add_choice(export, weighs=False)
     check = add_command(
         commands,
         "check-adapters",
@@ -77,6 +81,7 @@ def _export(options: argparse.Namespace) -> str:
         options.output,
         options.format,
         progress_bar,
+        choice_of(options),
     )
     ranks = sorted({done.config["r"], *done.config["rank_pattern"].values()})
     return "\n".join(
@@ -104,7 +109,7 @@ def _merge(options: argparse.Namespace) -> str:
     from megatron_moe_inject.host.low_rank import rounding_table
 
     trained = CheckpointPlace("--trained", options.trained)
-    done = merge_adapters(trained, options.output, progress_bar)
+    done = merge_adapters(trained, options.output, progress_bar, choice_of(options))
     number = sum(rounding.matrices for rounding in done.roundings.values())
     return "\n".join(
         [

@@ -21,6 +21,7 @@ from megatron_moe_inject.adapters.peft_format import plan_peft
 from megatron_moe_inject.adapters.served_formats import plan_sglang, plan_vllm
 from megatron_moe_inject.convert.folder_model import FolderModel
 from megatron_moe_inject.experts.delta.delta import CheckpointPlace, must_not_exist
+from megatron_moe_inject.host.domain_choice import NOTHING_CHOSEN, DomainChoice
 
 Plan = Callable[[FolderModel, FolderAdapters], tuple[list[Planned], dict[str, Any]]]
 FORMATS: Mapping[str, Plan] = {"peft": plan_peft, "vllm": plan_vllm, "sglang": plan_sglang}
@@ -51,6 +52,7 @@ def export_adapters(
     output: Path,
     consumer: str,
     progress: Progress,
+    choice: DomainChoice = NOTHING_CHOSEN,
 ) -> Exported:
     """Write the adapters of a checkpoint. No collective.
 
@@ -60,12 +62,13 @@ def export_adapters(
         output: must not exist; appears whole or not at all.
         consumer: one of ``FORMATS``.
         progress: wraps slices and tensors to show how far it is.
+        choice: of one domain, where each has its own.
 
     Raises:
         RecipeError: of the checkpoint, or what the consumer would not load.
     """
     must_not_exist(output)
-    adapters = FolderAdapters(trained.open(), model)
+    adapters = FolderAdapters(trained.open(), model, choice)
     tensors, config = FORMATS[consumer](model, adapters)
     adapters.check_base(progress)
     base = AdapterBase(

@@ -16,6 +16,7 @@ from megatron_moe_inject.convert.exporting import imported, same_bytes
 from megatron_moe_inject.convert.folder_model import FolderModel
 from megatron_moe_inject.convert.naming import pieces_of
 from megatron_moe_inject.convert.trained import TrainedCheckpoint
+from megatron_moe_inject.host.domain_choice import NOTHING_CHOSEN, DomainChoice
 from megatron_moe_inject.host.errors import RecipeError, listing
 from megatron_moe_inject.host.stored_adapters import Site, StoredAdapters
 from megatron_moe_inject.host.torch_dist import TorchDistCheckpoint
@@ -80,6 +81,7 @@ class FolderAdapters:
     Args:
         checkpoint: opened; holds some.
         model: the folder that its student was imported from.
+        choice: of one domain, where each has its own.
 
     Attributes:
         matrices: in the order of the model.
@@ -91,12 +93,18 @@ class FolderAdapters:
         RecipeError: it has none, it is another model, or the folder has no such matrix.
     """
 
-    def __init__(self, checkpoint: TorchDistCheckpoint, model: FolderModel) -> None:
+    def __init__(
+        self,
+        checkpoint: TorchDistCheckpoint,
+        model: FolderModel,
+        choice: DomainChoice = NOTHING_CHOSEN,
+    ) -> None:
         stored = StoredAdapters.of(checkpoint)
         if stored is None:
             raise checkpoint.source.error(
                 "holds neither adapters nor vocabulary rows", "export it by moe-inject export-hf"
             )
+        stored = stored.chosen(choice, weighs=False)
         self._stored, self._checkpoint, self._model = stored, checkpoint, model
         self._trained = TrainedCheckpoint(checkpoint, model, adapters_apart=True)
         self.base = stored.described.base.checkpoint

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moe_inject.experts.delta.delta import CheckpointPlace, must_not_exist
+from megatron_moe_inject.host.domain_choice import NOTHING_CHOSEN, DomainChoice
 from megatron_moe_inject.host.files import new_folder
 from megatron_moe_inject.host.gpt_names import Place, stacked_axes
 from megatron_moe_inject.host.low_rank import Product, Rounding, by_component, merged, rows_put_in
@@ -38,16 +39,23 @@ class Merged:
     base: str
 
 
-def merge_adapters(trained: CheckpointPlace, output: Path, progress: Progress) -> Merged:
+def merge_adapters(
+    trained: CheckpointPlace,
+    output: Path,
+    progress: Progress,
+    choice: DomainChoice = NOTHING_CHOSEN,
+) -> Merged:
     """Write a checkpoint whose weights are W + s B A, rounded once. No collective.
 
     Args:
         trained: holds adapters or vocabulary rows, at any parallel layout.
         output: a ``--save`` directory that does not exist; it appears whole or not at all.
         progress: wraps the stored parts to show how far it is.
+        choice: of which domains, where each has its own.
 
     Raises:
-        RecipeError: it holds none, or holds what does not fit, or the output exists.
+        RecipeError: it holds none, not those that are chosen, or what does not fit, or the output
+            exists.
     """
     must_not_exist(output)
     checkpoint = trained.open()
@@ -57,7 +65,7 @@ def merge_adapters(trained: CheckpointPlace, output: Path, progress: Progress) -
         raise trained.error(
             "holds neither adapters nor vocabulary rows", "load it as it is, or name another"
         )
-    changes, matrices, rows = _changes(adapters)
+    changes, matrices, rows = _changes(adapters.chosen(choice))
     with new_folder(output) as folder:
         saved_copy(
             checkpoint, folder, changes, progress, left_out=is_own, common=without_own_arguments

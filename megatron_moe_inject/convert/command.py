@@ -17,6 +17,7 @@ from megatron_moe_inject.host.commands import (
     must_not_exist,
     progress_bar,
 )
+from megatron_moe_inject.host.domain_choice import add_choice, choice_of
 from megatron_moe_inject.host.errors import RecipeError, listing
 from megatron_moe_inject.host.text import memory_text, ranges, table
 
@@ -82,6 +83,7 @@ def add_commands(commands: Commands) -> None:
     exports.add_argument(
         "--delta", type=Path, help="a folder of export-delta, instead of a checkpoint"
     )
+    add_choice(exports)
     exports.add_argument("--hf", type=Path, required=True, help="the folder it was imported from")
     exports.add_argument("--output", type=Path, required=True, help="a folder to write")
     exports.add_argument(
@@ -165,6 +167,7 @@ def _trained(
     from megatron_moe_inject.experts.delta.index import DeltaFolder
     from megatron_moe_inject.host.new_experts import card_in
 
+    choice = choice_of(options)
     card: NewExperts | None = None
     if options.delta is not None:
         if options.card is not None:
@@ -172,7 +175,12 @@ def _trained(
         delta = DeltaFolder(options.delta)
         card = delta.index.new_experts
         model = with_new_experts(model, card)
-        return model, TrainedDelta(delta, model), card
+        return model, TrainedDelta(delta, model, choice), card
+    if choice.weights:
+        raise RecipeError(
+            "export-hf: --domain and --weights choose among the adapters of a delta; merge those "
+            "of a checkpoint by moe-inject merge-adapters first"
+        )
     place = CheckpointPlace("CKPT", options.checkpoint)
     checkpoint = place.open()
     place = place if options.card is None else CheckpointPlace("--card", options.card)

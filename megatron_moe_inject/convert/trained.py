@@ -23,6 +23,7 @@ from megatron_moe_inject.experts.delta.index import (
     Slice,
     slice_checksum,
 )
+from megatron_moe_inject.host.domain_choice import NOTHING_CHOSEN, DomainChoice
 from megatron_moe_inject.host.errors import RecipeError, listing
 from megatron_moe_inject.host.gpt_names import pattern_of_names
 from megatron_moe_inject.host.layer_pattern import LayerPattern
@@ -174,18 +175,25 @@ class TrainedDelta:
     Args:
         delta: opened.
         model: the folder that the delta's base was imported from.
+        choice: of which domains adapters are merged, where each has its own.
 
     Attributes:
         remarks: none.
 
     Raises:
-        RecipeError: it has slices that the model has not.
+        RecipeError: it has slices that the model has not, or adapters of which none or others are
+            chosen.
     """
 
     remarks: Sequence[str] = ()
 
-    def __init__(self, delta: DeltaFolder, model: FolderModel) -> None:
-        self._delta, self._model = delta, model
+    def __init__(
+        self, delta: DeltaFolder, model: FolderModel, choice: DomainChoice = NOTHING_CHOSEN
+    ) -> None:
+        self._delta, self._model, self._choice = delta, model, choice
+        choice.check(
+            [] if delta.index.adapters is None else delta.index.adapters.domains, delta.error
+        )
         card = delta.index.new_experts
         self._moved = [] if card is None else card.moved
         slices = delta.index.slices
@@ -246,7 +254,8 @@ class TrainedDelta:
         whole = self._model.joined(entry, self._dtype(adapted.tensor))
         if matrix is not None:
             self._check(whole, matrix.base_sha256, _text(matrix))
-            merge(whole, products(self._delta, matrix, tuple(whole.shape)), Rounding())
+            changes = products(self._delta, matrix, tuple(whole.shape), self._choice)
+            merge(whole, changes, Rounding())
         if rows is not None:
             new = new_rows(self._delta, rows, tuple(whole.shape))
             self._check(whole[rows.ids], rows.base_sha256, f"rows of {rows.tensor}")

@@ -1,9 +1,10 @@
 """Adapters and rows of the vocabulary that a checkpoint holds beside the model's weights.
 
 The factors of an adapter of the matrix ``<module>.weight`` are stored as
-``<module>.inject_adapter.a.<entry>.<layer>[.<expert>]`` ``[r, in]`` and ``...b...`` ``[out, r]``:
-the matrix is W + s B A. Entry is the position in ``train.adapters``, layer and expert are global
-numbers; a matrix outside of the layers has none. Rows of the vocabulary are
+``<module>.inject_adapter.a.<set>.<layer>[.<expert>]`` ``[r, in]`` and ``...b...`` ``[out, r]``:
+the matrix is W + s B A. Set is the position among the recipe's sets of adapters, of which an entry
+of ``train.adapters`` makes one or, with ``by: domain``, one for each domain; layer and expert are
+global numbers; a matrix outside of the layers has none. Rows of the vocabulary are
 ``<module>.inject_vocabulary_rows`` ``[k, h]``. What they are stands in Megatron's stored arguments
 (``ARGUMENT``).
 
@@ -13,14 +14,16 @@ the first thing that a reader of a checkpoint calls which does not know them.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from megatron_moe_inject.host import typed
+from megatron_moe_inject.host.domain_choice import DomainChoice
 from megatron_moe_inject.host.errors import RecipeError, listing
 from megatron_moe_inject.host.gpt_names import Place, stacked_axes
 from megatron_moe_inject.host.low_rank import Product
@@ -54,12 +57,13 @@ class Base:
 
 @dataclass(frozen=True)
 class Entry:
-    """One of ``train.adapters``.
+    """One of ``train.adapters``, or one domain's of it.
 
     Attributes:
         targets: what it is put on.
         rank, alpha, scaling: as in the recipe.
         scale: of the product of its factors.
+        domain: whose tokens alone pass it; ``None`` = all.
     """
 
     targets: list[str] = field(metadata=_NEEDED)
@@ -67,6 +71,7 @@ class Entry:
     alpha: float = field(metadata=_NEEDED)
     scaling: str = field(metadata=_NEEDED)
     scale: float = field(metadata=_NEEDED)
+    domain: str | None = None
 
 
 @dataclass(frozen=True)
@@ -88,11 +93,13 @@ class Described:
 
 @dataclass(frozen=True)
 class Pair:
-    """The factors of one adapter, by their stored names, and the scale of their product."""
+    """The factors of one adapter, by their stored names, the scale of their product, and the domain
+    that it is of."""
 
     a: str
     b: str
     scale: float
+    domain: str | None = None
 
 
 def refuse_adapters(names: Iterable[str], error: Callable[[str, str], RecipeError]) -> None:
@@ -163,6 +170,34 @@ class StoredAdapters:
         rows = self.described.vocabulary_rows
         return [] if rows is None else rows.ids
 
+    @property
+    def domains(self) -> list[str]:
+        """That have adapters of their own, in the order of the sets."""
+        named = (entry.domain for entry in self.described.entries)
+        return list(dict.fromkeys(name for name in named if name is not None))
+
+    def chosen(self, choice: DomainChoice, *, weighs: bool = True) -> StoredAdapters:
+        """These with what was chosen of the domains' adapters, weighed, and no other's.
+
+        Args:
+            weighs: see ``DomainChoice.check``.
+
+        Raises:
+            RecipeError: nothing was chosen where something must be, or what is not there.
+        """
+        choice.check(self.domains, self._checkpoint.source.error, weighs=weighs)
+        some = copy.copy(self)
+        weighed = {
+            site: tuple(
+                replace(pair, scale=pair.scale * choice.weight(pair.domain))
+                for pair in pairs
+                if choice.weight(pair.domain)
+            )
+            for site, pairs in self.pairs.items()
+        }
+        some.pairs = {site: pairs for site, pairs in weighed.items() if pairs}
+        return some
+
     def read(self, name: str) -> torch.Tensor:
         """A factor, or rows, as stored. No collective."""
         stored = self._checkpoint.tensors[name]
@@ -210,7 +245,7 @@ class StoredAdapters:
                     f"holds {names[factor]} as {list(held)}, where rank {of_entry.rank} of a "
                     f"matrix {[out, into]} asks for {list(shape)}"
                 )
-        return Pair(names["a"], names["b"], of_entry.scale)
+        return Pair(names["a"], names["b"], of_entry.scale, of_entry.domain)
 
     def _check_rows(self) -> None:
         tensors, ids = self._checkpoint.tensors, self.ids

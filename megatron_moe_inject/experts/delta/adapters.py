@@ -21,6 +21,7 @@ from megatron_moe_inject.experts.delta.index import (
     slice_checksum,
 )
 from megatron_moe_inject.experts.delta.weights import Weights
+from megatron_moe_inject.host.domain_choice import DomainChoice
 from megatron_moe_inject.host.errors import RecipeError, show
 from megatron_moe_inject.host.gpt_names import Place, stacked_axes
 from megatron_moe_inject.host.low_rank import (
@@ -78,7 +79,7 @@ class ExportedAdapters:
         self._adapters.dtypes[name] = str(old.dtype).removeprefix("torch.")
         if site is not None:
             pairs = self._stored.pairs[site]
-            changes = [Factors(pair.a, pair.b, pair.scale) for pair in pairs]
+            changes = [Factors(pair.a, pair.b, pair.scale, pair.domain) for pair in pairs]
             for factor in (name for pair in pairs for name in (pair.a, pair.b)):
                 self._add(factor, files)
             entry = Adapted(name, list(place), slice_checksum(old), changes)
@@ -99,19 +100,25 @@ class ExportedAdapters:
         self._adapters.files[name] = files.add(name, self._stored.read(name))
 
 
-def products(delta: DeltaFolder, entry: Adapted, shape: tuple[int, ...]) -> list[Product]:
-    """The changes of a matrix, read now.
+def products(
+    delta: DeltaFolder, entry: Adapted, shape: tuple[int, ...], choice: DomainChoice
+) -> list[Product]:
+    """The changes of a matrix that were chosen, read now.
 
     Args:
         delta: which holds them.
         entry: the matrix.
         shape: ``[out, in]`` that it must have.
+        choice: of which domains, where each has its own.
 
     Raises:
         RecipeError: they do not fit.
     """
-    read = [Product(delta.read(c.a), delta.read(c.b), c.scale) for c in entry.changes]
-    for change, product in zip(entry.changes, read, strict=True):
+    chosen = [change for change in entry.changes if choice.weight(change.domain)]
+    read = [
+        Product(delta.read(c.a), delta.read(c.b), c.scale * choice.weight(c.domain)) for c in chosen
+    ]
+    for change, product in zip(chosen, read, strict=True):
         sizes = tuple(product.a.shape), tuple(product.b.shape)
         rank = sizes[0][0] if product.a.dim() == 2 else 0
         if len(shape) != 2 or sizes != ((rank, shape[1]), (shape[0], rank)):
@@ -148,15 +155,19 @@ class AppliedAdapters:
         delta: opened.
         adapters: its.
         base: by the names of the delta.
+        choice: of which domains, where each has its own.
 
     Attributes:
         changes: by the base's own tensors.
 
     Raises:
-        RecipeError: they name what the base has not.
+        RecipeError: they name what the base has not, or are not those that are chosen.
     """
 
-    def __init__(self, delta: DeltaFolder, adapters: Adapters, base: Weights) -> None:
+    def __init__(
+        self, delta: DeltaFolder, adapters: Adapters, base: Weights, choice: DomainChoice
+    ) -> None:
+        choice.check(adapters.domains, delta.error)
         self._delta, self._adapters, self._base = delta, adapters, base
         self._matrices: dict[str, dict[Place, Rounding]] = {}
         self._rows: dict[str, Rounding] = {}
@@ -167,8 +178,11 @@ class AppliedAdapters:
             name, place = base.place_of(entry.tensor, tuple(entry.place))
             if place in sources.setdefault(name, {}):
                 raise self._none_of_its(entry.tensor, entry.place)
-            sources[name][place] = functools.partial(products, delta, entry, shape)
-        for name, by_place in sources.items():
+            sources[name][place] = None
+            if any(choice.weight(change.domain) for change in entry.changes):
+                sources[name][place] = functools.partial(products, delta, entry, shape, choice)
+        for name, all_of_tensor in sources.items():
+            by_place = {place: source for place, source in all_of_tensor.items() if source}
             self._matrices[name] = {}
             self.changes[name] = merged(by_place, stacked_axes(name), self._matrices[name])
         for rows in adapters.rows:

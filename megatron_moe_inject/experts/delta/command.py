@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_moe_inject.host.commands import Commands, add_command, progress_bar
+from megatron_moe_inject.host.domain_choice import add_choice, choice_of
 from megatron_moe_inject.host.text import (
     memory_text,
     ranges,
@@ -41,6 +42,7 @@ def add_commands(commands: Commands) -> None:
         run=_apply,
     )
     apply.add_argument("--delta", type=Path, required=True, help="a folder of export-delta")
+    add_choice(apply)
     for command in (export, apply):
         command.add_argument("--base", type=Path, required=True, help="the checkpoint before")
         command.add_argument("--output", type=Path, required=True, help="a folder to write")
@@ -65,7 +67,8 @@ def _apply(options: argparse.Namespace) -> str:
     from megatron_moe_inject.host.low_rank import rounding_table
 
     base = CheckpointPlace("--base", options.base)
-    summary = apply_delta(base, options.delta, options.output, progress=progress_bar)
+    choice = choice_of(options)
+    summary = apply_delta(base, options.delta, options.output, progress=progress_bar, choice=choice)
     size = memory_text(summary.bytes)
     if not summary.roundings:
         number = sum(summary.changed.values())

@@ -47,6 +47,7 @@ from megatron_moe_inject.experts.delta.index import (
 )
 from megatron_moe_inject.experts.delta.weights import Weights
 from megatron_moe_inject.host.checkpoint_place import CheckpointPlace
+from megatron_moe_inject.host.domain_choice import NOTHING_CHOSEN, DomainChoice
 from megatron_moe_inject.host.errors import (
     RecipeError,
     listing,
@@ -172,7 +173,12 @@ def export_delta(
 
 
 def apply_delta(
-    base: CheckpointPlace, delta: Path, output: Path, *, progress: Progress = _silent
+    base: CheckpointPlace,
+    delta: Path,
+    output: Path,
+    *,
+    progress: Progress = _silent,
+    choice: DomainChoice = NOTHING_CHOSEN,
 ) -> DeltaSummary:
     """Write the base with a delta applied, as a checkpoint that Megatron loads. No collective.
 
@@ -183,9 +189,11 @@ def apply_delta(
         delta: what ``export_delta`` wrote.
         output: a ``--save`` directory that does not exist; it appears whole or not at all.
         progress: shows how far it is.
+        choice: of which domains adapters are merged, where each has its own.
 
     Raises:
-        RecipeError: a damaged delta, another base, or an output that exists.
+        RecipeError: a damaged delta, another base, an output that exists, or adapters of which
+            none or others are chosen.
     """
     must_not_exist(output)
     opened = base.open()
@@ -199,6 +207,8 @@ def apply_delta(
     if before.fingerprint() != described.model:
         _refuse_new_experts(base, before, described)
         raise base.error("is another model than the delta's base", "name the base it was made from")
+    if adapters is None:
+        choice.check([], source.error)
     if described.new_experts is not None:
         growing = AppliedGrowth(source, delta, described.new_experts, before)
         growing.check_base(base, progress)
@@ -210,7 +220,7 @@ def apply_delta(
         return _summary(before, described)
     index = described.slices
     changes = {name: [replaced(new)] for name, new in _changes(delta, index, before).items()}
-    applied = None if adapters is None else AppliedAdapters(source, adapters, before)
+    applied = None if adapters is None else AppliedAdapters(source, adapters, before, choice)
     for entry in progress(index.values(), len(index)):
         checksum = slice_checksum(before.read(entry.tensor, tuple(entry.place)))
         if checksum != entry.base_sha256:

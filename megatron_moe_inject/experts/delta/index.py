@@ -52,11 +52,13 @@ class Factors:
     Attributes:
         a, b: names in the files, of ``[r, in]`` and ``[out, r]``.
         scale: of their product.
+        domain: whose tokens alone passed it; ``None`` = all.
     """
 
     a: str = field(metadata=_NEEDED)
     b: str = field(metadata=_NEEDED)
     scale: float = field(metadata=_NEEDED)
+    domain: str | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,12 @@ class Adapters:
     files: dict[str, str] = field(metadata=_NEEDED)
     matrices: list[Adapted] = field(metadata=_NEEDED)
     rows: list[NewRows] = field(metadata=_NEEDED)
+
+    @property
+    def domains(self) -> list[str]:
+        """That have adapters of their own."""
+        named = (change.domain for matrix in self.matrices for change in matrix.changes)
+        return list(dict.fromkeys(name for name in named if name is not None))
 
 
 @dataclass(frozen=True)
