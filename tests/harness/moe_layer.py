@@ -5,8 +5,14 @@ import torch
 HIDDEN, EXPERTS, TOPK, LENGTH, BATCH = 8, 4, 2, 6, 2
 
 
-def moe_layer(expert_parallel, dispatcher, capacity):
-    """The layer, the same numbers at any expert parallelism; its groups become this process's."""
+def moe_layer(expert_parallel, dispatcher, capacity, *, pads=True, tensor_parallel=1):
+    """The layer, the same numbers at any expert parallelism; its groups become this process's.
+
+    Args:
+        capacity: ``moe_expert_capacity_factor``.
+        pads: with a capacity, whether experts are filled up to it.
+        tensor_parallel: ranks that divide each expert, and the sequence.
+    """
     from megatron_moe_inject.host import cpu_lane
 
     cpu_lane.enable(force=True)
@@ -17,7 +23,9 @@ def moe_layer(expert_parallel, dispatcher, capacity):
 
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
-        expert_model_parallel_size=expert_parallel, expert_tensor_parallel_size=1
+        tensor_model_parallel_size=tensor_parallel,
+        expert_model_parallel_size=expert_parallel,
+        expert_tensor_parallel_size=tensor_parallel,
     )
     config = TransformerConfig(
         num_layers=1,
@@ -29,10 +37,13 @@ def moe_layer(expert_parallel, dispatcher, capacity):
         moe_token_dispatcher_type=dispatcher,
         moe_router_load_balancing_type="none",
         moe_expert_capacity_factor=capacity,
-        moe_pad_expert_input_to_capacity=capacity is not None,
+        moe_pad_expert_input_to_capacity=capacity is not None and pads,
         add_bias_linear=False,
         gated_linear_unit=True,
         expert_model_parallel_size=expert_parallel,
+        tensor_model_parallel_size=tensor_parallel,
+        expert_tensor_parallel_size=tensor_parallel,
+        sequence_parallel=tensor_parallel > 1,
         use_cpu_initialization=True,
         params_dtype=torch.float32,
     )
@@ -44,7 +55,8 @@ def moe_layer(expert_parallel, dispatcher, capacity):
         layer.router.weight.copy_(random_tensor(7, EXPERTS, HIDDEN))
         for local, expert in enumerate(layer.local_expert_indices):
             for n, parameter in enumerate(layer.experts.local_experts[local].parameters()):
-                parameter.copy_(random_tensor(100 * n + expert, *parameter.shape))
+                if tensor_parallel == 1:  # else each rank's part is as it is made
+                    parameter.copy_(random_tensor(100 * n + expert, *parameter.shape))
     return layer
 
 
