@@ -67,12 +67,14 @@ FEATURES = {
         "train", {"train.shared_experts": True}, flags=SHARED_EXPERTS
     ),
     "pattern": Feature("train", {"train.patterns": ["*.1.pre_mlp_layernorm.weight"]}),
-    # On experts that no set with them has chosen, beside those that train whole.
+    # On experts that no set with them has chosen, beside those that train whole: of all tokens,
+    # and of the domain alone.
     "adapters": Feature(
         "adapters",
         {
             "train.adapters": [
-                {"targets": ["*.mlp.experts.1.*"], "rank": 4, "alpha": 2, "lr": 1, "lr_b": 2}
+                {"targets": [f"*.mlp.experts.1.{name}.*"], "rank": 4, "alpha": 2, "lr": 1, **more}
+                for name, more in (("linear_fc1", {"lr_b": 2}), ("linear_fc2", {"by": "domain"}))
             ]
         },
     ),
