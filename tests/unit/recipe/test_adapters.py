@@ -45,6 +45,23 @@ WRONG = {
         "adapters: [{targets: [output_layer]}]\nvocabulary_rows: {ids: [1]}",
         "names output_layer beside train.vocabulary_rows",
     ),
+    "domains of all tokens": (
+        "adapters: [{targets: [mlp], domains: [code]}]",
+        "train.adapters[0].domains: ['code'] stands without by: domain",
+    ),
+    "by what": ("adapters: [{targets: [mlp], by: token}]", "train.adapters[0].by: 'token'"),
+    "factors of no domain": (
+        "adapters: [{targets: [mlp], by: domain, domains: [cod]}]",
+        "train.adapters[0].domains[0]: 'cod' is no domain; did you mean code?",
+    ),
+    "a domain twice": (
+        "adapters: [{targets: [mlp], by: domain, domains: [code, code]}]",
+        "train.adapters[0].domains[1]: 'code' is there twice",
+    ),
+    "a head by domain": (
+        "adapters: [{targets: [output_layer], by: domain}]",
+        "names output_layer, whose product is taken in the loss, where all tokens pass the same",
+    ),
     "no way": ("vocabulary_rows: {domain: code}", "is not one way of choosing rows"),
     "two ways": ("vocabulary_rows: {ids: [1], budget: 0.1}", "ids and budget"),
     "no domain": ("vocabulary_rows: {budget: 0.1}", "train.vocabulary_rows.domain: None"),
@@ -74,6 +91,64 @@ def test_selected_experts_are_selected():
     with pytest.raises(RecipeError, match="not every domain chooses experts"):
         recipe_from_yaml(text + "  adapters: [{targets: [experts]}]\n")
     recipe_from_yaml(text + "  adapters: [{targets: [experts], experts: all}]\n")
+
+
+DOMAINS = """
+domains:
+  - {name: code, data: [1], experts: {layers: {1: [0], 3: [2]}}}
+  - {name: html, data: [2], experts: {layers: {1: [4]}}}
+  - {name: art, data: [3]}
+objective: {alpha: 0, beta: 1}
+train:
+  experts: none
+  adapters:
+    - {targets: [attention], rank: 2}
+    - {targets: [experts], rank: 4, by: domain, domains: [html, code]}
+    - {targets: [mlp], by: domain}
+"""
+
+
+def test_each_domain_has_factors_of_its_own_on_its_own_experts():
+    """In the order in which they are named; domains without are not asked for experts."""
+    own = recipe_from_yaml(DOMAINS)
+    sets = own.factor_sets()
+    assert [(s.number, s.domain, s.label) for s in sets] == [
+        *((0, None, None), (1, "html", 1), (1, "code", 0)),
+        *((2, "code", 0), (2, "html", 1), (2, "art", 2)),
+    ]
+    assert [sets[i].selected for i in (0, 1, 2)] == [
+        {1: [0, 4], 3: [2]},
+        {1: [4]},
+        {1: [0], 3: [2]},
+    ]
+    lines = FEATURES["adapters"].plan_lines(own, None)["beside the student"]
+    assert lines[1].endswith("; of each domain its own (html, code), general text passes none")
+    assert FEATURES["adapters"].warnings(own) == []
+    with pytest.raises(RecipeError, match="not every domain chooses experts"):
+        recipe_from_yaml(DOMAINS.replace(", domains: [html, code]", ""))
+
+
+def test_what_general_text_cannot_teach_is_told():
+    text = "adapters: [{targets: [mlp], by: domain}]"
+    (told,) = FEATURES["adapters"].warnings(recipe(text))
+    assert "objective.gamma and losses on general text change nothing" in told
+    for more in ("norms: true", "vocabulary_rows: {ids: [1]}"):
+        assert FEATURES["adapters"].warnings(recipe(f"{text}\n{more}")) == []
+
+
+def test_a_dispatcher_that_sends_nothing_along():
+    """Refused beside what may be on experts."""
+    facts = StudentFacts(2, 4, 2, (0, 1), options={"moe_token_dispatcher_type": "flex"})
+
+    def refused(train):
+        for refusal in FEATURES["adapters"].refuses:
+            refusal.check(recipe(train), facts)
+
+    for target in ("experts", "'*.mlp.*'"):
+        with pytest.raises(RecipeError, match="does not send the domain of each row along"):
+            refused(f"adapters: [{{targets: [{target}], by: domain}}]")
+    refused("adapters: [{targets: [attention], by: domain}]")
+    refused("adapters: [{targets: [experts]}]")
 
 
 UNFIT = {
