@@ -54,6 +54,8 @@ EXPERTS = ALONE[: ALONE.index("    - {{targets: [attention, router]")]
 slow = pytest.mark.slow
 ETP = ("--expert-tensor-parallel-size", "2")
 PADDED = ("--moe-expert-capacity-factor", "0.8", "--moe-pad-expert-input-to-capacity")
+UNBALANCED = ("--moe-router-load-balancing-type", "none")
+"""Balance is a loss that all tokens have, taken by micro-batch."""
 GATHERED = ("--moe-token-dispatcher-type", "allgather")
 
 
@@ -148,10 +150,9 @@ def test_a_domain_whose_tokens_have_no_loss_keeps_its_factors(material, tmp_path
     silent = EXPERTS.replace("data: [2]", later)
     assert silent != EXPERTS
     only = silent.replace("by: domain}}", "by: domain, domains: [code]}}")
-    unbalanced = ("--moe-router-load-balancing-type", "none")  # a loss that all tokens have
     runs = {"both": (silent, ()), "start": (silent, ("--lr", "1e-20")), "only": (only, ())}
     for name, (recipe, extra) in runs.items():
-        run(material, recipe, *saving(tmp_path / name), *unbalanced, *extra, nproc=2, ep=2)
+        run(material, recipe, *saving(tmp_path / name), *UNBALANCED, *extra, nproc=2, ep=2)
     both, start, code = (stored(tmp_path / name) for name in ("both", "start", "only"))
     assert both["html"].keys() == start["html"].keys()
     for name, (factor, moment) in both["html"].items():
@@ -252,3 +253,37 @@ def test_the_other_megatron(tmp_path):
     expected = run(material, path=[OTHER])
     for case in MAIN[:3]:
         assert_same(at(material, *CASES[case][:1], *CASES[case][1], path=[OTHER]), expected)
+
+
+OVERLAP = ("--overlap-moe-expert-parallel-comm",)
+
+
+@slow
+def test_overlapped_expert_communication_changes_nothing(material):
+    """Bit for bit in bf16."""
+    both = [run(material, BOTH, "--bf16", *more, nproc=2, ep=2) for more in ((), OVERLAP)]
+    lane.same_runs(*both)
+
+
+DEEPSEEK = (*lane.DEEPSEEK_ROUTER, "--mtp-num-layers", "1")
+SHARED = BOTH.replace("[attention, router]", "[attention, router, shared_experts]")
+FROM_SCRATCH = ("--load", "/nothing/there", "--inject-from-scratch")
+
+
+@slow
+@pytest.mark.parametrize("layout", ["ep2", "tp2-sp", "selective recompute"])
+def test_shared_experts_and_multi_token_prediction(material, layout):
+    expected = run(material, SHARED, *DEEPSEEK, *FROM_SCRATCH)
+    found = at(material, layout, *DEEPSEEK, *FROM_SCRATCH, recipe=SHARED)
+    assert_same(found, expected)
+
+
+PACKED = ("--dataloader-inter-document-masking", "--reset-position-ids")
+
+
+@slow
+def test_packed_documents_of_two_samples_in_a_row(material):
+    """A row of two samples, which may be of two domains, against rows of one."""
+    expected = run(material, BOTH, *PACKED, "--micro-batch-size", "1", *UNBALANCED)
+    for layout in ({}, {"nproc": 2, "tp": 2}):
+        assert_same(run(material, BOTH, *PACKED, *UNBALANCED, **layout), expected)

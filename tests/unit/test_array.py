@@ -172,6 +172,9 @@ TESTED_ELSEWHERE = {
             "train.vocabulary_rows.threshold",
         ],
     },
+    "training/test_adapters_by_domain.py": {
+        "test_a_layout_gives_what_one_process_gives": ["train.adapters.*.domains"],
+    },
     "training/test_frozen_bias.py": {
         "test_frozen_routers_keep_their_bias_and_the_one_that_trains_does_not": [
             "steering.bias_counts"
