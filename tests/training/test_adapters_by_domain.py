@@ -25,7 +25,7 @@ from tests.harness.injection import (
     inject,
     recipe_file,
 )
-from tests.harness.material import make_material, student_flags
+from tests.harness.material import make_material, make_student, student_flags
 
 BOTH = """
 domains:
@@ -265,17 +265,29 @@ def test_overlapped_expert_communication_changes_nothing(material):
     lane.same_runs(*both)
 
 
-DEEPSEEK = (*lane.DEEPSEEK_ROUTER, "--mtp-num-layers", "1")
 SHARED = BOTH.replace("[attention, router]", "[attention, router, shared_experts]")
-FROM_SCRATCH = ("--load", "/nothing/there", "--inject-from-scratch")
+LATENT = (
+    *("--multi-latent-attention", "--kv-lora-rank", "16", "--q-lora-rank", "16"),
+    *("--qk-head-dim", "8", "--qk-pos-emb-head-dim", "4", "--v-head-dim", "8"),
+)
+STUDENTS = {
+    "shared experts, prediction of two tokens": (
+        (*lane.DEEPSEEK_ROUTER, "--mtp-num-layers", "1"),
+        SHARED,
+    ),
+    "latent attention": (LATENT, BOTH),
+}
 
 
 @slow
-@pytest.mark.parametrize("layout", ["ep2", "tp2-sp", "selective recompute"])
-def test_shared_experts_and_multi_token_prediction(material, layout):
-    expected = run(material, SHARED, *DEEPSEEK, *FROM_SCRATCH)
-    found = at(material, layout, *DEEPSEEK, *FROM_SCRATCH, recipe=SHARED)
-    assert_same(found, expected)
+@pytest.mark.parametrize(("more", "recipe"), STUDENTS.values(), ids=STUDENTS)
+def test_other_students(material, tmp_path, more, recipe):
+    student = str(tmp_path / "student")
+    make_student(student, material.general, *more)
+    extra = (*more, "--load", student)
+    expected = run(material, recipe, *extra)
+    for layout in ("ep2", "tp2-sp", "selective recompute"):
+        assert_same(at(material, layout, *extra, recipe=recipe), expected)
 
 
 PACKED = ("--dataloader-inter-document-masking", "--reset-position-ids")
