@@ -21,9 +21,12 @@ objective: {{alpha: 0, beta: 1}}
 train:
   experts: none
   norms: {norms}
-  adapters: [{{targets: [experts, attention], experts: all, rank: 4}}]
+  adapters:
+    - {{targets: [experts], experts: all, rank: 4{of_experts}}}
+    - {{targets: [attention], rank: 4{of_attention}}}
   vocabulary_rows: {{ids: [3, 5, 60]}}
 """
+BY_DOMAIN = ", by: domain"
 MAMBA = "--mamba-state-dim 16 --mamba-head-dim 16 --mamba-num-groups 2"
 SHAPES = ("--moe-expert-capacity-factor", "1", "--moe-pad-expert-input-to-capacity")
 """Known without values, as a plan takes them."""
@@ -59,15 +62,18 @@ def test_bytes_are_those_of_a_job(tmp_path, nproc, layout, flags, norms):
 
 
 @pytest.mark.parametrize(
-    ("nproc", "layout", "flags"),
+    ("nproc", "layout", "flags", "by"),
     [
-        pytest.param(2, {"ep": 2}, BF16, id="EP 2"),
-        pytest.param(2, {"tp": 2}, (), id="TP 2", marks=slow),
-        pytest.param(2, {"pp": 2}, BF16, id="PP 2", marks=slow),
+        pytest.param(2, {"ep": 2}, BF16, (BY_DOMAIN, ""), id="EP 2, experts by domain"),
+        pytest.param(2, {"ep": 2}, BF16, ("", BY_DOMAIN), id="EP 2", marks=slow),
+        pytest.param(2, {"tp": 2}, (), ("", BY_DOMAIN), id="TP 2", marks=slow),
+        pytest.param(2, {"tp": 2}, (), (BY_DOMAIN, ""), id="TP 2, by domain", marks=slow),
+        pytest.param(2, {"pp": 2}, BF16, ("", ""), id="PP 2", marks=slow),
     ],
 )
-def test_bytes_of_adapters_and_rows_of_the_vocabulary(tmp_path, nproc, layout, flags):
-    assert_planned(tmp_path, nproc, layout, flags, ADAPTED.format(norms="true"))
+def test_bytes_of_adapters_and_rows_of_the_vocabulary(tmp_path, nproc, layout, flags, by):
+    recipe = ADAPTED.format(norms="true", of_experts=by[0], of_attention=by[1])
+    assert_planned(tmp_path, nproc, layout, flags, recipe)
 
 
 def assert_planned(tmp_path, nproc, layout, flags, recipe):
