@@ -4,11 +4,11 @@
 
 Real Megatron training, cross-entropy only, the same model and data in every arm: everything
 trained; chosen experts in every layer; the same in the last quarter of the layers; adapters on
-chosen experts, or all, and attention; and stock Megatron without the plugin whose script sets
-``requires_grad`` before DDP. All arms of a layout are alive at once and take their steps in turns,
-so that the noise of the machine hits all alike. An arm that crashes or hangs is reported with how
-it ended. On a machine without a GPU it runs on the CPU lane. Beside each ratio stands what
-arithmetic allows.
+chosen experts, or all, and attention, also as those of one domain; and stock Megatron without the
+plugin whose script sets ``requires_grad`` before DDP. All arms of a layout are alive at once and
+take their steps in turns, so that the noise of the machine hits all alike. An arm that crashes or
+hangs is reported with how it ended. On a machine without a GPU it runs on the CPU lane. Beside each
+ratio stands what arithmetic allows.
 """
 
 from __future__ import annotations
@@ -47,17 +47,20 @@ class Arm:
         trains: ``all``, or which layers' chosen experts: ``every layer``, ``last quarter``.
         adapters: which experts have adapters of rank 8, and attention with them, in the place of
             what trains; ``None`` = none.
+        by_domain: whether these are those of the domain that all text is of.
     """
 
     title: str
     plugin: bool
     trains: str
     adapters: str | None = None
+    by_domain: bool = False
 
 
 ARMS = {
     "adapters-chosen": Arm("adapters: chosen, attention", True, "every layer", "selected"),
     "adapters-all": Arm("adapters: experts, attention", True, "every layer", "all"),
+    "adapters-by-domain": Arm("the same, by domain", True, "every layer", "all", by_domain=True),
     "stock-all": Arm("stock, everything", False, "all"),
     "all": Arm("plugin, everything", True, "all"),
     "every-layer": Arm("plugin, chosen, every layer", True, "every layer"),
@@ -71,7 +74,7 @@ domains:
 objective: {{alpha: 0.0, beta: 1.0}}
 train: {{experts: {which}{rest}}}
 """
-ADAPTED = ", adapters: [{{targets: [experts, attention], experts: {experts}, rank: 8}}]"
+ADAPTED = ", adapters: [{{targets: [experts, attention], experts: {experts}, rank: 8{by}}}]"
 EVERYTHING = "".join(
     f", {name}: true" for name in ("router", "attention", "norms", "embedding", "output_layer")
 )
@@ -115,7 +118,10 @@ def start(name: str, layout: str, port: int, options: argparse.Namespace, folder
         by_layer = "" if experts is None else f", experts: {{layers: {experts}}}"
         which, rest = ("all", EVERYTHING) if experts is None else ("selected", "")
         if arm.adapters is not None:
-            which, rest = "none", ADAPTED.format(experts=arm.adapters)
+            which, rest = (
+                "none",
+                ADAPTED.format(experts=arm.adapters, by=", by: domain" if arm.by_domain else ""),
+            )
         recipe.write_text(RECIPE.format(experts=by_layer, which=which, rest=rest))
         flags = [*(["--cpu"] if options.cpu else []), *flags, "--inject-recipe", str(recipe)]
         flags += ["--inject-from-scratch"]
