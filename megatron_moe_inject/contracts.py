@@ -9,7 +9,12 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Iterable
 
-from megatron_moe_inject.adapters.uses import ADAPTERS, GROUPED_ADAPTERS, VOCABULARY_ROWS
+from megatron_moe_inject.adapters.uses import (
+    ADAPTERS,
+    DOMAIN_ADAPTERS,
+    GROUPED_ADAPTERS,
+    VOCABULARY_ROWS,
+)
 from megatron_moe_inject.convert.uses import IMPORT
 from megatron_moe_inject.data.uses import MIXING, PLACES, PREPARE, VALIDATION_SETS
 from megatron_moe_inject.experts.train.uses import FROZEN_FP8, GROUPED, HYBRID_TRAIN, TRAIN
@@ -91,7 +96,7 @@ EVERYTHING = (
     *ALWAYS,
     HYBRID_STUDENT,
     *(TRAIN, HYBRID_TRAIN, GROUPED, FROZEN_FP8),
-    *(ADAPTERS, GROUPED_ADAPTERS, VOCABULARY_ROWS),
+    *(ADAPTERS, GROUPED_ADAPTERS, DOMAIN_ADAPTERS, VOCABULARY_ROWS),
     *(ROUTING_WATCH, STEERING, ROUTER_ROWS, DOOR),
     *(ORIGINALS, EXPERT_RETENTION, L2),
     *(DATA_FILES, MEGATRON, IMITATION),

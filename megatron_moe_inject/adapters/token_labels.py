@@ -151,21 +151,29 @@ class LabelledStep(StepPart):
 
     Args:
         chunks: what tells their places.
-        beside: another part of the step.
+        beside: another part of the step, ``None`` without.
     """
 
     def __init__(self, chunks: Sequence[ChunkLabels], beside: StepPart | None) -> None:
         self._chunks = chunks
-        self._beside = beside
+        self._beside = beside or StepPart()
 
     def begin(self, step: Step) -> None:
         """Collectives: those of the part beside."""
         for chunk in self._chunks:
             chunk.begin(step)
-        if self._beside is not None:
-            self._beside.begin(step)
+        self._beside.begin(step)
+
+    def failed(self, error: Exception) -> None:
+        """See ``StepPart``."""
+        self._beside.failed(error)
 
     def close(self) -> None:
         """The step is over."""
         for chunk in self._chunks:
             chunk.close()
+        self._beside.close()
+
+    def end(self, step: Step, reports: Any) -> None:
+        """Collectives: those of the part beside."""
+        self._beside.end(step, reports)
