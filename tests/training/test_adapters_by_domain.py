@@ -204,7 +204,8 @@ def test_merged_by_one_domain_it_is_that_domain_of_the_run(material, tmp_path):
 
 
 KEPT = {
-    "to another layout": (({"nproc": 2, "ep": 2}), {"nproc": 2, "tp": 2}, 1e-5),
+    "to another layout": ({"nproc": 2, "tp": 2}, {"nproc": 2, "pp": 2}, 1e-5),
+    "to more expert ranks": ({"nproc": 2, "ep": 2}, {"nproc": 4, "ep": 4}, 1e-5),
     "bf16, distributed optimizer": (
         *[dict(nproc=2, ep=2, extra=("--bf16", *lane.DISTRIBUTED_OPTIMIZER))] * 2,
         0,
@@ -212,7 +213,13 @@ KEPT = {
 }
 
 
-@pytest.mark.parametrize(("first", "then", "rel"), KEPT.values(), ids=KEPT)
+@pytest.mark.parametrize(
+    ("first", "then", "rel"),
+    [
+        pytest.param(*case, id=name, marks=[slow] if name == "to more expert ranks" else [])
+        for name, case in KEPT.items()
+    ],
+)
 def test_a_resumed_run_goes_on(material, tmp_path, first, then, rel):
     save = tmp_path / "saved"
     keep = ("--save", str(save), "--save-interval", "2", "--train-iters", "4")
