@@ -97,7 +97,6 @@ CASES = {
     "pp2-vpp2": ("pp2-vpp2", ()),
     "dp2, distributed optimizer": ("dp2, distributed optimizer", ()),
     "ep2, gathered": ("ep2", GATHERED),
-    "micro-batches of one": ("micro-batches of one", ()),
     "tp2-ep2": ("tp2-ep2", ()),
     "tp2-pp2": ("tp2-pp2", ()),
 }
