@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 from megatron_moe_inject.host.lazy_names import lazy_names
 
 if TYPE_CHECKING:
+    from megatron_moe_inject.losses.chunk_size import default_chunk_tokens
     from megatron_moe_inject.losses.divergences import vocab_parallel_divergence
     from megatron_moe_inject.losses.fused import (
         FusedLoss,
         FusedOptions,
-        default_chunk_tokens,
         fused_linear_distillation,
         fused_loss,
     )
@@ -60,11 +60,11 @@ __all__ = [
 ]
 
 _HOMES = {
+    "chunk_size": ("default_chunk_tokens",),
     "divergences": ("vocab_parallel_divergence",),
     "fused": (
         "FusedLoss",
         "FusedOptions",
-        "default_chunk_tokens",
         "fused_linear_distillation",
         "fused_loss",
     ),

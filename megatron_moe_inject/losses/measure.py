@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from megatron_moe_inject.losses.checks import check_fits, check_flat
+from megatron_moe_inject.losses.chunk_size import default_chunk_tokens
 from megatron_moe_inject.losses.chunks import teacher_logits
-from megatron_moe_inject.losses.fused import default_chunk_tokens
 from megatron_moe_inject.losses.head_rows import student_logits
 from megatron_moe_inject.losses.rows import (
     LogitRows,

@@ -13,7 +13,7 @@ from megatron_moe_inject.losses import (
     measure_tokens,
     reference,
 )
-from megatron_moe_inject.losses.fused import default_chunk_tokens
+from megatron_moe_inject.losses.chunk_size import default_chunk_tokens
 from megatron_moe_inject.losses.spec import TokenWeighting
 from tests.harness.losses_cases import (
     HEADS,
