@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_moe_inject.losses.spec import TermWeights
 from megatron_moe_inject.losses.student import Student
-from megatron_moe_inject.losses.target import Mixed, Sparse, Target
+from megatron_moe_inject.losses.target import Aligned, Mixed, Sparse, Target
 
 
 def may_be_nonzero(weight: float | Tensor) -> bool:
@@ -48,7 +48,7 @@ def check_fits(student: Student, target: Target | None) -> None:
             f"the target's tensors per token, {shapes}, must have the tokens "
             f"{tuple(student.labels.shape)} of the student's hidden {tuple(student.hidden.shape)}"
         )
-    if isinstance(target, Sparse):
+    if isinstance(target, Sparse | Aligned):
         return
     heads = (
         [member.head for member in target.members] if isinstance(target, Mixed) else [target.head]
@@ -70,6 +70,8 @@ def check_distilled(student: Student, target: Target | None, weights: TermWeight
             raise ValueError(f"{weights.weighting} weighs distillation, so a target must be given")
         if may_be_nonzero(weights.alpha):
             raise ValueError("alpha is not the number 0, so a target must be given")
+    if isinstance(target, Aligned):
+        _check_aligned(weights)
     if not isinstance(target, Sparse):
         return
     if weights.weighting:
@@ -82,6 +84,17 @@ def check_distilled(student: Student, target: Target | None, weights: TermWeight
         raise ValueError(
             f"temperature: {temperature}, but the teacher's log_probs were stored at one "
             f"temperature, {target.temperature}; distil at that"
+        )
+
+
+def _check_aligned(weights: TermWeights) -> None:
+    """Raise ValueError for what cannot be asked of chunks."""
+    if isinstance(weights.temperature, Tensor):
+        raise ValueError("temperature: one per token, but a chunk has one; give a number")
+    if weights.weighting and weights.weighting.confidence == "entropy":
+        raise ValueError(
+            f"{weights.weighting} needs a teacher's whole vocabulary, and Aligned knows how likely "
+            "the text is; use label"
         )
 
 

@@ -24,6 +24,7 @@ from megatron_moe_inject.losses.head_rows import (
     student_logits,
     taken_columns,
 )
+from megatron_moe_inject.losses.margins import hide_labels, margin_statistics
 from megatron_moe_inject.losses.products import hidden_gradient
 from megatron_moe_inject.losses.rows import (
     LogitRows,
@@ -79,7 +80,8 @@ class Plan:
 
     ``divergence`` is None without a target; ``transform`` is the student's. ``kernels`` and
     ``chunk_tokens`` are what the options mean here. ``trained`` names the tensors of the head that
-    get a gradient, among ``HEAD_TENSORS``.
+    get a gradient, among ``HEAD_TENSORS``. With ``margin`` the cross-entropy is minus the label's
+    margin, see ``margins.py``.
     """
 
     shard: VocabShard
@@ -94,6 +96,7 @@ class Plan:
     trained: tuple[str, ...]
     reduce_hidden_grad: bool
     accumulate_main_grad: bool
+    margin: bool = False
 
     def teacher(self, chunk: "Inputs") -> TeacherLogits | None:
         """``teacher_logits`` of a chunk; None where its target does not say that."""
@@ -115,6 +118,8 @@ class Plan:
         self, chunk: "Inputs", logits: LogitRows, teacher: TeacherLogits | None
     ) -> tuple[RowStats, SparseStats | None]:
         """Their losses."""
+        if self.margin:
+            return margin_statistics(logits, self.shard), None
         if isinstance(chunk.target, SparseRows):
             assert self.divergence is not None, "a target has a divergence"
             stats = row_statistics(logits, None, self.shard)
@@ -142,6 +147,8 @@ class Plan:
 
         By the head with all that changes it.
         """
+        if self.margin:
+            hide_labels(logits, self.shard)
         kd = self.kd_weight(chunk, stats) if self.kd_gradient else None
         ce = chunk.beta if self.ce_gradient else None
         if sparse is None or kd is None:

@@ -32,7 +32,7 @@ values run.
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -70,7 +70,7 @@ from megatron_moe_inject.losses.rows import (
 from megatron_moe_inject.losses.sparse import SparseRows
 from megatron_moe_inject.losses.spec import Divergence, TermWeights
 from megatron_moe_inject.losses.student import Student, Vocabulary
-from megatron_moe_inject.losses.target import Dense, Mixed, Sparse, Target, single
+from megatron_moe_inject.losses.target import Aligned, Dense, Mixed, Sparse, Target, single
 from megatron_moe_inject.losses.triton_rows import AUTO, kernels_for
 from megatron_moe_inject.losses.upstream import common_factor
 
@@ -161,7 +161,9 @@ def fused_loss(
     states' size and dtype, and one of ``head_low_rank.a``'s if that trains; and nothing else but
     those of ``committee.mix`` for every chunk whose logits are computed again.
     """
-    target, hidden = single(target), student.hidden
+    target = single(target)
+    if isinstance(target, Aligned):
+        raise ValueError("chunks of text are compared by aligned_loss, not by fused_loss")
     check_flat(student)
     check_per_token(
         student,
@@ -171,7 +173,47 @@ def fused_loss(
         upstream_mask=options.upstream_mask,
     )
     check_distilled(student, target, weights)
-    plan = _plan(student, target, weights, options)
+    return _computed(student, target, weights, options)
+
+
+def label_margins(student: Student, options: FusedOptions = DEFAULT) -> Tensor:
+    """How far each label's logit is above the rest, [t] float32; 0 where there is no label.
+
+    Its margin m (``margins.py``) gives both log P(label) and log(1 - P(label)) to full precision.
+    Differentiable as the loss of ``fused_loss`` is, with any gradient from above; that costs the
+    same products as a cross-entropy's where the head is frozen.
+
+    Args:
+        student: hidden states [t, h], head [v/p, h], labels [t].
+        options: how it runs; ``upstream_mask`` has no meaning here.
+
+    Raises:
+        ValueError: what does not fit; a gradient through soft-capped logits.
+
+    Collectives: those of ``fused_loss`` without a target.
+    """
+    check_flat(student)
+    trains = torch.is_grad_enabled() and (student.hidden.requires_grad or student.head_trains)
+    if trains and student.transform and student.transform.softcap is not None:
+        raise ValueError(
+            f"softcap={student.transform.softcap}: margins of soft-capped logits have no gradient "
+            "here; no student of Megatron's has them"
+        )
+    options = replace(options, upstream_mask=None)
+    return -_computed(student, None, TermWeights(0.0, 1.0), options, margin=True).total
+
+
+def _computed(
+    student: Student,
+    target: Dense | Mixed | Sparse | None,
+    weights: TermWeights,
+    options: FusedOptions,
+    *,
+    margin: bool = False,
+) -> FusedLoss:
+    """``fused_loss`` of what fits; with ``margin`` the cross-entropy is minus the margin."""
+    hidden = student.hidden
+    plan = replace(_plan(student, target, weights, options), margin=margin)
     if "head" in plan.trained and plan.accumulate_main_grad:
         HeadGradient.main_grad_of(student.head)
     constant: Dense | Mixed | SparseRows | None = None

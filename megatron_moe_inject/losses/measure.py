@@ -29,7 +29,7 @@ from megatron_moe_inject.losses.rows import (
 )
 from megatron_moe_inject.losses.spec import Divergence, VocabShard
 from megatron_moe_inject.losses.student import Student, Vocabulary
-from megatron_moe_inject.losses.target import Dense, Mixed, Sparse, Target, single
+from megatron_moe_inject.losses.target import Aligned, Dense, Mixed, Sparse, Target, single
 from megatron_moe_inject.losses.triton_rows import AUTO, kernels_for
 
 _FORWARD_KL = Divergence("forward_kl")
@@ -77,7 +77,9 @@ def measure_tokens(
         student: hidden states [t, h], head [v/p, h], labels [t].
         target: what a teacher says about the same tokens. Of a ``Sparse`` one nobody knows the loss
             or the divergence, so those stay None; its most likely id is known unless its ids were
-            drawn (tail ``sample``), and that id's probability if it was stored at temperature 1.
+            drawn (tail ``sample``), and that id's probability if it was stored at temperature 1. Of
+            an ``Aligned`` one the loss is known, a chunk's divided among its labels, and nothing
+            else.
         chunk_tokens, kernels: see ``FusedOptions``.
 
     Every rank of the vocabulary's ``tp_group`` gets the same bits.
@@ -86,13 +88,13 @@ def measure_tokens(
         ValueError: what does not fit, with the values.
 
     Collectives over ``tp_group``, per chunk of c tokens: one all-gather of 9 c float32 numbers,
-    4 c without a teacher or with a ``Sparse`` one; with a committee those of ``committee.mix``
-    besides.
+    4 c without a teacher, with a ``Sparse`` or an ``Aligned`` one; with a committee those of
+    ``committee.mix`` besides.
     """
     check_flat(student)
     check_fits(student, target)
     shard, width = student.shard, len(student.head)
-    stored, target = (target, None) if isinstance(target, Sparse) else (None, target)
+    beside, target = (target, None) if isinstance(target, Sparse | Aligned) else (None, target)
     step = chunk_tokens or default_chunk_tokens(
         student.hidden, student.head, mixed=isinstance(target, Mixed)
     )
@@ -110,7 +112,9 @@ def measure_tokens(
         logits = LogitRows(x, y, labels, 1.0, kernels=kernels_for(kernels, x, y))
         parts.append(_measure_chunk(logits, shard, width))
     measures = TokenMeasures.cat(parts)
-    return measures if stored is None else _beside_stored(measures, stored)
+    if isinstance(beside, Aligned):
+        return measures._replace(teacher_loss=-beside.per_label().to(measures.loss.dtype))
+    return measures if beside is None else _beside_stored(measures, beside)
 
 
 def target_confidence(
@@ -126,20 +130,27 @@ def target_confidence(
     Args:
         target: what it says about t tokens.
         kind: ``label``, the probability of the label, 0 where that is negative or, of a ``Sparse``
-            target, not among its ids; or ``top``, that of the most likely id.
+            target, not among its ids; or ``top``, that of the most likely id. The label's of an
+            ``Aligned`` target is the geometric mean over its chunk, 0 where it is in none.
         labels: [t] int64 global ids.
         vocabulary: how the heads are sharded.
         kernels: see ``FusedOptions``.
 
     Raises:
         ValueError: what does not fit; a ``Sparse`` target that was stored at another temperature,
-            or ``top`` of one whose ids were drawn.
+            or ``top`` of one whose ids were drawn, or of an ``Aligned`` one.
 
-    Collectives: those of ``measure_tokens``; none for a ``Sparse`` target.
+    Collectives: those of ``measure_tokens``; none for a ``Sparse`` or an ``Aligned`` target.
     """
     target = single(target)
     if isinstance(target, Sparse):
         return _stored_confidence(target, kind, labels)
+    if isinstance(target, Aligned):
+        if kind == "top":
+            raise ValueError(
+                "chunks of text do not tell the most likely id's probability; ask for the label's"
+            )
+        return target.per_label().exp() * target.covered
     if isinstance(target, Dense):  # stands where a student does: one product, not two
         alone = Student(target.hidden, target.head, labels, vocabulary, target.transform)
         measured = measure_tokens(alone, kernels=kernels)

@@ -17,10 +17,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from megatron_moe_inject.host.indices import index
-from megatron_moe_inject.losses.fused import DEFAULT, FusedOptions, fused_loss
+from megatron_moe_inject.losses.aligned import aligned_loss
+from megatron_moe_inject.losses.fused import DEFAULT, FusedLoss, FusedOptions, fused_loss
 from megatron_moe_inject.losses.spec import TermWeights
 from megatron_moe_inject.losses.student import Student
-from megatron_moe_inject.losses.target import Target
+from megatron_moe_inject.losses.target import Aligned, Target
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def injection_loss(
         groups: a partition of the batch positions.
         options: see ``fused_loss``; ``upstream_mask`` is ``[s, b]``.
 
-    Collectives: those of ``fused_loss``, once per group.
+    Collectives: those of ``fused_loss`` or ``aligned_loss``, once per group.
     """
     hidden = student.hidden
     order = [i for group in groups for i in group.samples]
@@ -89,7 +90,7 @@ def injection_loss(
             rows, labels = rows.index_select(1, samples), labels.index_select(1, samples)
             mask = None if mask is None else mask.index_select(1, samples)
         readable = None if group.readable is None else group.readable.t().flatten()
-        loss = fused_loss(
+        loss = _loss(
             replace(student, hidden=rows.flatten(0, 1), labels=labels.flatten()),
             None if group.target is None else group.target.changed(_by_position),
             _weights(group, readable),
@@ -113,6 +114,14 @@ def injection_loss(
     return LossTerms(
         *(torch.cat(terms).index_select(0, position) for terms in zip(*parts, strict=True))
     )
+
+
+def _loss(
+    student: Student, target: Target | None, weights: TermWeights, options: FusedOptions
+) -> FusedLoss:
+    if isinstance(target, Aligned):
+        return aligned_loss(student, target, weights, options)
+    return fused_loss(student, target, weights, options)
 
 
 def _weights(group: SampleGroup, readable: torch.Tensor | None) -> TermWeights:

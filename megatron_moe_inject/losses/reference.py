@@ -132,6 +132,33 @@ def linear_distillation(
     return alpha * factor * kd + beta * ce, kd, ce, factor
 
 
+def aligned(
+    student_logits: Tensor,
+    labels: Tensor,
+    chunks: Sequence[Sequence[int]],
+    log_probs: Sequence[float],
+    *,
+    divergence: Callable[..., Tensor] = forward_kl,
+    temperature: float = 1.0,
+    valid_vocab_size: int | None = None,
+) -> Tensor:
+    """Per label, T D of its chunk's two outcomes divided by the chunk's labels; see ``aligned``.
+
+    Args:
+        student_logits, labels: [t, v] and [t].
+        chunks: of each chunk, which of the t labels it has.
+        log_probs: the teacher's of each chunk.
+    """
+    of_label = -cross_entropy(student_logits, labels, valid_vocab_size=valid_vocab_size)
+    losses = torch.zeros_like(of_label)
+    for members, log_p in zip(chunks, log_probs, strict=True):
+        both = torch.stack([of_label[list(members)].sum(), of_label.new_tensor(log_p)])
+        q, p = torch.stack([both / temperature, (-(both / temperature).exp()).log1p()], dim=1)
+        loss = temperature * divergence(q, p) / len(members)
+        losses = losses.index_put((torch.tensor(members),), loss)
+    return losses
+
+
 def mixture(
     teachers: Sequence[Tensor],
     weights: Sequence[float],

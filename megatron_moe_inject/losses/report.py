@@ -28,6 +28,7 @@ KD_FACTOR = "kd factor"
 RETENTION = "retention loss"
 TOTAL_LOSS = "total loss"
 SHARE = "data share"
+ALIGNED = "aligned share"
 
 
 class LossReport:
@@ -40,6 +41,8 @@ class LossReport:
         weighted: also report the mean factor of the token weighting over distilled tokens.
         retained: also report the divergence from the original model on general samples.
         shares: also report each class's share of the tokens, with ``by_class``.
+        aligned: indices of the domains whose teachers have another tokenizer: also report the share
+            of their tokens that belong to a chunk.
     """
 
     def __init__(
@@ -50,7 +53,9 @@ class LossReport:
         weighted: bool = False,
         retained: bool = False,
         shares: bool = False,
+        aligned: Sequence[int] = (),
     ) -> None:
+        self._aligned = [i + 1 for i in aligned]
         self._shares = shares
         self._retained = retained
         self._weighted = weighted
@@ -85,6 +90,10 @@ class LossReport:
             if self._weighted:
                 factor_sum = factor.index_select(0, taught).sum()
                 report[KD_FACTOR] = sum_and_count(factor_sum, taught_count)
+        if self._aligned:
+            of_chunks = index(self._aligned, kd.device)
+            parts = (x.index_select(0, of_chunks).sum() for x in (readable, count))
+            report[ALIGNED] = sum_and_count(*parts)
         if self._retained:
             report[RETENTION] = sum_and_count(kd[0], count[0])
         if self._by_class:
@@ -94,6 +103,8 @@ class LossReport:
                     report[f"{SHARE}/{name}"] = sum_and_count(count[i], count.sum())
                 if i in self._distilled:
                     report[f"{KD_LOSS}/{name}"] = sum_and_count(kd[i], readable[i])
+                    if i in self._aligned:
+                        report[f"{ALIGNED}/{name}"] = sum_and_count(readable[i], count[i])
                     if self._weighted:
                         report[f"{KD_FACTOR}/{name}"] = sum_and_count(factor[i], readable[i])
         return report

@@ -3,6 +3,7 @@
     Target = Dense    hidden states and a head, of which logits are made chunk by chunk
            | Mixed    several of these, whose distributions are mixed
            | Sparse   some ids of each token with their log-probabilities, as a store keeps them
+           | Aligned  how likely it finds pieces of the text, by a tokenizer of its own
 
 A loss, a measure or a confidence takes a ``Target`` and knows by its class what to do. A target
 checks itself when it is made; what fits a student, a divergence and a temperature is checked once
@@ -19,6 +20,7 @@ from typing import NamedTuple, Self, overload
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_moe_inject.losses.kinds import COMMITTEES, TAILS
 from megatron_moe_inject.losses.products import head_logits
@@ -213,7 +215,64 @@ class Sparse(PerToken):
         )
 
 
-Target = Dense | Mixed | Sparse
+@dataclass(frozen=True)
+class Aligned(PerToken):
+    """A teacher with another tokenizer, by what it says of chunks: pieces of text that begin and
+    end where a token of either side does; constants. See ``aligned.py``.
+
+    Attributes:
+        chunk: [t] int64, which chunk the label belongs to, from 0 to ``chunks`` - 1; -1: to none.
+            All labels of a chunk are among the tokens of a loss, or of its ``cp_group``'s ranks.
+        log_probs: [t] float, at each label of a chunk the teacher's log-probability of the whole
+            chunk after all that stands before it; any where there is none.
+        labels: [t] float, how many labels the chunk has, at each of them; any positive number where
+            there is none.
+        chunks: above all numbers of chunks.
+        cp_group: over whose ranks sequences, and with them chunks, are divided; None if they are
+            whole.
+
+    Raises:
+        ValueError: shapes or a dtype that do not fit.
+    """
+
+    chunk: Tensor
+    log_probs: Tensor
+    labels: Tensor
+    chunks: int
+    cp_group: ProcessGroup | None = None
+
+    def __post_init__(self) -> None:
+        shapes = [tuple(part.shape) for part in self.parts()[0]]
+        if len(set(shapes)) > 1 or self.chunk.dtype != torch.int64:
+            raise ValueError(
+                f"chunk {self.chunk.dtype}, log_probs and labels of chunks have shapes {shapes}; "
+                "give one of each for each token, chunk as int64"
+            )
+
+    def parts(self) -> tuple[tuple[Tensor, ...], Callable[..., "Aligned"]]:
+        """``chunk``, ``log_probs`` and ``labels``; see ``PerToken``."""
+        chunks, group = self.chunks, self.cp_group
+        return (
+            (self.chunk, self.log_probs, self.labels),
+            lambda chunk, log_probs, labels: Aligned(chunk, log_probs, labels, chunks, group),
+        )
+
+    @property
+    def tokens(self) -> torch.Size:
+        """See ``PerToken``."""
+        return self.chunk.shape
+
+    @property
+    def covered(self) -> Tensor:
+        """[t] bool, where a label belongs to a chunk."""
+        return self.chunk >= 0
+
+    def per_label(self) -> Tensor:
+        """[t], the log-probability of a chunk divided among its labels; 0 where there is none."""
+        return torch.where(self.covered, self.log_probs / self.labels, 0.0)
+
+
+Target = Dense | Mixed | Sparse | Aligned
 
 
 @overload
