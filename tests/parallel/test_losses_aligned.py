@@ -1,4 +1,4 @@
-"""Losses of chunks of text against dense autograd in float64, whatever divides the tokens or ids."""
+"""Losses of chunks of text against dense autograd, whatever divides the tokens or the ids."""
 
 import itertools
 
@@ -220,8 +220,8 @@ def test_chunks_are_weighed_by_what_the_teacher_is_sure_of():
                 assert loss.kd_factor[place].item() == pytest.approx(want.item(), rel=1e-6)
         assert torch.equal(loss.kd_factor[[1, 5, 9, 10]], torch.zeros(4, dtype=torch.float64))
         assert_close(loss.total, loss.kd_factor * loss.kd, "total")
+    weights = TermWeights(1.0, 0.0, weighting=TokenWeighting("entropy"))
     with pytest.raises(ValueError, match="needs a teacher's whole vocabulary"):
-        weights = TermWeights(1.0, 0.0, weighting=TokenWeighting("entropy"))
         aligned_loss(student, target_of(), weights)
 
 
@@ -245,8 +245,8 @@ def test_what_does_not_fit():
         aligned_loss(student, target_of(), TermWeights(1.0, 0.0, temperature=torch.ones(T)))
     with pytest.raises(ValueError, match="by aligned_loss"):
         case.call(*case.leaves(), target=target_of())
+    capped = case.student(*case.leaves(), transform=LogitTransform(1.0, 30.0))
     with pytest.raises(ValueError, match="softcap=30"):
-        capped = case.student(*case.leaves(), transform=LogitTransform(1.0, 30.0))
         aligned_loss(capped, target_of(), TermWeights(1.0, 0.0))
     with pytest.raises(ValueError, match="give one of each"):
         Aligned(torch.zeros(3, dtype=torch.int64), torch.zeros(2), torch.zeros(3), 1)

@@ -1,0 +1,319 @@
+"""What a teacher with another tokenizer reads of a step's samples, and which chunks it tells of.
+
+The text of a sample is the bytes of its ids. It is cut at special tokens; what lies between is
+tokenised by the teacher's tokenizer, and the special tokens become the teacher's of the same name,
+or of the same role (end of document, beginning). So the teacher reads what the student reads, as
+its own ids. Where documents are apart (packed, or masked from each other) each is a text of its
+own; else a window is one text, as it is for the student.
+
+What is not told of:
+
+- the first token of a text, which the student predicts from nothing; without a prefix in front,
+  the teacher's first likewise;
+- where a window ends inside a document: the teacher's last token, and those before it back to the
+  last one that begins with white space, at most four: had the text gone on, it might have been cut
+  in another way;
+- half letters: UTF-8 bytes at a window's border whose others are outside;
+- chunks of which a label is masked;
+- all from a special token on that the teacher has not, from bytes on that are no UTF-8, and from a
+  place on that its tokenizer does not give back as it was.
+
+Nothing here needs torch. Shapes: k samples, s sequence length, r texts, t tokens of all texts.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from megatron_moe_inject.teachers.align.alignment import align
+from megatron_moe_inject.teachers.align.byte_tokenizer import ByteTokenizer
+
+_CUT_SHORT = 4
+"""Tokens at the end of a text that goes on, at most, that might have been others."""
+_WHITE = tuple(b" \t\n\r\x0b\x0c")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is to be read, and where what is said of it belongs.
+
+    Attributes:
+        lengths: ``[r]``, tokens of each text that are read.
+        inputs: ``[t]`` int32, ids, one text behind the other.
+        labels: ``[t]`` int32, the id behind each of them.
+        numbers: ``[t]`` int64, the chunk that each of ``labels`` belongs to: its sample times s and
+            the place of its first label among the sample's; k s for none.
+        places: ``[k, s]`` int32, at each of the student's labels the place of its chunk's first
+            one; -1 for none.
+    """
+
+    lengths: np.ndarray
+    inputs: np.ndarray
+    labels: np.ndarray
+    numbers: np.ndarray
+    places: np.ndarray
+
+
+@dataclass
+class _Text:
+    """A text: a sample, or a document of one."""
+
+    sample: int
+    first: int
+    ids: np.ndarray
+    goes_on: bool
+    begins: bool
+    segments: list[_Segment] = field(default_factory=list)
+
+
+@dataclass
+class _Segment:
+    """A piece of a text between special tokens, or a special token."""
+
+    at: int  # where it begins, in bytes of the text
+    text: bytes
+    starts: np.ndarray  # of the student's tokens, likewise
+    end: int  # behind the last of them
+    special: int | None = None  # the teacher's id
+
+
+class Reader:
+    """Turns the student's samples into what the teacher reads.
+
+    Args:
+        student, teacher: their tokenizers.
+        prefix: ids that stand in front of each text for the teacher.
+        longest: tokens that it can read, the prefix included; None without limit.
+    """
+
+    def __init__(
+        self,
+        student: ByteTokenizer,
+        teacher: ByteTokenizer,
+        prefix: Sequence[int] = (),
+        longest: int | None = None,
+    ) -> None:
+        self._student = student
+        self._teacher = teacher
+        self._prefix = np.array(prefix, np.int64)
+        self._longest = longest
+        self._same = {
+            index: same
+            for index in student.names
+            if (same := self._same_special(index)) is not None
+        }
+
+    def _same_special(self, index: int) -> int | None:
+        """The teacher's special token of a student's."""
+        student, teacher = self._student, self._teacher
+        named = teacher.specials.get(student.names[index])
+        if named is not None:
+            return named
+        if index == student.end:
+            return teacher.end
+        return teacher.begin if index == student.begin else None
+
+    @property
+    def lacking(self) -> dict[int, str]:
+        """Special tokens of the student that the teacher has not, names by id."""
+        return {i: name for i, name in self._student.names.items() if i not in self._same}
+
+    def read(
+        self,
+        tokens: np.ndarray,
+        following: np.ndarray,
+        counted: np.ndarray,
+        starts: np.ndarray | None = None,
+    ) -> Reading:
+        """Read samples.
+
+        Args:
+            tokens: ``[k, s]`` the student's ids.
+            following: ``[k]`` the label of each sample's last token; negative for none.
+            counted: ``[k, s]`` bool, labels whose loss counts.
+            starts: ``[k, s]`` bool, where documents begin that are read apart; None for samples
+                that are one text each.
+        """
+        texts = self._texts(tokens, following, starts)
+        for text in texts:
+            self._cut(text)
+        pieces = [s.text.decode() for text in texts for s in text.segments if s.special is None]
+        encoded = iter(self._encoded(pieces))
+        places = np.full(tokens.shape, -1, np.int32)
+        nowhere = tokens.size
+        rows = []
+        for text in texts:
+            own = [None if s.special is not None else next(encoded) for s in text.segments]
+            row = self._row(text, own, counted[text.sample], places[text.sample], nowhere)
+            if row is not None:
+                rows.append(row)
+        none = [np.zeros(0, np.int64)]
+        inputs, labels, numbers = (
+            np.concatenate(none + [row[part] for row in rows]) for part in range(3)
+        )
+        lengths = np.array([len(row[0]) for row in rows], np.int64)
+        return Reading(lengths, inputs.astype(np.int32), labels.astype(np.int32), numbers, places)
+
+    def _texts(
+        self, tokens: np.ndarray, following: np.ndarray, starts: np.ndarray | None
+    ) -> list[_Text]:
+        texts, end = [], self._student.end
+        for sample, ids in enumerate(tokens):
+            borders = [0, len(ids)]
+            if starts is not None:
+                borders = [*np.flatnonzero(starts[sample]).tolist(), len(ids)]
+            for first, stop in itertools.pairwise(borders):
+                own, ends = ids[first:stop], starts is not None and ids[stop - 1] == end
+                goes_on = stop == len(ids) and not ends
+                if goes_on and following[sample] >= 0:
+                    own = np.append(own, following[sample])
+                texts.append(_Text(sample, first, own, goes_on, starts is not None))
+        return texts
+
+    def _cut(self, text: _Text) -> None:
+        """Find its segments, and leave the rest of the text out where it cannot be read."""
+        student, ids = self._student, text.ids
+        known = (ids >= 0) & (ids < len(student.pieces))
+        if not known.all():
+            ids = ids[: int(np.argmin(known))]
+        marks = np.flatnonzero(student.textless[ids])
+        at, first, begins = 0, 0, text.begins
+        for stop in (*marks.tolist(), len(ids)):
+            own = ids[first:stop]
+            raw = student.bytes_of(own.tolist())
+            lead = _half_letter(raw) if first == 0 else 0
+            if begins and student.space_in_front and raw.startswith(b" "):
+                lead = 1
+            readable, whole = _readable(raw[lead:])
+            lengths = student.lengths[own]
+            starts = at - lead + np.cumsum(lengths) - lengths
+            end = at - lead + len(raw)
+            text.segments.append(_Segment(at, readable, starts, end))
+            if stop == len(ids) or not whole:
+                text.goes_on |= stop < len(ids)
+                return
+            same = self._same.get(int(ids[stop]))
+            if same is None:
+                text.goes_on = False
+                return
+            at += len(readable)
+            text.segments.append(_Segment(at, b"", np.array([at]), at + 1, same))
+            at, first, begins = at + 1, stop + 1, True
+
+    def _encoded(self, pieces: list[str]) -> list[tuple[np.ndarray, np.ndarray, bool]]:
+        """Of each piece the teacher's ids, the bytes at which they begin, and whether they give
+        the piece back."""
+        texts = [piece.encode() for piece in pieces]
+        found = [self._placed(*pair) for pair in zip(texts, self._ids(pieces), strict=True)]
+        # A space that the text has need not be put in front a second time.
+        twice = [
+            i for i, text in enumerate(texts)
+            if text.startswith(b" ") and found[i][2] and found[i][1][0] < 0
+        ]  # fmt: skip
+        for i, ids in zip(twice, self._ids([pieces[i][1:] for i in twice]), strict=True):
+            once = self._placed(texts[i], ids)
+            if once[2] and once[1][0] == 0:
+                found[i] = once
+        return [(ids, starts.clip(min=0), whole) for ids, starts, whole in found]
+
+    def _ids(self, pieces: list[str]) -> list[np.ndarray]:
+        return [np.asarray(ids, np.int64) for ids in self._teacher.encode(pieces)]
+
+    def _placed(self, text: bytes, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
+        """``_encoded`` of one piece; a space in front that is none of the text's begins at -1."""
+        lengths = self._teacher.lengths[ids]
+        back = self._teacher.bytes_of(ids.tolist())
+        front = 1 if back == b" " + text else 0
+        starts = np.cumsum(lengths) - lengths - front
+        if back[front:] == text:
+            return ids, starts, True
+        pairs = zip(text, back, strict=False)
+        same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(text), len(back)))
+        usable = starts + lengths <= same
+        return ids[usable], starts[usable], False
+
+    def _row(
+        self,
+        text: _Text,
+        encoded: Sequence[tuple[np.ndarray, np.ndarray, bool] | None],
+        counted: np.ndarray,
+        places: np.ndarray,
+        nowhere: int,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        """Inputs, labels and numbers of a text, None where nothing can be told of it; fills
+        ``places`` ``[s]``."""
+        ids, starts, student = [], [], []
+        ends, goes_on = (0, 0), text.goes_on
+        for segment, own in zip(text.segments, encoded, strict=True):
+            student.append(segment.starts)
+            if own is None:
+                ids.append(np.array([segment.special], np.int64))
+                starts.append(segment.starts)
+                ends = segment.end, segment.end
+                continue
+            ids.append(own[0])
+            starts.append(segment.at + own[1])
+            behind = len(segment.text)
+            if not own[2]:
+                behind = int(self._teacher.lengths[own[0]].sum())
+            ends = segment.end, segment.at + behind
+            if not own[2]:
+                goes_on = True
+                break
+        of_teacher, begins = np.concatenate(ids), np.concatenate(starts)
+        prefix = self._prefix
+        if len(prefix) and len(of_teacher) and of_teacher[0] == prefix[-1]:
+            prefix = prefix[:0]  # the text has it itself
+        if self._longest is not None and len(prefix) + len(of_teacher) > self._longest + 1:
+            most = self._longest + 1 - len(prefix)
+            ends, goes_on = (ends[0], int(begins[most])), True
+            of_teacher, begins = of_teacher[:most], begins[:most]
+        found = align(np.concatenate(student), begins, ends)
+        size = len(found.student)
+        # Token i of the student is the label of the sample's place first + i - 1.
+        unread = np.append(True, ~counted[text.first : text.first + size - 1])[:size]
+        untold = np.zeros(len(of_teacher), bool)
+        untold[: 0 if len(prefix) else 1] = True
+        if goes_on:
+            untold[self._unsure_from(of_teacher) :] = True
+        found = found.without(found.having(unread, untold))
+        labels = np.flatnonzero(found.student >= 0)
+        if not len(labels):
+            return None
+        numbers, at = np.unique(found.student[labels], return_index=True)
+        first_of = np.zeros(found.chunks, np.int64)
+        first_of[numbers] = text.first + labels[at] - 1
+        places[text.first + labels - 1] = first_of[found.student[labels]]
+        base = text.sample * len(places)
+        told = np.where(found.teacher >= 0, base + first_of[found.teacher], nowhere)
+        whole = np.concatenate([prefix, of_teacher])
+        told = np.concatenate([np.full(len(prefix), nowhere), told])
+        stop = int(np.flatnonzero(told != nowhere)[-1]) + 1
+        return whole[: stop - 1], whole[1:stop], told[1:stop]
+
+    def _unsure_from(self, ids: np.ndarray) -> int:
+        """Of a text that goes on, the first token that might have been another."""
+        first = max(len(ids) - _CUT_SHORT, 0)
+        for place in range(len(ids) - 1, first, -1):
+            if (self._teacher.pieces[ids[place]] or b"x")[0] in _WHITE:
+                return place
+        return first
+
+
+def _half_letter(raw: bytes) -> int:
+    """Bytes at the beginning that belong to a letter which began before."""
+    behind = (i for i, byte in enumerate(raw[:4]) if not 0x80 <= byte < 0xC0)
+    return next(behind, min(len(raw), 3))
+
+
+def _readable(raw: bytes) -> tuple[bytes, bool]:
+    """The beginning that is UTF-8, and whether nothing but the beginning of a letter follows."""
+    try:
+        raw.decode()
+    except UnicodeDecodeError as error:
+        return raw[: error.start], error.reason == "unexpected end of data"
+    return raw, True
