@@ -42,6 +42,7 @@ from megatron_moe_inject.recipe.run_kinds import EVALUATION
 from megatron_moe_inject.recipe.run_part import BuiltStudent, RunContext, RunPart
 from megatron_moe_inject.recipe.schedule import ever_positive
 from megatron_moe_inject.recipe.weights import term_weights
+from megatron_moe_inject.teachers.align.rules import aligned_domains
 from megatron_moe_inject.teachers.confidence import RunningConfidence
 from megatron_moe_inject.teachers.step_teachers import StepTeachers
 
@@ -280,6 +281,7 @@ class ObjectivePart(RunPart):
                 weighted=bool(TokenWeighting(objective.confidence, objective.skip_worse)),
                 retained=ever_positive(objective.gamma),
                 shares=bool(recipe[MIXING]),
+                aligned=aligned_domains(recipe),
             )
         weights = dict.fromkeys((GENERAL, *range(len(names))), TermWeights(0.0, 1.0))
         return LossHook(

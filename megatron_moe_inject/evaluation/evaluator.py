@@ -32,6 +32,7 @@ from megatron_moe_inject.host.labels import (
 )
 from megatron_moe_inject.host.rng import untouched_rng
 from megatron_moe_inject.recipe.run_part import BuiltStudent, RunContext, RunPart
+from megatron_moe_inject.teachers.align.rules import aligned_domains
 from megatron_moe_inject.teachers.step_teachers import ComparesPrefix
 
 NO_DATA = (
@@ -111,6 +112,7 @@ class Evaluator(RunPart, ABC):
             cp_group=groups.cp,
             text_length=compat.text_length(),
             drop_empty=self._whole_sets,
+            of_text=aligned_domains(self.recipe),
         )
         self._run.provide(Measurement, self.measurement)
         self._run.provide(ComparesPrefix, self.measurement)

@@ -63,6 +63,7 @@ class _Part:
     domains: list[int] = field(default_factory=list)
     against: list[str | None] = field(default_factory=list)  # "teacher", "original" or None
     partly: list[bool] = field(default_factory=list)  # whether the teacher may lack tokens
+    of_text: list[bool] = field(default_factory=list)  # whether it tells of the text alone
     bare: list[bool] = field(default_factory=list)  # whether it also ran without its prefix
     hashes: list[str] = field(default_factory=list)
     bytes: list[int | None] = field(default_factory=list)
@@ -75,6 +76,8 @@ class Measurement(StepPart):
         names: class names by label, ``GENERAL`` included.
         reported: labels of the classes that the evaluation data has, for Megatron's log.
         taught: labels of the domains with a teacher.
+        of_text: of them, those whose teacher tells how likely it finds the text and nothing of
+            other tokens.
         tp_group, cp_group: of the student's last stage.
         text_length: UTF-8 length of ids as text; None for a tokenizer without text.
         drop_empty: sequences of which no token counts only fill up batches.
@@ -90,7 +93,9 @@ class Measurement(StepPart):
         cp_group: dist.ProcessGroup,
         text_length: Callable[[list[int]], int] | None,
         drop_empty: bool = False,
+        of_text: Sequence[int] = (),
     ) -> None:
+        self._of_text = of_text
         self.active = False
         self.compares_prefix = False
         self._names = names
@@ -154,7 +159,7 @@ class Measurement(StepPart):
             Per-token terms, with cross-entropy as the total and KL(teacher || student) as ``kd``;
             and values for Megatron's report. A teacher of which some ids per token are known has
             no loss to show and no divergence at temperature 1: its figures are missing, as where
-            a domain has no teacher.
+            a domain has no teacher. One that tells how likely it finds the text has a loss alone.
 
         Collectives: those of ``measure_tokens``, once per group.
         """
@@ -163,7 +168,7 @@ class Measurement(StepPart):
         ce = labels.new_zeros(labels.shape, dtype=torch.float32)
         kl = torch.zeros_like(ce)
         against: list[str | None] = [None] * len(domains)
-        partly, bare = [False] * len(domains), [False] * len(domains)
+        partly, of_text, bare = ([False] * len(domains) for _ in range(3))
         readable, limited = torch.ones_like(ce, dtype=torch.bool), False
         for group in groups:
             samples = list(group.samples)
@@ -171,18 +176,19 @@ class Measurement(StepPart):
             measured = _measure(group.target, samples, student, targets, kernels)
             correct = measured.top == targets.flatten()
             tokens = [torch.ones_like(measured.loss), measured.loss, correct]
-            if group.taught and measured.kl is None:  # a teacher of which only some ids are known
+            if group.taught and measured.kl is None:  # of which there is no divergence
                 readable[samples], limited = False, True
-            elif group.taught:
-                assert measured.kl is not None
-                assert measured.teacher_loss is not None
-                assert measured.teacher_top is not None, "there are all three, or no divergence"
-                same = measured.top == measured.teacher_top
+            if measured.teacher_loss is not None:
                 compared = torch.ones_like(measured.loss)
                 if group.readable is not None:
-                    readable[samples], limited = group.readable, True
                     compared = group.readable.flatten().to(compared.dtype)
-                taught = [measured.teacher_loss, measured.kl, same, compared, measured.loss]
+                divergence = same = torch.zeros_like(measured.loss)
+                if measured.kl is not None:
+                    assert measured.teacher_top is not None, "it is known where a divergence is"
+                    divergence, same = measured.kl, measured.top == measured.teacher_top
+                    if group.readable is not None:
+                        readable[samples], limited = group.readable, True
+                taught = [measured.teacher_loss, divergence, same, compared, measured.loss]
                 if group.bare is not None:
                     other = _measure(group.bare, samples, student, targets, kernels)
                     assert other.teacher_loss is not None, "it is the same teacher"
@@ -192,6 +198,7 @@ class Measurement(StepPart):
                 kl[samples] = tokens[len(ALWAYS) + 1].view(targets.shape).to(kl.dtype)
                 for i in samples:
                     partly[i], bare[i] = group.readable is not None, group.bare is not None
+                    of_text[i] = measured.kl is None
                     against[i] = "original" if domains[i] == GENERAL else "teacher"
             values = torch.stack([value.double() for value in tokens]).view(-1, *targets.shape)
             # A masked token may have any loss, an infinite one too.
@@ -204,6 +211,7 @@ class Measurement(StepPart):
             self._part.domains += domains
             self._part.against += against
             self._part.partly += partly
+            self._part.of_text += of_text
             self._part.bare += bare
             self._name_sequences(index)
         terms = LossTerms(ce, ce, kl, torch.ones_like(ce), readable if limited else None)
@@ -256,6 +264,7 @@ class Measurement(StepPart):
             terms = {"accuracy": ("correct", "tokens")}
             if label in self._taught:
                 terms["teacher loss"] = ("teacher_loss", "taught_tokens")
+            if label in self._taught and label not in self._of_text:
                 terms["teacher agreement"] = ("agreement", "taught_tokens")
             for name, pair in terms.items():
                 total, count = ((values[column] * member).sum() for column in pair)
@@ -286,6 +295,8 @@ class Measurement(StepPart):
                     continue
                 extra: tuple[str, ...] = PARTLY if named["partly"][i] else ()
                 extra += (BARE,) if named["bare"][i] else ()
+                if named["against"][i] == "teacher":
+                    extra += TAUGHT[:1] if named["of_text"][i] else TAUGHT
                 details = named["against"][i], extra, named["bytes"][i]
                 sums = _named_sums(total[:, i], *details)
                 rows.setdefault(domain, []).append((named["hashes"][i], sums))
@@ -303,6 +314,7 @@ class Measurement(StepPart):
             "domains": part.domains,
             "against": part.against,
             "partly": part.partly,
+            "of_text": part.of_text,
             "bare": part.bare,
             "hashes": part.hashes,
             "bytes": part.bytes,
@@ -333,7 +345,7 @@ def _named_sums(
     by_column = dict(zip(_COLUMNS, values.tolist(), strict=True))
     sums = {name: by_column[name] for name in ALWAYS}
     if against == "teacher":
-        sums |= {name: by_column[name] for name in (*TAUGHT, *extra)}
+        sums |= {name: by_column[name] for name in extra}
     if against == "original":
         sums["original_kl"] = by_column["teacher_kl"]
     if length is not None:

@@ -72,7 +72,8 @@ def placed(
     for name, info in infos.items():
         spec = recipe.teachers[name]
         held = info.parameters * _size(recipe, name, args)
-        ranks = spec.ranks if info.runs_model else "last"
+        alone = not info.runs_model or spec.align != "none"
+        ranks = "last" if alone else spec.ranks
         wishes[name] = Wish(ranks, held, bool(spec.window))
     return placements(wishes, stages, spare)
 
@@ -110,6 +111,7 @@ def teacher_costs(
         ratio = flops / forward_flops if forward_flops else UNKNOWN
         count = math.ceil(rows * share / sharing)
         parts = where[name].sequences(count, stages, args.seq_length, ratio)
+        states = 0 if recipe.teachers[name].align != "none" else sequence
         kept = min(recipe.teachers[name].window * args.micro_batch_size or rows, rows) * share
         for stage in where[name].stages(stages):
             cost, last = costs[stage], stage == stages - 1
@@ -117,7 +119,7 @@ def teacher_costs(
             working += 0 if last else parts[stage] * sequence
             costs[stage] = TeacherCost(
                 weights=cost.weights + info.parameters * size,
-                states=cost.states + (int(kept * sequence) // context if last else 0),
+                states=cost.states + (int(kept * states) // context if last else 0),
                 working=max(cost.working, working),
                 flops=cost.flops + parts[stage] * flops,
             )

@@ -30,6 +30,7 @@ FP8_SCALINGS = ("blockwise", "tensorwise")
 """Values of ``--fp8-recipe`` whose weights need no history."""
 TEACHER_RANKS = ("auto", "last", "pipeline")
 TEACHER_FP8 = ("none", *FP8_SCALINGS)
+TEACHER_ALIGN = ("none", "chunks")
 FROZEN_EXPERTS = ("params", "fp8")
 LAYER_NUMBERS = ("gpt", "hybrid")
 
@@ -97,6 +98,8 @@ class TeacherSpec:
             together), ``renormalize`` (nothing), or ``sample``.
         trusted: public keys (Ed25519, 44 characters each), one of which must have signed a
             ``store``; empty = whoever wrote it.
+        align: ``none``, it has the student's tokenizer; or ``chunks``: it has one of its own, and
+            both are compared by how likely they find the same pieces of text (ALM).
     """
 
     source: str = field(metadata={"remedy": "write source: megatron:/dir or source: hf:/dir"})
@@ -109,6 +112,7 @@ class TeacherSpec:
     ranks: str = field(default="auto", metadata={"choices": TEACHER_RANKS})
     tail: str = field(default="bucket", metadata={"choices": TAILS})
     trusted: list[str] = field(default_factory=list)
+    align: str = field(default="none", metadata={"choices": TEACHER_ALIGN})
 
     @property
     def kind(self) -> str:

@@ -25,6 +25,7 @@ from megatron_moe_inject.routing.section import (
     weighed_by_mean,
     weighed_by_token,
 )
+from megatron_moe_inject.teachers.align.rules import aligned_domains, aligned_names
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -236,6 +237,13 @@ def _check_confidence(recipe: Recipe) -> None:
                 "steering.confidence", kind, f"asks for a teacher that {domain.name!r} lacks",
                 f"write domains[{i}].teacher, or confidence: none",
             )  # fmt: skip
+    if kind == "top" and aligned_domains(recipe):
+        name = aligned_names(recipe)[0]
+        raise fail(
+            "steering.confidence", kind,
+            f"asks for a teacher's most likely token, and teacher {name} (align: chunks) tells how "
+            "likely it finds the text", "write label, or none",
+        )  # fmt: skip
 
 
 def _lines(recipe: Recipe) -> list[str]:

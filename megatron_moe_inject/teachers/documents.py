@@ -1,4 +1,4 @@
-"""A teacher's forward over packed samples, each document by itself.
+"""A teacher's forward over documents, each by itself, such as those of packed samples.
 
 A document of a pack becomes a row of its own, filled up at its end, so that its positions count
 from 0 and nothing of another document is seen. This is exact for every causal model, whatever its
@@ -11,7 +11,7 @@ Shapes: k samples, s sequence length, h_t teacher hidden, r rows of one pass, m 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -152,6 +152,43 @@ def _gathered(
 def _tokens(share: Sequence[Rows]) -> int:
     """Tokens of the documents of a share."""
     return sum(own for rows in share for _, own in rows.documents)
+
+
+def document_values(
+    teacher: Teacher,
+    tokens: torch.Tensor,
+    lengths: Sequence[int],
+    value: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    *,
+    group: dist.ProcessGroup | None,
+    max_tokens: int,
+) -> torch.Tensor:
+    """One number for each token of some documents, of the teacher's states there.
+
+    Args:
+        teacher: the same teacher on every rank.
+        tokens: ``[t]`` int64, one document behind the other, equal on every rank of the group.
+        lengths: of the documents, on the host; at least one.
+        value: of states ``[u, h_t]`` and the places ``[u]`` of their tokens among the t: ``[u]``
+            float32.
+        group: ranks that share the work; None runs everything here.
+        max_tokens: of one pass; a longer document has one of its own.
+
+    Returns:
+        ``[t]`` float32 on every rank.
+
+    Collectives: one all-gather over ``group`` of as many numbers as the fullest rank has tokens;
+    none if the group has one rank.
+    """
+    size, rank = (1, 0) if group is None else (group.size(), group.rank())
+    shares = plan_rows([lengths], size, max_tokens)
+    values = [torch.zeros(0, device=tokens.device)]
+    for rows in shares[rank]:
+        places = _places(rows, tokens.device)
+        (states,) = _in_pass(teacher, rows, tokens[places], ())
+        values.append(value(states, places.flatten()[_real(rows, tokens.device)]))
+    (whole,) = _gathered([torch.cat(values)], shares, group)
+    return whole
 
 
 class DocumentWork:

@@ -16,6 +16,8 @@ from megatron_moe_inject.host.errors import (
 )
 from megatron_moe_inject.host.megatron_types import Chunk, Groups
 from megatron_moe_inject.recipe.schema import Recipe
+from megatron_moe_inject.teachers.align.rules import NONE, check_data
+from megatron_moe_inject.teachers.align.start import check_aligned
 from megatron_moe_inject.teachers.base import Teacher, TeacherInfo
 from megatron_moe_inject.teachers.loading import (
     StudentTokenizer,
@@ -41,10 +43,15 @@ def checked_teachers(recipe: Recipe, args: Namespace) -> dict[str, TeacherInfo]:
         RecipeError: a source, tokenizer or length that does not fit the student.
     """
     tokenizer = StudentTokenizer.from_args(args)
-    infos = {
-        name: check_teacher(name, spec.source, student_tokenizer=tokenizer, prefix=spec.prefix)
-        for name, spec in recipe.teachers.items()
-    }
+    check_data(recipe, args)
+    infos = {}
+    for name, spec in recipe.teachers.items():
+        if spec.align != NONE:
+            infos[name] = check_aligned(name, spec.source, tokenizer, spec.prefix)
+            continue
+        infos[name] = check_teacher(
+            name, spec.source, student_tokenizer=tokenizer, prefix=spec.prefix
+        )
     check_fit(recipe, infos, args.seq_length)
     return infos
 
@@ -56,7 +63,7 @@ def check_fit(recipe: Recipe, infos: Mapping[str, TeacherInfo], length: int | No
         RecipeError: positions that do not reach, or a divergence without a finite value.
     """
     for name, info in infos.items():
-        if length is not None:
+        if length is not None and recipe.teachers[name].align == NONE:
             _check_length(name, info, length)
         _check_divergence(recipe, name, info)
 

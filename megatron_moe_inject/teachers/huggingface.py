@@ -472,4 +472,6 @@ def read_files(folder: Folder) -> list[Path]:
 
 def source_kind() -> SourceKind:
     """``hf:/dir``: a folder of any causal language model that ``transformers`` loads."""
-    return SourceKind("hf:/dir", check, load, files=read_files)
+    return SourceKind(
+        "hf:/dir", check, load, files=read_files, tokenizer=lambda source: source.path
+    )

@@ -19,6 +19,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -241,6 +242,13 @@ def _vocabulary(
     return vocabulary.within_rows(teacher_vocabulary, source, remedy)
 
 
+def tokenizer_files(source: Source) -> Path | None:
+    """The folder or file of the tokenizer that the checkpoint was trained with."""
+    checkpoint = _opened(source)
+    flags = vocabulary.TokenizerFlags.from_args(checkpoint.args)
+    return flags.files(checkpoint.folder / "tokenizer")
+
+
 def _fill(checkpoint: TorchDistCheckpoint, model: Chunk) -> None:
     """Read every parameter of ``model`` from the checkpoint and prove that it was read."""
     source = checkpoint.source
@@ -306,4 +314,11 @@ def _pieces(model: Chunk, layout: dict[str, Any]) -> list[Piece]:
 
 def source_kind() -> SourceKind:
     """``megatron:/dir``: a ``torch_dist`` checkpoint of a dense GPT or hybrid model."""
-    return SourceKind("megatron:/dir", check, load, folder=iteration_folder, takes_fp8=True)
+    return SourceKind(
+        "megatron:/dir",
+        check,
+        load,
+        folder=iteration_folder,
+        takes_fp8=True,
+        tokenizer=tokenizer_files,
+    )

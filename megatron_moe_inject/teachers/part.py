@@ -14,7 +14,7 @@ from megatron_moe_inject.data.packed import (
     check_whole_documents,
     packing_flag,
 )
-from megatron_moe_inject.host.agreement import agree
+from megatron_moe_inject.host.agreement import agree, host_twin
 from megatron_moe_inject.host.finite import FiniteWatch
 from megatron_moe_inject.host.megatron_types import Chunk
 from megatron_moe_inject.host.step import StepPart
@@ -22,6 +22,8 @@ from megatron_moe_inject.host.text import count, memory_text, table
 from megatron_moe_inject.recipe.run_kinds import INJECTION
 from megatron_moe_inject.recipe.run_part import BuiltStudent, RunContext, RunPart
 from megatron_moe_inject.recipe.schema import Recipe
+from megatron_moe_inject.teachers.align.rules import NONE, aligned_names
+from megatron_moe_inject.teachers.align.start import aligned_teacher
 from megatron_moe_inject.teachers.base import TeacherInfo
 from megatron_moe_inject.teachers.fit import (
     by_domain,
@@ -75,14 +77,15 @@ class TeachersPart(RunPart):
     def attach(self, student: BuiltStudent) -> StepPart | None:
         """Load them on the last stage, or on all.
 
-        Collectives: those of ``agree``, of ``_spare``, and of ``Pipeline`` where one is run by all
-        stages.
+        Collectives: those of ``agree``, of ``_spare``, of ``Pipeline`` where one is run by all
+        stages, and of ``host_twin`` where one has another tokenizer.
 
         Raises:
             RecipeError: on every rank: one cannot be loaded.
         """
         run, last = self._run, student.last
         pipeline = self._pipeline(student)
+        self._host_group = host_twin(student.groups.tp) if aligned_names(run.recipe) else None
         taught, helpers = agree(
             lambda: (
                 ({}, self._helpers(student, pipeline))
@@ -134,7 +137,8 @@ class TeachersPart(RunPart):
         wishes = {}
         for name, info in self._infos.items():
             spec = self._run.recipe.teachers[name]
-            ranks = spec.ranks if info.runs_model else "last"
+            alone = not info.runs_model or spec.align != NONE
+            ranks = "last" if alone else spec.ranks
             wishes[name] = Wish(ranks, self._size(info), bool(spec.window))
         groups, stages = student.groups, student.groups.pp.size()
         spare = _spare(student) if stages > 1 and wishes else None
@@ -170,6 +174,9 @@ class TeachersPart(RunPart):
         run = self._run
         passes: dict[str, StepTeacher] = {}
         for name, info in self._infos.items():
+            if run.recipe.teachers[name].align != NONE:
+                passes[name] = aligned_teacher(run, info, student, self._host_group)
+                continue
             in_step = SOURCES[info.kind].in_step
             if in_step is not None:
                 passes[name] = in_step(run, info, student)

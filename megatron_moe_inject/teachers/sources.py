@@ -51,6 +51,10 @@ class SourceKind:
         in_step: of a kind that runs no model, and has no ``load``: makes what teaches in a step, on
             a rank of the last stage, of the run, what ``check`` gave, and the built student; no
             collective.
+        tokenizer: of the source, the folder or file of its tokenizer, None where there is none; of
+            a kind whose models ``TeacherSpec.align`` can ask. A kind that runs no model and still
+            knows the log-probabilities of its own tokens would hand these out in the same place,
+            as ``teachers.align.scores.Scores``.
     """
 
     example: str
@@ -60,6 +64,7 @@ class SourceKind:
     folder: Callable[[Folder], Path] | None = None
     files: Callable[[Folder], Sequence[Path]] | None = None
     takes_fp8: bool = False
+    tokenizer: Callable[[Source], Path | None] | None = None
     in_step: Callable[[RunContext, TeacherInfo, BuiltStudent], StepTeacher] | None = None
 
 

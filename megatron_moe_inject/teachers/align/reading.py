@@ -167,10 +167,12 @@ class Reader:
             if starts is not None:
                 borders = [*np.flatnonzero(starts[sample]).tolist(), len(ids)]
             for first, stop in itertools.pairwise(borders):
-                own, ends = ids[first:stop], starts is not None and ids[stop - 1] == end
-                goes_on = stop == len(ids) and not ends
-                if goes_on and following[sample] >= 0:
+                own, last = ids[first:stop], stop == len(ids)
+                # What follows the end of a document that is read apart belongs to another.
+                apart = starts is not None and own[-1] == end
+                if last and not apart and following[sample] >= 0:
                     own = np.append(own, following[sample])
+                goes_on = last and own[-1] != end
                 texts.append(_Text(sample, first, own, goes_on, starts is not None))
         return texts
 
@@ -186,11 +188,13 @@ class Reader:
             own = ids[first:stop]
             raw = student.bytes_of(own.tolist())
             lead = _half_letter(raw) if first == 0 else 0
-            if begins and student.space_in_front and raw.startswith(b" "):
-                lead = 1
+            in_front = begins and student.space_in_front and raw.startswith(b" ")
+            lead = 1 if in_front else lead
             readable, whole = _readable(raw[lead:])
             lengths = student.lengths[own]
             starts = at - lead + np.cumsum(lengths) - lengths
+            if in_front:  # none of the text's: its token begins where the text does
+                starts = starts.clip(min=at)
             end = at - lead + len(raw)
             text.segments.append(_Segment(at, readable, starts, end))
             if stop == len(ids) or not whole:
