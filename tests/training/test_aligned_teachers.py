@@ -6,8 +6,9 @@ import shutil
 import pytest
 
 from megatron_moe_inject.host import compat
-from tests.harness import lane
+from tests.harness import lane, own_tokenizers
 from tests.harness.aligned import make_aligned_material, without_tokenizer
+from tests.harness.injection import assert_clean_end
 
 RECIPE = """
 domains:
