@@ -4,8 +4,8 @@
     python examples/benchmarks/aligned_study.py runs/aligned --report       what is done so far
 
 Makes what it needs in the folder: text, the shipped student and teacher, and a second teacher with
-a tokenizer of its own. That one is the shipped teacher with new rows of embedding and head, each the
-mean of the old rows of the same text, trained further on code in its own tokens (SentencePiece
+a tokenizer of its own. That one is the shipped teacher with new rows of embedding and head, each
+the mean of the old rows of the same text, trained further on code in its own tokens (SentencePiece
 pieces with byte fallback and a space in front, where the student has byte-level BPE). Each arm
 injects into two experts of each layer, on one process, and is measured before and after on held-out
 text. A run that is done is not repeated.
@@ -160,14 +160,8 @@ def prepare(folder: Path, steps: int) -> None:
         *("--valid-data-path", str(folder / "rows" / "data" / "code_held_out")),
         *("--data-cache-path", str(folder / "rows" / "cache"), "--train-iters", str(steps)),
         *("--lr", "2e-3", "--min-lr", "1e-4", "--eval-interval", str(steps), "--eval-iters", "10"),
-        *(
-            "--load",
-            str(begin),
-            "--finetune",
-            "--no-load-optim",
-            "--no-load-rng",
-            "--no-save-optim",
-        ),
+        *("--load", str(begin), "--finetune", "--no-load-optim", "--no-load-rng"),
+        "--no-save-optim",
         *("--save", str(folder / "other"), "--save-interval", str(steps)),
     )
 
