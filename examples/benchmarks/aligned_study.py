@@ -104,7 +104,8 @@ def with_other_rows(tokenizer: Path, folder: Path) -> None:
 
     old, new = read_tokenizer(corpora.TOKENIZER), read_tokenizer(tokenizer)
     tensors = load_file(QUICKSTART / "models" / "teacher.safetensors")
-    for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+    named = ("embedding.word_embeddings.weight", "output_layer.weight")
+    for name in (name for name in named if name in tensors):  # tied, or two
         rows = tensors[name].astype(np.float32)
         made = np.zeros_like(rows) + rows.mean(0)
         for index, piece in enumerate(new.pieces):

@@ -123,6 +123,7 @@ class TeacherInfo:
         shared: what the comparison found.
         prefix: ids that stand in front of what it reads, see ``prefix``.
         prefix_told: one clause that says where they are from.
+        aligned: whether it has a tokenizer of its own, and texts are aligned.
         config: sizes and switches of the architecture, for a report.
     """
 
@@ -143,6 +144,7 @@ class TeacherInfo:
     trained_positions: int | None = None
     prefix: tuple[int, ...] = ()
     prefix_told: str = ""
+    aligned: bool = False
 
     @property
     def runs_model(self) -> bool:

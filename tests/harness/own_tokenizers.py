@@ -92,7 +92,7 @@ def word_piece(folder: Path) -> Path:
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     trainer = trainers.WordPieceTrainer(
-        vocab_size=400, special_tokens=["[UNK]"], show_progress=False
+        vocab_size=250, special_tokens=["[UNK]"], show_progress=False
     )
     tokenizer.train_from_iterator(texts()[:4], trainer)
     return _saved(folder, json.loads(tokenizer.to_str()))

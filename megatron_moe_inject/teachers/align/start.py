@@ -52,7 +52,7 @@ def check_aligned(
     if lacking:
         named = [f"{index} {lacking[index]!r}" for index in sorted(lacking)]
         told += f"; a text ends for it before {listing(named, 4)} of the student's"
-    return dataclasses.replace(info, vocabulary=told, shared=Comparison(told))
+    return dataclasses.replace(info, vocabulary=told, shared=Comparison(told), aligned=True)
 
 
 def aligned_teacher(
