@@ -280,7 +280,8 @@ def _refuse(
         for index in ids[:_SHOWN]
     )
     raise source.error(
-        f"{problem.format(len(ids))}: {examples}", "use a teacher with the student's tokenizer"
+        f"{problem.format(len(ids))}: {examples}",
+        "use a teacher with the student's tokenizer, or compare texts by align: chunks",
     )
 
 
