@@ -72,7 +72,7 @@ def placed(
     for name, info in infos.items():
         spec = recipe.teachers[name]
         held = info.parameters * _size(recipe, name, args)
-        alone = not info.runs_model or spec.align != "none"
+        alone = not info.runs_model or spec.aligned
         ranks = "last" if alone else spec.ranks
         wishes[name] = Wish(ranks, held, bool(spec.window))
     return placements(wishes, stages, spare)
@@ -111,7 +111,7 @@ def teacher_costs(
         ratio = flops / forward_flops if forward_flops else UNKNOWN
         count = math.ceil(rows * share / sharing)
         parts = where[name].sequences(count, stages, args.seq_length, ratio)
-        states = 0 if recipe.teachers[name].align != "none" else sequence
+        states = 0 if info.aligned else sequence
         kept = min(recipe.teachers[name].window * args.micro_batch_size or rows, rows) * share
         for stage in where[name].stages(stages):
             cost, last = costs[stage], stage == stages - 1

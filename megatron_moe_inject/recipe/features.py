@@ -25,6 +25,7 @@ FEATURES: Registry[Feature] = Registry(
         "originals": "megatron_moe_inject.retention.feature:Originals",
         "report": "megatron_moe_inject.evaluation.report.feature:ReportFeature",
         "evaluation": "megatron_moe_inject.evaluation.feature:EvaluationFeature",
+        "aligned": "megatron_moe_inject.teachers.align.feature:AlignedFeature",
         "teachers": "megatron_moe_inject.teachers.feature:Teachers",
         "objective": "megatron_moe_inject.objective:ObjectiveFeature",
         "imitation": "megatron_moe_inject.teachers.imitation.feature:ImitationFeature",

@@ -115,6 +115,11 @@ class TeacherSpec:
     align: str = field(default="none", metadata={"choices": TEACHER_ALIGN})
 
     @property
+    def aligned(self) -> bool:
+        """Whether it has a tokenizer of its own."""
+        return self.align != "none"
+
+    @property
     def kind(self) -> str:
         """``megatron``, ``hf`` or ``store``."""
         return self.source.partition(":")[0]

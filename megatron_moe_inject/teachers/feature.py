@@ -13,7 +13,6 @@ from megatron_moe_inject.recipe.run_kinds import EVALUATION, INJECTION
 from megatron_moe_inject.recipe.schedule import ever_positive
 from megatron_moe_inject.recipe.schema import Recipe
 from megatron_moe_inject.teachers import uses
-from megatron_moe_inject.teachers.align.rules import check_rules as check_aligned_rules
 from megatron_moe_inject.teachers.placement import needless
 from megatron_moe_inject.teachers.sources import SOURCES, examples
 
@@ -67,7 +66,6 @@ class Teachers(Feature):
                 raise fail(
                     path, spec.source, "is used by no domain", f"write teacher: {name} in one"
                 )
-        check_aligned_rules(recipe)
 
     def warnings(self, recipe: Recipe) -> list[str]:
         """Teachers that no loss listens to."""

@@ -16,8 +16,6 @@ from megatron_moe_inject.host.errors import (
 )
 from megatron_moe_inject.host.megatron_types import Chunk, Groups
 from megatron_moe_inject.recipe.schema import Recipe
-from megatron_moe_inject.teachers.align.rules import NONE, check_data
-from megatron_moe_inject.teachers.align.start import check_aligned
 from megatron_moe_inject.teachers.base import Teacher, TeacherInfo
 from megatron_moe_inject.teachers.loading import (
     StudentTokenizer,
@@ -28,6 +26,7 @@ from megatron_moe_inject.teachers.loading import (
 from megatron_moe_inject.teachers.occurrences import occurrences
 from megatron_moe_inject.teachers.pipeline import Helper, Pipeline, SpreadTeacher
 from megatron_moe_inject.teachers.prefix import words
+from megatron_moe_inject.teachers.sources import ALIGNMENTS
 from megatron_moe_inject.teachers.step_pass import (
     CommitteePass,
     DomainTeacher,
@@ -43,11 +42,11 @@ def checked_teachers(recipe: Recipe, args: Namespace) -> dict[str, TeacherInfo]:
         RecipeError: a source, tokenizer or length that does not fit the student.
     """
     tokenizer = StudentTokenizer.from_args(args)
-    check_data(recipe, args)
     infos = {}
     for name, spec in recipe.teachers.items():
-        if spec.align != NONE:
-            infos[name] = check_aligned(name, spec.source, tokenizer, spec.prefix)
+        if spec.aligned:
+            kind = ALIGNMENTS[spec.align]
+            infos[name] = kind.check(name, spec.source, tokenizer, spec.prefix)
             continue
         infos[name] = check_teacher(
             name, spec.source, student_tokenizer=tokenizer, prefix=spec.prefix
@@ -63,7 +62,7 @@ def check_fit(recipe: Recipe, infos: Mapping[str, TeacherInfo], length: int | No
         RecipeError: positions that do not reach, or a divergence without a finite value.
     """
     for name, info in infos.items():
-        if length is not None and recipe.teachers[name].align == NONE:
+        if length is not None and not info.aligned:
             _check_length(name, info, length)
         _check_divergence(recipe, name, info)
 

@@ -22,8 +22,6 @@ from megatron_moe_inject.host.text import count, memory_text, table
 from megatron_moe_inject.recipe.run_kinds import INJECTION
 from megatron_moe_inject.recipe.run_part import BuiltStudent, RunContext, RunPart
 from megatron_moe_inject.recipe.schema import Recipe
-from megatron_moe_inject.teachers.align.rules import NONE, aligned_names
-from megatron_moe_inject.teachers.align.start import aligned_teacher
 from megatron_moe_inject.teachers.base import TeacherInfo
 from megatron_moe_inject.teachers.fit import (
     by_domain,
@@ -43,7 +41,7 @@ from megatron_moe_inject.teachers.placement import (
     placements,
     spare_bytes,
 )
-from megatron_moe_inject.teachers.sources import SOURCES
+from megatron_moe_inject.teachers.sources import ALIGNMENTS, SOURCES
 from megatron_moe_inject.teachers.step_pass import StepTeacher
 from megatron_moe_inject.teachers.step_teachers import ComparesPrefix, OriginalTeacher, StepTeachers
 
@@ -64,6 +62,7 @@ class TeachersPart(RunPart):
             check_whole_documents(run.args, "a teacher")
         self._run = run
         self._infos = checked_teachers(run.recipe, run.args)
+        self._aligned = any(info.aligned for info in self._infos.values())
         run.provide(TeacherInfos, TeacherInfos(self._infos))
 
     def describe(self) -> dict[str, Any]:
@@ -85,7 +84,7 @@ class TeachersPart(RunPart):
         """
         run, last = self._run, student.last
         pipeline = self._pipeline(student)
-        self._host_group = host_twin(student.groups.tp) if aligned_names(run.recipe) else None
+        self._host_group = host_twin(student.groups.tp) if self._aligned else None
         taught, helpers = agree(
             lambda: (
                 ({}, self._helpers(student, pipeline))
@@ -137,7 +136,7 @@ class TeachersPart(RunPart):
         wishes = {}
         for name, info in self._infos.items():
             spec = self._run.recipe.teachers[name]
-            alone = not info.runs_model or spec.align != NONE
+            alone = not info.runs_model or spec.aligned
             ranks = "last" if alone else spec.ranks
             wishes[name] = Wish(ranks, self._size(info), bool(spec.window))
         groups, stages = student.groups, student.groups.pp.size()
@@ -174,8 +173,9 @@ class TeachersPart(RunPart):
         run = self._run
         passes: dict[str, StepTeacher] = {}
         for name, info in self._infos.items():
-            if run.recipe.teachers[name].align != NONE:
-                passes[name] = aligned_teacher(run, info, student, self._host_group)
+            if info.aligned:
+                make = ALIGNMENTS[run.recipe.teachers[name].align].in_step
+                passes[name] = make(run, info, student, self._host_group)
                 continue
             in_step = SOURCES[info.kind].in_step
             if in_step is not None:

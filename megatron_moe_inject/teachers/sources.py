@@ -15,10 +15,12 @@ from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.host.registry import Registry
 
 if TYPE_CHECKING:
+    import torch.distributed as dist
+
     from megatron_moe_inject.recipe.run_part import BuiltStudent, RunContext
     from megatron_moe_inject.teachers.base import Source, Teacher, TeacherInfo
     from megatron_moe_inject.teachers.step_pass import StepTeacher
-    from megatron_moe_inject.teachers.vocabulary import Vocabulary
+    from megatron_moe_inject.teachers.vocabulary import TokenizerFlags, Vocabulary
 
 
 class Folder(Protocol):
@@ -76,6 +78,31 @@ SOURCES: Registry[SourceKind] = Registry(
         "store": "megatron_moe_inject.teachers.store.kind:source_kind",
     },
 )
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """How a teacher with a tokenizer of its own is compared with the student.
+
+    Attributes:
+        check: of its name, source, the student's tokenizer flags and the prefix: as
+            ``loading.check_teacher``.
+        in_step: makes what teaches in a step, on a rank of the last stage, of the run, what
+            ``check`` gave, the built student, and the tensor-parallel ranks over gloo (None for one
+            alone); no collective.
+    """
+
+    check: Callable[[str, str, TokenizerFlags, str | list[int]], TeacherInfo]
+    in_step: Callable[
+        [RunContext, TeacherInfo, BuiltStudent, dist.ProcessGroup | None], StepTeacher
+    ]
+
+
+ALIGNMENTS: Registry[Alignment] = Registry(
+    "megatron_moe_inject.alignments",
+    {"chunks": "megatron_moe_inject.teachers.align.start:alignment"},
+)
+"""By the words of ``TeacherSpec.align`` but ``none``."""
 
 
 def examples() -> str:

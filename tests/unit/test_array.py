@@ -180,6 +180,9 @@ TESTED_ELSEWHERE = {
             "steering.bias_counts"
         ]
     },
+    "training/test_aligned_teachers.py": {
+        "test_every_layout_gives_the_same": ["teachers.*.align"],
+    },
     "training/test_stores.py": {
         "test_some_ids_and_the_rest_say_less_than_all": ["teachers.*.tail"],
     },

@@ -14,12 +14,10 @@ from megatron_moe_inject.recipe.schema import Recipe, TeacherSpec
 from megatron_moe_inject.teachers.imitation.section import IMITATION
 from megatron_moe_inject.teachers.sources import SOURCES
 
-NONE = "none"
-
 
 def aligned_names(recipe: Recipe) -> list[str]:
     """The recipe's teachers whose text is aligned with the student's."""
-    return [name for name, spec in recipe.teachers.items() if spec.align != NONE]
+    return [name for name, spec in recipe.teachers.items() if spec.aligned]
 
 
 def aligned_domains(recipe: Recipe) -> list[int]:

@@ -17,7 +17,7 @@ from megatron_moe_inject.teachers.align.step_teacher import AlignedTeacher
 from megatron_moe_inject.teachers.base import Comparison, Source, TeacherInfo
 from megatron_moe_inject.teachers.fp8 import LENGTH_MULTIPLE
 from megatron_moe_inject.teachers.loading import load_teacher, states_dtype
-from megatron_moe_inject.teachers.sources import SOURCES, parse_source
+from megatron_moe_inject.teachers.sources import SOURCES, Alignment, parse_source
 from megatron_moe_inject.teachers.tokenizer_files import UnreadableTokenizer
 from megatron_moe_inject.teachers.vocabulary import TokenizerFlags, Vocabulary
 
@@ -53,6 +53,11 @@ def check_aligned(
         named = [f"{index} {lacking[index]!r}" for index in sorted(lacking)]
         told += f"; a text ends for it before {listing(named, 4)} of the student's"
     return dataclasses.replace(info, vocabulary=told, shared=Comparison(told), aligned=True)
+
+
+def alignment() -> Alignment:
+    """Of ``teachers.sources.ALIGNMENTS``."""
+    return Alignment(check_aligned, aligned_teacher)
 
 
 def aligned_teacher(
