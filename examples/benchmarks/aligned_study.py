@@ -6,7 +6,8 @@
 Makes what it needs in the folder: text, the shipped student and teacher, and a second teacher with
 a tokenizer of its own. That one is the shipped teacher with new rows of embedding and head, each
 the mean of the old rows of the same text, trained further on code in its own tokens (SentencePiece
-pieces with byte fallback and a space in front, where the student has byte-level BPE). Each arm
+pieces with byte fallback and a space in front, where the student has byte-level BPE). A third one,
+weaker, has the student's tokenizer and rows that went there and back, trained as long. Each arm
 injects into two experts of each layer, on one process, and is measured before and after on held-out
 text. A run that is done is not repeated.
 """
@@ -30,6 +31,11 @@ sys.path.insert(0, str(QUICKSTART))
 import corpora  # noqa: E402
 from runner import flags, logged, megatron  # noqa: E402
 
+from megatron_moe_inject.teachers.align.byte_tokenizer import (  # noqa: E402
+    ByteTokenizer,
+    read_tokenizer,
+)
+
 VOCABULARY = 2048
 BATCH = ("--micro-batch-size", "8", "--global-batch-size", "8")
 RECIPE = """
@@ -45,6 +51,8 @@ evaluation: {gate: false}
 """
 CHUNKS = ("teachers.coder.align=chunks",)
 ARMS = {
+    "weaker, same tokenizer, KL": ("weaker", ()),
+    "weaker, same tokenizer, chunks, T 1": ("weaker", CHUNKS),
     "same tokenizer, KL": ("teacher", ()),
     "same tokenizer, chunks, T 1": ("teacher", CHUNKS),
     "other tokenizer, chunks, T 1": ("other", CHUNKS),
@@ -96,30 +104,35 @@ def corpora_end() -> str:
     return settings["eos_token"]
 
 
-def with_other_rows(tokenizer: Path, folder: Path) -> None:
-    """The shipped teacher's tensors with rows for another tokenizer's ids."""
+def with_other_rows(tokenizer: Path, folder: Path, back: bool) -> None:
+    """The shipped teacher's tensors with rows for another tokenizer's ids, or with ``back`` those
+    of its own ids made of these in the same way, which loses as much."""
     from safetensors.numpy import load_file, save_file
-
-    from megatron_moe_inject.teachers.align.byte_tokenizer import read_tokenizer
 
     old, new = read_tokenizer(corpora.TOKENIZER), read_tokenizer(tokenizer)
     tensors = load_file(QUICKSTART / "models" / "teacher.safetensors")
     named = ("embedding.word_embeddings.weight", "output_layer.weight")
     for name in (name for name in named if name in tensors):  # tied, or two
         rows = tensors[name].astype(np.float32)
-        made = np.zeros_like(rows) + rows.mean(0)
-        for index, piece in enumerate(new.pieces):
-            text = None if piece is None else piece.decode("utf-8", "ignore")
-            if text:
-                made[index] = rows[list(old.encode([text])[0])].mean(0)
-        made[new.end] = rows[old.end]
-        tensors[name] = made.astype(np.float16)
+        made = means(rows, old, new)
+        tensors[name] = (means(made, new, old) if back else made).astype(np.float16)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "teacher.safetensors"
     save_file(tensors, path)
     about = json.loads((QUICKSTART / "models" / "teacher.json").read_text())
     about["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
     path.with_suffix(".json").write_text(json.dumps(about))
+
+
+def means(rows: np.ndarray, old: ByteTokenizer, new: ByteTokenizer) -> np.ndarray:
+    """Rows for the ids of ``new``, each the mean of those that ``old`` cuts the same text into."""
+    made = np.zeros_like(rows) + rows.mean(0)
+    for index, piece in enumerate(new.pieces):
+        text = None if piece is None else piece.decode("utf-8", "ignore")
+        if text:
+            made[index] = rows[list(old.encode([text])[0])].mean(0)
+    made[new.end] = rows[old.end]
+    return made
 
 
 def of_tokenizer(names: tuple[str, ...], tokenizer: Path) -> list[str]:
@@ -139,31 +152,38 @@ def prepare(folder: Path, steps: int) -> None:
         if not (folder / name).exists():
             given = (name, str(folder / name), "--", *flags(name.upper(), "BOTH"))
             logged(folder / f"{name}.log", models, "unpack", *given)
-    if (folder / "other").exists():
+    if not tokenizer.exists():
+        make_tokenizer(tokenizer)
+    make_teacher(folder, "other", tokenizer, steps)
+    make_teacher(folder, "weaker", corpora.TOKENIZER, steps)
+
+
+def make_teacher(folder: Path, name: str, tokenizer: Path, steps: int) -> None:
+    """The shipped teacher with other rows, trained further on code in this tokenizer's tokens."""
+    work, models = folder / f"{name}-rows", str(QUICKSTART / "models.py")
+    if (folder / name).exists():
         return
-    make_tokenizer(tokenizer)
-    with_other_rows(tokenizer, folder / "rows")
-    begin = folder / "rows" / "checkpoint"
-    given = ("teacher", str(begin), "--models", str(folder / "rows"), "--")
-    logged(
-        folder / "rows.log", models, "unpack", *given, *of_tokenizer(("TEACHER", "BOTH"), tokenizer)
-    )
+    with_other_rows(folder / "tokenizer", work, back=name == "weaker")
+    begin, architecture = work / "checkpoint", of_tokenizer(("TEACHER", "BOTH"), tokenizer)
+    given = ("teacher", str(begin), "--models", str(work), "--", *architecture)
+    logged(work / "unpack.log", models, "unpack", *given)
     _, code, _ = corpora.read_documents(with_tests=False)
     training, held_out = corpora.split(code)
-    corpora.TOKENIZER = tokenizer
     sets = {"code_train": training, "code_held_out": corpora.take_bytes(held_out, 160_000)}
-    corpora.write_sets(sets, folder / "rows" / "data")
+    own, corpora.TOKENIZER = corpora.TOKENIZER, tokenizer
+    corpora.write_sets(sets, work / "data")
+    corpora.TOKENIZER = own
     megatron(
-        folder / "other.log",
+        folder / f"{name}.log",
         *of_tokenizer(("TEACHER", "BOTH", "TRAINING"), tokenizer),
         *BATCH,
-        *("--train-data-path", str(folder / "rows" / "data" / "code_train")),
-        *("--valid-data-path", str(folder / "rows" / "data" / "code_held_out")),
-        *("--data-cache-path", str(folder / "rows" / "cache"), "--train-iters", str(steps)),
+        *("--train-data-path", str(work / "data" / "code_train")),
+        *("--valid-data-path", str(work / "data" / "code_held_out")),
+        *("--data-cache-path", str(work / "cache"), "--train-iters", str(steps)),
         *("--lr", "2e-3", "--min-lr", "1e-4", "--eval-interval", str(steps), "--eval-iters", "10"),
         *("--load", str(begin), "--finetune", "--no-load-optim", "--no-load-rng"),
         "--no-save-optim",
-        *("--save", str(folder / "other"), "--save-interval", str(steps)),
+        *("--save", str(folder / name), "--save-interval", str(steps)),
     )
 
 

@@ -27,6 +27,7 @@ TESTED_ALONE = {
     "progress": "unit/host/test_progress.py",
     "stages": "training/test_boundary.py",
     "stores": "training/test_stores.py",
+    "aligned": "training/test_aligned_teachers.py",
     "validation_sets": "training/test_validation_sets.py",
 }
 """Features of the package that no recipe asks for, or in the place of others, and their tests."""
