@@ -34,6 +34,7 @@ over these.
 Shapes: t tokens, n chunks.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -93,11 +94,15 @@ def aligned_loss(
     factor = covered.to(dtype)
     if weights.weighting:
         factor = factor * _factor(log_p, log_q.detach(), weights.weighting).to(dtype)
-    kd_weight = factor * weights.alpha
-    total = torch.where(kd_weight == 0, 0.0, kd_weight * kd)
-    beta = torch.as_tensor(weights.beta, dtype=dtype, device=ce.device)
-    total = total + torch.where(beta == 0, 0.0, beta * ce)
+    total = _weighed(kd, factor * weights.alpha) + _weighed(ce, weights.beta)
     return FusedLoss(total, kd.detach(), ce.detach(), factor)
+
+
+def _weighed(term: Tensor, weight: float | Tensor) -> Tensor:
+    """A term by its weight; nothing where that is 0, whatever the term."""
+    if isinstance(weight, Tensor):
+        return torch.where(weight == 0, 0.0, weight * term)
+    return term * weight if weight else torch.zeros_like(term)
 
 
 def two_outcomes(
@@ -113,8 +118,7 @@ def two_outcomes(
     else:
         w = divergence.mixture
         assert w is not None, "a kind with a mixture"
-        weights = p.new_tensor([w, 1 - w]).log()
-        mixed = torch.logaddexp(p + weights[0], q + weights[1])
+        mixed = torch.logaddexp(p + math.log(w), q + math.log1p(-w))
         loss = _kl(p, mixed)
         if divergence.kind == "jsd":
             loss = w * loss + (1 - w) * _kl(q, mixed)
