@@ -50,9 +50,7 @@ def check_fits(student: Student, target: Target | None) -> None:
         )
     if isinstance(target, Sparse | Aligned):
         return
-    heads = (
-        [member.head for member in target.members] if isinstance(target, Mixed) else [target.head]
-    )
+    heads = [member.head for member in target.dense] if isinstance(target, Mixed) else [target.head]
     for head in heads:
         if len(head) != len(student.head):
             raise ValueError(
@@ -72,10 +70,18 @@ def check_distilled(student: Student, target: Target | None, weights: TermWeight
             raise ValueError("alpha is not the number 0, so a target must be given")
     if isinstance(target, Aligned):
         _check_aligned(weights)
-    if not isinstance(target, Sparse):
-        return
-    if weights.weighting:
-        raise ValueError(f"{weights.weighting} needs a teacher's whole vocabulary, not Sparse")
+    members = target.sparse if isinstance(target, Mixed) else (target,)
+    for member in members:
+        if isinstance(member, Sparse):
+            _check_stored(member, weights)
+
+
+def _check_stored(target: Sparse, weights: TermWeights) -> None:
+    weighting = weights.weighting
+    if weighting and weighting.confidence == "entropy":
+        raise ValueError(f"{weighting} needs a teacher's whole vocabulary, not Sparse")
+    if weighting and target.label_log_probs is None:
+        raise ValueError(f"{weighting} needs label_log_probs of a Sparse target")
     check_tail(weights.divergence.kind, target.tail)
     if isinstance(weights.temperature, Tensor) or weights.temperature != target.temperature:
         temperature = (

@@ -124,7 +124,10 @@ class Plan:
             assert self.divergence is not None, "a target has a divergence"
             stats = row_statistics(logits, None, self.shard)
             sparse = sparse_statistics(logits, chunk.target, self.divergence, self.shard)
-            return stats._replace(divergence=sparse.divergence), sparse
+            stats = stats._replace(divergence=sparse.divergence)
+            if self.weighting:
+                stats = stats._replace(y_ce=known(chunk.target.label).neg())
+            return stats, sparse
         if teacher is None or teacher.ce is None:
             return row_statistics(logits, self.divergence, self.shard, self.weighting), None
         stats = row_statistics(logits, self.divergence, self.shard)

@@ -36,10 +36,10 @@ from megatron_moe_inject.losses.spec import TokenWeighting, VocabShard
 from megatron_moe_inject.losses.target import Mixed, TeacherLogits
 
 # Least log-confidence: where no teacher gives the label any probability, the fixed weights remain.
-_LEAST_CONFIDENCE = -1e3
+LEAST_CONFIDENCE = -1e3
 
 
-class _Rows(NamedTuple):
+class MemberRows(NamedTuple):
     """A teacher's statistics over the whole vocabulary, each [t]; ``unit_lse`` is at T = 1."""
 
     maximum: Tensor
@@ -58,7 +58,7 @@ def mix(
     """The teachers' mixture on this rank's columns, in the dtype of the maths.
 
     Args:
-        committee: the teachers of these tokens.
+        committee: the teachers of these tokens, all by hidden states.
         labels: [t] global ids, negative where there is none.
         temperature: T, a number or [t].
         shard: this rank's part of the vocabulary.
@@ -73,10 +73,10 @@ def mix(
     unit: Tensor | None = None
     total: Tensor | None = None
     label: Tensor | None = None
-    for member, weight in zip(committee.members, committee.weights, strict=True):
+    for member, weight in zip(committee.dense, committee.weights, strict=True):
         rows = LogitRows(member.logits(shard.columns), None, labels, temperature)
-        stats = _statistics(rows, shard, with_unit=bool(weighting) or committee.by != "fixed")
-        log_share = _log_confidence(committee.by, stats, labels) + math.log(weight)
+        stats = member_statistics(rows, shard, with_unit=bool(weighting) or committee.by != "fixed")
+        log_share = log_confidence(committee.by, stats, labels) + math.log(weight)
         before, total = total, log_share if total is None else torch.logaddexp(total, log_share)
         log_scale, log_share = None if before is None else before - total, log_share - total
         mixed = _added(mixed, log_scale, rows, stats.maximum, log_share - stats.lse)
@@ -99,7 +99,15 @@ def mix(
     return TeacherLogits(mixed, known(label).neg() if weighting else None, entropies)
 
 
-def _statistics(rows: LogitRows, shard: VocabShard, with_unit: bool) -> _Rows:
+def member_statistics(rows: LogitRows, shard: VocabShard, with_unit: bool) -> MemberRows:
+    """Of a member's logits over the whole vocabulary.
+
+    Args:
+        rows: its logits, with labels.
+        with_unit: also those at temperature 1, and of the label.
+
+    Collectives over the shard's group: one all-gather of at most 4 t numbers per rank.
+    """
     parts = []
     for block in rows.blocks():
         block_rows = rows.rows(block)
@@ -121,12 +129,13 @@ def _statistics(rows: LogitRows, shard: VocabShard, with_unit: bool) -> _Rows:
     label = torch.zeros_like(lse)
     if with_unit:
         label = ranks["label"].amax(0) - maximum - unit_lse
-    return _Rows(maximum, lse, unit_lse, label)
+    return MemberRows(maximum, lse, unit_lse, label)
 
 
-def _log_confidence(by: str, stats: _Rows, labels: Tensor) -> Tensor:
+def log_confidence(by: str, stats: MemberRows, labels: Tensor) -> Tensor:
+    """Log of what multiplies a member's weight at each token, [t]; see ``Mixed.by``."""
     if by == "label":
-        return torch.where(labels >= 0, stats.label.clamp(min=_LEAST_CONFIDENCE), 0.0)
+        return torch.where(labels >= 0, stats.label.clamp(min=LEAST_CONFIDENCE), 0.0)
     if by == "top":
         return stats.unit_lse.neg()
     return torch.zeros_like(stats.lse)

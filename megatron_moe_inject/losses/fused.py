@@ -68,6 +68,7 @@ from megatron_moe_inject.losses.rows import (
     maths_dtype,
 )
 from megatron_moe_inject.losses.sparse import SparseRows
+from megatron_moe_inject.losses.sparse_committee import as_sparse
 from megatron_moe_inject.losses.spec import Divergence, TermWeights
 from megatron_moe_inject.losses.student import Student, Vocabulary
 from megatron_moe_inject.losses.target import Aligned, Dense, Mixed, Sparse, Target, single
@@ -142,7 +143,8 @@ def fused_loss(
         target: what the teacher says about the same t tokens; a constant. None leaves out all
             teacher work; alpha must then be the number 0. A committee of one is that teacher. With
             a committee, ``weighting`` uses the mixture's cross-entropy and entropy. A ``Sparse``
-            target takes no ``weighting``, and only the temperature that it was stored at.
+            target, and a committee with one, takes only the temperature that it was stored at, no
+            weighting by entropy, and others if it knows the probability of the label.
         weights: of the terms, and which divergence.
         options: how it runs.
 
@@ -157,9 +159,10 @@ def fused_loss(
     Collectives over ``tp_group``. Forward, per chunk of c tokens: one all-gather of at most 7 c
     float32 numbers (10 c with a weighting), and for jsd and skew_kl one all-reduce of 2 c; with a
     ``Sparse`` target one all-gather of 3 c and one of (k + 2) c; with a committee those of
-    ``committee.mix`` besides. Backward, with ``reduce_hidden_grad``: one all-reduce of the hidden
-    states' size and dtype, and one of ``head_low_rank.a``'s if that trains; and nothing else but
-    those of ``committee.mix`` for every chunk whose logits are computed again.
+    ``committee.mix`` besides, or where a member is ``Sparse`` once those of ``as_sparse``.
+    Backward, with ``reduce_hidden_grad``: one all-reduce of the hidden states' size and dtype, and
+    one of ``head_low_rank.a``'s if that trains; and nothing else but those of ``committee.mix`` for
+    every chunk whose logits are computed again.
     """
     target = single(target)
     if isinstance(target, Aligned):
@@ -173,6 +176,10 @@ def fused_loss(
         upstream_mask=options.upstream_mask,
     )
     check_distilled(student, target, weights)
+    if isinstance(target, Mixed) and target.sparse:
+        assert not isinstance(weights.temperature, Tensor), "checked: the stored ones' own"
+        step = options.chunk_tokens or default_chunk_tokens(student.hidden, student.head)
+        target = as_sparse(target, student.labels, weights.temperature, student.shard, step)
     return _computed(student, target, weights, options)
 
 

@@ -9,6 +9,7 @@ exchange. All numbers are at temperature 1: what is measured does not depend on 
 """
 
 import operator
+from dataclasses import replace
 from typing import NamedTuple, Self
 
 import torch
@@ -25,8 +26,11 @@ from megatron_moe_inject.losses.rows import (
     exchange,
     known,
     label_logit,
+    maths_dtype,
     merge,
 )
+from megatron_moe_inject.losses.sparse import SparseRows, sparse_statistics
+from megatron_moe_inject.losses.sparse_committee import as_sparse
 from megatron_moe_inject.losses.spec import Divergence, VocabShard
 from megatron_moe_inject.losses.student import Student, Vocabulary
 from megatron_moe_inject.losses.target import Aligned, Dense, Mixed, Sparse, Target, single
@@ -75,11 +79,12 @@ def measure_tokens(
 
     Args:
         student: hidden states [t, h], head [v/p, h], labels [t].
-        target: what a teacher says about the same tokens. Of a ``Sparse`` one nobody knows the loss
-            or the divergence, so those stay None; its most likely id is known unless its ids were
-            drawn (tail ``sample``), and that id's probability if it was stored at temperature 1. Of
-            an ``Aligned`` one the loss is known, a chunk's divided among its labels, and nothing
-            else.
+        target: what a teacher says about the same tokens. Of a ``Sparse`` one, or a committee with
+            one, the loss is known if it knows the label's probability, and unless its ids were
+            drawn (tail ``sample``) or are known at another temperature alone its most likely id,
+            that id's probability, and the divergence of its ids and one outcome for all others,
+            which is at most the whole; of an ``Aligned`` one the loss, a chunk's divided among its
+            labels. What is not known stays None.
         chunk_tokens, kernels: see ``FusedOptions``.
 
     Every rank of the vocabulary's ``tp_group`` gets the same bits.
@@ -88,16 +93,26 @@ def measure_tokens(
         ValueError: what does not fit, with the values.
 
     Collectives over ``tp_group``, per chunk of c tokens: one all-gather of 9 c float32 numbers,
-    4 c without a teacher, with a ``Sparse`` or an ``Aligned`` one; with a committee those of
-    ``committee.mix`` besides.
+    4 c without a teacher or with an ``Aligned`` one, with a ``Sparse`` one that and one of
+    (k + 2) c; with a committee those of ``committee.mix`` or ``as_sparse`` besides.
     """
     check_flat(student)
     check_fits(student, target)
     shard, width = student.shard, len(student.head)
-    beside, target = (target, None) if isinstance(target, Sparse | Aligned) else (None, target)
+    aligned, target = (target, None) if isinstance(target, Aligned) else (None, target)
     step = chunk_tokens or default_chunk_tokens(
         student.hidden, student.head, mixed=isinstance(target, Mixed)
     )
+    stored = outcomes = None
+    if isinstance(target, Sparse) or (isinstance(target, Mixed) and target.sparse):
+        stored, target = _at_one(target, student.labels, shard, step), None
+        if stored.unit is not None:
+            outcomes = SparseRows.of(
+                replace(stored, tail="bucket"),
+                kind=_FORWARD_KL.kind,
+                vocab_size=shard.valid,
+                dtype=maths_dtype(student.hidden.dtype),
+            )
     head, head_rows, parts = student.head[: shard.columns], student.placed_rows, []
     for start in range(0, max(len(student.hidden), 1), step):
         rows = slice(start, start + step)
@@ -110,11 +125,16 @@ def measure_tokens(
             part = target.changed(operator.itemgetter(rows))
             y = teacher_logits(part, labels, 1.0, shard).logits
         logits = LogitRows(x, y, labels, 1.0, kernels=kernels_for(kernels, x, y))
-        parts.append(_measure_chunk(logits, shard, width))
+        measured = _measure_chunk(logits, shard, width)
+        if outcomes is not None:
+            part_rows = outcomes.changed(operator.itemgetter(rows))
+            kl = sparse_statistics(logits, part_rows, _FORWARD_KL, shard).divergence
+            measured = measured._replace(kl=kl)
+        parts.append(measured)
     measures = TokenMeasures.cat(parts)
-    if isinstance(beside, Aligned):
-        return measures._replace(teacher_loss=-beside.per_label().to(measures.loss.dtype))
-    return measures if beside is None else _beside_stored(measures, beside)
+    if aligned is not None:
+        return measures._replace(teacher_loss=-aligned.per_label().to(measures.loss.dtype))
+    return measures if stored is None else _beside_stored(measures, stored, student.labels)
 
 
 def target_confidence(
@@ -130,8 +150,10 @@ def target_confidence(
     Args:
         target: what it says about t tokens.
         kind: ``label``, the probability of the label, 0 where that is negative or, of a ``Sparse``
-            target, not among its ids; or ``top``, that of the most likely id. The label's of an
-            ``Aligned`` target is the geometric mean over its chunk, 0 where it is in none.
+            target that does not keep it, not among its ids; or ``top``, that of the most likely id,
+            of a committee with a ``Sparse`` member of the most likely among the ids that it knows.
+            The label's of an ``Aligned`` target is the geometric mean over its chunk, 0 where it is
+            in none.
         labels: [t] int64 global ids.
         vocabulary: how the heads are sharded.
         kernels: see ``FusedOptions``.
@@ -140,9 +162,17 @@ def target_confidence(
         ValueError: what does not fit; a ``Sparse`` target that was stored at another temperature,
             or ``top`` of one whose ids were drawn, or of an ``Aligned`` one.
 
-    Collectives: those of ``measure_tokens``; none for a ``Sparse`` or an ``Aligned`` target.
+    Collectives: those of ``measure_tokens``; none for a ``Sparse`` or an ``Aligned`` target, those
+    of ``as_sparse`` for a committee with a ``Sparse`` member.
     """
     target = single(target)
+    if isinstance(target, Mixed) and target.sparse:
+        head = target.dense[0].head if target.dense else None
+        shard = VocabShard(0, 0, None, 1) if head is None else vocabulary.shard(len(head))
+        step = max(1, len(labels))
+        if head is not None:
+            step = default_chunk_tokens(target.dense[0].hidden, head)
+        target = _at_one(target, labels, shard, step)
     if isinstance(target, Sparse):
         return _stored_confidence(target, kind, labels)
     if isinstance(target, Aligned):
@@ -156,11 +186,24 @@ def target_confidence(
         measured = measure_tokens(alone, kernels=kernels)
         loss, top = measured.loss, measured.confidence
     else:
-        first = target.members[0]
+        first = target.dense[0]
         beside = Student(first.hidden, first.head, labels, vocabulary, first.transform)
         measured = measure_tokens(beside, target, kernels=kernels)
         loss, top = known(measured.teacher_loss), known(measured.teacher_confidence)
     return top if kind == "top" else loss.neg().exp() * (labels >= 0)
+
+
+def _at_one(target: Sparse | Mixed, labels: Tensor, shard: VocabShard, chunk_tokens: int) -> Sparse:
+    """What stored ids, alone or in a committee, tell at temperature 1; as it is where they tell
+    nothing at that."""
+    if isinstance(target, Sparse):
+        return target.unit or target
+    members = [member.unit if isinstance(member, Sparse) else member for member in target.members]
+    known_at_one = tuple(member for member in members if member is not None)
+    if len(known_at_one) < len(members):
+        temperature = target.sparse[0].temperature
+        return as_sparse(target, labels, temperature, shard, chunk_tokens)
+    return as_sparse(replace(target, members=known_at_one), labels, 1.0, shard, chunk_tokens)
 
 
 def _used(target: Sparse) -> Tensor:
@@ -168,8 +211,11 @@ def _used(target: Sparse) -> Tensor:
     return target.log_probs.masked_fill(target.ids < 0, -torch.inf).float()
 
 
-def _beside_stored(measures: TokenMeasures, target: Sparse) -> TokenMeasures:
+def _beside_stored(measures: TokenMeasures, target: Sparse, labels: Tensor) -> TokenMeasures:
     """What the ids of a teacher tell: -1 with confidence 0 where a token has none."""
+    if target.label_log_probs is not None:
+        loss = target.label_log_probs.squeeze(-1).neg().to(measures.loss.dtype)
+        measures = measures._replace(teacher_loss=torch.where(labels >= 0, loss, 0.0))
     if target.tail == "sample":
         return measures
     log_prob, slot = _used(target).max(-1)
@@ -180,15 +226,18 @@ def _beside_stored(measures: TokenMeasures, target: Sparse) -> TokenMeasures:
 
 
 def _stored_confidence(target: Sparse, kind: str, labels: Tensor) -> Tensor:
-    if target.temperature != 1:
-        raise ValueError(
-            f"log_probs stored at temperature {target.temperature} do not tell how sure the "
-            "teacher is at 1; store them at temperature 1, or ask for no confidence"
-        )
+    if kind == "label" and target.label_log_probs is not None:
+        return target.label_log_probs.squeeze(-1).exp() * (labels >= 0)
     if kind == "top" and target.tail == "sample":
         raise ValueError(
             "ids that were drawn (tail 'sample') do not tell the most likely id's probability; "
             "ask for the label's"
+        )
+    target = target.unit or target
+    if target.temperature != 1:
+        raise ValueError(
+            f"log_probs stored at temperature {target.temperature} do not tell how sure the "
+            "teacher is at 1; store them at temperature 1, or ask for no confidence"
         )
     probs = _used(target).exp()
     if kind == "top":

@@ -115,7 +115,7 @@ def linear_distillation(
         assert teacher_weight is not None, "a teacher or a committee"
         y = unit_y = transformed(teacher_hidden @ teacher_weight.t(), teacher_transform)
     else:
-        teachers = [transformed(m.hidden @ m.head.t(), m.transform) for m in committee.members]
+        teachers = [transformed(m.hidden @ m.head.t(), m.transform) for m in committee.dense]
         mixed = functools.partial(
             mixture, teachers, committee.weights, labels,
             by=committee.by, valid_vocab_size=valid_vocab_size,

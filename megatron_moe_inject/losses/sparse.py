@@ -58,7 +58,8 @@ class SparseRows(PerToken):
 
     ``ids`` [t, k] are global. ``log_p`` [t, k + 1] has the log-probability (for "sample" the log
     weight) of each id and of the rest, -inf where a slot is unused. ``empty`` [t] marks rows
-    without any used slot, ``invalid`` [t] those that break the rules of ``of``.
+    without any used slot, ``invalid`` [t] those that break the rules of ``of``. ``label`` [t] is
+    the log-probability of the label at temperature 1, None where that is not known.
     """
 
     ids: Tensor
@@ -66,6 +67,7 @@ class SparseRows(PerToken):
     empty: Tensor
     invalid: Tensor
     tail: str
+    label: Tensor | None = None
 
     @classmethod
     def of(
@@ -102,15 +104,22 @@ class SparseRows(PerToken):
                 log_mass = log_mass - log_rest.exp().neg_().log1p_()
                 log_mass.masked_fill_(exists & resolved, 0)
             log_p = log_p - log_mass[:, None]
-        return cls(ids, torch.cat((log_p, log_rest[:, None]), -1), empty, invalid, tail)
+        label = target.label_log_probs
+        if label is not None:
+            label = label.detach().to(dtype).squeeze(-1)
+        return cls(ids, torch.cat((log_p, log_rest[:, None]), -1), empty, invalid, tail, label)
 
     def parts(self) -> tuple[tuple[Tensor, ...], Callable[..., "SparseRows"]]:
         """All but the tail; see ``PerToken``."""
         tail = self.tail
-        return (
-            (self.ids, self.log_p, self.empty, self.invalid),
-            lambda ids, log_p, empty, invalid: SparseRows(ids, log_p, empty, invalid, tail),
-        )
+
+        def made_of(
+            ids: Tensor, log_p: Tensor, empty: Tensor, invalid: Tensor, *label: Tensor
+        ) -> SparseRows:
+            return SparseRows(ids, log_p, empty, invalid, tail, *label)
+
+        label = () if self.label is None else (self.label,)
+        return (self.ids, self.log_p, self.empty, self.invalid, *label), made_of
 
     def rows(self, rows: slice) -> Self:
         """Some of the rows."""

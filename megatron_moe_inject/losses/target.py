@@ -1,8 +1,8 @@
 """What a teacher says about tokens: one type, whatever the teacher is and wherever it runs.
 
     Target = Dense    hidden states and a head, of which logits are made chunk by chunk
-           | Mixed    several of these, whose distributions are mixed
            | Sparse   some ids of each token with their log-probabilities, as a store keeps them
+           | Mixed    several of these, whose distributions are mixed
            | Aligned  how likely it finds pieces of the text, by a tokenizer of its own
 
 A loss, a measure or a confidence takes a ``Target`` and knows by its class what to do. A target
@@ -14,6 +14,7 @@ Where a tensor is [t, ...] here, any leading dimensions do, such as samples and 
 take them flat.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Self, overload
@@ -109,6 +110,8 @@ class Dense(PerToken):
 class Mixed(PerToken):
     """A committee: teachers of the same tokens and vocabulary ids, with weights.
 
+    With a ``Sparse`` member it is one where a loss takes it, see ``sparse_committee``.
+
     Attributes:
         members: the teachers; widths and dtypes may differ.
         weights: one for each, positive; only their ratios matter.
@@ -117,11 +120,12 @@ class Mixed(PerToken):
 
     Raises:
         ValueError: no member, another number of weights, a weight that is not positive and
-            finite, an unknown ``by``, or members of other tokens or shards.
-        NotImplementedError: a member of which only some ids are known.
+            finite, an unknown ``by``, members of other tokens or shards; ``Sparse`` ones of other
+            tails or temperatures, of drawn ids beside a ``Dense`` one, or that do not know what
+            ``by`` asks.
     """
 
-    members: tuple[Dense, ...]
+    members: "tuple[Dense | Sparse, ...]"
     weights: tuple[float, ...]
     by: str = "fixed"
 
@@ -135,28 +139,60 @@ class Mixed(PerToken):
             raise ValueError(f"weights={self.weights} of a committee must be positive and finite")
         if self.by not in COMMITTEES:
             raise ValueError(f"by={self.by!r} is not known; use one of {', '.join(COMMITTEES)}")
-        for member in self.members:
-            if not isinstance(member, Dense):
-                raise NotImplementedError(
-                    f"a committee with a {type(member).__name__} member: distributions are mixed "
-                    "over the whole vocabulary; use teachers that give hidden states and a head"
+        if len({tuple(member.tokens) for member in self.members}) > 1:
+            tokens = [tuple(member.tokens) for member in self.members]
+            raise ValueError(f"tokens of a committee's teachers differ: {tokens}")
+        heads = [tuple(member.head.shape) for member in self.dense]
+        if len({rows for rows, _ in heads}) > 1:
+            raise ValueError(f"rows of the heads of a committee's teachers differ: {heads}")
+        self._check_sparse()
+
+    def _check_sparse(self) -> None:
+        for name in ("tail", "temperature"):
+            values = sorted({getattr(member, name) for member in self.sparse})
+            if len(values) > 1:
+                raise ValueError(f"{name}s {values} of a committee's stored teachers; use one")
+        for member in self.sparse:
+            if member.tail == "sample" and self.dense:
+                raise ValueError(
+                    "drawn ids (tail 'sample') beside a teacher by hidden states: its log-"
+                    "probabilities of ids that another has drawn are no draws of its own; "
+                    "use tail 'bucket' or 'renormalize'"
                 )
-        sizes = [(tuple(member.tokens), len(member.head)) for member in self.members]
-        if len(set(sizes)) > 1:
-            raise ValueError(
-                f"tokens and rows of the heads of a committee's teachers differ: {sizes}"
-            )
+            lacks = {"label": member.label_log_probs, "top": member.unit}
+            if self.by in lacks and lacks[self.by] is None:
+                raise ValueError(
+                    f"by={self.by!r} of a stored teacher that does not know its probability of the "
+                    f"{'label' if self.by == 'label' else 'most likely id'} at temperature 1; "
+                    "use by='fixed'"
+                )
+
+    @property
+    def dense(self) -> tuple[Dense, ...]:
+        """Members that know all ids."""
+        return tuple(member for member in self.members if isinstance(member, Dense))
+
+    @property
+    def sparse(self) -> "tuple[Sparse, ...]":
+        """Members that know some."""
+        return tuple(member for member in self.members if isinstance(member, Sparse))
 
     def parts(self) -> tuple[tuple[Tensor, ...], Callable[..., "Mixed"]]:
-        """The members' hidden states; see ``PerToken``."""
-        heads = [(member.head, member.transform) for member in self.members]
+        """Those of the members; see ``PerToken``."""
+        of_each = [member.parts() for member in self.members]
+        counts = [len(tensors) for tensors, _ in of_each]
+        makers = [made_of for _, made_of in of_each]
         weights, by = self.weights, self.by
 
-        def made_of(*hidden: Tensor) -> Mixed:
-            members = (Dense(states, *head) for states, head in zip(hidden, heads, strict=True))
+        def made_of(*tensors: Tensor) -> Mixed:
+            left = iter(tensors)
+            members = (
+                maker(*itertools.islice(left, count))
+                for maker, count in zip(makers, counts, strict=True)
+            )
             return Mixed(tuple(members), weights, by)
 
-        return tuple(member.hidden for member in self.members), made_of
+        return tuple(tensor for tensors, _ in of_each for tensor in tensors), made_of
 
     def blind(self) -> "Mixed":
         """What can be measured on a text: with ``label`` the weights would know the answer."""
@@ -177,6 +213,10 @@ class Sparse(PerToken):
             ``sample``, see ``sparse.py``.
         temperature: what the teacher's logits were divided by before ``log_probs`` was made of
             them. Nothing is tempered later, so a loss at another temperature is refused.
+        unit_log_probs: [t, k], those of the same ids at temperature 1, for what is measured at that
+            beside a loss at another; None where they are not known, or ``temperature`` is 1.
+        label_log_probs: [t, 1], that of the label at temperature 1, whether or not it is among the
+            ids; None where it is not known.
 
     Raises:
         ValueError: shapes or a dtype that do not fit, an unknown tail, or a temperature that is not
@@ -187,6 +227,8 @@ class Sparse(PerToken):
     log_probs: Tensor
     tail: str = "renormalize"
     temperature: float = 1.0
+    unit_log_probs: Tensor | None = None
+    label_log_probs: Tensor | None = None
 
     def __post_init__(self) -> None:
         ids, log_probs = self.ids, self.log_probs
@@ -206,13 +248,44 @@ class Sparse(PerToken):
                 f"temperature={self.temperature} of stored log_probs must be positive and finite"
             )
 
-    def parts(self) -> tuple[tuple[Tensor, ...], Callable[..., "Sparse"]]:
-        """``ids`` and ``log_probs``; see ``PerToken``."""
-        tail, temperature = self.tail, self.temperature
-        return (
-            (self.ids, self.log_probs),
-            lambda ids, log_probs: Sparse(ids, log_probs, tail, temperature),
+        shapes = {"unit_log_probs": ids.shape, "label_log_probs": (*ids.shape[:-1], 1)}
+        for name, shape in shapes.items():
+            values = getattr(self, name)
+            if values is not None and values.shape != shape:
+                raise ValueError(
+                    f"teacher's {name} {tuple(values.shape)} must be {tuple(shape)}, as ids "
+                    f"{tuple(ids.shape)} have it"
+                )
+
+    @property
+    def unit(self) -> "Sparse | None":
+        """The same at temperature 1; None where that is not known. Drawn ids have no such thing."""
+        if self.tail == "sample":
+            return None
+        if self.temperature == 1:
+            return self
+        if self.unit_log_probs is None:
+            return None
+        return Sparse(
+            self.ids, self.unit_log_probs, self.tail, label_log_probs=self.label_log_probs
         )
+
+    def parts(self) -> tuple[tuple[Tensor, ...], Callable[..., "Sparse"]]:
+        """All its tensors; see ``PerToken``."""
+        tail, temperature = self.tail, self.temperature
+        optional = {
+            name: tensor
+            for name in ("unit_log_probs", "label_log_probs")
+            if (tensor := getattr(self, name)) is not None
+        }
+        names = tuple(optional)
+
+        def made_of(ids: Tensor, log_probs: Tensor, *others: Tensor) -> Sparse:
+            return Sparse(
+                ids, log_probs, tail, temperature, **dict(zip(names, others, strict=True))
+            )
+
+        return (self.ids, self.log_probs, *optional.values()), made_of
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,8 @@ class FusedCase:
                     head=member.head[ids].masked_fill(padding, torch.nan),
                     transform=cut_transform(member.transform),
                 )
+                if isinstance(member, Dense)
+                else member
                 for member in target.members
             )
             cut["options"] = self.options | {"target": replace(target, members=members)}

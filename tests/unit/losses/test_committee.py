@@ -150,14 +150,29 @@ def test_committees_that_are_none(change, message):
         Mixed(**found)
 
 
-def test_members_are_of_the_same_tokens_and_ids_and_know_all_of_them():
+def test_members_are_of_the_same_tokens_and_ids():
     first = Dense(torch.ones(3, 2), torch.ones(5, 2))
     for other in (Dense(torch.ones(4, 2), first.head), Dense(first.hidden, torch.ones(6, 2))):
         with pytest.raises(ValueError, match="committee's teachers differ"):
             Mixed((first, other), (1.0, 1.0))
-    stored = Sparse(torch.zeros(3, 2).long(), torch.zeros(3, 2))
-    with pytest.raises(NotImplementedError, match="a committee with a Sparse member"):
-        Mixed((first, stored), (1.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("others", "by", "message"),
+    [
+        ([{"tail": "bucket"}, {}], "fixed", r"tails \['bucket', 'renormalize'\] of a committee's"),
+        ([{"temperature": 2.0}, {}], "fixed", r"temperatures \[1.0, 2.0\] of a committee's"),
+        ([{"tail": "sample"}], "fixed", "drawn ids"),
+        ([{}], "label", "does not know its probability of the label"),
+        ([{"temperature": 2.0}], "top", "does not know its probability of the most likely id"),
+    ],
+)
+def test_stored_members_that_do_not_go_together(others, by, message):
+    ids = torch.zeros(3, 2).long()
+    stored = tuple(Sparse(ids, torch.zeros(3, 2), **other) for other in others)
+    members = (Dense(torch.ones(3, 2), torch.ones(5, 2)), *stored)
+    with pytest.raises(ValueError, match=message):
+        Mixed(members, (1.0,) * len(members), by)
 
 
 def test_refusals():

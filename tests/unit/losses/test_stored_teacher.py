@@ -8,6 +8,7 @@ from megatron_moe_inject.losses import (
     Student,
     Vocabulary,
     measure_tokens,
+    reference,
     sample_teacher,
     target_confidence,
 )
@@ -25,20 +26,28 @@ def test_what_stored_ids_tell_is_measured_and_the_rest_is_missing():
     x, y = logits(17, 5, V)
     student = Student(x, torch.eye(V, dtype=x.dtype), torch.arange(5), Vocabulary(None, VALID))
     alone = measure_tokens(student)
+    y = y[:, :VALID]
     ids, log_probs = _likeliest(y, 4)
     found = measure_tokens(student, Sparse(ids, log_probs, "bucket"))
     for name in ("loss", "top", "confidence"):
         assert torch.equal(getattr(found, name), getattr(alone, name)), name
     assert found.teacher_loss is None
-    assert found.kl is None
+    coarse = reference.sparse_divergence(x, ids, log_probs, tail="bucket", valid_vocab_size=VALID)
+    assert_close(found.kl, coarse, "kl")
+    assert (coarse <= reference.forward_kl(x[:, :VALID], y) + 1e-12).all()
     assert found.teacher_top.tolist() == [-1, *y.argmax(-1)[1:].tolist()]
     expected = y.softmax(-1).amax(-1).index_fill(0, torch.tensor([0]), 0)
     assert_close(found.teacher_confidence, expected, "confidence", 1e-6)
     tempered = measure_tokens(student, Sparse(*_likeliest(y, 4, 2.0), "bucket", 2.0))
     assert torch.equal(tempered.teacher_top, found.teacher_top)
-    assert tempered.teacher_confidence is None
+    assert tempered.teacher_confidence is tempered.kl is None
+    both = Sparse(*_likeliest(y, 4, 2.0), "renormalize", 2.0, log_probs, log_probs[:, :1])
+    at_one = measure_tokens(student, both)
+    assert torch.equal(at_one.kl, found.kl)
+    assert torch.equal(at_one.teacher_confidence, found.teacher_confidence)
+    assert_close(at_one.teacher_loss, -log_probs[:, 0], "teacher's loss")
     drawn = measure_tokens(student, Sparse(ids, log_probs, "sample"))
-    assert drawn.teacher_top is drawn.teacher_confidence is None
+    assert drawn.teacher_top is drawn.teacher_confidence is drawn.kl is None
 
 
 def test_how_sure_a_stored_teacher_is():
