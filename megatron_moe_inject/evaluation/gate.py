@@ -132,8 +132,8 @@ def teacher_gate(
             continue
         if "teacher_loss" not in results.sums:
             lines.append(
-                f"teacher gate: of teacher {domain.taught_by} only some ids of each token of "
-                f"{domain.name} are known, so that it has no loss to compare with the student's"
+                f"teacher gate: teacher {domain.taught_by} of {domain.name} is a store of drawn "
+                "ids, or without the label's probability, so that it was not compared"
             )
             continue
         loss, tokens = results.loss_beside_teacher()

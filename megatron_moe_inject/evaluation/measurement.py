@@ -157,9 +157,11 @@ class Measurement(StepPart):
 
         Returns:
             Per-token terms, with cross-entropy as the total and KL(teacher || student) as ``kd``;
-            and values for Megatron's report. A teacher of which some ids per token are known has
-            no loss to show and no divergence at temperature 1: its figures are missing, as where
-            a domain has no teacher. One that tells how likely it finds the text has a loss alone.
+            and values for Megatron's report. Of a teacher of which some ids per token are known
+            the KL is that of these and one outcome for all others, at most the whole. Where its
+            ids were drawn, or the label's probability is not kept, its figures are missing, as
+            where a domain has no teacher. One that tells how likely it finds the text has a loss
+            alone.
 
         Collectives: those of ``measure_tokens``, once per group.
         """
@@ -176,7 +178,7 @@ class Measurement(StepPart):
             measured = _measure(group.target, samples, student, targets, kernels)
             correct = measured.top == targets.flatten()
             tokens = [torch.ones_like(measured.loss), measured.loss, correct]
-            if group.taught and measured.kl is None:  # of which there is no divergence
+            if group.taught and (measured.kl is None or measured.teacher_loss is None):
                 readable[samples], limited = False, True
             if measured.teacher_loss is not None:
                 compared = torch.ones_like(measured.loss)

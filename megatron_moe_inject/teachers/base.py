@@ -112,7 +112,7 @@ class TeacherInfo:
         path: the directory that holds the weights.
         architecture: class of the model.
         num_layers: decoder layers; 0 where no model runs.
-        hidden_size: h_t; 0 likewise.
+        hidden_size: h_t; 0 where it hands out no states.
         vocab_rows: rows of the head, padding included.
         vocab_size: rows that stand for tokens; equal to ``vocab_rows`` where unknown.
         parameters: number of parameters, head and embedding included.

@@ -30,7 +30,7 @@ from megatron_moe_inject.host.context_parallel import context_parallel_slice
 from megatron_moe_inject.host.indices import index
 from megatron_moe_inject.host.step import MicroBatch
 from megatron_moe_inject.losses.spec import LogitTransform
-from megatron_moe_inject.losses.target import Dense, Mixed, Target
+from megatron_moe_inject.losses.target import Dense, Mixed, Sparse, Target
 from megatron_moe_inject.teachers.base import Teacher
 from megatron_moe_inject.teachers.documents import document_forward
 from megatron_moe_inject.teachers.forward import shared_forward
@@ -444,4 +444,4 @@ class CommitteePass:
     def together(self, targets: Sequence[Target]) -> Target:
         """What the domain's teachers say as one: their mixture, of a target of each."""
         # Mixed itself refuses what it cannot mix.
-        return Mixed(cast(tuple[Dense, ...], tuple(targets)), self.weights, self.by)
+        return Mixed(cast(tuple[Dense | Sparse, ...], tuple(targets)), self.weights, self.by)

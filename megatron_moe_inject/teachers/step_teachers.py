@@ -256,7 +256,9 @@ class StepTeachers(StepPart):
                 continue
             domains = [index for index, other in self._taught.items() if other == domain_teacher]
             wanted = torch.isin(labels, torch.tensor(domains))
-            vocabulary = Vocabulary(domain_teacher.passes[0].tp_group, self._valid_vocab_size)
+            sharded = (run.tp_group for run in domain_teacher.passes)
+            group = next((group for group in sharded if group is not None), None)
+            vocabulary = Vocabulary(group, self._valid_vocab_size)
             confidence = confidences(
                 domain_teacher, kind, wanted, vocabulary, kernels=self._kernels
             )

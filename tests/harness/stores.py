@@ -41,14 +41,21 @@ def said(data: int, mass=None) -> Rows:
     count = int(LENGTHS[data].sum())
     logits = torch.randn(count, VOCABULARY, generator=generator) * 3
     tokens = torch.randint(VOCABULARY, (count,), generator=generator)
-    return top_rows(tokens, logits.log_softmax(-1), slots=12, mass=mass, temperatures=(1.0, 2.0))
+    return top_rows(
+        tokens,
+        logits.log_softmax(-1),
+        slots=12,
+        mass=mass,
+        temperatures=(1.0, 2.0),
+        labels=tokens.roll(-1),
+    )
 
 
 def content_of(piece, layout, rows):
     tokens = np.arange(piece.first_token, piece.first_token + piece.lengths.sum())
     lasts = piece.first_token + np.cumsum(piece.lengths)[piece.lengths > 0] - 1
     own = np.setdiff1d(tokens, lasts)
-    content, counts = layout.encode(Rows(*(part[own] for part in rows)))
+    content, counts = layout.encode(rows.some(own))
     return content.numpy(), counts.numpy()
 
 

@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from megatron_moe_inject.teachers.store.writer import StoreWriter
 
 NAME = "store-teacher"
+STATES = ("native", "fp8")
 _EXAMPLES = """examples:
   moe-inject store-teacher recipe.yaml --output stores/coder --top 64 --temperatures 2 --
     --data-path 9 text 1 code --split 99,1,0 --seq-length 4096 --bf16
     --tokenizer-type HuggingFaceTokenizer --tokenizer-model Qwen3-30B-A3B
   CUDA_VISIBLE_DEVICES=1 moe-inject store-teacher ... --part 1/4 -- ...     # one of four processes
+  moe-inject store-teacher recipe.yaml --output stores/states --states fp8 -- ...
   torchrun ... --inject-recipe recipe.yaml --inject-set teachers.coder.source=store:stores/coder
 """
 
@@ -36,8 +38,8 @@ def add_commands(commands: Commands) -> None:
         commands,
         NAME,
         "write what a teacher says about the data of its domains, for source: store:/dir",
-        "Run a teacher of a recipe over the data of its domains and write what it finds likely, "
-        "with shards that are whole or not there; the same command goes on with what was "
+        "Run a teacher of a recipe over the data of its domains and write what it says of each "
+        "token, with shards that are whole or not there; the same command goes on with what was "
         "interrupted. Behind -- stand the flags that name the data, its tokenizer and, by "
         "--seq-length, how much the teacher reads at once; those of a student do no harm.",
         _EXAMPLES,
@@ -50,15 +52,25 @@ def add_commands(commands: Commands) -> None:
         "--inject-set", metavar="KEY=VALUE", action="append", nargs="+", default=[],
         help="override recipe fields, as in training",
     )  # fmt: skip
-    parser.add_argument(
-        "--top", metavar="K", type=int, default=64, help="ids of each token (default 64)"
+    kept = parser.add_mutually_exclusive_group()
+    kept.add_argument(
+        "--top", metavar="K", type=int, help="the K most likely ids of each token (default 64)"
     )
+    kept.add_argument(
+        "--draw", metavar="N", type=int,
+        help="draw N ids of each token instead, at one temperature; for tail: sample",
+    )  # fmt: skip
+    kept.add_argument(
+        "--states", choices=STATES, nargs="?", const="native",
+        help="keep what the teacher's head reads instead, as it is or in fp8, and the head once: "
+        "all that a teacher says, many bytes a token",
+    )  # fmt: skip
     parser.add_argument(
         "--mass", metavar="P", type=float,
         help="of the K ids only as many as have this probability together, such as 0.99",
     )  # fmt: skip
     parser.add_argument(
-        "--log-probs", choices=("packed", "bf16", "fp32"), default="packed",
+        "--log-probs", choices=("packed", "bf16", "fp32"),
         help="their precision: six bits (default), or as they are",
     )  # fmt: skip
     parser.add_argument(
@@ -77,8 +89,8 @@ def add_commands(commands: Commands) -> None:
         "--documents", metavar="A:B", help="only these of each data set, such as 0:1000"
     )
     parser.add_argument(
-        "--shard-tokens", metavar="N", type=int, default=1 << 20,
-        help="tokens of a shard, which is in memory whole (default 1,048,576)",
+        "--shard-tokens", metavar="N", type=int,
+        help="tokens of a shard, which is in memory whole (default 1,048,576; of states 131,072)",
     )  # fmt: skip
     parser.add_argument(
         "--pass-tokens", metavar="N", type=int, default=1 << 14,
@@ -155,24 +167,42 @@ def _choices(options: argparse.Namespace) -> Choices:
 
     if options.verify < 0:
         raise fail("--verify", options.verify, "is negative", "write a number of documents")
-    for flag in ("top", "shard_tokens", "pass_tokens", "context"):
+    for flag in ("top", "draw", "shard_tokens", "pass_tokens", "context"):
         value = getattr(options, flag)
         if value is not None and value < 1:
             raise fail(f"--{flag.replace('_', '-')}", value, "is not positive", "write 1 or more")
     if options.mass is not None and not 0 < options.mass < 1:
         raise fail("--mass", options.mass, "is not in (0, 1)", "write such as 0.99")
+    beside = {"draw": ("mass", "log_probs"), "states": ("mass", "log_probs", "temperatures")}
+    for kind, others in beside.items():
+        for other in others if getattr(options, kind) is not None else ():
+            if getattr(options, other) is not None:
+                flag = f"--{other.replace('_', '-')}"
+                raise fail(
+                    flag, getattr(options, other), f"is of the most likely ids, and --{kind} keeps "
+                    "others", f"leave out {flag} or --{kind}",
+                )  # fmt: skip
+    if options.draw is not None and options.verify:
+        raise fail(
+            "--verify", options.verify, "compares probabilities, which drawn ids do not have",
+            "leave it out, or write another store of a few --documents with --top",
+        )  # fmt: skip
     documents = None
     if options.documents is not None:
         first, colon, last = options.documents.partition(":")
         if not (colon and first.isdigit() and last.isdigit()):
             raise fail("--documents", options.documents, "is no range", "write such as 0:1000")
         documents = int(first), int(last)
-    names = ("output", "teacher", "top", "mass", "log_probs", "temperatures", "context", "overlap")
+    names = (
+        "output", "teacher", "mass", "temperatures", "context", "overlap", "shard_tokens",
+        "pass_tokens", "states",
+    )  # fmt: skip
     return Choices(
         **{name: getattr(options, name) for name in names},
+        top=options.top or 64,
+        log_probs=options.log_probs or "packed",
+        draw=options.draw or 0,
         documents=documents,
-        shard_tokens=options.shard_tokens,
-        pass_tokens=options.pass_tokens,
     )
 
 
@@ -192,16 +222,20 @@ def _device_there(cpu: bool) -> None:
 
 def _announced(job: StoreJob, writer: StoreWriter) -> list[str]:
     """Before anything runs: what it will be."""
+    from megatron_moe_inject.teachers.store.part import what_is_kept
+
     plan, layout = job.plan, job.plan.row_format
     rows = sum(piece.rows for piece in writer.pieces)
-    largest = layout.row_bytes(plan.slots)
-    most = "" if plan.mass is None else "at most "
+    largest = layout.widest
+    most = "at most " if plan.counted else ""
+    kept = f"{most}{plan.slots} of {plan.vocab_size:,} ids, {plan.log_probs} log-probabilities, "
+    kept += f"temperatures {', '.join(f'{t:g}' for t in plan.temperatures)}"
+    if plan.drawn or plan.states is not None:
+        kept = f"{what_is_kept(plan)}, of {plan.vocab_size:,} ids"
     lines = [
         f"teacher {job.name}: {plan.teacher.source} ({plan.teacher.architecture}), "
         f"{plan.teacher.dtype}, reads {plan.context} tokens at once",
-        f"{most}{plan.slots} of {plan.vocab_size:,} ids, {plan.log_probs} log-probabilities, "
-        f"temperatures {', '.join(f'{t:g}' for t in plan.temperatures)}: "
-        f"{most}{largest} bytes a token",
+        f"{kept}: {most}{largest} bytes a token",
         f"{sum(d.last - d.first for d in plan.data):,} documents, {rows:,} tokens, "
         f"{len(writer.pieces)} shards: {most}{memory_text(rows * largest)}",
     ]
@@ -213,6 +247,8 @@ def _written(job: StoreJob, writer: StoreWriter, part: tuple[int, int], cpu: boo
     """Write this process' shards; how fast it went."""
     import torch
 
+    from megatron_moe_inject.teachers.store.head import HEAD, write_head
+
     own, count = part
     mine = {piece.file for piece in writer.pieces[own::count]}
     todo = [piece for piece in writer.missing if piece.file in mine]
@@ -221,13 +257,20 @@ def _written(job: StoreJob, writer: StoreWriter, part: tuple[int, int], cpu: boo
     device = _device(job, cpu)
     with job.teacher(device) as teacher, torch.no_grad():
         producer, begin = job.producer(teacher, device), time.monotonic()
+        if job.plan.states is not None and not (job.choices.output / HEAD).is_file():
+            write_head(job.choices.output, *producer.head)
         size = rows = 0
         from tqdm import tqdm
 
         total = sum(piece.rows for piece in todo)
         with tqdm(total=total, unit="tokens", unit_scale=True, disable=None, leave=False) as bar:
             for piece in todo:
-                content = producer.rows(job.tokens(piece), piece.lengths.tolist())
+                content = producer.rows(
+                    job.tokens(piece),
+                    piece.lengths.tolist(),
+                    data=piece.data,
+                    first_token=piece.first_token,
+                )
                 size += writer.write(piece, content)
                 rows += piece.rows
                 bar.update(piece.rows)

@@ -37,11 +37,13 @@ from megatron_moe_inject.teachers.sources import SOURCES, parse_source
 from megatron_moe_inject.teachers.store.manifest import (
     TOKENIZER,
     StoredData,
+    StoredStates,
     StoredTeacher,
     StorePlan,
     sample_sha256,
 )
 from megatron_moe_inject.teachers.store.produce import Producer
+from megatron_moe_inject.teachers.store.row_format import DRAWN
 from megatron_moe_inject.teachers.store.rules import taught_by
 from megatron_moe_inject.teachers.store.writer import Piece, file_sha256, pieces
 
@@ -67,8 +69,11 @@ class Choices:
         context: None for ``--seq-length``.
         overlap: None for a quarter of the context.
         documents: which of each data set; None for all.
-        shard_tokens: see ``StorePlan``.
+        shard_tokens: see ``StorePlan``; None for a million, of states an eighth of that.
         pass_tokens: of one forward pass of the teacher.
+        draw: ids to draw of each token in the place of the most likely; 0 for these.
+        states: precision of states to keep in the place of ids, see ``state_format``; None for
+            ids.
     """
 
     output: Path
@@ -80,8 +85,10 @@ class Choices:
     context: int | None = None
     overlap: int | None = None
     documents: tuple[int, int] | None = None
-    shard_tokens: int = 1 << 20
+    shard_tokens: int | None = None
     pass_tokens: int = 1 << 14
+    draw: int = 0
+    states: str | None = None
 
     def failure(self, problem: str, remedy: str) -> RecipeError:
         """The error that names the store."""
@@ -181,20 +188,27 @@ class StoreJob:
             {i for i in excluded_ids(self.info) if i < size}
             | set(range(self.info.vocab_size, size))
         )
-        slots = min(choices.top, size - len(self._excluded))
+        slots, log_probs, states = min(choices.top, size - len(self._excluded)), "", None
+        if choices.draw:
+            slots, log_probs = choices.draw, DRAWN
+        if choices.states is not None:
+            slots, log_probs = 1, choices.states
+            states = StoredStates(self.info.hidden_size, _name(self.dtype), self._excluded)
         self.plan = StorePlan(
             self._described(),
             _tokenizer_digests(self._tokenizer_files, choices.failure),
             size,
             slots,
             choices.mass,
-            choices.log_probs,
-            _temperatures(recipe, self.name, choices),
+            log_probs or choices.log_probs,
+            [1.0] if states is not None else _temperatures(recipe, self.name, choices),
             context,
             overlap,
-            choices.shard_tokens,
+            choices.shard_tokens or 1 << (20 if states is None else 17),
             [_data(text, choices) for text in self.texts],
             _versions(),
+            labels=states is None,
+            states=states,
         )
 
     @property
@@ -219,8 +233,7 @@ class StoreJob:
             self.info.architecture,
             self.info.parameters,
             {str(f.relative_to(folder)): file_sha256(f, source.error) for f in files},
-            f"{self.dtype}".removeprefix("torch.")
-            + ("" if self._spec.fp8 == "none" else f", fp8 {self._spec.fp8}"),
+            _name(self.dtype) + ("" if self._spec.fp8 == "none" else f", fp8 {self._spec.fp8}"),
             list(self.info.prefix),
         )
 
@@ -347,7 +360,18 @@ def _temperatures(recipe: Recipe, name: str, choices: Choices) -> list[float]:
     for temperature in asked:
         if not 0 < temperature < float("inf"):
             raise fail("--temperatures", temperature, "is not positive", "write such as 1 2")
+    if choices.draw:
+        if len(set(asked)) != 1:
+            raise fail(
+                "--temperatures", sorted(set(asked)), "are several, and ids are drawn at one",
+                "write a store for each, or name one",
+            )  # fmt: skip
+        return [float(asked[0])]
     return [1.0, *sorted({float(t) for t in asked} - {1.0})]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return f"{dtype}".removeprefix("torch.")
 
 
 def _tokenizer_file(files: Path, name: str) -> Path:

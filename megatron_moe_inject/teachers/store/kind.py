@@ -53,7 +53,7 @@ def check(
         path=str(source.path),
         architecture=f"a store of {plan.teacher.architecture}",
         num_layers=0,
-        hidden_size=0,
+        hidden_size=0 if plan.states is None else plan.states.hidden_size,
         vocab_rows=plan.vocab_size,
         vocab_size=plan.vocab_size,
         parameters=0,
@@ -61,6 +61,7 @@ def check(
         vocabulary=shared.told,
         config={
             "identity": plan.identity,
+            "states": None if plan.states is None else plan.states.hidden_size,
             "slots": plan.slots,
             "mass": plan.mass,
             "log_probs": plan.log_probs,

@@ -17,14 +17,17 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
+
 from megatron_moe_inject.host import typed
 from megatron_moe_inject.host.errors import Failure, RecipeError, one_line
 from megatron_moe_inject.host.files import readable_json, replace_file
-from megatron_moe_inject.teachers.store.row_format import RowFormat
+from megatron_moe_inject.teachers.store.row_format import DRAWN, RowFormat
 from megatron_moe_inject.teachers.store.signing import check_signature
+from megatron_moe_inject.teachers.store.state_format import StateFormat
 
 FORMAT = "megatron_moe_inject store"
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
 TOKENIZER = "tokenizer"
@@ -78,6 +81,21 @@ class StoredData:
 
 
 @dataclass(frozen=True)
+class StoredStates:
+    """A store of hidden states instead of ids.
+
+    Attributes:
+        hidden_size: of a state.
+        dtype: of the teacher's head and states, such as ``bfloat16``.
+        excluded: ids that get no probability.
+    """
+
+    hidden_size: int
+    dtype: str
+    excluded: list[int]
+
+
+@dataclass(frozen=True)
 class StorePlan:
     """What decides every byte of the shards.
 
@@ -85,15 +103,18 @@ class StorePlan:
         teacher: whose knowledge it is.
         tokenizer: SHA-256 of the tokenizer's files, by name; empty where it has none.
         vocab_size: ids of the teacher.
-        slots: ids of a token at most.
+        slots: ids of a token at most; how many are drawn; 1 of states.
         mass: each token has as many ids as have this probability together; None for all of them.
-        log_probs: their precision, see ``row_format``.
-        temperatures: of which the probability of the rest is known; the first is 1.
+        log_probs: their precision, see ``row_format``, or that of states, see ``state_format``.
+        temperatures: of which the probability of the rest is known; the first is 1. Of ids that
+            were drawn the only one, at which they were.
         context: tokens that the teacher reads at once, of one document.
         overlap: how many of these it has read before, in documents that are longer.
         shard_tokens: a shard ends with the document that reaches so many.
         data: what was read.
         versions: of the packages that ran the teacher.
+        labels: whether the label's log-probability is kept.
+        states: of a store of states; None of one of ids.
     """
 
     teacher: StoredTeacher
@@ -108,11 +129,30 @@ class StorePlan:
     shard_tokens: int
     data: list[StoredData]
     versions: dict[str, str] = field(default_factory=dict)
+    labels: bool = True
+    states: StoredStates | None = None
 
     @property
-    def row_format(self) -> RowFormat:
-        """How its rows are laid out."""
-        return RowFormat(self.vocab_size, self.slots, self.log_probs, len(self.temperatures))
+    def row_format(self) -> Layout:
+        """How its rows are laid out.
+
+        Raises:
+            ValueError: there are no such rows.
+        """
+        if self.states is not None:
+            return state_format(self.states, self.vocab_size, self.log_probs)
+        temperatures = len(self.temperatures)
+        return RowFormat(self.vocab_size, self.slots, self.log_probs, temperatures, self.labels)
+
+    @property
+    def drawn(self) -> bool:
+        """Whether its ids were drawn."""
+        return self.states is None and self.log_probs == DRAWN
+
+    @property
+    def counted(self) -> bool:
+        """Whether its rows have numbers of ids of their own."""
+        return self.mass is not None or self.drawn
 
     @property
     def identity(self) -> str:
@@ -160,11 +200,13 @@ class Manifest:
         plan: what it was to be.
         bin_sha256: of the ``.bin`` file of each data set.
         shards: in the order of data sets and documents.
+        head_sha256: of the file with the teacher's head, of a store of states; else empty.
     """
 
     plan: StorePlan
     bin_sha256: list[str]
     shards: list[StoredShard]
+    head_sha256: str = ""
     format: str = FORMAT
     version: int = VERSION
 
@@ -177,6 +219,22 @@ class Manifest:
     def bytes(self) -> int:
         """Of all shards."""
         return sum(shard.bytes for shard in self.shards)
+
+
+Layout = RowFormat | StateFormat
+"""How rows are laid out; what moves their bytes needs not know which."""
+
+
+def state_format(states: StoredStates, vocab_size: int, precision: str) -> StateFormat:
+    """How rows of states are laid out.
+
+    Raises:
+        ValueError: there are no such rows.
+    """
+    dtype = getattr(torch, states.dtype, None)
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"{states.dtype!r} is no type of states")
+    return StateFormat(vocab_size, states.hidden_size, precision, dtype)
 
 
 def sample_sha256(path: Path, failure: Failure) -> str:
@@ -302,8 +360,13 @@ def _check(manifest: Manifest, failure: Failure) -> None:
         plan.row_format  # noqa: B018
     except ValueError as error:
         problem = str(error)
-    if not plan.temperatures or plan.temperatures[0] != 1 or min(plan.temperatures) <= 0:
-        problem = f"temperatures {plan.temperatures} must be positive and begin with 1"
+    temperatures = plan.temperatures
+    if not temperatures or min(temperatures) <= 0 or (temperatures[0] != 1 and not plan.drawn):
+        problem = f"temperatures {temperatures} must be positive and begin with 1"
+    if plan.drawn and (len(temperatures) != 1 or plan.mass is not None):
+        problem = "ids are drawn at one temperature, and not by mass"
+    if bool(manifest.head_sha256) != (plan.states is not None):
+        problem = "a store of states has a head, and one of ids has none"
     if len(manifest.bin_sha256) != len(plan.data):
         problem = "not every data set has a checksum"
     place = [(data.first, 0) for data in plan.data]

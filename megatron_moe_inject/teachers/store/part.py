@@ -19,6 +19,7 @@ from megatron_moe_inject.recipe.schema import Recipe
 from megatron_moe_inject.teachers.sources import parse_source
 from megatron_moe_inject.teachers.store.manifest import (
     Manifest,
+    StorePlan,
     read_manifest,
     sample_sha256,
 )
@@ -40,7 +41,7 @@ def checked_stores(recipe: Recipe) -> dict[str, Manifest]:
         spec = recipe.teachers[name]
         key = f"teachers.{name}.trusted"
         manifests[name] = read_manifest(source.path, source.error, spec.trusted, key)
-        check_use(recipe, name, manifests[name].plan.temperatures)
+        check_use(recipe, name, manifests[name].plan)
     return manifests
 
 
@@ -52,15 +53,25 @@ def told_of(name: str, recipe: Recipe, manifest: Manifest) -> str:
     vouched = "not signed"
     if signer is not None:
         vouched = f"signed by {signer}" + ("" if spec.trusted else " (not checked)")
-    ids = f"{plan.slots} ids"
-    if plan.mass is not None:
-        ids = f"ids of {plan.mass:g} of the probability, at most {plan.slots}"
     return (
         f"teacher {name}: a store of {plan.teacher.source} ({plan.teacher.architecture}): "
-        f"{manifest.rows:,} tokens, {ids}, {plan.log_probs} log-probabilities, "
+        f"{manifest.rows:,} tokens, {what_is_kept(plan)}, "
         f"{memory_text(manifest.bytes)}, {manifest.bytes / max(1, manifest.rows):.0f} bytes a "
         f"token, {vouched}"
     )
+
+
+def what_is_kept(plan: StorePlan) -> str:
+    """Of each token, in a few words."""
+    if plan.states is not None:
+        kind = "fp8" if plan.log_probs == "fp8" else plan.states.dtype
+        return f"states of {plan.states.hidden_size} {kind}"
+    if plan.drawn:
+        return f"{plan.slots} drawn ids at temperature {plan.temperatures[0]:g}"
+    ids = f"{plan.slots} ids"
+    if plan.mass is not None:
+        ids = f"ids of {plan.mass:g} of the probability, at most {plan.slots}"
+    return f"{ids}, {plan.log_probs} log-probabilities"
 
 
 def data_in_store(

@@ -24,8 +24,10 @@ from megatron_moe_inject.losses.products import head_logits
 from megatron_moe_inject.losses.spec import LogitTransform
 from megatron_moe_inject.teachers.base import Teacher
 from megatron_moe_inject.teachers.fp8 import LENGTH_MULTIPLE
+from megatron_moe_inject.teachers.store.drawn import drawn_rows, uniforms
 from megatron_moe_inject.teachers.store.manifest import StorePlan
-from megatron_moe_inject.teachers.store.row_format import Rows, top_rows
+from megatron_moe_inject.teachers.store.row_format import top_rows
+from megatron_moe_inject.teachers.store.state_format import StateFormat
 from megatron_moe_inject.teachers.store.writer import Content
 
 _LOGIT_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
@@ -85,6 +87,24 @@ def passes(found: Sequence[Window], pass_tokens: int) -> Iterator[list[Window]]:
         yield own
 
 
+class Said(NamedTuple):
+    """What a teacher says of t tokens.
+
+    Attributes:
+        rows: [t] among the shard's.
+        places: [t] among its tokens.
+        states: [t, h_t], which its head reads.
+        tokens: [t] that were read.
+        next_tokens: [t] that follow.
+    """
+
+    rows: np.ndarray
+    places: np.ndarray
+    states: torch.Tensor
+    tokens: torch.Tensor
+    next_tokens: torch.Tensor
+
+
 class Producer:
     """Says what a teacher thinks of documents.
 
@@ -114,36 +134,75 @@ class Producer:
         budget = _LOGIT_BYTES.get(device.type, _LOGIT_BYTES["cuda"])
         self._chunk = max(1, budget // (4 * plan.vocab_size))
 
-    def rows(self, tokens: np.ndarray, lengths: Sequence[int]) -> Content:
+    @property
+    def head(self) -> tuple[torch.Tensor, LogitTransform]:
+        """What makes logits of states: ``[v, h_t]``, and what becomes of the product."""
+        return self._head, self._transform
+
+    def rows(
+        self, tokens: np.ndarray, lengths: Sequence[int], *, data: int = 0, first_token: int = 0
+    ) -> Content:
         """Rows of some documents, in order.
 
         Args:
             tokens: of all of them, one after the other.
             lengths: of each.
+            data: position of the data set; what is drawn follows from it
+            first_token: and from the place of the first token in it.
 
         Raises:
-            ValueError: an id that the teacher lacks, or log-probabilities that are not finite.
+            ValueError: an id that the teacher lacks, or numbers that are not finite.
         """
         count = sum(max(0, length - 1) for length in lengths)
         content = np.zeros((count, self._layout.widest), np.uint8)
         counts = np.zeros(count, np.int64)
-        for rows, log_probs, read in self.log_probs(tokens, lengths):
-            packed, ids = self._layout.encode(self._top(log_probs, read))
-            content[rows], counts[rows] = packed.cpu().numpy(), ids.cpu().numpy()
+        for said in self.states(tokens, lengths):
+            packed, ids = self._packed(said, data, first_token)
+            content[said.rows], counts[said.rows] = packed.cpu().numpy(), ids
         return content, counts
 
-    def log_probs(
-        self, tokens: np.ndarray, lengths: Sequence[int]
-    ) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor]]:
-        """The same whole: chunk by chunk the rows [t], log-probabilities [t, v] at temperature 1 in
-        float32, and the ids [t] that were read."""
+    def _packed(
+        self, said: Said, data: int, first_token: int
+    ) -> tuple[torch.Tensor, np.ndarray | int]:
+        if isinstance(self._layout, StateFormat):
+            return self._layout.encode(said.tokens, said.states), 1
+        plan = self._plan
+        log_probs, labels = self.log_probs(said.states), said.next_tokens if plan.labels else None
+        if plan.drawn:
+            random = uniforms(data, first_token + said.places, plan.slots)
+            rows = drawn_rows(
+                said.tokens,
+                log_probs,
+                temperature=plan.temperatures[0],
+                random=torch.from_numpy(random).to(log_probs.device),
+                labels=labels,
+            )
+        else:
+            rows = top_rows(
+                said.tokens,
+                log_probs,
+                slots=plan.slots,
+                mass=plan.mass,
+                temperatures=plan.temperatures,
+                labels=labels,
+            )
+        content, counts = self._layout.encode(rows)
+        return content, counts.cpu().numpy()
+
+    def log_probs(self, states: torch.Tensor) -> torch.Tensor:
+        """Of states [t, h_t], [t, v] at temperature 1 in float32."""
+        logits = head_logits(states, self._head)
+        logits = self._transform.apply_(logits) if self._transform else logits
+        return logits.float().log_softmax(-1)
+
+    def states(self, tokens: np.ndarray, lengths: Sequence[int]) -> Iterator[Said]:
+        """What the head reads of some documents, as many tokens at a time as logits may be made of
+        at once; arguments as of ``rows``."""
         found = list(windows(lengths, self._plan.context, self._plan.overlap))
         for own in passes(found, self._pass_tokens):
             yield from self._pass(tokens, own)
 
-    def _pass(
-        self, tokens: np.ndarray, own: Sequence[Window]
-    ) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor]]:
+    def _pass(self, tokens: np.ndarray, own: Sequence[Window]) -> Iterator[Said]:
         longest = -(-own[0].length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
         text = np.zeros((len(own), longest), np.int64)
         for row, window in enumerate(own):
@@ -155,19 +214,9 @@ class Producer:
             [np.arange(at + w.first - w.begin, at + w.length) for at, w in spans]
         )
         rows = np.concatenate([np.arange(w.row, w.row + w.end - w.first) for w in own])
+        asked = np.concatenate([np.arange(w.first, w.end) for w in own])
         for begin in range(0, len(places), self._chunk):
             part = slice(begin, begin + self._chunk)
             at = torch.from_numpy(places[part]).to(self._device)
-            logits = head_logits(states[at], self._head)
-            logits = self._transform.apply_(logits) if self._transform else logits
-            yield rows[part], logits.float().log_softmax(-1), read.flatten()[at]
-
-    def _top(self, log_probs: torch.Tensor, tokens: torch.Tensor) -> Rows:
-        plan = self._plan
-        return top_rows(
-            tokens,
-            log_probs,
-            slots=plan.slots,
-            mass=plan.mass,
-            temperatures=plan.temperatures,
-        )
+            following = torch.from_numpy(tokens[asked[part] + 1]).to(self._device)
+            yield Said(rows[part], asked[part], states[at], read.flatten()[at], following)

@@ -38,8 +38,7 @@ def open_shard(
 ) -> ShardReader:
     """Open one shard of a store; errors as of ``ShardReader``."""
     identity = shard_identity(plan, data, number)
-    has_counts = plan.mass is not None
-    return ShardReader(folder / file, plan.row_format, identity, header, has_counts)
+    return ShardReader(folder / file, plan.row_format, identity, header, plan.counted)
 
 
 class Store:

@@ -14,6 +14,7 @@ context-parallel size.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,15 +28,17 @@ from megatron_moe_inject.data.token_places import number_data_sets, split_places
 from megatron_moe_inject.host.context_parallel import context_parallel_slice
 from megatron_moe_inject.host.indices import index
 from megatron_moe_inject.host.step import MicroBatch
-from megatron_moe_inject.losses.target import Sparse, Target
+from megatron_moe_inject.losses.target import Target
 from megatron_moe_inject.recipe.run_kinds import EVALUATION
 from megatron_moe_inject.recipe.run_part import BuiltStudent, RunContext
 from megatron_moe_inject.teachers.base import TeacherInfo
 from megatron_moe_inject.teachers.sources import parse_source
+from megatron_moe_inject.teachers.store.head import read_head
 from megatron_moe_inject.teachers.store.manifest import Manifest
 from megatron_moe_inject.teachers.store.reader import Store
-from megatron_moe_inject.teachers.store.row_format import RowFormat, Rows
 from megatron_moe_inject.teachers.store.rules import taught_by
+from megatron_moe_inject.teachers.store.spoken import Spoken, SpokenIds, SpokenStates
+from megatron_moe_inject.teachers.store.state_format import StateFormat
 
 
 @dataclass(frozen=True)
@@ -101,9 +104,7 @@ class StoreTeacher:
     Args:
         name: its key in the recipe.
         source: looks samples up, on ranks that read data; None on others.
-        layout: of its rows.
-        temperature: at which it is distilled; its position among the store's, and it.
-        tail: see ``losses.target.Sparse``.
+        spoken: makes targets of what was found.
         tp_group: tensor-parallel group of the last stage; its first rank reads the data.
         cp_group: context-parallel group.
         device: where the loss is computed.
@@ -112,25 +113,20 @@ class StoreTeacher:
     unknown: torch.Tensor | None = None
     ran_bare = False
     windowed = False
-    tp_group: dist.ProcessGroup | None = None
 
     def __init__(
         self,
         name: str,
         source: StoredSource | None,
-        layout: RowFormat,
+        spoken: Spoken,
         *,
-        temperature: tuple[int, float],
-        tail: str,
         tp_group: dist.ProcessGroup,
         cp_group: dist.ProcessGroup,
         device: torch.device,
     ) -> None:
         self.name = name
         self._source = source
-        self._layout = layout
-        self._temperature = temperature
-        self._tail = tail
+        self._spoken = spoken
         self._group = tp_group
         self._cp = (cp_group.rank(), cp_group.size())
         self._device = device
@@ -158,7 +154,7 @@ class StoreTeacher:
         count, width = int(selected.sum()), sequence_length // self._cp[1]
         self._selected, self._rows = selected, selected.sum(dim=1).tolist()
         shapes = {
-            "content": ((count, width, self._layout.widest), torch.uint8),
+            "content": ((count, width, self._spoken.layout.widest), torch.uint8),
             "counts": ((count, width), torch.int32),
             "tokens": ((count, sequence_length), torch.int64),
         }
@@ -201,25 +197,19 @@ class StoreTeacher:
             return {name: value.pin_memory() for name, value in found.items()}
         return found
 
-    def _decoded(self, rows: slice | torch.Tensor) -> Rows:
-        content, counts = self._content[rows], self._counts[rows]
-        return self._layout.decode(content.flatten(0, 1), counts.flatten())
-
-    def _sparse(self, rows: slice | torch.Tensor, place: int, temperature: float) -> Sparse:
-        shape = (*self._counts[rows].shape, self._layout.slots)
-        decoded = self._decoded(rows)
-        log_probs = decoded.at(place, temperature)
-        return Sparse(
-            decoded.ids.view(shape), log_probs.view(shape), self._tail, temperature=temperature
-        )
+    @property
+    def tp_group(self) -> dist.ProcessGroup | None:
+        """The group over whose ranks a head of states is sharded; None of ids."""
+        return self._spoken.tp_group
 
     def _of(self, micro_batch: int) -> slice:
         begin = sum(self._rows[:micro_batch])
         return slice(begin, begin + self._rows[micro_batch])
 
     def target(self, micro_batch: int) -> Target:
-        """What it says about a micro-batch's k selected samples, ids ``[k, s/c, ids]``."""
-        return self._sparse(self._of(micro_batch), *self._temperature)
+        """What it says about a micro-batch's k selected samples, ``[k, s/c, ...]``."""
+        rows = self._of(micro_batch)
+        return self._spoken.target(self._content[rows], self._counts[rows])
 
     def bare_target(self, micro_batch: int) -> Target:
         """Never asked: a store has no prefix to leave out."""
@@ -232,7 +222,8 @@ class StoreTeacher:
     def of_step(self, wanted: torch.Tensor) -> tuple[torch.Tensor, Target]:
         """Tokens ``[k, s]``, and what it says about them at temperature 1, of some samples."""
         rows = self._wanted(wanted)
-        return self._tokens[rows], self._sparse(rows, 0, 1.0)
+        said = self._spoken.target(self._content[rows], self._counts[rows], at_one=True)
+        return self._tokens[rows], said
 
     def readable_of_step(self, wanted: torch.Tensor) -> torch.Tensor | None:
         """``readable`` of the samples of ``of_step``."""
@@ -265,7 +256,7 @@ def stored_teacher(run: RunContext, info: TeacherInfo, student: BuiltStudent) ->
         RecipeError: it is damaged, or knows ids that the student lacks.
     """
     name, groups = info.name, student.groups
-    spec, source = run.recipe.teachers[name], parse_source(name, info.source)
+    source = parse_source(name, info.source)
     if info.vocab_size > run.valid_vocab_size:
         raise source.error(
             f"has {info.vocab_size} ids, and the student's tokenizer {run.valid_vocab_size}",
@@ -273,10 +264,6 @@ def stored_teacher(run: RunContext, info: TeacherInfo, student: BuiltStudent) ->
         )
     stores = run.need(OpenStores)
     manifest = stores.manifests[name]
-    temperatures = manifest.plan.temperatures
-    temperature = 1.0
-    if run.kind != EVALUATION:  # which measures at 1
-        temperature = run.recipe.temperature(taught_by(run.recipe, name)[0])
     reader = None
     if groups.tp.rank() == 0:
         numbers = number_data_sets(run.facts.data_paths)
@@ -289,10 +276,47 @@ def stored_teacher(run: RunContext, info: TeacherInfo, student: BuiltStudent) ->
     return StoreTeacher(
         name,
         reader,
-        manifest.plan.row_format,
-        temperature=(temperatures.index(temperature), temperature),
-        tail=spec.tail,
+        _spoken(run, name, manifest, student),
         tp_group=groups.tp,
         cp_group=groups.cp,
         device=student.device,
+    )
+
+
+def _spoken(run: RunContext, name: str, manifest: Manifest, student: BuiltStudent) -> Spoken:
+    plan, layout = manifest.plan, manifest.plan.row_format
+    if isinstance(layout, StateFormat):
+        return _states(run, name, manifest, layout, student)
+    spec, known = run.recipe.teachers[name], plan.temperatures
+    # An evaluation measures at 1, unless only drawn ids are there, of which that is not known.
+    temperature = known[0]
+    if run.kind != EVALUATION:
+        temperature = run.recipe.temperature(taught_by(run.recipe, name)[0])
+    return SpokenIds(layout, known.index(temperature), temperature, spec.tail)
+
+
+def _states(
+    run: RunContext, name: str, manifest: Manifest, layout: StateFormat, student: BuiltStudent
+) -> SpokenStates:
+    """With this rank's rows of the head, those that get no probability left out."""
+    assert student.last is not None, "a rank of the last stage"
+    assert manifest.plan.states is not None, "whose layout it is"
+    source, group = parse_source(name, run.recipe.teachers[name].source), student.groups.tp
+    rows, valid = len(student.last.shared_embedding_or_output_weight()), run.valid_vocab_size
+    start = group.rank() * rows
+    head, transform = read_head(
+        source.path,
+        manifest.head_sha256,
+        (layout.vocab_size, layout.hidden_size),
+        layout.dtype,
+        slice(start, start + rows),
+        source.error,
+    )
+    excluded = {*manifest.plan.states.excluded, *range(layout.vocab_size, valid)}
+    columns = sorted(i - start for i in excluded if start <= i < min(start + rows, valid))
+    if columns:
+        here = torch.tensor(columns, device=student.device)
+        transform = dataclasses.replace(transform, excluded=here)
+    return SpokenStates(
+        layout, head.to(student.device), transform, group if group.size() > 1 else None
     )

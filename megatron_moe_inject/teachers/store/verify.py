@@ -2,13 +2,15 @@
 
 How far the store is from the teacher stands beside how far the teacher is from itself, in passes of
 other sizes, whose sums are rounded otherwise: what is no larger is no fault of the store. Both are
-KL divergences of the outcomes that a store knows, its ids and one for all others.
+KL divergences of the outcomes that a store knows, its ids and one for all others, or of states all
+ids. Of drawn ids no token tells how far they are from their teacher.
 
-Shapes: t tokens, k ids of a token.
+Shapes: t tokens, o outcomes: k ids of a token and the rest, or all v.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,7 +20,10 @@ from torch import Tensor
 
 from megatron_moe_inject.teachers.store.produce import Producer
 from megatron_moe_inject.teachers.store.reader import Store
-from megatron_moe_inject.teachers.store.row_format import Rows
+from megatron_moe_inject.teachers.store.state_format import StateFormat
+
+_CHUNK = 256
+"""Tokens whose logits exist at once."""
 
 
 @dataclass(frozen=True)
@@ -71,33 +76,47 @@ def verify(
         RecipeError: the store lacks one of the documents.
     """
     own = np.delete(np.arange(len(tokens)), np.cumsum(lengths, dtype=np.int64) - 1)
-    content, counts = store.read(data, places[own])
-    rows = store.layout.decode(torch.from_numpy(content), torch.from_numpy(counts))
-    stored = _outcomes(rows.at(0, 1.0), rows.log_rest[:, 0])
-    once, tops = _again(producers[0], rows, tokens, lengths)
-    twice, _ = _again(producers[1], rows, tokens, lengths)
-    top = rows.ids.gather(1, rows.log_probs.argmax(-1, keepdim=True)).squeeze(1)
-    same = float((top == tops).float().mean()) if len(own) else 1.0
-    return Faithfulness(len(lengths), _kl(once, stored), _kl(once, twice), same)
+    content, counts = (torch.from_numpy(part) for part in store.read(data, places[own]))
+    once, twice = (_states(producer, tokens, lengths) for producer in producers)
+    producer, same = producers[0], []
+    of_store, of_itself = [torch.zeros(0)], [torch.zeros(0)]
+    for begin in range(0, len(own), _CHUNK):
+        part = slice(begin, begin + _CHUNK)
+        first, second = producer.log_probs(once[part]), producer.log_probs(twice[part])
+        if isinstance(store.layout, StateFormat):
+            states = store.layout.states(content[part].to(first.device))
+            stored = producer.log_probs(states)
+            same.append(stored.argmax(-1) == first.argmax(-1))
+        else:
+            rows = store.layout.decode(content[part], counts[part])
+            rows = rows.changed(operator.methodcaller("to", first.device))
+            stored = _outcomes(rows.at(0, 1.0), rows.log_rest[:, 0])
+            tops = rows.ids.gather(1, rows.log_probs.argmax(-1, keepdim=True)).squeeze(1)
+            same.append(tops == first.argmax(-1))
+            first, second = _of_ids(first, rows.ids), _of_ids(second, rows.ids)
+        of_store.append(_kl(first, stored).cpu())
+        of_itself.append(_kl(first, second).cpu())
+    share = float(torch.cat(same).float().mean()) if same else 1.0
+    return Faithfulness(len(lengths), torch.cat(of_store), torch.cat(of_itself), share)
 
 
-def _again(
-    producer: Producer, rows: Rows, tokens: np.ndarray, lengths: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    """The teacher's outcomes [t, k + 1] of stored ids, and its most likely ids [t]."""
-    found = torch.empty(len(rows.ids), rows.ids.shape[1] + 1)
-    tops = torch.empty(len(rows.ids), dtype=torch.int64)
-    for places, log_probs, _ in producer.log_probs(tokens, lengths):
-        at = torch.from_numpy(places)
-        ids = rows.ids[at].to(log_probs.device)
-        used = ids >= 0
-        ids = torch.where(used, ids, ids[:, :1])
-        kept = log_probs.gather(1, ids).masked_fill(~used, -torch.inf)
-        # The rest is summed over its own ids: as 1 - the others it would be their rounding.
-        outside = log_probs.scatter(1, ids, -torch.inf)
-        tops[at] = log_probs.argmax(-1).cpu()
-        found[at] = _outcomes(kept, outside.logsumexp(-1)).cpu()
-    return found, tops
+def _states(producer: Producer, tokens: np.ndarray, lengths: Sequence[int]) -> Tensor:
+    """The teacher's states [t, h_t], by row."""
+    parts = [(said.rows, said.states) for said in producer.states(tokens, lengths)]
+    if not parts:
+        return torch.zeros(0, 1)
+    order = torch.from_numpy(np.argsort(np.concatenate([rows for rows, _ in parts])))
+    states = torch.cat([states for _, states in parts])
+    return states[order.to(states.device)]
+
+
+def _of_ids(log_probs: Tensor, ids: Tensor) -> Tensor:
+    """Of a teacher's [t, v] the outcomes [t, k + 1] of ids."""
+    used = ids >= 0
+    ids = torch.where(used, ids, ids[:, :1])
+    kept = log_probs.gather(1, ids).masked_fill(~used, -torch.inf)
+    # The rest is summed over its own ids: as 1 - the others it would be their rounding.
+    return _outcomes(kept, log_probs.scatter(1, ids, -torch.inf).logsumexp(-1))
 
 
 def _outcomes(log_probs: Tensor, log_rest: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ import numpy as np
 from megatron_moe_inject.host.errors import Failure
 from megatron_moe_inject.host.files import replace_file
 from megatron_moe_inject.host.safetensors_file import DamagedFileError
+from megatron_moe_inject.teachers.store.head import HEAD
 from megatron_moe_inject.teachers.store.manifest import (
     MANIFEST,
     PLAN,
@@ -152,7 +153,7 @@ class StoreWriter:
             ValueError: other rows than the documents have.
         """
         plan = self.plan
-        counts = None if plan.mass is None else content[1]
+        counts = content[1] if plan.counted else None
         identity = shard_identity(plan, piece.data, piece.number)
         lengths = piece.lengths.tolist()
         whole, header = shard_bytes(content[0], counts, lengths, plan.row_format, identity)
@@ -191,7 +192,10 @@ class StoreWriter:
             if piece.file not in self._done:
                 self._done[piece.file] = self._found(piece)
         shards = [self._done[piece.file] for piece in self.pieces]
-        manifest = Manifest(self.plan, bin_sha256(), shards)
+        head = ""
+        if self.plan.states is not None:
+            head = file_sha256(self._folder / HEAD, self._failure)
+        manifest = Manifest(self.plan, bin_sha256(), shards, head)
         write_json(self._folder / MANIFEST, manifest)
         return manifest
 

@@ -103,8 +103,9 @@ def test_what_it_writes_is_what_the_model_says(store_teacher, material, tmp_path
         torch.testing.assert_close(found, expected.gather(1, top), rtol=1e-4, atol=1e-5)
 
 
-def test_it_goes_on_and_parts_make_the_same(store_teacher, tmp_path):
-    options = ("--top", "4", "--shard-tokens", "300")
+@pytest.mark.parametrize("kind", [("--top", "4"), ("--draw", "6"), ("--states", "fp8")])
+def test_it_goes_on_and_parts_make_the_same(store_teacher, tmp_path, kind):
+    options = (*kind, "--shard-tokens", "300")
     assert store_teacher(tmp_path / "one", *options)[0] == 0
     status, told = store_teacher(tmp_path / "two", *options, "--part", "1/2")
     assert status == 0
@@ -114,6 +115,7 @@ def test_it_goes_on_and_parts_make_the_same(store_teacher, tmp_path):
     assert "bytes a token" in told
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert len(names) > 4
+    assert ("head.safetensors" in names) == ("--states" in kind)
     for name in names:
         same = (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
         assert same, name
@@ -124,6 +126,61 @@ def test_it_goes_on_and_parts_make_the_same(store_teacher, tmp_path):
     for name in names:
         same = (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
         assert same, name
+
+
+def test_states_are_the_models(store_teacher, material, tmp_path):
+    """As they are bit by bit, and in eight bits as near as the command says."""
+    from megatron_moe_inject.losses.spec import LogitTransform
+    from megatron_moe_inject.teachers.store.head import read_head
+
+    distances = []
+    for precision in ("native", "fp8"):
+        folder = tmp_path / precision
+        status, told = store_teacher(folder, "--states", precision, "--verify", "10")
+        assert status == 0, told
+        store = Store(folder, failure)
+        manifest, layout = store.manifest, store.layout
+        kind = "fp8" if precision == "fp8" else "float32"
+        assert f"states of 16 {kind}, of 61 ids: {layout.widest} bytes a token" in told
+        found = re.search(
+            r"the store is (\S+) nats from the teacher in the mean, (\S+) at most", told
+        )
+        distances.append(float(found[2]))
+    assert distances[0] < 1e-6 < distances[1] < 1e-2
+    head, transform = read_head(
+        folder, manifest.head_sha256, (61, 16), torch.float32, slice(0, 61), failure
+    )
+    assert transform == LogitTransform()
+    text = np.fromfile(material / "code.bin", np.uint16).astype(np.int64)
+    index = IndexedDataset(str(material / "code"))  # whose views end with it
+    lengths = np.array(index.sequence_lengths)
+    start = int((np.cumsum(lengths) - lengths)[lengths >= 20][0])
+    store = Store(tmp_path / "native", failure)
+    content, _ = store.read(0, np.arange(start, start + 19))
+    states = store.layout.states(torch.from_numpy(content))
+    expected = logits_of(material, text[start : start + 19])
+    torch.testing.assert_close(states @ head.t(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_drawn_ids_are_the_models(store_teacher, material, tmp_path):
+    status, told = store_teacher(tmp_path / "store", "--draw", "400")
+    assert status == 0, told
+    assert "400 drawn ids at temperature 2, of 61 ids: at most" in told
+    store = Store(tmp_path / "store", failure)
+    text = np.fromfile(material / "code.bin", np.uint16).astype(np.int64)
+    index = IndexedDataset(str(material / "code"))  # whose views end with it
+    lengths = np.array(index.sequence_lengths)
+    start = int((np.cumsum(lengths) - lengths)[lengths >= 20][0])
+    content, counts = store.read(0, np.arange(start, start + 19))
+    rows = store.layout.decode(torch.from_numpy(content), torch.from_numpy(counts))
+    logits = logits_of(material, text[start : start + 19])
+    shares = torch.zeros(19, 62).scatter_(
+        1, rows.ids.where(rows.ids >= 0, 61), rows.log_probs.exp()
+    )[:, :61]
+    # One draw from each of 400 parts: off by less than one draw on either side.
+    assert ((shares - (logits / 2.0).softmax(-1)).abs() < 2 / 400).all()
+    label = logits.log_softmax(-1)[range(19), text[start + 1 : start + 20]]
+    torch.testing.assert_close(rows.label, label, rtol=1e-3, atol=1e-3)
 
 
 def test_a_store_that_is_signed_is_taken_by_who_trusts_its_signer(store_teacher, tmp_path):
@@ -153,6 +210,10 @@ def test_a_store_that_is_signed_is_taken_by_who_trusts_its_signer(store_teacher,
         (("--documents", "3"), (), "--documents: '3' is no range; write such as 0:1000"),
         (("--documents", "5:31"), (), "--documents: '5:31' are not among the 30 of"),
         (("--part", "2/2"), (), "--part: '2/2' is no part; write 0/4 to 3/4"),
+        (("--draw", "4", "--mass", "0.5"), (), "--mass: 0.5 is of the most likely ids, and --draw"),
+        (("--states", "--log-probs", "bf16"), (), "--log-probs: 'bf16' is of the most likely ids"),
+        (("--draw", "4", "--verify", "2"), (), "--verify: 2 compares probabilities, which drawn"),
+        (("--draw", "4", "--temperatures", "1", "2"), (), "--temperatures: [1.0, 2.0] are several"),
         (("--teacher", "codr"), (), "--teacher: 'codr' is not in 'teachers'; did you mean coder?"),
         (("--sign", "/none"), (), "--sign"),
         ((), ("--context-x", "3"), "store-teacher: --context-x, 3: no flags of Megatron's"),

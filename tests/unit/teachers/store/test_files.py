@@ -210,7 +210,7 @@ def test_a_shard_of_another_store_or_place(store, tmp_path):
         (lambda m: m["shards"].pop(3), "is not the one that comes next"),
         (lambda m: m["shards"].pop(), "shards are missing"),
         (lambda m: m["bin_sha256"].pop(), "not every data set has a checksum"),
-        (lambda m: m.update(version=2), "is a store of version 2, and 1 is read here"),
+        (lambda m: m.update(version=1), "is a store of version 1, and 2 is read here"),
         (lambda m: m.update(format="x"), "its format is not 'megatron_moe_inject store'"),
         (lambda m: m.update(more=1), "more: unknown key"),
     ],

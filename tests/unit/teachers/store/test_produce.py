@@ -108,7 +108,12 @@ def test_documents_are_read_alone(context, overlap, pass_tokens):
     documents = np.split(tokens, np.cumsum(LENGTHS)[:-1])
     alone = torch.cat([said_alone(document, context, overlap) for document in documents])
     read = np.concatenate([document[:-1] for document in documents])
-    expected = top_rows(torch.from_numpy(read), alone, slots=20, mass=None, temperatures=(1.0, 2.0))
+    following = torch.from_numpy(np.concatenate([document[1:] for document in documents]))
+    expected = top_rows(
+        torch.from_numpy(read), alone, slots=20, mass=None, temperatures=(1.0, 2.0),
+        labels=following,
+    )  # fmt: skip
+    torch.testing.assert_close(rows.label, expected.label)
     assert torch.equal(rows.tokens, expected.tokens)
     assert torch.equal(rows.ids, expected.ids)
     torch.testing.assert_close(rows.log_probs, expected.log_probs)

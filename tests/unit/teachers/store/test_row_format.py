@@ -31,6 +31,10 @@ def teacher(seed, vocabulary, spread, count=24):
     return tokens, logits.log_softmax(-1)
 
 
+def labels_of(tokens):
+    return tokens.roll(-1)
+
+
 def through(layout, rows, mass):
     """Encoded and decoded; what stands behind a row must not matter."""
     content, counts = layout.encode(rows)
@@ -47,11 +51,18 @@ def through(layout, rows, mass):
 def test_rows_come_back(vocabulary, slots, mass, spread, precision):
     for seed in range(3 if vocabulary < 2000 else 1):
         tokens, log_probs = teacher(seed, vocabulary, spread)
-        rows = top_rows(tokens, log_probs, slots=slots, mass=mass, temperatures=TEMPERATURES)
+        labels = labels_of(tokens)
+        rows = top_rows(
+            tokens, log_probs, slots=slots, mass=mass, temperatures=TEMPERATURES, labels=labels
+        )
         layout = RowFormat(vocabulary, slots, precision, len(TEMPERATURES))
         back = through(layout, rows, mass)
         assert torch.equal(back.tokens, tokens)
         assert torch.equal(back.ids, rows.ids)
+        label = log_probs.gather(1, labels[:, None]).squeeze(1)
+        reach = {"packed": label.clamp(min=-64), "bf16": label, "fp32": label}[precision]
+        bound = {"packed": 6e-4 * (1 - reach), "bf16": -reach * 2.0**-8, "fp32": 0 * reach}
+        assert ((back.label - reach).abs() <= bound[precision] + 1e-6).all()
         used = rows.ids >= 0
         for index, temperature in enumerate(TEMPERATURES):
             whole = (log_probs / temperature).log_softmax(-1)
@@ -127,12 +138,14 @@ def test_ids_take_hardly_more_than_a_set_of_them_must():
         {"log_probs": torch.tensor([[-1.0, float("nan"), -2.0]])},
         {"log_rest": torch.tensor([[float("nan")]])},
         {"log_rest": torch.tensor([[0.5]])},
+        {"label": torch.tensor([float("nan")])},
+        {"label": None},
     ],
 )
 def test_what_is_no_row_is_not_written(change):
     rows = Rows(
         torch.tensor([4]), torch.tensor([[2, 3, 5]]), torch.tensor([[-1.0, -2.0, -3.0]]),
-        torch.tensor([[-1.0]]),
+        torch.tensor([[-1.0]]), torch.tensor([-1.0]),
     )  # fmt: skip
     layout = RowFormat(10, 3, "packed")
     layout.encode(rows)
@@ -142,10 +155,22 @@ def test_what_is_no_row_is_not_written(change):
 
 def test_a_row_that_is_not_there_says_nothing():
     layout = RowFormat(100, 5, "packed", 2)
+    assert not layout.decode(torch.zeros(3, layout.widest, dtype=torch.uint8)).label.any()
     back = layout.decode(torch.zeros(3, layout.widest, dtype=torch.uint8), torch.zeros(3))
     assert (back.ids == -1).all()
     assert (back.tokens == -1).all()
     assert (back.at(1, 2.0) == -torch.inf).all()
+    assert (back.label == -torch.inf).all()
+
+
+def test_a_store_that_knows_no_label_keeps_none():
+    tokens, log_probs = teacher(3, 100, 2.0)
+    rows = top_rows(tokens, log_probs, slots=5, mass=None, temperatures=(1.0,))
+    layout = RowFormat(100, 5, "packed", labels=False)
+    assert layout.widest < RowFormat(100, 5, "packed").widest
+    back = through(layout, rows, None)
+    assert back.label is None
+    assert torch.equal(back.ids, rows.ids)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 
 from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.recipe.load import recipe_from_yaml
+from megatron_moe_inject.teachers.store.manifest import StoredStates
 from megatron_moe_inject.teachers.store.part import data_in_store, told_of
 from megatron_moe_inject.teachers.store.rules import check_use
 from tests.harness.stores import plan_of
@@ -32,7 +33,7 @@ def recipe(more="", teacher="other", objective="alpha: 0.5", section=""):
 def test_a_recipe_with_a_store():
     found = recipe(", temperature: 2.0, tail: renormalize")
     assert found.teachers["coder"].kind == "store"
-    check_use(found, "coder", [1.0, 2.0])
+    check_use(found, "coder", plan_of())
 
 
 @pytest.mark.parametrize(
@@ -47,11 +48,16 @@ def test_a_recipe_with_a_store():
             "teachers.coder.layers: {0: 1} is of a model",
         ),
         (dict(section="imitation: {hidden: 1.0}"), "imitation.hidden: 1.0 compares layers, and te"),
-        (dict(objective="confidence: label"), "objective.confidence: 'label' needs a teacher's wh"),
-        (dict(objective="skip_worse: true"), "objective.skip_worse: True needs a teacher's whole"),
         (
-            dict(teacher="{coder: 0.5, other: 0.5}"),
-            "domains[1].teacher: 'coder, other' mixes whole distributions, and coder is a store",
+            dict(more=", tail: sample", teacher="{coder: 0.5, other: 0.5}"),
+            "teachers.coder.tail: 'sample' is of drawn ids, and other of domains[1].teacher draws",
+        ),
+        (
+            dict(
+                more=', tail: renormalize}\n  more: {source: "store:/t"',
+                teacher="{coder: 0.5, more: 0.5}",
+            ),
+            "teachers.coder.tail: 'renormalize' is not that of teacher more (bucket)",
         ),
         (
             dict(more=", tail: renormalize", objective="divergence: jsd"),
@@ -76,7 +82,11 @@ def test_what_only_a_store_has_is_refused_of_models():
     ("changes", "message"),
     [
         (dict(more=", temperature: 3.0"), "3.0 is not one of those that the store was written for"),
-        (dict(more=", tail: sample"), "'sample' is of ids that were drawn"),
+        (dict(more=", tail: sample"), "'sample' is not of this store, which has the most likely"),
+        (
+            dict(objective="confidence: entropy"),
+            "objective.confidence: 'entropy' needs a teacher's",
+        ),
         (
             dict(teacher="coder, temperature: 2.0"),
             "teachers.coder.temperature: [1.0, 2.0] are several, and a store is read at one; give",
@@ -93,7 +103,63 @@ def test_what_this_store_does_not_know(changes, message):
     else:
         found = recipe(**changes)
     with pytest.raises(RecipeError, match=re.escape(message)):
-        check_use(found, "coder", [1.0, 2.0])
+        check_use(found, "coder", plan_of())
+
+
+STATES = plan_of(
+    slots=1, log_probs="native", temperatures=[1.0], labels=False,
+    states=StoredStates(16, "bfloat16", []),
+)  # fmt: skip
+DRAWN_PLAN = plan_of(log_probs="drawn", temperatures=[2.0])
+UNLABELLED = plan_of(labels=False)
+
+
+@pytest.mark.parametrize(
+    ("plan", "changes", "message"),
+    [
+        (STATES, dict(objective="confidence: entropy, divergence: jsd"), None),
+        (STATES, dict(more=", temperature: 7.0", objective="skip_worse: true"), None),
+        (STATES, dict(more=", tail: renormalize"), "this store has states: all are known; remove"),
+        (
+            dataclasses.replace(STATES, states=StoredStates(16, "bfloat16", [7])),
+            dict(objective="divergence: reverse_kl"),
+            "objective.divergence: 'reverse_kl' is infinite where a teacher gives no probability",
+        ),
+        (DRAWN_PLAN, dict(more=", tail: sample, temperature: 2.0"), None),
+        (
+            DRAWN_PLAN,
+            dict(more=", temperature: 2.0"),
+            "which has ids that were drawn; write tail: s",
+        ),
+        (DRAWN_PLAN, dict(more=", tail: sample"), "1.0 is not one of those that the store was wri"),
+        (UNLABELLED, {}, None),
+        (UNLABELLED, dict(objective="confidence: label"), "and teachers.coder does not keep that"),
+        (
+            UNLABELLED,
+            dict(objective="skip_worse: true"),
+            "objective.skip_worse: True needs a teach",
+        ),
+    ],
+)
+def test_what_other_stores_know(plan, changes, message):
+    found = recipe(**changes)
+    if message is None:
+        check_use(found, "coder", plan)
+        return
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        check_use(found, "coder", plan)
+
+
+def test_committees_of_drawn_and_unlabelled_stores():
+    text = RECIPE.replace("MORE", ", tail: sample").replace('hf:/o"', 'store:/o", tail: sample')
+    text = text.replace("OBJECTIVE", "").replace("SECTION", "")
+    text = text.replace("teacher: TEACHER", "teacher: {coder: 1, other: 1}, committee: BY")
+    recipe_from_yaml(text.replace("BY", "label"))
+    with pytest.raises(RecipeError, match=r"domains\[1\].committee: 'top' needs a teacher's most"):
+        recipe_from_yaml(text.replace("BY", "top"))
+    found = recipe_from_yaml(text.replace("BY", "label").replace(", tail: sample", ""))
+    with pytest.raises(RecipeError, match=r"domains\[1\].committee: 'label' needs a teacher's pro"):
+        check_use(found, "coder", UNLABELLED)
 
 
 def test_data_is_known_by_its_index_and_size_not_by_its_name(tmp_path):
