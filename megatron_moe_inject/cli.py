@@ -50,6 +50,7 @@ from megatron_moe_inject.recipe.schema import Recipe
 from megatron_moe_inject.recipe.student import check_recipe, student_facts_from_args
 from megatron_moe_inject.routing import report as routing_report
 from megatron_moe_inject.teachers.store import command as store_command
+from megatron_moe_inject.teachers.store import convert as convert_store
 
 _EXAMPLES = """examples:
   moe-inject plan recipe.yaml
@@ -203,6 +204,7 @@ def _parser() -> argparse.ArgumentParser:
     report_command.add_commands(commands)
     schema_command.add_commands(commands)
     store_command.add_commands(commands)
+    convert_store.add_commands(commands)
     return parser
 
 

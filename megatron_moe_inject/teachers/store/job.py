@@ -12,7 +12,7 @@ import importlib.metadata
 import os
 import shutil
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -196,7 +196,7 @@ class StoreJob:
             states = StoredStates(self.info.hidden_size, _name(self.dtype), self._excluded)
         self.plan = StorePlan(
             self._described(),
-            _tokenizer_digests(self._tokenizer_files, choices.failure),
+            tokenizer_digests(self._tokenizer_files, choices.failure),
             size,
             slots,
             choices.mass,
@@ -205,7 +205,7 @@ class StoreJob:
             context,
             overlap,
             choices.shard_tokens or 1 << (20 if states is None else 17),
-            [_data(text, choices) for text in self.texts],
+            [stored_data(text, choices) for text in self.texts],
             _versions(),
             labels=states is None,
             states=states,
@@ -268,11 +268,9 @@ class StoreJob:
 
     def copy_tokenizer(self) -> None:
         """Put the tokenizer's files into the store."""
-        for name in self.plan.tokenizer:
+        if self.plan.tokenizer:
             assert self._tokenizer_files is not None, "it was digested"
-            folder = self.choices.output / TOKENIZER
-            folder.mkdir(exist_ok=True)
-            shutil.copyfile(_tokenizer_file(self._tokenizer_files, name), folder / name)
+            copy_tokenizer(self._tokenizer_files, self.plan.tokenizer, self.choices.output)
 
     def producer(
         self, teacher: Teacher, device: torch.device, pass_tokens: int | None = None
@@ -333,7 +331,8 @@ def _paths(recipe: Recipe, args: Namespace, name: str) -> list[str]:
     return list(paths)
 
 
-def _data(text: TextFiles, choices: Choices) -> StoredData:
+def stored_data(text: TextFiles, choices: Choices) -> StoredData:
+    """What the manifest says of a data set."""
     count = len(text.lengths)
     first, last = choices.documents or (0, count)
     if not 0 <= first < last <= count:
@@ -378,7 +377,16 @@ def _tokenizer_file(files: Path, name: str) -> Path:
     return files / name if files.is_dir() else files
 
 
-def _tokenizer_digests(files: Path | None, failure: Failure) -> dict[str, str]:
+def copy_tokenizer(files: Path, names: Iterable[str], output: Path) -> None:
+    """Put files of a tokenizer, a folder or the only one, into a store."""
+    folder = output / TOKENIZER
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        shutil.copyfile(_tokenizer_file(files, name), folder / name)
+
+
+def tokenizer_digests(files: Path | None, failure: Failure) -> dict[str, str]:
+    """SHA-256 of the files of a tokenizer that are there, by name."""
     if files is None or not files.exists():
         return {}
     names = _TOKENIZER_FILES if files.is_dir() else (files.name,)

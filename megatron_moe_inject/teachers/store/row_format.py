@@ -406,6 +406,27 @@ def top_rows(
     )
 
 
+def listed_rows(tokens: Tensor, ids: Tensor, log_probs: Tensor, slots: int) -> Rows:
+    """Ids that another program has listed, in any order, at temperature 1; without labels.
+
+    Args:
+        tokens: [t] ids that were read.
+        ids: [t, n].
+        log_probs: [t, n]; -inf or no number where a place is not used.
+        slots: k; of more than so many the most likely.
+    """
+    log_probs = log_probs.float().masked_fill(~log_probs.isfinite(), -torch.inf)
+    top, places = log_probs.topk(min(slots, ids.shape[1]), -1)
+    unused = top == -torch.inf
+    none = torch.iinfo(torch.int64).max
+    ordered, order = ids.gather(1, places).masked_fill(unused, none).sort(-1)
+    unused = ordered == none
+    kept = top.gather(1, order).masked_fill(unused, -torch.inf)
+    # What rounding leaves above 1 is scaled to 1 on reading.
+    rest = _log_one_minus_exp(kept.logsumexp(-1).clamp(max=0))
+    return Rows(tokens, ordered.masked_fill(unused, -1), kept, rest[:, None])
+
+
 def _log_one_minus_exp(log_mass: Tensor) -> Tensor:
     """log(1 - exp(log_mass)) of numbers up to 0, exact near both ends."""
     near_one = (-log_mass.expm1()).log()
