@@ -24,7 +24,7 @@ setup(
         "hf": ["transformers>=4.56", "tokenizers>=0.21"],
         "bench": ["nvidia-modelopt>=0.47", "liger-kernel>=0.8.5", "matplotlib>=3.8"],
         "signed": ["cryptography>=42"],
-        "captured": ["pyarrow>=14"],
+        "captured": ["pyarrow>=14", "zstandard>=0.22"],
         "report": ["matplotlib>=3.8", "jinja2>=3.1"],
         "dev": [
             "pytest>=8",

@@ -51,7 +51,9 @@ def teacher(count, vocabulary, slots, mass):
         own = log_probs(CHUNK, vocabulary, chunk)
         entropies.append(torch.special.entr(own.exp()).sum(-1).mean())
         tokens = torch.randint(vocabulary, (CHUNK,))
-        parts.append(top_rows(tokens, own, slots=slots, mass=mass, temperatures=(1.0,)))
+        labels = torch.multinomial(own.exp(), 1).squeeze(1)
+        rows = top_rows(tokens, own, slots=slots, mass=mass, temperatures=(1.0,), labels=labels)
+        parts.append(rows)
     return Rows(*map(torch.cat, zip(*parts, strict=True))), torch.stack(entropies).mean().item()
 
 
@@ -74,7 +76,7 @@ def measure(folder, count, vocabulary, slots, mass, precision):
     )
     shards = list(pieces(plan, [lengths], [np.cumsum(lengths) - lengths]))
     kept = np.arange(count).reshape(-1, DOCUMENT)[:, :-1].ravel()
-    kept_rows = Rows(*(part[kept] for part in rows))
+    kept_rows = rows.some(kept)
     begin = time.perf_counter()
     content, counts = plan.row_format.encode(kept_rows)
     packing = time.perf_counter() - begin

@@ -99,7 +99,8 @@ def run(folder: Path, arm: str, steps: int) -> dict:
         log, *flags("STUDENT", "BOTH", "TRAINING"),
         "--inject-recipe", str(QUICKSTART / "recipe.yaml"), *overrides(folder, source), *more,
         "--train-data-path", *blend(folder), "--data-cache-path", str(data / f"cache-{arm}"),
-        "--train-iters", str(steps), "--lr", "1e-3", "--min-lr", "1e-4", "--eval-iters", "0",
+        "--train-iters", str(steps), "--lr", "1e-3", "--min-lr", "1e-4",
+        "--eval-iters", "0", "--eval-interval", str(steps),
         "--load", str(folder / "student"), *FRESH,
         "--save", str(saved), "--save-interval", str(steps), "--no-save-optim",
     )  # fmt: skip

@@ -173,9 +173,14 @@ def packed_seq_params(batch: Batch, tokens_per_sample: int) -> PackedSeqParams |
     return PackedSeqParams(**compat.accepted(PackedSeqParams, fields))
 
 
+def blend_of(args: Any) -> tuple[Any, Any]:
+    """Prefixes and weights of the data flags for all splits, or by split; None for the other."""
+    return get_blend_and_blend_per_split(args)
+
+
 def dataset_config(args: Any) -> GPTDatasetConfig:
     """``GPTDatasetConfig`` of Megatron's data flags."""
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    blend, blend_per_split = blend_of(args)
     sequences_per_dataset = None
     if args.per_dataset_sequences_path is not None:
         with open(args.per_dataset_sequences_path) as file:

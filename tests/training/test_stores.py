@@ -31,6 +31,8 @@ steering: {{coeff: 0.5, target_mass: 0.8, confidence: label}}
 train: {{attention: true}}
 """
 END = "60"
+STARTS = ("nproc", "check", "script", "env")
+KILLED = (str(lane.HARNESS / "killed_gpt.py"),)
 WHOLE = ("--top", "61", "--log-probs", "fp32")
 TOKENIZER = ("--tokenizer-type", "NullTokenizer", "--vocab-size", "61")
 not_before_19 = pytest.mark.skipif(
@@ -80,13 +82,17 @@ def whole(write):
 def train(material, blend):
     """A run on the documents; of the live teacher unless a store is named."""
 
-    def run(store=None, *extra, nproc=1, sets=(), check=True, path=(), of=material, **layout):
+    def run(store=None, *extra, sets=(), of=material, goes_on=False, path=(), **how):
+        starts = {name: how.pop(name) for name in list(how) if name in STARTS}
         overrides = [] if store is None else [f"teachers.coder.source=store:{store}"]
         overrides += sets
         ours = ["--inject-recipe", recipe_file(material, RECIPE), "--inject-verify-frozen"]
         ours += ["--inject-set", *overrides] if overrides else []
-        flags = of.flags(*ours, *blend, *extra, **layout)
-        return lane.run(flags, nproc=nproc, check=check, pythonpath=path)
+        flags = of.flags(*ours, *blend, *extra, **how)
+        if goes_on:
+            fresh = ("--finetune", "--no-load-optim", "--no-load-rng")
+            flags = [flag for flag in flags if flag not in fresh]
+        return lane.run(flags, pythonpath=path, **starts)
 
     return run
 
@@ -161,6 +167,21 @@ def test_a_run_goes_on_with_other_batches(train, whole, tmp_path):
     assert_same(*ends)
 
 
+@pytest.mark.slow
+def test_a_run_that_is_killed_within_a_step_goes_on(train, whole, stored, tmp_path):
+    """``kill -9`` while rows are read; the store is as it was, and the curve goes on."""
+    save = ("--save", str(tmp_path), "--save-interval", "1")
+    before = {path.name: path.read_bytes() for path in whole.iterdir() if path.is_file()}
+    killed = train(whole, *save, check=False, script=KILLED, env={"TESTS_KILL_STEP": "2"})
+    assert killed.returncode not in (0, 2)
+    assert "Traceback" not in killed.output
+    assert {path.name: path.read_bytes() for path in whole.iterdir() if path.is_file()} == before
+    on = train(whole, *save, "--load", str(tmp_path), goes_on=True)
+    assert [step["iteration"] for step in on.iterations] == [3, 4]
+    for term in TERMS:
+        assert on.losses(term) == lane.approx(stored.losses(term)[2:], rel=1e-6), term
+
+
 def test_some_ids_and_the_rest_say_less_than_all(train, write, live, tmp_path):
     """What is merged can only hide a difference; here 12 of 61 ids hide little."""
     folder, told = write("--top", "12")
@@ -201,7 +222,8 @@ def test_states_are_their_teacher(train, write):
 
 @pytest.mark.slow
 def test_two_stores_and_a_model(train, write, whole, llama):
-    """Stores of all ids of both are the committee, at any layout; of few ids near it."""
+    """Stores of all ids of both are the committee, at any layout; of 12 of 61 ids near it, though
+    of what the random one knows nearly half goes to the rest."""
     sets = committee(llama, "top")
     live = train(None, sets=sets)
     source = [f"teachers.coder.source=hf:{llama}"]
@@ -213,7 +235,7 @@ def test_two_stores_and_a_model(train, write, whole, llama):
     few_other, _ = write("--top", "12", sets=source)
     merged = train(few, sets=[*sets, f"teachers.prose.source=store:{few_other}"])
     first, expected = merged.losses("kd loss/code")[0], live.losses("kd loss/code")[0]
-    assert 0.5 * expected < first < 1.02 * expected
+    assert first == pytest.approx(expected, rel=0.25)
 
 
 @pytest.mark.slow
@@ -232,7 +254,7 @@ def test_states_at_other_layouts(train, write, live, precision):
 
 
 @pytest.mark.slow
-def test_drawn_ids_teach(train, write, live):
+def test_drawn_ids_teach(train, write, live, tmp_path):
     """Their loss is the forward KL and the teacher's entropy, up to the noise of the draws; the
     same ids at every layout. The label's probability is known, how near it is to the student not.
     """
@@ -240,7 +262,8 @@ def test_drawn_ids_teach(train, write, live):
     assert "400 drawn ids at temperature 2" in told
     sets = ["teachers.coder.tail=sample", "objective.skip_worse=true"]
     measured = ("--eval-iters", "2", "--eval-interval", "2")
-    run = train(folder, *measured, sets=[*sets, "evaluation.gate=true"])
+    gate = ["evaluation.gate=true", f"evaluation.file={tmp_path / 'evaluation.jsonl'}"]
+    run = train(folder, *measured, sets=[*sets, *gate])
     assert "is a store of drawn ids" in run.output
     assert run.losses("kd loss/code")[0] > live.losses("kd loss/code")[0]
     assert_same(train(folder, nproc=2, tp=2, sets=sets), train(folder, sets=sets))

@@ -13,10 +13,10 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NoReturn, Protocol
 
 from megatron_moe_inject.host.commands import Commands, add_command, must_not_exist
-from megatron_moe_inject.host.errors import Failure, RecipeError, fail
+from megatron_moe_inject.host.errors import Failure, RecipeError, fail, listing
 from megatron_moe_inject.host.text import memory_text
 
 if TYPE_CHECKING:
@@ -27,10 +27,13 @@ if TYPE_CHECKING:
     from megatron_moe_inject.teachers.store.writer import Content, Piece
 
 NAME = "convert-store"
-KINDS = ("distillkit",)
+PACKAGES = {"distillkit": "pyarrow", "megatron": "zstandard"}
+"""Kinds of sources, and what reads them."""
 _EXAMPLES = """examples:
   moe-inject convert-store distillkit:captured --output stores/coder --data data/captured \\
     --tokenizer Qwen3-30B-A3B
+  moe-inject convert-store megatron:cache --trust-pickle --output stores/coder --data data/cached \
+    --tokenizer Qwen3-30B-A3B -- --data-path text --seed 1 --seq-length 4096 --train-iters 1000 ...
   torchrun ... --data-path data/captured --inject-set teachers.coder.source=store:stores/coder
 """
 
@@ -60,13 +63,22 @@ def add_commands(commands: Commands) -> None:
     parser = add_command(
         commands,
         NAME,
-        "make a store of what DistillKit has captured, and a data set of its text",
+        "make a store of what DistillKit or Megatron has kept of a teacher, and of its text",
         "Read the likely ids of a teacher that another program has kept, and write them as a store "
         "with the text that they are about, each sample a document.",
         _EXAMPLES,
         run=convert,
+        takes_flags=True,
     )
-    parser.add_argument("source", metavar="SOURCE", help="distillkit:/dir, of sample_logits_vllm")
+    parser.add_argument(
+        "source", metavar="SOURCE",
+        help="distillkit:/dir, of sample_logits_vllm; megatron:/dir, of --logits-save-dir, with "
+        "the flags of that run behind --",
+    )  # fmt: skip
+    parser.add_argument(
+        "--trust-pickle", action="store_true",
+        help="of megatron:/dir: read its pickles, tensors alone",
+    )  # fmt: skip
     parser.add_argument("--output", type=Path, required=True, help="the store's folder")
     parser.add_argument(
         "--data", metavar="PREFIX", type=Path, required=True, help="of the data set to write"
@@ -107,7 +119,7 @@ def convert(options: argparse.Namespace) -> str:
     if options.sign is not None:
         check_package("--sign")
         key = private_key(options.sign)
-    kept = _kept(options.source, failure)
+    kept = _kept(options, failure)
     must_not_exist(options.output)
     vocab_size, tokenizer = _vocabulary(options, kept)
     lengths = _write_data(options.data, kept, vocab_size, failure)
@@ -140,23 +152,57 @@ def convert(options: argparse.Namespace) -> str:
     )
 
 
-def _kept(source: str, failure: Failure) -> Kept:
-    kind, colon, path = source.partition(":")
-    if kind == "megatron":
-        raise failure(
-            "is a cache of --logits-save-dir, which keeps ids by training step and not the text "
-            "that they are about, nor where in it",
-            "write a store of the same teacher with moe-inject store-teacher",
-        )
-    if kind not in KINDS or not colon:
-        raise failure("is no source", f"write {' or '.join(f'{k}:/dir' for k in KINDS)}")
+def _kept(options: argparse.Namespace, failure: Failure) -> Kept:
+    kind, _, path = options.source.partition(":")
+    if kind not in PACKAGES or not path:
+        raise failure("is no source", f"write {' or '.join(f'{k}:/dir' for k in PACKAGES)}")
     if not Path(path).is_dir():
         raise failure("is no directory on this machine", "name an existing directory")
-    if importlib.util.find_spec("pyarrow") is None:
-        raise failure("is read by pyarrow", "pip install megatron-moe-inject[captured]")
-    from megatron_moe_inject.teachers.store.distillkit import Capture
+    if importlib.util.find_spec(PACKAGES[kind]) is None:
+        raise failure(f"is read by {PACKAGES[kind]}", "pip install megatron-moe-inject[captured]")
+    if kind == "distillkit":
+        if options.flags:
+            raise fail("--", " ".join(options.flags[:3]), "is for megatron:/dir", "leave it out")
+        from megatron_moe_inject.teachers.store.distillkit import Capture
 
-    return Capture(Path(path), failure)
+        return Capture(Path(path), failure)
+    if not options.trust_pickle:
+        raise failure(
+            "holds pickles, which may come from anybody",
+            "add --trust-pickle if you know who wrote them; only tensors are read from them",
+        )
+    from megatron_moe_inject.teachers.store.cached_logits import CachedLogits
+
+    return CachedLogits(Path(path), _run_flags(options.flags), failure)
+
+
+def _run_flags(flags: list[str]) -> argparse.Namespace:
+    """Megatron's arguments of the run that saved a cache.
+
+    Raises:
+        RecipeError: none, or flags that are not Megatron's.
+    """
+    from megatron.training.arguments import add_megatron_arguments
+
+    from megatron_moe_inject.host.help_texts import make_printable
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise RecipeError(f"Megatron flags: {message}")
+
+    if not flags:
+        raise RecipeError(
+            f"{NAME}: put -- and the flags of the run that saved the cache behind the options: "
+            "its order of samples follows from them"
+        )
+    parser = Parser(prog=f"moe-inject {NAME}", allow_abbrev=False)
+    make_printable(add_megatron_arguments(parser))
+    args, unknown = parser.parse_known_args(flags)
+    own = [flag for flag in unknown if not flag.startswith("--logits-save")]
+    if any(flag.startswith("--") for flag in own):
+        raise RecipeError(f"{NAME}: {listing(own, 4)}: no flags of Megatron's")
+    args.rank = 0  # asked for by Megatron's tokenizer
+    return args
 
 
 def _vocabulary(options: argparse.Namespace, kept: Kept) -> tuple[int, dict[str, str]]:
@@ -227,10 +273,10 @@ def _plan(
     from megatron_moe_inject.teachers.store.manifest import StoredTeacher, StorePlan
     from megatron_moe_inject.teachers.store.writer import file_sha256
 
-    text = TextFiles.open(str(options.data))
+    text, kind = TextFiles.open(str(options.data)), options.source.partition(":")[0]
     teacher = StoredTeacher(
         options.source,
-        "a capture of DistillKit",
+        "what DistillKit captured" if kind == "distillkit" else "what Megatron cached",
         0,
         {path.name: file_sha256(path, failure) for path in kept.files},
         "unknown",
@@ -272,7 +318,9 @@ def _content(
         tokens, (ids, log_probs) = next(samples)
         if not len(ids):
             continue
-        rows = listed_rows(torch.from_numpy(tokens[:-1]), ids, log_probs, plan.slots)
+        rows = listed_rows(
+            torch.from_numpy(tokens[:-1]), ids, log_probs, plan.slots, plan.vocab_size
+        )
         try:
             packed, own = layout.encode(rows)
         except ValueError as error:

@@ -406,7 +406,9 @@ def top_rows(
     )
 
 
-def listed_rows(tokens: Tensor, ids: Tensor, log_probs: Tensor, slots: int) -> Rows:
+def listed_rows(
+    tokens: Tensor, ids: Tensor, log_probs: Tensor, slots: int, vocab_size: int
+) -> Rows:
     """Ids that another program has listed, in any order, at temperature 1; without labels.
 
     Args:
@@ -414,8 +416,10 @@ def listed_rows(tokens: Tensor, ids: Tensor, log_probs: Tensor, slots: int) -> R
         ids: [t, n].
         log_probs: [t, n]; -inf or no number where a place is not used.
         slots: k; of more than so many the most likely.
+        vocab_size: v; of ids beyond, which are padding, nothing is kept.
     """
-    log_probs = log_probs.float().masked_fill(~log_probs.isfinite(), -torch.inf)
+    unused = ~log_probs.isfinite() | (ids >= vocab_size)
+    log_probs = log_probs.float().masked_fill(unused, -torch.inf)
     top, places = log_probs.topk(min(slots, ids.shape[1]), -1)
     unused = top == -torch.inf
     none = torch.iinfo(torch.int64).max

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +82,7 @@ class Listed:
 @pytest.fixture
 def converted(tmp_path, monkeypatch, capsys):
     """Converts ``Listed``; the status, what was printed, and the folder."""
-    monkeypatch.setattr(convert, "_kept", lambda source, failure: Listed(tmp_path))
+    monkeypatch.setattr(convert, "_kept", lambda options, failure: Listed(tmp_path))
 
     def run(*options):
         command = ["convert-store", "distillkit:captured", "--output", str(tmp_path / "store")]
@@ -146,8 +147,9 @@ def test_an_id_beyond_the_tokenizer_is_named(converted):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("megatron:/cache", "keeps ids by training step and not the text"),
-        ("parquet:/x", "is no source; write distillkit:/dir"),
+        ("parquet:/x", "is no source; write distillkit:/dir or megatron:/dir"),
+        ("megatron:", "is no source; write distillkit:/dir or megatron:/dir"),
+        ("megatron:/nowhere/at/all", "is no directory on this machine"),
         ("distillkit:/nowhere/at/all", "is no directory on this machine"),
     ],
 )
@@ -231,3 +233,159 @@ def test_columns_of_other_kinds(capture):
     parquet.write_table(table.drop_columns(["bytepacked_indices"]), path)
     with pytest.raises(RecipeError, match="with other columns"):
         list(Capture(capture, failure).said())
+
+
+RUN = {"seed": 7, "seq_length": 16, "train_iters": 4, "micro_batch_size": 2, "global_batch_size": 8}
+CP = DP = 2
+K = 3
+
+
+def said_of(token):
+    """Ids and log-probabilities of a teacher that looks at the last token alone."""
+    ids = [(7 * token + 13 * j) % VOCABULARY for j in range(K)]
+    return ids, [-0.5 - j - token / 1000 for j in range(K)]
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """A folder as Megatron's ``LogitsSaverHooks`` writes it, at CP 2 and DP 2, and the run's flags.
+
+    Sample n of the run is micro-batch by micro-batch dealt to the data-parallel ranks; context-
+    parallel rank r has pieces r and 2 CP - 1 - r of each.
+    """
+    zstandard = pytest.importorskip("zstandard")
+    import io
+    import tarfile
+
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    rng = np.random.default_rng(3)
+    for name in ("one", "two"):
+        builder = IndexedDatasetBuilder(f"{tmp_path / name}.bin", dtype=np.uint16)
+        for length in rng.integers(3, 60, 40).tolist():
+            builder.add_document(torch.from_numpy(rng.integers(0, VOCABULARY, length)), [length])
+        builder.finalize(f"{tmp_path / name}.idx")
+    blend = ["0.3", str(tmp_path / "one"), "0.7", str(tmp_path / "two")]
+    flags = ["--data-path", *blend, "--split", "100,0,0", "--tokenizer-type", "NullTokenizer"]
+    flags += ["--vocab-size", str(VOCABULARY), "--data-cache-path", str(tmp_path / "indices")]
+    flags += [x for name, n in RUN.items() for x in (f"--{name.replace('_', '-')}", str(n))]
+    args = convert._run_flags(flags)
+    args.data_parallel_size = DP
+
+    from megatron.core.datasets.blended_megatron_dataset_builder import (
+        BlendedMegatronDatasetBuilder,
+    )
+    from megatron.core.datasets.gpt_dataset import GPTDataset
+
+    from megatron_moe_inject.host.batches import dataset_config
+
+    sizes = [32, 1, 1]
+    config = dataset_config(args)
+    data, *_ = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()
+    blended = {"kind": "blend", "blend": [[0.3, "one"], [0.7, "two"]]}
+    identifiers = {"seed": 7, "sequence_length": 16, "train_samples": 32, "blend": blended}
+    meta = {"hash": "x", "identifiers": identifiers, "saver": {"k": K, "p": None}}
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    pieces = torch.arange(16).chunk(2 * CP)
+    for cp in range(CP):
+        places = torch.cat([pieces[cp], pieces[2 * CP - 1 - cp]]).tolist()
+        for dp in range(DP):
+            for last in (1, 3):
+                members = [("_meta.json", json.dumps(meta).encode())]
+                for iteration in (last - 1, last):
+                    lists = {"values": [], "indices_low": [], "bit_17": []}
+                    for micro in range(2):
+                        first = iteration * 8 + micro * 2 * DP + dp * 2
+                        samples = [data[first + b]["tokens"].tolist() for b in range(2)]
+                        said = [[said_of(tokens[s]) for tokens in samples] for s in places]
+                        ids = torch.tensor([[one[0] for one in row] for row in said])
+                        values = torch.tensor([[one[1] for one in row] for row in said])
+                        lists["values"].append(values)
+                        lists["indices_low"].append((ids & 0xFFFF).to(torch.uint16))
+                        lists["bit_17"].append((ids >> 16).to(torch.bool))
+                    buffer = io.BytesIO()
+                    torch.save(lists, buffer)
+                    packed = zstandard.ZstdCompressor(level=3).compress(buffer.getvalue())
+                    members.append((f"{iteration}.pt.zst", packed))
+                with tarfile.open(folder / f"cp{cp}_dp{dp}__{last}.tar", "w") as tar:
+                    for name, content in members:
+                        info = tarfile.TarInfo(name)
+                        info.size = len(content)
+                        tar.addfile(info, io.BytesIO(content))
+    return folder, flags, [data[n] for n in range(32)]
+
+
+def convert_cache(folder, flags, tmp_path, *options):
+    outputs = ["--output", str(tmp_path / "store"), "--data", str(tmp_path / "text")]
+    size = ["--vocab-size", str(VOCABULARY), "--log-probs", "fp32"]
+    command = ["convert-store", f"megatron:{folder}", *outputs, *size, *options]
+    return cli.main([*command, "--", *flags] if flags else command)
+
+
+def test_megatrons_cache_is_about_the_samples_of_its_run(cache, tmp_path, capsys):
+    folder, flags, data = cache
+    status = convert_cache(folder, flags, tmp_path, "--trust-pickle")
+    assert status == 0, capsys.readouterr()
+    store, text = Store(tmp_path / "store", failure), IndexedDataset(str(tmp_path / "text"))
+    assert text.sequence_lengths.tolist() == [17] * 32
+    # In the order in which ranks had them: micro-batch by micro-batch, rank by rank.
+    for number, sample in enumerate(data):
+        tokens = [*sample["tokens"].tolist(), int(sample["labels"][-1])]
+        assert text[number].tolist() == tokens
+        content, counts = store.read(0, np.arange(17 * number, 17 * number + 16))
+        rows = store.layout.decode(torch.from_numpy(content), torch.from_numpy(counts))
+        for row, token in enumerate(tokens[:-1]):
+            ids, log_probs = said_of(token)
+            found = dict(zip(rows.ids[row].tolist(), rows.at(0, 1.0)[row].tolist(), strict=True))
+            assert found == pytest.approx(dict(zip(ids, log_probs, strict=True)), abs=1e-5)
+
+
+def test_a_cache_of_another_run_and_pickles_that_are_not_trusted(cache, tmp_path, capsys):
+    folder, flags, _ = cache
+    for changed, options, message in (
+        (flags, (), "holds pickles, which may come from anybody; add --trust-pickle"),
+        ([], ("--trust-pickle",), "put -- and the flags of the run that saved the cache"),
+        ([*flags, "--seed", "8"], ("--trust-pickle",), "says seed 7, and the flags 8"),
+        ([*flags, "--micro-batch-size", "1"], ("--trust-pickle",), "with micro-batches [("),
+        ([*flags, "--rampup-batch-size", "2", "2", "8"], ("--trust-pickle",), "--rampup-batch-si"),
+    ):
+        assert convert_cache(folder, changed, tmp_path, *options) == 2
+        assert message in capsys.readouterr().err
+        for path in (tmp_path / "text.bin", tmp_path / "text.idx"):
+            path.unlink(missing_ok=True)
+        shutil.rmtree(tmp_path / "store", ignore_errors=True)
+    path = folder / "cp1_dp0__3.tar"
+    kept = path.read_bytes()
+    path.write_bytes(kept[:3000])
+    assert convert_cache(folder, flags, tmp_path, "--trust-pickle") == 2
+    assert "has cp1_dp0__3.tar" in capsys.readouterr().err
+
+
+def test_a_pickle_that_does_something_is_refused(cache, tmp_path, capsys):
+    """Only tensors are read, whoever is trusted."""
+    import io
+    import pickle
+    import tarfile
+
+    import zstandard
+
+    folder, flags, _ = cache
+    ran = tmp_path / "ran"
+
+    class Runs:
+        def __reduce__(self):
+            return Path.touch, (ran,)
+
+    path = folder / "cp0_dp0__1.tar"
+    with tarfile.open(path) as tar:
+        meta = tar.extractfile("_meta.json").read()
+    evil = zstandard.ZstdCompressor().compress(pickle.dumps({"values": Runs()}))
+    with tarfile.open(path, "w") as tar:
+        for name, content in (("_meta.json", meta), ("0.pt.zst", evil), ("1.pt.zst", evil)):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    assert convert_cache(folder, flags, tmp_path, "--trust-pickle") == 2
+    assert "has cp0_dp0__1.tar, which is damaged" in capsys.readouterr().err
+    assert not ran.exists()
