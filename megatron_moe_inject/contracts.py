@@ -41,7 +41,13 @@ from megatron_moe_inject.recipe.schema import Recipe
 from megatron_moe_inject.recipe.uses import RECIPE
 from megatron_moe_inject.retention.uses import EXPERT_RETENTION, L2, ORIGINALS
 from megatron_moe_inject.routing.uses import DOOR, ROUTER_ROWS, STEERING
-from megatron_moe_inject.teachers.uses import DATA_FILES, IMITATION, MEGATRON, WRITER
+from megatron_moe_inject.teachers.uses import (
+    CONVERTER,
+    DATA_FILES,
+    IMITATION,
+    MEGATRON,
+    WRITER,
+)
 
 _TRAINING = "megatron.training.training"
 
@@ -100,7 +106,7 @@ EVERYTHING = (
     *(ROUTING_WATCH, STEERING, ROUTER_ROWS, DOOR),
     *(ORIGINALS, EXPERT_RETENTION, L2),
     *(DATA_FILES, MEGATRON, IMITATION),
-    *(PLACES, WRITER),
+    *(PLACES, WRITER, CONVERTER),
     *(MIXING, VALIDATION_SETS),
     PREPARE,
     IMPORT,

@@ -30,6 +30,14 @@ WRITER = Contract(
     ),
 )
 
+CONVERTER = Contract(
+    "convert-store",
+    (
+        *symbols("megatron.training.arguments", "add_megatron_arguments"),
+        *symbols("megatron.training.datasets.data_samplers", "MegatronPretrainingSampler"),
+    ),
+)
+
 STATE_TENSORS = Wrapped(
     f"{_CORE}.ssm.mamba_mixer.make_sharded_tensors_for_checkpoint",
     ("tp_group", "dp_cp_group"),
