@@ -46,6 +46,7 @@ from megatron_moe_inject.teachers.uses import (
     DATA_FILES,
     IMITATION,
     MEGATRON,
+    SERVED,
     WRITER,
 )
 
@@ -70,10 +71,14 @@ NUM_SAMPLES = _function("get_train_valid_test_num_samples", "how much text is he
 LOADER = _function("build_pretraining_data_loader", "held-out text from its beginning")
 EVALUATION = _function("evaluate_and_print_results", "what is measured on held-out text")
 EVALUATE = _function("evaluate", "our terms in the results")
+STEP = _function("train_step", "ends training with a checkpoint where a step cannot be made")
 SCHEDULE = _function("get_forward_backward_func", "the step hook")
 LOOP = _function("train", "the first evaluation; what must not change is remembered")
 LOG = _function("training_log", "our terms in the log")
-AROUND = (NUM_SAMPLES, DATASETS, LOADER, OPTIMIZER, EVALUATION, EVALUATE, LOG, BASE_CHECKPOINT)
+AROUND = (
+    *(NUM_SAMPLES, DATASETS, LOADER, OPTIMIZER),
+    *(STEP, EVALUATION, EVALUATE, LOG, BASE_CHECKPOINT),
+)
 """What features' parts may stand around (``RunPart.around``), besides ``train`` and
 ``build_train_valid_test_data_iterators``."""
 WIRING = Contract(
@@ -106,7 +111,7 @@ EVERYTHING = (
     *(ROUTING_WATCH, STEERING, ROUTER_ROWS, DOOR),
     *(ORIGINALS, EXPERT_RETENTION, L2),
     *(DATA_FILES, MEGATRON, IMITATION),
-    *(PLACES, WRITER, CONVERTER),
+    *(PLACES, WRITER, CONVERTER, SERVED),
     *(MIXING, VALIDATION_SETS),
     PREPARE,
     IMPORT,

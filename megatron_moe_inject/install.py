@@ -16,6 +16,7 @@
 | ``training.build_pretraining_data_loader`` | ... and that it is read from its beginning |
 | ``training.evaluate_and_print_results`` | ... and what was measured on it |
 | ``training.get_forward_backward_func`` | the step hook |
+| ``training.train_step`` | where a step cannot be made: a checkpoint, and the end |
 | ``training.train`` | the first evaluation; what must not change is remembered |
 | ``training.training_log``, ``training.evaluate`` | our terms, as sums over the interval |
 | ``training.training_log`` | with ``evaluation``: the run's list, for ``moe-inject report`` |

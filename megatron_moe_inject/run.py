@@ -22,10 +22,12 @@ from megatron_moe_inject.host import compat
 from megatron_moe_inject.host.agreement import agree, on_first_rank
 from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.host.finite import FiniteWatch
+from megatron_moe_inject.host.leave import LeaveTraining
 from megatron_moe_inject.host.loss_seam import LossSeam
 from megatron_moe_inject.host.megatron_types import Chunk, Optimizer
 from megatron_moe_inject.host.save_lock import SaveLock
 from megatron_moe_inject.host.step import StepPart
+from megatron_moe_inject.host.stored_checkpoint import newest_saved
 from megatron_moe_inject.host.student_load import StudentLoad
 from megatron_moe_inject.host.term_log import TermStep
 from megatron_moe_inject.recipe.entries import SPLITS, split_labels
@@ -101,6 +103,8 @@ class Run:
         context.provide(MeasuredText, self._text)
         check_pipeline(args, context.largest_micro_batch)
         context.parts = [_Own(self), self._text, *self.parts.values()]
+        if kind == INJECTION:
+            context.parts.append(_Leaving(args))
         for part in context.parts:
             part.prepare()
         self.step_hook: StepHook | None = None
@@ -276,6 +280,34 @@ class _Own(RunPart):
             "evaluate_and_print_results": terms.print_evaluation,
             "training_log": terms.log,
         }
+
+
+class _Leaving(RunPart):
+    """Lets a part of a step end training with a checkpoint; around all that other parts do."""
+
+    def __init__(self, args: Namespace) -> None:
+        self._args = args
+        self._begun = 0
+        self._leave = LeaveTraining(self._saves)
+        self.around = self._leave.around
+
+    def begin_training(self) -> None:
+        """Remember what need not be saved again."""
+        self._begun = compat.optimizer_steps(self._args)
+
+    def _saves(self) -> bool:
+        """Whether something was trained that no checkpoint has. Every rank asks at once."""
+        steps = compat.optimizer_steps(self._args)
+        if not self._args.save or steps == self._begun:
+            return False
+        newest = newest_saved(self._args)
+        return newest is None or newest.iteration != steps
+
+    def finish(self) -> str | None:
+        """Say why training ended before its time."""
+        if self._leave.reason is not None:
+            raise self._leave.reason
+        return None
 
 
 def _measured_text(context: RunContext, parts: Iterable[RunPart]) -> MeasuredText:

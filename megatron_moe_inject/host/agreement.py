@@ -8,6 +8,7 @@ every rank would cost a job of thousands of ranks their product
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -139,3 +140,40 @@ def collective_device() -> torch.device:
     if "cpu" in dist.get_backend_config():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
+
+
+class HostWorld:
+    """All ranks, over gloo: what is agreed in every step without a device, nor a wait for one.
+
+    Args:
+        timeout: how long ranks wait for the slowest.
+
+    Collectives: one ``new_group`` of the whole world, none for one rank.
+    """
+
+    def __init__(self, timeout: datetime.timedelta) -> None:
+        self._group = None
+        if dist.get_world_size() > 1:
+            self._group = dist.new_group(backend="gloo", timeout=timeout)
+
+    def largest(self, values: Sequence[float]) -> list[float]:
+        """The largest of each number over all ranks, which have as many.
+
+        Collectives: one all-reduce of a float64 for each number.
+        """
+        numbers = torch.tensor(values, dtype=torch.float64)
+        if self._group is not None:
+            dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=self._group)
+        return numbers.tolist()
+
+    def said_by(self, rank: int, text: str | None) -> str:
+        """What one rank says, on every rank.
+
+        Collectives: one broadcast of it.
+        """
+        message = [text]
+        if self._group is not None:
+            dist.broadcast_object_list(
+                message, src=rank, group=self._group, device=torch.device("cpu")
+            )
+        return str(message[0])

@@ -80,6 +80,16 @@ def tokenizer_vocab_size() -> int:
     return int(get_tokenizer().vocab_size)
 
 
+def tokenize() -> Callable[[str], list[int]] | None:
+    """Ids of a text, by Megatron's tokenizer; None for one that has no text."""
+    from megatron.training import get_args
+    from megatron.training.global_vars import get_tokenizer
+
+    if get_args().tokenizer_type.startswith("Null"):
+        return None
+    return get_tokenizer().tokenize
+
+
 def text_length() -> Callable[[list[int]], int] | None:
     """UTF-8 length of ids as text, by Megatron's tokenizer; None for one that has no text.
 

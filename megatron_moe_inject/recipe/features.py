@@ -15,6 +15,7 @@ FEATURES: Registry[Feature] = Registry(
     {
         "data": "megatron_moe_inject.data.feature:DataFiles",
         "stores": "megatron_moe_inject.teachers.store.feature:StoresFeature",
+        "servers": "megatron_moe_inject.teachers.served.feature:ServersFeature",
         "validation_sets": "megatron_moe_inject.data.feature:SeveralValidationSets",
         "beginning": "megatron_moe_inject.recipe.beginning:BeginningFeature",
         "new_experts": "megatron_moe_inject.experts.grow.feature:NewExpertsFeature",

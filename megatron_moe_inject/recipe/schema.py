@@ -22,6 +22,7 @@ from megatron_moe_inject.recipe.committee import in_words, weights_of
 from megatron_moe_inject.recipe.expert_choice import ExpertChoice
 from megatron_moe_inject.recipe.schedule import Schedule, Weight
 from megatron_moe_inject.recipe.section import Section
+from megatron_moe_inject.recipe.server import ServerSpec
 
 KERNELS = ("auto", "torch")
 EXPERT_MODES = ("selected", "all", "none")
@@ -79,8 +80,9 @@ class TeacherSpec:
     """Where a teacher comes from and how it runs.
 
     Attributes:
-        source: ``megatron:/dir`` (a ``torch_dist`` checkpoint), ``hf:/dir`` (a local folder) or
-            ``store:/dir`` (what one of these said, by ``moe-inject store-teacher``).
+        source: ``megatron:/dir`` (a ``torch_dist`` checkpoint), ``hf:/dir`` (a local folder),
+            ``store:/dir`` (what one of these said, by ``moe-inject store-teacher``) or
+            ``server:URL`` (vLLM or SGLang; several URLs, with commas, share the work).
         temperature: overrides ``objective.temperature`` for this teacher.
         dtype: ``params`` (the student's parameter type), ``fp32`` or ``bf16``.
         window: micro-batches whose teacher states are kept at once; 0 = the whole step.
@@ -94,12 +96,13 @@ class TeacherSpec:
         ranks: which pipeline stages hold it and run it before the step: ``last``, ``pipeline`` (all
             together), or ``auto``: all, if it has no window and leaves the others three quarters of
             what the student leaves of their memory.
-        tail: of a ``store``, what becomes of the ids that are not stored: ``bucket`` (one outcome
-            together), ``renormalize`` (nothing), or ``sample``.
+        tail: of a ``store`` or ``server``, what becomes of the ids that it does not tell:
+            ``bucket`` (one outcome together), ``renormalize`` (nothing), or ``sample``.
         trusted: public keys (Ed25519, 44 characters each), one of which must have signed a
             ``store``; empty = whoever wrote it.
         align: ``none``, it has the student's tokenizer; or ``chunks``: it has one of its own, and
             both are compared by how likely they find the same pieces of text (ALM).
+        server: how a ``server`` is asked.
     """
 
     source: str = field(metadata={"remedy": "write source: megatron:/dir or source: hf:/dir"})
@@ -113,6 +116,7 @@ class TeacherSpec:
     tail: str = field(default="bucket", metadata={"choices": TAILS})
     trusted: list[str] = field(default_factory=list)
     align: str = field(default="none", metadata={"choices": TEACHER_ALIGN})
+    server: ServerSpec = field(default_factory=ServerSpec)
 
     @property
     def aligned(self) -> bool:
@@ -121,12 +125,12 @@ class TeacherSpec:
 
     @property
     def kind(self) -> str:
-        """``megatron``, ``hf`` or ``store``."""
+        """``megatron``, ``hf``, ``store`` or ``server``."""
         return self.source.partition(":")[0]
 
     @property
     def path(self) -> str:
-        """The directory behind ``kind:``."""
+        """What stands behind ``kind:``, a directory or URLs."""
         return self.source.partition(":")[2]
 
 

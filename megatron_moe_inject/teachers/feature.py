@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from megatron_moe_inject.recipe.run_part import RunContext, RunPart
 
 PREFIXES = ("auto", "none", "bos")
+_OF_KINDS = {"tail": ("store", "server"), "trusted": ("store",), "server": ("server",)}
+"""Fields that only some kinds of teachers have."""
 
 
 class Teachers(Feature):
@@ -34,7 +36,7 @@ class Teachers(Feature):
         """Each has a name, a source of a known kind, and a domain that it teaches."""
         used = {name for domain in recipe.domains for name in domain.teacher_weights}
         for name, spec in recipe.teachers.items():
-            path = f"teachers.{name}"
+            path, usual = f"teachers.{name}", type(spec)(spec.source)
             if not NAME.fullmatch(name):
                 raise fail("teachers", name, "is no name", "use letters, digits, _ and -")
             if spec.kind not in SOURCES or not spec.path.strip():
@@ -47,13 +49,12 @@ class Teachers(Feature):
                     "FP8 is for megatron: teachers with dtype params or bf16; write none",
                 )  # fmt: skip
             _check_prefix(f"{path}.prefix", spec.prefix)
-            if spec.kind != "store":
-                for key, usual in (("tail", "bucket"), ("trusted", [])):
-                    if getattr(spec, key) != usual:
-                        raise fail(
-                            f"{path}.{key}", getattr(spec, key), "is for a store",
-                            "write source: store:/dir, or remove it",
-                        )  # fmt: skip
+            for key, kinds in _OF_KINDS.items():
+                if spec.kind not in kinds and getattr(spec, key) != getattr(usual, key):
+                    raise fail(
+                        f"{path}.{key}", getattr(spec, key), f"is for a {' or '.join(kinds)}",
+                        f"write such as source: {SOURCES[kinds[0]].example}, or remove it",
+                    )  # fmt: skip
             if spec.window < 0:
                 raise fail(f"{path}.window", spec.window, "is negative", "0 keeps the whole step")
             for student, teacher in spec.layers.items():

@@ -76,6 +76,7 @@ SOURCES: Registry[SourceKind] = Registry(
         "megatron": "megatron_moe_inject.teachers.megatron:source_kind",
         "hf": "megatron_moe_inject.teachers.huggingface:source_kind",
         "store": "megatron_moe_inject.teachers.store.kind:source_kind",
+        "server": "megatron_moe_inject.teachers.served.kind:source_kind",
     },
 )
 

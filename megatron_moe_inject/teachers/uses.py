@@ -38,6 +38,15 @@ CONVERTER = Contract(
     ),
 )
 
+SERVED = Contract(
+    "teachers from server:",
+    (
+        *symbols(f"{_CORE}.datasets.utils", "Split"),
+        *symbols(f"{_CORE}.datasets.utils.Split", "train"),
+        Use("megatron.training.training.build_pretraining_data_loader", ("dataset",)),
+    ),
+)
+
 STATE_TENSORS = Wrapped(
     f"{_CORE}.ssm.mamba_mixer.make_sharded_tensors_for_checkpoint",
     ("tp_group", "dp_cp_group"),

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from megatron_moe_inject.teachers.store.manifest import StoredStates, StorePlan
 
 KIND = "store"
+SOME_IDS = (KIND, "server")
+"""Kinds of teachers that have a tail."""
 
 
 def taught_by(recipe: Recipe, name: str) -> list[Domain]:
@@ -113,7 +115,7 @@ def _check_unlabelled(recipe: Recipe, name: str) -> None:
 
 
 def check_rules(recipe: Recipe, name: str) -> None:
-    """Refuse what no store can do.
+    """Refuse what no store, and no server, can do.
 
     Raises:
         RecipeError: the first setting that does.
@@ -123,7 +125,9 @@ def check_rules(recipe: Recipe, name: str) -> None:
     for key in ("dtype", "window", "layers", "fp8", "prefix", "ranks"):
         value = getattr(spec, key)
         if value != getattr(usual, key):
-            raise fail(f"{path}.{key}", value, "is of a model, and a store runs none", "remove it")
+            raise fail(
+                f"{path}.{key}", value, f"is of a model, and a {spec.kind} runs none", "remove it"
+            )
     imitation = recipe[IMITATION]
     for key in imitation.in_use():
         raise fail(
@@ -149,10 +153,10 @@ def _check_committee(recipe: Recipe, where: str, domain: Domain, name: str) -> N
     tail, path = recipe.teachers[name].tail, f"teachers.{name}.tail"
     for other in domain.teacher_weights:
         spec = recipe.teachers[other]
-        if spec.kind == KIND and spec.tail != tail:
+        if spec.kind in SOME_IDS and spec.tail != tail:
             raise fail(
                 path, tail, f"is not that of teacher {other} ({spec.tail}), which teaches with it",
-                "write one tail for all stores of a committee",
+                "write one tail for all stores and servers of a committee",
             )  # fmt: skip
         if spec.kind != KIND and tail == "sample":
             raise fail(

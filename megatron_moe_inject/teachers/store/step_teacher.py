@@ -26,12 +26,12 @@ import torch.distributed as dist
 from megatron_moe_inject.data.labels import TOKEN_PLACES, samples_of
 from megatron_moe_inject.data.token_places import number_data_sets, split_places
 from megatron_moe_inject.host.context_parallel import context_parallel_slice
-from megatron_moe_inject.host.indices import index
 from megatron_moe_inject.host.step import MicroBatch
 from megatron_moe_inject.losses.target import Target
 from megatron_moe_inject.recipe.run_kinds import EVALUATION
 from megatron_moe_inject.recipe.run_part import BuiltStudent, RunContext
 from megatron_moe_inject.teachers.base import TeacherInfo
+from megatron_moe_inject.teachers.some_ids import SomeIdsTeacher
 from megatron_moe_inject.teachers.sources import parse_source
 from megatron_moe_inject.teachers.store.head import read_head
 from megatron_moe_inject.teachers.store.manifest import Manifest
@@ -98,7 +98,7 @@ class StoredSource:
         return content, counts
 
 
-class StoreTeacher:
+class StoreTeacher(SomeIdsTeacher):
     """``step_pass.StepTeacher`` of a store.
 
     Args:
@@ -110,10 +110,6 @@ class StoreTeacher:
         device: where the loss is computed.
     """
 
-    unknown: torch.Tensor | None = None
-    ran_bare = False
-    windowed = False
-
     def __init__(
         self,
         name: str,
@@ -124,12 +120,10 @@ class StoreTeacher:
         cp_group: dist.ProcessGroup,
         device: torch.device,
     ) -> None:
-        self.name = name
+        super().__init__(name, cp_group, device)
         self._source = source
         self._spoken = spoken
         self._group = tp_group
-        self._cp = (cp_group.rank(), cp_group.size())
-        self._device = device
 
     def begin(
         self,
@@ -151,8 +145,7 @@ class StoreTeacher:
         Raises:
             RecipeError: the store lacks a sample, was written from another text, or is damaged.
         """
-        count, width = int(selected.sum()), sequence_length // self._cp[1]
-        self._selected, self._rows = selected, selected.sum(dim=1).tolist()
+        count, width = self._select(selected), sequence_length // self._cp[1]
         shapes = {
             "content": ((count, width, self._spoken.layout.widest), torch.uint8),
             "counts": ((count, width), torch.int32),
@@ -202,51 +195,17 @@ class StoreTeacher:
         """The group over whose ranks a head of states is sharded; None of ids."""
         return self._spoken.tp_group
 
-    def _of(self, micro_batch: int) -> slice:
-        begin = sum(self._rows[:micro_batch])
-        return slice(begin, begin + self._rows[micro_batch])
-
     def target(self, micro_batch: int) -> Target:
         """What it says about a micro-batch's k selected samples, ``[k, s/c, ...]``."""
         rows = self._of(micro_batch)
         return self._spoken.target(self._content[rows], self._counts[rows])
 
-    def bare_target(self, micro_batch: int) -> Target:
-        """Never asked: a store has no prefix to leave out."""
-        raise AssertionError("a store was written with or without a prefix")
+    def _at_one(self, rows: slice | torch.Tensor) -> Target:
+        return self._spoken.target(self._content[rows], self._counts[rows], at_one=True)
 
-    def readable(self, micro_batch: int) -> torch.Tensor | None:
-        """Where it says something, ``[k, s/c]``: everywhere but at the end of documents."""
-        return self._counts[self._of(micro_batch)] > 0
-
-    def of_step(self, wanted: torch.Tensor) -> tuple[torch.Tensor, Target]:
-        """Tokens ``[k, s]``, and what it says about them at temperature 1, of some samples."""
-        rows = self._wanted(wanted)
-        said = self._spoken.target(self._content[rows], self._counts[rows], at_one=True)
-        return self._tokens[rows], said
-
-    def readable_of_step(self, wanted: torch.Tensor) -> torch.Tensor | None:
-        """``readable`` of the samples of ``of_step``."""
-        return self._counts[self._wanted(wanted)] > 0
-
-    def _wanted(self, wanted: torch.Tensor) -> torch.Tensor:
-        samples = wanted[self._selected].nonzero().flatten().tolist()
-        return index(samples, self._device)
-
-    def next_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The next token of each position of ``[k, s]``, -1 at the last; this rank's, flat."""
-        labels = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -1)], dim=1)
-        return context_parallel_slice(labels.unsqueeze(-1), *self._cp).flatten()
-
-    @property
-    def passes(self) -> tuple[StoreTeacher, ...]:
-        """Itself: a domain's teachers."""
-        return (self,)
-
-    def together(self, targets: Sequence[Target]) -> Target:
-        """What the domain's teachers say as one: that of the only teacher."""
-        (target,) = targets
-        return target
+    def _readable(self, rows: slice | torch.Tensor) -> torch.Tensor:
+        """Everywhere but at the end of documents."""
+        return self._counts[rows] > 0
 
 
 def stored_teacher(run: RunContext, info: TeacherInfo, student: BuiltStudent) -> StoreTeacher:

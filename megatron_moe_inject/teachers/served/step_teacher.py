@@ -1,0 +1,191 @@
+"""A served teacher in a step: the answers to its texts, on every rank that computes the loss.
+
+The first of the TP x CP ranks that share a sequence on the last pipeline stage has the answers
+(``step_answers``) and sends them to the others as they are: ids and log-probabilities, 8 bytes for
+each id of each token. Each rank keeps its context-parallel part.
+
+Ids that the student lacks take no part, as those of a model: what they had of the probability is
+taken from the whole.
+
+Shapes: n micro-batches, b samples each, k samples of a micro-batch or a step, s sequence, c
+context-parallel size, i ids of a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_moe_inject.data.labels import samples_of
+from megatron_moe_inject.host.context_parallel import context_parallel_slice
+from megatron_moe_inject.host.step import MicroBatch
+from megatron_moe_inject.losses.target import Sparse, Target
+from megatron_moe_inject.recipe.run_kinds import EVALUATION
+from megatron_moe_inject.recipe.run_part import BuiltStudent, RunContext
+from megatron_moe_inject.teachers.base import TeacherInfo
+from megatron_moe_inject.teachers.served.protocols import Answer
+from megatron_moe_inject.teachers.some_ids import SomeIdsTeacher
+from megatron_moe_inject.teachers.store.rules import taught_by
+
+
+class AnswersOfStep:
+    """What servers say of the step that begins, on the ranks that ask them.
+
+    Attributes:
+        by_teacher: of a teacher's k samples ids [k, s, i] int32, -1 where there is none, and
+            log-probabilities [k, s, i] float32 at temperature 1.
+    """
+
+    def __init__(self) -> None:
+        self.by_teacher: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+
+class ServedTeacher(SomeIdsTeacher):
+    """``step_pass.StepTeacher`` of servers.
+
+    Args:
+        name: its key in the recipe.
+        answers: of the step; asked on the first rank of ``share_group`` alone.
+        slots: i.
+        temperature: at which it is distilled.
+        tail: see ``losses.target.Sparse``.
+        share_group: the TP x CP ranks that share a sequence; its first rank asks.
+        cp_group: context-parallel group.
+        device: where the loss is computed.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        answers: AnswersOfStep,
+        slots: int,
+        *,
+        temperature: float,
+        tail: str,
+        share_group: dist.ProcessGroup,
+        cp_group: dist.ProcessGroup,
+        device: torch.device,
+    ) -> None:
+        super().__init__(name, cp_group, device)
+        self._answers = answers
+        self._slots = slots
+        self._temperature = temperature
+        self._tail = tail
+        self._group = share_group
+
+    def begin(
+        self,
+        batches: Sequence[MicroBatch] | None,
+        selected: torch.Tensor,
+        sequence_length: int,
+        *,
+        bare: bool = False,
+        starts: torch.Tensor | None = None,
+    ) -> None:
+        """Take the step's answers; see ``step_pass.StepTeacher``.
+
+        Collectives: over the TP x CP ranks one broadcast of the ids, one of the log-probabilities
+        and one of the tokens; none where they are one rank or nothing is selected.
+        """
+        count = self._select(selected)
+        shape = (count, sequence_length, self._slots)
+        kinds = {"ids": torch.int32, "log_probs": torch.float32, "tokens": torch.int64}
+        shapes = {"ids": shape, "log_probs": shape, "tokens": shape[:2]}
+        if self._group.rank() == 0 and count:
+            assert batches is not None, "the first rank of a stage that has the loss reads data"
+            found = self._look_up(batches, selected.nonzero().tolist())
+        else:
+            found = {
+                name: torch.empty(shapes[name], dtype=kind, device=self._device)
+                for name, kind in kinds.items()
+            }
+        first = dist.get_process_group_ranks(self._group)[0]
+        for name, value in found.items():
+            if value.device != self._device:
+                value = value.to(self._device, non_blocking=True)
+            if self._group.size() > 1 and count:
+                dist.broadcast(value, src=first, group=self._group)
+            found[name] = value
+        self._ids, self._log_probs = (
+            context_parallel_slice(found[name], *self._cp) for name in ("ids", "log_probs")
+        )
+        self._tokens = found["tokens"]
+
+    def _look_up(
+        self, batches: Sequence[MicroBatch], samples: Sequence[Sequence[int]]
+    ) -> dict[str, torch.Tensor]:
+        ids, log_probs = self._answers.by_teacher[self.name]
+        tokens = samples_of([batch["tokens"] for batch in batches], samples)
+        assert tokens is not None, "samples are selected"
+        found = {
+            "ids": torch.from_numpy(ids),
+            "log_probs": torch.from_numpy(log_probs),
+            "tokens": tokens.cpu().view(ids.shape[:2]),
+        }
+        if self._device.type == "cuda":
+            return {name: value.pin_memory() for name, value in found.items()}
+        return found
+
+    def target(self, micro_batch: int) -> Target:
+        """What it says about a micro-batch's k selected samples, ids ``[k, s/c, i]``."""
+        rows = self._of(micro_batch)
+        log_probs, temperature = self._log_probs[rows], self._temperature
+        if temperature != 1:
+            log_probs = at_temperature(log_probs, temperature)
+        return Sparse(self._ids[rows].long(), log_probs, self._tail, temperature)
+
+    def _at_one(self, rows: slice | torch.Tensor) -> Sparse:
+        return Sparse(self._ids[rows].long(), self._log_probs[rows], self._tail)
+
+    def _readable(self, rows: slice | torch.Tensor) -> torch.Tensor:
+        return self._ids[rows][..., 0] >= 0
+
+
+def at_temperature(log_probs: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Of log-probabilities ``[..., i]`` at temperature 1 those of a softmax over the i ids at
+    another; what other ids would have is not known. -inf stays."""
+    tempered = log_probs / temperature
+    total = tempered.logsumexp(-1, keepdim=True)
+    return tempered - total.masked_fill(total == -torch.inf, 0)
+
+
+def of_student(answer: Answer, vocab_size: int) -> Answer:
+    """An answer about ids below ``vocab_size`` alone: what is left of the probability is the whole.
+
+    Where all that is known lies outside, nothing is left to say.
+    """
+    outside = answer.ids >= vocab_size
+    if not outside.any():
+        return answer
+    taken = np.exp(np.where(outside, answer.log_probs, -np.inf).astype(np.float64)).sum(1)
+    ids = np.where(outside, -1, answer.ids)
+    kept = np.where(ids >= 0, answer.log_probs, -np.inf)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        kept = kept - np.log1p(-np.minimum(taken, 1))[:, None]
+    kept = np.where(ids >= 0, np.minimum(kept, 0), -np.inf)
+    order = np.argsort(-kept, 1, kind="stable")
+    return Answer(
+        np.take_along_axis(ids, order, 1), np.take_along_axis(kept, order, 1).astype(np.float32)
+    )
+
+
+def served_teacher(run: RunContext, info: TeacherInfo, student: BuiltStudent) -> ServedTeacher:
+    """The servers as a teacher of a step on a rank of the last stage; no collective."""
+    recipe, groups = run.recipe, student.groups
+    spec = recipe.teachers[info.name]
+    temperature = 1.0
+    if run.kind != EVALUATION:  # which measures at 1
+        temperature = recipe.temperature(taught_by(recipe, info.name)[0])
+    return ServedTeacher(
+        info.name,
+        run.need(AnswersOfStep),
+        spec.server.top + 1,
+        temperature=temperature,
+        tail=spec.tail,
+        share_group=groups.tp_cp,
+        cp_group=groups.cp,
+        device=student.device,
+    )

@@ -1,0 +1,57 @@
+"""Which texts a step asks servers about: samples, or the documents in them.
+
+A sample is asked about with its last label behind it, so that there is a row for each of its
+positions and the label's probability in each. Where samples are packed, each document is a text of
+its own, as a model reads it, with the label at its end behind it. A position whose label is none
+(negative) at the end of a text has no row.
+
+Shapes: k samples, s sequence, t ids of a text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Text(NamedTuple):
+    """A text, and where its answer belongs.
+
+    Attributes:
+        tokens: [t] int32.
+        sample: among the k.
+        begin: position of its first token.
+    """
+
+    tokens: np.ndarray
+    sample: int
+    begin: int
+
+    @property
+    def rows(self) -> slice:
+        """The positions that its answer is about."""
+        return slice(self.begin, self.begin + len(self.tokens) - 1)
+
+
+def texts_of(
+    tokens: np.ndarray, labels: np.ndarray, lengths: Sequence[Sequence[int]] | None = None
+) -> list[Text]:
+    """The texts of some samples.
+
+    Args:
+        tokens, labels: [k, s].
+        lengths: of the documents of each sample; None where it is read as a whole.
+    """
+    texts = []
+    for sample, (own, own_labels) in enumerate(zip(tokens, labels, strict=True)):
+        begin = 0
+        for length in [len(own)] if lengths is None else lengths[sample]:
+            end = begin + length
+            label = own_labels[end - 1]
+            ids = own[begin:end] if label < 0 else np.append(own[begin:end], label)
+            if len(ids) > 1:
+                texts.append(Text(ids.astype(np.int32), sample, begin))
+            begin = end
+    return texts
