@@ -152,9 +152,11 @@ class HostWorld:
     """
 
     def __init__(self, timeout: datetime.timedelta) -> None:
-        self._group = None
+        self._group: dist.ProcessGroup | None = None
         if dist.get_world_size() > 1:
-            self._group = dist.new_group(backend="gloo", timeout=timeout)
+            group = dist.new_group(backend="gloo", timeout=timeout)
+            assert isinstance(group, dist.ProcessGroup), "every rank is a member"
+            self._group = group
 
     def largest(self, values: Sequence[float]) -> list[float]:
         """The largest of each number over all ranks, which have as many.

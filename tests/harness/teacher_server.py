@@ -206,8 +206,9 @@ class TeacherServer:
             tokens = [(t + 1) % 2 for t in tokens]
         elif fault == "shorter":
             tokens = tokens[:-1]
-        log_probs = self.think(tokens)
-        if max(tokens) >= log_probs.shape[1]:
+        try:
+            log_probs = self.think(tokens)
+        except IndexError:
             self._error(handler, 400, f"Token id {max(tokens)} is out of vocabulary")
             return
         if fault == "raw_logits":

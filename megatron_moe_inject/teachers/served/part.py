@@ -160,7 +160,8 @@ class ServedPart(RunPart):
             spec = self._run.recipe.teachers[name].server
             api_key(spec.key_from, f"teachers.{name}.server.key_from")
             answers = Answers(self._probed[name].settings, _say_of(name))
-            asked[name] = Asked(answers, domains[name], spec.top + 1, spec.ahead)
+            source = parse_source(name, self._run.recipe.teachers[name].source)
+            asked[name] = Asked(answers, domains[name], spec.top + 1, spec.ahead, source.error)
         return asked
 
     def _loader(self, stock: Callable, *args: Any, **kwargs: Any) -> Any:

@@ -32,7 +32,7 @@ from megatron_moe_inject.teachers.served.client import Connection, Fault
 from megatron_moe_inject.teachers.served.protocols import PROTOCOLS, Answer, BadAnswer
 from megatron_moe_inject.teachers.served.wire import Settings
 
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 _BAD_ANSWERS = 4
 SAME_MODEL = 0.25
 """Nats by which what a model says of one text may differ in the mean from one request to another.
@@ -216,7 +216,7 @@ class Pool:
             return
         if server.failures == 0:
             self._remark(f"{server.address} {fault}; it is asked again later")
-        pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0**server.failures)
+        pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0**server.failures)
         pause = max(pause * random.uniform(2 / 3, 4 / 3), fault.wait)
         server.failures = min(server.failures + 1, 30)
         server.free_from = now + pause

@@ -49,6 +49,12 @@ def check_server(recipe: Recipe, name: str) -> None:
     for key in ("top", "concurrent"):
         if getattr(spec, key) < 1:
             raise fail(f"{path}.{key}", getattr(spec, key), "is not positive", "write 1 or more")
+    if recipe.teachers[name].tail == "sample":
+        raise fail(
+            f"teachers.{name}.tail", "sample",
+            "is of ids that were drawn, and servers give the most likely ones",
+            "write bucket or renormalize",
+        )  # fmt: skip
     if spec.ahead < 0:
         raise fail(f"{path}.ahead", spec.ahead, "is negative", "0 asks when a step begins")
     for key in ("timeout", "patience"):

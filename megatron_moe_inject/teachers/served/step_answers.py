@@ -22,11 +22,11 @@ from megatron_moe_inject.data import packed
 from megatron_moe_inject.data.labels import domains_of, samples_of
 from megatron_moe_inject.host.agreement import HostWorld
 from megatron_moe_inject.host.attached_loss import add_reports
+from megatron_moe_inject.host.errors import Failure
 from megatron_moe_inject.host.leave import CannotGoOn
 from megatron_moe_inject.host.step import MicroBatch, Step, StepPart
 from megatron_moe_inject.teachers.served.ahead import Ahead
 from megatron_moe_inject.teachers.served.answers import Answers, ServerFailure
-from megatron_moe_inject.teachers.served.protocols import Answer
 from megatron_moe_inject.teachers.served.step_teacher import AnswersOfStep, of_student
 from megatron_moe_inject.teachers.served.texts import Text, texts_of
 
@@ -40,12 +40,14 @@ class Asked:
         domains: indices of those that it teaches.
         slots: i.
         ahead: steps whose texts are asked for ahead.
+        failure: makes the error that names it.
     """
 
     answers: Answers
     domains: Sequence[int]
     slots: int
     ahead: int
+    failure: Failure
 
 
 class StepAnswers(StepPart):
@@ -97,10 +99,7 @@ class StepAnswers(StepPart):
             assert step.as_read is not None, "the first rank of a stage that has the loss reads"
             if step.training:
                 self._foresee(step)
-            try:
-                self._fetch(step)
-            except ServerFailure as failure:
-                problem = str(failure)
+            problem = self._fetch(step)
         rank, world = dist.get_rank(), dist.get_world_size()
         counts = [teacher.answers.counts for teacher in self._asked.values()]
         first, *told = self._world.largest(
@@ -135,23 +134,36 @@ class StepAnswers(StepPart):
             self.coming.reach((1 + self._steps_ahead) * len(step.labels))
         self.coming.came(step.as_read)
 
-    def _fetch(self, step: Step) -> None:
-        assert step.as_read is not None, "of this rank"
+    def _fetch(self, step: Step) -> str | None:
+        """Leave the step's answers where teachers take them; why they cannot be had."""
         for name, teacher in self._asked.items():
-            wanted = torch.isin(step.labels, torch.tensor(list(teacher.domains)))
-            samples = wanted.nonzero().tolist()
-            shape = (len(samples), step.sequence_length, teacher.slots)
-            ids = np.full(shape, -1, np.int32)
-            log_probs = np.full(shape, -np.inf, np.float32)
-            if samples:
-                starts = None if step.starts is None else step.starts[wanted]
-                texts = _texts(step.as_read, samples, starts)
-                fetched = teacher.answers.fetch([text.tokens for text in texts])
-                for text, answer in zip(texts, fetched, strict=True):
-                    own: Answer = of_student(answer, self._vocab_size)
-                    ids[text.sample, text.rows] = own.ids
-                    log_probs[text.sample, text.rows] = own.log_probs
-            self._answers.by_teacher[name] = ids, log_probs
+            try:
+                self._answers.by_teacher[name] = self._fetched(step, teacher)
+            except ServerFailure as failure:
+                return str(
+                    teacher.failure(
+                        f"no longer says what is needed: {failure}",
+                        "see to the servers, and go on from the checkpoint",
+                    )
+                )
+        return None
+
+    def _fetched(self, step: Step, teacher: Asked) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and log-probabilities [k, s, i] of the samples that a teacher teaches."""
+        assert step.as_read is not None, "of this rank"
+        wanted = torch.isin(step.labels, torch.tensor(list(teacher.domains)))
+        samples = wanted.nonzero().tolist()
+        shape = (len(samples), step.sequence_length, teacher.slots)
+        ids = np.full(shape, -1, np.int32)
+        log_probs = np.full(shape, -np.inf, np.float32)
+        starts = None if step.starts is None else step.starts[wanted]
+        texts = _texts(step.as_read, samples, starts)
+        fetched = teacher.answers.fetch([text.tokens for text in texts])
+        for text, answer in zip(texts, fetched, strict=True):
+            own = of_student(answer, self._vocab_size)
+            ids[text.sample, text.rows] = own.ids
+            log_probs[text.sample, text.rows] = own.log_probs
+        return ids, log_probs
 
     def _texts_of_batch(self, batch: MicroBatch) -> dict[str, list[np.ndarray]]:
         """The texts that a micro-batch asks for, by teacher."""

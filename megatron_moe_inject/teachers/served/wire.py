@@ -12,7 +12,7 @@ import json
 import struct
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import BinaryIO, NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 
@@ -79,7 +79,7 @@ class Message(NamedTuple):
     content: bytes = b""
 
 
-def send(stream: BinaryIO, message: Message, *more: bytes) -> None:
+def send(stream: IO[bytes], message: Message, *more: bytes) -> None:
     """Write one message, with more content behind it.
 
     Raises:
@@ -92,7 +92,7 @@ def send(stream: BinaryIO, message: Message, *more: bytes) -> None:
     stream.flush()
 
 
-def receive(stream: BinaryIO) -> Message | None:
+def receive(stream: IO[bytes]) -> Message | None:
     """Read one message; None where the other side has ended."""
     head = stream.read(_HEAD.size)
     if len(head) < _HEAD.size:

@@ -1,0 +1,120 @@
+"""Served teachers in the place of models beside the student, through the real ``pretrain()``.
+
+The server is a real one over HTTP (``tests.harness.teacher_server``), over the very model that a
+live ``hf:`` teacher loads, so with all ids asked for the losses and gradients must be the same.
+"""
+
+import pytest
+
+from tests.harness import lane
+from tests.harness.injection import recipe_file
+from tests.harness.teacher_server import TeacherServer, thinker
+
+ALL = 69
+"""Rows of the teacher's head, eight of them beyond the student's ids."""
+TERMS = ("lm loss", "kd loss", "total loss", "kd loss/code", "steering loss", "grad norm")
+RECIPE = """
+domains:
+  - name: code
+    data: [1]
+    teacher: coder
+    experts: {{layers: {{2: [3], 3: [0, 3]}}}}
+teachers:
+  coder: {{source: "hf:/nowhere"}}
+objective: {{alpha: 0.7, beta: 0.3, temperature: 2.0}}
+steering: {{coeff: 0.5, target_mass: 0.8, confidence: label}}
+train: {{attention: true}}
+"""
+SECRET = "sk-very-secret-0123456789"
+
+
+@pytest.fixture(scope="module")
+def think(llama):
+    import transformers
+
+    return thinker(transformers.AutoModelForCausalLM.from_pretrained(str(llama)).eval())
+
+
+@pytest.fixture(scope="module")
+def train(material):
+    """A run whose teacher is at a source."""
+
+    def run(source, *extra, nproc=1, sets=(), check=True, env=None, resume=None, **layout):
+        overrides = [f"teachers.coder.source={source}", *sets]
+        ours = ["--inject-recipe", recipe_file(material, RECIPE), "--inject-verify-frozen"]
+        flags = material.flags(*ours, "--inject-set", *overrides, *extra, **layout)
+        if resume is not None:
+            anew = ("--finetune", "--no-load-optim", "--no-load-rng")
+            flags = [flag for flag in flags if flag not in anew] + ["--load", str(resume)]
+        return lane.run(flags, nproc=nproc, check=check, env=env)
+
+    return run
+
+
+def ask(server, *more, top=ALL):
+    """Source and overrides of a run that asks a server, impatiently."""
+    usual = {"top": top, "timeout": 20, "patience": 20}
+    sets = [f"teachers.coder.server.{key}={value}" for key, value in usual.items()]
+    return f"'server:{server.url}'", [*sets, *more]
+
+
+@pytest.fixture(scope="module")
+def live(train, llama):
+    return train(f"hf:{llama}")
+
+
+@pytest.fixture(scope="module")
+def served(train, think):
+    with TeacherServer(think) as server:
+        source, sets = ask(server)
+        return train(source, sets=sets), server
+
+
+def assert_same(run, other, rel=2e-5):
+    for term in TERMS:
+        assert other.losses(term), term
+        assert run.losses(term) == lane.approx(other.losses(term), rel=rel, abs=1e-7), term
+
+
+def test_all_ids_of_a_server_are_its_model(live, served):
+    """Loss, gradient, and how sure it is of each token, which steering weighs by."""
+    run, server = served
+    assert_same(run, live)
+    assert max(run.losses("server misses")) == 0
+    assert "vLLM 0.33.0; tokens not compared" in run.output
+    # A probe and its long form, 19 samples of the domain in four steps and those of two more ahead.
+    assert len(server.asked) < 50
+
+
+def test_servers_that_die_end_training_with_a_checkpoint(train, think, tmp_path):
+    """Two ranks of two stages, of which one asks, and none is left waiting; the run then goes on
+    as if nothing had been, bit for bit."""
+    save = ("--save", str(tmp_path / "saved"), "--save-interval", "100")
+    whole = ("--train-iters", "6")
+    with TeacherServer(think) as server:
+        source, sets = ask(server, "teachers.coder.server.ahead=0")
+        through = train(source, *whole, nproc=2, pp=2, sets=sets)
+        begun = len(server.asked)
+        server.faults = lambda n: "500" if n > begun + 2 + (begun - 2) // 2 else None
+        source, sets = ask(
+            server, "teachers.coder.server.ahead=0", "teachers.coder.server.patience=1.5"
+        )
+        cut = train(source, *whole, *save, nproc=2, pp=2, sets=sets, check=False)
+        assert cut.returncode == 2, cut.tail()
+        assert "Traceback" not in cut.output
+        (told,) = {x for x in cut.output.splitlines() if "megatron_moe_inject: error" in x}
+        for part in (
+            f"teachers.coder.source: 'server:{server.url}' no longer says what is needed: ",
+            f"{server.url} says HTTP 500: as the test asks: 500",
+            f"; what was trained is saved in {tmp_path / 'saved'}",
+        ):
+            assert part in told
+        done = len(cut.iterations)
+        assert 0 < done < 6
+        assert (tmp_path / "saved" / "latest_checkpointed_iteration.txt").read_text() == str(done)
+        assert cut.losses("total loss") == through.losses("total loss")[:done]
+        server.faults = lambda n: None
+        source, sets = ask(server)
+        on = train(source, *whole, *save, nproc=2, pp=2, sets=sets, resume=tmp_path / "saved")
+    for term in TERMS:
+        assert on.losses(term) == through.losses(term)[done:], term
