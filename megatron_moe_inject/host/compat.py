@@ -342,6 +342,17 @@ def step_was_rejected() -> bool:
     return bool(getattr(get_rerun_state_machine(), "rerun_requested", False))
 
 
+def take_step_back() -> None:
+    """Let Megatron's rerun machinery, which is saved with a checkpoint, forget the step that it has
+    begun and that will not be made."""
+    from megatron.core.rerun_state_machine import RerunState, get_rerun_state_machine
+
+    machine = get_rerun_state_machine()
+    if machine.state != RerunState.NOT_RUNNING_YET:
+        machine.state = RerunState.NOT_RUNNING_YET
+        machine.current_iteration -= 1
+
+
 def runs_in_high_precision(config: Any, layer: int) -> bool:
     """Whether a model that trains in FP8 runs a 0-based decoder layer without it."""
     from megatron.core.fp8_utils import is_first_last_bf16_layer

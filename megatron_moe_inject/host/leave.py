@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from megatron_moe_inject.host import compat
 from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.host.failure import EXIT_CODE
 
@@ -43,6 +44,7 @@ class LeaveTraining:
                 return stock(*args, **kwargs)
             except CannotGoOn as reason:
                 self.reason = reason
+                compat.take_step_back()
         # As train_step itself returns: no losses, skipped, save, leave, exit code, no norms.
         return {}, True, self._saves(), True, EXIT_CODE, None, None, 0
 

@@ -116,7 +116,11 @@ EVERY_RUN = Contract(
         Use(
             f"{_CORE}.rerun_state_machine.get_rerun_state_machine",
         ),
-        Use(f"{_CORE}.rerun_state_machine.RerunStateMachine", attributes=("rerun_requested",)),
+        Use(
+            f"{_CORE}.rerun_state_machine.RerunStateMachine",
+            attributes=("current_iteration", "rerun_requested", "state"),
+        ),
+        *symbols(f"{_CORE}.rerun_state_machine", "RerunState", "RerunState.NOT_RUNNING_YET"),
         *symbols(f"{_CORE}.process_groups_config", "ProcessGroupCollection.use_mpu_process_groups"),
         Use(
             f"{_CORE}.process_groups_config.ProcessGroupCollection",

@@ -6,8 +6,9 @@ live ``hf:`` teacher loads, so with all ids asked for the losses and gradients m
 
 import pytest
 
+from megatron_moe_inject.host import compat
 from tests.harness import lane
-from tests.harness.injection import recipe_file
+from tests.harness.injection import OTHER, assert_clean_end, recipe_file
 from tests.harness.teacher_server import TeacherServer, thinker
 
 ALL = 69
@@ -39,14 +40,14 @@ def think(llama):
 def train(material):
     """A run whose teacher is at a source."""
 
-    def run(source, *extra, nproc=1, sets=(), check=True, env=None, resume=None, **layout):
+    def run(source, *extra, nproc=1, sets=(), check=True, env=None, resume=None, path=(), **layout):
         overrides = [f"teachers.coder.source={source}", *sets]
         ours = ["--inject-recipe", recipe_file(material, RECIPE), "--inject-verify-frozen"]
         flags = material.flags(*ours, "--inject-set", *overrides, *extra, **layout)
         if resume is not None:
             anew = ("--finetune", "--no-load-optim", "--no-load-rng")
             flags = [flag for flag in flags if flag not in anew] + ["--load", str(resume)]
-        return lane.run(flags, nproc=nproc, check=check, env=env)
+        return lane.run(flags, nproc=nproc, check=check, env=env, pythonpath=path)
 
     return run
 
@@ -118,3 +119,89 @@ def test_servers_that_die_end_training_with_a_checkpoint(train, think, tmp_path)
         on = train(source, *whole, *save, nproc=2, pp=2, sets=sets, resume=tmp_path / "saved")
     for term in TERMS:
         assert on.losses(term) == through.losses(term)[done:], term
+
+
+def test_two_tensor_parallel_ranks_a_key_and_sglang(train, think, served, tmp_path):
+    """One of the ranks asks; its key is in no line, and in no file that is saved."""
+    save = ("--save", str(tmp_path), "--save-interval", "2", "--tensorboard-dir", str(tmp_path))
+    with TeacherServer(think, "sglang", key=SECRET) as server:
+        source, sets = ask(server, "teachers.coder.server.key_from=TEACHER_KEY")
+        run = train(source, *save, nproc=2, tp=2, sets=sets, env={"TEACHER_KEY": SECRET})
+        assert len(server.asked) == len(served[1].asked)
+    assert_same(run, served[0])
+    assert SECRET not in run.output
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".distcp" for path in files)
+    assert not [path for path in files if SECRET.encode() in path.read_bytes()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout",
+    [
+        dict(nproc=2, ep=2),
+        dict(nproc=2, cp=2),
+        dict(nproc=4, tp=2, pp=2),
+        dict(nproc=4, ep=2, pp=2),
+    ],
+    ids=["ep2", "cp2", "tp2-pp2", "ep2-pp2"],
+)
+def test_every_layout_is_told_the_same(train, think, served, layout):
+    with TeacherServer(think) as server:
+        source, sets = ask(server)
+        assert_same(train(source, sets=sets, **layout), served[0])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    compat.megatron_version().startswith("0.18"), reason="0.18 does not pack in the loader"
+)
+def test_documents_of_packed_samples_are_texts_of_their_own(train, think, llama):
+    flags = ("--dataloader-inter-document-masking", "--micro-batch-size", "1")
+    with TeacherServer(think) as server:
+        source, sets = ask(server)
+        run = train(source, *flags, nproc=2, tp=2, sets=sets)
+        assert {len(t) for t in server.asked[2:]} != {33}
+    assert_same(run, train(f"hf:{llama}", *flags))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not OTHER, reason="MEGATRON_OTHER names no other Megatron")
+def test_the_other_version_is_told_the_same(train, think, served):
+    with TeacherServer(think) as server:
+        source, sets = ask(server)
+        run = train(source, nproc=2, pp=2, sets=sets, path=(OTHER,))
+    assert_same(run, served[0])
+    assert max(run.losses("server misses")) == 0
+
+
+def test_some_ids_and_a_server_that_dies_while_it_is_evaluated(train, think, served, tmp_path):
+    """What is merged can only hide a difference. An evaluation that cannot be made ends the next
+    step with a checkpoint, and a run without a next step at its end."""
+    flags = ("--save", str(tmp_path / "saved"), "--eval-iters", "2", "--eval-interval", "2")
+    with TeacherServer(think) as server:
+        source, sets = ask(server, "teachers.coder.server.patience=1.5", top=12)
+        sets += [
+            "teachers.coder.temperature=1.0",
+            f"evaluation.file={tmp_path / 'evaluation.jsonl'}",
+        ]
+        whole = len(think.__defaults__ or ())
+        texts = []
+
+        def fault(number):
+            texts.append(number)
+            return "500" if len(texts) > 30 else None
+
+        server.faults = fault
+        run = train(source, *flags, sets=sets, check=False)
+    assert run.returncode == 2, run.tail()
+    assert "Traceback" not in run.output
+    assert "no longer says what is needed" in run.output
+
+
+def test_a_server_that_does_not_fit_is_one_message_at_start(train, think):
+    with TeacherServer(think, max_logprobs=20) as server:
+        source, sets = ask(server)
+        run = train(source, nproc=2, tp=2, sets=sets, check=False)
+    told = "start it with a larger --max-logprobs, or set teachers.coder.server.top to less than 69"
+    assert_clean_end(run, (f"teachers.coder.source: 'server:{server.url}'", told))

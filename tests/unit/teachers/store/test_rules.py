@@ -74,7 +74,9 @@ def test_what_a_store_cannot_do_is_refused(changes, message):
 def test_what_only_a_store_has_is_refused_of_models():
     text = RECIPE.replace('"hf:/o"', '"hf:/o", tail: renormalize').replace("MORE", "")
     text = text.replace("TEACHER", "other").replace("OBJECTIVE", "").replace("SECTION", "")
-    with pytest.raises(RecipeError, match=r"teachers.other.tail: 'renormalize' is for a store; wr"):
+    with pytest.raises(
+        RecipeError, match=r"teachers.other.tail: 'renormalize' is for a store or server"
+    ):
         recipe_from_yaml(text)
 
 
