@@ -15,11 +15,17 @@ from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.host.registry import Registry
 
 if TYPE_CHECKING:
+    from argparse import Namespace
+    from contextlib import AbstractContextManager
+
+    import numpy as np
     import torch.distributed as dist
 
     from megatron_moe_inject.recipe.run_part import BuiltStudent, RunContext
+    from megatron_moe_inject.recipe.schema import Recipe
     from megatron_moe_inject.teachers.base import Source, Teacher, TeacherInfo
     from megatron_moe_inject.teachers.step_pass import StepTeacher
+    from megatron_moe_inject.teachers.store.manifest import StorePlan
     from megatron_moe_inject.teachers.vocabulary import TokenizerFlags, Vocabulary
 
 
@@ -33,6 +39,34 @@ class Folder(Protocol):
 
     def error(self, problem: str, remedy: str) -> RecipeError:
         """The error that names the key and what is written there."""
+        ...
+
+
+class SaysRows(Protocol):
+    """Says the rows of a store, see ``store.produce.Producer``."""
+
+    def rows(self, tokens: np.ndarray, lengths: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of some documents, in order, and how many ids each has."""
+        ...
+
+
+class ToldForStore(Protocol):
+    """A teacher that runs no model here, whose words a store is to keep.
+
+    Attributes:
+        architecture: what it is, in a few words.
+        told: one line about it.
+    """
+
+    architecture: str
+    told: str
+
+    def check(self, plan: StorePlan) -> None:
+        """Refuse what it cannot say, with a ``RecipeError``."""
+        ...
+
+    def writing(self, plan: StorePlan) -> AbstractContextManager[SaysRows]:
+        """What says the rows, as long as it is open."""
         ...
 
 
@@ -50,6 +84,8 @@ class SourceKind:
         folder: which one is read of the one that is named; ``None`` = itself.
         files: what is read of it, for ``--inject-verify-inputs``; ``None`` = all in it.
         takes_fp8: ``TeacherSpec.fp8`` may be more than ``none``.
+        for_store: of such a kind, if ``moe-inject store-teacher`` can write what it says: of
+            recipe, teacher, flags, ids of each token, the longest text and ids of the student.
         in_step: of a kind that runs no model, and has no ``load``: makes what teaches in a step, on
             a rank of the last stage, of the run, what ``check`` gave, and the built student; no
             collective.
@@ -68,6 +104,7 @@ class SourceKind:
     takes_fp8: bool = False
     tokenizer: Callable[[Source], Path | None] | None = None
     in_step: Callable[[RunContext, TeacherInfo, BuiltStudent], StepTeacher] | None = None
+    for_store: Callable[[Recipe, str, Namespace, int, int, int], ToldForStore] | None = None
 
 
 SOURCES: Registry[SourceKind] = Registry(

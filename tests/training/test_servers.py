@@ -4,6 +4,7 @@ The server is a real one over HTTP (``tests.harness.teacher_server``), over the 
 live ``hf:`` teacher loads, so with all ids asked for the losses and gradients must be the same.
 """
 
+import numpy as np
 import pytest
 
 from megatron_moe_inject.host import compat
@@ -175,28 +176,23 @@ def test_the_other_version_is_told_the_same(train, think, served):
     assert max(run.losses("server misses")) == 0
 
 
-def test_some_ids_and_a_server_that_dies_while_it_is_evaluated(train, think, served, tmp_path):
-    """What is merged can only hide a difference. An evaluation that cannot be made ends the next
-    step with a checkpoint, and a run without a next step at its end."""
-    flags = ("--save", str(tmp_path / "saved"), "--eval-iters", "2", "--eval-interval", "2")
-    with TeacherServer(think) as server:
-        source, sets = ask(server, "teachers.coder.server.patience=1.5", top=12)
-        sets += [
-            "teachers.coder.temperature=1.0",
-            f"evaluation.file={tmp_path / 'evaluation.jsonl'}",
-        ]
-        whole = len(think.__defaults__ or ())
-        texts = []
+def test_a_server_that_fails_in_an_evaluation(train, think, material, tmp_path):
+    """The next training step ends with a checkpoint of the one before."""
+    held_out = np.fromfile(f"{material.domain}.bin", np.uint16)[36 * 300 :].tobytes()
 
-        def fault(number):
-            texts.append(number)
-            return "500" if len(texts) > 30 else None
+    def fault(number):
+        text = np.array(server.asked[number], np.uint16).tobytes()
+        return "500" if number > 1 and text in held_out else None
 
-        server.faults = fault
-        run = train(source, *flags, sets=sets, check=False)
+    save = ("--save", str(tmp_path), "--save-interval", "100", "--eval-interval", "2")
+    with TeacherServer(think, faults=fault) as server:
+        source, sets = ask(server, "teachers.coder.server.patience=1.5")
+        run = train(source, *save, sets=sets, check=False)
     assert run.returncode == 2, run.tail()
     assert "Traceback" not in run.output
-    assert "no longer says what is needed" in run.output
+    assert "HTTP 500: as the test asks: 500; see to the servers, and go on from" in run.output
+    assert len(run.iterations) == 2
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "2"
 
 
 def test_a_server_that_does_not_fit_is_one_message_at_start(train, think):

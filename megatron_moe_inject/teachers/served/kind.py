@@ -12,13 +12,20 @@ from pathlib import Path
 from megatron_moe_inject.host.errors import fail
 from megatron_moe_inject.teachers.base import Comparison, Source, TeacherInfo
 from megatron_moe_inject.teachers.served.step_teacher import served_teacher
+from megatron_moe_inject.teachers.served.store_rows import ServedStore
 from megatron_moe_inject.teachers.sources import SourceKind
 from megatron_moe_inject.teachers.vocabulary import Vocabulary
 
 
 def source_kind() -> SourceKind:
     """Of ``teachers.sources.SOURCES``."""
-    return SourceKind("server:http://host:8000", check, is_folder=False, in_step=served_teacher)
+    return SourceKind(
+        "server:http://host:8000",
+        check,
+        is_folder=False,
+        in_step=served_teacher,
+        for_store=ServedStore,
+    )
 
 
 def check(source: Source, student: Vocabulary, prefix: str | Sequence[int]) -> TeacherInfo:

@@ -132,13 +132,17 @@ def write_store(options: argparse.Namespace, recipe_args: argparse.Namespace) ->
     if options.sign is not None:
         check_package("--sign")
         key = private_key(options.sign)
-    _device_there(options.cpu)
     recipe = recipe_from_args(recipe_args)
     assert recipe is not None, "the command line names it"
     try:
         job = StoreJob(recipe, recipe_args, choices)
     except RecipeError as error:
         raise name_error(error, recipe_args) from None
+    if job.told is None:
+        _device_there(options.cpu)
+    elif options.verify:
+        raise fail("--verify", options.verify, "runs a teacher again, and this one is served",
+                   "leave it out")  # fmt: skip
     writer = StoreWriter(choices.output, job.plan, job.pieces(), choices.failure)
     job.copy_tokenizer()
     print("\n".join(_announced(job, writer)), flush=True)
@@ -239,25 +243,26 @@ def _announced(job: StoreJob, writer: StoreWriter) -> list[str]:
         f"{sum(d.last - d.first for d in plan.data):,} documents, {rows:,} tokens, "
         f"{len(writer.pieces)} shards: {most}{memory_text(rows * largest)}",
     ]
+    if job.told is not None:
+        lines.append(job.told.told)
     done = len(writer.pieces) - len(writer.missing)
     return [*lines, f"{done} shards are there already"] if done else lines
 
 
 def _written(job: StoreJob, writer: StoreWriter, part: tuple[int, int], cpu: bool) -> list[str]:
     """Write this process' shards; how fast it went."""
-    import torch
-
     from megatron_moe_inject.teachers.store.head import HEAD, write_head
+    from megatron_moe_inject.teachers.store.produce import Producer
 
     own, count = part
     mine = {piece.file for piece in writer.pieces[own::count]}
     todo = [piece for piece in writer.missing if piece.file in mine]
     if not todo:
         return []
-    device = _device(job, cpu)
-    with job.teacher(device) as teacher, torch.no_grad():
-        producer, begin = job.producer(teacher, device), time.monotonic()
+    with job.writing(lambda: _device(job, cpu)) as producer:
+        begin = time.monotonic()
         if job.plan.states is not None and not (job.choices.output / HEAD).is_file():
+            assert isinstance(producer, Producer), "only a model has states"
             write_head(job.choices.output, *producer.head)
         size = rows = 0
         from tqdm import tqdm

@@ -12,7 +12,7 @@ import importlib.metadata
 import os
 import shutil
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from megatron_moe_inject.teachers.loading import (
     load_teacher,
     states_dtype,
 )
-from megatron_moe_inject.teachers.sources import SOURCES, parse_source
+from megatron_moe_inject.teachers.sources import SOURCES, SaysRows, parse_source
 from megatron_moe_inject.teachers.store.manifest import (
     TOKENIZER,
     StoredData,
@@ -152,7 +152,7 @@ class StoreJob:
     """A store to be written: its plan, its text, and its teacher when it is loaded.
 
     Args:
-        recipe: as for training, with the model as the teacher's source.
+        recipe: as for training, with the model, or its servers, as the teacher's source.
         args: Megatron's flags, parsed and not validated.
         choices: the options.
 
@@ -164,7 +164,8 @@ class StoreJob:
         self._recipe, self._args, self.choices = recipe, args, choices
         self.name = _teacher_name(recipe, choices)
         self._spec = recipe.teachers[self.name]
-        if SOURCES[self._spec.kind].load is None:
+        for_store = SOURCES[self._spec.kind].for_store
+        if SOURCES[self._spec.kind].load is None and for_store is None:
             raise fail(
                 f"teachers.{self.name}.source", self._spec.source, "runs no model",
                 "name the model that a store is to be written of",
@@ -194,12 +195,17 @@ class StoreJob:
         if choices.states is not None:
             slots, log_probs = 1, choices.states
             states = StoredStates(self.info.hidden_size, _name(self.dtype), self._excluded)
+        self.told, mass = None, choices.mass
+        if for_store is not None:
+            self.told = for_store(recipe, self.name, args, choices.top, context + 1, size)
+            # Of what a server says, ids that the student lacks are left out: rows differ in length.
+            mass = 1.0 if mass is None else mass
         self.plan = StorePlan(
             self._described(),
             tokenizer_digests(self._tokenizer_files, choices.failure),
             size,
             slots,
-            choices.mass,
+            mass,
             log_probs or choices.log_probs,
             [1.0] if states is not None else _temperatures(recipe, self.name, choices),
             context,
@@ -210,6 +216,8 @@ class StoreJob:
             labels=states is None,
             states=states,
         )
+        if self.told is not None:
+            self.told.check(self.plan)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -221,6 +229,8 @@ class StoreJob:
 
     def _described(self) -> StoredTeacher:
         source = parse_source(self.name, self._spec.source)
+        if self.told is not None:
+            return StoredTeacher(source.text, self.told.architecture, 0, {}, "as served", [])
         kind = SOURCES[self._spec.kind]
         folder = source.path if kind.folder is None else kind.folder(source)
         files = (
@@ -286,6 +296,24 @@ class StoreJob:
             transform = dataclasses.replace(transform, excluded=columns)
         size = pass_tokens or self.choices.pass_tokens
         return Producer(teacher, self.plan, transform, device, size)
+
+    @contextlib.contextmanager
+    def writing(self, device: Callable[[], torch.device]) -> Iterator[SaysRows]:
+        """What says the rows of documents: the loaded teacher, or one that runs elsewhere.
+
+        Args:
+            device: where a model is loaded.
+
+        Raises:
+            RecipeError: it cannot be loaded.
+        """
+        if self.told is not None:
+            with self.told.writing(self.plan) as rows:
+                yield rows
+            return
+        where = device()
+        with self.teacher(where) as teacher, torch.no_grad():
+            yield self.producer(teacher, where)
 
     @contextlib.contextmanager
     def teacher(self, device: torch.device) -> Iterator[Teacher]:
