@@ -217,7 +217,10 @@ class TeacherServer:
             log_probs = np.full_like(log_probs, np.nan)
         rows = [_top(log_probs[n], top - (fault == "few")) for n in range(len(tokens) - 1)]
         write = self._vllm if self.protocol == "vllm" else self._sglang
-        content = json.dumps(write(tokens, log_probs, rows, body)).replace("NaN", "null").encode()
+        content = json.dumps(write(tokens, log_probs, rows, body))
+        if fault == "nan":  # for which JSON has no word
+            content = content.replace("NaN", "null")
+        content = content.encode()
         if fault == "truncated":
             handler.send_response(200)
             handler.send_header("Content-Length", str(len(content)))

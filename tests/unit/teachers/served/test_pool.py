@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 
+from megatron_moe_inject.teachers.served import pool
 from megatron_moe_inject.teachers.served.address import parse_addresses
 from megatron_moe_inject.teachers.served.pool import Pool, log_probs_of_text
 from megatron_moe_inject.teachers.served.wire import Settings
@@ -210,9 +211,11 @@ def test_as_many_at_once_as_were_asked_for():
 
 
 @pytest.mark.parametrize("protocol", ["vllm", "sglang"])
-def test_faults_at_random(protocol):
+def test_faults_at_random(protocol, monkeypatch):
     """200 steps of four texts; a third of all answers of two servers are wrong in some way. Every
     text gets the right answer."""
+    monkeypatch.setattr(pool, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(pool, "LONGEST_PAUSE", 0.05)
     chance = random.Random(protocol)
     faults = [*PASSING, "400", 0.01, 0.3]
 
