@@ -38,6 +38,8 @@ from megatron_moe_inject.teachers.served.wire import (
 )
 
 _RESTARTS = 3
+_MARGIN = 300.0
+"""Seconds that the other process may be late."""
 _MODULE = "megatron_moe_inject.teachers.served.process"
 
 
@@ -165,12 +167,16 @@ class Answers:
                 process.wait()
 
     def _wait_for(self, key: bytes) -> None:
+        # The other process gives up in time. Should it hang, nobody would say so.
+        settings = self._settings
+        until = time.monotonic() + settings.patience + 2 * settings.timeout + _MARGIN
         while key not in self._answers:
             if key in self._failures:
                 raise ServerFailure(self._failures[key])
             if self._ended:
                 raise ServerFailure(self._ended)
-            self._changed.wait()
+            if not self._changed.wait(until - time.monotonic()):
+                raise ServerFailure("the process that asks the servers says nothing")
 
     def _ask(self, key: bytes) -> None:
         if key in self._numbers or key in self._answers or key in self._failures:

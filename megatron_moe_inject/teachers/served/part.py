@@ -66,7 +66,7 @@ def work_of_step(recipe: Recipe, name: str, args: Namespace) -> str:
     )
 
 
-_JSON = {"auto": "1.4 (SGLang) to 8 (vLLM)", "sglang": "1.4", "vllm": "8"}
+_JSON = {"auto": "1.4 (SGLang) to 9 (vLLM)", "sglang": "1.4", "vllm": "9"}
 
 
 def probed(recipe: Recipe, args: Namespace, name: str, vocab_size: int) -> Probed:

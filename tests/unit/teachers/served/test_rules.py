@@ -41,7 +41,7 @@ def test_a_recipe_with_servers():
     args = Namespace(global_batch_size=16, seq_length=512)
     assert work_of_step(found, "coder", args) == (
         "teacher coder: at most 16 requests a step (a text is a sample, 8,192 tokens in all), "
-        "answers of 1.3 MiB in memory, as JSON about 8 times that; 4 steps ahead"
+        "answers of 1.3 MiB in memory, as JSON about 9 times that; 4 steps ahead"
     )
     check_temperature(found, "coder", 50_000)
 
