@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.host.registry import Registry
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from megatron_moe_inject.recipe.schema import Recipe
     from megatron_moe_inject.teachers.base import Source, Teacher, TeacherInfo
     from megatron_moe_inject.teachers.step_pass import StepTeacher
-    from megatron_moe_inject.teachers.store.manifest import StorePlan
     from megatron_moe_inject.teachers.vocabulary import TokenizerFlags, Vocabulary
 
 
@@ -61,11 +60,11 @@ class ToldForStore(Protocol):
     architecture: str
     told: str
 
-    def check(self, plan: StorePlan) -> None:
-        """Refuse what it cannot say, with a ``RecipeError``."""
+    def check(self, plan: Any) -> None:
+        """Refuse what it cannot say of a ``store.manifest.StorePlan``, with a ``RecipeError``."""
         ...
 
-    def writing(self, plan: StorePlan) -> AbstractContextManager[SaysRows]:
+    def writing(self, plan: Any) -> AbstractContextManager[SaysRows]:
         """What says the rows, as long as it is open."""
         ...
 

@@ -26,6 +26,7 @@ TESTED_ALONE = {
     "report": "training/test_report.py",
     "progress": "unit/host/test_progress.py",
     "stages": "training/test_boundary.py",
+    "servers": "training/test_servers.py",
     "stores": "training/test_stores.py",
     "aligned": "training/test_aligned_teachers.py",
     "validation_sets": "training/test_validation_sets.py",
@@ -183,6 +184,20 @@ TESTED_ELSEWHERE = {
     },
     "training/test_aligned_teachers.py": {
         "test_every_layout_gives_the_same": ["teachers.*.align"],
+    },
+    "training/test_servers.py": {
+        "test_servers_that_die_end_training_with_a_checkpoint": [
+            *("teachers.*.server.ahead", "teachers.*.server.patience"),
+            *("teachers.*.server.timeout", "teachers.*.server.top"),
+        ],
+        "test_two_tensor_parallel_ranks_a_key_and_sglang": ["teachers.*.server.key_from"],
+    },
+    "unit/teachers/served/test_pool.py": {
+        "test_as_many_at_once_as_were_asked_for": ["teachers.*.server.concurrent"],
+    },
+    "unit/teachers/served/test_probe.py": {
+        "test_a_server_that_does_not_fit": ["teachers.*.server.model"],
+        "test_what_a_good_server_is": ["teachers.*.server.protocol"],
     },
     "training/test_stores.py": {
         "test_some_ids_and_the_rest_say_less_than_all": ["teachers.*.tail"],

@@ -33,6 +33,7 @@ def probed(*servers, key=None, length=64, vocab_size=VOCAB, own=None, **spec):
 def test_what_a_good_server_is(protocol):
     with TeacherServer(THINK, protocol, tokenize=tokenize) as server:
         found = probed(server, own=tokenize)
+        assert probed(server, own=tokenize, protocol=protocol).settings == found.settings
     assert (found.settings.protocol, found.settings.model) == (protocol, "tiny")
     assert len(found.settings.probe) == len(found.settings.probe_log_probs) + 1
     assert VOCAB - 1 in found.settings.probe
