@@ -44,7 +44,9 @@ class Folder(Protocol):
 class SaysRows(Protocol):
     """Says the rows of a store, see ``store.produce.Producer``."""
 
-    def rows(self, tokens: np.ndarray, lengths: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    def rows(
+        self, tokens: np.ndarray, lengths: Sequence[int], *, data: int = 0, first_token: int = 0
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Rows of some documents, in order, and how many ids each has."""
         ...
 

@@ -44,17 +44,23 @@ def check_server(recipe: Recipe, name: str) -> None:
         RecipeError: the first setting that they cannot.
     """
     addresses_of(recipe, name)
-    check_rules(recipe, name)
-    path, spec = f"teachers.{name}.server", recipe.teachers[name].server
-    for key in ("top", "concurrent"):
-        if getattr(spec, key) < 1:
-            raise fail(f"{path}.{key}", getattr(spec, key), "is not positive", "write 1 or more")
     if recipe.teachers[name].tail == "sample":
         raise fail(
             f"teachers.{name}.tail", "sample",
             "is of ids that were drawn, and servers give the most likely ones",
             "write bucket or renormalize",
         )  # fmt: skip
+    check_rules(recipe, name)
+    path, spec = f"teachers.{name}.server", recipe.teachers[name].server
+    if recipe.objective.confidence == "entropy":
+        raise fail(
+            "objective.confidence", "entropy",
+            f"needs a teacher's whole vocabulary, and teachers.{name} is a server of some ids",
+            "write label, or none",
+        )  # fmt: skip
+    for key in ("top", "concurrent"):
+        if getattr(spec, key) < 1:
+            raise fail(f"{path}.{key}", getattr(spec, key), "is not positive", "write 1 or more")
     if spec.ahead < 0:
         raise fail(f"{path}.ahead", spec.ahead, "is negative", "0 asks when a step begins")
     for key in ("timeout", "patience"):

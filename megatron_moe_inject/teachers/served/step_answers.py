@@ -27,6 +27,7 @@ from megatron_moe_inject.host.leave import CannotGoOn
 from megatron_moe_inject.host.step import MicroBatch, Step, StepPart
 from megatron_moe_inject.teachers.served.ahead import Ahead
 from megatron_moe_inject.teachers.served.answers import Answers, ServerFailure
+from megatron_moe_inject.teachers.served.pool import log_probs_of_text
 from megatron_moe_inject.teachers.served.step_teacher import AnswersOfStep, of_student
 from megatron_moe_inject.teachers.served.texts import Text, texts_of
 
@@ -148,14 +149,15 @@ class StepAnswers(StepPart):
                 )
         return None
 
-    def _fetched(self, step: Step, teacher: Asked) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and log-probabilities [k, s, i] of the samples that a teacher teaches."""
+    def _fetched(self, step: Step, teacher: Asked) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of the samples that a teacher teaches; see ``AnswersOfStep``."""
         assert step.as_read is not None, "of this rank"
         wanted = torch.isin(step.labels, torch.tensor(list(teacher.domains)))
         samples = wanted.nonzero().tolist()
         shape = (len(samples), step.sequence_length, teacher.slots)
         ids = np.full(shape, -1, np.int32)
         log_probs = np.full(shape, -np.inf, np.float32)
+        labels = np.full((*shape[:2], 1), -np.inf, np.float32)
         starts = None if step.starts is None else step.starts[wanted]
         texts = _texts(step.as_read, samples, starts)
         fetched = teacher.answers.fetch([text.tokens for text in texts])
@@ -163,7 +165,8 @@ class StepAnswers(StepPart):
             own = of_student(answer, self._vocab_size)
             ids[text.sample, text.rows] = own.ids
             log_probs[text.sample, text.rows] = own.log_probs
-        return ids, log_probs
+            labels[text.sample, text.rows, 0] = log_probs_of_text(own, text.tokens)
+        return ids, log_probs, labels
 
     def _texts_of_batch(self, batch: MicroBatch) -> dict[str, list[np.ndarray]]:
         """The texts that a micro-batch asks for, by teacher."""

@@ -13,6 +13,7 @@ context-parallel size, i ids of a token.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -36,11 +37,11 @@ class AnswersOfStep:
 
     Attributes:
         by_teacher: of a teacher's k samples ids [k, s, i] int32, -1 where there is none, and
-            log-probabilities [k, s, i] float32 at temperature 1.
+            log-probabilities [k, s, i] float32 at temperature 1, and those of the labels [k, s, 1].
     """
 
     def __init__(self) -> None:
-        self.by_teacher: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self.by_teacher: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
 
 class ServedTeacher(SomeIdsTeacher):
@@ -87,13 +88,18 @@ class ServedTeacher(SomeIdsTeacher):
     ) -> None:
         """Take the step's answers; see ``step_pass.StepTeacher``.
 
-        Collectives: over the TP x CP ranks one broadcast of the ids, one of the log-probabilities
-        and one of the tokens; none where they are one rank or nothing is selected.
+        Collectives: over the TP x CP ranks one broadcast of the ids, two of log-probabilities and
+        one of the tokens; none where they are one rank or nothing is selected.
         """
         count = self._select(selected)
         shape = (count, sequence_length, self._slots)
-        kinds = {"ids": torch.int32, "log_probs": torch.float32, "tokens": torch.int64}
-        shapes = {"ids": shape, "log_probs": shape, "tokens": shape[:2]}
+        kinds = {
+            "ids": torch.int32,
+            "log_probs": torch.float32,
+            "labels": torch.float32,
+            "tokens": torch.int64,
+        }
+        shapes = {"ids": shape, "log_probs": shape, "labels": (*shape[:2], 1), "tokens": shape[:2]}
         if self._group.rank() == 0 and count:
             assert batches is not None, "the first rank of a stage that has the loss reads data"
             found = self._look_up(batches, selected.nonzero().tolist())
@@ -109,20 +115,22 @@ class ServedTeacher(SomeIdsTeacher):
             if self._group.size() > 1 and count:
                 dist.broadcast(value, src=first, group=self._group)
             found[name] = value
-        self._ids, self._log_probs = (
-            context_parallel_slice(found[name], *self._cp) for name in ("ids", "log_probs")
+        self._ids, self._log_probs, self._labels = (
+            context_parallel_slice(found[name], *self._cp)
+            for name in ("ids", "log_probs", "labels")
         )
         self._tokens = found["tokens"]
 
     def _look_up(
         self, batches: Sequence[MicroBatch], samples: Sequence[Sequence[int]]
     ) -> dict[str, torch.Tensor]:
-        ids, log_probs = self._answers.by_teacher[self.name]
+        ids, log_probs, labels = self._answers.by_teacher[self.name]
         tokens = samples_of([batch["tokens"] for batch in batches], samples)
         assert tokens is not None, "samples are selected"
         found = {
             "ids": torch.from_numpy(ids),
             "log_probs": torch.from_numpy(log_probs),
+            "labels": torch.from_numpy(labels),
             "tokens": tokens.cpu().view(ids.shape[:2]),
         }
         if self._device.type == "cuda":
@@ -131,14 +139,19 @@ class ServedTeacher(SomeIdsTeacher):
 
     def target(self, micro_batch: int) -> Target:
         """What it says about a micro-batch's k selected samples, ids ``[k, s/c, i]``."""
-        rows = self._of(micro_batch)
-        log_probs, temperature = self._log_probs[rows], self._temperature
-        if temperature != 1:
-            log_probs = at_temperature(log_probs, temperature)
-        return Sparse(self._ids[rows].long(), log_probs, self._tail, temperature)
+        said = self._at_one(self._of(micro_batch))
+        if self._temperature == 1:
+            return said
+        return dataclasses.replace(
+            said,
+            log_probs=at_temperature(said.log_probs, self._temperature),
+            temperature=self._temperature,
+            unit_log_probs=said.log_probs,
+        )
 
     def _at_one(self, rows: slice | torch.Tensor) -> Sparse:
-        return Sparse(self._ids[rows].long(), self._log_probs[rows], self._tail)
+        ids, log_probs, labels = self._ids[rows], self._log_probs[rows], self._labels[rows]
+        return Sparse(ids.long(), log_probs, self._tail, label_log_probs=labels)
 
     def _readable(self, rows: slice | torch.Tensor) -> torch.Tensor:
         return self._ids[rows][..., 0] >= 0

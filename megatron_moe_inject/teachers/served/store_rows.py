@@ -22,10 +22,11 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 
-from megatron_moe_inject.host.errors import fail
+from megatron_moe_inject.host.errors import RecipeError, fail
 from megatron_moe_inject.recipe.schema import Recipe
 from megatron_moe_inject.teachers.served.answers import Answers, ServerFailure
 from megatron_moe_inject.teachers.served.client import api_key
+from megatron_moe_inject.teachers.served.pool import log_probs_of_text
 from megatron_moe_inject.teachers.served.probe import Tokenize, probe
 from megatron_moe_inject.teachers.served.protocols import Answer
 from megatron_moe_inject.teachers.served.rules import addresses_of
@@ -60,7 +61,9 @@ class ServedRows:
         self._at_once = at_once
         self._failure = failure
 
-    def rows(self, tokens: np.ndarray, lengths: Sequence[int]) -> Content:
+    def rows(
+        self, tokens: np.ndarray, lengths: Sequence[int], *, data: int = 0, first_token: int = 0
+    ) -> Content:
         """Rows of some documents, in order; arguments as of ``Producer.rows``.
 
         Raises:
@@ -98,8 +101,9 @@ class ServedRows:
 
     def _rows(self, tokens: np.ndarray, window: Window, answer: Answer) -> Rows:
         """The k most likely ids of each token of a window that it is asked about."""
-        plan = self._plan
-        ids, log_probs = (part[:, : plan.slots] for part in of_student(answer, plan.vocab_size))
+        plan, answer = self._plan, of_student(answer, self._plan.vocab_size)
+        label = log_probs_of_text(answer, tokens[window.first : window.end + 1])
+        ids, log_probs = (part[:, : plan.slots] for part in answer)
         probs = np.exp(log_probs.astype(np.float64))
         kept = ids >= 0
         if plan.mass is not None:
@@ -118,6 +122,7 @@ class ServedRows:
             torch.from_numpy(log_rest.astype(np.float32))[:, None].repeat(
                 1, len(plan.temperatures)
             ),
+            torch.from_numpy(label) if plan.labels else None,
         )
 
 
@@ -160,7 +165,10 @@ class ServedStore:
         self.architecture = f"{found.settings.model} of {found.settings.protocol}"
 
     def check(self, plan: StorePlan) -> None:
-        """Refuse temperatures other than 1, without all ids."""
+        """Refuse states, drawn ids, and temperatures other than 1 without all ids."""
+        for flag, asked in (("--states", plan.states is not None), ("--draw", plan.drawn)):
+            if asked:
+                raise RecipeError(f"{flag}: servers give the most likely ids alone; remove it")
         if plan.temperatures != [1.0] and plan.slots < plan.vocab_size:
             raise fail(
                 "--temperatures", plan.temperatures[-1],

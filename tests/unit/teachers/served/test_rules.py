@@ -61,8 +61,7 @@ def test_a_recipe_with_servers():
         (dict(more=", window: 2"), "window: 2 is of a model, and a server runs none"),
         (dict(more=", trusted: [a]"), "teachers.coder.trusted: ['a'] is for a store"),
         (dict(more=", tail: sample"), "teachers.coder.tail: 'sample' is of ids that were drawn"),
-        (dict(teacher="{coder: 0.5, other: 0.5}"), "and coder is a server of some ids"),
-        (dict(objective="skip_worse: true"), "needs a teacher's whole vocabulary, and teachers.c"),
+        (dict(objective="confidence: entropy"), "needs a teacher's whole vocabulary, and teache"),
         (
             dict(source="hf:/x", more=", server: {top: 3}"),
             "is for a server; write such as source: server:http://host:8000, or remove it",
