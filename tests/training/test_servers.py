@@ -202,3 +202,22 @@ def test_a_server_that_does_not_fit_is_one_message_at_start(train, think):
         run = train(source, nproc=2, tp=2, sets=sets, check=False)
     told = "start it with a larger --max-logprobs, or set teachers.coder.server.top to less than 69"
     assert_clean_end(run, (f"teachers.coder.source: 'server:{server.url}'", told))
+
+
+def test_what_needs_the_labels_probability(train, think, llama, tmp_path):
+    """Token weighting, and an evaluation with the teacher's loss, are those of the model."""
+    runs = []
+    with TeacherServer(think) as server:
+        source, sets = ask(server)
+        for kind, own, more in (("served", source, sets), ("live", f"hf:{llama}", [])):
+            file = tmp_path / f"{kind}.jsonl"
+            more = [*more, "objective.confidence=label", f"evaluation.file={file}"]
+            runs.append(train(own, "--eval-iters", "2", "--eval-interval", "4", sets=more))
+    served, live = runs
+    # A weight that is rounded otherwise moves what Adam makes of gradients near 0.
+    assert_same(served, live, rel=2e-4)
+    for found, expected in zip(served.evaluations, live.evaluations, strict=True):
+        assert "teacher loss/code" in expected
+        for name, value in expected.items():
+            if name.startswith(("teacher", "kd", "lm")):
+                assert found[name] == lane.approx(value, rel=1e-4), name
