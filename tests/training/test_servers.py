@@ -10,6 +10,7 @@ import pytest
 from megatron_moe_inject.host import compat
 from tests.harness import lane
 from tests.harness.injection import OTHER, assert_clean_end, recipe_file
+from tests.harness.material import make_material
 from tests.harness.teacher_server import TeacherServer, thinker
 
 ALL = 69
@@ -41,10 +42,21 @@ def think(llama):
 def train(material):
     """A run whose teacher is at a source."""
 
-    def run(source, *extra, nproc=1, sets=(), check=True, env=None, resume=None, path=(), **layout):
+    def run(
+        source,
+        *extra,
+        nproc=1,
+        sets=(),
+        check=True,
+        env=None,
+        resume=None,
+        path=(),
+        of=material,
+        **layout,
+    ):
         overrides = [f"teachers.coder.source={source}", *sets]
         ours = ["--inject-recipe", recipe_file(material, RECIPE), "--inject-verify-frozen"]
-        flags = material.flags(*ours, "--inject-set", *overrides, *extra, **layout)
+        flags = of.flags(*ours, "--inject-set", *overrides, *extra, **layout)
         if resume is not None:
             anew = ("--finetune", "--no-load-optim", "--no-load-rng")
             flags = [flag for flag in flags if flag not in anew] + ["--load", str(resume)]
@@ -168,11 +180,12 @@ def test_documents_of_packed_samples_are_texts_of_their_own(train, think, llama)
 
 @pytest.mark.slow
 @pytest.mark.skipif(not OTHER, reason="MEGATRON_OTHER names no other Megatron")
-def test_the_other_version_is_told_the_same(train, think, served):
+def test_the_other_version_is_told_the_same(train, think, llama, tmp_path):
+    old = make_material(tmp_path, (OTHER,))
     with TeacherServer(think) as server:
         source, sets = ask(server)
-        run = train(source, nproc=2, pp=2, sets=sets, path=(OTHER,))
-    assert_same(run, served[0])
+        run = train(source, nproc=2, pp=2, sets=sets, of=old, path=(OTHER,))
+    assert_same(run, train(f"hf:{llama}", of=old, path=(OTHER,)))
     assert max(run.losses("server misses")) == 0
 
 

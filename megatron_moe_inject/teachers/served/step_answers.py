@@ -121,8 +121,8 @@ class StepAnswers(StepPart):
         """Ask ahead, and report how it went. No collective."""
         if not step.training:
             return
-        if self._asked:
-            self.coming.reach(self._steps_ahead * len(step.labels))
+        if self._steps_ahead:  # of the step that begins next, which then has so many more
+            self.coming.reach((1 + self._steps_ahead) * len(step.labels))
         waited, missed, ready = self._told
         names = {"server wait": waited, "server misses": missed, "server ahead": -ready}
         values = torch.tensor([[value, 1.0] for value in names.values()])
