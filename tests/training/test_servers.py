@@ -233,4 +233,4 @@ def test_what_needs_the_labels_probability(train, think, llama, tmp_path):
         assert "teacher loss/code" in expected
         for name, value in expected.items():
             if name.startswith(("teacher", "kd", "lm")):
-                assert found[name] == lane.approx(value, rel=1e-4), name
+                assert found[name] == pytest.approx(value, rel=1e-4), name
