@@ -73,7 +73,7 @@ def _export(options: argparse.Namespace) -> str:
     from megatron_moe_inject.adapters.export import export_adapters
     from megatron_moe_inject.convert.folder_model import FolderModel
     from megatron_moe_inject.convert.hf_folder import HfFolder
-    from megatron_moe_inject.experts.delta.delta import CheckpointPlace
+    from megatron_moe_inject.host.checkpoint_place import CheckpointPlace
 
     done = export_adapters(
         CheckpointPlace("CKPT", options.checkpoint),
@@ -105,7 +105,7 @@ def _check(options: argparse.Namespace) -> str:
 
 def _merge(options: argparse.Namespace) -> str:
     from megatron_moe_inject.adapters.merge import merge_adapters
-    from megatron_moe_inject.experts.delta.delta import CheckpointPlace
+    from megatron_moe_inject.host.checkpoint_place import CheckpointPlace
     from megatron_moe_inject.host.low_rank import rounding_table
 
     trained = CheckpointPlace("--trained", options.trained)

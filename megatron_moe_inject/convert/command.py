@@ -163,8 +163,8 @@ def _trained(
     """What is exported, the folder as it is to be, and the card of new experts."""
     from megatron_moe_inject.convert.grown_folder import with_new_experts
     from megatron_moe_inject.convert.trained import TrainedCheckpoint, TrainedDelta
-    from megatron_moe_inject.experts.delta.delta import CheckpointPlace
     from megatron_moe_inject.experts.delta.index import DeltaFolder
+    from megatron_moe_inject.host.checkpoint_place import CheckpointPlace
     from megatron_moe_inject.host.new_experts import card_in
 
     choice = choice_of(options)

@@ -59,7 +59,7 @@ class TrainedCheckpoint:
     ) -> None:
         if not adapters_apart:
             refuse_adapters(checkpoint.tensors, checkpoint.source.error)
-        refuse_half_open(checkpoint.common.get("args"), checkpoint.source.error)
+        refuse_half_open(checkpoint, checkpoint.source.error)
         self._checkpoint = checkpoint
         self._names = {name for name in checkpoint.tensors if not is_own(name)}
         experts = most_experts_of({name: checkpoint.tensors[name] for name in self._names})

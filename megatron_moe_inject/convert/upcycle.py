@@ -29,8 +29,8 @@ import torch
 
 from megatron_moe_inject.convert.architectures.table import Slot
 from megatron_moe_inject.convert.naming import Naming, Stored, extra_states
-from megatron_moe_inject.experts.delta.delta import CheckpointPlace
 from megatron_moe_inject.experts.delta.weights import Weights
+from megatron_moe_inject.host.checkpoint_place import CheckpointPlace
 from megatron_moe_inject.host.errors import RecipeError, fail
 from megatron_moe_inject.host.files import new_folder, require_room
 from megatron_moe_inject.host.gpt_names import Place

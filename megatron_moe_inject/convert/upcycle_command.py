@@ -60,7 +60,7 @@ def add_commands(commands: Commands) -> None:
 
 def _upcycle(options: argparse.Namespace) -> str:
     from megatron_moe_inject.convert.upcycle import Asked, Upcycling
-    from megatron_moe_inject.experts.delta.delta import CheckpointPlace
+    from megatron_moe_inject.host.checkpoint_place import CheckpointPlace
 
     begin = time.monotonic()
     must_not_exist(options.output)

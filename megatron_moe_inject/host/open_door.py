@@ -16,6 +16,7 @@ from megatron_moe_inject.host import typed
 from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.host.layer_pattern import LayerPattern
 from megatron_moe_inject.host.new_experts import NewExperts, card_in
+from megatron_moe_inject.host.torch_dist import TorchDistCheckpoint
 
 STORED = "inject_open"
 """The door's name in Megatron's arguments."""
@@ -72,17 +73,21 @@ def door_for(stored: Namespace | None, where: str, pattern: LayerPattern | None)
     return OpenDoor(door.open, layers)
 
 
-def refuse_half_open(stored: Namespace | None, error: Callable[[str, str], RecipeError]) -> None:
+def refuse_half_open(
+    checkpoint: TorchDistCheckpoint, error: Callable[[str, str], RecipeError]
+) -> None:
     """Refuse a checkpoint that was saved while its door opened, where that would be left out.
 
     Args:
-        stored: its arguments.
+        checkpoint: opened; its arguments are read only where they may tell of a door.
         error: makes an error that begins with the checkpoint, of a problem and a remedy.
 
     Raises:
         RecipeError: its door is not open.
     """
-    door = door_in(stored, "the checkpoint")
+    if not checkpoint.common_mentions(STORED):
+        return
+    door = door_in(checkpoint.common.get("args"), "the checkpoint")
     if door is not None and door.open < 1:
         raise error(
             f"was saved while routing.open was at {door.open:.4g}: with its new experts open it is "

@@ -335,6 +335,27 @@ class TorchDistCheckpoint:
         except DAMAGED as error:
             raise damaged(self.source, path, error) from error
 
+    def common_mentions(self, name: str) -> bool:
+        """Whether the common state may hold something of this name, by its bytes alone: to read it
+        takes Megatron's classes, and the time to import them.
+
+        Raises:
+            RecipeError: it cannot be read.
+        """
+        path = self.folder / COMMON_FILE
+        info = self.metadata.storage_data.get(MetadataIndex(COMMON_OBJECT))
+        try:
+            if path.is_file():
+                return name.encode() in path.read_bytes()
+            if info is None:
+                return False
+            path = self.folder / info.relative_path
+            with path.open("rb") as file:
+                file.seek(info.offset)
+                return name.encode() in file.read(info.length)
+        except OSError as error:
+            raise damaged(self.source, path, error) from error
+
 
 def _by_place(stored: TensorStorageMetadata) -> _Places:
     """How many leading axes have parts of size 1 alone, and the parts by their indices on them."""

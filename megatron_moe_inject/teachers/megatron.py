@@ -205,7 +205,7 @@ def _opened(source: Source) -> TorchDistCheckpoint:
     """The checkpoint; RecipeError where adapters beside its weights would be left out."""
     checkpoint = TorchDistCheckpoint.open(source)
     refuse_adapters(checkpoint.tensors, source.error)
-    refuse_half_open(checkpoint.common.get("args"), source.error)
+    refuse_half_open(checkpoint, source.error)
     return checkpoint
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_moe_inject.experts.delta.delta import CheckpointPlace
+from megatron_moe_inject.host.checkpoint_place import CheckpointPlace
 from megatron_moe_inject.host.torch_dist import Piece, TorchDistCheckpoint
 from tests.harness import stored_keys
 from tests.harness.logits_gpt import logits

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_moe_inject.experts.delta.delta import CheckpointPlace
+from megatron_moe_inject.host.checkpoint_place import CheckpointPlace
 from megatron_moe_inject.host.torch_dist import Piece, is_training_state
 
 SAVE = ("--save-interval", "100", "--save")

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megatron_moe_inject.experts.delta.delta import CheckpointPlace
+from megatron_moe_inject.host.checkpoint_place import CheckpointPlace
 from megatron_moe_inject.host.gpt_names import stacked_axes
 from megatron_moe_inject.host.stored_adapters import ARGUMENT
 from megatron_moe_inject.host.torch_dist import TorchDistCheckpoint

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from megatron_moe_inject.adapters.merge import merge_adapters
-from megatron_moe_inject.experts.delta.delta import CheckpointPlace, export_delta
+from megatron_moe_inject.experts.delta.delta import export_delta
+from megatron_moe_inject.host.checkpoint_place import CheckpointPlace
 from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.host.stored_adapters import StoredAdapters
 from tests.harness import lane

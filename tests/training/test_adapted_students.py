@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from megatron_moe_inject.experts.delta.delta import CheckpointPlace
+from megatron_moe_inject.host.checkpoint_place import CheckpointPlace
 from megatron_moe_inject.host.stored_adapters import StoredAdapters
 from tests.harness import lane
 from tests.harness.injection import LAYOUTS, PROVEN, inject, recipe_file

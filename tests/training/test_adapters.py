@@ -7,7 +7,7 @@ import pytest
 
 from megatron_moe_inject.adapters.merge import merge_adapters
 from megatron_moe_inject.evaluation.evaluation_file import read_list
-from megatron_moe_inject.experts.delta.delta import CheckpointPlace
+from megatron_moe_inject.host.checkpoint_place import CheckpointPlace
 from tests.harness import lane
 from tests.harness.evaluating import EVALUATIONS, evaluate
 from tests.harness.grouped import grouped

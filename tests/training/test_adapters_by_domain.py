@@ -8,7 +8,7 @@ import torch
 
 from megatron_moe_inject.adapters.merge import merge_adapters
 from megatron_moe_inject.evaluation.evaluation_file import read_list
-from megatron_moe_inject.experts.delta.delta import CheckpointPlace
+from megatron_moe_inject.host.checkpoint_place import CheckpointPlace
 from megatron_moe_inject.host.domain_choice import DomainChoice
 from megatron_moe_inject.host.stored_adapters import StoredAdapters
 from tests.harness import lane

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from megatron_moe_inject.cli import main
-from megatron_moe_inject.experts.delta.delta import CheckpointPlace, export_delta
+from megatron_moe_inject.experts.delta.delta import export_delta
+from megatron_moe_inject.host.checkpoint_place import CheckpointPlace
 from megatron_moe_inject.host.gpt_names import stacked_axes
 from tests.harness import lane
 from tests.harness.checkpoints import SAVE, whole

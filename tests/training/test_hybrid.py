@@ -9,7 +9,7 @@ import torch
 
 from megatron_moe_inject.cli import main
 from megatron_moe_inject.experts.choose.profile_file import read_profile
-from megatron_moe_inject.experts.delta.delta import CheckpointPlace
+from megatron_moe_inject.host.checkpoint_place import CheckpointPlace
 from tests.harness import lane
 from tests.harness.checkpoints import whole
 from tests.harness.grouped import SCRIPT

@@ -11,7 +11,7 @@ import torch
 
 from megatron_moe_inject.cli import main
 from megatron_moe_inject.experts.choose.profile_file import read_profile
-from megatron_moe_inject.experts.delta.delta import CheckpointPlace
+from megatron_moe_inject.host.checkpoint_place import CheckpointPlace
 from megatron_moe_inject.host.new_experts import STORED as CARD
 from megatron_moe_inject.host.open_door import STORED
 from megatron_moe_inject.host.torch_dist_copy import saved_copy

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_moe_inject.cli import main
-from megatron_moe_inject.experts.delta.delta import CheckpointPlace
+from megatron_moe_inject.host.checkpoint_place import CheckpointPlace
 from tests.harness import lane
 from tests.harness.checkpoints import whole
 from tests.harness.injection import OTHER, PROVEN, inject, recipe_file

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_moe_inject.experts.delta.delta import CheckpointPlace
+from megatron_moe_inject.host.checkpoint_place import CheckpointPlace
 from tests.harness import lane
 from tests.harness.checkpoints import whole
 from tests.harness.injection import OTHER, RECIPE, TERMS, assert_clean_end, inject, recipe_file

@@ -49,7 +49,8 @@ def add_commands(commands: Commands) -> None:
 
 
 def _export(options: argparse.Namespace) -> str:
-    from megatron_moe_inject.experts.delta.delta import CheckpointPlace, export_delta
+    from megatron_moe_inject.experts.delta.delta import export_delta
+    from megatron_moe_inject.host.checkpoint_place import CheckpointPlace
 
     base = CheckpointPlace("--base", options.base)
     trained = CheckpointPlace("--trained", options.trained)
@@ -63,7 +64,8 @@ def _export(options: argparse.Namespace) -> str:
 
 
 def _apply(options: argparse.Namespace) -> str:
-    from megatron_moe_inject.experts.delta.delta import CheckpointPlace, apply_delta
+    from megatron_moe_inject.experts.delta.delta import apply_delta
+    from megatron_moe_inject.host.checkpoint_place import CheckpointPlace
     from megatron_moe_inject.host.low_rank import rounding_table
 
     base = CheckpointPlace("--base", options.base)

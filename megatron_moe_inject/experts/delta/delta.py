@@ -118,7 +118,7 @@ def export_delta(
     refuse_adapters(opened.tensors, base.error)
     opened_after = trained.open()
     for place, checkpoint in ((base, opened), (trained, opened_after)):
-        refuse_half_open(checkpoint.common.get("args"), place.error)
+        refuse_half_open(checkpoint, place.error)
     before, after = _of_one_kind(Weights(opened), Weights(opened_after))
     stored = StoredAdapters.of(after.checkpoint)
     before = before.named_like(after.tensors)

@@ -34,7 +34,7 @@ from megatron_moe_inject.teachers.served.step_teacher import of_student
 from megatron_moe_inject.teachers.sources import parse_source
 from megatron_moe_inject.teachers.store.manifest import StorePlan
 from megatron_moe_inject.teachers.store.produce import Window, windows
-from megatron_moe_inject.teachers.store.row_format import Rows
+from megatron_moe_inject.teachers.store.row_format import RowFormat, Rows
 from megatron_moe_inject.teachers.store.writer import Content
 
 
@@ -57,7 +57,9 @@ class ServedRows:
     ) -> None:
         self._answers = answers
         self._plan = plan
-        self._layout = plan.row_format
+        layout = plan.row_format
+        assert isinstance(layout, RowFormat), "states were refused"
+        self._layout = layout
         self._at_once = at_once
         self._failure = failure
 

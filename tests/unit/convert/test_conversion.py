@@ -24,7 +24,8 @@ from megatron_moe_inject.convert.folder_model import FolderModel
 from megatron_moe_inject.convert.hf_folder import HfFolder
 from megatron_moe_inject.convert.importing import import_folder
 from megatron_moe_inject.convert.trained import TrainedCheckpoint
-from megatron_moe_inject.experts.delta.delta import CheckpointPlace, apply_delta, export_delta
+from megatron_moe_inject.experts.delta.delta import apply_delta, export_delta
+from megatron_moe_inject.host.checkpoint_place import CheckpointPlace
 from megatron_moe_inject.host.layer_pattern import LayerPattern
 from megatron_moe_inject.host.torch_dist import TorchDistCheckpoint
 from megatron_moe_inject.host.torch_dist_copy import replaced, rewritten_copy

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from megatron_moe_inject.cli import main
 from megatron_moe_inject.convert.grown_folder import CARD
 from megatron_moe_inject.convert.hf_folder import HfFolder
-from megatron_moe_inject.experts.delta.delta import CheckpointPlace
+from megatron_moe_inject.host.checkpoint_place import CheckpointPlace
 from megatron_moe_inject.host.new_experts import STORED, card_in
 from megatron_moe_inject.host.torch_dist_copy import replaced, rewritten_copy
 from tests.harness.checkpoints import whole

@@ -7,8 +7,9 @@ import pytest
 import torch
 from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
 
-from megatron_moe_inject.host.errors import RecipeError
+from megatron_moe_inject.host.checkpoint_place import CheckpointPlace
 from megatron_moe_inject.host.open_door import STORED, OpenDoor, door_in, refuse_half_open
+from megatron_moe_inject.host.torch_dist_write import CheckpointWriter
 from megatron_moe_inject.recipe.load import recipe_from_yaml
 from megatron_moe_inject.recipe.schedule import Schedule
 from megatron_moe_inject.recipe.student import check_options
@@ -65,16 +66,24 @@ def test_training_that_ends_before_it_is_open_is_a_remark():
     assert "at 0.5 when training ends" in remark
 
 
-def test_a_checkpoint_says_how_far_it_was_open():
-    def error(problem, remedy):
-        return RecipeError(f"CKPT {problem}; {remedy}")
+@pytest.mark.parametrize("form", ["file", "object"])
+def test_a_checkpoint_says_how_far_it_was_open(tmp_path, form):
+    def refuse(args):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        with CheckpointWriter(folder) as writer:
+            writer.tensor(["weight"], (2,), (), torch.ones(2))
+            writer.finish({"args": args, "iteration": 0})
+        if form == "object":
+            (folder / "common.pt").unlink()
+        place = CheckpointPlace("CKPT", folder)
+        refuse_half_open(place.open(), place.error)
 
     door = OpenDoor(0.25, {3: [8, 9]})
     half = Namespace(**{STORED: door.plain()})
     assert door_in(half, "CKPT") == door
-    assert "was at 0.25" in message_of(lambda: refuse_half_open(half, error))
+    assert "was at 0.25" in message_of(lambda: refuse(half))
     for whole in (None, Namespace(), Namespace(**{STORED: OpenDoor(1.0, {}).plain()})):
-        refuse_half_open(whole, error)
+        refuse(whole)
     damaged = Namespace(**{STORED: {"open": "wide"}})
     assert "cannot be" in message_of(lambda: door_in(damaged, "CKPT"))
 

@@ -6,8 +6,8 @@ import pytest
 
 from megatron_moe_inject.experts.choose.choice import resolve_experts
 from megatron_moe_inject.experts.choose.profile_file import write_profile
-from megatron_moe_inject.experts.delta.delta import CheckpointPlace
 from megatron_moe_inject.experts.grow.add import Asked, add_experts
+from megatron_moe_inject.host.checkpoint_place import CheckpointPlace
 from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.host.layer_pattern import LayerPattern
 from megatron_moe_inject.host.new_experts import card_in

@@ -14,10 +14,11 @@ import torch
 
 from megatron_moe_inject.cli import main
 from megatron_moe_inject.experts.choose.profile_file import write_profile
-from megatron_moe_inject.experts.delta.delta import CheckpointPlace, apply_delta, export_delta
+from megatron_moe_inject.experts.delta.delta import apply_delta, export_delta
 from megatron_moe_inject.experts.grow import starts
 from megatron_moe_inject.experts.grow.add import Asked, add_experts
 from megatron_moe_inject.experts.grow.remove import remove_experts
+from megatron_moe_inject.host.checkpoint_place import CheckpointPlace
 from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.host.new_experts import STORED, NewExperts, card_in
 from megatron_moe_inject.host.torch_dist_copy import replaced, rewritten_copy
