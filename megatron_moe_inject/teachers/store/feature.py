@@ -39,7 +39,7 @@ class StoresFeature(Feature):
 
         manifests = checked_stores(recipe)
         data_in_store(recipe, facts, manifests)
-        return [told_of(name, recipe, manifest) for name, manifest in manifests.items()]
+        return [told_of(name, recipe, manifest, args) for name, manifest in manifests.items()]
 
     def uses(
         self, recipe: Recipe, facts: StudentFacts | None, args: Namespace | None

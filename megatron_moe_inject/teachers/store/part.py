@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -45,19 +46,22 @@ def checked_stores(recipe: Recipe) -> dict[str, Manifest]:
     return manifests
 
 
-def told_of(name: str, recipe: Recipe, manifest: Manifest) -> str:
-    """A remark for the plan: whose knowledge a store is, how much, and who vouches for it."""
+def told_of(name: str, recipe: Recipe, manifest: Manifest, args: Namespace) -> str:
+    """A remark for the plan: whose knowledge a store is, how much, who vouches for it, and what a
+    step reads of it at most."""
     plan, spec = manifest.plan, recipe.teachers[name]
     source = parse_source(name, spec.source)
     signer = signer_of(source.path, source.error)
     vouched = "not signed"
     if signer is not None:
         vouched = f"signed by {signer}" + ("" if spec.trusted else " (not checked)")
+    each = manifest.bytes / max(1, manifest.rows)
+    batch, length = getattr(args, "global_batch_size", None), getattr(args, "seq_length", None)
+    step = f", at most {memory_text(int(batch * length * each))} a step" if batch and length else ""
     return (
         f"teacher {name}: a store of {plan.teacher.source} ({plan.teacher.architecture}): "
         f"{manifest.rows:,} tokens, {what_is_kept(plan)}, "
-        f"{memory_text(manifest.bytes)}, {manifest.bytes / max(1, manifest.rows):.0f} bytes a "
-        f"token, {vouched}"
+        f"{memory_text(manifest.bytes)}, {each:.0f} bytes a token{step}, {vouched}"
     )
 
 
@@ -149,5 +153,5 @@ class StoresPart(TokenPlaces):
         found = on_first_rank(lambda: data_in_store(run.recipe, run.facts, self._manifests))
         run.provide(OpenStores, OpenStores(self._manifests, found))
         for name, manifest in self._manifests.items():
-            run.warnings.append(told_of(name, run.recipe, manifest))
+            run.warnings.append(told_of(name, run.recipe, manifest, run.args))
         yield

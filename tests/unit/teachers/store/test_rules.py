@@ -198,6 +198,10 @@ def test_what_the_plan_says_of_it(tmp_path):
     found = recipe()
     found.teachers["coder"].source = f"store:{tmp_path}"
     manifest = SimpleNamespace(plan=plan_of(mass=0.9), rows=1000, bytes=150_000)
-    told = told_of("coder", found, manifest)
+    told = told_of("coder", found, manifest, SimpleNamespace())
     assert "a store of hf:/model (Llama): 1,000 tokens, ids of 0.9 of the probability" in told
     assert "150 bytes a token, not signed" in told
+    told = told_of(
+        "coder", found, manifest, SimpleNamespace(global_batch_size=1024, seq_length=1024)
+    )
+    assert "150 bytes a token, at most 150 MiB a step, not signed" in told
