@@ -10,13 +10,15 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_moe_inject.host import typed
 from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.host.layer_pattern import LayerPattern
 from megatron_moe_inject.host.new_experts import NewExperts, card_in
-from megatron_moe_inject.host.torch_dist import TorchDistCheckpoint
+
+if TYPE_CHECKING:
+    from megatron_moe_inject.host.torch_dist import TorchDistCheckpoint
 
 STORED = "inject_open"
 """The door's name in Megatron's arguments."""

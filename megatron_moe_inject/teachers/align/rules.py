@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from argparse import Namespace
 
-from megatron_moe_inject.data.packed import packing_flag
 from megatron_moe_inject.host.errors import RecipeError, fail, listing
 from megatron_moe_inject.recipe.schema import Recipe, TeacherSpec
 from megatron_moe_inject.teachers.imitation.section import IMITATION
@@ -90,6 +89,8 @@ def check_data(recipe: Recipe, args: Namespace) -> None:
     Raises:
         RecipeError: names the flag.
     """
+    from megatron_moe_inject.data.packed import packing_flag
+
     apart = packing_flag(args) is not None or args.reset_attention_mask
     if aligned_names(recipe) and args.reset_position_ids and not apart:
         raise RecipeError(

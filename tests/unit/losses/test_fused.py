@@ -389,7 +389,8 @@ def test_misuse_is_named(change, message):
     [
         ({"upstream_mask": torch.zeros(10)}, r"upstream_mask \(10,\)"),
         ({"accumulate_main_grad": True}, "student_weight.main_grad"),
-        ({"target": STORED, "weighting": TokenWeighting("label")}, "whole"),
+        ({"target": STORED, "weighting": TokenWeighting("entropy")}, "whole"),
+        ({"target": STORED, "weighting": TokenWeighting("label")}, "label_log_probs"),
         ({"target": STORED, "kind": "jsd"}, "bucket"),
         ({"target": STORED, "temperature": torch.ones(11)}, "at one temperature, 2.0"),
         ({"target": STORED, "temperature": 1.0}, "temperature: 1.0, but .* 2.0"),

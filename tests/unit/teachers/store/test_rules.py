@@ -204,4 +204,4 @@ def test_what_the_plan_says_of_it(tmp_path):
     told = told_of(
         "coder", found, manifest, SimpleNamespace(global_batch_size=1024, seq_length=1024)
     )
-    assert "150 bytes a token, at most 150 MiB a step, not signed" in told
+    assert "150 bytes a token, at most 150.0 MiB a step, not signed" in told
