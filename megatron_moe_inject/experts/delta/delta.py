@@ -251,7 +251,7 @@ def _before(
 def _refuse_new_experts(base: CheckpointPlace, held: Weights, delta: DeltaIndex) -> None:
     """RecipeError where one of base and delta has new experts, and the other has not."""
     checkpoint = held.checkpoint
-    if delta.new_experts is None and most_experts(delta) > most_experts_of(held.tensors):
+    if delta.new_experts is None and most_experts(delta) > most_experts_of(held.tensors) > 0:
         raise base.error(
             "has fewer experts than the delta's base",
             "name the checkpoint with new experts that it was made from; a delta that adds them "
