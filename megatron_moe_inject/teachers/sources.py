@@ -143,11 +143,17 @@ ALIGNMENTS: Registry[Alignment] = Registry(
 )
 """By the words of ``TeacherSpec.align`` but ``none``."""
 
+EXAMPLES = {"server": "server:http://host:8000"}
+"""Of kinds that name no folder, for whoever has not imported them."""
+
 
 def examples() -> str:
     """What a source may look like, nothing imported, as in ``megatron:/dir or hf:/dir``."""
     kinds = {name: SOURCES.loaded(name) for name in SOURCES.names()}
-    return " or ".join(f"{n}:/dir" if kind is None else kind.example for n, kind in kinds.items())
+    return " or ".join(
+        EXAMPLES.get(name, f"{name}:/dir") if kind is None else kind.example
+        for name, kind in kinds.items()
+    )
 
 
 def parse_source(name: str, text: str) -> Source:

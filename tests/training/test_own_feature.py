@@ -189,7 +189,7 @@ def test_every_layout_gives_the_same(material, one, layout):
         (RECIPE.replace("unit: domain", "most: 0"), (), "counting.most: 0 counts nothing; write 1"),
         (RECIPE.replace("0: 1.0, 2", "0: -1.0, 2"), (), "counting.weight: -1.0 is negative"),
         (RECIPE.replace("unit: domain", "units: domain"), (), "counting.units: unknown key; did"),
-        (RECIPE.replace("constant:7", "constant: "), (), "hf:/dir or store:/dir or constant"),
+        (RECIPE.replace("constant:7", "constant: "), (), "server:http://host:8000 or constant"),
         (
             RECIPE,
             ("--empty-unused-memory-level", "1"),

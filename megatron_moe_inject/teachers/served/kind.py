@@ -13,14 +13,14 @@ from megatron_moe_inject.host.errors import fail
 from megatron_moe_inject.teachers.base import Comparison, Source, TeacherInfo
 from megatron_moe_inject.teachers.served.step_teacher import served_teacher
 from megatron_moe_inject.teachers.served.store_rows import ServedStore
-from megatron_moe_inject.teachers.sources import SourceKind
+from megatron_moe_inject.teachers.sources import EXAMPLES, SourceKind
 from megatron_moe_inject.teachers.vocabulary import Vocabulary
 
 
 def source_kind() -> SourceKind:
     """Of ``teachers.sources.SOURCES``."""
     return SourceKind(
-        "server:http://host:8000",
+        EXAMPLES["server"],
         check,
         is_folder=False,
         in_step=served_teacher,
