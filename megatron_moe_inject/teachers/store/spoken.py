@@ -64,7 +64,7 @@ class SpokenIds:
         shape = counts.shape
         rows = self.layout.decode(content.flatten(0, 1), counts.flatten())
         label = None if rows.label is None else rows.label.view(*shape, 1)
-        ids, drawn = rows.ids.view(*shape, -1), self.tail == "sample"
+        ids, drawn = rows.ids.unflatten(0, shape), self.tail == "sample"
         if at_one and not drawn:
             log_probs = rows.at(0, 1.0).view(ids.shape)
             return Sparse(ids, log_probs, self.tail, label_log_probs=label)
@@ -94,4 +94,4 @@ class SpokenStates:
     def target(self, content: Tensor, counts: Tensor, *, at_one: bool = False) -> Target:
         """See ``Spoken``."""
         states = self.layout.states(content.flatten(0, 1))
-        return Dense(states.view(*counts.shape, -1), self.head, self.transform)
+        return Dense(states.unflatten(0, counts.shape), self.head, self.transform)
