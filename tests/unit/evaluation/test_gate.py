@@ -82,5 +82,5 @@ def test_a_domain_without_held_out_text_is_named():
 def test_a_teacher_of_which_only_some_ids_are_known_is_not_compared_and_has_not_passed(begins):
     unmeasured = evaluation({"loss": 3.0}, teachers=CODER)
     (said,), kept = ask(unmeasured, begins=begins, verdict=ask(unmeasured, begins=True)[1])
-    assert "of teacher coder only some ids of each token of code are known" in said
+    assert "teacher coder of code is a store of drawn ids, or without the label's" in said
     assert kept["passed"] == {}
