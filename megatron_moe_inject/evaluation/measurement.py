@@ -33,7 +33,7 @@ from megatron_moe_inject.losses.measure import TokenMeasures, measure_tokens
 from megatron_moe_inject.losses.objective import LossTerms, SampleGroup
 from megatron_moe_inject.losses.rows import RowKernels
 from megatron_moe_inject.losses.student import Student
-from megatron_moe_inject.losses.target import Mixed, Target
+from megatron_moe_inject.losses.target import Aligned, Mixed, Target
 from megatron_moe_inject.losses.triton_rows import AUTO
 
 _COLUMNS = (*ALWAYS, *TAUGHT, *PARTLY, BARE)
@@ -180,7 +180,8 @@ class Measurement(StepPart):
             tokens = [torch.ones_like(measured.loss), measured.loss, correct]
             if group.taught and (measured.kl is None or measured.teacher_loss is None):
                 readable[samples], limited = False, True
-            if measured.teacher_loss is not None:
+            whole = measured.kl is not None or isinstance(group.target, Aligned)
+            if whole and measured.teacher_loss is not None:
                 compared = torch.ones_like(measured.loss)
                 if group.readable is not None:
                     compared = group.readable.flatten().to(compared.dtype)
