@@ -150,7 +150,7 @@ def _is_adapted(arm: arms.Arm, row: Mapping, most: float) -> bool:
 
 def _is_candidate(arm: arms.Arm, row: Mapping) -> bool:
     few = row["trained"] <= MOST_TRAINED * row["parameters"]
-    return few and arm.experts in ("chosen", "quarter") and arm.gamma > 0
+    return few and arm.experts in ("chosen", "quarter") and arm.gamma > 0 and not arm.adapters
 
 
 def _ratio(ours: float, other: float) -> float | None:
