@@ -15,6 +15,7 @@ take them flat.
 """
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Self, overload
@@ -44,15 +45,15 @@ class TeacherLogits(NamedTuple):
     entropy: Tensor | None = None
 
 
-class PerToken:
+class PerToken(ABC):
     """Tensors that belong to tokens, beside what is the same for all of them."""
 
+    @abstractmethod
     def parts(self) -> tuple[tuple[Tensor, ...], Callable[..., Self]]:
         """The tensors per token, and what makes an object like this one of such tensors.
 
         What makes it keeps none of the tensors that it is given beside, so that they can be freed.
         """
-        raise NotImplementedError
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> Self:
         """The same with every tensor per token changed, such as cut or laid out flat."""

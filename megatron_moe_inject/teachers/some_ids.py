@@ -9,7 +9,8 @@ context-parallel size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import Self
 
 import torch
@@ -20,7 +21,7 @@ from megatron_moe_inject.host.indices import index
 from megatron_moe_inject.losses.target import Target
 
 
-class SomeIdsTeacher:
+class SomeIdsTeacher(ABC):
     """What ``step_pass.StepTeacher`` asks that does not depend on where the ids come from.
 
     Args:
@@ -51,13 +52,43 @@ class SomeIdsTeacher:
         """Over whose ranks its head is sharded; None where it has none."""
         return None
 
+    @abstractmethod
     def _at_one(self, rows: slice | torch.Tensor) -> Target:
         """What it says of some of the step's samples at temperature 1."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _readable(self, rows: slice | torch.Tensor) -> torch.Tensor:
         """Where it says something of them, ``[k, s/c]`` bool."""
-        raise NotImplementedError
+
+    def _handed_on(
+        self,
+        found: Mapping[str, torch.Tensor] | None,
+        kinds: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+        group: dist.ProcessGroup,
+    ) -> dict[str, torch.Tensor]:
+        """What the first rank of a group has found, on the device of all of its ranks.
+
+        Args:
+            found: on the host; ``None`` on other ranks, or where nothing is selected.
+            kinds: shape and type of each.
+
+        Collectives: over the group a broadcast of each; none of one rank, or of nothing.
+        """
+        if found is None:
+            found = {
+                name: torch.empty(shape, dtype=dtype, device=self._device)
+                for name, (shape, dtype) in kinds.items()
+            }
+        elif self._device.type == "cuda":
+            found = {name: value.pin_memory() for name, value in found.items()}
+        first, handed = dist.get_process_group_ranks(group)[0], {}
+        for name, value in found.items():
+            shape = kinds[name][0]
+            on_device = value.to(self._device, non_blocking=True).view(shape)
+            if group.size() > 1 and shape[0]:
+                dist.broadcast(on_device, src=first, group=group)
+            handed[name] = on_device
+        return handed
 
     def _of(self, micro_batch: int) -> slice:
         begin = sum(self._rows[:micro_batch])

@@ -94,27 +94,16 @@ class ServedTeacher(SomeIdsTeacher):
         count = self._select(selected)
         shape = (count, sequence_length, self._slots)
         kinds = {
-            "ids": torch.int32,
-            "log_probs": torch.float32,
-            "labels": torch.float32,
-            "tokens": torch.int64,
+            "ids": (shape, torch.int32),
+            "log_probs": (shape, torch.float32),
+            "labels": ((*shape[:2], 1), torch.float32),
+            "tokens": (shape[:2], torch.int64),
         }
-        shapes = {"ids": shape, "log_probs": shape, "labels": (*shape[:2], 1), "tokens": shape[:2]}
+        found = None
         if self._group.rank() == 0 and count:
             assert batches is not None, "the first rank of a stage that has the loss reads data"
             found = self._look_up(batches, selected.nonzero().tolist())
-        else:
-            found = {
-                name: torch.empty(shapes[name], dtype=kind, device=self._device)
-                for name, kind in kinds.items()
-            }
-        first = dist.get_process_group_ranks(self._group)[0]
-        for name, value in found.items():
-            if value.device != self._device:
-                value = value.to(self._device, non_blocking=True)
-            if self._group.size() > 1 and count:
-                dist.broadcast(value, src=first, group=self._group)
-            found[name] = value
+        found = self._handed_on(found, kinds, self._group)
         self._ids, self._log_probs, self._labels = (
             context_parallel_slice(found[name], *self._cp)
             for name in ("ids", "log_probs", "labels")
@@ -127,15 +116,12 @@ class ServedTeacher(SomeIdsTeacher):
         ids, log_probs, labels = self._answers.by_teacher[self.name]
         tokens = samples_of([batch["tokens"] for batch in batches], samples)
         assert tokens is not None, "samples are selected"
-        found = {
+        return {
             "ids": torch.from_numpy(ids),
             "log_probs": torch.from_numpy(log_probs),
             "labels": torch.from_numpy(labels),
             "tokens": tokens.cpu().view(ids.shape[:2]),
         }
-        if self._device.type == "cuda":
-            return {name: value.pin_memory() for name, value in found.items()}
-        return found
 
     def target(self, micro_batch: int) -> Target:
         """What it says about a micro-batch's k selected samples, ids ``[k, s/c, i]``."""

@@ -146,25 +146,15 @@ class StoreTeacher(SomeIdsTeacher):
             RecipeError: the store lacks a sample, was written from another text, or is damaged.
         """
         count, width = self._select(selected), sequence_length // self._cp[1]
-        shapes = {
+        kinds = {
             "content": ((count, width, self._spoken.layout.widest), torch.uint8),
             "counts": ((count, width), torch.int32),
             "tokens": ((count, sequence_length), torch.int64),
         }
+        found = None
         if batches is not None and count:
             found = self._look_up(batches, selected.nonzero().tolist())
-        else:
-            found = {
-                name: torch.empty(shape, dtype=dtype, device=self._device)
-                for name, (shape, dtype) in shapes.items()
-            }
-        first = dist.get_process_group_ranks(self._group)[0]
-        for name, value in found.items():
-            if value.device != self._device:
-                value = value.to(self._device, non_blocking=True)
-            if self._group.size() > 1 and count:
-                dist.broadcast(value, src=first, group=self._group)
-            found[name] = value.view(shapes[name][0])
+        found = self._handed_on(found, kinds, self._group)
         self._content, self._counts = found["content"], found["counts"]
         self._tokens = found["tokens"]
 
@@ -181,14 +171,11 @@ class StoreTeacher(SomeIdsTeacher):
             for whole in (places.cpu(), tokens)
         ]
         content, counts = self._source.read(*own)
-        found = {
+        return {
             "content": torch.from_numpy(content),
             "counts": torch.from_numpy(counts).int(),
             "tokens": tokens,
         }
-        if self._device.type == "cuda":
-            return {name: value.pin_memory() for name, value in found.items()}
-        return found
 
     @property
     def tp_group(self) -> dist.ProcessGroup | None:
