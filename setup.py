@@ -40,6 +40,8 @@ setup(
             "tensorboard>=2.16",
             "peft>=0.21",
             "cryptography>=42",
+            "pyarrow>=14",
+            "zstandard>=0.22",
         ],
     },
     entry_points={"console_scripts": ["moe-inject = megatron_moe_inject.cli:main"]},
