@@ -14,30 +14,11 @@ import os
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.hybrid.hybrid_model import HybridModel
-from megatron.training import training
 
 from megatron_moe_inject.host import compat, gpt_entry
-from megatron_moe_inject.retention.originals import OriginalParameters
+from tests.harness.built_model import built, keep_what_is_built, originals
 
-built = []
-originals = []
 saved = {}
-
-
-def keep_what_is_built():
-    stock, stock_init = training.setup_model_and_optimizer, OriginalParameters.__init__
-
-    @functools.wraps(stock)
-    def setup(*args, **kwargs):
-        built[:] = stock(*args, **kwargs)
-        return tuple(built)
-
-    def init(self, *args, **kwargs):
-        stock_init(self, *args, **kwargs)
-        originals.append(self)
-
-    training.setup_model_and_optimizer = setup
-    OriginalParameters.__init__ = init
 
 
 def count_saved(kind):

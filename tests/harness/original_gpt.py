@@ -12,25 +12,7 @@ import torch
 from megatron.training import training
 
 from megatron_moe_inject.host import compat, gpt_entry
-from megatron_moe_inject.retention.originals import OriginalParameters
-
-built, originals = [], []
-
-
-def keep_what_is_built():
-    stock, stock_init = training.setup_model_and_optimizer, OriginalParameters.__init__
-
-    @functools.wraps(stock)
-    def setup(*args, **kwargs):
-        built[:] = stock(*args, **kwargs)
-        return tuple(built)
-
-    def init(self, *args, **kwargs):
-        stock_init(self, *args, **kwargs)
-        originals.append(self)
-
-    training.setup_model_and_optimizer = setup
-    OriginalParameters.__init__ = init
+from tests.harness.built_model import built, keep_what_is_built, originals
 
 
 def logits():

@@ -44,3 +44,18 @@ steering: {{coeff: 0.5, target_mass: 0.8, balance: 0.1, retention: 1.0, detail_e
 
 LITTLE = "train: {{{{experts: none, {}}}}}\n"
 ROWS = RECIPE + LITTLE.format("router_rows: true")
+
+
+TOLD = """
+domains:
+  - name: code
+    data: [1]
+    teacher: coder
+    experts: {{layers: {{2: [3], 3: [0, 3]}}}}
+teachers:
+  coder: {{source: "megatron:{teacher}"}}
+objective: {{alpha: 0.7, beta: 0.3, temperature: 2.0}}
+steering: {{coeff: 0.5, target_mass: 0.8, confidence: label}}
+train: {{attention: true}}
+"""
+"""Steered by the label's probability, which stores and servers tell in a model's place."""

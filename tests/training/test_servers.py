@@ -12,22 +12,11 @@ from tests.harness import lane
 from tests.harness.injection import OTHER, assert_clean_end, recipe_file
 from tests.harness.material import make_material
 from tests.harness.teacher_server import TeacherServer, thinker
+from tests.harness.training_recipes import TOLD
 
 ALL = 69
 """Rows of the teacher's head, eight of them beyond the student's ids."""
 TERMS = ("lm loss", "kd loss", "total loss", "kd loss/code", "steering loss", "grad norm")
-RECIPE = """
-domains:
-  - name: code
-    data: [1]
-    teacher: coder
-    experts: {{layers: {{2: [3], 3: [0, 3]}}}}
-teachers:
-  coder: {{source: "hf:/nowhere"}}
-objective: {{alpha: 0.7, beta: 0.3, temperature: 2.0}}
-steering: {{coeff: 0.5, target_mass: 0.8, confidence: label}}
-train: {{attention: true}}
-"""
 SECRET = "sk-very-secret-0123456789"
 
 
@@ -55,7 +44,7 @@ def train(material):
         **layout,
     ):
         overrides = [f"teachers.coder.source={source}", *sets]
-        ours = ["--inject-recipe", recipe_file(material, RECIPE), "--inject-verify-frozen"]
+        ours = ["--inject-recipe", recipe_file(material, TOLD), "--inject-verify-frozen"]
         flags = of.flags(*ours, "--inject-set", *overrides, *extra, **layout)
         if resume is not None:
             anew = ("--finetune", "--no-load-optim", "--no-load-rng")

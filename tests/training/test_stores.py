@@ -16,20 +16,9 @@ from tests.harness import lane
 from tests.harness.corpus import write_corpora
 from tests.harness.injection import OTHER, assert_clean_end, recipe_file
 from tests.harness.material import SEQUENCE, make_material
+from tests.harness.training_recipes import TOLD
 
 TERMS = ("lm loss", "kd loss", "total loss", "kd loss/code", "steering loss", "grad norm")
-RECIPE = """
-domains:
-  - name: code
-    data: [1]
-    teacher: coder
-    experts: {{layers: {{2: [3], 3: [0, 3]}}}}
-teachers:
-  coder: {{source: "megatron:{teacher}"}}
-objective: {{alpha: 0.7, beta: 0.3, temperature: 2.0}}
-steering: {{coeff: 0.5, target_mass: 0.8, confidence: label}}
-train: {{attention: true}}
-"""
 END = "60"
 STARTS = ("nproc", "check", "script", "env")
 KILLED = (str(lane.HARNESS / "killed_gpt.py"),)
@@ -61,7 +50,7 @@ def write(material, blend, tmp_path_factory):
     def written(*options, sets=()):
         folder = tmp_path_factory.mktemp("stores") / "store"
         command = [sys.executable, "-m", "megatron_moe_inject.cli", "store-teacher"]
-        command += [recipe_file(material, RECIPE), "--output", str(folder), "--cpu", *options]
+        command += [recipe_file(material, TOLD), "--output", str(folder), "--cpu", *options]
         command += ["--inject-set", *sets] if sets else []
         flags = [*blend[:-1], *TOKENIZER, "--seq-length", str(SEQUENCE)]
         run = subprocess.run(
@@ -86,7 +75,7 @@ def train(material, blend):
         starts = {name: how.pop(name) for name in list(how) if name in STARTS}
         overrides = [] if store is None else [f"teachers.coder.source=store:{store}"]
         overrides += sets
-        ours = ["--inject-recipe", recipe_file(material, RECIPE), "--inject-verify-frozen"]
+        ours = ["--inject-recipe", recipe_file(material, TOLD), "--inject-verify-frozen"]
         ours += ["--inject-set", *overrides] if overrides else []
         flags = of.flags(*ours, *blend, *extra, **how)
         if goes_on:

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_moe_inject import cli
 from megatron_moe_inject.host.errors import fail
@@ -14,6 +14,7 @@ from megatron_moe_inject.recipe.load import recipe_from_yaml
 from megatron_moe_inject.teachers.store.manifest import read_manifest
 from megatron_moe_inject.teachers.store.part import checked_stores
 from megatron_moe_inject.teachers.store.reader import Store
+from tests.harness.llama_and_texts import llama_and_texts
 
 transformers = pytest.importorskip("transformers")
 
@@ -35,18 +36,7 @@ def failure(problem, remedy):
 def material(tmp_path_factory):
     """A tiny Llama, a recipe, and two data sets of 30 documents."""
     folder = tmp_path_factory.mktemp("material")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, intermediate_size=16, max_position_embeddings=64,
-    )  # fmt: skip
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(str(folder / "llama"))
-    rng = np.random.default_rng(0)
-    for name in ("general", "code"):
-        builder = IndexedDatasetBuilder(f"{folder / name}.bin", dtype=np.uint16)
-        for length in rng.integers(0, 90, 30).tolist():
-            builder.add_document(torch.from_numpy(rng.integers(0, VOCABULARY, length)), [length])
-        builder.finalize(f"{folder / name}.idx")
+    llama_and_texts(folder, 64, VOCABULARY)
     text = RECIPE.format(source=f"hf:{folder / 'llama'}", teacher="coder")
     (folder / "recipe.yaml").write_text(text)
     return folder
