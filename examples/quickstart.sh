@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Moves a small code model's knowledge into an English mixture-of-experts model, by adapters on a few of
-# its experts, with real Megatron-Core on two gloo processes. No GPU; 2 CPU cores; 6 to 15 minutes from nothing.
+# its experts, with real Megatron-Core on two gloo processes. No GPU; 2 CPU cores; 7 to 15 minutes from nothing.
 #
 #   bash examples/quickstart.sh                   from the two models that this repository ships
 #   bash examples/quickstart.sh --from-scratch    pretrains them first, about half an hour more
