@@ -104,6 +104,26 @@ def start_at(folder):
     return ("--load", str(folder), "--finetune", "--no-load-optim", "--no-load-rng")
 
 
+SIGMOID = ("--moe-router-score-function", "sigmoid")
+
+
+@pytest.mark.slow
+def test_gates_of_sigmoids_sum_to_one_too(material, dense, tmp_path, capsys):
+    options = ("--experts", "8", "--granularity", "2")
+    asked = upcycled(capsys, dense("gated"), tmp_path / "moe", *options)
+    start = start_at(tmp_path / "moe")
+    for name, flags, same in (
+        ("sigmoid", SIGMOID, True),
+        ("scaled", (*SIGMOID, "--moe-router-topk-scaling-factor", "2.5"), False),
+        ("before", ("--moe-router-pre-softmax",), False),
+    ):
+        folder = tmp_path / name
+        run_with_logits(material, folder, "gated", *start, *MOE, *asked, *flags, then="end")
+        after = torch.load(folder / "megatron_logits.pt")
+        near = torch.allclose(after, dense("gated").logits, rtol=0, atol=2e-6)
+        assert near == same, name
+
+
 @pytest.mark.skipif(not OTHER, reason="MEGATRON_OTHER names no second Megatron")
 @pytest.mark.slow
 def test_the_other_megatron_reads_it(material, dense, tmp_path, capsys):
