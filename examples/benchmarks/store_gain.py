@@ -2,9 +2,10 @@
 
     nice python examples/benchmarks/store_gain.py [--steps 200] [--arms live 16 64 256 all draw64]
 
-The quickstart's models, text and recipe, on one process. Of each arm: bytes a token, seconds a
-step, and the losses per token on held-out text before and after. ``live`` runs the teacher beside
-the student; a number is that many ids of each token, packed; ``all`` the whole vocabulary in fp32;
+The quickstart's models, text and recipe with the chosen experts trained whole, on one process. Of
+each arm: bytes a token, seconds a step, and the losses per token on held-out text before and after.
+``live`` runs the teacher beside the student; a number is that many ids of each token, packed;
+``all`` the whole vocabulary in fp32;
 ``drawN`` N drawn ids; ``states`` and ``fp8`` hidden states. Arms that are done are kept.
 """
 
@@ -20,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples" / "quickstart"))
 
 import figures  # noqa: E402
-from runner import QUICKSTART, flags, logged, megatron  # noqa: E402
+from runner import QUICKSTART, WHOLE_EXPERTS, flags, logged, megatron  # noqa: E402
 
 CLI = ("-m", "megatron_moe_inject.cli")
 KEPT = {
@@ -54,9 +55,9 @@ def prepare(folder: Path) -> None:
 
 
 def overrides(folder: Path, source: str) -> list[str]:
-    """The recipe's fields that name files."""
+    """The recipe's fields that name files, and what trains."""
     profile = f"domains[0].experts.profile={folder / 'profile.json'}"
-    return ["--inject-set", f"teachers.coder.source={source}", profile]
+    return ["--inject-set", f"teachers.coder.source={source}", profile, *WHOLE_EXPERTS]
 
 
 def blend(folder: Path) -> list[str]:
