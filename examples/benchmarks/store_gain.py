@@ -5,8 +5,8 @@
 The quickstart's models, text and recipe with the chosen experts trained whole, on one process. Of
 each arm: bytes a token, seconds a step, and the losses per token on held-out text before and after.
 ``live`` runs the teacher beside the student; a number is that many ids of each token, packed;
-``all`` the whole vocabulary in fp32;
-``drawN`` N drawn ids; ``states`` and ``fp8`` hidden states. Arms that are done are kept.
+``all`` the whole vocabulary in fp32; ``drawN`` N drawn ids; ``states`` and ``fp8`` hidden states.
+Arms that are done are kept.
 """
 
 from __future__ import annotations
