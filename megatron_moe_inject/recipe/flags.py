@@ -23,7 +23,8 @@ from megatron_moe_inject.recipe.load import load_recipe, located, recipe_from_fl
 from megatron_moe_inject.recipe.schema import Recipe
 
 _OBJECTIVE = ("alpha", "beta", "general_beta", "gamma", "temperature", "divergence")
-_PLAIN = ("teacher", "domain_data", "domain_name", "experts", *_OBJECTIVE, "train_router")
+_TRAIN = ("train_router", "train_everything")
+_PLAIN = ("teacher", "domain_data", "domain_name", "experts", *_OBJECTIVE, *_TRAIN)
 _PROFILE = ("profile", "profile_coselections", "profile_logits")
 _CHECKS = ("from_scratch", "verify_frozen", "verify_inputs")
 _RUN = ("dry_run", "progress", *_CHECKS, *_PROFILE, "evaluate")
@@ -68,6 +69,7 @@ def add_inject_arguments(parser: ArgumentParser) -> ArgumentParser:
             "each of Megatron's. Our own entry does so by itself.",
         ),
         ("train-router", "Without a recipe: train the routers as well."),
+        ("train-everything", "Without a recipe: train the whole student."),
     ):
         group.add_argument(f"--inject-{flag}", action="store_true", default=None, help=text)
     group.add_argument(
@@ -195,9 +197,11 @@ def _recipe_from_plain_flags(args: Namespace, overrides: list[str]) -> Recipe:
         )
     reads = args.inject_profile is not None or args.inject_evaluate is not None
     only_reads = reads and bool(args.skip_train)
-    if args.inject_experts is None and not args.inject_train_router and not only_reads:
+    trained = any(_given(args, name) for name in ("experts", *_TRAIN))
+    if not trained and not only_reads:
         raise RecipeError(
-            "--inject-experts: missing; choose experts as LAYER:ID,ID;LAYER:ID, such as 12:3,40"
+            "--inject-experts: missing; choose experts as LAYER:ID,ID;LAYER:ID, such as 12:3,40, "
+            "or add --inject-train-everything"
         )
     objective = {
         name: _number(args, name) if name != "divergence" else args.inject_divergence
@@ -210,7 +214,9 @@ def _recipe_from_plain_flags(args: Namespace, overrides: list[str]) -> Recipe:
             data=[_blend_entry(entry) for entry in args.inject_domain_data],
             experts=args.inject_experts,
             teacher=args.inject_teacher,
-            router=bool(args.inject_train_router) or only_reads,
+            router=bool(args.inject_train_router)
+            or (only_reads and not args.inject_train_everything),
+            everything=bool(args.inject_train_everything),
             overrides=overrides,
             **named,
             **objective,

@@ -158,6 +158,7 @@ def recipe_from_flags(
     teacher: str | None = None,
     name: str = "domain",
     router: bool = False,
+    everything: bool = False,
     overrides: Iterable[str] = (),
     **objective: Any,
 ) -> Recipe:
@@ -167,6 +168,7 @@ def recipe_from_flags(
         data: blend entries of the domain.
         experts: compact form ``"12:3,40;13:1"``; None trains no experts (router only).
         teacher: ``megatron:/dir`` or ``hf:/dir``; None = cross-entropy only.
+        everything: the whole student trains.
         overrides: as for ``load_recipe``.
         objective: fields of ``Objective``; absent ones take its defaults.
 
@@ -188,6 +190,10 @@ def recipe_from_flags(
         ],
         "teachers": {} if teacher is None else {"teacher": {"source": teacher}},
         "objective": objective,
-        "train": {"experts": "none" if experts is None else "selected", "router": router},
+        "train": {
+            "experts": "none" if experts is None and not everything else "selected",
+            "everything": everything,
+            "router": router,
+        },
     }
     return _finish(plain, overrides)

@@ -130,6 +130,8 @@ def _data_of(plan: Plan, label: int) -> str:
 def _expert_lines(recipe: Recipe, facts: StudentFacts | None) -> list[str]:
     if recipe.train.experts == "all":
         return ["all experts of all MoE layers"]
+    if recipe.train.everything and not any(d.experts.layers for d in recipe.domains):
+        return []
     pattern = None if facts is None else facts.pattern
     paired = pattern is not None and pattern.blocks is not None
     rows = [("domain", "layer (GPT block)" if paired else "layer", "experts")]

@@ -194,6 +194,8 @@ class Train:
     Attributes:
         experts: ``selected`` (those of the domains), ``all`` or ``none``.
         router_rows: of each router, the rows of the experts that the domains chose.
+        everything: the whole student, as stock Megatron trains it: nothing is frozen, so that no
+            other key here is written beside it.
         mlp: the MLPs of dense layers. The other names are the model's components.
         mamba: the mixers of Mamba layers, of a hybrid student.
         layers: 0-based decoder layers that train whole.
@@ -210,6 +212,7 @@ class Train:
     """
 
     experts: str = field(default="selected", metadata={"choices": EXPERT_MODES})
+    everything: bool = False
     router: bool = False
     router_rows: bool = False
     shared_experts: bool = False
@@ -227,8 +230,14 @@ class Train:
     fp8_source: str | None = None
 
     def components(self) -> list[str]:
-        """Names of the components besides the experts that train whole."""
-        return [name for name, value in asdict(self).items() if value is True]
+        """Names of the components besides the experts that train whole, where they are named."""
+        named = asdict(self).items()
+        return [name for name, value in named if value is True and name != "everything"]
+
+    @property
+    def routers(self) -> bool:
+        """Whether routers train whole, or may."""
+        return self.everything or self.router or bool(self.layers or self.patterns)
 
     @property
     def beside(self) -> bool:
@@ -239,7 +248,7 @@ class Train:
     def whole(self) -> bool:
         """Whether something of the student itself trains."""
         named = [*self.components(), *self.layers, *self.patterns]
-        return self.experts != "none" or bool(named)
+        return self.everything or self.experts != "none" or bool(named)
 
 
 @dataclass

@@ -151,7 +151,13 @@ class RetentionFeature(Feature):
             )  # fmt: skip
 
     def check(self, recipe: Recipe, facts: StudentFacts) -> None:
-        """There is general data to hold."""
+        """There are experts, and general data to hold."""
+        retention = recipe[RETENTION]
+        if "experts" in retention.in_use() and facts.num_moe_experts is None:
+            raise fail(
+                "retention.experts", retention.experts, "holds experts, and the student is dense "
+                "(no --num-experts)", "set it to 0; objective.gamma holds any student",
+            )  # fmt: skip
         _check_general("retention.experts", recipe[RETENTION].experts, recipe, facts)
 
     def kept_originals(self, recipe: Recipe) -> Collection[str] | None:

@@ -219,15 +219,14 @@ def unreached(recipe: Recipe, args: Namespace) -> list[str]:
     if not card.among(recipe.experts_by_layer()):
         return []
     train = recipe.train
-    routers = train.router or train.layers or train.patterns
     rate = getattr(args, "moe_router_bias_update_rate", 0)
-    if card.rows == "closed" and not (routers and rate):
+    if card.rows == "closed" and not (train.routers and rate):
         return [
             "new experts were closed by their routers' bias, and no token reaches one until that "
             "opens: write routing.open; or Megatron moves it while train.router trains and "
             "--moe-router-bias-update-rate is above 0; or add them with --rows mean"
         ]
-    if card.rows == "mean" and not (routers or train.router_rows or train.adapters):
+    if card.rows == "mean" and not (train.routers or train.router_rows or train.adapters):
         return [
             "the routers are frozen, so that no more tokens will choose the new experts than do "
             "now, which are few: set train.router_rows: true"

@@ -205,8 +205,7 @@ def _check_use(recipe: Recipe) -> None:
     steering, train = recipe[STEERING], recipe.train
     chosen = {layer for d in recipe.domains for layer in d.experts.layers}
     undecided = any(d.experts.undecided for d in recipe.domains)
-    routers = train.router or train.router_rows or train.layers or train.patterns
-    if steering.retains and not routers:
+    if steering.retains and not (train.routers or train.router_rows):
         raise fail(
             "steering.retention", steering.retention, "holds routers that do not train",
             "set train.router: true or remove it",

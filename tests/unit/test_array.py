@@ -205,6 +205,9 @@ TESTED_ELSEWHERE = {
     "unit/teachers/store/test_command.py": {
         "test_a_store_that_is_signed_is_taken_by_who_trusts_its_signer": ["teachers.*.trusted"],
     },
+    "training/test_everything.py": {
+        "test_a_dense_student_at_every_layout": ["train.everything"],
+    },
     "training/test_hybrid_mamba.py": {
         "test_mixers_and_chosen_experts_change_and_nothing_else": ["train.mamba"]
     },

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from typing import TYPE_CHECKING
 
 from megatron_moe_inject.experts.train import uses
@@ -13,7 +13,7 @@ from megatron_moe_inject.host.text import ranges
 from megatron_moe_inject.recipe.facts import StudentFacts
 from megatron_moe_inject.recipe.feature import Feature, RefusedBeside
 from megatron_moe_inject.recipe.refused_options import FP8_PARAMETERS, NO_PARTS, Refusal
-from megatron_moe_inject.recipe.schema import FP8_SCALINGS, Recipe
+from megatron_moe_inject.recipe.schema import FP8_SCALINGS, Recipe, Train
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -38,7 +38,7 @@ _QUANTILE = Refusal(
 
 
 def _selected(recipe: Recipe, facts: StudentFacts) -> bool:
-    return recipe.train.experts == "selected"
+    return recipe.train.experts == "selected" and not recipe.train.everything
 
 
 def _by_patterns(recipe: Recipe, facts: StudentFacts) -> bool:
@@ -101,7 +101,10 @@ class Freezing(Feature):
         RefusedBeside(
             (_GRAPHS,),
             "--overlap-moe-expert-parallel-comm",
-            lambda recipe, facts: bool(facts.options.get("overlap_moe_expert_parallel_comm")),
+            lambda recipe, facts: (
+                bool(facts.options.get("overlap_moe_expert_parallel_comm"))
+                and not recipe.train.everything
+            ),
             "remove --overlap-moe-expert-parallel-comm",
         ),
         *_no_parts("train.experts: selected", _selected),
@@ -115,7 +118,7 @@ class Freezing(Feature):
         RefusedBeside(
             (_QUANTILE,),
             "train.router: false",
-            lambda recipe, facts: not recipe.train.router,
+            lambda recipe, facts: not (recipe.train.router or recipe.train.everything),
             "set train.router: true, or use another type",
         ),
     )
@@ -123,6 +126,9 @@ class Freezing(Feature):
     def rules(self, recipe: Recipe) -> None:
         """Something trains, each thing is named once, and FP8 has experts to keep."""
         train = recipe.train
+        if train.everything:
+            _check_everything(recipe)
+            return
         if train.frozen_experts == "fp8" and train.experts == "all":
             raise fail(
                 "train.frozen_experts", "fp8", "keeps no expert, since all of them train",
@@ -177,6 +183,8 @@ class Freezing(Feature):
     def plan_lines(self, recipe: Recipe, facts: StudentFacts | None) -> dict[str, list[str]]:
         """What trains in words, and how frozen experts are kept."""
         train = recipe.train
+        if train.everything:
+            return {"trains": ["everything, as without the plugin"]}
         names = [_trained_experts(recipe, facts)] if train.experts != "none" else []
         names += train.components()
         if train.layers:
@@ -194,6 +202,8 @@ class Freezing(Feature):
         self, recipe: Recipe, facts: StudentFacts | None, args: Namespace | None
     ) -> list[Contract]:
         """The boundary and the optimizer; of grouped experts and FP8 where they are there."""
+        if recipe.train.everything:
+            return []
         parts = [uses.TRAIN]
         if facts is None or facts.pattern is not None:
             parts.append(uses.HYBRID_TRAIN)
@@ -222,7 +232,29 @@ class ForwardStages(Feature):
 
 def _attention_trains_whole(recipe: Recipe, facts: StudentFacts) -> bool:
     """Options that change parameters outside the optimizer may do so where these train whole."""
+    if recipe.train.everything:
+        return True
     return recipe.train.attention or set(recipe.train.layers) >= set(range(facts.num_layers))
+
+
+def _check_everything(recipe: Recipe) -> None:
+    """Beside ``everything`` nothing else of ``train`` is written, and nothing is frozen to prove.
+
+    The experts that domains chose stay useful: steering and imitation are of them.
+    """
+    for field in fields(Train):
+        value = getattr(recipe.train, field.name)
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        if field.name != "everything" and value != default:
+            raise fail(
+                f"train.{field.name}", value, "stands beside train.everything, which leaves "
+                "nothing to choose", "keep one of them",
+            )  # fmt: skip
+    if recipe.verify_frozen:
+        raise fail(
+            "verify_frozen", True, "has nothing to prove, since train.everything freezes nothing",
+            "remove it",
+        )  # fmt: skip
 
 
 def _check_frozen_fp8(recipe: Recipe, facts: StudentFacts) -> None:
@@ -255,6 +287,8 @@ def _check_frozen_fp8(recipe: Recipe, facts: StudentFacts) -> None:
 def _check_components(recipe: Recipe, facts: StudentFacts) -> None:
     """A component that matches nothing is an error."""
     train, moe = recipe.train, facts.num_moe_experts is not None
+    if train.everything:
+        return
     for name, exists, why in (
         ("router", moe, "the student is dense (no --num-experts)"),
         ("router_rows", moe, "the student is dense (no --num-experts)"),

@@ -31,6 +31,7 @@ class FreezePolicy:
         patterns: shell patterns over ``ParameterPlace.global_name`` that train, behind
             ``GPT_NAMES`` over ``gpt_name``.
         rows: rows of routers that train, expert ids by 0-based global layer.
+        everything: nothing is frozen, whatever the others say; see ``EVERYTHING``.
     """
 
     experts: Mapping[int, frozenset[int]] | None
@@ -38,6 +39,7 @@ class FreezePolicy:
     layers: frozenset[int] = frozenset()
     patterns: tuple[str, ...] = ()
     rows: Mapping[int, frozenset[int]] = field(default_factory=dict)
+    everything: bool = False
 
     def described(self) -> dict[str, Any]:
         """The policy in plain JSON values; equal for equal policies, and for no others, since the
@@ -49,6 +51,7 @@ class FreezePolicy:
             "patterns": sorted(self.patterns),
             "router_rows": _plain(self.rows),
         }
+        more["everything"] = self.everything
         return described | {name: value for name, value in more.items() if value}
 
     def trains(self, place: ParameterPlace) -> bool:
@@ -58,7 +61,7 @@ class FreezePolicy:
             NotImplementedError: some experts of a layer are chosen but the layer keeps its
                 experts in one fused parameter.
         """
-        if place.component in ("projections", *BESIDE):
+        if self.everything or place.component in ("projections", *BESIDE):
             return True
         if place.layer in self.layers or self.matches(place):
             return True
@@ -85,14 +88,21 @@ class FreezePolicy:
     def apply(self, chunks: Iterable[Chunk]) -> None:
         """Set ``requires_grad`` on every parameter, and freeze the bias of frozen routers.
 
-        Must run before DDP and the optimizer are built. No collective.
+        Must run before DDP and the optimizer are built. No collective. Where everything trains, all
+        is left as Megatron built it.
         """
+        if self.everything:
+            return
         for chunk in chunks:
             for place, parameter in places(chunk):
                 parameter.requires_grad_(self.trains(place))
             for module in chunk.modules():
                 trains = any(p.requires_grad for p in module.parameters(recurse=False))
                 freeze_expert_bias(module, not trains)
+
+
+EVERYTHING = FreezePolicy(None, frozenset(), everything=True)
+"""The student trains as in stock Megatron."""
 
 
 def freeze_expert_bias(router: MegatronModule, frozen: bool) -> None:

@@ -51,9 +51,10 @@ class FreezingPart(RunPart):
         self._fp8 = frozen_fp8(run.recipe, self._policy, run.facts)
         self._check: FrozenCheck | None = None
         self._chunks: Sequence[torch.nn.Module] = ()
-        self.around = {
-            "get_megatron_optimizer": lambda stock, *a, **k: make_checkpointable(stock(*a, **k))
-        }
+        if not self._policy.everything:
+            self.around = {
+                "get_megatron_optimizer": lambda stock, *a, **k: make_checkpointable(stock(*a, **k))
+            }
 
     def prepare(self) -> None:
         """Compare what trains with the checkpoint that is to be loaded; see ``resume``."""
@@ -67,13 +68,15 @@ class FreezingPart(RunPart):
 
     def before_ddp(self, chunks: Sequence[torch.nn.Module]) -> None:
         """Apply the policy, and tell layers that make gradients in their own way what is frozen."""
+        if self._policy.everything:
+            return
         self._policy.apply(list(chunks))
         train_grouped_experts(list(chunks))
         drop_transposes(list(chunks))
         ask_no_frozen_layer(list(chunks))
 
     def attach(self, student: BuiltStudent) -> StepPart | None:
-        """Agree on where backward stops, and let it.
+        """Agree on where backward stops, and let it: nowhere, where everything trains.
 
         Collectives: over the whole world those of ``agree`` with FP8, one all-gather of pattern
         lists where there are any, one all-reduce and one all-gather; over the pipeline one
@@ -83,6 +86,11 @@ class FreezingPart(RunPart):
             RecipeError: on every rank: nothing trains, or a pattern names nothing.
         """
         self._chunks, pp = student.chunks, student.groups.pp
+        if self._policy.everything:
+            self._run.provide(Boundary, Boundary(-1, 0))
+            self._census = Census(parameter_rows(student.chunks, student.groups))
+            self._run.provide(Census, self._census)
+            return None
         if self._fp8 is not None:
             agree(self._fp8.check)
         self._check_patterns()
@@ -103,6 +111,8 @@ class FreezingPart(RunPart):
     def plan_lines(self, given: Mapping[str, list[str]]) -> Mapping[str, list[str]]:
         """With the parameters counted, and where backward stops."""
         first, *rest = given["trains"]
+        if self._policy.everything:
+            return {"trains": [first, *parameter_table(self._census.rows), *rest]}
         stops = f"backward stops at layer {self._boundary.position}; below it only the forward runs"
         return {"trains": [first, *parameter_table(self._census.rows), *rest, stops]}
 

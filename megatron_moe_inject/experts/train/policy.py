@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_moe_inject.experts.fp8.native import NativeFp8
-from megatron_moe_inject.experts.train.freeze import FreezePolicy
+from megatron_moe_inject.experts.train.freeze import EVERYTHING, FreezePolicy
 from megatron_moe_inject.experts.train.frozen_fp8 import FrozenFp8
 from megatron_moe_inject.recipe.facts import StudentFacts
 from megatron_moe_inject.recipe.schema import Recipe
@@ -11,6 +11,8 @@ from megatron_moe_inject.recipe.schema import Recipe
 
 def freeze_policy(recipe: Recipe) -> FreezePolicy:
     """The policy that ``recipe.train`` and the domains' experts ask for."""
+    if recipe.train.everything:
+        return EVERYTHING
     experts: dict[int, frozenset[int]] | None = {}
     if recipe.train.experts == "all":
         experts = None

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_moe_inject.experts.train.described import in_layers_of
-from megatron_moe_inject.experts.train.freeze import FreezePolicy
+from megatron_moe_inject.experts.train.freeze import EVERYTHING, FreezePolicy
 from megatron_moe_inject.host.errors import (
     RecipeError,
 )
@@ -26,7 +26,8 @@ def begin_or_resume(
     """Record the policy for checkpoints to come, and compare it with the one to be loaded.
 
     A checkpoint that was saved without injection gives its weights, iteration and random numbers,
-    and the optimizer starts anew, without a flag: ``args.no_load_optim`` is set.
+    and the optimizer starts anew, without a flag: ``args.no_load_optim`` is set. Where everything
+    trains and nothing besides, its optimizer state is that of the run, and is loaded.
 
     Args:
         policy: what trains.
@@ -51,6 +52,8 @@ def begin_or_resume(
     if folder is None:
         return None
     if stored is None:
+        if args.inject_policy == EVERYTHING.described():
+            return None
         args.no_load_optim = True
         return (
             f"{folder} was saved without injection: its optimizer state is left, ours starts anew"
@@ -81,7 +84,9 @@ def _as_now(policy: dict) -> dict:
 
 def _shown(policy: dict) -> str:
     experts = policy["experts"]
-    if isinstance(experts, dict):
+    if policy.get("everything"):
+        experts = "everything"
+    elif isinstance(experts, dict):
         experts = f"experts {_by_layer(experts)}" if experts else ""
     else:
         experts = f"{experts} experts"

@@ -143,6 +143,7 @@ PLAIN_ALONE = [
     "--inject-temperature 1",
     "--inject-divergence jsd",
     "--inject-train-router",
+    "--inject-train-everything",
 ]
 
 

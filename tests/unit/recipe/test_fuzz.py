@@ -107,6 +107,7 @@ def recipes(draw):
     router = draw(st.booleans())
     train = Train(
         draw(st.sampled_from(["selected", "all"])),
+        False,
         router,
         draw(st.booleans()) and not router,
         *draw(st.tuples(*[st.booleans()] * 6)),
