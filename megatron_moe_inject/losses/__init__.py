@@ -4,7 +4,8 @@
 and what a teacher says about the same tokens, as hidden states and a head, as a committee, as some
 stored ids, or as how likely chunks of the text are (``aligned``). ``fused`` computes the loss of
 both without ever holding the logits, ``objective`` that of a micro-batch of domain and general
-samples, and ``measure`` says how good predictions and how sure a teacher is, without gradients.
+samples, ``preference`` that of pairs of answers, and ``measure`` says how good predictions and how
+sure a teacher is, without gradients.
 ``divergences`` and ``sparse`` take logits that exist.
 ``reference`` says what each loss means; the maths is in ``rows`` (for GPUs: ``triton_rows``).
 """
@@ -27,6 +28,12 @@ if TYPE_CHECKING:
     from megatron_moe_inject.losses.head_rows import HeadRows, LowRankHead
     from megatron_moe_inject.losses.kinds import COMMITTEES, KINDS, TAILS
     from megatron_moe_inject.losses.measure import TokenMeasures, measure_tokens, target_confidence
+    from megatron_moe_inject.losses.preference import (
+        PairTerms,
+        PreferenceSpec,
+        answer_sums,
+        preference_loss,
+    )
     from megatron_moe_inject.losses.sparse import sample_teacher, vocab_parallel_sparse_divergence
     from megatron_moe_inject.losses.spec import Divergence, LogitTransform, TermWeights
     from megatron_moe_inject.losses.student import Student, Vocabulary
@@ -46,6 +53,8 @@ __all__ = [
     "LogitTransform",
     "LowRankHead",
     "Mixed",
+    "PairTerms",
+    "PreferenceSpec",
     "Sparse",
     "Student",
     "Target",
@@ -54,11 +63,13 @@ __all__ = [
     "TritonRows",
     "Vocabulary",
     "aligned_loss",
+    "answer_sums",
     "default_chunk_tokens",
     "fused_linear_distillation",
     "fused_loss",
     "label_margins",
     "measure_tokens",
+    "preference_loss",
     "sample_teacher",
     "target_confidence",
     "vocab_parallel_divergence",
@@ -79,6 +90,7 @@ _HOMES = {
     "head_rows": ("HeadRows", "LowRankHead"),
     "kinds": ("COMMITTEES", "KINDS", "TAILS"),
     "measure": ("TokenMeasures", "measure_tokens", "target_confidence"),
+    "preference": ("PairTerms", "PreferenceSpec", "answer_sums", "preference_loss"),
     "sparse": ("sample_teacher", "vocab_parallel_sparse_divergence"),
     "spec": ("Divergence", "LogitTransform", "TermWeights"),
     "student": ("Student", "Vocabulary"),
