@@ -33,6 +33,7 @@ from megatron_moe_inject.host.uses import (
     ROUTING_WATCH,
 )
 from megatron_moe_inject.planning.uses import PLANNING
+from megatron_moe_inject.preference.uses import PREFERENCE
 from megatron_moe_inject.recipe.facts import StudentFacts
 from megatron_moe_inject.recipe.feature import Feature
 from megatron_moe_inject.recipe.features import FEATURES
@@ -110,6 +111,7 @@ EVERYTHING = (
     *(ADAPTERS, GROUPED_ADAPTERS, DOMAIN_ADAPTERS, VOCABULARY_ROWS),
     *(ROUTING_WATCH, STEERING, ROUTER_ROWS, DOOR),
     *(ORIGINALS, EXPERT_RETENTION, L2),
+    PREFERENCE,
     *(DATA_FILES, MEGATRON, IMITATION),
     *(PLACES, WRITER, CONVERTER, SERVED),
     *(MIXING, VALIDATION_SETS),

@@ -38,6 +38,7 @@ from megatron_moe_inject.losses.report import LossReport, merge
 from megatron_moe_inject.losses.spec import LogitTransform, TokenWeighting
 from megatron_moe_inject.losses.triton_rows import AUTO
 from megatron_moe_inject.losses.upstream import common_factor
+from megatron_moe_inject.preference.term import PreferenceTerm
 from megatron_moe_inject.recipe.run_kinds import EVALUATION
 from megatron_moe_inject.recipe.run_part import BuiltStudent, RunContext, RunPart
 from megatron_moe_inject.recipe.schedule import ever_positive
@@ -67,6 +68,7 @@ class LossHook(StepPart):
         running_confidence: gets the micro-batches of training steps.
         cp_group: group that divides sequences.
         by_document: packed rows were divided among it document by document; see ``data.packed``.
+        preference: weighs the answers of pairs; begun before this part.
 
     Attributes:
         weights_at: as given.
@@ -89,7 +91,9 @@ class LossHook(StepPart):
         running_confidence: RunningConfidence | None = None,
         cp_group: torch.distributed.ProcessGroup | None = None,
         by_document: bool = False,
+        preference: PreferenceTerm | None = None,
     ) -> None:
+        self._preference = preference
         self._cp_group = cp_group
         self._by_document = by_document
         self._watch = watch
@@ -226,8 +230,12 @@ class LossHook(StepPart):
             accumulate_main_grad=config.gradient_accumulation_fusion and head.requires_grad,
             upstream_mask=loss_mask.t() if promise else None,
         )
+        if self._preference is not None:
+            groups = self._preference.weighed(groups, index, domains, labels.shape[1])
         terms = injection_loss(student, groups, options)
         self._see("loss", terms.total)
+        if self._preference is not None:
+            terms = self._preference.attached(terms, domains, loss_mask)
         if self._watch is not None:
             name = "gradient of the states before the output layer"
             self._watch.see_gradient(name, hidden_states)
@@ -299,4 +307,5 @@ class ObjectivePart(RunPart):
             running_confidence=run.get(RunningConfidence),
             cp_group=student.groups.cp,
             by_document=bool(getattr(run.args, "sft", False)),
+            preference=run.get(PreferenceTerm),
         )

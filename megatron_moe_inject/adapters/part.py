@@ -166,7 +166,11 @@ class AdaptersPart(RunPart):
         rows = None if self._rows is None else self._rows.attach(student)
         if any(entry.by is not None for entry in self._entries):
             self._send_to_experts(student)
-        return LabelledStep(list(self._labels.values()), rows) if self._labels else rows
+        if not self._labels:
+            return rows
+        labelled = LabelledStep(list(self._labels.values()), rows)
+        self._run.provide(LabelledStep, labelled)
+        return labelled
 
     def _send_to_experts(self, student: BuiltStudent) -> None:
         """Let every rank of a layer send along what one of them wants to know of its rows.

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -157,6 +158,22 @@ class LabelledStep(StepPart):
     def __init__(self, chunks: Sequence[ChunkLabels], beside: StepPart | None) -> None:
         self._chunks = chunks
         self._beside = beside or StepPart()
+
+    @contextlib.contextmanager
+    def of_pass(self, step: Step, labels: torch.Tensor) -> Iterator[None]:
+        """Inside, forward passes are those of other micro-batches than the step's, which begins
+        anew behind.
+
+        Args:
+            labels: of their samples, ``[m, b]`` on the host.
+        """
+        try:
+            for chunk in self._chunks:
+                chunk.begin(replace(step, labels=labels))
+            yield
+        finally:
+            for chunk in self._chunks:
+                chunk.begin(step)
 
     def begin(self, step: Step) -> None:
         """Collectives: those of the part beside."""

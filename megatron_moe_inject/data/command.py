@@ -1,4 +1,4 @@
-"""``moe-inject prepare-data``.
+"""``moe-inject prepare-data`` and ``prepare-pairs``.
 
 What reads tokenizers and writes data sets is imported when it runs: the other commands do without.
 """
@@ -28,19 +28,48 @@ _EXAMPLES = """examples:
 """
 
 
+_PAIR_EXAMPLES = """examples:
+  moe-inject prepare-pairs --input pairs.jsonl --tokenizer Qwen3-30B-A3B --output data/pairs \\
+      --max-length 4096
+  moe-inject prepare-pairs --input ultra.jsonl.gz --fields instruction good bad \\
+      --tokenizer Qwen3-30B-A3B --output data/pairs
+"""
+
+
 def add_commands(commands: Commands) -> None:
-    """Add it to ``moe-inject``; ``run`` of the parsed options returns the text."""
+    """Add them to ``moe-inject``; ``run`` of the parsed options returns the text."""
+    _add_prepare_data(commands)
+    _add_prepare_pairs(commands)
+
+
+def _add_prepare_pairs(commands: Commands) -> None:
     command = add_command(
         commands,
-        "prepare-data",
-        "write text in JSON lines as Megatron's data sets",
-        "Encode the texts of JSON Lines files with a Hugging Face tokenizer and write them as a "
-        "data set of Megatron's (PREFIX.bin, PREFIX.idx), with --held-out also the documents that "
-        "are held out (PREFIX_held_out). PREFIX.json says how much is in them and how they were "
-        "made. An interrupted run leaves no data set.",
-        _EXAMPLES,
-        run=_prepare,
+        "prepare-pairs",
+        "write pairs of answers in JSON lines as a data set for objective.preference",
+        "Encode prompts with a chosen and a rejected answer (texts, lists of ids, or chat messages "
+        "where the tokenizer has a template; without a prompt, the messages that both begin with) "
+        "and write them as a data set of Megatron's (PREFIX.bin, PREFIX.idx): a pair is a document "
+        "of three sequences. Pairs whose answers are the same are left out. PREFIX.json says how "
+        "much is in it and how it was made. An interrupted run leaves no data set.",
+        _PAIR_EXAMPLES,
+        run=_prepare_pairs,
     )
+    _add_files(command)
+    command.add_argument(
+        "--fields", metavar=("PROMPT", "CHOSEN", "REJECTED"), nargs=3,
+        default=["prompt", "chosen", "rejected"],
+        help="the keys of a line (default: prompt chosen rejected)",
+    )  # fmt: skip
+    command.add_argument(
+        "--max-length", metavar="N", type=int,
+        help="leave out pairs of which prompt and an answer have more tokens; training takes none "
+        "above its --seq-length",
+    )  # fmt: skip
+    _add_tokens(command, "answer", "prompt")
+
+
+def _add_files(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--input", metavar="FILE", type=Path, nargs="+", required=True,
         help="JSON Lines: an object in each line (.jsonl, also .gz, .bz2, .xz)",
@@ -52,6 +81,35 @@ def add_commands(commands: Commands) -> None:
     command.add_argument(
         "--output", metavar="PREFIX", type=Path, required=True, help="as --data-path names it"
     )
+
+
+def _add_tokens(command: argparse.ArgumentParser, ended: str, begun: str) -> None:
+    command.add_argument(
+        "--append-eod", action=argparse.BooleanOptionalAction, default=True,
+        help=f"end each {ended} with the tokenizer's end of a document",
+    )  # fmt: skip
+    command.add_argument(
+        "--eod-token", metavar="TOKEN", help="the token that ends a document (default: eos_token)"
+    )
+    command.add_argument(
+        "--no-special-tokens", action="store_true",
+        help=f"without the tokens that the tokenizer puts around a {begun} by itself",
+    )  # fmt: skip
+
+
+def _add_prepare_data(commands: Commands) -> None:
+    command = add_command(
+        commands,
+        "prepare-data",
+        "write text in JSON lines as Megatron's data sets",
+        "Encode the texts of JSON Lines files with a Hugging Face tokenizer and write them as a "
+        "data set of Megatron's (PREFIX.bin, PREFIX.idx), with --held-out also the documents that "
+        "are held out (PREFIX_held_out). PREFIX.json says how much is in them and how they were "
+        "made. An interrupted run leaves no data set.",
+        _EXAMPLES,
+        run=_prepare,
+    )
+    _add_files(command)
     command.add_argument(
         "--field", metavar="KEY", default="text", help="the key of the text (default: text)"
     )
@@ -63,17 +121,7 @@ def add_commands(commands: Commands) -> None:
     command.add_argument(
         "--seed", metavar="N", type=int, default=0, help="of that hash (default 0)"
     )
-    command.add_argument(
-        "--append-eod", action=argparse.BooleanOptionalAction, default=True,
-        help="end each document with the tokenizer's end of a document",
-    )  # fmt: skip
-    command.add_argument(
-        "--eod-token", metavar="TOKEN", help="the token that ends a document (default: eos_token)"
-    )
-    command.add_argument(
-        "--no-special-tokens", action="store_true",
-        help="without the tokens that the tokenizer puts around a text by itself",
-    )  # fmt: skip
+    _add_tokens(command, "document", "text")
     command.add_argument(
         "--workers", metavar="N", type=int, default=len(os.sched_getaffinity(0)),
         help="processes that encode (default: one for each core)",
@@ -85,10 +133,7 @@ def _prepare(options: argparse.Namespace) -> str:
         raise fail("--workers", options.workers, "is below 1", "use at least 1")
     if not 0 <= options.held_out < 1:
         raise fail("--held-out", options.held_out, "is no share", "use one from 0 to below 1")
-    if options.output.name in ("", ".", "..") or options.output.is_dir():
-        raise fail("--output", str(options.output), "is a folder", "add a name, such as data/code")
-    if not options.append_eod and options.eod_token:
-        raise RecipeError("--eod-token: goes with --append-eod; leave one of them out")
+    _check_options(options)
     from megatron_moe_inject.data.document_ids import end_of_document, load_tokenizer
     from megatron_moe_inject.data.json_lines import check_inputs
     from megatron_moe_inject.data.prepare import prepare
@@ -107,6 +152,47 @@ def _prepare(options: argparse.Namespace) -> str:
         watch=lambda lines: _watched(lines, options.input),
     )
     return "\n".join(_report(options, tokenizer, encoding, done, time.monotonic() - begin))
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    if options.output.name in ("", ".", "..") or options.output.is_dir():
+        raise fail("--output", str(options.output), "is a folder", "add a name, such as data/code")
+    if not options.append_eod and options.eod_token:
+        raise RecipeError("--eod-token: goes with --append-eod; leave one of them out")
+
+
+def _prepare_pairs(options: argparse.Namespace) -> str:
+    _check_options(options)
+    if options.max_length is not None and options.max_length < 2:
+        raise fail("--max-length", options.max_length, "is below 2", "use --seq-length's")
+    from megatron_moe_inject.data.document_ids import end_of_document, load_tokenizer
+    from megatron_moe_inject.data.json_lines import check_inputs
+    from megatron_moe_inject.data.prepare_pairs import PairEncoding, prepare_pairs
+
+    check_inputs(options.input)
+    tokenizer = load_tokenizer("--tokenizer", options.tokenizer)
+    end = end_of_document(tokenizer, options.eod_token) if options.append_eod else None
+    encoding = PairEncoding(
+        fields=tuple(options.fields),
+        special_tokens=not options.no_special_tokens,
+        end=end,
+        rows=_rows(options.tokenizer),
+        max_length=options.max_length,
+    )
+    done = prepare_pairs(options.input, options.output, tokenizer, encoding)
+    lines = [
+        f"{options.output}: {done.pairs:,} pairs, {done.tokens:,} tokens; the longest takes "
+        f"--seq-length {done.longest:,}"
+    ]
+    if done.alike:
+        lines.append(f"{done.alike:,} pairs of twice the same answer were left out")
+    if done.too_long:
+        lines.append(f"{done.too_long:,} pairs above {options.max_length:,} were left out")
+    lines.append(
+        f"recipe: objective: {{preference: {{data: [{options.output}]}}}}, and a share in mixing; "
+        f"Megatron's flags: --train-data-path TEXT ... {options.output}"
+    )
+    return "\n".join(lines)
 
 
 def _encoding(options: argparse.Namespace, end: int | None) -> Encoding:

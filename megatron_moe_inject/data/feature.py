@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_moe_inject.data import uses
 from megatron_moe_inject.data.files_there import check_data_files
-from megatron_moe_inject.data.section import MIXING, scheduled
+from megatron_moe_inject.data.section import MIXING, ordered, scheduled
 from megatron_moe_inject.host.errors import RecipeError, fail, suggest
 from megatron_moe_inject.host.text import table
 from megatron_moe_inject.recipe.facts import StudentFacts
 from megatron_moe_inject.recipe.feature import Feature, RefusedBeside
 from megatron_moe_inject.recipe.fields import check_weight
 from megatron_moe_inject.recipe.numbers import SHARES, check_bounds
+from megatron_moe_inject.recipe.preference import CLASS
 from megatron_moe_inject.recipe.refused_options import Refusal
 from megatron_moe_inject.recipe.run_kinds import EVALUATION, INJECTION, PROFILE
 from megatron_moe_inject.recipe.schedule import (
@@ -138,11 +139,25 @@ class Mixing(Feature):
             lambda recipe, facts: scheduled(recipe),
             "set the shares of mixing to numbers",
         ),
+        RefusedBeside(
+            _NO_SCHEDULE,
+            "objective.preference",
+            lambda recipe, facts: recipe.objective.preference is not None,
+            "leave objective.preference out",
+        ),
     )
 
     def rules(self, recipe: Recipe) -> None:
         """Shares of classes that there are, each in [0, 1], and at most 1 in sum."""
         known = ["general", *(domain.name for domain in recipe.domains)]
+        if recipe.objective.preference is not None:
+            known.append(CLASS)
+            if CLASS not in recipe[MIXING]:
+                raise RecipeError(
+                    f"mixing.{CLASS}: missing; objective.preference needs the share of its pairs "
+                    f"in the training data, as in {CLASS}: 0.25",
+                    f"mixing.{CLASS}",
+                )
         shares, points = recipe[MIXING], {0}
         for name, share in shares.items():
             key = f"mixing.{name}"
@@ -169,9 +184,10 @@ class Mixing(Feature):
     def plan_lines(self, recipe: Recipe, facts: StudentFacts | None) -> dict[str, list[str]]:
         """The shares asked for, in the order of the domains."""
         shares = recipe[MIXING]
-        names = [*(domain.name for domain in recipe.domains), "general"]
+        names = [*(domain.name for domain in recipe.domains), "general", CLASS]
         pairs: list[tuple[str, Any]] = [(name, shares[name]) for name in names if name in shares]
-        rows = [(f"({n})" if n == "general" else n, "=", show_weight(share)) for n, share in pairs]
+        own = ("general", CLASS)
+        rows = [(f"({n})" if n in own else n, "=", show_weight(share)) for n, share in pairs]
         return {"mixing": table(rows)} if rows else {}
 
     def uses(
@@ -185,7 +201,7 @@ class Mixing(Feature):
         only a run knows the sizes of the batches."""
         from megatron_moe_inject.data.mixing import mix
 
-        if not scheduled(recipe):
+        if not ordered(recipe):
             mix(recipe, copy.copy(args), facts)
         return []
 

@@ -51,13 +51,23 @@ class Lines:
             if not line.isspace():
                 yield number, self._text(number, line, field)
 
+    def objects(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The number and the object of each line; lines of white space are left out.
+
+        Raises:
+            RecipeError: a line that is no JSON object.
+        """
+        for number, line in enumerate(self.lines, self.first):
+            if not line.isspace():
+                yield number, self._object(number, line)
+
     def error(self, number: int, problem: str, remedy: str) -> RecipeError:
         """The error of a line."""
         return RecipeError(
             f"{FLAG}: {show_path(self.path)} line {number} {problem}; {remedy}", FLAG
         )
 
-    def _text(self, number: int, line: bytes, field: str) -> str:
+    def _object(self, number: int, line: bytes) -> dict[str, Any]:
         try:
             content = json.loads(line)
         except (ValueError, RecursionError) as problem:
@@ -68,6 +78,10 @@ class Lines:
             ) from None
         if not isinstance(content, dict):
             raise self.error(number, f"is {show(content)} and no object", "correct it")
+        return content
+
+    def _text(self, number: int, line: bytes, field: str) -> str:
+        content = self._object(number, line)
         if field not in content:
             known = listing(map(show, content), 6) or "(none)"
             raise self.error(

@@ -28,7 +28,11 @@ DATASET_ID = "dataset_id"
 """Batch key set by ``megatron.core.datasets.blended_dataset.BlendedDataset``."""
 TOKEN_PLACES = "token_places"
 """Batch key set by ``data.token_places`` where a run asks for it, ``[b, s]`` int64."""
-_HIDDEN = (DATASET_ID, TOKEN_PLACES)
+PAIR_SAMPLE = "pair_sample"
+"""Batch key set by ``data.scheduled_blend`` where data holds pairs of answers, ``[b]`` int64: twice
+the number of the pair, which no other pair of the step has, and 1 more for the rejected answer; -1
+for other samples."""
+_HIDDEN = (DATASET_ID, TOKEN_PLACES, PAIR_SAMPLE)
 
 
 def pull(iterator: Iterator[MicroBatch] | None, num_microbatches: int) -> list[MicroBatch] | None:
@@ -44,7 +48,7 @@ def pull(iterator: Iterator[MicroBatch] | None, num_microbatches: int) -> list[M
 
 def for_stock_code(batches: list[MicroBatch] | None) -> list[MicroBatch] | None:
     """Copies without what is ours or what stock slicing under context parallelism cannot handle:
-    ``dataset_id`` and ``token_places``.
+    ``dataset_id``, ``token_places`` and ``pair_sample``.
 
     The originals stay as they are, because a rerun is given the same dictionaries again.
     """

@@ -6,7 +6,8 @@ classes without a share, what the command line says stays: weights in proportion
 
 Shares that change by iteration give the blend the weights of their means over the run's samples, so
 that Megatron builds enough of each entry, and an order of the samples beside it
-(``scheduled_blend``). Without such shares the order is Megatron's own.
+(``scheduled_blend``); so do pairs of answers, both of which are to be in one batch. Without either
+the order is Megatron's own.
 """
 
 from __future__ import annotations
@@ -17,17 +18,16 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from megatron_moe_inject.data.scheduled_blend import SampleOrder
-from megatron_moe_inject.data.section import MIXING, scheduled
+from megatron_moe_inject.data.section import MIXING, ordered, scheduled
 from megatron_moe_inject.host import compat
 from megatron_moe_inject.host.errors import (
     RecipeError,
     fail,
 )
-from megatron_moe_inject.host.labels import (
-    GENERAL,
-)
+from megatron_moe_inject.host.labels import GENERAL, PREFERENCE
 from megatron_moe_inject.recipe.entries import split_labels
 from megatron_moe_inject.recipe.facts import StudentFacts
+from megatron_moe_inject.recipe.preference import CLASS
 from megatron_moe_inject.recipe.schedule import value_at
 from megatron_moe_inject.recipe.schema import Recipe
 
@@ -73,7 +73,8 @@ def mix(recipe: Recipe, args: Namespace, facts: StudentFacts) -> SampleOrder | N
         facts: the student.
 
     Returns:
-        The order of the samples where shares change by iteration, else None.
+        The order of the samples where shares change by iteration or the blend has pairs of answers,
+        else None.
 
     Raises:
         RecipeError: shares that the blend cannot have or does not have, or a blend that is given
@@ -85,6 +86,8 @@ def mix(recipe: Recipe, args: Namespace, facts: StudentFacts) -> SampleOrder | N
         raise fail("mixing", recipe[MIXING], "mixes a blend, but --mock-data has none", "remove it")
     labels = split_labels(recipe, facts, "train")
     index = {_GENERAL: GENERAL} | {domain.name: i for i, domain in enumerate(recipe.domains)}
+    if recipe.objective.preference is not None:
+        index[CLASS] = PREFERENCE
     shares = {index[name]: share for name, share in recipe[MIXING].items()}
     names = {label: name for name, label in index.items()}
     for label in shares:
@@ -120,9 +123,10 @@ def mix(recipe: Recipe, args: Namespace, facts: StudentFacts) -> SampleOrder | N
         setattr(args, flag, [text for weight, path in pairs for text in (repr(weight), path)])
     else:
         _check(names, labels, weights, wanted, facts.data_paths["train"])
-    if not scheduled(recipe):
+    if not ordered(recipe):
         return None
-    return SampleOrder(sizes, labels, _of_all_classes(labels, by_label, wanted), wanted)
+    by_class = _of_all_classes(labels, by_label, wanted)
+    return SampleOrder(sizes, labels, by_class, wanted, paired=PREFERENCE)
 
 
 def mix_held_out(recipe: Recipe, args: Namespace, facts: StudentFacts) -> None:
@@ -140,7 +144,7 @@ def mix_held_out(recipe: Recipe, args: Namespace, facts: StudentFacts) -> None:
 
 def _batch_sizes(recipe: Recipe, args: Namespace) -> np.ndarray:
     """Samples of each iteration of the run, ``[I]``; one stands for all where none differs."""
-    if not scheduled(recipe):
+    if not ordered(recipe):
         return np.ones(1, dtype=np.int64)
     sizes = np.array(compat.batch_sizes(args), dtype=np.int64)
     if not len(sizes):

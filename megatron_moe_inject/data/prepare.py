@@ -66,6 +66,16 @@ def outputs(prefix: Path, held_out: float) -> list[Path]:
     return [prefix.with_name(prefix.name + end) for end in [*ends, ".json"]]
 
 
+def refuse_existing(paths: Iterable[Path]) -> None:
+    """RecipeError for an output that is there already."""
+    for path in paths:
+        if os.path.lexists(path):
+            raise RecipeError(
+                f"--output: {show_path(path)} is there already; remove it or name another prefix",
+                "--output",
+            )
+
+
 def prepare(
     inputs: Sequence[Path],
     prefix: Path,
@@ -90,13 +100,7 @@ def prepare(
     """
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-    paths = outputs(prefix, encoding.held_out)
-    for path in paths:
-        if os.path.lexists(path):
-            raise RecipeError(
-                f"--output: {show_path(path)} is there already; remove it or name another prefix",
-                "--output",
-            )
+    refuse_existing(outputs(prefix, encoding.held_out))
     done = Prepared({"": SetSize(), **({HELD_OUT: SetSize()} if encoding.held_out else {})})
     encoder = Encoder(tokenizer, encoding)
     with new_files(prefix, _LAST) as folder:

@@ -1,10 +1,13 @@
-"""A training blend whose shares change by iteration.
+"""A training blend whose shares change by iteration, or that has pairs of answers.
 
 Megatron's ``BlendedDataset`` has one set of weights and keeps to it from the first sample to the
 last. Here its datasets are read in an order of our own: for each iteration the number of samples
 of each entry is fixed at start, and within an iteration the entries are spread evenly. Each entry
 is read from its first sample on, each sample once. The order is a function of the position, the
 recipe and the flags, so that a resumed run goes on where it stopped and nothing has to be saved.
+
+Entries of pairs (``data.pairs``) give each iteration an even number of samples, so that a batch has
+both answers of each pair, at whichever places of it; each sample then says which it is.
 
 Kept are the counts by iteration and entry; the order of one batch is made when its first sample is
 asked for. The price is that positions have to belong to iterations as they did from the start of
@@ -23,8 +26,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_moe_inject.data.apportion import dealt, diffuse, spread, to_units
-from megatron_moe_inject.data.labels import DATASET_ID
+from megatron_moe_inject.data.apportion import UNIT, dealt, diffuse, spread, to_units
+from megatron_moe_inject.data.labels import DATASET_ID, PAIR_SAMPLE
+from megatron_moe_inject.data.pairs import PairSamples
 from megatron_moe_inject.host.agreement import agree
 from megatron_moe_inject.host.errors import (
     RecipeError,
@@ -40,9 +44,11 @@ class SampleOrder:
         labels: class of each entry.
         shares: by class, its share in each iteration, ``[I]``; 1 in sum.
         weights: of each entry, which divide its class among its entries.
+        paired: the class whose samples belong together by two; None without.
 
     Attributes:
         counts: samples of each entry in each iteration, ``[I, E]``.
+        paired: whether an entry holds pairs, ``[E]``.
         starts: samples before each iteration and, last, in all, ``[I + 1]``.
     """
 
@@ -52,14 +58,19 @@ class SampleOrder:
         labels: Sequence[int],
         shares: dict[int, np.ndarray],
         weights: Sequence[float],
+        paired: int | None = None,
     ) -> None:
         self._members = [np.flatnonzero(np.equal(labels, label)) for label in shares]
-        by_class = diffuse(sizes, to_units(np.stack(list(shares.values()), axis=1)))
+        self.paired = (
+            np.equal(labels, paired) if paired is not None else np.zeros(len(labels), bool)
+        )
+        by_class = _by_class(sizes, shares, paired)
         self.counts = np.zeros((len(sizes), len(labels)), dtype=np.int64)
-        for class_counts, entries in zip(by_class.T, self._members, strict=True):
+        for label, class_counts, entries in zip(shares, by_class.T, self._members, strict=True):
             units = to_units(np.asarray(weights)[None, entries])
             within = np.broadcast_to(units, (len(sizes), len(entries)))
-            self.counts[:, entries] = diffuse(class_counts, within)
+            together = 2 if label == paired else 1
+            self.counts[:, entries] = together * diffuse(class_counts // together, within)
         self.starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
         self._first = np.cumsum(self.counts, axis=0) - self.counts
 
@@ -84,6 +95,23 @@ class SampleOrder:
             first = self._first[iteration, entry]
             samples[dataset_index == entry] = np.arange(first, first + counts[entry])
         return dataset_index, samples
+
+
+def _by_class(
+    sizes: Sequence[int] | np.ndarray, shares: dict[int, np.ndarray], paired: int | None
+) -> np.ndarray:
+    """Samples of each class in each iteration, ``[I, C]``; an even number of the paired one."""
+    units = to_units(np.stack(list(shares.values()), axis=1))
+    if paired is None or paired not in shares:
+        return diffuse(sizes, units)
+    at, whole = list(shares).index(paired), np.asarray(sizes, np.int64)
+    own = units[:, at]
+    pairs = 2 * diffuse(whole // 2, np.stack([own, UNIT - own], axis=1))[:, 0]
+    others = np.delete(units, at, axis=1)
+    assert others.shape[1], "a recipe has a domain, and its data a share"
+    # What an odd batch of pairs alone has left goes to the first of the others.
+    others[others.sum(axis=1) == 0, 0] = UNIT
+    return np.insert(diffuse(whole - pairs, to_units(others)), at, pairs, axis=1)
 
 
 class ScheduledBlend(torch.utils.data.Dataset):
@@ -115,7 +143,13 @@ class ScheduledBlend(torch.utils.data.Dataset):
         entries, samples = self._batch
         begin = int(self._order.starts[iteration])
         at = dealt(int(position) - begin, len(entries), *self._dealing)
-        return {DATASET_ID: entries[at], **self._datasets[entries[at]][samples[at]]}
+        sample = {DATASET_ID: entries[at], **self._datasets[entries[at]][samples[at]]}
+        paired = self._order.paired
+        if paired.any():
+            pair, rejected = divmod(int(samples[at]), 2)
+            number = 2 * (pair * len(paired) + int(entries[at])) + rejected
+            sample[PAIR_SAMPLE] = np.int64(number if paired[entries[at]] else -1)
+        return sample
 
 
 class BlendSchedule(RunPart):
@@ -152,6 +186,8 @@ class BlendSchedule(RunPart):
         if train is None:
             return train, valid, test
         try:
+            self._check_kind(train)
+            self._make_pairs(train)
             self._check(train)
         except RecipeError as error:
             self._problem = error
@@ -176,15 +212,28 @@ class BlendSchedule(RunPart):
         if self._problem is not None:
             raise self._problem
 
-    def _check(self, train: Any) -> None:
+    def _check_kind(self, train: Any) -> None:
         from megatron.core.datasets.blended_dataset import BlendedDataset
 
         if not isinstance(train, BlendedDataset) or len(train.datasets) != len(self._entries):
+            key = "objective.preference" if self._order.paired.any() else "mixing"
+            hinders, remedy = "shares cannot change", "write them as numbers"
+            if self._order.paired.any():
+                hinders, remedy = "it has no pairs of answers", "name the data with --data-path"
             raise RecipeError(
-                f"mixing: the script trains on a {type(train).__name__}, not on Megatron's blend "
-                f"of {len(self._entries)} entries, so shares cannot change; write them as numbers",
-                "mixing",
+                f"{key}: the script trains on a {type(train).__name__}, not on Megatron's blend "
+                f"of {len(self._entries)} entries, so {hinders}; {remedy}",
+                key,
             )
+
+    def _make_pairs(self, train: Any) -> None:
+        """Samples of pairs in the place of what Megatron made of their documents."""
+        samples = self._order.samples
+        for number in np.flatnonzero(self._order.paired).tolist():
+            built, entry = train.datasets[number], self._entries[number]
+            train.datasets[number] = PairSamples(built, entry, int(samples[number]))
+
+    def _check(self, train: Any) -> None:
         samples = self._order.samples
         for entry, dataset, needed in zip(self._entries, train.datasets, samples, strict=True):
             if needed > len(dataset):

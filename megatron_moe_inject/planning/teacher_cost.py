@@ -8,10 +8,11 @@ from collections.abc import Mapping
 
 from megatron_moe_inject.data.mixing import blend_weights
 from megatron_moe_inject.data.section import MIXING
-from megatron_moe_inject.host.labels import GENERAL
+from megatron_moe_inject.host.labels import GENERAL, PREFERENCE
 from megatron_moe_inject.planning.costs import TeacherCost
 from megatron_moe_inject.recipe.entries import split_labels
 from megatron_moe_inject.recipe.facts import StudentFacts
+from megatron_moe_inject.recipe.preference import CLASS
 from megatron_moe_inject.recipe.schedule import ever_positive, value_at
 from megatron_moe_inject.recipe.schema import Recipe
 from megatron_moe_inject.teachers.base import TeacherInfo
@@ -27,7 +28,7 @@ attention (4) and of a gated MLP of 3.5 times its width (2 x 3.5 + 1)."""
 
 
 def class_shares(recipe: Recipe, facts: StudentFacts, args: Namespace) -> dict[int, float]:
-    """The share of each domain (by index) and of ``GENERAL`` in the training blend."""
+    """The share of each domain (by index), ``GENERAL`` and ``PREFERENCE`` in the training blend."""
     from megatron.training.utils import get_blend_and_blend_per_split
 
     labels = split_labels(recipe, facts, "train")
@@ -36,7 +37,8 @@ def class_shares(recipe: Recipe, facts: StudentFacts, args: Namespace) -> dict[i
         blend, per_split = get_blend_and_blend_per_split(args)
         entries = blend if per_split is None else per_split[0]
         weights = None if entries is None else entries[1]
-    index = {domain.name: i for i, domain in enumerate(recipe.domains)} | {"general": GENERAL}
+    index = {domain.name: i for i, domain in enumerate(recipe.domains)}
+    index |= {"general": GENERAL, CLASS: PREFERENCE}
     shares = {index[name]: value_at(share, 0) for name, share in recipe[MIXING].items()}
     weighted = blend_weights(labels, weights, shares) if labels else []
     total = sum(weighted) or 1.0
@@ -51,7 +53,8 @@ def _share(recipe: Recipe, name: str, shares: Mapping[int, float]) -> float:
     return sum(
         part
         for label, part in shares.items()
-        if label != GENERAL and name in recipe.domains[label].teacher_weights
+        if (label >= 0 and name in recipe.domains[label].teacher_weights)
+        or (label == PREFERENCE and name == recipe.reference_teacher())
     )
 
 
@@ -159,11 +162,17 @@ def original_states(
     recipe: Recipe, shares: Mapping[int, float], args: Namespace, micro_batches: int
 ) -> tuple[int, float]:
     """With gamma: bytes of the original model's states that the last stage keeps in a step, and the
-    share of a step's samples that it runs forward; zeros without."""
+    share of a step's samples that the model runs forward besides, as the original, and for pairs
+    as it is; zeros without either."""
+    pairs = recipe.objective.preference
+    besides = 0.0
+    if pairs is not None:
+        passes = 2 if pairs.reference == "original" else 1
+        besides = passes * shares.get(PREFERENCE, 0.0)
     if not ever_positive(recipe.objective.gamma):
-        return 0, 0.0
+        return 0, besides
     share = shares.get(GENERAL, 0.0)
     ranks = args.context_parallel_size
     ranks *= args.tensor_model_parallel_size if args.sequence_parallel else 1
     row = args.seq_length * args.hidden_size * args.params_dtype.itemsize
-    return int(micro_batches * args.micro_batch_size * share * row) // ranks, share
+    return int(micro_batches * args.micro_batch_size * share * row) // ranks, share + besides

@@ -18,9 +18,7 @@ from megatron_moe_inject.host.errors import (
     listing,
     show,
 )
-from megatron_moe_inject.host.labels import (
-    GENERAL,
-)
+from megatron_moe_inject.host.labels import GENERAL, PREFERENCE
 from megatron_moe_inject.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -114,12 +112,14 @@ def _check_weights(
 
 
 def split_labels(recipe: Recipe, facts: StudentFacts, split: str) -> list[int]:
-    """Domain index of each blend entry of ``split``, ``GENERAL`` (-1) for the rest.
+    """Domain index of each blend entry of ``split``, ``PREFERENCE`` (-2) of pairs of answers,
+    ``GENERAL`` (-1) for the rest.
 
     Entry ``i`` is the sample's ``dataset_id``; a blend of one dataset has one label. An entry
     of a validation or test blend of its own is known by its prefix in the recipe, by the same
-    prefix in the training blend, or, where both blends have equally many entries, by position.
-    The position also tells the class of a prefix that training has in several.
+    prefix in the training blend, or, where both blends have equally many entries, those of pairs
+    left out or not, by position. The position also tells the class of a prefix that training has
+    in several.
 
     Raises:
         RecipeError: a claimed entry that no blend has, an entry claimed twice, a domain
@@ -137,10 +137,17 @@ def split_labels(recipe: Recipe, facts: StudentFacts, split: str) -> list[int]:
     open_ones = [entry for entry, known in zip(entries, candidates, strict=True) if len(known) != 1]
     if not open_ones:
         return [next(iter(known)) for known in candidates]
-    aligned = len(entries) == len(train) and all(
-        not known or at in known for known, at in zip(candidates, train, strict=True)
+    texts = [label for label in train if label != PREFERENCE]
+    aligned = next(
+        (
+            labels
+            for labels in (train, texts)
+            if len(entries) == len(labels)
+            and all(not known or at in known for known, at in zip(candidates, labels, strict=True))
+        ),
+        None,
     )
-    if not aligned:
+    if aligned is None:
         entry = open_ones[0]
         order = f"the blend has {len(entries)} entries and training has {len(train)} in another"
         remedy = "name it in a domain's data or in general_data, or list the blends in one order"
@@ -151,7 +158,7 @@ def split_labels(recipe: Recipe, facts: StudentFacts, split: str) -> list[int]:
             f"--{split}-data-path: {show(entry)} cannot be matched to a domain, since {order} "
             f"order; {remedy}"
         )
-    return list(train)
+    return list(aligned)
 
 
 def _train_labels(recipe: Recipe, facts: StudentFacts) -> tuple[list[int], dict[str, int]]:
@@ -164,6 +171,8 @@ def _train_labels(recipe: Recipe, facts: StudentFacts) -> tuple[list[int], dict[
     labels = [GENERAL] * len(entries)
     named: dict[str, int] = {}
     claims = [(f"domains[{i}].data", i, domain.data) for i, domain in enumerate(recipe.domains)]
+    if (pairs := recipe.objective.preference) is not None:
+        claims.append(("objective.preference.data", PREFERENCE, pairs.data))
     for path, label, data in [*claims, ("general_data", GENERAL, recipe.general_data)]:
         for j, entry in enumerate(data):
             key = f"{path}[{j}]"

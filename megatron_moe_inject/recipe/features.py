@@ -28,6 +28,7 @@ FEATURES: Registry[Feature] = Registry(
         "evaluation": "megatron_moe_inject.evaluation.feature:EvaluationFeature",
         "aligned": "megatron_moe_inject.teachers.align.feature:AlignedFeature",
         "teachers": "megatron_moe_inject.teachers.feature:Teachers",
+        "preference": "megatron_moe_inject.preference.feature:PreferenceFeature",
         "objective": "megatron_moe_inject.objective:ObjectiveFeature",
         "imitation": "megatron_moe_inject.teachers.imitation.feature:ImitationFeature",
         "progress": "megatron_moe_inject.recipe.progress:ProgressFeature",

@@ -22,6 +22,7 @@ from megatron_moe_inject.recipe.expert_choice import (
 from megatron_moe_inject.recipe.features import FEATURES
 from megatron_moe_inject.recipe.fields import check_choice, check_fields, check_temperature
 from megatron_moe_inject.recipe.numbers import MIXTURES, check_bounds
+from megatron_moe_inject.recipe.preference import CLASS
 from megatron_moe_inject.recipe.schedule import ever_positive
 from megatron_moe_inject.recipe.schema import LAYER_NUMBERS, Domain, Objective, Recipe
 
@@ -73,6 +74,8 @@ def _check_objective(recipe: Recipe) -> None:
 def _check_domains(recipe: Recipe) -> None:
     names: dict[str, str] = {"general": "the name of all other data"}
     claims: dict[int | str, str] = {}
+    if (pairs := recipe.objective.preference) is not None:
+        names[CLASS] = "the name of pairs of answers"
     for i, domain in enumerate(recipe.domains):
         path = f"domains[{i}]"
         if not NAME.fullmatch(domain.name):
@@ -87,6 +90,11 @@ def _check_domains(recipe: Recipe) -> None:
         _check_experts(f"{path}.experts", domain.experts)
         check_committee(recipe, path, domain)
     _claim(recipe.general_data, "general_data", claims)
+    if pairs is not None:
+        if not pairs.data:
+            where = "objective.preference.data"
+            raise fail(where, pairs.data, "is empty", "name blend entries of pairs, as in [2]")
+        _claim(pairs.data, "objective.preference.data", claims)
 
 
 def _claim(data: list[int | str], path: str, claims: dict[int | str, str]) -> None:

@@ -20,6 +20,7 @@ from megatron_moe_inject.losses.kinds import COMMITTEES, CONFIDENCES, KINDS, TAI
 from megatron_moe_inject.recipe.adapter import Adapter, FactorSet, VocabularyRows
 from megatron_moe_inject.recipe.committee import in_words, weights_of
 from megatron_moe_inject.recipe.expert_choice import ExpertChoice
+from megatron_moe_inject.recipe.preference import Preference
 from megatron_moe_inject.recipe.schedule import Schedule, Weight
 from megatron_moe_inject.recipe.section import Section
 from megatron_moe_inject.recipe.server import ServerSpec
@@ -160,6 +161,7 @@ class Objective:
             but a float32 buffer of its size from a micro-batch's forward to its backward pass.
         kernels: what goes through the logits between the matrix products: ``auto`` (Triton kernels
             where there are a GPU and Triton) or ``torch`` (its operations everywhere).
+        preference: of one answer to another, on pairs of answers, see ``Preference``.
     """
 
     divergence: str = field(default="forward_kl", metadata={"choices": KINDS})
@@ -175,6 +177,7 @@ class Objective:
     skew: float = 0.1
     masked_sum: bool = True
     kernels: str = field(default="auto", metadata={"choices": KERNELS})
+    preference: Preference | None = None
 
     def row_kernels(self) -> str | None:
         """What ``losses.fused_linear_distillation`` calls ``kernels``."""
@@ -311,6 +314,13 @@ class Recipe:
         """Cross-entropy weight on general tokens."""
         beta = self.objective.general_beta
         return self.objective.weights()[1] if beta is None else beta
+
+    def reference_teacher(self) -> str | None:
+        """The teacher that pairs of answers are measured against; None where none is."""
+        pairs = self.objective.preference
+        if pairs is None or pairs.reference != "teacher":
+            return None
+        return pairs.teacher if pairs.teacher is not None else next(iter(self.teachers), None)
 
     def experts_by_layer(self) -> dict[int, list[int]]:
         """Union of all domains' chosen experts: layer -> sorted global ids, layers sorted."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_moe_inject.host.labels import GENERAL
+from megatron_moe_inject.host.labels import GENERAL, PREFERENCE
 from megatron_moe_inject.losses.objective import TermWeights
 from megatron_moe_inject.losses.spec import Divergence, TokenWeighting
 from megatron_moe_inject.recipe.schedule import value_at
@@ -10,7 +10,8 @@ from megatron_moe_inject.recipe.schema import Recipe
 
 
 def term_weights(recipe: Recipe, iteration: int) -> dict[int, TermWeights]:
-    """Loss weights after ``iteration`` optimiser steps, by domain index; ``GENERAL`` for the rest.
+    """Loss weights after ``iteration`` optimiser steps, by domain index; ``GENERAL`` for the rest,
+    ``PREFERENCE`` for answers of pairs, which have none of these terms.
 
     Domains without a teacher have alpha 0. General samples are distilled from the original model
     with weight gamma, by forward KL at temperature 1.
@@ -20,6 +21,8 @@ def term_weights(recipe: Recipe, iteration: int) -> dict[int, TermWeights]:
     weighting = TokenWeighting(objective.confidence, objective.skip_worse) or None
     gamma = value_at(objective.gamma, iteration)
     weights = {GENERAL: TermWeights(gamma, value_at(recipe.general_beta(), iteration))}
+    if objective.preference is not None:
+        weights[PREFERENCE] = TermWeights(0.0, 0.0)  # by token, of the pair: see preference.term
     for index, domain in enumerate(recipe.domains):
         alpha = value_at(recipe.alpha(domain), iteration)
         beta = value_at(recipe.beta(domain), iteration)

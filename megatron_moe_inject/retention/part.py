@@ -8,18 +8,18 @@ from typing import Any
 
 from megatron_moe_inject.data.packed import check_packed, packing_flag
 from megatron_moe_inject.host import compat
-from megatron_moe_inject.host.agreement import host_twin
 from megatron_moe_inject.host.beside import Beside, Door
-from megatron_moe_inject.host.loss_seam import LossSeam
 from megatron_moe_inject.host.model_parts import BESIDE
 from megatron_moe_inject.host.original_values import OriginalValues
 from megatron_moe_inject.host.step import Step, StepPart
+from megatron_moe_inject.recipe.preference import measured_by_original
 from megatron_moe_inject.recipe.run_part import BuiltStudent, RunContext, RunPart
 from megatron_moe_inject.recipe.schedule import ever_positive, value_at
 from megatron_moe_inject.retention.experts import ExpertRetention
 from megatron_moe_inject.retention.original_pass import OriginalPass
 from megatron_moe_inject.retention.originals import OriginalParameters
 from megatron_moe_inject.retention.section import RETENTION
+from megatron_moe_inject.retention.selected_pass import SelectedPass
 from megatron_moe_inject.retention.start import PullToStart
 from megatron_moe_inject.teachers.step_teachers import OriginalTeacher
 
@@ -51,7 +51,8 @@ class RetentionStep(StepPart):
 
 
 class OriginalsPart(RunPart):
-    """Keeps original values; provides ``OriginalValues``, and with gamma ``OriginalTeacher``.
+    """Keeps original values; provides ``OriginalValues``, with gamma ``OriginalTeacher``, and with
+    that or where pairs are measured against the original ``OriginalPass``.
 
     Args:
         components: of which, see ``feature.kept_originals``.
@@ -66,8 +67,8 @@ class OriginalsPart(RunPart):
     def attach(self, student: BuiltStudent) -> StepPart | None:
         """Keep them: as loaded, or as the injection began.
 
-        Collectives: those of ``OriginalParameters.carry``; with gamma that of
-        ``host_twin`` for the original model.
+        Collectives: those of ``OriginalParameters.carry``, and for the original model that of
+        ``host_twin``.
 
         Raises:
             RecipeError: on every rank: what the injection began with is missing or damaged.
@@ -86,27 +87,23 @@ class OriginalsPart(RunPart):
             run.warnings += [] if remark is None else [remark]
         run.provide(OriginalValues, originals)
         run.provide(OriginalParameters, originals)
-        if ever_positive(run.recipe.objective.gamma):
-            run.provide(OriginalTeacher, self._original_pass(originals, student))
+        holds = ever_positive(run.recipe.objective.gamma)
+        if holds or measured_by_original(run.recipe.objective.preference):
+            original = self._original_pass(originals, student, holds)
+            run.provide(OriginalPass, original)
+            if holds:
+                run.provide(OriginalTeacher, original)
         return None
 
-    def _original_pass(self, originals: OriginalParameters, student: BuiltStudent) -> OriginalPass:
-        groups, config = student.groups, student.chunks[0].config
-        interleaved = len(student.chunks) > 1
-        resets = {
-            "position_ids": self._run.args.reset_position_ids,
-            "attention_mask": self._run.args.reset_attention_mask,
-        }
-        packed = packing_flag(self._run.args) is not None
+    def _original_pass(
+        self, originals: OriginalParameters, student: BuiltStudent, holds: bool
+    ) -> OriginalPass:
+        tp, packed = student.groups.tp, packing_flag(self._run.args) is not None
         return OriginalPass(
             originals,
-            self._run.get(LossSeam),
-            tp_group=groups.tp if groups.tp.size() > 1 else None,
-            stages=groups.pp.size() if interleaved else 1,
-            group=config.microbatch_group_size_per_vp_stage if interleaved else 1,
-            host_group=host_twin(groups.dp),
-            whole=groups.tp.size() > 1,
-            same=[key for key, reset in resets.items() if not (reset or packed)],
+            SelectedPass.of_run(self._run, student, packed=packed),
+            holds=holds,
+            tp_group=tp if tp.size() > 1 else None,
             packed=packed,
         )
 

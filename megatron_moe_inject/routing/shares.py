@@ -21,6 +21,7 @@ from megatron_moe_inject.host.attached_loss import (
     add_reports,
     sum_and_count,
 )
+from megatron_moe_inject.host.labels import GENERAL
 from megatron_moe_inject.host.routing_watch import (
     SUMS,
     RoutingWatch,
@@ -95,8 +96,10 @@ class RoutingShares:
         sums = self._watch.end()
         classes = len(self._domains) + 1
         by_class = sums.new_zeros(len(SUMS), classes, *sums.shape[2:])
-        label = (self._labels.flatten() + 1).to(self._device, non_blocking=True)
-        by_class.index_add_(1, label, sums)
+        flat = self._labels.flatten()
+        text = (flat >= GENERAL).nonzero().flatten()  # pairs of answers are of no class
+        label = (flat[text] + 1).to(self._device, non_blocking=True)
+        by_class.index_add_(1, label, sums[:, text.to(self._device, non_blocking=True)])
         values = [self._of_domain(domain, by_class) for domain in self._steered]
         named = {
             f"{name}/{self._domains[domain]}": pair

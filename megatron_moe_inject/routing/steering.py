@@ -25,6 +25,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core.transformer.moe.moe_utils import router_gating_linear
 
 from megatron_moe_inject.host.attached_loss import (
@@ -34,6 +35,7 @@ from megatron_moe_inject.host.attached_loss import (
     sum_and_count,
 )
 from megatron_moe_inject.host.clock import ChunkClock, Passages
+from megatron_moe_inject.host.labels import PREFERENCE
 from megatron_moe_inject.host.megatron_types import Chunk, Groups, MegatronModule
 from megatron_moe_inject.host.model_parts import (
     routers,
@@ -73,7 +75,8 @@ class _SteeredRouter(Passages):
     Args:
         clock: that of its chunk.
         router: Megatron's.
-        targets: bool ``[D + 1, E]``: targets by domain index plus one, none of general data.
+        targets: bool ``[D + 2, E]``: targets by domain index plus one; none of general data, which
+            is first, and of pairs of answers, which are last.
         balance: keeps its stock losses to general samples; ``None`` leaves them.
         new: bool ``[E]``, experts that the original router knows nothing of; ``None`` of none.
 
@@ -153,6 +156,7 @@ class SteeringHook:
         self._sequence_group = groups.tp_cp if self._config.sequence_parallel else groups.cp
         self._weights_at = weights_at
         self._target_mass = target_mass
+        targets = {layer: F.pad(mask, (0, 0, 0, 1)) for layer, mask in targets.items()}
         self._classes = len(next(iter(targets.values())))
         self._steers = any(mask.any() for mask in targets.values())
         self._original = original
@@ -190,6 +194,10 @@ class SteeringHook:
         wrap_method(router, STEERED_ROUTING, functools.partial(self._routing, steered))
         self._routers.append(steered)
 
+    def _class_of(self, labels: torch.Tensor) -> torch.Tensor:
+        """Places of labels in tables by class."""
+        return torch.where(labels == PREFERENCE, self._classes - 1, labels + 1)
+
     def begin(
         self,
         labels: torch.Tensor,
@@ -222,7 +230,7 @@ class SteeringHook:
             counted = mask.sum(-1, dtype=torch.float32)
             mask = mask.to(self.device, torch.float32, non_blocking=True)
             self._mask = self._tokens.of(mask)
-        index = labels + 1
+        index = self._class_of(labels)
         tokens = torch.bincount(index.flatten(), counted.flatten(), minlength=self._classes)
         sums = torch.stack([tokens, tokens]).to(self.device, non_blocking=True)
         index = index.to(self.device, non_blocking=True)
@@ -342,7 +350,7 @@ class SteeringHook:
         index = self._tokens.seen(self._index[micro_batch], shape)
         balance = steered.balance
         if balance is not None and self._weights.coeff > 0:
-            general = ~steered.has_targets[labels + 1]
+            general = ~steered.has_targets[self._class_of(labels)]
             balance.general = (general.nonzero().flatten().tolist(), len(labels))
             if self._packed:
                 balance.rows = ~steered.on_device[index].flatten()

@@ -35,6 +35,7 @@ class Teachers(Feature):
     def rules(self, recipe: Recipe) -> None:
         """Each has a name, a source of a known kind, and a domain that it teaches."""
         used = {name for domain in recipe.domains for name in domain.teacher_weights}
+        used.add(recipe.reference_teacher() or "")
         for name, spec in recipe.teachers.items():
             path, usual = f"teachers.{name}", type(spec)(spec.source)
             if not NAME.fullmatch(name):

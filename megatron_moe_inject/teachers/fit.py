@@ -14,6 +14,7 @@ from megatron_moe_inject.host.errors import (
     fail,
     listing,
 )
+from megatron_moe_inject.host.labels import PREFERENCE
 from megatron_moe_inject.host.megatron_types import Chunk, Groups
 from megatron_moe_inject.recipe.schema import Recipe
 from megatron_moe_inject.teachers.base import Teacher, TeacherInfo
@@ -241,11 +242,14 @@ def helper(
 
 
 def taught_domains(recipe: Recipe) -> dict[str, list[int]]:
-    """Indices of the domains that each teacher teaches, in the order in which teachers run."""
+    """Labels of what each teacher reads, in the order in which teachers run: indices of the domains
+    that it teaches, and ``PREFERENCE`` of the reference of pairs."""
     taught: dict[str, list[int]] = {}
     for index, domain in enumerate(recipe.domains):
         for name in domain.teacher_weights:
             taught.setdefault(name, []).append(index)
+    if (reference := recipe.reference_teacher()) is not None:
+        taught.setdefault(reference, []).append(PREFERENCE)
     return taught
 
 

@@ -63,6 +63,7 @@ class TeachersPart(RunPart):
         self._run = run
         self._infos = checked_teachers(run.recipe, run.args)
         self._aligned = any(info.aligned for info in self._infos.values())
+        self._reference: StepTeacher | None = None
         run.provide(TeacherInfos, TeacherInfos(self._infos))
 
     def describe(self) -> dict[str, Any]:
@@ -105,6 +106,7 @@ class TeachersPart(RunPart):
             packed=bool(run.recipe.teachers) and packing_flag(run.args) is not None,
             pipeline=pipeline,
             helpers=helpers,
+            reference=self._reference,
         )
         run.provide(StepTeachers, teachers)
         if run.kind == INJECTION:
@@ -191,6 +193,7 @@ class TeachersPart(RunPart):
                 layers_of=self._layers_of,
                 pipeline=pipeline if self._placements[name].spread else None,
             )
+        self._reference = passes.get(run.recipe.reference_teacher() or "")
         return by_domain(run.recipe, passes)
 
 

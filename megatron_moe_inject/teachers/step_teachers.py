@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 
 from megatron_moe_inject.host.indices import index as positions
-from megatron_moe_inject.host.labels import GENERAL
+from megatron_moe_inject.host.labels import GENERAL, PREFERENCE
 from megatron_moe_inject.host.step import Step, StepPart
 from megatron_moe_inject.losses.objective import SampleGroup, TermWeights
 from megatron_moe_inject.losses.rows import RowKernels
@@ -76,9 +76,12 @@ class StepTeachers(StepPart):
         packed: whether samples are packed with documents.
         pipeline: the stages that run some of the teachers together; None where none is run so.
         helpers: on other stages than the last, those teachers, in the order of the last one's.
+        reference: runs over pairs of answers as well, for what asks it of the whole step
+            (``of_step``); None where no preference is measured against it, or not the last stage.
 
     Attributes:
         original: as given; may be left out for a while.
+        reference: as given.
     """
 
     def __init__(
@@ -93,7 +96,9 @@ class StepTeachers(StepPart):
         packed: bool = False,
         pipeline: Pipeline | None = None,
         helpers: Sequence[Helper] = (),
+        reference: StepTeacher | None = None,
     ) -> None:
+        self.reference = reference
         self.reads_tokens = packed
         self._pipeline = pipeline
         self._helpers = tuple(helpers)
@@ -107,7 +112,9 @@ class StepTeachers(StepPart):
     @property
     def passes(self) -> dict[str, StepTeacher]:
         """Those of the recipe's teachers that run on this rank, by name."""
-        passes = (run for teacher in self._taught.values() for run in teacher.passes)
+        passes = [run for teacher in self._taught.values() for run in teacher.passes]
+        if self.reference is not None:
+            passes.append(self.reference)
         return {run.name: run for run in passes}
 
     @property
@@ -116,11 +123,15 @@ class StepTeachers(StepPart):
         return list(self._taught)
 
     def taught_by(self, teacher: StepTeacher) -> list[int]:
-        """Indices of the domains that ``teacher`` teaches."""
+        """Labels of what ``teacher`` reads: indices of the domains that it teaches, and
+        ``PREFERENCE`` of the reference."""
         return [
-            index
-            for index, domain_teacher in self._taught.items()
-            if teacher in domain_teacher.passes
+            *(
+                index
+                for index, domain_teacher in self._taught.items()
+                if teacher in domain_teacher.passes
+            ),
+            *([PREFERENCE] if teacher is self.reference else []),
         ]
 
     def begin(self, step: Step) -> None:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from megatron_moe_inject.experts.choose.router_logits import LogitSample, LogitSampler
 from megatron_moe_inject.experts.choose.routing_profile import ClassStatistics, Spread
+from megatron_moe_inject.host.labels import GENERAL
 from megatron_moe_inject.host.megatron_types import Chunk, Groups
 from megatron_moe_inject.host.routing_watch import (
     SUMS,
@@ -109,7 +110,10 @@ class RoutingRecorder(StepPart):
             return
         self.steps += 1
         sums = self.watch.end().double()
-        label = (self._labels.flatten() + 1).to(self._device, non_blocking=True)
+        flat = self._labels.flatten()
+        text = (flat >= GENERAL).nonzero().flatten()  # answers of pairs are of no class
+        label = (flat[text] + 1).to(self._device, non_blocking=True)
+        sums = sums[:, text.to(self._device, non_blocking=True)]
         for name, values in zip(SUMS, sums, strict=True):
             self._totals[name].index_add_(0, label, values)
         chosen = sums[0]
@@ -133,6 +137,8 @@ class RoutingRecorder(StepPart):
             unpadded = chosen if padding is None else chosen & ~padding.unsqueeze(-1)
             labels = self._labels[micro_batch]
             for label, together in zip(labels.tolist(), self._samples(unpadded), strict=True):
+                if label < GENERAL:
+                    continue
                 self._pairs[label + 1, layer] += together.t() @ together
 
     def _samples(self, chosen: torch.Tensor) -> Iterator[torch.Tensor]:

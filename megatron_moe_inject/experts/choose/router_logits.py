@@ -32,6 +32,7 @@ from megatron_moe_inject.host.errors import (
     one_line,
 )
 from megatron_moe_inject.host.files import replace_file
+from megatron_moe_inject.host.labels import GENERAL
 from megatron_moe_inject.host.megatron_types import Groups
 
 POSITIONS = 8
@@ -140,6 +141,8 @@ class LogitSampler:
         dealt = torch.stack(ranks, dim=1).cpu()
         slots = torch.full_like(dealt, -1)
         for number, label in enumerate(dealt.flatten().tolist()):
+            if label < GENERAL:  # an answer of a pair is of no class
+                continue
             sequences = self._sequences[label + 1]
             if len(sequences) < self._quota:
                 slots.view(-1)[number] = len(sequences)

@@ -133,7 +133,8 @@ class ImitationHook(StepPart):
         self._loss = loss
         self._domains = domains
         self._by_domain = by_domain
-        self._taught_domains = sorted({i for indices in taught.values() for i in indices})
+        indices = {i for labels in taught.values() for i in labels}
+        self._taught_domains = sorted(i for i in indices if i >= 0)
         self._kinds = sorted({term.kind for term in terms}, key=list(REPORTED).index)
         self._model_parallel = groups.mp
         self._counts_here = self._config.sequence_parallel or groups.tp.rank() == 0

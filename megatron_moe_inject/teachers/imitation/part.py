@@ -23,6 +23,7 @@ from megatron_moe_inject.host.stored_checkpoint import checkpoint_to_load
 from megatron_moe_inject.recipe.run_part import Boundary, BuiltStudent, RunContext, RunPart
 from megatron_moe_inject.recipe.schedule import value_at
 from megatron_moe_inject.teachers.base import Teacher
+from megatron_moe_inject.teachers.fit import taught_domains
 from megatron_moe_inject.teachers.imitation.exchange import FeatureExchange, LayerStates
 from megatron_moe_inject.teachers.imitation.hook import FORMERLY, ImitationHook
 from megatron_moe_inject.teachers.imitation.projections import Projections
@@ -166,6 +167,7 @@ class ImitationPart(RunPart):
         for projections in self._projections:
             projections.stored = True
         recipe, imitation = self._recipe, self._recipe[IMITATION]
+        taught = taught_domains(recipe)
         exchange = FeatureExchange(
             self._wanted_by_stage(chunks, groups),
             widths=self._widths,
@@ -184,10 +186,7 @@ class ImitationPart(RunPart):
             self._terms,
             exchange,
             self._run.need(StepTeachers),
-            taught={
-                name: [i for i, d in enumerate(recipe.domains) if name in d.teacher_weights]
-                for name in recipe.teachers
-            },
+            taught={name: taught.get(name, []) for name in recipe.teachers},
             weights_at=lambda iteration: {
                 name: value_at(getattr(imitation, name), iteration) for name in imitation.in_use()
             },

@@ -7,8 +7,8 @@ from megatron_moe_inject.host.labels import (
     GENERAL,
 )
 from megatron_moe_inject.retention.borrowed import units
-from megatron_moe_inject.retention.original_pass import _packed, allowed_rounds
 from megatron_moe_inject.retention.originals import OriginalParameters
+from megatron_moe_inject.retention.selected_pass import _packed, allowed_rounds
 
 
 @pytest.fixture

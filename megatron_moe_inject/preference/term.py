@@ -1,0 +1,89 @@
+"""The preference term inside the loss of a micro-batch: each token's cross-entropy by its weight.
+
+The weights are known before the schedule runs (``step.py``). A pair's loss is a mean over the pairs
+of the batch, which has nothing to do with how many tokens there are: what the script's loss divides
+by is left out of its gradient, as it is for losses inside the model (``host.attached_loss``).
+
+Shapes: b samples of a micro-batch, s sequence (this context-parallel rank's part).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from megatron_moe_inject.host.attached_loss import attach_loss
+from megatron_moe_inject.host.indices import index
+from megatron_moe_inject.host.labels import PREFERENCE
+from megatron_moe_inject.losses.objective import LossTerms, SampleGroup
+from megatron_moe_inject.losses.spec import TermWeights
+
+
+class PreferenceTerm:
+    """The term of a step, on the last pipeline stage."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """A step without pairs."""
+        self._rows: Mapping[tuple[int, int], int] = {}
+        self._weights = torch.zeros(0)
+        self._scale = torch.ones(())
+
+    def begin(
+        self, samples: Sequence[tuple[int, int]], weights: torch.Tensor, scale: torch.Tensor
+    ) -> None:
+        """Take the weights of a step.
+
+        Args:
+            samples: its answers on this rank, by micro-batch and place in it.
+            weights: of each, what multiplies the cross-entropy of its tokens; fp32 on the device.
+            scale: of the sum over all ranks, see ``host.attached_loss.step_scale``.
+        """
+        self._rows = {sample: row for row, sample in enumerate(samples)}
+        self._weights, self._scale = weights, scale
+
+    def weighed(
+        self, groups: Sequence[SampleGroup], micro_batch: int, domains: Sequence[int], length: int
+    ) -> list[SampleGroup]:
+        """The groups of a micro-batch, that of answers with a weight for each of its tokens.
+
+        Args:
+            domains: labels of its b samples.
+            length: s.
+        """
+        return [
+            replace(group, weights=self._token_weights(group.samples, micro_batch, length))
+            if domains[group.samples[0]] == PREFERENCE
+            else group
+            for group in groups
+        ]
+
+    def _token_weights(self, samples: Sequence[int], micro_batch: int, length: int) -> TermWeights:
+        rows = index([self._rows[micro_batch, i] for i in samples], self._weights.device)
+        of_samples = self._weights.index_select(0, rows)
+        return TermWeights(0.0, of_samples.expand(length, -1).flatten())
+
+    def attached(
+        self, terms: LossTerms, domains: Sequence[int], loss_mask: torch.Tensor
+    ) -> LossTerms:
+        """The terms of a micro-batch whose loss has the answers' beside, and not in ``total``.
+
+        Args:
+            terms: tensors ``[b, s]``; those of answers have their weights.
+            domains: labels of its b samples.
+            loss_mask: ``[b, s]``.
+        """
+        if PREFERENCE not in domains:
+            return terms
+        total = terms.total
+        answers = torch.tensor([domain == PREFERENCE for domain in domains]).unsqueeze(1)
+        answers = answers.to(total.device, non_blocking=True)
+        loss = torch.where(answers, total * loss_mask, 0.0).sum()
+        total = torch.where(answers, 0.0, total)
+        if loss.requires_grad:
+            total = attach_loss(total, loss, self._scale)
+        return replace(terms, total=total)
