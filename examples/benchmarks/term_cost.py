@@ -37,6 +37,8 @@ FEATURES = {
     "evaluation": "beta: 0.0",
     "steering": "beta: 0.0",
     "report": "beta: 0.0",
+    "preference": "preference: {data: [2], beta: 0.1}",
+    "preference-teacher": "preference: {data: [2], beta: 0.1, reference: teacher}",
 }
 MORE = {
     "expert-retention": "retention: {experts: 1.0}",
@@ -45,6 +47,8 @@ MORE = {
     "experts": "imitation: {experts: 0.1}",
     "steering": "train: {router: true}\nsteering: {coeff: 0.01, retention: 1.0, detail_every: 0}",
     "report": "train: {router: true}\nsteering: {report: true, detail_every: 0}",
+    "preference": "mixing: {general: 0.1, preference: SHARE}",
+    "preference-teacher": "mixing: {general: 0.1, preference: SHARE}",
 }
 """Beside the objective; ``report`` is steering's part of the log alone."""
 INSIDE = {
@@ -86,6 +90,19 @@ def write_corpora(folder: Path, vocabulary: int, documents: int) -> list[str]:
     return prefixes
 
 
+def write_pairs(folder: Path, vocabulary: int, pairs: int) -> str:
+    """A data set of pairs of random tokens, half of a sequence for each prompt; its prefix."""
+    import numpy as np
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    generator, half = np.random.default_rng(1), SEQUENCE // 2
+    builder = IndexedDatasetBuilder(f"{folder}/pairs.bin", dtype=np.uint16)
+    for _ in range(pairs):
+        builder.add_document(generator.integers(vocabulary - 1, size=3 * half), [half] * 3)
+    builder.finalize(f"{folder}/pairs.idx")
+    return f"{folder}/pairs"
+
+
 def parent(options: argparse.Namespace) -> None:
     """Make a teacher and data, run the timed steps, print the table."""
     environment = {"OMP_NUM_THREADS": str(options.threads), "PYTHONWARNINGS": "ignore"}
@@ -108,16 +125,19 @@ def parent(options: argparse.Namespace) -> None:
                 teacher=teacher,
                 layers=layers,
                 feature=FEATURES[options.feature],
-                more=MORE.get(options.feature, ""),
+                more=MORE.get(options.feature, "").replace("SHARE", str(options.pairs)),
             )
         )
         flags = [f for f in model_flags(options, options.hidden) if f != "--mock-data"]
         share = options.general
+        data = f"--data-path {share} {general} {1 - share} {domain} --split 80,20,0 "
+        if options.feature.startswith("preference"):
+            pairs = write_pairs(Path(folder), options.vocab, 200)
+            data = f"--train-data-path {general} {domain} {pairs} --valid-data-path {general} "
         flags += (
             "--num-experts 8 --moe-router-topk 2 --moe-token-dispatcher-type alltoall "
             f"--moe-ffn-hidden-size {options.hidden} --moe-router-load-balancing-type none "
-            f"--data-path {share} {general} {1 - share} {domain} --split 80,20,0 "
-            f"--inject-recipe {recipe} --train-iters {steps} --eval-iters {steps} "
+            f"{data}--inject-recipe {recipe} --train-iters {steps} --eval-iters {steps} "
             f"--inject-from-scratch --micro-batch-size 1 --global-batch-size {BATCH}"
         ).split()
         if options.feature in READS_ONLY:
@@ -142,6 +162,11 @@ def print_table(times: dict[str, list[float]], options: argparse.Namespace) -> N
     if times.get("inside"):
         inside = 1e3 * statistics.median(times["inside"])
         print(f"inside{inside:>15.1f} ms, {100 * inside / without:.1f} % of a step")
+    if options.feature.startswith("preference"):
+        forward = 1e3 * statistics.median(times["forward"])
+        added = (with_it - without) / (options.pairs * forward)
+        print(f"forward{forward:>14.1f} ms (evaluation)")
+        print(f"added is{added:>12.2f} x the pairs' share of a forward")
     if options.feature == "gamma":
         forward = 1e3 * statistics.median(times["forward"])
         added = (with_it - without) / (options.general * forward)
@@ -168,6 +193,7 @@ def child() -> None:
     from megatron_moe_inject.host.step import Step
     from megatron_moe_inject.loss_hook import LossHook
     from megatron_moe_inject.losses.objective import TermWeights
+    from megatron_moe_inject.preference.step import PreferenceStep
     from megatron_moe_inject.retention.part import RetentionStep
     from megatron_moe_inject.routing.part import RoutingStep
     from megatron_moe_inject.run import Run
@@ -175,7 +201,7 @@ def child() -> None:
     from megatron_moe_inject.teachers.imitation.hook import ImitationHook
     from megatron_moe_inject.teachers.step_teachers import StepTeachers
 
-    feature_parts = (ImitationHook, RoutingRecorder, RoutingStep, RetentionStep)
+    feature_parts = (ImitationHook, RoutingRecorder, RoutingStep, RetentionStep, PreferenceStep)
 
     times: dict[str, list[float]] = {"without": [], "with": []}
     feature, number = os.environ["TERM_COST_FEATURE"], itertools.count()
@@ -192,7 +218,8 @@ def child() -> None:
         if teachers is not None:
             original, teachers.original = teachers.original, None
         if loss is not None:
-            weights_at = loss.weights_at
+            weights_at, preference = loss.weights_at, loss._preference
+            loss._preference = None
             without = {GENERAL: TermWeights(0.0, 0.0)}
             loss.weights_at = lambda iteration: weights_at(iteration) | without
         try:
@@ -202,7 +229,7 @@ def child() -> None:
             if teachers is not None:
                 teachers.original = original
             if loss is not None:
-                loss.weights_at = weights_at
+                loss.weights_at, loss._preference = weights_at, preference
 
     def wrap(self, forward_backward):
         injected = hook(self, forward_backward)
@@ -291,7 +318,7 @@ def forward_alone(forward_backward, arguments):
     from megatron_moe_inject.data import labels
 
     iterator = arguments["data_iterator"]
-    batches = labels.without_dataset_id(labels.pull(iterator, arguments["num_microbatches"]))
+    batches = labels.for_stock_code(labels.pull(iterator, arguments["num_microbatches"]))
     return forward_backward(**arguments | {"data_iterator": iter(batches)})
 
 
@@ -304,6 +331,7 @@ def main() -> None:
     parser.add_argument("--teacher-hidden", type=int, default=128)
     parser.add_argument("--vocab", type=int, default=4096)
     parser.add_argument("--general", type=float, default=0.1, help="share of general data")
+    parser.add_argument("--pairs", type=float, default=0.2, help="share of answers of pairs")
     parser.add_argument("--threads", type=int, default=1)
     parent(parser.parse_args())
 

@@ -167,6 +167,5 @@ def _check_held_out(recipe: Recipe, facts: StudentFacts) -> None:
             raise fail(
                 f"{_KEY}.data", None if pairs is None else pairs.data,
                 f"is in the {split} data, too, where only text is measured",
-                "name the data by --train-data-path, and other text by --valid-data-path; or set "
-                "--eval-iters 0",
+                "name the data by --train-data-path, and text alone by --valid-data-path",
             )  # fmt: skip

@@ -18,6 +18,7 @@ import yaml
 
 from tests.harness import lane
 from tests.harness.material import Material
+from tests.harness.pairs import data_flags, write_pairs
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,17 @@ FEATURES = {
     ),
     "scheduled shares": Feature(
         "mixing", {"mixing.general": {"points": {0: 0.75, 3: 0.375}}}, terms=("data share/general",)
+    ),
+    "preference": Feature(
+        "preference",
+        {
+            "objective.preference.data": [2],
+            "objective.preference.beta": 0.5,
+            "objective.preference.reference": "original",
+            "objective.preference.coeff": {"points": {0: 0.5, 4: 1.0}},
+            "mixing.preference": 0.25,
+        },
+        terms=("preference loss",),
     ),
     "evaluation": Feature(
         "evaluation",
@@ -402,7 +414,12 @@ def is_slow(layout: str, name: str) -> bool:
 
 
 def blend_of(own: FeatureSet, material: Material) -> Sequence[str]:
-    """Data flags: shares by a schedule take a blend without weights."""
+    """Data flags: shares by a schedule take a blend without weights; pairs are not evaluated on."""
+    if "preference" in own.features:
+        pairs = material.folder / "pairs"
+        if not pairs.with_suffix(".idx").exists():
+            write_pairs(pairs)
+        return data_flags(material, str(pairs))
     if "scheduled shares" in own.features:
         return ("--data-path", material.general, material.domain, "--split", "90,5,5")
     return material.blend

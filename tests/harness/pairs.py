@@ -11,9 +11,6 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from tests.harness.corpus import VOCAB
 from tests.harness.material import Material
 
-SHARE = 0.5
-"""Of pairs in the batches of the tests."""
-
 
 def write_pairs(prefix: Path, pairs: int = 60, seed: int = 0, lengths: tuple = (4, 10)) -> str:
     """Write pairs of uneven lengths over the vocabulary of ``corpus``; returns the prefix.
@@ -35,9 +32,7 @@ def write_pairs(prefix: Path, pairs: int = 60, seed: int = 0, lengths: tuple = (
     return str(prefix)
 
 
-def data_flags(material: Material, pairs: str, *, valid: bool = True) -> tuple[str, ...]:
+def data_flags(material: Material, pairs: str) -> tuple[str, ...]:
     """Entry 0 is general, entry 1 the domain, entry 2 pairs, which are not evaluated on."""
-    train = ("--train-data-path", material.general, material.domain, pairs)
-    if not valid:
-        return (*train, "--eval-iters", "0")
-    return (*train, "--valid-data-path", material.general, material.domain)
+    text = (material.general, material.domain)
+    return ("--train-data-path", *text, pairs, "--valid-data-path", *text)

@@ -236,6 +236,14 @@ TESTED_ELSEWHERE = {
     "training/test_packed.py": {
         "test_each_sample_of_a_row_has_the_loss_of_its_class": ["objective.general_beta"]
     },
+    "training/test_preference.py": {
+        "test_a_teacher_as_reference": [
+            "objective.preference.label_smoothing",
+            "objective.preference.length_normalised",
+            "objective.preference.sft",
+            "objective.preference.teacher",
+        ],
+    },
     "training/test_profile.py": {
         "test_what_it_records_chooses_the_experts_of_a_run": [
             "domains.*.experts.method",

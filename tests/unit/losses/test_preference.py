@@ -63,7 +63,7 @@ def test_trl_gives_the_same(each_token):
     """Its loss, its gradients by states and head, and what it logs; see ``harness.trl_dpo``."""
     name = "mean" if each_token else "sum"
     with safe_open(TRL, "pt") as file:
-        saved = {key: file.get_tensor(key) for key in file.keys()}
+        saved = {key: file.get_tensor(key) for key in list(file.keys())}
         beta = float(file.metadata()["beta"])
     ids, mask = saved["input_ids"], saved["completion_mask"]
     labels = torch.where(mask == 1, ids, -1)[:, 1:]
