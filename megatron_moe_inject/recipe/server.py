@@ -22,6 +22,8 @@ class ServerSpec:
         ahead: steps whose text is asked for ahead.
         concurrent: texts that each server is asked for at once, by each data-parallel rank.
         key_from: name of the environment variable that holds the servers' API key.
+        tokenizer: with ``align: chunks``, a folder or file of this machine with the served model's
+            tokenizer.
     """
 
     protocol: str = field(default="auto", metadata={"choices": PROTOCOLS})
@@ -32,3 +34,4 @@ class ServerSpec:
     ahead: int = 2
     concurrent: int = 8
     key_from: str | None = None
+    tokenizer: str | None = None

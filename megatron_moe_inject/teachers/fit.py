@@ -47,7 +47,7 @@ def checked_teachers(recipe: Recipe, args: Namespace) -> dict[str, TeacherInfo]:
     for name, spec in recipe.teachers.items():
         if spec.aligned:
             kind = ALIGNMENTS[spec.align]
-            infos[name] = kind.check(name, spec.source, tokenizer, spec.prefix)
+            infos[name] = kind.check(name, spec, tokenizer)
             continue
         infos[name] = check_teacher(
             name, spec.source, student_tokenizer=tokenizer, prefix=spec.prefix

@@ -60,36 +60,6 @@ class SomeIdsTeacher(ABC):
     def _readable(self, rows: slice | torch.Tensor) -> torch.Tensor:
         """Where it says something of them, ``[k, s/c]`` bool."""
 
-    def _handed_on(
-        self,
-        found: Mapping[str, torch.Tensor] | None,
-        kinds: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
-        group: dist.ProcessGroup,
-    ) -> dict[str, torch.Tensor]:
-        """What the first rank of a group has found, on the device of all of its ranks.
-
-        Args:
-            found: on the host; ``None`` on other ranks, or where nothing is selected.
-            kinds: shape and type of each.
-
-        Collectives: over the group a broadcast of each; none of one rank, or of nothing.
-        """
-        if found is None:
-            found = {
-                name: torch.empty(shape, dtype=dtype, device=self._device)
-                for name, (shape, dtype) in kinds.items()
-            }
-        elif self._device.type == "cuda":
-            found = {name: value.pin_memory() for name, value in found.items()}
-        first, handed = dist.get_process_group_ranks(group)[0], {}
-        for name, value in found.items():
-            shape = kinds[name][0]
-            on_device = value.to(self._device, non_blocking=True).view(shape)
-            if group.size() > 1 and shape[0]:
-                dist.broadcast(on_device, src=first, group=group)
-            handed[name] = on_device
-        return handed
-
     def _of(self, micro_batch: int) -> slice:
         begin = sum(self._rows[:micro_batch])
         return slice(begin, begin + self._rows[micro_batch])
@@ -129,3 +99,34 @@ class SomeIdsTeacher(ABC):
         """What the domain's teachers say as one: that of the only teacher."""
         (target,) = targets
         return target
+
+
+def handed_on(
+    found: Mapping[str, torch.Tensor] | None,
+    kinds: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    group: dist.ProcessGroup,
+    device: torch.device,
+) -> dict[str, torch.Tensor]:
+    """What the first rank of a group has found, on the device of all of its ranks.
+
+    Args:
+        found: on the host; ``None`` on other ranks, or where nothing is selected.
+        kinds: shape and type of each.
+
+    Collectives: over the group a broadcast of each; none of one rank, or of nothing.
+    """
+    if found is None:
+        found = {
+            name: torch.empty(shape, dtype=dtype, device=device)
+            for name, (shape, dtype) in kinds.items()
+        }
+    elif device.type == "cuda":
+        found = {name: value.pin_memory() for name, value in found.items()}
+    first, handed = dist.get_process_group_ranks(group)[0], {}
+    for name, value in found.items():
+        shape = kinds[name][0]
+        on_device = value.to(device, non_blocking=True).view(shape)
+        if group.size() > 1 and shape[0]:
+            dist.broadcast(on_device, src=first, group=group)
+        handed[name] = on_device
+    return handed

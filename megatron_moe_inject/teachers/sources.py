@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
     from megatron_moe_inject.recipe.run_part import BuiltStudent, RunContext
-    from megatron_moe_inject.recipe.schema import Recipe
+    from megatron_moe_inject.recipe.schema import Recipe, TeacherSpec
     from megatron_moe_inject.teachers.base import Source, Teacher, TeacherInfo
     from megatron_moe_inject.teachers.step_pass import StepTeacher
     from megatron_moe_inject.teachers.vocabulary import TokenizerFlags, Vocabulary
@@ -72,6 +72,26 @@ class ToldForStore(Protocol):
 
 
 @dataclass(frozen=True)
+class OwnTokens:
+    """How a kind that runs no model says how likely texts of its own tokens are, which is what
+    ``TeacherSpec.align`` asks of a teacher.
+
+    Attributes:
+        check: of a teacher's name, its spec and the student's tokenizer flags: what can be known
+            before a run; as ``Alignment.check``.
+        in_step: as ``Alignment.in_step``.
+        for_store: if ``moe-inject store-teacher`` can write that: of recipe, teacher, flags and the
+            longest text.
+    """
+
+    check: Callable[[str, TeacherSpec, TokenizerFlags], TeacherInfo]
+    in_step: Callable[
+        [RunContext, TeacherInfo, BuiltStudent, dist.ProcessGroup | None], StepTeacher
+    ]
+    for_store: Callable[[Recipe, str, Namespace, int], ToldForStore] | None = None
+
+
+@dataclass(frozen=True)
 class SourceKind:
     """How teachers of one kind are found and loaded.
 
@@ -91,9 +111,8 @@ class SourceKind:
             a rank of the last stage, of the run, what ``check`` gave, and the built student; no
             collective.
         tokenizer: of the source, the folder or file of its tokenizer, None where there is none; of
-            a kind whose models ``TeacherSpec.align`` can ask. A kind that runs no model and still
-            knows the log-probabilities of its own tokens would hand these out in the same place,
-            as ``teachers.align.scores.Scores``.
+            a kind whose models ``TeacherSpec.align`` can ask.
+        aligned: of a kind that runs no model, how ``TeacherSpec.align`` asks it.
     """
 
     example: str
@@ -106,6 +125,7 @@ class SourceKind:
     tokenizer: Callable[[Source], Path | None] | None = None
     in_step: Callable[[RunContext, TeacherInfo, BuiltStudent], StepTeacher] | None = None
     for_store: Callable[[Recipe, str, Namespace, int, int, int], ToldForStore] | None = None
+    aligned: OwnTokens | None = None
 
 
 SOURCES: Registry[SourceKind] = Registry(
@@ -124,14 +144,14 @@ class Alignment:
     """How a teacher with a tokenizer of its own is compared with the student.
 
     Attributes:
-        check: of its name, source, the student's tokenizer flags and the prefix: as
+        check: of its name, its spec and the student's tokenizer flags: as
             ``loading.check_teacher``.
         in_step: makes what teaches in a step, on a rank of the last stage, of the run, what
             ``check`` gave, the built student, and the tensor-parallel ranks over gloo (None for one
             alone); no collective.
     """
 
-    check: Callable[[str, str, TokenizerFlags, str | list[int]], TeacherInfo]
+    check: Callable[[str, TeacherSpec, TokenizerFlags], TeacherInfo]
     in_step: Callable[
         [RunContext, TeacherInfo, BuiltStudent, dist.ProcessGroup | None], StepTeacher
     ]

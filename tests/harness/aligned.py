@@ -98,6 +98,26 @@ def _write(prefix: Path, tokenizer: Path, part: int) -> str:
     return str(prefix)
 
 
+def write_documents(folder: Path, tokenizer: Path, length: int) -> tuple[str, ...]:
+    """Data flags of a blend of two sets whose documents have ``length`` tokens, an end included."""
+    import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+    from tokenizers import Tokenizer
+
+    encoder, prefixes = Tokenizer.from_file(str(tokenizer / "tokenizer.json")), []
+    for part, name in enumerate(("general", "domain")):
+        prefixes.append(str(folder / name))
+        builder = IndexedDatasetBuilder(f"{prefixes[-1]}.bin", dtype=np.uint16)
+        for text in own_tokenizers.texts()[part::2]:
+            ids = encoder.encode(text).ids
+            for start in range(0, len(ids) - length, length - 1):
+                own = [*ids[start : start + length - 1], 0]
+                builder.add_document(torch.tensor(own), [length])
+        builder.finalize(f"{prefixes[-1]}.idx")
+    general, domain = prefixes
+    return ("--data-path", "0.4", general, "0.6", domain, "--split", "90,5,5", "--eod-mask-loss")
+
+
 def _llama(folder: Path, tokenizer: Path, size: int, seed: int) -> Path:
     import shutil
 

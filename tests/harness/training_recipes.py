@@ -59,3 +59,16 @@ steering: {{coeff: 0.5, target_mass: 0.8, confidence: label}}
 train: {{attention: true}}
 """
 """Steered by the label's probability, which stores and servers tell in a model's place."""
+ALIGNED = """
+domains:
+  - name: code
+    data: [1]
+    teacher: coder
+    experts: {{layers: {{2: [3], 3: [0, 3]}}}}
+teachers:
+  coder: {{source: "hf:{teacher}", align: chunks}}
+objective: {{alpha: 0.7, beta: 0.3, temperature: 5.0}}
+steering: {{coeff: 0.5, target_mass: 0.8, confidence: label}}
+train: {{attention: true}}
+"""
+"""From a teacher with a tokenizer of its own."""

@@ -9,19 +9,8 @@ from megatron_moe_inject.host import compat
 from tests.harness import lane, own_tokenizers
 from tests.harness.aligned import make_aligned_material, without_tokenizer
 from tests.harness.injection import assert_clean_end
+from tests.harness.training_recipes import ALIGNED
 
-RECIPE = """
-domains:
-  - name: code
-    data: [1]
-    teacher: coder
-    experts: {{layers: {{2: [3], 3: [0, 3]}}}}
-teachers:
-  coder: {{source: "hf:{teacher}", align: chunks}}
-objective: {{alpha: 0.7, beta: 0.3, temperature: 5.0}}
-steering: {{coeff: 0.5, target_mass: 0.8, confidence: label}}
-train: {{attention: true}}
-"""
 TERMS = ("lm loss", "kd loss", "total loss", "kd loss/code", "aligned share", "grad norm")
 not_before_19 = pytest.mark.skipif(
     compat.megatron_version().startswith("0.18"), reason="0.18 does not pack in the loader"
@@ -39,7 +28,7 @@ def train(of_text):
 
     def run(*extra, nproc=1, sets=(), check=True, **layout):
         path = of_text.folder / "recipe.yaml"
-        path.write_text(RECIPE.format(teacher=of_text.teacher))
+        path.write_text(ALIGNED.format(teacher=of_text.teacher))
         ours = ["--inject-recipe", str(path), "--inject-verify-frozen"]
         ours += ["--inject-set", *sets] if sets else []
         return lane.run(of_text.flags(*ours, *extra, **layout), nproc=nproc, check=check)

@@ -11,8 +11,8 @@ What is not told of:
 - the first token of a text, which the student predicts from nothing; without a prefix in front,
   the teacher's first likewise;
 - where a window ends inside a document: the teacher's last token, and those before it back to the
-  last one that begins with white space, at most four: had the text gone on, it might have been cut
-  in another way;
+  last one that begins with white space, at most four and none before a special token: had the text
+  gone on, it might have been cut in another way;
 - half letters: UTF-8 bytes at a window's border whose others are outside;
 - chunks of which a label is masked;
 - all from a special token on that the teacher has not, from bytes on that are no UTF-8, and from a
@@ -24,8 +24,9 @@ Nothing here needs torch. Shapes: k samples, s sequence length, r texts, t token
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -56,6 +57,32 @@ class Reading:
     labels: np.ndarray
     numbers: np.ndarray
     places: np.ndarray
+
+
+class Span(NamedTuple):
+    """What is read at once of a text of t ids.
+
+    Attributes:
+        begin, end: ids ``begin`` to ``end`` - 1 are read.
+        first: of them, the first whose successor is asked about.
+    """
+
+    begin: int
+    end: int
+    first: int
+
+
+Spans = Callable[[int], Iterable[Span]]
+"""Cuts a text of so many ids into what is read at once."""
+
+
+class _Row(NamedTuple):
+    """A text as the teacher has it: what stands in front, its ids, and the number of the chunk that
+    each of these belongs to, as in ``Reading``."""
+
+    front: np.ndarray
+    ids: np.ndarray
+    told: np.ndarray
 
 
 @dataclass
@@ -138,25 +165,49 @@ class Reader:
             starts: ``[k, s]`` bool, where documents begin that are read apart; None for samples
                 that are one text each.
         """
-        texts = self._texts(tokens, following, starts)
+        rows, places = self._rows(self._texts(tokens, following, starts), counted)
+        return _reading([_whole(row, tokens.size) for row in rows], places)
+
+    def read_documents(self, tokens: np.ndarray, lengths: Sequence[int], spans: Spans) -> Reading:
+        """Read whole documents, each a text of its own, long ones a span at a time.
+
+        Args:
+            tokens: ``[n]`` the student's ids, one document behind the other.
+            lengths: of the documents, n in sum.
+            spans: of a text of so many of the teacher's ids, without what stands in front of each.
+
+        Returns:
+            A reading of one sample of n tokens; no label of one document is the next one's first.
+        """
+        ends = np.cumsum(lengths, dtype=np.int64)
+        texts = [
+            _Text(0, int(end - length), tokens[end - length : end], goes_on=False, begins=True)
+            for length, end in zip(lengths, ends, strict=True)
+            if length > 1
+        ]
+        rows, places = self._rows(texts, np.ones((1, len(tokens)), bool))
+        read = [
+            _part(row, span, self._prefix, len(tokens))
+            for row in rows
+            for span in spans(len(row.ids))
+        ]
+        return _reading([part for part in read if part is not None], places)
+
+    def _rows(self, texts: Sequence[_Text], counted: np.ndarray) -> tuple[list[_Row], np.ndarray]:
+        """What the teacher reads of texts of which it can tell something, and ``Reading.places``
+        ``[k, s]``."""
         for text in texts:
             self._cut(text)
         pieces = [s.text.decode() for text in texts for s in text.segments if s.special is None]
         encoded = iter(self._encoded(pieces))
-        places = np.full(tokens.shape, -1, np.int32)
-        nowhere = tokens.size
+        places = np.full(counted.shape, -1, np.int32)
         rows = []
         for text in texts:
             own = [None if s.special is not None else next(encoded) for s in text.segments]
-            row = self._row(text, own, counted[text.sample], places[text.sample], nowhere)
+            row = self._row(text, own, counted[text.sample], places[text.sample], counted.size)
             if row is not None:
                 rows.append(row)
-        none = [np.zeros(0, np.int64)]
-        inputs, labels, numbers = (
-            np.concatenate(none + [row[part] for row in rows]) for part in range(3)
-        )
-        lengths = np.array([len(row[0]) for row in rows], np.int64)
-        return Reading(lengths, inputs.astype(np.int32), labels.astype(np.int32), numbers, places)
+        return rows, places
 
     def _texts(
         self, tokens: np.ndarray, following: np.ndarray, starts: np.ndarray | None
@@ -247,17 +298,18 @@ class Reader:
         counted: np.ndarray,
         places: np.ndarray,
         nowhere: int,
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-        """Inputs, labels and numbers of a text, None where nothing can be told of it; fills
-        ``places`` ``[s]``."""
+    ) -> _Row | None:
+        """What the teacher reads of a text, None where nothing can be told of it; fills ``places``
+        ``[s]``."""
         ids, starts, student = [], [], []
-        ends, goes_on = (0, 0), text.goes_on
+        ends, goes_on, sure = (0, 0), text.goes_on, 0
         for segment, own in zip(text.segments, encoded, strict=True):
             student.append(segment.starts)
             if own is None:
                 ids.append(np.array([segment.special], np.int64))
                 starts.append(segment.starts)
                 ends = segment.end, segment.end
+                sure = sum(map(len, ids))
                 continue
             ids.append(own[0])
             starts.append(segment.at + own[1])
@@ -283,7 +335,7 @@ class Reader:
         untold = np.zeros(len(of_teacher), bool)
         untold[: 0 if len(prefix) else 1] = True
         if goes_on:
-            untold[self._unsure_from(of_teacher) :] = True
+            untold[self._unsure_from(of_teacher, sure) :] = True
         found = found.without(found.having(unread, untold))
         labels = np.flatnonzero(found.student >= 0)
         if not len(labels):
@@ -294,18 +346,49 @@ class Reader:
         places[text.first + labels - 1] = first_of[found.student[labels]]
         base = text.sample * len(places)
         told = np.where(found.teacher >= 0, base + first_of[found.teacher], nowhere)
-        whole = np.concatenate([prefix, of_teacher])
-        told = np.concatenate([np.full(len(prefix), nowhere), told])
-        stop = int(np.flatnonzero(told != nowhere)[-1]) + 1
-        return whole[: stop - 1], whole[1:stop], told[1:stop]
+        return _Row(prefix, of_teacher, told)
 
-    def _unsure_from(self, ids: np.ndarray) -> int:
-        """Of a text that goes on, the first token that might have been another."""
-        first = max(len(ids) - _CUT_SHORT, 0)
+    def _unsure_from(self, ids: np.ndarray, sure: int) -> int:
+        """Of a text that goes on, the first token that might have been another; not one of the
+        first ``sure``, up to the last special token."""
+        first = max(len(ids) - _CUT_SHORT, min(sure, len(ids)))
         for place in range(len(ids) - 1, first, -1):
             if (self._teacher.pieces[ids[place]] or b"x")[0] in _WHITE:
                 return place
         return first
+
+
+def _whole(row: _Row, nowhere: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Inputs, labels and numbers of a text that is read at once, up to the last that is told."""
+    front, ids, told = row
+    whole = np.concatenate([front, ids])
+    told = np.concatenate([np.full(len(front), nowhere), told])
+    stop = int(np.flatnonzero(told != nowhere)[-1]) + 1
+    return whole[: stop - 1], whole[1:stop], told[1:stop]
+
+
+def _part(
+    row: _Row, span: Span, prefix: np.ndarray, nowhere: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Of a span of a text; None where nothing in it is told."""
+    front = prefix if span.begin else row.front
+    own = slice(span.begin, span.end + 1)
+    told = row.told[own].copy()
+    told[: span.first - span.begin + bool(span.first)] = nowhere  # by the span before
+    if not (told != nowhere).any():
+        return None
+    return _whole(_Row(front, row.ids[own], told), nowhere)
+
+
+def _reading(
+    rows: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], places: np.ndarray
+) -> Reading:
+    none = [np.zeros(0, np.int64)]
+    inputs, labels, numbers = (
+        np.concatenate(none + [row[part] for row in rows]) for part in range(3)
+    )
+    lengths = np.array([len(row[0]) for row in rows], np.int64)
+    return Reading(lengths, inputs.astype(np.int32), labels.astype(np.int32), numbers, places)
 
 
 def _half_letter(raw: bytes) -> int:

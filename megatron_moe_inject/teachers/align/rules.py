@@ -59,12 +59,18 @@ def check_rules(recipe: Recipe) -> None:
 
 def _check_teacher(name: str, spec: TeacherSpec) -> None:
     path = f"teachers.{name}"
-    if SOURCES[spec.kind].tokenizer is None:
+    kind = SOURCES[spec.kind]
+    if kind.tokenizer is None and kind.aligned is None:
         raise fail(
             f"{path}.align", spec.align,
             f"needs the log-probabilities of a teacher's own tokens, which {spec.source} does not "
             "give",
-            "name a megatron: or hf: teacher, or remove it",
+            "name a teacher of another kind, or remove it",
+        )  # fmt: skip
+    if spec.tail != type(spec)(spec.source).tail:
+        raise fail(
+            f"{path}.tail", spec.tail, "is of ids that are not told, and align: chunks asks for "
+            "none", "remove it",
         )  # fmt: skip
     if spec.window:
         raise fail(

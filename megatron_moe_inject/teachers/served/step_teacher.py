@@ -28,7 +28,7 @@ from megatron_moe_inject.recipe.run_kinds import EVALUATION
 from megatron_moe_inject.recipe.run_part import BuiltStudent, RunContext
 from megatron_moe_inject.teachers.base import TeacherInfo
 from megatron_moe_inject.teachers.served.protocols import Answer
-from megatron_moe_inject.teachers.some_ids import SomeIdsTeacher
+from megatron_moe_inject.teachers.some_ids import SomeIdsTeacher, handed_on
 from megatron_moe_inject.teachers.store.rules import taught_by
 
 
@@ -103,7 +103,7 @@ class ServedTeacher(SomeIdsTeacher):
         if self._group.rank() == 0 and count:
             assert batches is not None, "the first rank of a stage that has the loss reads data"
             found = self._look_up(batches, selected.nonzero().tolist())
-        found = self._handed_on(found, kinds, self._group)
+        found = handed_on(found, kinds, self._group, self._device)
         self._ids, self._log_probs, self._labels = (
             context_parallel_slice(found[name], *self._cp)
             for name in ("ids", "log_probs", "labels")

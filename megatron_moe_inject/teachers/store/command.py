@@ -17,7 +17,8 @@ from megatron_moe_inject.host.text import memory_text
 if TYPE_CHECKING:
     import torch
 
-    from megatron_moe_inject.teachers.store.job import Choices, StoreJob
+    from megatron_moe_inject.teachers.store.job import StoreJob
+    from megatron_moe_inject.teachers.store.kept import Choices
     from megatron_moe_inject.teachers.store.writer import StoreWriter
 
 NAME = "store-teacher"
@@ -70,8 +71,9 @@ def add_commands(commands: Commands) -> None:
         help="of the K ids only as many as have this probability together, such as 0.99",
     )  # fmt: skip
     parser.add_argument(
-        "--log-probs", choices=("packed", "bf16", "fp32"),
-        help="their precision: six bits (default), or as they are",
+        "--log-probs", choices=("packed", "bf16", "fp32", "fp16"),
+        help="their precision: six bits (default), or as they are; of a teacher with align: chunks "
+        "fp16 (default) or fp32",
     )  # fmt: skip
     parser.add_argument(
         "--temperatures", metavar="T", type=float, nargs="+",
@@ -167,7 +169,7 @@ def write_store(options: argparse.Namespace, recipe_args: argparse.Namespace) ->
 
 
 def _choices(options: argparse.Namespace) -> Choices:
-    from megatron_moe_inject.teachers.store.job import Choices
+    from megatron_moe_inject.teachers.store.kept import Choices
 
     if options.verify < 0:
         raise fail("--verify", options.verify, "is negative", "write a number of documents")
@@ -203,8 +205,8 @@ def _choices(options: argparse.Namespace) -> Choices:
     )  # fmt: skip
     return Choices(
         **{name: getattr(options, name) for name in names},
-        top=options.top or 64,
-        log_probs=options.log_probs or "packed",
+        top=options.top,
+        log_probs=options.log_probs,
         draw=options.draw or 0,
         documents=documents,
     )
@@ -234,7 +236,9 @@ def _announced(job: StoreJob, writer: StoreWriter) -> list[str]:
     most = "at most " if plan.counted else ""
     kept = f"{most}{plan.slots} of {plan.vocab_size:,} ids, {plan.log_probs} log-probabilities, "
     kept += f"temperatures {', '.join(f'{t:g}' for t in plan.temperatures)}"
-    if plan.drawn or plan.states is not None:
+    if plan.chunks is not None:
+        kept = what_is_kept(plan)
+    elif plan.drawn or plan.states is not None:
         kept = f"{what_is_kept(plan)}, of {plan.vocab_size:,} ids"
     lines = [
         f"teacher {job.name}: {plan.teacher.source} ({plan.teacher.architecture}), "
@@ -302,6 +306,8 @@ def _verified(job: StoreJob, count: int, cpu: bool) -> str:
     import numpy as np
     import torch
 
+    from megatron_moe_inject.teachers.store.chunk_rows import ChunkProducer, verify_chunks
+    from megatron_moe_inject.teachers.store.produce import Producer
     from megatron_moe_inject.teachers.store.reader import Store
     from megatron_moe_inject.teachers.store.verify import verify
 
@@ -312,7 +318,10 @@ def _verified(job: StoreJob, count: int, cpu: bool) -> str:
     places = np.concatenate([np.arange(a, a + n) for a, n in spans] or [np.zeros(0, np.int64)])
     tokens = text.at(places)
     with job.teacher(device) as teacher, torch.no_grad():
-        producers = job.producer(teacher, device), job.producer(teacher, device, pass_tokens=1)
+        once, twice = (job.producer(teacher, device, pass_tokens=size) for size in (None, 1))
         store = Store(job.choices.output, job.choices.failure)
         lengths = [int(length) for _, length in spans]
-        return verify(store, producers, tokens, lengths, places, 0).told()
+        if isinstance(once, ChunkProducer) and isinstance(twice, ChunkProducer):
+            return verify_chunks(store, (once, twice), tokens, lengths, places, 0).told()
+        assert isinstance(once, Producer) and isinstance(twice, Producer), "of ids or states"  # noqa: PT018
+        return verify(store, (once, twice), tokens, lengths, places, 0).told()

@@ -207,7 +207,7 @@ def _run_flags(flags: list[str]) -> argparse.Namespace:
 
 def _vocabulary(options: argparse.Namespace, kept: Kept) -> tuple[int, dict[str, str]]:
     """Ids of the tokenizer, and its files by SHA-256."""
-    from megatron_moe_inject.teachers.store.job import tokenizer_digests
+    from megatron_moe_inject.teachers.store.kept import tokenizer_digests
     from megatron_moe_inject.teachers.vocabulary import vocabulary_of_files
 
     def failure(problem: str, remedy: str) -> RecipeError:
@@ -269,7 +269,8 @@ def _plan(
     failure: Failure,
 ) -> StorePlan:
     from megatron_moe_inject.host.version import VERSION
-    from megatron_moe_inject.teachers.store.job import Choices, TextFiles, stored_data
+    from megatron_moe_inject.teachers.store.job import TextFiles, stored_data
+    from megatron_moe_inject.teachers.store.kept import Choices
     from megatron_moe_inject.teachers.store.manifest import StoredTeacher, StorePlan
     from megatron_moe_inject.teachers.store.writer import file_sha256
 

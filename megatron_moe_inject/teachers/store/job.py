@@ -12,7 +12,7 @@ import importlib.metadata
 import os
 import shutil
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,11 +20,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_moe_inject.host.errors import Failure, RecipeError, fail, listing, suggest
+from megatron_moe_inject.host.errors import RecipeError, fail, listing, suggest
 from megatron_moe_inject.host.version import VERSION
 from megatron_moe_inject.recipe.entries import SPLITS, data_paths, split_labels
 from megatron_moe_inject.recipe.facts import StudentFacts
 from megatron_moe_inject.recipe.schema import Recipe
+from megatron_moe_inject.teachers.align.scores import ModelScores
 from megatron_moe_inject.teachers.base import Teacher, TeacherInfo
 from megatron_moe_inject.teachers.fit import check_fit, excluded_ids
 from megatron_moe_inject.teachers.loading import (
@@ -33,66 +34,36 @@ from megatron_moe_inject.teachers.loading import (
     load_teacher,
     states_dtype,
 )
-from megatron_moe_inject.teachers.sources import SOURCES, SaysRows, parse_source
+from megatron_moe_inject.teachers.sources import (
+    ALIGNMENTS,
+    SOURCES,
+    SaysRows,
+    ToldForStore,
+    parse_source,
+)
+from megatron_moe_inject.teachers.store.chunk_plan import WrittenChunks, written_chunks
+from megatron_moe_inject.teachers.store.chunk_rows import ChunkProducer
+from megatron_moe_inject.teachers.store.kept import (
+    TOP,
+    Choices,
+    check_no_ids,
+    kept_chunks,
+    kept_tokens,
+    tokenizer_digests,
+    tokenizer_file,
+)
 from megatron_moe_inject.teachers.store.manifest import (
     TOKENIZER,
     StoredData,
-    StoredStates,
     StoredTeacher,
     StorePlan,
     sample_sha256,
 )
 from megatron_moe_inject.teachers.store.produce import Producer
-from megatron_moe_inject.teachers.store.row_format import DRAWN
 from megatron_moe_inject.teachers.store.rules import taught_by
 from megatron_moe_inject.teachers.store.writer import Piece, file_sha256, pieces
 
-OUTPUT = "--output"
-_TOKENIZER_FILES = (
-    "added_tokens.json", "merges.txt", "special_tokens_map.json", "tokenizer.json",
-    "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
-)  # fmt: skip
 _SEED = 1234
-
-
-@dataclass(frozen=True)
-class Choices:
-    """What the writer is asked for, beside recipe and flags.
-
-    Attributes:
-        output: the store's folder.
-        teacher: of the recipe; None for the only one.
-        top: ids of each token.
-        mass: see ``StorePlan``.
-        log_probs: their precision.
-        temperatures: None for those of the recipe.
-        context: None for ``--seq-length``.
-        overlap: None for a quarter of the context.
-        documents: which of each data set; None for all.
-        shard_tokens: see ``StorePlan``; None for a million, of states an eighth of that.
-        pass_tokens: of one forward pass of the teacher.
-        draw: ids to draw of each token in the place of the most likely; 0 for these.
-        states: precision of states to keep in the place of ids, see ``state_format``; None for
-            ids.
-    """
-
-    output: Path
-    teacher: str | None = None
-    top: int = 64
-    mass: float | None = None
-    log_probs: str = "packed"
-    temperatures: Sequence[float] | None = None
-    context: int | None = None
-    overlap: int | None = None
-    documents: tuple[int, int] | None = None
-    shard_tokens: int | None = None
-    pass_tokens: int = 1 << 14
-    draw: int = 0
-    states: str | None = None
-
-    def failure(self, problem: str, remedy: str) -> RecipeError:
-        """The error that names the store."""
-        return fail(OUTPUT, str(self.output), problem, remedy)
 
 
 @dataclass(frozen=True)
@@ -164,18 +135,32 @@ class StoreJob:
         self._recipe, self._args, self.choices = recipe, args, choices
         self.name = _teacher_name(recipe, choices)
         self._spec = recipe.teachers[self.name]
-        for_store = SOURCES[self._spec.kind].for_store
-        if SOURCES[self._spec.kind].load is None and for_store is None:
+        spec = self._spec
+        kind = SOURCES[spec.kind]
+        chunks = None if kind.aligned is None else kind.aligned.for_store
+        if kind.load is None and (chunks if spec.aligned else kind.for_store) is None:
             raise fail(
                 f"teachers.{self.name}.source", self._spec.source, "runs no model",
                 "name the model that a store is to be written of",
             )  # fmt: skip
         tokenizer = StudentTokenizer.from_args(args)
         self._tokenizer_files = tokenizer.files()
-        self.info = check_teacher(
-            self.name, self._spec.source, student_tokenizer=tokenizer, prefix=self._spec.prefix
-        )
-        context = choices.context or getattr(args, "seq_length", None)
+        length: int | None = getattr(args, "seq_length", None)
+        context: int | None = None
+        self.written: WrittenChunks | None = None
+        if spec.aligned:
+            check_no_ids(self.name, choices)
+            self.info = ALIGNMENTS[spec.align].check(self.name, spec, tokenizer)
+            self.written = written_chunks(
+                self.name, spec, self.info, tokenizer,
+                context=choices.context, log_probs=choices.log_probs, length=length,
+            )  # fmt: skip
+            context = self.written.context
+        else:
+            self.info = check_teacher(
+                self.name, spec.source, student_tokenizer=tokenizer, prefix=spec.prefix
+            )
+            context = choices.context or length
         if context is None:
             raise RecipeError("--context: missing; say how many tokens the teacher reads at once")
         overlap = context // 4 if choices.overlap is None else choices.overlap
@@ -185,36 +170,37 @@ class StoreJob:
                   {self.name: self.info}, context)  # fmt: skip
         self.texts = [TextFiles.open(path) for path in _paths(recipe, args, self.name)]
         size = tokenizer.vocabulary().size or self.info.vocab_size
-        self._excluded = sorted(
-            {i for i in excluded_ids(self.info) if i < size}
-            | set(range(self.info.vocab_size, size))
-        )
-        slots, log_probs, states = min(choices.top, size - len(self._excluded)), "", None
-        if choices.draw:
-            slots, log_probs = choices.draw, DRAWN
-        if choices.states is not None:
-            slots, log_probs = 1, choices.states
-            states = StoredStates(self.info.hidden_size, _name(self.dtype), self._excluded)
-        self.told, mass = None, choices.mass
-        if for_store is not None:
-            self.told = for_store(recipe, self.name, args, choices.top, context + 1, size)
+        self._excluded: list[int] = []
+        if not spec.aligned:
+            self._excluded = sorted(
+                {i for i in excluded_ids(self.info) if i < size}
+                | set(range(self.info.vocab_size, size))
+            )
+        if self.written is None:
+            kept = kept_tokens(
+                recipe, self.name, choices, vocab_size=size, excluded=self._excluded,
+                states=(self.info.hidden_size, _name(self.dtype)),
+            )  # fmt: skip
+        else:
+            kept = kept_chunks(self.written, choices)
+        self.told: ToldForStore | None = None
+        if spec.aligned and chunks is not None:
+            self.told = chunks(recipe, self.name, args, context)
+        elif kind.for_store is not None:
+            top = choices.top or TOP
+            self.told = kind.for_store(recipe, self.name, args, top, context + 1, size)
             # Of what a server says, ids that the student lacks are left out: rows differ in length.
-            mass = 1.0 if mass is None else mass
+            kept["mass"] = 1.0 if choices.mass is None else choices.mass
         self.plan = StorePlan(
-            self._described(),
-            tokenizer_digests(self._tokenizer_files, choices.failure),
-            size,
-            slots,
-            mass,
-            log_probs or choices.log_probs,
-            [1.0] if states is not None else _temperatures(recipe, self.name, choices),
-            context,
-            overlap,
-            choices.shard_tokens or 1 << (20 if states is None else 17),
-            [stored_data(text, choices) for text in self.texts],
-            _versions(),
-            labels=states is None,
-            states=states,
+            teacher=self._described(),
+            tokenizer=tokenizer_digests(self._tokenizer_files, choices.failure),
+            vocab_size=size,
+            context=context,
+            overlap=overlap,
+            shard_tokens=choices.shard_tokens or 1 << (17 if "states" in kept else 20),
+            data=[stored_data(text, choices) for text in self.texts],
+            versions=_versions(),
+            **kept,
         )
         if self.told is not None:
             self.told.check(self.plan)
@@ -230,7 +216,8 @@ class StoreJob:
     def _described(self) -> StoredTeacher:
         source = parse_source(self.name, self._spec.source)
         if self.told is not None:
-            return StoredTeacher(source.text, self.told.architecture, 0, {}, "as served", [])
+            prefix = list(self.info.prefix)
+            return StoredTeacher(source.text, self.told.architecture, 0, {}, "as served", prefix)
         kind = SOURCES[self._spec.kind]
         folder = source.path if kind.folder is None else kind.folder(source)
         files = (
@@ -284,17 +271,20 @@ class StoreJob:
 
     def producer(
         self, teacher: Teacher, device: torch.device, pass_tokens: int | None = None
-    ) -> Producer:
+    ) -> Producer | ChunkProducer:
         """What runs the loaded teacher over documents.
 
         Args:
             pass_tokens: of one forward pass, if not as chosen.
         """
+        size = pass_tokens or self.choices.pass_tokens
+        if self.written is not None:
+            scores = ModelScores(teacher, None, device)
+            return ChunkProducer(self.written.reader, scores, self.plan, size)
         transform = teacher.logit_transform
         if self._excluded:
             columns = torch.tensor(self._excluded, device=device)
             transform = dataclasses.replace(transform, excluded=columns)
-        size = pass_tokens or self.choices.pass_tokens
         return Producer(teacher, self.plan, transform, device, size)
 
     @contextlib.contextmanager
@@ -329,7 +319,7 @@ class StoreJob:
                 params_dtype=self.dtype,
                 device=device,
                 fp8=self._spec.fp8,
-                prefix=self.info.prefix,
+                prefix=() if self._spec.aligned else self.info.prefix,
             )
 
 
@@ -380,29 +370,8 @@ def stored_data(text: TextFiles, choices: Choices) -> StoredData:
     )
 
 
-def _temperatures(recipe: Recipe, name: str, choices: Choices) -> list[float]:
-    asked = choices.temperatures
-    if asked is None:
-        asked = [recipe.temperature(domain) for domain in taught_by(recipe, name)]
-    for temperature in asked:
-        if not 0 < temperature < float("inf"):
-            raise fail("--temperatures", temperature, "is not positive", "write such as 1 2")
-    if choices.draw:
-        if len(set(asked)) != 1:
-            raise fail(
-                "--temperatures", sorted(set(asked)), "are several, and ids are drawn at one",
-                "write a store for each, or name one",
-            )  # fmt: skip
-        return [float(asked[0])]
-    return [1.0, *sorted({float(t) for t in asked} - {1.0})]
-
-
 def _name(dtype: torch.dtype) -> str:
     return f"{dtype}".removeprefix("torch.")
-
-
-def _tokenizer_file(files: Path, name: str) -> Path:
-    return files / name if files.is_dir() else files
 
 
 def copy_tokenizer(files: Path, names: Iterable[str], output: Path) -> None:
@@ -410,16 +379,7 @@ def copy_tokenizer(files: Path, names: Iterable[str], output: Path) -> None:
     folder = output / TOKENIZER
     folder.mkdir(exist_ok=True)
     for name in names:
-        shutil.copyfile(_tokenizer_file(files, name), folder / name)
-
-
-def tokenizer_digests(files: Path | None, failure: Failure) -> dict[str, str]:
-    """SHA-256 of the files of a tokenizer that are there, by name."""
-    if files is None or not files.exists():
-        return {}
-    names = _TOKENIZER_FILES if files.is_dir() else (files.name,)
-    there = [name for name in names if _tokenizer_file(files, name).is_file()]
-    return {name: file_sha256(_tokenizer_file(files, name), failure) for name in there}
+        shutil.copyfile(tokenizer_file(files, name), folder / name)
 
 
 def _versions() -> dict[str, str]:
@@ -446,4 +406,4 @@ def _world_of_one() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-__all__ = ["Choices", "StoreJob", "TeacherInfo"]
+__all__ = ["StoreJob", "TeacherInfo"]

@@ -22,6 +22,7 @@ import torch
 from megatron_moe_inject.host import typed
 from megatron_moe_inject.host.errors import Failure, RecipeError, one_line
 from megatron_moe_inject.host.files import readable_json, replace_file
+from megatron_moe_inject.teachers.store.chunk_format import ChunkFormat
 from megatron_moe_inject.teachers.store.row_format import DRAWN, RowFormat
 from megatron_moe_inject.teachers.store.signing import check_signature
 from megatron_moe_inject.teachers.store.state_format import StateFormat
@@ -96,6 +97,19 @@ class StoredStates:
 
 
 @dataclass(frozen=True)
+class StoredChunks:
+    """A store of chunks of text, of a teacher with a tokenizer of its own.
+
+    Attributes:
+        tokenizer: SHA-256 of the teacher's tokenizer files, by name.
+        ids: how many it has.
+    """
+
+    tokenizer: dict[str, str]
+    ids: int
+
+
+@dataclass(frozen=True)
 class StorePlan:
     """What decides every byte of the shards.
 
@@ -103,9 +117,10 @@ class StorePlan:
         teacher: whose knowledge it is.
         tokenizer: SHA-256 of the tokenizer's files, by name; empty where it has none.
         vocab_size: ids of the teacher.
-        slots: ids of a token at most; how many are drawn; 1 of states.
+        slots: ids of a token at most; how many are drawn; 1 of states and chunks.
         mass: each token has as many ids as have this probability together; None for all of them.
-        log_probs: their precision, see ``row_format``, or that of states, see ``state_format``.
+        log_probs: their precision, see ``row_format``, or that of states, see ``state_format``, or
+            of chunks, see ``chunk_format``.
         temperatures: of which the probability of the rest is known; the first is 1. Of ids that
             were drawn the only one, at which they were.
         context: tokens that the teacher reads at once, of one document.
@@ -114,7 +129,8 @@ class StorePlan:
         data: what was read.
         versions: of the packages that ran the teacher.
         labels: whether the label's log-probability is kept.
-        states: of a store of states; None of one of ids.
+        states: of a store of states; None of others.
+        chunks: of a store of chunks of text, likewise; its ``context`` is in the teacher's tokens.
     """
 
     teacher: StoredTeacher
@@ -131,6 +147,7 @@ class StorePlan:
     versions: dict[str, str] = field(default_factory=dict)
     labels: bool = True
     states: StoredStates | None = None
+    chunks: StoredChunks | None = None
 
     @property
     def row_format(self) -> Layout:
@@ -141,13 +158,15 @@ class StorePlan:
         """
         if self.states is not None:
             return state_format(self.states, self.vocab_size, self.log_probs)
+        if self.chunks is not None:
+            return ChunkFormat(self.vocab_size, self.log_probs)
         temperatures = len(self.temperatures)
         return RowFormat(self.vocab_size, self.slots, self.log_probs, temperatures, self.labels)
 
     @property
     def drawn(self) -> bool:
         """Whether its ids were drawn."""
-        return self.states is None and self.log_probs == DRAWN
+        return self.states is None and self.chunks is None and self.log_probs == DRAWN
 
     @property
     def counted(self) -> bool:
@@ -157,7 +176,10 @@ class StorePlan:
     @property
     def identity(self) -> str:
         """SHA-256 of it all, by which shards know that they belong together."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        whole = asdict(self)
+        if self.chunks is None:  # as stores without it were named
+            del whole["chunks"]
+        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -221,7 +243,7 @@ class Manifest:
         return sum(shard.bytes for shard in self.shards)
 
 
-Layout = RowFormat | StateFormat
+Layout = RowFormat | StateFormat | ChunkFormat
 """How rows are laid out; what moves their bytes needs not know which."""
 
 
@@ -365,6 +387,8 @@ def _check(manifest: Manifest, failure: Failure) -> None:
         problem = f"temperatures {temperatures} must be positive and begin with 1"
     if plan.drawn and (len(temperatures) != 1 or plan.mass is not None):
         problem = "ids are drawn at one temperature, and not by mass"
+    if plan.chunks is not None and plan.states is not None:
+        problem = "a store has states or chunks of text, not both"
     if bool(manifest.head_sha256) != (plan.states is not None):
         problem = "a store of states has a head, and one of ids has none"
     if len(manifest.bin_sha256) != len(plan.data):

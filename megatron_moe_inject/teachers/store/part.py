@@ -67,6 +67,8 @@ def told_of(name: str, recipe: Recipe, manifest: Manifest, args: Namespace) -> s
 
 def what_is_kept(plan: StorePlan) -> str:
     """Of each token, in a few words."""
+    if plan.chunks is not None:
+        return f"chunks of text by a tokenizer of {plan.chunks.ids:,} ids, {plan.log_probs}"
     if plan.states is not None:
         kind = "fp8" if plan.log_probs == "fp8" else plan.states.dtype
         return f"states of {plan.states.hidden_size} {kind}"

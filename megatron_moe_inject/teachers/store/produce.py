@@ -24,6 +24,7 @@ from megatron_moe_inject.losses.products import head_logits
 from megatron_moe_inject.losses.spec import LogitTransform
 from megatron_moe_inject.teachers.base import Teacher
 from megatron_moe_inject.teachers.fp8 import LENGTH_MULTIPLE
+from megatron_moe_inject.teachers.store.chunk_format import ChunkFormat
 from megatron_moe_inject.teachers.store.drawn import drawn_rows, uniforms
 from megatron_moe_inject.teachers.store.manifest import StorePlan
 from megatron_moe_inject.teachers.store.row_format import top_rows
@@ -126,7 +127,9 @@ class Producer:
     ) -> None:
         self._teacher = teacher
         self._plan = plan
-        self._layout = plan.row_format
+        layout = plan.row_format
+        assert not isinstance(layout, ChunkFormat), "which has another producer"
+        self._layout = layout
         self._transform = transform
         self._device = device
         self._pass_tokens = pass_tokens

@@ -16,6 +16,7 @@ from megatron_moe_inject.teachers.imitation.section import IMITATION
 from megatron_moe_inject.teachers.store.signing import check_package
 
 if TYPE_CHECKING:
+    from megatron_moe_inject.recipe.schema import TeacherSpec
     from megatron_moe_inject.teachers.store.manifest import StoredStates, StorePlan
 
 KIND = "store"
@@ -42,10 +43,32 @@ def check_use(recipe: Recipe, name: str, plan: StorePlan) -> None:
     Raises:
         RecipeError: names the setting and what the store has.
     """
-    if plan.states is None:
-        _check_ids(recipe, name, plan)
-    else:
+    check_chunks(name, recipe.teachers[name], plan)
+    if plan.states is not None:
         _check_states(recipe, name, plan.states)
+    elif plan.chunks is None:
+        _check_ids(recipe, name, plan)
+
+
+def check_chunks(name: str, spec: TeacherSpec, plan: StorePlan) -> None:
+    """Refuse a store of chunks of text where ids are asked for, and the other way round.
+
+    Raises:
+        RecipeError: names what to write.
+    """
+    path = f"teachers.{name}.align"
+    if plan.chunks is not None and not spec.aligned:
+        raise fail(
+            path, spec.align,
+            f"asks for ids of the student's tokenizer, and {spec.source} has chunks of text of a "
+            "teacher with its own", "write align: chunks",
+        )  # fmt: skip
+    if plan.chunks is None and spec.aligned:
+        raise fail(
+            path, spec.align,
+            f"compares chunks of text, and {spec.source} has ids or states of the student's tokens",
+            "remove it, or write a store of a recipe whose teacher has align: chunks",
+        )  # fmt: skip
 
 
 def _check_states(recipe: Recipe, name: str, states: StoredStates) -> None:

@@ -31,8 +31,7 @@ from megatron_moe_inject.host.safetensors_file import (
     header_of,
     stored_bytes,
 )
-from megatron_moe_inject.teachers.store.row_format import RowFormat
-from megatron_moe_inject.teachers.store.state_format import StateFormat
+from megatron_moe_inject.teachers.store.manifest import Layout
 
 BLOCK = 64
 _DIGEST = 16
@@ -43,7 +42,7 @@ def shard_bytes(
     content: np.ndarray,
     counts: np.ndarray | None,
     lengths: Sequence[int],
-    layout: RowFormat | StateFormat,
+    layout: Layout,
     identity: Mapping[str, str],
 ) -> tuple[bytes, str]:
     """A whole file, and the SHA-256 of its header.
@@ -89,7 +88,7 @@ def shard_bytes(
     return b"".join(parts), hashlib.sha256(header).hexdigest()
 
 
-def _sizes(counts: np.ndarray | None, rows: int, layout: RowFormat | StateFormat) -> np.ndarray:
+def _sizes(counts: np.ndarray | None, rows: int, layout: Layout) -> np.ndarray:
     if counts is None:
         return np.full(rows, layout.row_bytes(layout.slots), np.int64)
     return layout.bytes_of(counts.astype(np.int64))
@@ -122,7 +121,7 @@ class ShardReader:
     def __init__(
         self,
         path: Path,
-        layout: RowFormat | StateFormat,
+        layout: Layout,
         identity: Mapping[str, str],
         header_sha256: str | None,
         has_counts: bool,

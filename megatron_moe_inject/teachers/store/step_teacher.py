@@ -31,11 +31,12 @@ from megatron_moe_inject.losses.target import Target
 from megatron_moe_inject.recipe.run_kinds import EVALUATION
 from megatron_moe_inject.recipe.run_part import BuiltStudent, RunContext
 from megatron_moe_inject.teachers.base import TeacherInfo
-from megatron_moe_inject.teachers.some_ids import SomeIdsTeacher
+from megatron_moe_inject.teachers.some_ids import SomeIdsTeacher, handed_on
 from megatron_moe_inject.teachers.sources import parse_source
 from megatron_moe_inject.teachers.store.head import read_head
 from megatron_moe_inject.teachers.store.manifest import Manifest
 from megatron_moe_inject.teachers.store.reader import Store
+from megatron_moe_inject.teachers.store.row_format import RowFormat
 from megatron_moe_inject.teachers.store.rules import taught_by
 from megatron_moe_inject.teachers.store.spoken import Spoken, SpokenIds, SpokenStates
 from megatron_moe_inject.teachers.store.state_format import StateFormat
@@ -154,7 +155,7 @@ class StoreTeacher(SomeIdsTeacher):
         found = None
         if batches is not None and count:
             found = self._look_up(batches, selected.nonzero().tolist())
-        found = self._handed_on(found, kinds, self._group)
+        found = handed_on(found, kinds, self._group, self._device)
         self._content, self._counts = found["content"], found["counts"]
         self._tokens = found["tokens"]
 
@@ -208,24 +209,29 @@ def stored_teacher(run: RunContext, info: TeacherInfo, student: BuiltStudent) ->
             f"has {info.vocab_size} ids, and the student's tokenizer {run.valid_vocab_size}",
             "write it with the student's tokenizer",
         )
-    stores = run.need(OpenStores)
-    manifest = stores.manifests[name]
-    reader = None
-    if groups.tp.rank() == 0:
-        numbers = number_data_sets(run.facts.data_paths)
-        places = stores.of_teacher[name]
-        reader = StoredSource(
-            Store(source.path, source.error, manifest),
-            {numbers[path]: place for path, place in places.items()},
-            {number: os.path.basename(path) for path, number in numbers.items()},
-        )
     return StoreTeacher(
         name,
-        reader,
-        _spoken(run, name, manifest, student),
+        stored_source(run, info) if groups.tp.rank() == 0 else None,
+        _spoken(run, name, run.need(OpenStores).manifests[name], student),
         tp_group=groups.tp,
         cp_group=groups.cp,
         device=student.device,
+    )
+
+
+def stored_source(run: RunContext, info: TeacherInfo) -> StoredSource:
+    """What looks the samples of a run up in a store; no collective.
+
+    Raises:
+        RecipeError: a part of it is not there.
+    """
+    source, stores = parse_source(info.name, info.source), run.need(OpenStores)
+    numbers = number_data_sets(run.facts.data_paths)
+    places = stores.of_teacher[info.name]
+    return StoredSource(
+        Store(source.path, source.error, stores.manifests[info.name]),
+        {numbers[path]: place for path, place in places.items()},
+        {number: os.path.basename(path) for path, number in numbers.items()},
     )
 
 
@@ -233,6 +239,7 @@ def _spoken(run: RunContext, name: str, manifest: Manifest, student: BuiltStuden
     plan, layout = manifest.plan, manifest.plan.row_format
     if isinstance(layout, StateFormat):
         return _states(run, name, manifest, layout, student)
+    assert isinstance(layout, RowFormat), "chunks have another teacher of a step"
     spec, known = run.recipe.teachers[name], plan.temperatures
     # An evaluation measures at 1, unless only drawn ids are there, of which that is not known.
     temperature = known[0]

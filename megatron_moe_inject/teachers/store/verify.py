@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron_moe_inject.teachers.store.produce import Producer
 from megatron_moe_inject.teachers.store.reader import Store
+from megatron_moe_inject.teachers.store.row_format import RowFormat
 from megatron_moe_inject.teachers.store.state_format import StateFormat
 
 _CHUNK = 256
@@ -88,6 +89,7 @@ def verify(
             stored = producer.log_probs(states)
             same.append(stored.argmax(-1) == first.argmax(-1))
         else:
+            assert isinstance(store.layout, RowFormat), "chunks are verified by themselves"
             rows = store.layout.decode(content[part], counts[part])
             rows = rows.changed(operator.methodcaller("to", first.device))
             stored = _outcomes(rows.at(0, 1.0), rows.log_rest[:, 0])
