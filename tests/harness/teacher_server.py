@@ -272,6 +272,8 @@ class TeacherServer:
         own = [[float(log_probs[n, t]), t, None] for n, t in enumerate(tokens[1:])]
         told = {"prompt_tokens": len(tokens)}
         told["input_token_logprobs"] = [[None, tokens[0], None], *own]
+        if not body["top_logprobs_num"]:
+            return {"text": "", "output_ids": [], "meta_info": told}
         if self.flat and body.get("return_flat_raw_top_logprobs_b64"):
             ids = np.array([ids for ids, _ in rows], np.int32)
             values = np.array([values for _, values in rows], np.float32)

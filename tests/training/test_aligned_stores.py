@@ -1,4 +1,5 @@
-"""Stores of teachers with another tokenizer in the place of models, through the real ``pretrain()``.
+"""Stores and servers of teachers with another tokenizer in the place of models, through the real
+``pretrain()``.
 
 The text has documents of a sample's length. So a teacher that reads each sample reads what the
 store's writer read, and losses and gradients must be the same.
@@ -9,10 +10,11 @@ import sys
 
 import pytest
 
+from megatron_moe_inject.teachers.align.byte_tokenizer import read_tokenizer
 from tests.harness import lane
 from tests.harness.aligned import make_aligned_material, write_documents
-from tests.harness.injection import assert_clean_end
 from tests.harness.material import SEQUENCE
+from tests.harness.teacher_server import TeacherServer, thinker
 from tests.harness.training_recipes import ALIGNED
 
 TERMS = ("lm loss", "kd loss", "total loss", "kd loss/code", "aligned share", "steering loss",
@@ -65,10 +67,10 @@ def whole(write):
 
 @pytest.fixture(scope="module")
 def train(of_text, blend, recipe):
-    """A run on the documents; of the live teacher unless a store is named."""
+    """A run on the documents; of the live teacher unless another source is named."""
 
-    def run(store=None, *extra, sets=(), nproc=1, check=True, **layout):
-        overrides = [] if store is None else [f"teachers.coder.source=store:{store}"]
+    def run(source=None, *extra, sets=(), nproc=1, check=True, **layout):
+        overrides = [] if source is None else [f"teachers.coder.source={source}"]
         ours = ["--inject-recipe", recipe, "--inject-verify-frozen"]
         ours += ["--inject-set", *overrides, *sets] if [*overrides, *sets] else []
         flags = of_text.flags(*ours, *blend, *extra, **layout)
@@ -84,7 +86,39 @@ def live(train):
 
 @pytest.fixture(scope="module")
 def stored(train, whole):
-    return train(whole)
+    return train(f"store:{whole}")
+
+
+@pytest.fixture(scope="module")
+def think(of_text):
+    import transformers
+
+    return thinker(transformers.AutoModelForCausalLM.from_pretrained(str(of_text.teacher)).eval())
+
+
+@pytest.fixture(scope="module")
+def encode(of_text):
+    """The teacher's tokenizer, as a server has it."""
+    return read_tokenizer(of_text.teacher).one
+
+
+@pytest.fixture(scope="module")
+def ask(of_text):
+    """Source and overrides of a run that asks a server, impatiently."""
+
+    def asked(server, *more, tokenizer=of_text.teacher):
+        usual = {"tokenizer": tokenizer, "timeout": 20, "patience": 20}
+        sets = [f"teachers.coder.server.{key}={value}" for key, value in usual.items()]
+        return f"'server:{server.url}'", [*sets, *more]
+
+    return asked
+
+
+@pytest.fixture(scope="module")
+def served(train, think, encode, ask):
+    with TeacherServer(think, tokenize=encode) as server:
+        source, sets = ask(server)
+        return train(source, sets=sets), server
 
 
 def assert_same(run, other, rel=2e-5):
@@ -99,6 +133,17 @@ def test_a_store_is_its_teacher(live, stored):
     assert all(0.8 < share <= 1 for share in stored.losses("aligned share/code"))
     assert "a store of hf:" in stored.output
     assert "texts were aligned by their bytes when it was written" in stored.output
+
+
+def test_a_server_is_its_teacher(live, served, of_text):
+    """It is asked for the teacher's own ids, ahead of the step, and for no others."""
+    run, server = served
+    assert_same(run, live)
+    assert max(run.losses("server misses")) == 0
+    assert f"ids of a text as the tokenizer in {of_text.teacher}; the log-probability of" in (
+        run.output
+    )
+    assert {text[0] for text in server.asked[2:]} == {1}, "behind the teacher's own beginning"
 
 
 LAYOUTS = [
@@ -121,4 +166,4 @@ def test_every_layout_reads_the_same(train, whole, stored, layout):
     a live teacher at the same layout is what it must equal."""
     extra = layout.pop("extra", ())
     other = train(None, *extra, **layout) if "cp" in layout else stored
-    assert_same(train(whole, *extra, **layout), other)
+    assert_same(train(f"store:{whole}", *extra, **layout), other)

@@ -84,6 +84,11 @@ class ByteTokenizer:
         (ids,) = self.encode(["a"])
         return self.bytes_of(ids).startswith(b" ")
 
+    def one(self, text: str) -> Sequence[int]:
+        """Ids of a text."""
+        (ids,) = self.encode([text])
+        return ids
+
     def bytes_of(self, ids: Sequence[int]) -> bytes:
         """Bytes of ids one after the other; nothing for those without."""
         pieces = self.pieces

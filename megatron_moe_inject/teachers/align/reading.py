@@ -59,6 +59,11 @@ class Reading:
     places: np.ndarray
 
 
+def nothing_read(length: int) -> Reading:
+    """Of no sample of so many tokens."""
+    return _reading([], np.zeros((0, length), np.int32))
+
+
 class Span(NamedTuple):
     """What is read at once of a text of t ids.
 

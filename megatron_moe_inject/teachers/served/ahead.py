@@ -24,7 +24,7 @@ import torch
 
 from megatron_moe_inject.host.step import MicroBatch
 
-_KEYS = ("tokens", "labels", "dataset_id", "cu_seqlens")
+_KEYS = ("tokens", "labels", "dataset_id", "cu_seqlens", "loss_mask")
 
 Texts = Mapping[str, Sequence[np.ndarray]]
 """By teacher, the texts of a micro-batch."""

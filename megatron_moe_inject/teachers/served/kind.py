@@ -11,9 +11,12 @@ from pathlib import Path
 
 from megatron_moe_inject.host.errors import fail
 from megatron_moe_inject.teachers.base import Comparison, Source, TeacherInfo
+from megatron_moe_inject.teachers.served.chunk_rows import ServedChunkStore
+from megatron_moe_inject.teachers.served.chunks import check_served
+from megatron_moe_inject.teachers.served.chunks import served_teacher as served_chunks
 from megatron_moe_inject.teachers.served.step_teacher import served_teacher
 from megatron_moe_inject.teachers.served.store_rows import ServedStore
-from megatron_moe_inject.teachers.sources import EXAMPLES, SourceKind
+from megatron_moe_inject.teachers.sources import EXAMPLES, OwnTokens, SourceKind
 from megatron_moe_inject.teachers.vocabulary import Vocabulary
 
 
@@ -25,6 +28,7 @@ def source_kind() -> SourceKind:
         is_folder=False,
         in_step=served_teacher,
         for_store=ServedStore,
+        aligned=OwnTokens(check_served, served_chunks, ServedChunkStore),
     )
 
 

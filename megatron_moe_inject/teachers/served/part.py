@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import sys
 from argparse import Namespace
@@ -17,13 +18,18 @@ from megatron_moe_inject.host.step import StepPart
 from megatron_moe_inject.host.text import memory_text
 from megatron_moe_inject.recipe.run_part import BuiltStudent, RunContext, RunPart
 from megatron_moe_inject.recipe.schema import Recipe
+from megatron_moe_inject.recipe.server import ServerSpec
+from megatron_moe_inject.teachers.align.start import teacher_tokenizer, tokenizer_path
 from megatron_moe_inject.teachers.fit import taught_domains
+from megatron_moe_inject.teachers.part import TeacherInfos
 from megatron_moe_inject.teachers.served.answers import Answers
+from megatron_moe_inject.teachers.served.chunks import reader_of
 from megatron_moe_inject.teachers.served.client import api_key
-from megatron_moe_inject.teachers.served.probe import Probed, probe
+from megatron_moe_inject.teachers.served.probe import Probed, Tokenize, probe
 from megatron_moe_inject.teachers.served.rules import (
     addresses_of,
     check_temperature,
+    ids_asked,
     served_names,
 )
 from megatron_moe_inject.teachers.served.step_answers import Asked, StepAnswers
@@ -42,11 +48,12 @@ def check_reading(recipe: Recipe, args: Namespace) -> None:
     Raises:
         RecipeError: names the flag and the teacher.
     """
-    for flag in ("reset_position_ids", "reset_attention_mask"):
+    names = [name for name in served_names(recipe) if not recipe.teachers[name].aligned]
+    for flag in ("reset_position_ids", "reset_attention_mask") if names else ():
         if getattr(args, flag, False) and packing_flag(args) is None:
             raise RecipeError(
                 f"--{flag.replace('_', '-')}: documents of a window are to be read apart, and "
-                f"teacher {served_names(recipe)[0]} is a server, which reads the window as one "
+                f"teacher {names[0]} is a server, which reads the window as one "
                 "text; use --dataloader-inter-document-masking, or remove it"
             )
 
@@ -54,6 +61,8 @@ def check_reading(recipe: Recipe, args: Namespace) -> None:
 def work_of_step(recipe: Recipe, name: str, args: Namespace) -> str:
     """What a step asks of a teacher's servers, in one line; as far as flags tell, at most."""
     spec = recipe.teachers[name].server
+    if recipe.teachers[name].aligned:
+        return _chunks_of_step(name, spec, args)
     batch, length = getattr(args, "global_batch_size", None), getattr(args, "seq_length", None)
     if not batch or not length:
         return f"teacher {name}: asked for {spec.top} ids of each token"
@@ -66,6 +75,21 @@ def work_of_step(recipe: Recipe, name: str, args: Namespace) -> str:
     )
 
 
+def _chunks_of_step(name: str, spec: ServerSpec, args: Namespace) -> str:
+    """The same of a teacher with a tokenizer of its own."""
+    batch, length = getattr(args, "global_batch_size", None), getattr(args, "seq_length", None)
+    if not batch or not length:
+        return f"teacher {name}: asked for the log-probabilities of the text as its own tokens"
+    apart = packing_flag(args) is not None or getattr(args, "reset_attention_mask", False)
+    whole = "each document of a sample is a text" if apart else f"at most {batch} requests"
+    return (
+        f"teacher {name}: {whole} a step, the text of {batch * length:,} of the student's tokens "
+        f"as its own, of each of which {BYTES} bytes in memory, as JSON about "
+        f"{_OWN_JSON[spec.protocol]}; {spec.ahead} steps ahead"
+    )
+
+
+_OWN_JSON = {"auto": "35 (SGLang) to 75 (vLLM)", "sglang": "35", "vllm": "75"}
 _JSON = {"auto": "1.4 (SGLang) to 9 (vLLM)", "sglang": "1.4", "vllm": "9"}
 
 
@@ -75,17 +99,22 @@ def probed(recipe: Recipe, args: Namespace, name: str, vocab_size: int) -> Probe
     Raises:
         RecipeError: what does not fit.
     """
-    source = parse_source(name, recipe.teachers[name].source)
-    spec = recipe.teachers[name].server
+    teacher = recipe.teachers[name]
+    source, spec = parse_source(name, teacher.source), teacher.server
+    tokenize: Tokenize | None = compat.tokenize()
+    if teacher.aligned:
+        own = teacher_tokenizer(source, tokenizer_path(source, teacher))
+        tokenize, vocab_size = own.one, len(own.pieces)
     return probe(
         name,
-        spec,
+        dataclasses.replace(spec, top=ids_asked(teacher)),
         addresses_of(recipe, name),
         api_key(spec.key_from, f"teachers.{name}.server.key_from"),
         length=args.seq_length + 1,
         vocab_size=vocab_size,
-        tokenize=compat.tokenize(),
+        tokenize=tokenize,
         failure=source.error,
+        own_files=spec.tokenizer,
     )
 
 
@@ -140,7 +169,7 @@ class ServedPart(RunPart):
         asks = student.last is not None and student.groups.tp_cp.rank() == 0
         asked = agree(lambda: self._asked() if asks else {})
         self._askers = [teacher.answers for teacher in asked.values()]
-        answers = AnswersOfStep()
+        answers = AnswersOfStep({name: found.longest for name, found in self._probed.items()})
         run.provide(AnswersOfStep, answers)
         self._step = StepAnswers(
             asked,
@@ -157,11 +186,15 @@ class ServedPart(RunPart):
         domains = taught_domains(self._run.recipe)
         asked = {}
         for name in self._names:
-            spec = self._run.recipe.teachers[name].server
+            teacher, probed = self._run.recipe.teachers[name], self._probed[name]
+            spec, reads = teacher.server, None
+            if teacher.aligned:
+                info = self._run.need(TeacherInfos).by_name[name]
+                reads = reader_of(self._run, info, probed.longest)
             api_key(spec.key_from, f"teachers.{name}.server.key_from")
-            answers = Answers(self._probed[name].settings, _say_of(name))
-            source = parse_source(name, self._run.recipe.teachers[name].source)
-            asked[name] = Asked(answers, domains[name], spec.top + 1, spec.ahead, source.error)
+            answers = Answers(probed.settings, _say_of(name))
+            source, slots = parse_source(name, teacher.source), probed.settings.top + 1
+            asked[name] = Asked(answers, domains[name], slots, spec.ahead, source.error, reads)
         return asked
 
     def _loader(self, stock: Callable, *args: Any, **kwargs: Any) -> Any:

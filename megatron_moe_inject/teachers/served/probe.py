@@ -44,10 +44,13 @@ class Probed:
     Attributes:
         settings: how they are asked from here on.
         told: one line for the plan.
+        longest: ids of a text that all of them take, of a teacher with a tokenizer of its own; None
+            where they do not say.
     """
 
     settings: Settings
     told: str
+    longest: int | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ def probe(
     vocab_size: int,
     tokenize: Tokenize | None,
     failure: Failure,
+    own_files: str | None = None,
 ) -> Probed:
     """Ask every server what it is, and try it.
 
@@ -79,10 +83,12 @@ def probe(
         spec: how it is asked.
         addresses: the servers.
         key: the API key.
-        length: tokens of the longest text.
-        vocab_size: ids of the student's tokenizer.
-        tokenize: the student's tokenizer; None for one without text.
+        length: tokens of the longest text; with ``own_files`` of a text to try, if the servers take
+            so many.
+        vocab_size: ids of the tokenizer whose ids are sent, the student's.
+        tokenize: that tokenizer; None for one without text.
         failure: makes the error of what does not fit.
+        own_files: where the teacher's own tokenizer is from, if the ids are that's.
 
     Raises:
         RecipeError: the first thing that does not fit.
@@ -90,13 +96,18 @@ def probe(
     found: list[_Model] = []
     spoken: list[tuple[Answer, np.ndarray]] = []
     words: list[str] = []
-    seconds = 0.0
+    seconds, longest = 0.0, None
     for address in addresses:
         connection = Connection(address, spec.timeout, key)
-        tried = _Tried(name, spec, address, connection, failure)
+        tried = _Tried(name, spec, address, connection, failure, own_files)
         try:
             model = tried.model()
-            tried.check_length(model, length)
+            if own_files is None:
+                tried.check_length(model, length)
+            elif model.most_tokens is not None:
+                most = model.most_tokens - (model.protocol == "vllm")
+                longest = most if longest is None else min(longest, most)
+                length = min(length, most)
             words.append(tried.check_tokens(model, tokenize))
             tokens = _short_text(vocab_size, None if tokenize is None else list(tokenize(TEXT)))
             spoken.append((tried.say(model, tokens), tokens))
@@ -113,16 +124,27 @@ def probe(
         spec.concurrent, spec.key_from, tuple(tokens.tolist()),
         tuple(log_probs_of_text(answer, tokens).tolist()),
     )  # fmt: skip
-    return Probed(settings, _told(name, spec, addresses, found[0], words[0], length, seconds))
+    told = _told(name, spec, addresses, found[0], words[0], length, seconds)
+    return Probed(settings, told, longest)
 
 
 class _Tried:
     """One server while it is tried; all that fails is an error that names it."""
 
     def __init__(
-        self, name: str, spec: ServerSpec, address: Address, connection: Connection, fails: Failure
+        self,
+        name: str,
+        spec: ServerSpec,
+        address: Address,
+        connection: Connection,
+        fails: Failure,
+        own_files: str | None,
     ) -> None:
         self._key = f"teachers.{name}.server"
+        self._whose, self._remedy = "the student's", "use a teacher with the student's tokenizer"
+        if own_files is not None:
+            self._whose = f"the tokenizer in {own_files}"
+            self._remedy = f"name the tokenizer of the served model: {self._key}.tokenizer"
         self._spec, self._address, self._connection = spec, address, connection
         self._failure = fails
 
@@ -200,7 +222,7 @@ class _Tried:
             )
 
     def check_tokens(self, model: _Model, tokenize: Tokenize | None) -> str:
-        """Its tokenizer makes the student's ids of a text; how that was seen, as a clause."""
+        """Its tokenizer makes the same ids of a text; how that was seen, as a clause."""
         if tokenize is None:
             return "tokens not compared: the student's tokenizer has no text"
         request = {"model": model.name, "prompt": TEXT, "add_special_tokens": False}
@@ -215,11 +237,12 @@ class _Tried:
             at = next((n for n, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), 0)
             raise self._fails(
                 f"has another tokenizer: of a text of {len(TEXT)} characters it makes "
-                f"{len(theirs)} ids and the student's {len(ours)}, first other at {at}: "
+                f"{len(theirs)} ids and {self._whose} {len(ours)}, first other at {at}: "
                 f"{theirs[at : at + 3]} against {ours[at : at + 3]}",
-                "use a teacher with the student's tokenizer",
+                self._remedy,
             )
-        return f"the same {len(found)} ids of a text as the student's tokenizer"
+        whose = "the student's tokenizer" if self._whose == "the student's" else self._whose
+        return f"the same {len(found)} ids of a text as {whose}"
 
     def say(self, model: _Model, tokens: np.ndarray) -> Answer:
         """What it says of a text.
@@ -243,7 +266,7 @@ class _Tried:
             if "logprobs" in str(fault):
                 remedy = f"{protocol.raises_top}, or set {self._key}.top to less than {top}"
             elif "vocab" in str(fault) or "token id" in str(fault).lower():
-                remedy = "use a teacher with the student's tokenizer"
+                remedy = self._remedy
             raise self._fails(str(fault), remedy) from None
 
 
@@ -290,8 +313,9 @@ def _told(
     kind = {"vllm": "vLLM", "sglang": "SGLang"}[model.protocol]
     kind += f" {model.version}" if model.version else ""
     where = str(addresses[0]) if len(addresses) == 1 else f"{len(addresses)} servers"
+    asked = f"{spec.top} ids" if spec.top else "the log-probability"
     root = "" if model.root == model.name else f" ({model.root})"
     return (
-        f"teacher {name}: {model.name}{root} at {where}, {kind}; {words}; {spec.top} ids of each "
+        f"teacher {name}: {model.name}{root} at {where}, {kind}; {words}; {asked} of each "
         f"token; one text of {length} tokens took {seconds:.2f} s"
     )

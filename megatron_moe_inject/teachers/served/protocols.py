@@ -8,9 +8,11 @@ and log-probabilities that some distribution can have.
 
 - vLLM: ``POST /v1/completions`` with ``prompt_logprobs``: a list with one JSON object for each
   place, by id, the id of the text among them; ``null`` at the first. -inf is written -9999.
+  With 0 of them it is the id of the text alone.
 - SGLang: ``POST /generate`` with ``top_logprobs_num``: lists of triples, or, where the server is
   new enough to take ``return_flat_raw_top_logprobs_b64``, the numbers as they are in memory; those
-  of the text itself are in a list of their own. -inf and NaN are written ``null``.
+  of the text itself are in a list of their own, the only one with 0. -inf and NaN are written
+  ``null``.
 
 vLLM also scores ids that are named beforehand (``prompt_logprob_token_ids``). Which ids of a text
 are likely is what a teacher is asked for, so that is of no use here.
@@ -64,7 +66,8 @@ class ServerProtocol(Protocol):
     raises_top: str
 
     def request(self, tokens: np.ndarray, top: int, model: str) -> dict[str, Any]:
-        """The JSON object that asks for the k = ``top`` most likely ids of a text [t]."""
+        """The JSON object that asks for the k = ``top`` most likely ids of a text [t]; 0 asks for
+        its own ids alone."""
         ...
 
     def answer(self, content: Any, tokens: np.ndarray, top: int) -> Answer:
@@ -122,15 +125,15 @@ class SGLang:
 
     def request(self, tokens: np.ndarray, top: int, model: str) -> dict[str, Any]:
         """See ``ServerProtocol``; nothing is generated."""
-        return {
+        asked = {
             "input_ids": tokens.tolist(),
             "sampling_params": {"max_new_tokens": 0, "temperature": 0.0},
             "return_logprob": True,
             "logprob_start_len": 0,
             "top_logprobs_num": top,
-            "return_flat_raw_top_logprobs": True,
-            "return_flat_raw_top_logprobs_b64": True,
         }
+        flat = ("return_flat_raw_top_logprobs", "return_flat_raw_top_logprobs_b64")
+        return {**asked, **dict.fromkeys(flat, True)} if top else asked
 
     def answer(self, content: Any, tokens: np.ndarray, top: int) -> Answer:
         """See ``ServerProtocol``."""
@@ -142,6 +145,9 @@ class SGLang:
         except (TypeError, KeyError, IndexError):
             raise BadAnswer("has no meta_info with input_token_logprobs") from None
         _check_text(read, tokens)
+        if top == 0:
+            own_pairs = [([int(t)], [v]) for t, v in zip(tokens[1:], values[1:], strict=True)]
+            return _answer(own_pairs, tokens, top)
         if "input_top_logprobs_val_flat_b64" in told:
             return _answer_of_arrays(*_flat(told, len(tokens)), values[1:], tokens, top)
         pairs = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_moe_inject.host.errors import NAME, fail
-from megatron_moe_inject.recipe.schema import Recipe
+from megatron_moe_inject.recipe.schema import Recipe, TeacherSpec
 from megatron_moe_inject.teachers.served.address import (
     Address,
     holds_credentials,
@@ -52,6 +52,7 @@ def check_server(recipe: Recipe, name: str) -> None:
         )  # fmt: skip
     check_rules(recipe, name)
     path, spec = f"teachers.{name}.server", recipe.teachers[name].server
+    _check_tokens(path, recipe.teachers[name])
     if recipe.objective.confidence == "entropy":
         raise fail(
             "objective.confidence", "entropy",
@@ -73,6 +74,33 @@ def check_server(recipe: Recipe, name: str) -> None:
         )  # fmt: skip
 
 
+def _check_tokens(path: str, teacher: TeacherSpec) -> None:
+    """Keys of a teacher with a tokenizer of its own, and of one without."""
+    spec = teacher.server
+    if not teacher.aligned:
+        if spec.tokenizer is not None:
+            raise fail(
+                f"{path}.tokenizer", spec.tokenizer,
+                "is of a teacher with a tokenizer of its own", "write align: chunks, or remove it",
+            )  # fmt: skip
+        return
+    if spec.tokenizer is None:
+        raise fail(
+            f"{path}.tokenizer", None, "is missing: align: chunks reads text as the served model's "
+            "own ids", "name a folder of this machine with its tokenizer",
+        )  # fmt: skip
+    if spec.top != type(spec)().top:
+        raise fail(
+            f"{path}.top", spec.top, "is of the most likely ids, and align: chunks asks for the "
+            "text's own alone", "remove it",
+        )  # fmt: skip
+
+
+def ids_asked(teacher: TeacherSpec) -> int:
+    """Of the most likely ids of each token how many servers are asked for; 0 for the text alone."""
+    return 0 if teacher.aligned else teacher.server.top
+
+
 def check_temperature(recipe: Recipe, name: str, vocab_size: int | None) -> None:
     """Refuse temperatures at which what a server says cannot be known.
 
@@ -86,6 +114,8 @@ def check_temperature(recipe: Recipe, name: str, vocab_size: int | None) -> None
         RecipeError: names the temperature and what can be done.
     """
     spec = recipe.teachers[name]
+    if spec.aligned:  # which divides log-probabilities of chunks by it
+        return
     used = {recipe.temperature(domain) for domain in taught_by(recipe, name)}
     key = f"teachers.{name}.temperature"
     if len(used) > 1:

@@ -25,8 +25,11 @@ from megatron_moe_inject.host.attached_loss import add_reports
 from megatron_moe_inject.host.errors import Failure
 from megatron_moe_inject.host.leave import CannotGoOn
 from megatron_moe_inject.host.step import MicroBatch, Step, StepPart
+from megatron_moe_inject.teachers.align.reading import Reading, nothing_read
+from megatron_moe_inject.teachers.align.samples import Reads
 from megatron_moe_inject.teachers.served.ahead import Ahead
 from megatron_moe_inject.teachers.served.answers import Answers, ServerFailure
+from megatron_moe_inject.teachers.served.chunks import scores_of, texts_to_ask
 from megatron_moe_inject.teachers.served.pool import log_probs_of_text
 from megatron_moe_inject.teachers.served.step_teacher import AnswersOfStep, of_student
 from megatron_moe_inject.teachers.served.texts import Text, texts_of
@@ -42,6 +45,7 @@ class Asked:
         slots: i.
         ahead: steps whose texts are asked for ahead.
         failure: makes the error that names it.
+        reads: of one with a tokenizer of its own what makes its texts; None of another.
     """
 
     answers: Answers
@@ -49,6 +53,7 @@ class Asked:
     slots: int
     ahead: int
     failure: Failure
+    reads: Reads | None = None
 
 
 class StepAnswers(StepPart):
@@ -139,7 +144,10 @@ class StepAnswers(StepPart):
         """Leave the step's answers where teachers take them; why they cannot be had."""
         for name, teacher in self._asked.items():
             try:
-                self._answers.by_teacher[name] = self._fetched(step, teacher)
+                if teacher.reads is None:
+                    self._answers.by_teacher[name] = self._fetched(step, teacher)
+                else:
+                    self._answers.of_texts[name] = self._read(step, teacher, teacher.reads)
             except ServerFailure as failure:
                 return str(
                     teacher.failure(
@@ -168,6 +176,16 @@ class StepAnswers(StepPart):
             labels[text.sample, text.rows, 0] = log_probs_of_text(own, text.tokens)
         return ids, log_probs, labels
 
+    def _read(self, step: Step, teacher: Asked, reads: Reads) -> tuple[Reading, np.ndarray]:
+        """Of a teacher with a tokenizer of its own; see ``AnswersOfStep``."""
+        assert step.as_read is not None, "of this rank"
+        wanted = torch.isin(step.labels, torch.tensor(list(teacher.domains)))
+        reading = nothing_read(step.sequence_length)
+        if wanted.any():
+            reading = reads(step.as_read, wanted, step.sequence_length, step.starts)
+        texts = texts_to_ask(reading)
+        return reading, scores_of(texts, teacher.answers.fetch(texts))
+
     def _texts_of_batch(self, batch: MicroBatch) -> dict[str, list[np.ndarray]]:
         """The texts that a micro-batch asks for, by teacher."""
         shape = tuple(torch.as_tensor(batch["tokens"]).shape)
@@ -175,8 +193,16 @@ class StepAnswers(StepPart):
         found = {}
         for name, teacher in self._asked.items():
             wanted = torch.isin(labels, torch.tensor(list(teacher.domains)))
-            starts = packed.starts(batch, shape)[wanted[0]] if self._packed else None
-            texts = _texts([batch], wanted.nonzero().tolist(), starts)
+            starts = packed.starts(batch, shape) if self._packed else None
+            if teacher.reads is not None:
+                begins = None if starts is None else starts[None]
+                reading = nothing_read(shape[1])
+                if wanted.any():
+                    reading = teacher.reads([batch], wanted, shape[1], begins)
+                found[name] = texts_to_ask(reading)
+                continue
+            begins = None if starts is None else starts[wanted[0]]
+            texts = _texts([batch], wanted.nonzero().tolist(), begins)
             found[name] = [text.tokens for text in texts]
         return found
 

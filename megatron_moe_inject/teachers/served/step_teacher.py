@@ -14,7 +14,7 @@ context-parallel size, i ids of a token.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from megatron_moe_inject.host.step import MicroBatch
 from megatron_moe_inject.losses.target import Sparse, Target
 from megatron_moe_inject.recipe.run_kinds import EVALUATION
 from megatron_moe_inject.recipe.run_part import BuiltStudent, RunContext
+from megatron_moe_inject.teachers.align.reading import Reading
 from megatron_moe_inject.teachers.base import TeacherInfo
 from megatron_moe_inject.teachers.served.protocols import Answer
 from megatron_moe_inject.teachers.some_ids import SomeIdsTeacher, handed_on
@@ -38,10 +39,15 @@ class AnswersOfStep:
     Attributes:
         by_teacher: of a teacher's k samples ids [k, s, i] int32, -1 where there is none, and
             log-probabilities [k, s, i] float32 at temperature 1, and those of the labels [k, s, 1].
+        of_texts: of one with a tokenizer of its own what it reads, and log-probabilities of that.
+        longest: by such a teacher, on every rank, ids of a text that its servers take; None without
+            limit.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, longest: Mapping[str, int | None] | None = None) -> None:
         self.by_teacher: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        self.of_texts: dict[str, tuple[Reading, np.ndarray]] = {}
+        self.longest = dict(longest or {})
 
 
 class ServedTeacher(SomeIdsTeacher):

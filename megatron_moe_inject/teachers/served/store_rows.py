@@ -58,7 +58,7 @@ class ServedRows:
         self._answers = answers
         self._plan = plan
         layout = plan.row_format
-        assert isinstance(layout, RowFormat), "states were refused"
+        assert isinstance(layout, RowFormat), "states were refused, and chunks have other rows"
         self._layout = layout
         self._at_once = at_once
         self._failure = failure
