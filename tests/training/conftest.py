@@ -4,6 +4,7 @@ import functools
 
 import pytest
 
+from tests.harness.aligned import AlignedMaterial, make_aligned_material
 from tests.harness.array_runs import run_set
 from tests.harness.material import Material, make_material
 
@@ -31,6 +32,12 @@ def llama(tmp_path_factory):
     )
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(str(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def of_text(tmp_path_factory) -> AlignedMaterial:
+    """A student of text, and teachers with tokenizers of their own."""
+    return make_aligned_material(tmp_path_factory.mktemp("aligned"))
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_moe_inject.host import compat
 from tests.harness import lane, own_tokenizers
-from tests.harness.aligned import make_aligned_material, without_tokenizer
+from tests.harness.aligned import without_tokenizer
 from tests.harness.injection import assert_clean_end
 from tests.harness.training_recipes import ALIGNED
 
@@ -15,11 +15,6 @@ TERMS = ("lm loss", "kd loss", "total loss", "kd loss/code", "aligned share", "g
 not_before_19 = pytest.mark.skipif(
     compat.megatron_version().startswith("0.18"), reason="0.18 does not pack in the loader"
 )
-
-
-@pytest.fixture(scope="module")
-def of_text(tmp_path_factory):
-    return make_aligned_material(tmp_path_factory.mktemp("aligned"))
 
 
 @pytest.fixture(scope="module")

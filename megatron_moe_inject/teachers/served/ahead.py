@@ -24,7 +24,7 @@ import torch
 
 from megatron_moe_inject.host.step import MicroBatch
 
-_KEYS = ("tokens", "labels", "dataset_id", "cu_seqlens", "loss_mask")
+_KEYS = ("tokens", "labels", "dataset_id", "cu_seqlens")
 
 Texts = Mapping[str, Sequence[np.ndarray]]
 """By teacher, the texts of a micro-batch."""
@@ -43,6 +43,7 @@ class Ahead:
     Args:
         texts_of: the texts that a micro-batch asks for, by teacher.
         hint, forget: are given texts by teacher that will be needed, or will not.
+        masked: whether ``texts_of`` asks which labels count.
     """
 
     def __init__(
@@ -50,7 +51,9 @@ class Ahead:
         texts_of: Callable[[MicroBatch], Texts],
         hint: Callable[[Texts], None],
         forget: Callable[[Texts], None],
+        masked: bool = False,
     ) -> None:
+        self._keys = (*_KEYS, "loss_mask") if masked else _KEYS
         self._texts_of, self._hint, self._forget = texts_of, hint, forget
         self._order: Iterator[MicroBatch] | None = None
         self._coming: deque[_Foreseen] = deque()
@@ -66,7 +69,7 @@ class Ahead:
         dataset = getattr(loader, "dataset", None)
         if sampler is None or dataset is None:
             return False
-        self._order = _read(dataset, copy.copy(sampler), cyclic)
+        self._order = _read(dataset, copy.copy(sampler), cyclic, self._keys)
         return True
 
     @property
@@ -101,13 +104,13 @@ class Ahead:
             self._coming.popleft()
 
 
-def _read(dataset: Any, sampler: Any, cyclic: bool) -> Iterator[MicroBatch]:
+def _read(dataset: Any, sampler: Any, cyclic: bool, keys: Sequence[str]) -> Iterator[MicroBatch]:
     while True:
         for indices in sampler:
             samples = [dataset[index] for index in indices]
             yield {
                 key: torch.utils.data.default_collate([sample[key] for sample in samples])
-                for key in _KEYS
+                for key in keys
                 if key in samples[0]
             }
         if not cyclic:

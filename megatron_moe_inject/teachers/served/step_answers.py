@@ -88,7 +88,12 @@ class StepAnswers(StepPart):
         self._vocab_size = vocab_size
         self._packed = is_packed
         self._device = device
-        self.coming = Ahead(self._texts_of_batch, self._each("hint"), self._each("forget"))
+        self.coming = Ahead(
+            self._texts_of_batch,
+            self._each("hint"),
+            self._each("forget"),
+            masked=any(teacher.reads is not None for teacher in asked.values()),
+        )
         self._steps_ahead = max((teacher.ahead for teacher in asked.values()), default=0)
 
     def begin(self, step: Step) -> None:
