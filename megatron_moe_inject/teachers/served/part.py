@@ -81,15 +81,15 @@ def _chunks_of_step(name: str, spec: ServerSpec, args: Namespace) -> str:
     if not batch or not length:
         return f"teacher {name}: asked for the log-probabilities of the text as its own tokens"
     apart = packing_flag(args) is not None or getattr(args, "reset_attention_mask", False)
-    whole = "each document of a sample is a text" if apart else f"at most {batch} requests"
+    texts = "each document of a sample is a text" if apart else f"at most {batch} texts"
     return (
-        f"teacher {name}: {whole} a step, the text of {batch * length:,} of the student's tokens "
-        f"as its own, of each of which {BYTES} bytes in memory, as JSON about "
+        f"teacher {name}: {texts}, of {batch * length:,} of the student's tokens a step as the "
+        f"teacher's own, of each of which {BYTES} bytes in memory, as JSON about "
         f"{_OWN_JSON[spec.protocol]}; {spec.ahead} steps ahead"
     )
 
 
-_OWN_JSON = {"auto": "35 (SGLang) to 75 (vLLM)", "sglang": "35", "vllm": "75"}
+_OWN_JSON = {"auto": "34 (SGLang) to 85 (vLLM)", "sglang": "34", "vllm": "85"}
 _JSON = {"auto": "1.4 (SGLang) to 9 (vLLM)", "sglang": "1.4", "vllm": "9"}
 
 

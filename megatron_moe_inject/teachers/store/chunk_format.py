@@ -27,6 +27,7 @@ FP16 = "fp16"
 PRECISIONS = (FP16, "fp32")
 _TYPES: dict[str, np.dtype] = {FP16: np.dtype("<f2"), "fp32": np.dtype("<f4")}
 _ID_BITS = 21
+MOST_IDS = 1 << _ID_BITS
 _FRONT = 3
 _IN_CHUNK, _FIRST, _LAST = (1 << (_ID_BITS + n) for n in range(3))
 
@@ -62,8 +63,8 @@ class ChunkFormat:
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision={self.precision!r}; use one of {', '.join(PRECISIONS)}")
-        if not 1 <= self.vocab_size <= 1 << _ID_BITS:
-            raise ValueError(f"{self.vocab_size} ids are not among 1 to {1 << _ID_BITS}")
+        if not 1 <= self.vocab_size <= MOST_IDS:
+            raise ValueError(f"{self.vocab_size} ids are not among 1 to {MOST_IDS}")
 
     @property
     def widest(self) -> int:
@@ -101,7 +102,7 @@ class ChunkFormat:
 
     def tokens(self, content: Tensor) -> Tensor:
         """The tokens [t] that were read, of bytes [t, w]."""
-        words = self._words(content.numpy()) & ((1 << _ID_BITS) - 1)
+        words = self._words(content.numpy()) & (MOST_IDS - 1)
         return torch.from_numpy(words.astype(np.int64))
 
     def decode(self, content: np.ndarray) -> ChunkRows:

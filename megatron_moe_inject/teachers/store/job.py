@@ -182,7 +182,7 @@ class StoreJob:
                 states=(self.info.hidden_size, _name(self.dtype)),
             )  # fmt: skip
         else:
-            kept = kept_chunks(self.written, choices)
+            kept = kept_chunks(self.written, choices, size)
         self.told: ToldForStore | None = None
         if spec.aligned and chunks is not None:
             self.told = chunks(recipe, self.name, args, context)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_moe_inject.host.errors import Failure, RecipeError, fail
 from megatron_moe_inject.recipe.schema import Recipe
-from megatron_moe_inject.teachers.store.chunk_format import FP16
+from megatron_moe_inject.teachers.store.chunk_format import FP16, MOST_IDS
 from megatron_moe_inject.teachers.store.manifest import StoredChunks, StoredStates
 from megatron_moe_inject.teachers.store.row_format import DRAWN, PRECISIONS
 from megatron_moe_inject.teachers.store.rules import taught_by
@@ -84,8 +84,17 @@ def check_no_ids(name: str, choices: Choices) -> None:
             )  # fmt: skip
 
 
-def kept_chunks(written: WrittenChunks, choices: Choices) -> dict[str, Any]:
-    """Fields of the plan of a store of chunks."""
+def kept_chunks(written: WrittenChunks, choices: Choices, vocab_size: int) -> dict[str, Any]:
+    """Fields of the plan of a store of chunks.
+
+    Raises:
+        RecipeError: more ids of the student than rows have room for.
+    """
+    if vocab_size > MOST_IDS:
+        raise fail(
+            "--tokenizer-model", f"{vocab_size} ids", "are more than a store of chunks takes",
+            f"use a tokenizer of at most {MOST_IDS:,} ids",
+        )  # fmt: skip
     digests = tokenizer_digests(written.tokenizer, choices.failure)
     return {
         "slots": 1, "mass": None, "log_probs": written.log_probs, "temperatures": [1.0],

@@ -21,11 +21,11 @@ def failure(problem, remedy):
     return fail("teachers.coder.source", "server:...", problem, remedy)
 
 
-def probed(*servers, key=None, length=64, vocab_size=VOCAB, own=None, **spec):
+def probed(*servers, key=None, length=64, vocab_size=VOCAB, own=None, files=None, **spec):
     addresses = [address for s in servers for address in parse_addresses(s.url, None)]
     return probe(
         "coder", ServerSpec(**{"top": 5, "timeout": 5, **spec}), addresses, key,
-        length=length, vocab_size=vocab_size, tokenize=own, failure=failure,
+        length=length, vocab_size=vocab_size, tokenize=own, failure=failure, own_files=files,
     )  # fmt: skip
 
 
@@ -122,3 +122,27 @@ def test_a_key_comes_by_the_environment(monkeypatch):
             monkeypatch.setenv("OWN_KEY", value)
         with pytest.raises(RecipeError, match="k: 'OWN_KEY' is no environment variable with a key"):
             api_key("OWN_KEY", "k")
+
+
+@pytest.mark.parametrize(("protocol", "longest"), [("vllm", 47), ("sglang", 48)])
+def test_a_teacher_with_a_tokenizer_of_its_own(protocol, longest):
+    """It is asked for no ids but the text's, and how long a text may be is not an error."""
+    with TeacherServer(THINK, protocol, tokenize=tokenize, max_model_len=48) as server:
+        found = probed(server, own=tokenize, files="/models/t", top=0)
+        assert max(map(len, server.asked)) == longest
+    assert found.longest == longest
+    assert found.settings.top == 0
+    assert "ids of a text as the tokenizer in /models/t; the log-probability of each" in found.told
+    other = TeacherServer(THINK, protocol, tokenize=lambda text: [1, 2, 3])
+    with other, pytest.raises(RecipeError) as error:
+        probed(other, own=tokenize, files="/models/t", top=0)
+    assert f"and the tokenizer in /models/t {len(TEXT)}, first other at 0" in str(error.value)
+    remedy = "name the tokenizer of the served model: teachers.coder.server.tokenizer"
+    assert str(error.value).endswith(remedy)
+    small = TeacherServer(random_thinker(40), protocol, tokenize=tokenize)
+    with small, pytest.raises(RecipeError, match=remedy):
+        probed(small, own=tokenize, files="/models/t", top=0)
+    with TeacherServer(THINK, protocol, max_model_len=None) as server:
+        found = probed(server, own=tokenize, files="/models/t", top=0)
+    assert found.longest is None
+    assert "tokens not compared: the server has no /tokenize" in found.told

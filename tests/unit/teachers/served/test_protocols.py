@@ -154,3 +154,29 @@ def test_requests_are_json_of_plain_values():
         request = json.loads(json.dumps(protocol.request(TOKENS, 4, "m")))
         assert TOKENS.tolist() in request.values()
         assert 4 in request.values()
+
+
+def test_the_text_alone():
+    """With none of the most likely ids each place has that of the text."""
+    vllm = copy.deepcopy(VLLM)
+    places = vllm["choices"][0]["prompt_logprobs"]
+    places[1:] = [{"3": places[1]["3"]}, {"9": places[2]["9"]}]
+    sglang = copy.deepcopy(SGLANG)
+    del sglang["meta_info"]["input_top_logprobs"]
+    for name, content in (("vllm", vllm), ("sglang", sglang)):
+        protocol = PROTOCOLS[name]
+        asked = protocol.request(TOKENS, 0, "tiny")
+        assert 0 in (asked.get("prompt_logprobs"), asked.get("top_logprobs_num"))
+        assert not [key for key in asked if "flat" in key]
+        answer = protocol.answer(content, TOKENS, 0)
+        assert answer.ids.tolist() == [[3], [9]]
+        assert answer.log_probs.tolist() == [[-3.0], [-0.25]]
+    for value in (None, 3.0):
+        sglang["meta_info"]["input_token_logprobs"][1][0] = value
+        with pytest.raises(BadAnswer, match=r"NaN for log-prob|which are no log-probabilities"):
+            PROTOCOLS["sglang"].answer(sglang, TOKENS, 0)
+    del places[1]["3"]
+    with pytest.raises(BadAnswer, match="does not say how likely the text itself is"):
+        PROTOCOLS["vllm"].answer(vllm, TOKENS, 0)
+    with pytest.raises(BadAnswer, match="has 3 ids at a place, where 0 were asked for"):
+        PROTOCOLS["vllm"].answer(VLLM, TOKENS, 0)

@@ -61,6 +61,22 @@ def test_a_recipe_with_servers():
         (dict(more=", window: 2"), "window: 2 is of a model, and a server runs none"),
         (dict(more=", trusted: [a]"), "teachers.coder.trusted: ['a'] is for a store"),
         (dict(more=", tail: sample"), "teachers.coder.tail: 'sample' is of ids that were drawn"),
+        (
+            dict(more=", align: chunks"),
+            "teachers.coder.server.tokenizer: None is missing: align: ch",
+        ),
+        (
+            dict(more=", server: {tokenizer: /t}"),
+            "'/t' is of a teacher with a tokenizer of its own",
+        ),
+        (
+            dict(more=", align: chunks, server: {tokenizer: /t, top: 20}"),
+            "teachers.coder.server.top: 20 is of the most likely ids, and align: chunks asks for",
+        ),
+        (
+            dict(more=", align: chunks, tail: renormalize, server: {tokenizer: /t}"),
+            "teachers.coder.tail: 'renormalize' is of ids that are not told",
+        ),
         (dict(objective="confidence: entropy"), "needs a teacher's whole vocabulary, and teache"),
         (
             dict(source="hf:/x", more=", server: {top: 3}"),
@@ -105,3 +121,20 @@ def test_windows_that_are_to_be_read_apart():
         check_reading(recipe(), args)
     args.dataloader_inter_document_masking = True
     check_reading(recipe(), args)
+
+
+def test_a_teacher_with_a_tokenizer_of_its_own():
+    """Any temperature, a prefix, and documents that are masked from each other."""
+    found = recipe(
+        ", align: chunks, temperature: 7.0, prefix: bos, server: {tokenizer: /t, protocol: sglang}"
+    )
+    check_temperature(found, "coder", 50_000)
+    args = Namespace(global_batch_size=16, seq_length=512, reset_attention_mask=True)
+    check_reading(found, args)
+    assert work_of_step(found, "coder", args) == (
+        "teacher coder: each document of a sample is a text, of 8,192 of the student's tokens a "
+        "step as the teacher's own, of each of which 8 bytes in memory, as JSON about 34; 2 steps "
+        "ahead"
+    )
+    args.reset_attention_mask = False
+    assert "coder: at most 16 texts, of 8,192 of the" in work_of_step(found, "coder", args)
