@@ -14,6 +14,7 @@ from megatron_moe_inject.losses import Student, TermWeights, aligned_loss
 from megatron_moe_inject.losses.spec import LogitTransform
 from megatron_moe_inject.teachers.align.byte_tokenizer import read_tokenizer
 from megatron_moe_inject.teachers.align.reading import Reader
+from megatron_moe_inject.teachers.align.samples import SampleReader
 from megatron_moe_inject.teachers.align.scores import ModelScores
 from megatron_moe_inject.teachers.align.step_teacher import AlignedTeacher
 from megatron_moe_inject.teachers.base import Teacher
@@ -82,7 +83,7 @@ def _step(same, apart):
     model = Counting(len(tokenizer.pieces))
     reader = Reader(student, tokenizer, () if same else (tokenizer.begin,))
     teacher = AlignedTeacher(
-        "coder", reader, ModelScores(model, dist.group.WORLD, CPU),
+        "coder", SampleReader(reader), ModelScores(model, dist.group.WORLD, CPU),
         tp_group=tp_group, host_group=tp_group, cp_group=cp_group, device=CPU,
     )  # fmt: skip
     batches = batches_of(student)
@@ -164,7 +165,7 @@ def _exact():
     model = Counting(len(student.pieces))
     alone = gloo.block_group(1)
     teacher = AlignedTeacher(
-        "coder", Reader(student, student), ModelScores(model, None, CPU),
+        "coder", SampleReader(Reader(student, student)), ModelScores(model, None, CPU),
         tp_group=alone, host_group=None, cp_group=alone, device=CPU,
     )  # fmt: skip
     batches = batches_of(student)

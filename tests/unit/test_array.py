@@ -185,6 +185,9 @@ TESTED_ELSEWHERE = {
     "training/test_aligned_teachers.py": {
         "test_every_layout_gives_the_same": ["teachers.*.align"],
     },
+    "training/test_aligned_stores.py": {
+        "test_a_server_is_its_teacher": ["teachers.*.server.tokenizer"],
+    },
     "training/test_servers.py": {
         "test_servers_that_die_end_training_with_a_checkpoint": [
             *("teachers.*.server.ahead", "teachers.*.server.patience"),
