@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -26,6 +28,27 @@ def student_of(own, material):
     return str(path)
 
 
+def store_of(llama, material):
+    """States of the teacher of Hugging Face for the domain's data; written when first wanted."""
+    folder = material.folder / "store of states"
+    if folder.exists():
+        return folder
+    recipe = material.folder / "stored.yaml"
+    recipe.write_text(
+        "domains: [{name: code, data: [1], teacher: third, experts: {layers: {1: [0]}}}]\n"
+        f"teachers: {{third: {{source: 'hf:{llama}'}}}}\nobjective: {{alpha: 0.5}}\n"
+    )
+    text = ("--tokenizer-type", "NullTokenizer", "--vocab-size", "61", *material.blend)
+    command = ["store-teacher", str(recipe), "--output", str(folder), "--states", "--cpu", "--"]
+    subprocess.run(
+        [sys.executable, "-m", "megatron_moe_inject.cli", *command, *text, "--seq-length", "64"],
+        check=True,
+        timeout=300,
+        capture_output=True,
+    )
+    return folder
+
+
 def run_set(
     material, llama, folder, name, layout=None, *, like=None, flags=(), save=False, load=False
 ):
@@ -45,7 +68,10 @@ def run_set(
     shared = array.LAYOUTS[like or layout] if like or layout else at
     recipe = folder / "recipe.yaml"
     text = array.recipe_of(own, shared.recipe)
-    for key, path in (("teacher", material.teacher), ("llama", llama), ("folder", folder)):
+    paths = {"teacher": material.teacher, "llama": llama, "folder": folder}
+    if "store of states" in own.features:
+        paths["store"] = store_of(llama, material)
+    for key, path in paths.items():
         text = text.replace(f"{{{key}}}", str(path))
     recipe.write_text(text)
     start = ("--load", student_of(own, material), "--finetune", "--no-load-optim", "--no-load-rng")

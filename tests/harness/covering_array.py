@@ -27,7 +27,7 @@ class Feature:
 
     Attributes:
         of: the package's feature (``recipe.features``) that it is of.
-        recipe: fields of the recipe by dotted path; ``{llama}`` in a text is a folder.
+        recipe: fields of the recipe by dotted path; ``{llama}`` or ``{store}`` in a text is a folder.
         flags: of the run; ``{folder}`` is a folder of its own.
         terms: what the log then has, above 0 in the end.
     """
@@ -56,6 +56,8 @@ FEATURES = {
     "scheduled weight": Feature("objective", {"objective.beta": {"points": {0: 0.1, 4: 0.5}}}),
     "committee": Feature("teachers", {"domains.0.committee": "label"}),
     "hugging face teacher": Feature("teachers", {"teachers.second.source": "hf:{llama}"}),
+    # A third of the committee.
+    "store of states": Feature("stores", {"teachers.third.source": "store:{store}"}),
     "window": Feature("teachers", {"teachers.coder.window": 1, "teachers.second.window": 2}),
     # Of a committee one teacher runs on all stages, the other on the last one alone.
     "teacher on all stages": Feature("teachers", {"teachers.coder.ranks": "pipeline"}),
@@ -221,7 +223,8 @@ class FeatureSet:
 IMITATED = {"imitated states", "imitated experts"}
 TRAINED = {"trained router", "trained head", "trained attention", "trained shared experts"}
 _ALWAYS = frozenset(FEATURES) - IMITATED - TRAINED - {
-    "window", "trained rows", "frozen experts in fp8", "expert retention", "adapters", HYBRID,
+    "store of states", "window", "trained rows", "frozen experts in fp8", "expert retention",
+    "adapters", HYBRID,
 }  # fmt: skip
 _FEW = {1: [2], 2: [0, 3], 3: [3]}
 SETS: dict[str, FeatureSet] = {
@@ -234,7 +237,7 @@ SETS: dict[str, FeatureSet] = {
     # Nothing trains on the last of two stages, no expert on the last of two expert ranks.
     "rows": FeatureSet(
         {0: [1], 1: [0, 1]},
-        _ALWAYS | {"window", "trained rows", "frozen experts in fp8"},
+        _ALWAYS | {"store of states", "window", "trained rows", "frozen experts in fp8"},
         instead={"domains.0.committee": "top", "objective.confidence": "entropy"},
     ),
     # Routers are frozen: nothing trains on the first stage, nor on the first of two expert ranks.
@@ -255,7 +258,7 @@ SETS: dict[str, FeatureSet] = {
         | {"trained rows", "expert retention", "adapters"},
     ),
     "router, window": FeatureSet(
-        _FEW, _ALWAYS | TRAINED | {"window", "expert retention", "adapters"}
+        _FEW, _ALWAYS | TRAINED | {"store of states", "window", "expert retention", "adapters"}
     ),
 }
 SETS |= {
@@ -322,6 +325,12 @@ REFUSED = {
     frozenset({"window", "imitated experts"}): Refusal(
         "teachers.coder.window", "splits the step's teacher forward"
     ),
+    frozenset({"store of states", "imitated states"}): Refusal(
+        "imitation.hidden", "compares layers, and teacher third"
+    ),
+    frozenset({"store of states", "imitated experts"}): Refusal(
+        "imitation.experts", "compares layers, and teacher third"
+    ),
     frozenset({"frozen experts in fp8", "expert retention"}): Refusal(
         "--fp8-format", "does not let experts run again as they were"
     ),
@@ -360,13 +369,15 @@ def recipe_of(own: FeatureSet, more: Mapping[str, Any] | None = None) -> str:
     """The recipe of a set as YAML, with ``{teacher}``, ``{llama}`` and ``{folder}`` to fill in.
 
     Args:
-        own: the set. The teacher of Hugging Face is the second of a committee.
+        own: the set. The teacher of Hugging Face is the second of a committee, a store the third.
         more: further fields by dotted path.
     """
-    names = ["coder", "second"] if "committee" in own.features else ["coder"]
-    weights: Any = {"coder": 0.7, "second": 0.3}
+    weights: Any = {"coder": 0.7, "second": 0.3} if "committee" in own.features else {"coder": 1.0}
+    if "store of states" in own.features:
+        weights |= {"third": 0.2}
+    names = list(weights)
     domain = {"name": "code", "data": [1], "experts": {"layers": dict(own.experts)}}
-    domain["teacher"] = weights if len(names) == 2 else "coder"
+    domain["teacher"] = weights if len(names) > 1 else "coder"
     tree: dict[str, Any] = {
         "domains": [domain],
         "teachers": {name: {"source": "megatron:{teacher}"} for name in names},

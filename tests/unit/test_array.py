@@ -27,7 +27,6 @@ TESTED_ALONE = {
     "progress": "unit/host/test_progress.py",
     "stages": "training/test_boundary.py",
     "servers": "training/test_servers.py",
-    "stores": "training/test_stores.py",
     "aligned": "training/test_aligned_teachers.py",
     "validation_sets": "training/test_validation_sets.py",
 }
