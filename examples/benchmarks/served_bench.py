@@ -207,18 +207,20 @@ def steps_table(steps: int, latency: float) -> None:
             moe = "--num-experts 4 --moe-router-topk 2 --moe-token-dispatcher-type alltoall "
             moe += f"--inject-recipe {recipe} --inject-from-scratch --train-iters {steps}"
             told = run(pretrain, *flags(128, data, *moe.split()))
-            rows.append((name, *(_median(told, *what) for what in _WHAT)))
+            rows.append((name, *(median_of(told, what) for what in _WHAT)))
         print("\n".join(table(rows)), flush=True)
 
 
-_WHAT = (
-    (r"elapsed time per iteration \(ms\): ([\d.]+)", "{:.0f} ms", 1.0),
-    (r"server wait: ([\d.E+-]+)", "{:.0f} ms", 1e3),
-    (r"server ahead: ([\d.E+-]+)", "{:.0f}", 1.0),
-)
+_WHAT = {
+    "step": (r"elapsed time per iteration \(ms\): ([\d.]+)", "{:.0f} ms", 1.0),
+    "wait": (r"server wait: ([\d.E+-]+)", "{:.0f} ms", 1e3),
+    "ahead": (r"server ahead: ([\d.E+-]+)", "{:.0f}", 1.0),
+}
 
 
-def _median(told: str, pattern: str, form: str, factor: float) -> str:
+def median_of(told: str, what: str) -> str:
+    """Of a run's output the median of a line of ``_WHAT``, the first two steps left out."""
+    pattern, form, factor = _WHAT[what]
     values = [float(value) for value in re.findall(pattern, told)][2:]
     return form.format(factor * statistics.median(values)) if values else ""
 

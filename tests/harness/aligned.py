@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +50,12 @@ class AlignedMaterial:
             *_flags(self.tokenizer_flags, **layout), *data, *start, "--train-iters", "3", *extra,
         ]  # fmt: skip
 
+    def make_student(self, pythonpath: Sequence[str] = ()) -> None:
+        """Train the student on general text for three steps; see ``lane.run``."""
+        data = ("--data-path", self.general, "--split", "90,5,5", "--train-iters", "3")
+        save = ("--save", self.student, "--save-interval", "100")
+        lane.run([*_flags(self.tokenizer_flags), *data, *save], pythonpath=pythonpath)
+
 
 def without_tokenizer(flags: list[str]) -> list[str]:
     """Flags of ``lane`` without its data and the tokenizer of that."""
@@ -76,9 +83,7 @@ def make_aligned_material(folder: Path) -> AlignedMaterial:
         folder, tokenizer, general, domain, str(folder / "student"),
         _llama(folder / "teacher", other, 450, seed=3), _llama(folder / "same", tokenizer, 300, 4),
     )  # fmt: skip
-    data = ("--data-path", general, "--split", "90,5,5", "--train-iters", "3")
-    save = ("--save", made.student, "--save-interval", "100")
-    lane.run([*_flags(made.tokenizer_flags), *data, *save])
+    made.make_student()
     return made
 
 

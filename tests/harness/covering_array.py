@@ -27,7 +27,8 @@ class Feature:
 
     Attributes:
         of: the package's feature (``recipe.features``) that it is of.
-        recipe: fields of the recipe by dotted path; ``{llama}`` or ``{store}`` in a text is a folder.
+        recipe: fields of the recipe by dotted path; ``{llama}`` and ``{store}`` in texts are
+            folders.
         flags: of the run; ``{folder}`` is a folder of its own.
         terms: what the log then has, above 0 in the end.
     """

@@ -34,29 +34,31 @@ def told(script, given):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def assert_right(answer, tokens):
+def assert_right(answer, tokens, top=TOP):
     log_probs = THINK(tokens.tolist())[:-1]
     used = answer.ids >= 0
     rows = np.arange(len(log_probs))[:, None]
     expected = np.where(used, log_probs[rows, np.maximum(answer.ids, 0)], -np.inf)
     assert np.array_equal(expected, answer.log_probs)
-    best = np.argsort(-log_probs, 1)[:, :TOP]
+    best = np.argsort(-log_probs, 1)[:, :top]
     for own, most_likely, token in zip(answer.ids, best, tokens[1:], strict=True):
         assert set(own[own >= 0]) == {*most_likely.tolist(), int(token)}
 
 
-def test_vllm():
+@pytest.mark.parametrize("top", [TOP, 0])
+def test_vllm(top):
+    """Also where the text's own ids alone are asked for."""
     protocol = PROTOCOLS["vllm"]
     cases = [
-        {"request": protocol.request(t, TOP, "m"), "log_probs": THINK(t.tolist()).tolist()}
+        {"request": protocol.request(t, top, "m"), "log_probs": THINK(t.tolist()).tolist()}
         for t in texts()
     ]
     for tokens, answer in zip(texts(), told("vllm_answers.py", cases), strict=True):
         assert answer["sampling"] == {
-            "temperature": 0.0, "prompt_logprobs": TOP, "max_tokens": 1,
+            "temperature": 0.0, "prompt_logprobs": top, "max_tokens": 1,
             "truncate_prompt_tokens": None,
         }  # fmt: skip
-        assert_right(protocol.answer(answer["answer"], tokens, TOP), tokens)
+        assert_right(protocol.answer(answer["answer"], tokens, top), tokens, top)
 
 
 def test_sglang():
