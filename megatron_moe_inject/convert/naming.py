@@ -15,13 +15,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_moe_inject.convert.architectures.table import Entry, Slot
-from megatron_moe_inject.host.gpt_names import to_hybrid
+from megatron_moe_inject.host.gpt_names import Place, to_hybrid
 from megatron_moe_inject.host.layer_pattern import LayerPattern
 from megatron_moe_inject.host.norm_names import other_name
 
 PATTERN = "--hybrid-layer-pattern"
 _LAYERS = "decoder.layers."
 _ONE_LAYER = re.compile(r"decoder\.layers\.\d")
+_LAYER = re.compile(r"^decoder\.layers\.(?:(\d+)\.)?(.*)$")
 _MTP_BLOCK = re.compile(r"^(mtp\.layers\.\d+)\.transformer_layer\.(.*)$")
 _ATTENTION = ("self_attention.", "input_layernorm.")
 _LATENT_NORMS = ("self_attention.q_layernorm.", "self_attention.kv_layernorm.")
@@ -172,3 +173,16 @@ def pieces_of(entry: Entry, where: Stored) -> list[tuple[Stored, slice]]:
 def numbers_layers(name: str) -> bool:
     """Whether a stored name is of one layer rather than of all."""
     return bool(_ONE_LAYER.match(name))
+
+
+def slot_of(name: str, place: Place) -> Slot:
+    """The slot of a stored slice of the decoder or of no layer, but for the expert's number.
+
+    Args:
+        name: of the stored tensor.
+        place: the slice's indices on its leading axes.
+    """
+    match = _LAYER.match(name)
+    if match is None:
+        return Slot(name)
+    return Slot(match[2], place[0] if match[1] is None else int(match[1]))

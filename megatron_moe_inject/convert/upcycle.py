@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from megatron_moe_inject.convert.architectures.table import Slot
-from megatron_moe_inject.convert.naming import Naming, Stored, extra_states
+from megatron_moe_inject.convert.naming import Naming, Stored, extra_states, slot_of
 from megatron_moe_inject.experts.delta.weights import Weights
 from megatron_moe_inject.host.checkpoint_place import CheckpointPlace
 from megatron_moe_inject.host.errors import RecipeError, fail
@@ -38,7 +38,6 @@ from megatron_moe_inject.host.stored_adapters import refuse_adapters
 from megatron_moe_inject.host.torch_dist_write import CheckpointWriter
 
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]
-_LAYER = re.compile(r"^decoder\.layers\.(?:(\d+)\.)?(.*)$")
 _FEED_FORWARD = re.compile(r"^mlp\.(linear_fc[12])\.(weight|bias)$")
 _ROUTER, _ROUTER_BIAS = "mlp.router.weight", "mlp.router.bias"
 
@@ -174,7 +173,7 @@ class Upcycling:
                 than the arguments say.
         """
         slices = [
-            (name, place, self._slot(name, place))
+            (name, place, slot_of(name, place))
             for name in self._weights.tensors
             for place in self._weights.places(name)
         ]
@@ -201,12 +200,6 @@ class Upcycling:
                 )
             (folder / "latest_checkpointed_iteration.txt").write_text("release")
         return self._summary(writer.bytes)
-
-    def _slot(self, name: str, place: Place) -> Slot:
-        match = _LAYER.match(name)
-        if match is None:
-            return Slot(name)
-        return Slot(match[2], place[0] if match[1] is None else int(match[1]))
 
     def _is_feed_forward(self, slot: Slot) -> bool:
         return slot.layer in self.layers and _FEED_FORWARD.match(slot.name) is not None
@@ -321,7 +314,7 @@ class Upcycling:
             for place in self._weights.places(name):
                 size = torch.Size(stored.size[len(place) :]).numel()
                 dense += size
-                feed_forward += size if self._is_feed_forward(self._slot(name, place)) else 0
+                feed_forward += size if self._is_feed_forward(slot_of(name, place)) else 0
         routers = len(self.layers) * self.asked.experts * self._args.hidden_size
         copies, used = (
             self.asked.experts / self.asked.granularity,

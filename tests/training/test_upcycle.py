@@ -1,65 +1,18 @@
 """A dense checkpoint as a mixture of experts: the same function through Megatron, at any layout."""
 
-import functools
 import math
 import re
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_moe_inject.cli import main
 from megatron_moe_inject.host.checkpoint_place import CheckpointPlace
-from tests.harness import lane
-from tests.harness.checkpoints import SAVE, whole
+from tests.harness.checkpoints import whole
+from tests.harness.dense_models import KINDS, MOE, dense_of, run_with_logits, start_at
 from tests.harness.injection import OTHER
 
-LOGITS = (str(lane.HARNESS / "logits_gpt.py"),)
-SIZES = (
-    *("--num-layers", "4", "--tokenizer-type", "NullTokenizer", "--vocab-size", "61"),
-    *("--make-vocab-size-divisible-by", "16", "--lr", "1e-2"),
-)
-MOE = ("--moe-token-dispatcher-type", "alltoall", "--moe-router-load-balancing-type", "none")
 EXPERTS = "decoder.layers.mlp.experts.experts"
-KINDS = {"gated": (), "biases": ("--no-bias-gelu-fusion",)}
-
-
-@dataclass(frozen=True)
-class Dense:
-    """A dense model of one kind, and the logits of fixed tokens that it gives."""
-
-    kind: str
-    folder: Path
-    logits: torch.Tensor
-
-
-def flags(kind, *extra, **layout):
-    """Of the dense model."""
-    taken = {"--mock-data", *({"--swiglu", "--disable-bias-linear"} if kind == "biases" else ())}
-    dense = [flag for flag in [*lane.dense(), *lane.layout(**layout)] if flag not in taken]
-    return [*dense, *SIZES, *KINDS[kind], *extra]
-
-
-def run_with_logits(material, folder, kind, *extra, then, nproc=1, pythonpath=(), **layout):
-    """Train for a moment; logits of fixed tokens are in ``folder``."""
-    folder.mkdir()
-    torch.manual_seed(0)
-    torch.save(torch.randint(61, (4, 32)), folder / "tokens.pt")
-    data = ("--data-path", material.general, "--split", "90,5,5", "--train-iters", "2")
-    return lane.run(
-        flags(kind, *data, *extra, **layout),
-        nproc=nproc,
-        script=LOGITS,
-        env={"LOGITS": str(folder), "LOGITS_THEN": then},
-        pythonpath=pythonpath,
-    )
-
-
-@functools.cache
-def dense_of(material, kind, folder):
-    run_with_logits(material, folder / "l", kind, *SAVE, str(folder / "model"), then="again")
-    return Dense(kind, folder / "model", torch.load(folder / "l" / "megatron_logits_after.pt"))
 
 
 @pytest.fixture(scope="module")
@@ -98,10 +51,6 @@ def test_what_was_dense_computes_the_same(material, dense, tmp_path, capsys, kin
     after = torch.load(tmp_path / "l" / "megatron_logits.pt")
     torch.testing.assert_close(after, dense(kind).logits, rtol=0, atol=2e-6)
     assert len(run.iterations) == 2, "and it trains"
-
-
-def start_at(folder):
-    return ("--load", str(folder), "--finetune", "--no-load-optim", "--no-load-rng")
 
 
 SIGMOID = ("--moe-router-score-function", "sigmoid")
