@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 from megatron_moe_inject import __version__
 from megatron_moe_inject.adapters import command as adapters_command
 from megatron_moe_inject.convert import command as convert_command
-from megatron_moe_inject.convert import upcycle_command
+from megatron_moe_inject.convert import densify_command, upcycle_command
 from megatron_moe_inject.data import command as data_command
 from megatron_moe_inject.evaluation import command as evaluate_command
 from megatron_moe_inject.evaluation.report import command as report_command
@@ -197,6 +197,7 @@ def _parser() -> argparse.ArgumentParser:
     grow_command.add_commands(commands, _comparison, {"hf": _feed_forwards})
     convert_command.add_commands(commands)
     upcycle_command.add_commands(commands)
+    densify_command.add_commands(commands)
     adapters_command.add_commands(commands)
     profile_command.add_commands(commands)
     routing_report.add_commands(commands)

@@ -64,6 +64,14 @@ def megatron_arguments(flags: Mapping[str, Any], rows: int, dtype: torch.dtype) 
     return args
 
 
+def default_arguments() -> dict[str, Any]:
+    """What Megatron's parser has where no option is given."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = add_megatron_arguments(_Parser(prog="moe-inject", allow_abbrev=False))
+    return vars(parser.parse_args([]))
+
+
 def shell_arrays(origin: str, arrays: Mapping[str, Mapping[str, Any]]) -> str:
     """A bash file that defines arrays of options, one option to a line."""
     lines = [f"# Megatron's options of {shlex.quote(origin)}", ""]
