@@ -50,12 +50,13 @@ from megatron_moe_inject.convert.neurons import Merging, Neurons, side_by_side, 
 from megatron_moe_inject.convert.stored_experts import StoredExperts
 from megatron_moe_inject.experts.choose.routing_profile import ClassStatistics, RoutingProfile
 from megatron_moe_inject.experts.delta.weights import Weights
-from megatron_moe_inject.experts.grow.donors import Shape, profile_of
+from megatron_moe_inject.experts.grow.donors import Shape, check_recorded, profile_of
 from megatron_moe_inject.host.checkpoint_place import CheckpointPlace
 from megatron_moe_inject.host.errors import RecipeError, fail, listing
 from megatron_moe_inject.host.files import new_folder, require_room
 from megatron_moe_inject.host.layer_pattern import EXPERTS, pattern_of
 from megatron_moe_inject.host.stored_adapters import refuse_adapters
+from megatron_moe_inject.host.stored_checkpoint import StoredCheckpoint, joined_checksum
 from megatron_moe_inject.host.torch_dist_write import CheckpointWriter
 
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]
@@ -103,6 +104,7 @@ class Densified:
         scaled: by layer what the routed part was multiplied by beside its weights.
         filled: neurons of each that give nothing yet.
         flags: Megatron's options of the dense model in the place of those of experts.
+        remarks: what the user should know.
         before, parameters: of the model with experts, and of the dense one.
         bytes: on disk.
     """
@@ -113,6 +115,7 @@ class Densified:
     scaled: dict[int, float]
     filled: int
     flags: list[str]
+    remarks: list[str]
     before: int
     parameters: int
     bytes: int
@@ -297,8 +300,8 @@ class Densifying:
         before = sum(torch.Size(s.size).numel() for s in self._weights.tensors.values())
         left = self.asked.width - stored.shared_width - self.count * stored.width
         return Densified(
-            stored.layers, groups, kept, scaled, left, self._flags(), before, parameters,
-            writer.bytes,
+            stored.layers, groups, kept, scaled, left, self._flags(), self._remarks(), before,
+            parameters, writer.bytes,
         )  # fmt: skip
 
     def _layer(self, layer: int) -> tuple[Neurons, list[Group], float, float]:
@@ -324,24 +327,30 @@ class Densifying:
         blocks = [self._block(layer, group) for group in groups]
         scale = 1.0
         if asked.scale == "norm":
-            routed = side_by_side([block.to(torch.float32) for block in blocks])
-            norm = float(routed.outputs(probes, self._args).double().square().sum()) / len(probes)
+            exact = [
+                block.to(torch.float32).weighed(group.weight)
+                for block, group in zip(blocks, groups, strict=True)
+            ]
+            routed = side_by_side(exact).outputs(probes, self._args).double()
+            norm = float(routed.square().sum()) / len(probes)
             scale = (squared_norm(gates, gram) / norm) ** 0.5 if norm else 1.0
-            blocks = [block.weighed(scale) for block in blocks]
+        parts += [
+            block.weighed(group.weight * scale) for block, group in zip(blocks, groups, strict=True)
+        ]
         total = float(gates.mean.sum())
         own = sum(float(gates.mean[group.members[0]]) for group in groups)
-        return side_by_side([*parts, *blocks]), groups, own / total if total else 0.0, scale
+        return side_by_side(parts), groups, own / total if total else 0.0, scale
 
     def _block(self, layer: int, group: Group) -> Neurons:
+        """A group's neurons, not weighed yet."""
         first, *others = group.members
         model = self.experts.routed(layer, first)
-        if others:
-            dtype = model.second.dtype
-            merging = Merging(model.to(torch.float32))
-            for expert, share in zip(others, group.shares[1:], strict=True):
-                merging.add(self.experts.routed(layer, expert), share)
-            model = merging.merged().to(dtype)
-        return model.weighed(group.weight)
+        if not others:
+            return model
+        merging = Merging(model.to(torch.float32))
+        for expert, share in zip(others, group.shares[1:], strict=True):
+            merging.add(self.experts.routed(layer, expert), share)
+        return merging.merged().to(model.second.dtype)
 
     def _full(self, neurons: Neurons, layer: int) -> Neurons:
         deviation = float(getattr(self._args, "init_method_std", None) or 0.02)
@@ -431,6 +440,22 @@ class Densifying:
             pattern = self._pattern.text.replace(EXPERTS, _DENSE)
             flags += ["--hybrid-layer-pattern", f"'{pattern}'"]
         return flags
+
+    def _remarks(self) -> list[str]:
+        """Whether the profile is of this very checkpoint. Reads all of its model."""
+        if self._profile is None:
+            return []
+        assert self.asked.profile is not None
+        folder = self._checkpoint.folder
+        stored = StoredCheckpoint(
+            self._place.flag, self._place.path, folder, None, "torch_dist", resumes=False
+        )
+        try:
+            checksum = joined_checksum((part.name, part.digest()) for part in stored.parts())
+        except (OSError, EOFError) as error:
+            raise stored.damaged(error) from error
+        other = check_recorded(self.asked.profile, self._profile, folder, checksum)
+        return [] if other is None else [other]
 
     def _needed(self, others: Iterable[tuple[str, tuple[int, ...]]]) -> int:
         """Bytes of the output."""

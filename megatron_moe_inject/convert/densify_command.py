@@ -105,6 +105,7 @@ def _densify(options: argparse.Namespace) -> str:
         )
     if options.scale == "norm" and densifying.count:
         lines.append(f"their outputs are multiplied by {_mean(written.scaled.values()):.2f} (mean)")
+    lines += written.remarks
     lines.append(
         f"pass {' '.join(written.flags)} from now on, without --num-experts and without --moe-*"
     )

@@ -18,6 +18,7 @@ from megatron_moe_inject.convert.expert_groups import (
 from megatron_moe_inject.convert.neurons import Merging, Neurons, matching, side_by_side, widened
 from megatron_moe_inject.experts.choose.profile_file import write_profile
 from megatron_moe_inject.host.checkpoint_place import CheckpointPlace
+from megatron_moe_inject.host.stored_checkpoint import StoredCheckpoint, joined_checksum
 from megatron_moe_inject.host.torch_dist_write import CheckpointWriter
 from tests.harness.checkpoints import whole
 from tests.harness.profiles import from_counts
@@ -417,6 +418,21 @@ def test_a_gated_shared_expert_needs_its_mean(tmp_path, capsys):
     assert "--shared-gate: a sigmoid of the input scales" in capsys.readouterr().err
     assert main([*command, "--shared-gate", "1.5"]) != 0
     assert "--shared-gate: 1.5 is no mean of a sigmoid" in capsys.readouterr().err
+
+
+def test_a_profile_of_other_weights_is_told(tmp_path, capsys):
+    base = write_moe(tmp_path / "moe", **STORED)
+    checkpoint = CheckpointPlace("CKPT", base).open()
+    stored = StoredCheckpoint("CKPT", base, checkpoint.folder, 7, "torch_dist", resumes=False)
+    ours = joined_checksum((part.name, part.digest()) for part in stored.parts())
+    for sha256, told in ((ours, False), ("0" * 64, True), (None, True)):
+        path = tmp_path / "p.json"
+        counts = np.full((LAYERS, EXPERTS), 4)
+        write_profile(path, from_counts(counts, topk=2, checkpoint_sha256=sha256))
+        output = tmp_path / f"d{sha256}"
+        command = ["densify", str(base), "--output", str(output), "--ffn-hidden-size", "10"]
+        assert main([*command, "--profile", str(path)]) == 0
+        assert ("was recorded of other weights" in capsys.readouterr().out) is told
 
 
 def test_a_profile_of_another_model_is_refused(tmp_path, capsys):
