@@ -65,6 +65,8 @@ _WIDTH = "--ffn-hidden-size"
 _DENSE = "-"
 _OF_EXPERTS = ("moe_", "expert_")
 """Beginnings of Megatron's arguments that say nothing of a dense model."""
+_BALANCING = "moe_router_load_balancing_type"
+_PATTERNS = ("hybrid_layer_pattern", "hybrid_override_pattern")
 _STATE = "._extra_state/"
 
 
@@ -229,11 +231,11 @@ class Densifying:
         pre = getattr(args, "moe_router_pre_softmax", False)
         all_chosen = args.moe_router_topk == stored.experts
         normalised = (all_chosen or not pre) if score == "softmax" else args.moe_router_topk > 1
-        if not normalised:
+        if not normalised or "sinkhorn" in str(getattr(args, _BALANCING, None)):
             raise RecipeError(
                 "--profile: the gates of a token do not sum to 1 in this model (softmax before "
-                "the choice, or one sigmoid), so that their mean is not known without one; record "
-                "it by moe-inject profile",
+                "the choice, one sigmoid, or sinkhorn), so that their mean is not known without "
+                "one; record it by moe-inject profile",
                 "--profile",
             )
         return None
@@ -427,18 +429,20 @@ class Densifying:
             setattr(args, name, usual.get(name))
         args.num_experts, args.ffn_hidden_size = None, self.asked.width
         if self._pattern is not None:
-            dense = self._pattern.text.replace(EXPERTS, _DENSE)
-            for name in ("hybrid_layer_pattern", "hybrid_override_pattern"):
-                if getattr(args, name, None):
-                    setattr(args, name, dense)
+            for name in self._pattern_names():
+                setattr(args, name, self._pattern.text.replace(EXPERTS, _DENSE))
         args.iteration = args.consumed_train_samples = args.consumed_valid_samples = 0
         return args
+
+    def _pattern_names(self) -> list[str]:
+        """The arguments that have the pattern, by this Megatron's and earlier ones' name."""
+        return [name for name in _PATTERNS if getattr(self._args, name, None)]
 
     def _flags(self) -> list[str]:
         flags = [_WIDTH, str(self.asked.width)]
         if self._pattern is not None:
             pattern = self._pattern.text.replace(EXPERTS, _DENSE)
-            flags += ["--hybrid-layer-pattern", f"'{pattern}'"]
+            flags += [f"--{self._pattern_names()[0].replace('_', '-')}", f"'{pattern}'"]
         return flags
 
     def _remarks(self) -> list[str]:

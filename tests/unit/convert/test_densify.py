@@ -395,6 +395,10 @@ MISTAKES = [
         {"moe_router_score_function": "sigmoid", "moe_router_topk": 1}, (),
         "--profile: the gates of a token do not sum to 1",
     ),
+    (
+        {"moe_router_load_balancing_type": ["sinkhorn"]}, (),
+        "--profile: the gates of a token do not sum to 1",
+    ),
     ({"moe_latent_size": 3}, (), "experts in a latent space of 3 (--moe-latent-size)"),
     ({"moe_apply_probs_on_input": True}, (), "(--moe-apply-probs-on-input)"),
     ({"num_experts": None}, (), "has no experts; name a mixture"),
