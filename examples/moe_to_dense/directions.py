@@ -53,7 +53,7 @@ DIRECTIONS = {
         "teacher",
         "TEACHER",
         {ITSELF: 1e-3, UPCYCLED: 1e-3},
-        ((ITSELF, CE), (UPCYCLED, CE), (UPCYCLED, KD), (UPCYCLED, FALLING)),
+        ((ITSELF, CE), (UPCYCLED, CE), (UPCYCLED, KD)),
     ),
 }
 
