@@ -46,7 +46,9 @@ CASES = [
     pytest.param(
         "gated", ("--experts", "4", "--layers", "1,3"), 80, {"pp": 2}, id="some-layers-wider-pp2"
     ),
-    pytest.param("biases", ("--experts", "4"), 64, {"tp": 2}, id="biases-tp2"),
+    pytest.param(
+        "biases", ("--experts", "4", "--topk", "4"), 64, {"tp": 2}, id="biases-all-chosen-tp2"
+    ),
     pytest.param("biases", ("--experts", "4"), 128, {}, id="two-copies", marks=pytest.mark.slow),
 ]
 
