@@ -2,7 +2,7 @@
 # A dense student of the quickstart's mixture of experts, and the other way round. No GPU; two to four
 # minutes a run on one core.
 #
-#   bash examples/moe_to_dense.sh                                      six runs of one seed, then the table
+#   bash examples/moe_to_dense.sh                                      seven runs of one seed, then the table
 #   bash examples/moe_to_dense.sh --seeds 3                            three seeds
 #   bash examples/moe_to_dense.sh --direction dense_to_moe             a dense teacher, upcycled
 set -euo pipefail

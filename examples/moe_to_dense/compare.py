@@ -1,6 +1,6 @@
 """A dense student of a mixture of experts, or the other way round: starts and losses compared.
 
-    bash examples/moe_to_dense.sh                               six runs of one seed, then the table
+    bash examples/moe_to_dense.sh                               one seed, then the table
     bash examples/moe_to_dense.sh --seeds 3                     as in README.md
     bash examples/moe_to_dense.sh --direction dense_to_moe      a dense teacher, upcycled
     bash examples/moe_to_dense.sh --report                      of the runs that there are
@@ -34,7 +34,7 @@ STEPS = 100
 LATEST = "latest_checkpointed_iteration.txt"
 COMMAND = ("-m", "megatron_moe_inject.cli")
 START = ("--finetune", "--no-load-optim", "--no-load-rng")
-COLOURS = ("#8c8c8c", "#56b4e9", "#0072b2", "#e69f00", "#d55e00", "#cc79a7")
+COLOURS = ("#8c8c8c", "#56b4e9", "#0072b2", "#e69f00", "#d55e00", "#cc79a7", "#009e73")
 
 
 class Study:
@@ -75,6 +75,11 @@ class Study:
             profile = ("--profile", str(self.folder / "profile.json"))
             width = ("--ffn-hidden-size", str(directions.WIDTH))
             self._convert("densified", "densify", *width, *profile)
+            drawn = self.folder / "drawn"
+            if not drawn.exists():
+                script = str(HERE / "drawn.py")
+                densified = str(self.folder / "densified")
+                runner.logged(self.folder / "drawn.log", script, densified, str(drawn))
         else:
             experts = ("--experts", str(directions.EXPERTS), "--topk", str(directions.TOPK))
             parts = ("--granularity", str(directions.GRANULARITY))
@@ -135,8 +140,9 @@ class Study:
         """Flags and checkpoint of a start."""
         if start == directions.SCRATCH:
             return list(directions.DENSE), None
-        if start == directions.DENSIFIED:
-            return list(directions.DENSE), self.folder / "densified"
+        if start in (directions.DENSIFIED, directions.DRAWN):
+            name = "densified" if start == directions.DENSIFIED else "drawn"
+            return list(directions.DENSE), self.folder / name
         dense = runner.flags(self.direction.architecture)
         if start == directions.ITSELF:
             return dense, self.teacher

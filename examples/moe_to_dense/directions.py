@@ -40,13 +40,17 @@ class Direction:
 
 
 SCRATCH, DENSIFIED, UPCYCLED, ITSELF = "from scratch", "densify", "upcycle", "the teacher itself"
+DRAWN = "densify, feed-forwards drawn"
 DIRECTIONS = {
     "moe_to_dense": Direction(
         "english",
         "student",
         "STUDENT",
-        {SCRATCH: 3e-3, DENSIFIED: 3e-3},
-        tuple((start, by) for start in (SCRATCH, DENSIFIED) for by in (CE, KD, FALLING)),
+        {SCRATCH: 3e-3, DENSIFIED: 3e-3, DRAWN: 3e-3},
+        (
+            *((start, by) for start in (SCRATCH, DENSIFIED) for by in (CE, KD, FALLING)),
+            (DRAWN, KD),
+        ),
     ),
     "dense_to_moe": Direction(
         "code",

@@ -6,8 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from megatron_moe_inject.cli import main
+from megatron_moe_inject.host.checkpoint_place import CheckpointPlace
 from megatron_moe_inject.recipe.load import load_recipe
+from tests.harness.checkpoints import whole
+from tests.harness.stored_moe import HIDDEN, write_moe
 
 ROOT = Path(__file__).parents[3]
 sys.path.insert(0, str(ROOT / "examples" / "moe_to_dense"))
@@ -15,6 +20,7 @@ sys.path.insert(0, str(ROOT / "examples" / "moe_to_dense"))
 import as_mixtral  # noqa: E402
 import compare  # noqa: E402
 import directions  # noqa: E402
+import drawn  # noqa: E402
 import runner  # noqa: E402
 
 ARMS = [
@@ -88,6 +94,20 @@ def test_the_folder_that_the_export_is_like_has_the_teacher_s_sizes(tmp_path):
         assert config[key] == value(flags, name), key
     tokenizer = json.loads((as_mixtral.TOKENIZER / "tokenizer.json").read_text())
     assert config["vocab_size"] == len(tokenizer["model"]["vocab"])
+
+
+def test_drawn_feed_forwards_leave_all_else(tmp_path):
+    base = write_moe(tmp_path / "moe", hidden_size=HIDDEN, params_dtype=torch.float32, swiglu=True)
+    words = ["densify", str(base), "--output", str(tmp_path / "dense")]
+    assert main([*words, "--ffn-hidden-size", "40"]) != 0, "wider than all experts"
+    assert main([*words, "--ffn-hidden-size", "20"]) == 0
+    drawn.write(tmp_path / "dense", tmp_path / "drawn")
+    before, after = (CheckpointPlace("CKPT", tmp_path / name).open() for name in ("dense", "drawn"))
+    for name in before.tensors:
+        same = torch.equal(whole(before, name), whole(after, name))
+        assert same is not name.startswith("decoder.layers.mlp.linear_fc"), name
+    assert float(whole(after, drawn.FIRST).std()) == pytest.approx(0.02, rel=0.1)
+    assert float(whole(after, drawn.SECOND).std()) == pytest.approx(0.02 / 6**0.5, rel=0.1)
 
 
 def run(start, by, seed, *bits):
