@@ -74,8 +74,8 @@ def placed(
     wishes = {}
     for name, info in infos.items():
         spec = recipe.teachers[name]
-        held = info.parameters * _size(recipe, name, args)
-        alone = not info.runs_model or spec.aligned
+        held = info.held_parameters(spec.ep) * _size(recipe, name, args)
+        alone = not info.runs_model or spec.aligned or spec.ep > 1
         ranks = "last" if alone else spec.ranks
         wishes[name] = Wish(ranks, held, bool(spec.window))
     return placements(wishes, stages, spare)
@@ -108,7 +108,7 @@ def teacher_costs(
     for name, info in infos.items():
         size, share = _size(recipe, name, args), _share(recipe, name, shares)
         sequence = args.seq_length * info.hidden_size * size
-        body = info.parameters - 2 * info.vocab_rows * info.hidden_size
+        body = info.active_parameters - 2 * info.vocab_rows * info.hidden_size
         attention = 2 * info.num_layers * info.hidden_size * args.seq_length  # causal
         flops = args.seq_length * (2 * max(body, 0) + attention)
         ratio = flops / forward_flops if forward_flops else UNKNOWN
@@ -121,7 +121,7 @@ def teacher_costs(
             working = MAX_SEQUENCES * sequence * _STATES_OF_A_LAYER
             working += 0 if last else parts[stage] * sequence
             costs[stage] = TeacherCost(
-                weights=cost.weights + info.parameters * size,
+                weights=cost.weights + info.held_parameters(recipe.teachers[name].ep) * size,
                 states=cost.states + (int(kept * states) // context if last else 0),
                 working=max(cost.working, working),
                 flops=cost.flops + parts[stage] * flops,

@@ -104,6 +104,8 @@ class TeacherSpec:
         align: ``none``, it has the student's tokenizer; or ``chunks``: it has one of its own, and
             both are compared by how likely they find the same pieces of text (ALM).
         server: how a ``server`` is asked.
+        ep: ranks of the last stage that hold the experts of a ``megatron`` teacher together, each
+            its part of them; 1 = every rank holds all. Apart from the student's own.
     """
 
     source: str = field(metadata={"remedy": "write source: megatron:/dir or source: hf:/dir"})
@@ -118,6 +120,7 @@ class TeacherSpec:
     trusted: list[str] = field(default_factory=list)
     align: str = field(default="none", metadata={"choices": TEACHER_ALIGN})
     server: ServerSpec = field(default_factory=ServerSpec)
+    ep: int = 1
 
     @property
     def aligned(self) -> bool:

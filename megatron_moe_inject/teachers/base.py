@@ -10,7 +10,9 @@ Shapes: n sequences, s sequence length, h_t teacher hidden, v vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -72,6 +74,14 @@ class Teacher(Protocol):
         """
         ...
 
+    def passes(self, own: int) -> AbstractContextManager[None]:
+        """Stands around ``own`` calls of ``states``, on each rank that holds the teacher, also of
+        none. One whose experts lie on several ranks makes as many of each (``expert_parallel``).
+
+        Collectives: none, but for such a teacher.
+        """
+        return contextlib.nullcontext()
+
     def head_weight(self, start: int, stop: int) -> torch.Tensor:
         """Rows ``[start, stop)`` of the head, ``[stop - start, h_t]``.
 
@@ -102,6 +112,21 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class RoutedExperts:
+    """The routed experts of a teacher.
+
+    Attributes:
+        number: of each layer that has some.
+        topk: of them, how many each token passes.
+        parameters: of all together.
+    """
+
+    number: int
+    topk: int
+    parameters: int
+
+
+@dataclass(frozen=True)
 class TeacherInfo:
     """What is known about a teacher before it is loaded.
 
@@ -125,6 +150,7 @@ class TeacherInfo:
         prefix_told: one clause that says where they are from.
         aligned: whether it has a tokenizer of its own, and texts are aligned.
         config: sizes and switches of the architecture, for a report.
+        experts: its routed experts; None of a dense model.
     """
 
     name: str
@@ -145,6 +171,20 @@ class TeacherInfo:
     prefix: tuple[int, ...] = ()
     prefix_told: str = ""
     aligned: bool = False
+    experts: RoutedExperts | None = None
+
+    def held_parameters(self, ep: int) -> int:
+        """Parameters that a rank holds, where the experts lie on so many."""
+        routed = 0 if self.experts is None else self.experts.parameters
+        return self.parameters - routed + routed // ep
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that a token passes."""
+        if self.experts is None:
+            return self.parameters
+        passed = self.experts.parameters * self.experts.topk // self.experts.number
+        return self.parameters - self.experts.parameters + passed
 
     @property
     def runs_model(self) -> bool:

@@ -104,19 +104,22 @@ def document_forward(
     Returns:
         As of ``forward.shared_forward``.
 
-    Collectives: one all-gather over ``group`` for each of the returned tensors, of as many tokens
+    Collectives: those of ``Teacher.passes``, also where k is 0; one all-gather over ``group`` for
+    each of the returned tensors, of as many tokens
     as the fullest rank has; none if the group has one rank or k is 0.
     """
     count, length = tokens.shape
     empty = teacher.head_weight(0, 0).new_empty(0, teacher.hidden_size)
     if count == 0:
-        return [empty.view(0, length, teacher.hidden_size)] * (1 + len(layers))
+        with teacher.passes(0):
+            return [empty.view(0, length, teacher.hidden_size)] * (1 + len(layers))
     size, rank = (1, 0) if group is None else (group.size(), group.rank())
     shares = plan_rows(lengths, size, max_sequences * length)
     flat = tokens.flatten()
     parts = [[empty] * (1 + len(layers))]
-    for rows in shares[rank]:
-        parts.append(_in_pass(teacher, rows, flat[_places(rows, flat.device)], layers))
+    with teacher.passes(len(shares[rank])):
+        for rows in shares[rank]:
+            parts.append(_in_pass(teacher, rows, flat[_places(rows, flat.device)], layers))
     whole = [torch.cat(layer_parts) for layer_parts in zip(*parts, strict=True)]
     return [states.view(count, length, -1) for states in _gathered(whole, shares, group)]
 

@@ -11,7 +11,7 @@ from megatron_moe_inject.recipe.feature import Feature
 from megatron_moe_inject.recipe.fields import check_choice, check_temperature
 from megatron_moe_inject.recipe.run_kinds import EVALUATION, INJECTION
 from megatron_moe_inject.recipe.schedule import ever_positive
-from megatron_moe_inject.recipe.schema import Recipe
+from megatron_moe_inject.recipe.schema import Recipe, TeacherSpec
 from megatron_moe_inject.teachers import uses
 from megatron_moe_inject.teachers.placement import needless
 from megatron_moe_inject.teachers.sources import SOURCES, examples
@@ -49,6 +49,8 @@ class Teachers(Feature):
                     f"{path}.fp8", spec.fp8, f"is not for a teacher of {spec.kind}, {spec.dtype}",
                     "FP8 is for megatron: teachers with dtype params or bf16; write none",
                 )  # fmt: skip
+            if spec.ep != 1:
+                _check_ep(f"{path}.ep", spec)
             _check_prefix(f"{path}.prefix", spec.prefix)
             for key, kinds in _OF_KINDS.items():
                 if spec.kind not in kinds and getattr(spec, key) != getattr(usual, key):
@@ -98,6 +100,22 @@ class Teachers(Feature):
         from megatron_moe_inject.teachers.part import TeachersPart
 
         return TeachersPart(run)
+
+
+def _check_ep(path: str, spec: TeacherSpec) -> None:
+    """What goes with experts on several ranks: the last stage runs the whole step at once."""
+    if spec.ep < 1:
+        raise fail(path, spec.ep, "is no number of ranks", "write 1 or more")
+    for there, problem, remedy in (
+        (not SOURCES[spec.kind].takes_ep, f"is not for a teacher of {spec.kind}",
+         "moe-inject import-hf makes a megatron: checkpoint of a folder; or remove it"),
+        (spec.aligned, "does not go with align", "remove one of them"),
+        (spec.window, "does not go with window, whose passes are of one rank's samples",
+         "remove one of them"),
+        (spec.ranks == "pipeline", "does not go with ranks: pipeline", "write ranks: last"),
+    ):  # fmt: skip
+        if there:
+            raise fail(path, spec.ep, problem, remedy)
 
 
 def _check_prefix(path: str, prefix: str | list[int]) -> None:

@@ -18,6 +18,7 @@ from megatron_moe_inject.host.labels import PREFERENCE
 from megatron_moe_inject.host.megatron_types import Chunk, Groups
 from megatron_moe_inject.recipe.schema import Recipe
 from megatron_moe_inject.teachers.base import Teacher, TeacherInfo
+from megatron_moe_inject.teachers.expert_parallel import ExpertRanks, check_experts
 from megatron_moe_inject.teachers.loading import (
     StudentTokenizer,
     check_teacher,
@@ -53,6 +54,7 @@ def checked_teachers(recipe: Recipe, args: Namespace) -> dict[str, TeacherInfo]:
             name, spec.source, student_tokenizer=tokenizer, prefix=spec.prefix
         )
     check_fit(recipe, infos, args.seq_length)
+    check_experts(recipe, infos, args)
     return infos
 
 
@@ -142,13 +144,15 @@ def loaded_teacher(
     args: Namespace,
     params_dtype: torch.dtype,
     device: torch.device,
+    experts: ExpertRanks | None = None,
 ) -> Teacher:
-    """Load a teacher on this rank; no collective.
+    """Load a teacher on this rank; no collective, but those of ``load_teacher`` with ``experts``.
 
     Args:
         info: of ``checked_teachers``.
         params_dtype: type of the student's parameters.
         device: where they are.
+        experts: the ranks that hold its experts together.
 
     Raises:
         RecipeError: it cannot be loaded.
@@ -162,6 +166,7 @@ def loaded_teacher(
         resets_documents=reads_masks(args),
         fp8=spec.fp8,
         prefix=info.prefix,
+        experts=experts,
     )
 
 
@@ -181,20 +186,23 @@ def teacher_pass(
     valid_vocab_size: int,
     layers_of: Callable[[Teacher], Sequence[int]] = lambda teacher: (),
     pipeline: Pipeline | None = None,
+    experts: ExpertRanks | None = None,
 ) -> TeacherPass:
-    """Load a teacher beside the student's chunk with the output layer; no collective.
+    """Load a teacher beside the student's chunk with the output layer; no collective, but those of
+    ``load_teacher`` with ``experts``.
 
     Args:
         info: of ``checked_teachers``.
         layers_of: the teacher's layers whose states are wanted besides.
         pipeline: where all stages run it.
+        experts: the ranks that hold its experts together.
 
     Raises:
         RecipeError: it cannot be loaded, or knows fewer tokens than the student's tokenizer.
     """
     name, spec = info.name, recipe.teachers[info.name]
     head_weight = chunk.shared_embedding_or_output_weight()  # for its type, place and rows
-    teacher = loaded_teacher(recipe, info, args, head_weight.dtype, head_weight.device)
+    teacher = loaded_teacher(recipe, info, args, head_weight.dtype, head_weight.device, experts)
     if teacher.vocab_size < valid_vocab_size and not info.shared.by_token:
         raise RecipeError(
             f"teachers.{name}.source: {spec.source} knows {teacher.vocab_size} tokens, but the "

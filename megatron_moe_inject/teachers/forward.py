@@ -50,8 +50,9 @@ def shared_forward(
         Pre-head states, then those after each of ``layers``, in the teacher's dtype, without a
         graph, in the order of ``tokens``.
 
-    Collectives: one all-gather of ``q * s * h_t`` values per rank over ``group`` for each of the
-    returned tensors; none if the group has one rank or n is 0.
+    Collectives: those of ``Teacher.passes``, also where n is 0; one all-gather of ``q * s * h_t``
+    values per rank over ``group`` for each of the returned tensors, none if the group has one rank
+    or n is 0.
     """
     assert max_sequences > 0, max_sequences
     count, length = tokens.shape
@@ -83,14 +84,15 @@ def _in_passes(
     size: int,
 ) -> list[list[torch.Tensor]]:
     """States of the sequences ``[first, last)`` by pass, ``size`` of them at a time."""
-    parts = []
-    for start in range(first, last, size):
-        part = slice(start, min(start + size, last))
-        positions = None if position_ids is None else position_ids[part]
-        mask = attention_mask
-        if mask is not None and mask.shape[0] == len(tokens):
-            mask = mask[part]
-        parts.append(teacher.states(tokens[part], positions, mask, layers))
+    parts, starts = [], range(first, last, size)
+    with teacher.passes(len(starts)):
+        for start in starts:
+            part = slice(start, min(start + size, last))
+            positions = None if position_ids is None else position_ids[part]
+            mask = attention_mask
+            if mask is not None and mask.shape[0] == len(tokens):
+                mask = mask[part]
+            parts.append(teacher.states(tokens[part], positions, mask, layers))
     return parts
 
 

@@ -38,11 +38,17 @@ def fp8_context(
         fp8: ``TeacherSpec.fp8``.
 
     Raises:
-        RecipeError: no Transformer Engine, no GPU with FP8, or widths that FP8 cannot multiply.
+        RecipeError: no Transformer Engine, no GPU with FP8, widths that FP8 cannot multiply, or
+            routed experts, whose numbers of tokens it cannot multiply.
     """
     if fp8 == "none":
         return contextlib.nullcontext
     key = f"teachers.{source.name}.fp8"
+    if megatron_args.number_of_experts(saved):
+        raise fail(
+            key, fp8, f"does not run {source.text}, which has experts: each gets any number of "
+            "tokens, and FP8 multiplies by 16", "write none",
+        )  # fmt: skip
     try:
         import transformer_engine.pytorch as te
         from transformer_engine.common import recipe

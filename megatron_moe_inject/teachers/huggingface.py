@@ -15,7 +15,7 @@ import importlib.util
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,13 @@ from megatron_moe_inject.host.files import is_plain_name
 from megatron_moe_inject.host.rng import untouched_rng
 from megatron_moe_inject.losses.spec import LogitTransform
 from megatron_moe_inject.teachers import vocabulary
-from megatron_moe_inject.teachers.base import Source, Teacher, TeacherInfo, padded_rows
+from megatron_moe_inject.teachers.base import (
+    RoutedExperts,
+    Source,
+    Teacher,
+    TeacherInfo,
+    padded_rows,
+)
 from megatron_moe_inject.teachers.prefix import resolved_prefix
 from megatron_moe_inject.teachers.sources import Folder, SourceKind
 
@@ -43,6 +49,8 @@ _INDEX = "model.safetensors.index.json"
 _READ_BESIDE = ("*.json", "*.model", "*.txt")
 # Config entries that scale the logits, with the power of the value that multiplies them.
 _LOGIT_SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""Config entries that say how many routed experts a layer has."""
 _SOFTCAP = "final_logit_softcapping"
 _PLAIN_LOGITS = "use a teacher whose logits are head @ hidden, scaled or soft-capped"
 _PROBE_LOGIT = 256.0
@@ -154,7 +162,15 @@ def check(
         trained_positions=positions if rotary else None,
         prefix=front,
         prefix_told=prefix_origin,
+        experts=_routed(text, shapes),
     )
+
+
+def _routed(text: Any, shapes: Mapping[str, tuple[int, ...]]) -> RoutedExperts | None:
+    number = next((n for n in (getattr(text, name, None) for name in _EXPERTS) if n), 0)
+    size = sum(math.prod(shape) for key, shape in shapes.items() if ".experts." in key)
+    topk = getattr(text, "num_experts_per_tok", None)
+    return RoutedExperts(number, topk, size) if number and topk and size else None
 
 
 def load(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from megatron_moe_inject.teachers.base import Teacher, TeacherInfo
+from megatron_moe_inject.teachers.expert_parallel import ExpertRanks
 from megatron_moe_inject.teachers.fp8 import LENGTH_MULTIPLE as FP8_LENGTH
 from megatron_moe_inject.teachers.prefix import PrefixedTeacher
 from megatron_moe_inject.teachers.sources import SOURCES, parse_source
@@ -67,6 +68,7 @@ def load_teacher(
     resets_documents: bool = False,
     fp8: str = "none",
     prefix: Sequence[int] = (),
+    experts: ExpertRanks | None = None,
 ) -> Teacher:
     """Load a whole teacher on this rank, outside every module of the student.
 
@@ -79,13 +81,15 @@ def load_teacher(
             document; not every Hugging Face architecture takes them.
         fp8: ``TeacherSpec.fp8``, for ``megatron:`` teachers.
         prefix: ids that it reads in front of every text, ``TeacherInfo.prefix``.
+        experts: the ranks that hold its experts together, for ``megatron:`` teachers; None holds
+            all here.
 
     Raises:
         RecipeError: it cannot be read, does not hold every weight, cannot take what
             ``resets_documents`` promises, or its logits are more than ``head @ hidden``.
 
-    No collective: any subset of ranks may call it. Random number generators (torch's and
-    Megatron's tracker) are as before.
+    No collective without ``experts``: any subset of ranks may call it. Random number generators
+    (torch's and Megatron's tracker) are as before.
     """
     parsed = parse_source(name, source)
     load = SOURCES[parsed.kind].load
@@ -96,6 +100,7 @@ def load_teacher(
         device=torch.device(device),
         resets_documents=resets_documents,
         fp8=fp8,
+        **({} if experts is None else {"experts": experts}),
     )
     if not prefix:
         return teacher

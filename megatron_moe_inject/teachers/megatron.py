@@ -1,7 +1,8 @@
-"""A dense GPT or hybrid model from a Megatron ``torch_dist`` checkpoint as a teacher.
+"""A GPT or hybrid model from a Megatron ``torch_dist`` checkpoint as a teacher.
 
 ``megatron_model`` builds it whole on this rank, of groups that hold this rank alone, so that only
-the ranks that want a teacher load one, inside a job of any layout.
+the ranks that want a teacher load one, inside a job of any layout. Of a mixture of experts each of
+several ranks may hold some (``expert_parallel``).
 
 Every parameter is NaN before the checkpoint is read and must be finite afterwards, and the
 checkpoint may hold no model tensor that the built model does not have: a teacher is either the
@@ -17,7 +18,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ import torch
 
 from megatron_moe_inject.host import compat
 from megatron_moe_inject.host.errors import (
+    RecipeError,
     listing,
 )
 from megatron_moe_inject.host.hybrid_seam import takes_output_processor
@@ -38,14 +41,22 @@ from megatron_moe_inject.host.stored_adapters import refuse_adapters
 from megatron_moe_inject.host.torch_dist import Piece, TorchDistCheckpoint, iteration_folder
 from megatron_moe_inject.losses.spec import LogitTransform
 from megatron_moe_inject.teachers import megatron_args, vocabulary
-from megatron_moe_inject.teachers.base import Source, Teacher, TeacherInfo, padded_rows
-from megatron_moe_inject.teachers.fp8 import fp8_context
+from megatron_moe_inject.teachers.base import (
+    RoutedExperts,
+    Source,
+    Teacher,
+    TeacherInfo,
+    padded_rows,
+)
+from megatron_moe_inject.teachers.expert_parallel import ExpertRanks
+from megatron_moe_inject.teachers.fp8 import LENGTH_MULTIPLE, fp8_context
 from megatron_moe_inject.teachers.megatron_model import build, sharded_state_dict
 from megatron_moe_inject.teachers.prefix import resolved_prefix
 from megatron_moe_inject.teachers.sources import SourceKind
 
 EMBEDDING = "embedding.word_embeddings.weight"
 
+_ONE_EXPERT = re.compile(r"(.*\.experts\.experts\.)\d+(\..*)")
 _KEY_LAYOUTS: tuple[dict[str, bool], ...] = (
     {},
     {"non_homogeneous_layers": True},
@@ -61,6 +72,7 @@ class MegatronTeacher(Teacher):
         model: the loaded model.
         vocab_size: number of ids in use.
         precision: makes the context that its layers run in.
+        experts: the ranks that hold its experts together; None holds all here.
     """
 
     def __init__(
@@ -69,8 +81,10 @@ class MegatronTeacher(Teacher):
         model: Chunk,
         vocab_size: int,
         precision: Callable[[], AbstractContextManager] = contextlib.nullcontext,
+        experts: ExpertRanks | None = None,
     ) -> None:
         self.name = name
+        self._experts = experts
         self._precision = precision
         self.hidden_size = model.config.hidden_size
         self.num_layers = len(model.decoder.layers)
@@ -117,6 +131,15 @@ class MegatronTeacher(Teacher):
         finally:
             for handle in handles:
                 handle.remove()
+
+    @contextlib.contextmanager
+    def passes(self, own: int) -> Iterator[None]:
+        """See ``base.Teacher``. Where other ranks run more, passes of a few tokens follow."""
+        most = own if self._experts is None else self._experts.most(own)
+        yield
+        tokens = torch.zeros(1, LENGTH_MULTIPLE, dtype=torch.int64, device=self._head.device)
+        for _ in range(most - own):
+            self.states(tokens)
 
     def head_weight(self, start: int, stop: int) -> torch.Tensor:
         """See ``base.Teacher``."""
@@ -170,6 +193,7 @@ def check(
         trained_positions=positions if rotary else None,
         prefix=front,
         prefix_told=prefix_origin,
+        experts=_routed(checkpoint),
     )
 
 
@@ -180,11 +204,35 @@ def load(
     device: torch.device,
     resets_documents: bool,
     fp8: str = "none",
+    experts: ExpertRanks | None = None,
 ) -> MegatronTeacher:
     """Build the checkpoint's model on ``device`` and fill it; see ``teachers.load_teacher``.
 
     Positions and masks are Megatron's own, which layers with a state do not look at.
+
+    Collectives: with ``experts`` that of ``ExpertRanks.agree_loaded``.
     """
+    if experts is None:
+        return _loaded(source, params_dtype, device, resets_documents, fp8, None)
+    teacher, error = None, None
+    try:
+        teacher = _loaded(source, params_dtype, device, resets_documents, fp8, experts)
+    except RecipeError as failure:
+        error = failure
+    experts.agree_loaded(error)
+    assert teacher is not None, "what failed was raised"
+    return teacher
+
+
+def _loaded(
+    source: Source,
+    params_dtype: torch.dtype,
+    device: torch.device,
+    resets_documents: bool,
+    fp8: str,
+    experts: ExpertRanks | None,
+) -> MegatronTeacher:
+    """The teacher; no collective."""
     checkpoint = _opened(source)
     precision = fp8_context(source, checkpoint.args, fp8, device)
     megatron_args.refuse_unsupported(source, checkpoint.args)
@@ -194,11 +242,14 @@ def load(
     on_gpu = device.type == "cuda"
     context = torch.cuda.device(device) if on_gpu else contextlib.nullcontext()
     with untouched_rng(device), context:
-        model = build(source, checkpoint.args, rows, params_dtype, on_gpu)
+        group = None if experts is None else experts.group
+        model = build(source, checkpoint.args, rows, params_dtype, on_gpu, group)
         model.to(device=device, dtype=params_dtype).eval().requires_grad_(False)
+        for _, bias in _expert_biases(model):
+            bias.data = bias.data.float()  # as routers keep it, whatever the parameters are
         _fill(checkpoint, model)
     size = _vocabulary(source, checkpoint, rows).size or rows
-    return MegatronTeacher(source.name, model, size, precision)
+    return MegatronTeacher(source.name, model, size, precision, experts)
 
 
 def _opened(source: Source) -> TorchDistCheckpoint:
@@ -222,13 +273,21 @@ def _rows(checkpoint: TorchDistCheckpoint) -> int:
             f"holds no {EMBEDDING} but {listing(tensors, 4) or 'no model at all'}",
             "use a checkpoint of a GPT or hybrid model that Megatron's training loop saved",
         )
-    experts = [key for key in tensors if ".experts." in key]
-    if experts:
-        raise checkpoint.source.error(
-            f"is a mixture of experts (it holds {experts[0]})",
-            megatron_args.NO_EXPERTS,
-        )
     return tensors[EMBEDDING].size[0]
+
+
+def _routed(checkpoint: TorchDistCheckpoint) -> RoutedExperts | None:
+    number = megatron_args.number_of_experts(checkpoint.args)
+    if not number:
+        return None
+    tensors = checkpoint.tensors.items()
+    sizes = [t.size.numel() for key, t in tensors if ".experts." in key and _is_own(key)]
+    return RoutedExperts(number, checkpoint.args.moe_router_topk, sum(sizes))
+
+
+def _expert_biases(model: Chunk) -> list[tuple[str, torch.Tensor]]:
+    """What routers add to scores before they choose, by name."""
+    return [(name, b) for name, b in model.named_buffers() if name.endswith(".expert_bias")]
 
 
 def _vocabulary(
@@ -252,9 +311,10 @@ def tokenizer_files(source: Source) -> Path | None:
 def _fill(checkpoint: TorchDistCheckpoint, model: Chunk) -> None:
     """Read every parameter of ``model`` from the checkpoint and prove that it was read."""
     source = checkpoint.source
+    values = [*model.named_parameters(), *_expert_biases(model)]
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(float("nan"))
+        for _, value in values:
+            value.fill_(float("nan"))
     stored = {key: tuple(t.size) for key, t in checkpoint.tensors.items() if _is_own(key)}
     pieces = [
         piece._replace(key=stored_name(piece.key, stored))
@@ -262,13 +322,14 @@ def _fill(checkpoint: TorchDistCheckpoint, model: Chunk) -> None:
     ]
     wanted = {piece.key: tuple(piece.global_shape) for piece in pieces}
     missing = sorted(wanted.keys() - stored.keys())
-    unexpected = sorted(n for n in stored if n not in wanted and other_name(n) not in wanted)
+    known = {*wanted, *_of_other_ranks(checkpoint, wanted)}
+    unexpected = sorted(n for n in stored if n not in known and other_name(n) not in known)
     if missing or unexpected:
         parts = [f"lacks {listing(missing, 4)}"] if missing else []
         parts += [f"holds {listing(unexpected, 4)} besides"] if unexpected else []
         raise source.error(
             f"does not hold the model that its arguments describe: it {' and '.join(parts)}",
-            "use a checkpoint of a stock dense GPT or hybrid model",
+            "use a checkpoint of a stock GPT or hybrid model",
         )
     for key, shape in wanted.items():
         if stored[key] != shape:
@@ -278,12 +339,19 @@ def _fill(checkpoint: TorchDistCheckpoint, model: Chunk) -> None:
                 "its arguments do not belong to its weights",
             )
     checkpoint.read(pieces)
-    bad = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
+    bad = [name for name, value in values if not torch.isfinite(value).all()]
     if bad:
         raise source.error(
             f"leaves weights missing or not finite: {listing(bad, 4)}",
             "the checkpoint is damaged or its training diverged; name another iteration",
         )
+
+
+def _of_other_ranks(checkpoint: TorchDistCheckpoint, wanted: Iterable[str]) -> list[str]:
+    """Names of experts that other ranks hold, where each expert is stored by itself."""
+    number = megatron_args.number_of_experts(checkpoint.args)
+    parts = (_ONE_EXPERT.fullmatch(name) for name in wanted)
+    return [f"{part[1]}{expert}{part[2]}" for part in parts if part for expert in range(number)]
 
 
 def _best_pieces(
@@ -313,12 +381,13 @@ def _pieces(model: Chunk, layout: dict[str, Any]) -> list[Piece]:
 
 
 def source_kind() -> SourceKind:
-    """``megatron:/dir``: a ``torch_dist`` checkpoint of a dense GPT or hybrid model."""
+    """``megatron:/dir``: a ``torch_dist`` checkpoint of a GPT or hybrid model."""
     return SourceKind(
         "megatron:/dir",
         check,
         load,
         folder=iteration_folder,
         takes_fp8=True,
+        takes_ep=True,
         tokenizer=tokenizer_files,
     )

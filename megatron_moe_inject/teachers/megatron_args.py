@@ -1,10 +1,11 @@
-"""A dense model's architecture, from the arguments stored in its checkpoint.
+"""A model's architecture, from the arguments stored in its checkpoint.
 
 Megatron's own translation from arguments to a config is used, so a flag that shapes the model
 means here what it meant when the teacher was trained. What only says how a run was executed
 (parallel layout, recomputation, low precision, fusions, dropout, CUDA graphs) is set to its
 neutral value: unknown flags are kept rather than dropped, because dropping one that shapes the
-model would change the teacher silently.
+model would change the teacher silently. So it is with routers: losses on them, noise, limits of
+capacity and padding are left out, and every token passes the experts that its scores choose.
 """
 
 from __future__ import annotations
@@ -32,7 +33,31 @@ _EXECUTION_PREFIXES = (
     "fp8",
     "fused_",
     "inference_",
-    "moe_",
+    "moe_aux_",
+    "moe_deepep_",
+    "moe_enable_",
+    "moe_expert_",
+    "moe_flex_",
+    "moe_grouped_",
+    "moe_hybridep_",
+    "moe_input_jitter_",
+    "moe_layer_recompute",
+    "moe_ncclep_",
+    "moe_pad_",
+    "moe_paged_",
+    "moe_per_layer_",
+    "moe_permute_",
+    "moe_router_bias_update_",
+    "moe_router_force_",
+    "moe_router_fusion",
+    "moe_router_load_",
+    "moe_router_padding_",
+    "moe_router_quantile_",
+    "moe_shared_expert_overlap",
+    "moe_single_",
+    "moe_token_",
+    "moe_use_legacy_",
+    "moe_z_",
     "mtp_",
     "offload_",
     "recompute_",
@@ -77,27 +102,29 @@ _EXECUTION_FIELDS = (
 class _Refusal:
     argument: str
     what: str
-    remedy: str = "use a dense GPT or hybrid checkpoint"
+    remedy: str = "use another GPT or hybrid checkpoint"
 
 
-NO_EXPERTS = "MoE teachers are not supported yet; name a dense GPT or hybrid checkpoint"
 _REFUSALS = (
-    _Refusal("num_experts", "is a mixture of experts", NO_EXPERTS),
+    _Refusal(
+        "moe_router_topk_limited_devices",
+        "routes by the ranks that its experts lay on",
+        "write its --moe-router-num-groups and --moe-router-group-topk into its checkpoint",
+    ),
     _Refusal("heterogeneous_layers_config_path", "has layers of different architectures"),
     _Refusal("heterogeneous_layers_config_encoded_json", "has layers of different architectures"),
     _Refusal("experimental_attention_variant", "uses an experimental attention"),
     _Refusal("yaml_cfg", "was configured by --yaml-cfg, which keeps no flags"),
 )
+_BY_ALL_TOKENS = ("quantile_balancing", "sinkhorn")
+"""Values of ``--moe-router-load-balancing-type``."""
 _CUSTOM_SPEC = _Refusal("spec", "was built from a custom --spec")
 _BY_RATIO = _Refusal(
     "is_hybrid_model",
     "is a hybrid model without a pattern of layers",
     "load it with the Megatron that wrote it and --hybrid-layer-pattern, and save it again",
 )
-_OF_HYBRID = (
-    (EXPERTS, _Refusal("hybrid_layer_pattern", "is a mixture of experts", NO_EXPERTS)),
-    ("D", _Refusal("hybrid_layer_pattern", "uses an experimental attention")),
-)
+_OF_HYBRID = (("D", _Refusal("hybrid_layer_pattern", "uses an experimental attention")),)
 """Refused layers of a pattern, by their symbols."""
 _STACK_SPECS = [
     [f"megatron.core.models.{module}", name]
@@ -126,6 +153,13 @@ def refuse_unsupported(source: Source, args: Namespace) -> None:
         if value:
             where = f"its argument {refusal.argument} is {value!r:.60}"
             raise source.error(f"{refusal.what} ({where})", refusal.remedy)
+    balancing = getattr(args, "moe_router_load_balancing_type", None)
+    kinds = [balancing] if isinstance(balancing, str) else (balancing or [])
+    for kind in sorted(set(kinds) & set(_BY_ALL_TOKENS)):
+        raise source.error(
+            f"has routers of type {kind}, which assign all tokens of a batch together",
+            "use a teacher whose routers read each token by itself",
+        )
     positions = getattr(args, "position_embedding_type", "learned_absolute")
     if positions not in POSITIONS:
         raise source.error(
@@ -176,12 +210,13 @@ def _neutral_fields() -> dict[str, Any]:
 
 
 def teacher_arguments(
-    saved: Namespace, *, params_dtype: torch.dtype, on_gpu: bool, use_te: bool
+    saved: Namespace, *, params_dtype: torch.dtype, on_gpu: bool, use_te: bool, ep: int = 1
 ) -> Namespace:
-    """Arguments that build the saved model whole on one rank, for evaluation.
+    """Arguments that build the saved model on one rank, for evaluation.
 
     Args:
         saved: arguments stored in the checkpoint.
+        ep: ranks that hold its experts together.
         params_dtype: type of parameters and activations.
         on_gpu: keep the fusions that the teacher was trained with.
         use_te: build with Transformer Engine layers.
@@ -205,6 +240,11 @@ def teacher_arguments(
     args.bias_gelu_fusion = on_gpu and args.bias_gelu_fusion
     args.apply_rope_fusion = use_te and args.apply_rope_fusion
     args.masked_softmax_fusion = False
+    args.expert_model_parallel_size, args.expert_tensor_parallel_size = ep, 1
+    # The other dispatchers want as many tokens on every rank, or kernels of their own.
+    args.moe_token_dispatcher_type = "alltoall"
+    args.moe_router_load_balancing_type = "none"
+    args.moe_grouped_gemm = use_te and bool(number_of_experts(saved))
     args.no_persist_layer_norm = True
     args.memory_efficient_layer_norm = False
     args.cp_comm_type = ["p2p"]
@@ -223,6 +263,14 @@ def number_of_layers(args: Namespace) -> int:
     """Layers of the decoder; of a hybrid model one for each symbol of its pattern."""
     pattern = pattern_of(args)
     return args.num_layers if pattern is None else pattern.num_layers
+
+
+def number_of_experts(args: Namespace) -> int:
+    """Routed experts of each layer that has some; 0 of a dense model."""
+    pattern = pattern_of(args)
+    if pattern is not None and not pattern.where(EXPERTS):
+        return 0
+    return getattr(args, "num_experts", None) or 0
 
 
 def low_precision_widths(args: Namespace) -> dict[str, int]:
@@ -262,6 +310,7 @@ def describe(args: Namespace) -> dict[str, Any]:
         "ffn": args.ffn_hidden_size,
         "heads": args.num_attention_heads,
         "kv_groups": args.num_query_groups if grouped else args.num_attention_heads,
+        **_experts(args),
         "activation": activation,
         "normalization": getattr(args, "normalization", "LayerNorm"),
         "positions": getattr(args, "position_embedding_type", "learned_absolute"),
@@ -269,4 +318,17 @@ def describe(args: Namespace) -> dict[str, Any]:
         "qkv_bias": getattr(args, "add_qkv_bias", False),
         "qk_layernorm": getattr(args, "qk_layernorm", False),
         "tied_embeddings": not getattr(args, "untie_embeddings_and_output_weights", False),
+    }
+
+
+def _experts(args: Namespace) -> dict[str, Any]:
+    number = number_of_experts(args)
+    if not number:
+        return {}
+    shared = getattr(args, "moe_shared_expert_intermediate_size", None)
+    return {
+        "experts": number,
+        "topk": args.moe_router_topk,
+        "expert_ffn": args.moe_ffn_hidden_size or args.ffn_hidden_size,
+        **({} if shared is None else {"shared_experts_ffn": shared}),
     }

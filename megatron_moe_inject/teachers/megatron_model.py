@@ -1,10 +1,10 @@
 """The model of a ``megatron:`` teacher, built from the arguments stored in its checkpoint.
 
 It is Megatron's ``GPTModel`` with the teacher's own sizes, or its ``HybridModel`` with the layers
-of the pattern as one pipeline stage, whole on this rank. Its process groups are bare groups of one
-rank without a backend: they answer ``rank()`` and ``size()``, need nobody else to exist, and raise
-if anything tried to communicate through them. So only the ranks that want a teacher build one,
-inside a job of any layout.
+of the pattern as one pipeline stage, whole on this rank but for experts that lie on several. Its
+other process groups are bare groups of one rank without a backend: they answer ``rank()`` and
+``size()``, need nobody else to exist, and raise if anything tried to communicate through them. So
+only the ranks that want a teacher build one, inside a job of any layout.
 """
 
 from __future__ import annotations
@@ -31,7 +31,12 @@ _ATTENTION_SWITCHES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"
 
 
 def build(
-    source: Source, saved: Namespace, rows: int, params_dtype: torch.dtype, on_gpu: bool
+    source: Source,
+    saved: Namespace,
+    rows: int,
+    params_dtype: torch.dtype,
+    on_gpu: bool,
+    experts: torch.distributed.ProcessGroup | None = None,
 ) -> Chunk:
     """The saved model with ``rows`` rows of vocabulary, its values not yet those of the checkpoint.
 
@@ -39,6 +44,7 @@ def build(
         saved: arguments stored in the checkpoint.
         params_dtype: type of parameters and activations.
         on_gpu: with Transformer Engine where it is there.
+        experts: the ranks that hold its experts together; None holds all here.
 
     Raises:
         RecipeError: the installed packages cannot build it.
@@ -55,7 +61,11 @@ def build(
             "install Transformer Engine and run on a GPU, or use another teacher",
         )
     args = megatron_args.teacher_arguments(
-        saved, params_dtype=params_dtype, on_gpu=on_gpu, use_te=use_te
+        saved,
+        params_dtype=params_dtype,
+        on_gpu=on_gpu,
+        use_te=use_te,
+        ep=1 if experts is None else experts.size(),
     )
     pattern = pattern_of(args)
     if pattern is not None and not use_te:
@@ -71,7 +81,7 @@ def build(
             "rotary_percent": args.rotary_percent,
             "rotary_base": args.rotary_base,
             "seq_len_interpolation_factor": args.rotary_seq_len_interpolation_factor,
-            "pg_collection": _groups_of_one(),
+            "pg_collection": _groups_of_one(experts),
         }
         with _own_attention_switches():
             if pattern is None:
@@ -138,6 +148,14 @@ def _check_local_stack(source: Source, pattern: LayerPattern) -> None:
 def _layer_spec(config: Config, use_te: bool) -> Any:
     from megatron.core.models.gpt import gpt_layer_specs
 
+    if config.num_moe_experts:
+        return gpt_layer_specs.get_gpt_decoder_block_spec(
+            config,
+            use_transformer_engine=use_te,
+            normalization=config.normalization,
+            qk_l2_norm=config.qk_l2_norm,
+            pp_rank=0,
+        )
     options: dict[str, Any] = {
         "qk_layernorm": config.qk_layernorm,
         "qk_l2_norm": config.qk_l2_norm,
@@ -151,8 +169,9 @@ def _layer_spec(config: Config, use_te: bool) -> Any:
     return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(**options)
 
 
-def _groups_of_one() -> Groups:
-    """Every process group of Megatron's as a bare group that holds this rank alone.
+def _groups_of_one(experts: torch.distributed.ProcessGroup | None) -> Groups:
+    """Every process group of Megatron's as a bare group that holds this rank alone, but for those
+    of ``experts``.
 
     ``torch.distributed.new_group`` would advance the counter that names later groups on the
     calling ranks only, and those later groups would then never meet.
@@ -165,6 +184,8 @@ def _groups_of_one() -> Groups:
     )
     groups.hcp = [one_rank]
     groups.embd = groups.pos_embd = None
+    if experts is not None:
+        groups.ep = groups.tp_ep = experts
     return groups
 
 

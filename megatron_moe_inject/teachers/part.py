@@ -23,6 +23,7 @@ from megatron_moe_inject.recipe.run_kinds import INJECTION
 from megatron_moe_inject.recipe.run_part import BuiltStudent, RunContext, RunPart
 from megatron_moe_inject.recipe.schema import Recipe
 from megatron_moe_inject.teachers.base import TeacherInfo
+from megatron_moe_inject.teachers.expert_parallel import expert_ranks
 from megatron_moe_inject.teachers.fit import (
     by_domain,
     checked_teachers,
@@ -78,7 +79,7 @@ class TeachersPart(RunPart):
         """Load them on the last stage, or on all.
 
         Collectives: those of ``agree``, of ``_spare``, of ``Pipeline`` where one is run by all
-        stages, and of ``host_twin`` where one has another tokenizer.
+        stages, of ``host_twin`` where one has another tokenizer, and of ``expert_ranks``.
 
         Raises:
             RecipeError: on every rank: one cannot be loaded.
@@ -86,6 +87,9 @@ class TeachersPart(RunPart):
         run, last = self._run, student.last
         pipeline = self._pipeline(student)
         self._host_group = host_twin(student.groups.tp) if self._aligned else None
+        stages = student.groups.pp
+        sizes = [run.recipe.teachers[name].ep for name in self._infos]
+        self._experts = expert_ranks(sizes, stages.rank(), stages.size())
         taught, helpers = agree(
             lambda: (
                 ({}, self._helpers(student, pipeline))
@@ -131,14 +135,15 @@ class TeachersPart(RunPart):
     def _size(self, info: TeacherInfo) -> int:
         """Bytes of its parameters, FP8 copies not counted."""
         spec = self._run.recipe.teachers[info.name]
-        return info.parameters * states_dtype(spec.dtype, self._run.args.params_dtype).itemsize
+        size = states_dtype(spec.dtype, self._run.args.params_dtype).itemsize
+        return info.held_parameters(spec.ep) * size
 
     def _pipeline(self, student: BuiltStudent) -> Pipeline | None:
         """Decide which teachers are run by all stages, which then work together."""
         wishes = {}
         for name, info in self._infos.items():
             spec = self._run.recipe.teachers[name]
-            alone = not info.runs_model or spec.aligned
+            alone = not info.runs_model or spec.aligned or spec.ep > 1
             ranks = "last" if alone else spec.ranks
             wishes[name] = Wish(ranks, self._size(info), bool(spec.window))
         groups, stages = student.groups, student.groups.pp.size()
@@ -192,6 +197,7 @@ class TeachersPart(RunPart):
                 valid_vocab_size=run.valid_vocab_size,
                 layers_of=self._layers_of,
                 pipeline=pipeline if self._placements[name].spread else None,
+                experts=self._experts.get(run.recipe.teachers[name].ep),
             )
         self._reference = passes.get(run.recipe.reference_teacher() or "")
         return by_domain(run.recipe, passes)
@@ -200,7 +206,10 @@ class TeachersPart(RunPart):
 def described(info: TeacherInfo) -> str:
     """What runs, or is read, in a few words."""
     if info.runs_model:
-        return f"{info.kind}: {info.num_layers} layers, hidden {info.hidden_size}"
+        told = f"{info.kind}: {info.num_layers} layers, hidden {info.hidden_size}"
+        if info.experts is None:
+            return told
+        return f"{told}, {info.experts.topk} of {info.experts.number} experts"
     return info.architecture
 
 

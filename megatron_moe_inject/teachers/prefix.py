@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,10 @@ class PrefixedTeacher(Teacher):
         mask[..., ahead:, :ahead] = False
         mask[..., ahead : ahead + length, ahead : ahead + length] = forbidden
         return mask
+
+    def passes(self, own: int) -> AbstractContextManager[None]:
+        """See ``base.Teacher``."""
+        return self.bare.passes(own)
 
     def head_weight(self, start: int, stop: int) -> torch.Tensor:
         """See ``base.Teacher``."""

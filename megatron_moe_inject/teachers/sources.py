@@ -105,6 +105,7 @@ class SourceKind:
         folder: which one is read of the one that is named; ``None`` = itself.
         files: what is read of it, for ``--inject-verify-inputs``; ``None`` = all in it.
         takes_fp8: ``TeacherSpec.fp8`` may be more than ``none``.
+        takes_ep: ``TeacherSpec.ep`` may be more than 1; ``load`` then gets the ranks, ``experts``.
         for_store: of such a kind, if ``moe-inject store-teacher`` can write what it says: of
             recipe, teacher, flags, ids of each token, the longest text and ids of the student.
         in_step: of a kind that runs no model, and has no ``load``: makes what teaches in a step, on
@@ -122,6 +123,7 @@ class SourceKind:
     folder: Callable[[Folder], Path] | None = None
     files: Callable[[Folder], Sequence[Path]] | None = None
     takes_fp8: bool = False
+    takes_ep: bool = False
     tokenizer: Callable[[Source], Path | None] | None = None
     in_step: Callable[[RunContext, TeacherInfo, BuiltStudent], StepTeacher] | None = None
     for_store: Callable[[Recipe, str, Namespace, int, int, int], ToldForStore] | None = None

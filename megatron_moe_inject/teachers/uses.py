@@ -9,6 +9,7 @@ from megatron_moe_inject.host.uses import (
     LAYER,
     MAMBA_LAYER,
     MOE_LAYER,
+    ROUTER,
 )
 
 _CORE = "megatron.core"
@@ -63,6 +64,11 @@ MEGATRON = Contract(
         *symbols(f"{_CORE}.transformer.enums", "AttnBackend", "AttnBackend.auto"),
         *symbols(f"{_CORE}.process_groups_config", "ProcessGroupCollection"),
         *symbols(_SPECS, "HAVE_TE"),
+        Use(
+            f"{_SPECS}.get_gpt_decoder_block_spec",
+            ("normalization", "pp_rank", "qk_l2_norm", "use_transformer_engine"),
+        ),
+        Use(ROUTER, attributes=("expert_bias",)),
         Use(
             f"{_SPECS}.get_gpt_layer_local_spec",
             ("multi_latent_attention", "normalization", "qk_l2_norm", "qk_layernorm"),

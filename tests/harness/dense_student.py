@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
+from megatron_moe_inject.evaluation.evaluation_file import Evaluation, read_evaluation
 from tests.harness import lane
 from tests.harness.injection import recipe_file
 from tests.harness.material import Material, student_flags
@@ -59,3 +61,13 @@ def teach(
     ours = ("--inject-recipe", recipe_file(material, recipe), *start, "--train-iters", "4")
     flags = dense_flags(*material.blend, *ours, *extra, **layout)
     return lane.run(flags, nproc=nproc, check=check, pythonpath=pythonpath)
+
+
+def measure(
+    material: Material, path: Path, *extra: str, recipe: str = RECIPE, nproc: int = 1, **layout: int
+) -> Evaluation:
+    """What a run that only evaluates writes of the dense student and its teacher."""
+    ours = ("--inject-recipe", recipe_file(material, recipe), "--inject-evaluate", str(path))
+    start = ("--load", checkpoint(material), "--skip-train", "--eval-iters", "3")
+    lane.run(dense_flags(*material.blend, *start, *ours, *extra, **layout), nproc=nproc)
+    return read_evaluation(path)

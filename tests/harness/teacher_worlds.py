@@ -18,6 +18,7 @@ from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -28,6 +29,8 @@ from megatron_moe_inject.teachers import (
     StudentTokenizer,
     load_teacher,
 )
+from megatron_moe_inject.teachers.documents import document_forward
+from megatron_moe_inject.teachers.expert_parallel import ExpertRanks
 from megatron_moe_inject.teachers.forward import shared_forward
 
 LAYOUTS = ("tp1", "tp2pp1", "tp1pp2")
@@ -45,7 +48,19 @@ GPT2 = shlex.split(
 )
 # Scales its logits by half, as the width is twice the base; the flag for the scale stays unset.
 MUP = [*LLAMA, "--use-mup", "--mup-base-hidden-size", "16"]
-MOE = [*LLAMA, *shlex.split("--num-experts 2 --moe-router-topk 2")]
+# A dense layer first; experts of a size of their own, shared ones, sigmoids with groups and a bias.
+MOE = [
+    *LLAMA,
+    *shlex.split(
+        "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 24 --moe-layer-freq [0,1,1,1] "
+        "--moe-shared-expert-intermediate-size 40 --moe-router-score-function sigmoid "
+        "--moe-router-enable-expert-bias --moe-router-num-groups 2 --moe-router-group-topk 1 "
+        "--moe-router-load-balancing-type none --moe-token-dispatcher-type alltoall"
+    ),
+]
+"""Of the tests' small sizes, in the manner of DeepSeek-V3."""
+EXPERTS = ("moe-tp1", "moe-ep2", "moe-ep2-one-by-one")
+"""Folders of one mixture of experts, as it was stored from several layouts and in several forms."""
 MAMBA = "--mamba-head-dim 16 --mamba-state-dim 8 --mamba-num-groups 2"
 HYBRID = [*LLAMA, *shlex.split(f"--hybrid-layer-pattern M*M-/*- {MAMBA}")]
 COMMON = shlex.split(
@@ -104,11 +119,11 @@ def run_worlds(folder: Path, seconds: float = 400.0) -> None:
         raise
 
 
-def _layout(tp: int = 1, pp: int = 1) -> None:
+def _layout(tp: int = 1, pp: int = 1, ep: int = 1) -> None:
     from megatron.core import parallel_state, tensor_parallel
 
     parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tp, pp)
+    parallel_state.initialize_model_parallel(tp, pp, expert_model_parallel_size=ep)
     tensor_parallel.model_parallel_cuda_manual_seed(7, force_reset_rng=True)
 
 
@@ -187,6 +202,9 @@ def _randomize(model, seed: int) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+        for name, bias in model.named_buffers():
+            if name.endswith(".expert_bias"):
+                bias.copy_(0.3 * torch.randn(bias.shape, generator=generator))
 
 
 def _stock_logits(model) -> torch.Tensor:
@@ -214,14 +232,17 @@ def write(rank: int, folder: Path) -> dict:
     logits = {}
     originals = {}
     _layout()
-    models = (("llama", LLAMA, 3), ("gpt2", GPT2, 4), ("mup", MUP, 5), ("hybrid", HYBRID, 6))
+    models = (
+        *(("llama", LLAMA, 3), ("gpt2", GPT2, 4), ("mup", MUP, 5), ("hybrid", HYBRID, 6)),
+        ("moe", MOE, 7),
+    )
     for name, flags, seed in models:
         model, args = _model(flags)
         _randomize(model, seed)
         logits[name] = _stock_logits(model)
         originals[name] = folder / f"{name}-tp1" / "iter_0000003"
         _save(_sharded(model), args, originals[name], singleton_local_shards=False)
-    for name in ("llama", "hybrid"):
+    for name in ("llama", "hybrid", "moe"):
         (folder / f"{name}-tp1" / "latest_checkpointed_iteration.txt").write_text("3")
 
     model, args = _model(LLAMA)
@@ -229,8 +250,15 @@ def write(rank: int, folder: Path) -> dict:
     _save(_sharded(model), args, folder / "nan")
     args.num_query_groups = 4
     _save(_sharded(model), args, folder / "wrong-args")
-    moe, args = _model(MOE)
-    _save(_sharded(moe), args, folder / "moe")
+
+    _layout(ep=2)
+    moe, args = _model([*MOE, "--expert-model-parallel-size", "2"])
+    state = dist_checkpointing.load(_sharded(moe), str(originals["moe"]))
+    moe.load_state_dict({k: v for k, v in state.items() if "." in k}, strict=False)
+    _save(_sharded(moe), args, folder / "moe-ep2")
+    alone = {"dp_cp_group": _data_group(), "singleton_local_shards": True}
+    one_by_one = moe.sharded_state_dict(metadata=alone)
+    _save(one_by_one, args, folder / "moe-ep2-one-by-one", singleton_local_shards=True)
 
     for name, flags, tp, pp in (
         ("llama", LLAMA, 2, 1),
@@ -287,6 +315,9 @@ def damage(folder: Path) -> None:
     _edit_metadata(folder / "unexpected", lambda keys: keys.update({"decoder.extra": keys[norm]}))
     head = "output_layer.weight"
     _edit_metadata(folder / "hole", lambda keys: keys[head].chunks.clear())
+    shutil.copytree(folder / "moe-ep2-one-by-one", folder / "lost-expert")
+    expert = "decoder.layers.2.mlp.experts.experts.3.linear_fc2.weight"
+    _edit_metadata(folder / "lost-expert", lambda keys: keys.pop(expert))
     largest = max((folder / "truncated").glob("*.distcp"), key=lambda path: path.stat().st_size)
     os.truncate(largest, largest.stat().st_size // 2)
     for path in (folder / "gone").glob("*.distcp"):
@@ -308,6 +339,8 @@ def read_in_job(rank: int, folder: Path) -> dict:
             name, f"megatron:{folder / name}", params_dtype=torch.float32, device="cpu"
         )
         hidden[name] = teacher.hidden_states(tokens())
+    experts = ExpertRanks(dist.group.WORLD, dist.group.WORLD)
+    of_experts, unequal = _with_experts_on_both(rank, folder, experts)
     facts = {"rng": _untouched(before), "groups": distributed_c10d._world.group_count - groups}
 
     teacher = load_teacher(
@@ -344,7 +377,31 @@ def read_in_job(rank: int, folder: Path) -> dict:
     dist.all_reduce(meeting, group=later)
     facts |= {"meeting": meeting.item(), "training": teacher._model.training}
     facts["trainable"] = sum(p.requires_grad for p in teacher._model.parameters())
+    facts |= {"of_experts": of_experts, "unequal": unequal}
     return facts | {"hidden": hidden, "shared": shared, "one_mask": one_mask, "alone": alone}
+
+
+def _with_experts_on_both(rank: int, folder: Path, experts: ExpertRanks) -> tuple[dict, list]:
+    """States where each rank holds half of the experts, of each folder of ``EXPERTS``, and of
+    samples of which rank 0 has five and rank 1 has none, then the reverse, in passes of two."""
+    states, unequal = {}, []
+    for name in EXPERTS:
+        teacher = load_teacher(
+            name,
+            f"megatron:{folder / name}",
+            params_dtype=torch.float32,
+            device="cpu",
+            experts=experts,
+        )
+        states[name] = teacher.hidden_states(tokens())
+    for first in (0, 1):
+        own = tokens() if rank == first else tokens()[:0]
+        unequal += shared_forward(teacher, own, group=None, max_sequences=2)
+        lengths = [[LENGTH - 7, 7]] * len(own)
+        unequal += document_forward(teacher, own, lengths, group=None)
+    with pytest.raises(RecipeError, match="its part"):
+        experts.agree_loaded(None if rank else RecipeError("its part is damaged"))
+    return states, unequal
 
 
 def read_alone(folder: Path) -> dict:
@@ -353,14 +410,15 @@ def read_alone(folder: Path) -> dict:
     hidden, heads, errors = {}, {}, {}
     transforms = {}
     names = ("llama-tp1", "llama-tp2pp1", "gpt2-tp1/iter_0000003", "gpt2-tp2pp1", "hybrid-tp1")
-    for name in (*names, "mup-tp1/iter_0000003"):
+    for name in (*names, "mup-tp1/iter_0000003", *EXPERTS):
         teacher = load_teacher(
             name, f"megatron:{folder / name}", params_dtype=torch.float32, device="cpu"
         )
         hidden[name] = teacher.hidden_states(tokens())
         heads[name] = teacher.head_weight(0, ROWS + 8), teacher.head_weight(7, 50)
         transforms[name] = teacher.logit_transform.scale
-    for name in ("nan", "wrong-args", "moe", "missing", "unexpected", "hole"):
+    of_documents = document_forward(teacher, tokens(), [[LENGTH - 7, 7]] * SEQUENCES, group=None)
+    for name in ("nan", "wrong-args", "lost-expert", "missing", "unexpected", "hole"):
         try:
             source = f"megatron:{folder / name}"
             load_teacher("coder", source, params_dtype=torch.float32, device="cpu")
@@ -372,5 +430,5 @@ def read_alone(folder: Path) -> dict:
     switches = {k: v for k, v in os.environ.items() if k.startswith("NVTE_")}
     return {
         **{"hidden": hidden, "heads": heads, "scales": transforms},
-        **{"errors": errors, "switches": switches},
+        **{"errors": errors, "switches": switches, "of_documents": of_documents[0]},
     }

@@ -11,7 +11,9 @@ import torch
 
 from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.teachers import StudentTokenizer, check_teacher
+from megatron_moe_inject.teachers.base import RoutedExperts
 from tests.harness.teacher_worlds import (
+    EXPERTS,
     IDS,
     LAYOUTS,
     LENGTH,
@@ -53,6 +55,7 @@ def alone(folder):
         ("gpt2-tp2pp1", "gpt2"),
         ("mup-tp1/iter_0000003", "mup"),
         ("hybrid-tp1", "hybrid"),
+        *((name, "moe") for name in EXPERTS),
     ],
 )
 def test_hidden_and_head_give_the_logits_of_the_original(alone, logits, name, original):
@@ -62,6 +65,25 @@ def test_hidden_and_head_give_the_logits_of_the_original(alone, logits, name, or
     assert scale == (0.5 if original == "mup" else 1.0)
     torch.testing.assert_close(scale * (hidden @ head[:IDS].T), logits[original], rtol=0, atol=0)
     assert logits[original].std() > 0.1
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_on_two_ranks_say_what_they_say_on_one(job, alone, name):
+    for result in job:
+        torch.testing.assert_close(result["of_experts"][name], alone["hidden"][name])
+        assert torch.equal(result["of_experts"][name], job[0]["of_experts"][name])
+
+
+def test_a_rank_with_fewer_samples_keeps_up(job, alone):
+    """With whole samples and with documents, of which one of two ranks has none."""
+    for rank, result in enumerate(job):
+        with_samples = 2 * rank
+        for number, states in enumerate(result["unequal"]):
+            if number // 2 != rank:
+                assert states.shape == (0, LENGTH, 32)
+                continue
+            expected = alone["hidden"]["moe-tp1"], alone["of_documents"]
+            torch.testing.assert_close(states, expected[number - with_samples])
 
 
 def test_head_rows_beyond_the_vocabulary_are_zero(alone):
@@ -129,7 +151,7 @@ def test_attention_switches_of_the_student_stay(alone):
             "wrong-args",
             "self_attention.linear_qkv.weight of shape [4, 64, 32] where its arguments ask for",
         ),
-        ("moe", "is a mixture of experts (its argument num_experts is 2)"),
+        ("lost-expert", "it lacks decoder.layers.2.mlp.experts.experts.3.linear_fc2.weight"),
         ("missing", "it lacks decoder.final_layernorm.weight"),
         ("unexpected", "it holds decoder.extra besides"),
     ],
@@ -188,9 +210,14 @@ def test_check_compares_the_vocabulary(folder):
         check(folder / "gpt2-tp2pp1", StudentTokenizer("NullTokenizer", vocab_size=101))
 
 
-def test_check_refuses_experts(folder):
-    with pytest.raises(RecipeError, match=r"mixture of experts.*not supported yet"):
-        check(folder / "moe")
+@pytest.mark.parametrize("name", EXPERTS)
+def test_check_counts_experts(folder, name):
+    """Three layers of four, of which a token passes two."""
+    info = check(folder / name)
+    one = 3 * 3 * 32 * 24
+    assert info.experts == RoutedExperts(4, 2, 4 * one)
+    assert info.active_parameters == info.parameters - 2 * one
+    assert (info.config["experts"], info.config["shared_experts_ffn"]) == (4, 40)
 
 
 class _Harmful:

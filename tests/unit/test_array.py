@@ -210,6 +210,9 @@ TESTED_ELSEWHERE = {
     "training/test_everything.py": {
         "test_a_dense_student_at_every_layout": ["train.everything"],
     },
+    "training/test_moe_teachers.py": {
+        "test_experts_on_several_ranks_teach_the_same": ["teachers.*.ep"],
+    },
     "training/test_hybrid_mamba.py": {
         "test_mixers_and_chosen_experts_change_and_nothing_else": ["train.mamba"]
     },

@@ -31,9 +31,11 @@ DENSE = {
 }
 
 
-def test_a_dense_model_passes():
+def test_a_model_of_layers_that_are_known_passes():
     refuse_unsupported(SOURCE, Namespace(**DENSE))
     refuse_unsupported(SOURCE, Namespace())
+    refuse_unsupported(SOURCE, Namespace(**DENSE | {"num_experts": 8}))
+    refuse_unsupported(SOURCE, Namespace(**DENSE | {"hybrid_layer_pattern": "M*-E"}))
     refuse_unsupported(SOURCE, Namespace(**DENSE | {"use_mup": True, "mup_output_mult": 0.5}))
     layers = {"hybrid_layer_pattern": "M*-|M-/*E", "is_hybrid_model": True}
     refuse_unsupported(SOURCE, Namespace(**DENSE | layers | {"spec": STACK}))
@@ -43,12 +45,12 @@ def test_a_dense_model_passes():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_experts": 8}, r"mixture of experts \(its argument num_experts is 8\)"),
-        ({"num_experts": 8}, "not supported yet; name a dense GPT or hybrid"),
         (
-            {"hybrid_layer_pattern": "M*-E"},
-            r"mixture of experts .*pattern is 'M\*-E'",
+            {"moe_router_load_balancing_type": "sinkhorn"},
+            "routers of type sinkhorn, which assign all tokens",
         ),
+        ({"moe_router_load_balancing_type": ["aux_loss", "quantile_balancing"]}, "quantile_"),
+        ({"moe_router_topk_limited_devices": 2}, "by the ranks that its experts lay on"),
         ({"hybrid_layer_pattern": "D-"}, "experimental attention"),
         ({"hybrid_layer_pattern": "*-", "spec": ["my", "stack"]}, "custom --spec"),
         ({"is_hybrid_model": True}, "without a pattern of layers"),

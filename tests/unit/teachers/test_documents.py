@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from megatron_moe_inject.teachers import Teacher
 from megatron_moe_inject.teachers.documents import document_forward, plan_rows
 from megatron_moe_inject.teachers.prefix import PrefixedTeacher
 
 
-class Recurrent:
+class Recurrent(Teacher):
     """A causal teacher whose states tell everything that was read, in which order."""
 
     name, hidden_size, num_layers, vocab_size, logit_transform = "coder", 2, 2, 50, None

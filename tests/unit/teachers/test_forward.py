@@ -8,7 +8,7 @@ from megatron_moe_inject.teachers import Teacher
 from megatron_moe_inject.teachers.forward import shared_forward
 
 
-class Echo:
+class Echo(Teacher):
     """Hidden state of a token: the token, its position, and how many it may attend to."""
 
     name, hidden_size, num_layers, vocab_size = "echo", 3, 7, 100

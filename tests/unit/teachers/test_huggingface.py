@@ -64,6 +64,23 @@ CONFIGS = {
         max_position_embeddings=64,
     ),
     "mixtral": lambda: transformers.MixtralConfig(**SIZES, num_local_experts=4),
+    "qwen3-moe": lambda: transformers.Qwen3MoeConfig(
+        **SIZES, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=24
+    ),
+    "deepseek-v3": lambda: transformers.DeepseekV3Config(
+        **{**SIZES, "num_key_value_heads": 4},
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        n_group=2,
+        topk_group=1,
+        moe_intermediate_size=24,
+        first_k_dense_replace=1,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=8,
+    ),
     "bloom": lambda: transformers.BloomConfig(vocab_size=IDS, hidden_size=32, n_layer=2, n_head=4),
 }
 
@@ -79,9 +96,25 @@ def test_hidden_and_head_give_the_models_logits(tmp_path, name):
     torch.testing.assert_close(hidden @ teacher.head_weight(0, IDS).T, logits)
     assert not hidden.requires_grad
     assert hidden.shape == (5, 10, teacher.hidden_size)
-    assert info.parameters == sum(p.numel() for p in model.parameters())
+    stored = [b for key, b in model.named_buffers() if key.endswith("_correction_bias")]
+    assert info.parameters == sum(p.numel() for p in (*model.parameters(), *stored))
     assert info.architecture == type(model).__name__
     assert (info.num_layers, info.vocab_rows) == (2, IDS)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "number"), [("mixtral", 2, 4), ("qwen3-moe", 2, 8), ("deepseek-v3", 1, 8)]
+)
+def test_routed_experts_are_counted(tmp_path, name, layers, number):
+    """A token passes two of them; shared experts and the layers without any are the rest."""
+    save(tmp_path, CONFIGS[name]())
+    info = check(tmp_path)
+    width = SIZES["intermediate_size"] if name == "mixtral" else 24
+    one = layers * 3 * SIZES["hidden_size"] * width
+    assert (info.experts.number, info.experts.topk) == (number, 2)
+    assert info.experts.parameters == number * one
+    assert info.active_parameters == info.parameters - (number - 2) * one
+    assert info.held_parameters(2) == info.parameters - number // 2 * one
 
 
 def test_facts_of_a_folder(llama):

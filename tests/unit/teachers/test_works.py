@@ -9,6 +9,7 @@ import random
 import pytest
 import torch
 
+from megatron_moe_inject.teachers import Teacher
 from megatron_moe_inject.teachers.documents import DocumentWork
 from megatron_moe_inject.teachers.forward import SampleWork
 from megatron_moe_inject.teachers.spread import UNKNOWN, Loads
@@ -17,7 +18,7 @@ LENGTH = 8
 RATIOS = (UNKNOWN, 0.01, 0.7, 40.0)
 
 
-class Echo:
+class Echo(Teacher):
     """State of a token: the token, its position, what it may see, and the rows of its pass."""
 
     name, hidden_size = "echo", 4
