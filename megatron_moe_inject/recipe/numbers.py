@@ -13,7 +13,7 @@ from collections.abc import Collection
 from megatron_moe_inject.host.errors import (
     fail,
 )
-from megatron_moe_inject.recipe.schedule import Schedule, Weight
+from megatron_moe_inject.recipe.schedule import Weight, points
 
 WEIGHTS = 1e-12, 1e9
 """Of a loss term, or of a teacher among others."""
@@ -47,10 +47,5 @@ def check_weight_bounds(path: str, weight: Weight | None) -> None:
     Raises:
         RecipeError: naming the number's own key.
     """
-    points: dict[str, float] = {}
-    if isinstance(weight, Schedule):
-        points = {f"{path}.points.{at}": value for at, value in weight.points.items()}
-    elif weight is not None:
-        points = {path: weight}
-    for key, value in points.items():
+    for key, value in {} if weight is None else points(path, weight).items():
         check_bounds(key, value, WEIGHTS, besides=(0,))

@@ -23,7 +23,7 @@ from megatron_moe_inject.recipe.features import FEATURES
 from megatron_moe_inject.recipe.fields import check_choice, check_fields, check_temperature
 from megatron_moe_inject.recipe.numbers import MIXTURES, check_bounds
 from megatron_moe_inject.recipe.preference import CLASS
-from megatron_moe_inject.recipe.schedule import ever_positive
+from megatron_moe_inject.recipe.schedule import Weight, ever_positive, points
 from megatron_moe_inject.recipe.schema import LAYER_NUMBERS, Domain, Objective, Recipe
 
 
@@ -222,10 +222,11 @@ def check_profile_choice(path: str, choice: ExpertChoice) -> None:
             raise fail(f"{key('only_layers')}[{j}]", layer, problem, "decoder layers count from 0")
 
 
-def _check_ce_share(objective: Objective, share: float) -> None:
-    if not 0 <= share <= 1:
-        raise fail("objective.ce_share", share, "is not between 0 and 1", "write 0.3 for 30 % CE")
-    check_bounds("objective.ce_share", share, MIXTURES, besides=(0, 1))
+def _check_ce_share(objective: Objective, share: Weight) -> None:
+    for key, value in points("objective.ce_share", share).items():
+        if not 0 <= value <= 1:
+            raise fail(key, value, "is not between 0 and 1", "write 0.3 for 30 % CE")
+        check_bounds(key, value, MIXTURES, besides=(0, 1))
     if (objective.alpha, objective.beta) != (1.0, 0.0):
         raise fail(
             "objective.ce_share",

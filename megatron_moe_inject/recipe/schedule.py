@@ -74,6 +74,20 @@ def lowest(weight: Weight) -> float:
     return min(_values(weight))
 
 
+def rest(share: Weight) -> Weight:
+    """What a share leaves of 1, at every iteration."""
+    if isinstance(share, Schedule):
+        return Schedule({step: 1 - value for step, value in share.points.items()}, share.shape)
+    return 1 - share
+
+
+def points(path: str, weight: Weight) -> dict[str, float]:
+    """The numbers that a weight is made of, by their keys; ``path`` is its own."""
+    if isinstance(weight, Schedule):
+        return {f"{path}.points.{at}": value for at, value in weight.points.items()}
+    return {path: weight}
+
+
 def show_weight(weight: Weight) -> str:
     """For a plan or a report."""
     return str(weight) if isinstance(weight, Schedule) else f"{weight:g}"

@@ -21,7 +21,7 @@ from megatron_moe_inject.recipe.adapter import Adapter, FactorSet, VocabularyRow
 from megatron_moe_inject.recipe.committee import in_words, weights_of
 from megatron_moe_inject.recipe.expert_choice import ExpertChoice
 from megatron_moe_inject.recipe.preference import Preference
-from megatron_moe_inject.recipe.schedule import Schedule, Weight
+from megatron_moe_inject.recipe.schedule import Schedule, Weight, rest
 from megatron_moe_inject.recipe.section import Section
 from megatron_moe_inject.recipe.server import ServerSpec
 
@@ -173,7 +173,7 @@ class Objective:
     beta: float | Schedule = 0.0
     general_beta: float | Schedule | None = None
     gamma: float | Schedule = 0.0
-    ce_share: float | None = None
+    ce_share: float | Schedule | None = None
     confidence: str = field(default="none", metadata={"choices": CONFIDENCES})
     skip_worse: bool = False
     jsd_beta: float = 0.5
@@ -190,7 +190,7 @@ class Objective:
         """alpha and beta, also where ``ce_share`` says them."""
         if self.ce_share is None:
             return self.alpha, self.beta
-        return 1 - self.ce_share, self.ce_share
+        return rest(self.ce_share), self.ce_share
 
 
 @dataclass

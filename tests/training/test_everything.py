@@ -132,6 +132,19 @@ def test_plain_flags(material):
     assert run.losses("kd loss")[-1] > 0
 
 
+def test_the_share_of_cross_entropy_falls(material):
+    falls = CE_ALONE.replace("data: [1]}}", "data: [0], teacher: coder}}").replace(
+        "objective: {{alpha: 0.0, beta: 1.0}}",
+        'teachers: {{coder: {{source: "megatron:{teacher}"}}}}\n'
+        "objective: {{ce_share: {{points: {{0: 0.9, 4: 0.1}}}}, temperature: 2.0}}",
+    )
+    run = teach(material, falls, "--data-path", material.domain)
+    whole, text, divergence = map(run.losses, ("total loss", "lm loss", "kd loss"))
+    for step, share in enumerate((0.9, 0.7, 0.5, 0.3)):
+        expected = share * text[step] + (1 - share) * divergence[step]
+        assert whole[step] == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.skipif(OTHER is None, reason="needs MEGATRON_OTHER")
 @pytest.mark.slow
 def test_another_megatron(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from megatron_moe_inject.evaluation.section import EVALUATION
 from megatron_moe_inject.recipe.expert_choice import ExpertChoice, parse_experts
 from megatron_moe_inject.recipe.load import dump_recipe, load_recipe, recipe_from_yaml
-from megatron_moe_inject.recipe.schedule import Schedule
+from megatron_moe_inject.recipe.schedule import Schedule, value_at
 from megatron_moe_inject.recipe.schema import Domain, Objective, Recipe, TeacherSpec, Train
 from tests.harness.recipes import message_of, text_with
 
@@ -186,6 +186,14 @@ MISTAKES = [
     (
         {"objective": {"ce_share": 1.5}},
         ["objective.ce_share: 1.5 is not between 0 and 1", "30 % CE"],
+    ),
+    (
+        {"objective": {"ce_share": {"points": {0: 0.9, 50: 1.5}}}},
+        ["objective.ce_share.points.50: 1.5 is not between 0 and 1"],
+    ),
+    (
+        {"objective.ce_share": {"points": {0: 0.9, 50: 0.2}}},
+        ["objective.ce_share: Schedule(points={0: 0.9, 50: 0.2}"],
     ),
     ({"objective.alpha": {"points": {}}}, ["objective.alpha.points: {} is empty"]),
     ({"objective.alpha": {"shape": "linear"}}, ["objective.alpha.points: missing"]),
@@ -374,6 +382,19 @@ def test_share_of_cross_entropy_is_a_shortcut():
     recipe = recipe_from_yaml(text_with({"objective": {"ce_share": 0.25}}))
     assert recipe.alpha(recipe.domains[0]) == 0.75
     assert recipe.beta(recipe.domains[0]) == recipe.general_beta() == 0.25
+
+
+def test_a_share_of_cross_entropy_may_fall():
+    """What it leaves is the teacher's, at every iteration."""
+    falls = {"points": {0: 0.9, 100: 0.2}, "shape": "cosine"}
+    recipe = recipe_from_yaml(text_with({"objective": {"ce_share": falls}}))
+    for iteration in (0, 13, 50, 99, 100, 1000):
+        alpha, beta = (
+            value_at(weight(recipe.domains[0]), iteration) for weight in (recipe.alpha, recipe.beta)
+        )
+        assert alpha + beta == pytest.approx(1, abs=1e-12)
+    assert (recipe.beta(recipe.domains[0]).at(0), recipe.general_beta().at(100)) == (0.9, 0.2)
+    assert recipe_from_yaml(dump_recipe(recipe)) == recipe
 
 
 def test_weights_may_be_schedules():
