@@ -36,6 +36,7 @@ from megatron_moe_inject.recipe.schema import Recipe
 from megatron_moe_inject.retention.feature import kept_originals
 from megatron_moe_inject.retention.section import RETENTION
 from megatron_moe_inject.teachers.base import TeacherInfo
+from megatron_moe_inject.teachers.expert_parallel import check_ranks
 from megatron_moe_inject.teachers.fit import checked_teachers
 from megatron_moe_inject.teachers.part import TeacherInfos
 from megatron_moe_inject.teachers.placement import spare_bytes
@@ -106,6 +107,7 @@ class JobPlanner:
         self._vocab = compat.tokenizer_vocab_size()
         if infos is None:
             infos = checked_teachers(recipe, args) if recipe.teachers else {}
+        check_ranks(recipe, args)
         self._infos = infos
         self._memory = memory
         self._stock = stock

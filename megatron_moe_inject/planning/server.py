@@ -58,9 +58,16 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
 def _infos(teachers: dict[str, Any] | None) -> dict[str, Any] | None:
     """What teachers' files would say, of teachers that are not there."""
-    from megatron_moe_inject.teachers.base import TeacherInfo
+    from megatron_moe_inject.teachers.base import RoutedExperts, TeacherInfo
 
-    return None if teachers is None else {n: TeacherInfo(**info) for n, info in teachers.items()}
+    if teachers is None:
+        return None
+    infos = {}
+    for name, info in teachers.items():
+        experts = info.get("experts")
+        routed = None if experts is None else RoutedExperts(**experts)
+        infos[name] = TeacherInfo(**info | {"experts": routed})
+    return infos
 
 
 def _in_a_fork(request: dict[str, Any]) -> bytes:

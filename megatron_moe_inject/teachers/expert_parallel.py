@@ -59,8 +59,8 @@ class ExpertRanks:
             raise RecipeError("another rank could not load its part of a teacher's experts")
 
 
-def check_experts(recipe: Recipe, infos: Mapping[str, TeacherInfo], args: Namespace) -> None:
-    """Each ``ep`` must divide the teacher's experts and the ranks of a pipeline stage.
+def check_experts(recipe: Recipe, infos: Mapping[str, TeacherInfo]) -> None:
+    """Each ``ep`` must divide the teacher's experts.
 
     Raises:
         RecipeError: it does not, or the teacher has no experts.
@@ -76,11 +76,23 @@ def check_experts(recipe: Recipe, infos: Mapping[str, TeacherInfo], args: Namesp
                 key, size, f"does not divide the {info.experts.number} experts of {info.source}",
                 "write a divisor",
             )  # fmt: skip
+
+
+def check_ranks(recipe: Recipe, args: Namespace) -> None:
+    """Each ``ep`` must divide the ranks of a pipeline stage.
+
+    Args:
+        args: Megatron's, of a job whose size is known.
+
+    Raises:
+        RecipeError: it does not.
+    """
+    for name, spec in recipe.teachers.items():
         ranks = args.world_size // args.pipeline_model_parallel_size
-        if ranks % size:
+        if ranks % spec.ep:
             raise fail(
-                key, size, f"does not divide the {ranks} ranks of a pipeline stage",
-                "write a divisor",
+                f"teachers.{name}.ep", spec.ep,
+                f"does not divide the {ranks} ranks of a pipeline stage", "write a divisor",
             )  # fmt: skip
 
 

@@ -54,7 +54,7 @@ def checked_teachers(recipe: Recipe, args: Namespace) -> dict[str, TeacherInfo]:
             name, spec.source, student_tokenizer=tokenizer, prefix=spec.prefix
         )
     check_fit(recipe, infos, args.seq_length)
-    check_experts(recipe, infos, args)
+    check_experts(recipe, infos)
     return infos
 
 

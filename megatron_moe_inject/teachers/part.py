@@ -23,7 +23,7 @@ from megatron_moe_inject.recipe.run_kinds import INJECTION
 from megatron_moe_inject.recipe.run_part import BuiltStudent, RunContext, RunPart
 from megatron_moe_inject.recipe.schema import Recipe
 from megatron_moe_inject.teachers.base import TeacherInfo
-from megatron_moe_inject.teachers.expert_parallel import expert_ranks
+from megatron_moe_inject.teachers.expert_parallel import check_ranks, expert_ranks
 from megatron_moe_inject.teachers.fit import (
     by_domain,
     checked_teachers,
@@ -63,6 +63,7 @@ class TeachersPart(RunPart):
             check_whole_documents(run.args, "a teacher")
         self._run = run
         self._infos = checked_teachers(run.recipe, run.args)
+        check_ranks(run.recipe, run.args)
         self._aligned = any(info.aligned for info in self._infos.values())
         self._reference: StepTeacher | None = None
         run.provide(TeacherInfos, TeacherInfos(self._infos))

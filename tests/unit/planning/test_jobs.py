@@ -3,12 +3,14 @@
 import contextlib
 import json
 import os
+import re
 import shlex
 from pathlib import Path
 
 import pytest
 
 from megatron_moe_inject.cli import main
+from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.planning import command as planning_command
 from megatron_moe_inject.planning.calibrate import measured_arms, rate_of, read_results
 from megatron_moe_inject.planning.client import planner
@@ -254,6 +256,11 @@ TAUGHT = """
 domains: [{{name: code, data: [0], teacher: coder, experts: {{layers: {{0: [0]}}}}}}]
 teachers: {{coder: {{source: "hf:/coder", ranks: {ranks}}}}}
 """
+EVERYTHING = """
+domains: [{{name: code, data: [0], teacher: coder}}]
+teachers: {{coder: {{source: "megatron:/coder", ep: {ep}}}}}
+train: {{everything: true}}
+"""
 TEACHER = {
     "name": "coder", "source": "hf:/coder", "kind": "hf", "path": "/coder", "num_layers": 16,
     "architecture": "LlamaForCausalLM", "hidden_size": 2048, "vocab_rows": 151936,
@@ -280,6 +287,31 @@ def test_a_teacher_on_all_stages_is_held_by_all_and_takes_less_time():
     slow, fast = (step_time(plan, 300, None) for plan in (last, spread))
     assert fast.teacher < 0.5 * slow.teacher
     assert (fast.compute, fast.bubble) == (slow.compute, slow.bubble)
+
+
+def test_a_teacher_with_experts_is_held_in_parts_and_works_as_a_token_passes():
+    """For a dense student of which everything trains."""
+    experts = {"number": 64, "topk": 4, "parameters": 640_000_000}
+    given = re.sub(r"--(moe|num-experts)\S*( [^-]\S*)*", "", " ".join(QWEN3_30B))
+    dense = [*given.split(), "--num-layers", "2", "--global-batch-size", "8"]
+
+    def planned(ep, experts):
+        recipe = EVERYTHING.format(ep=ep)
+        options = {"teachers": {"coder": TEACHER | {"experts": experts}}}
+        return session_planner().plan(recipe, dense, 4, **options).plan
+
+    whole, parts, other = planned(1, experts), planned(4, experts), planned(1, None)
+    assert sum(whole.trained.values()) == sum(whole.parameters.values()) > 0
+    assert whole.boundary == -1
+    weights = [plan.teachers[0].weights for plan in (whole, parts, other)]
+    routed = 2 * experts["parameters"]
+    assert weights == [2 * TEACHER["parameters"], weights[0] - routed + routed // 4, weights[0]]
+    flops = [plan.teachers[0].flops for plan in (whole, parts, other)]
+    assert flops[0] == flops[1]
+    tokens = flops[2] - flops[0]
+    assert tokens / (2 * experts["parameters"] * 60 // 64) == pytest.approx(2 * 4096, rel=1e-6)
+    with pytest.raises(RecipeError, match=r"teachers\.coder\.ep: 8 does not divide the 4 ranks"):
+        planned(8, experts)
 
 
 @pytest.mark.slow
