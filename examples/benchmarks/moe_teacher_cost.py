@@ -1,6 +1,6 @@
 """What the forward pass of a teacher with experts costs against its dense part and dense models.
 
-    python examples/benchmarks/moe_teacher_cost.py [--layers 4] [--experts 16] [--topk 2] [--ffn 512]
+    python examples/benchmarks/moe_teacher_cost.py [--layers 4] [--experts 16] [--topk 2] [--ffn N]
 
 CPU seconds of one thread on random weights, least of three passes of four sequences: the teacher,
 of it the MoE layers, and dense models whose feed-forward is as wide as the experts that a token

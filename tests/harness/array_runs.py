@@ -83,7 +83,8 @@ def run_set(
     return lane.run(
         [
             *student_flags("--train-iters", str(STEPS), *start, *array.blend_of(own, material)),
-            *("--inject-recipe", str(recipe), "--inject-verify-frozen"),
+            *("--inject-recipe", str(recipe)),
+            *(("--inject-verify-frozen",) if own.freezes else ()),
             *(*array.flags_of(own, at, folder), *shared.shared, *flags),
         ],
         nproc=at.nproc,

@@ -40,6 +40,7 @@ class Feature:
 
 
 HYBRID = "hybrid model"
+EVERYTHING = "everything trains"
 SHARED_EXPERTS = ("--moe-shared-expert-intermediate-size", "64")
 FEATURES = {
     "distillation": Feature(
@@ -63,6 +64,7 @@ FEATURES = {
     # Of a committee one teacher runs on all stages, the other on the last one alone.
     "teacher on all stages": Feature("teachers", {"teachers.coder.ranks": "pipeline"}),
     "teacher on the last stage": Feature("teachers", {"teachers.second.ranks": "last"}),
+    EVERYTHING: Feature("train", {"train.everything": True}),
     "trained router": Feature("train", {"train.router": True}),
     "trained rows": Feature("router_rows", {"train.router_rows": True}),
     "trained head": Feature("train", {"train.output_layer": True, "train.embedding": True}),
@@ -216,6 +218,11 @@ class FeatureSet:
         return "frozen experts in fp8" in self.features
 
     @property
+    def freezes(self) -> bool:
+        """Whether anything is frozen, so that a run can prove that it stayed."""
+        return EVERYTHING not in self.features
+
+    @property
     def shared_experts(self) -> bool:
         """Whether its student has shared experts, and so is another than the others' one."""
         return "trained shared experts" in self.features
@@ -225,7 +232,7 @@ IMITATED = {"imitated states", "imitated experts"}
 TRAINED = {"trained router", "trained head", "trained attention", "trained shared experts"}
 _ALWAYS = frozenset(FEATURES) - IMITATED - TRAINED - {
     "store of states", "window", "trained rows", "frozen experts in fp8", "expert retention",
-    "adapters", HYBRID,
+    "adapters", HYBRID, EVERYTHING,
 }  # fmt: skip
 _FEW = {1: [2], 2: [0, 3], 3: [3]}
 SETS: dict[str, FeatureSet] = {
@@ -261,6 +268,15 @@ SETS: dict[str, FeatureSet] = {
     "router, window": FeatureSet(
         _FEW, _ALWAYS | TRAINED | {"store of states", "window", "expert retention", "adapters"}
     ),
+    # The domain's experts are for steering and imitation.
+    "everything": FeatureSet(
+        _FEW,
+        _ALWAYS - {"pattern"} | IMITATED | {EVERYTHING, "expert retention"},
+        slow_at=frozenset(LAYOUTS) - {"ep2", "pp2-vpp2"},
+    ),
+    "everything, window": FeatureSet(
+        _FEW, _ALWAYS - {"pattern"} | {EVERYTHING, "window"}, slow_at=frozenset({"cp2"})
+    ),
 }
 SETS |= {
     "hybrid": replace(
@@ -269,6 +285,9 @@ SETS |= {
         slow_at=frozenset(LAYOUTS) - {"ep2", "tp2-sp", "pp2-vpp2"},
     ),
     "hybrid, rows": replace(SETS["rows"], features=SETS["rows"].features | {HYBRID}),
+    "hybrid, everything": replace(
+        SETS["everything"], features=SETS["everything"].features | {HYBRID}
+    ),
 }
 ROWS = (
     *itertools.product(LAYOUTS, ("router", "rows")),
@@ -278,6 +297,9 @@ ROWS = (
     ("cp2", "router, window"),
     *((layout, "hybrid") for layout in LAYOUTS),
     ("pp2", "hybrid, rows"),
+    *((layout, "everything") for layout in LAYOUTS),
+    ("cp2", "everything, window"),
+    ("pp2", "hybrid, everything"),
 )
 """Layout and set of each run."""
 
@@ -305,6 +327,7 @@ RESUMED = (
     Resumed("pp2-vpp2", "hybrid"),
     Resumed("ep2, distributed optimizer", "router", ("--bf16",)),
     Resumed("dp2, distributed optimizer", "rows, imitation", ("--bf16",), slow=True),
+    Resumed("ep2, distributed optimizer", "everything", ("--bf16",), slow=True),
 )
 
 
@@ -337,6 +360,19 @@ REFUSED = {
     ),
 }
 """Pairs that no run can have. The last is of the student's flag that FP8 needs."""
+for _name, _key in {
+    "trained router": "router",
+    "trained rows": "router_rows",
+    "trained head": "embedding",
+    "trained attention": "attention",
+    "trained shared experts": "shared_experts",
+    "pattern": "patterns",
+    "adapters": "adapters",
+    "frozen experts in fp8": "frozen_experts",
+}.items():
+    REFUSED[frozenset({EVERYTHING, _name})] = Refusal(
+        f"train.{_key}", "stands beside train.everything"
+    )
 
 
 def gaps(
