@@ -275,7 +275,9 @@ SETS: dict[str, FeatureSet] = {
         slow_at=frozenset(LAYOUTS) - {"ep2", "pp2-vpp2"},
     ),
     "everything, window": FeatureSet(
-        _FEW, _ALWAYS - {"pattern"} | {EVERYTHING, "window"}, slow_at=frozenset({"cp2"})
+        _FEW,
+        _ALWAYS - {"pattern"} | {EVERYTHING, "store of states", "window"},
+        slow_at=frozenset({"cp2"}),
     ),
 }
 SETS |= {
