@@ -48,6 +48,7 @@ from megatron_moe_inject.recipe.plan import Plan, render_lines, render_plan
 from megatron_moe_inject.recipe.run_kinds import INJECTION
 from megatron_moe_inject.recipe.schema import Recipe
 from megatron_moe_inject.recipe.student import check_recipe, student_facts_from_args
+from megatron_moe_inject.rollouts import command as rollouts_command
 from megatron_moe_inject.routing import report as routing_report
 from megatron_moe_inject.teachers.store import command as store_command
 from megatron_moe_inject.teachers.store import convert as convert_store
@@ -91,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"Megatron flags, as in moe-inject {options.command} {options.recipe} ... -- "
                 "--num-layers 24"
             )
-        if hasattr(options, "evaluates"):
+        if hasattr(options, "evaluates") and not getattr(options, "server", None):
             _check_evaluates(options, flags or [])
             only_evaluate(flags or [], options.evaluates(options), cpu=options.cpu)
             return 0
@@ -139,7 +140,8 @@ def _check_evaluates(options: argparse.Namespace, flags: list[str]) -> None:
     if "--cpu" in flags:
         raise RecipeError("--cpu: is no flag of Megatron's; put it before --")
     if os.environ.get("RANK", "0") == "0":
-        try_file(Path(options.output), "--output")
+        folder = options.command == "rollouts"
+        try_file(Path(options.output, "tried" if folder else ""), "--output")
 
 
 def _comparison(*measured: Any) -> Any:
@@ -202,6 +204,7 @@ def _parser() -> argparse.ArgumentParser:
     profile_command.add_commands(commands)
     routing_report.add_commands(commands)
     evaluate_command.add_commands(commands)
+    rollouts_command.add_commands(commands)
     report_command.add_commands(commands)
     schema_command.add_commands(commands)
     store_command.add_commands(commands)

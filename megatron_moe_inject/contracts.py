@@ -41,6 +41,7 @@ from megatron_moe_inject.recipe.run_kinds import INJECTION
 from megatron_moe_inject.recipe.schema import Recipe
 from megatron_moe_inject.recipe.uses import RECIPE
 from megatron_moe_inject.retention.uses import EXPERT_RETENTION, L2, ORIGINALS
+from megatron_moe_inject.rollouts.uses import READING, WRITING
 from megatron_moe_inject.routing.uses import DOOR, ROUTER_ROWS, STEERING
 from megatron_moe_inject.teachers.uses import (
     CONVERTER,
@@ -115,6 +116,7 @@ EVERYTHING = (
     *(DATA_FILES, MEGATRON, IMITATION),
     *(PLACES, WRITER, CONVERTER, SERVED),
     *(MIXING, VALIDATION_SETS),
+    *(READING, WRITING),
     PREPARE,
     IMPORT,
     OWN_ENTRY,

@@ -34,7 +34,7 @@ from megatron_moe_inject.recipe.entries import SPLITS, split_labels
 from megatron_moe_inject.recipe.feature import Feature
 from megatron_moe_inject.recipe.features import FEATURES
 from megatron_moe_inject.recipe.plan import Plan, render_plan
-from megatron_moe_inject.recipe.run_kinds import EVALUATION, INJECTION, PROFILE
+from megatron_moe_inject.recipe.run_kinds import EVALUATION, GENERATION, INJECTION, PROFILE
 from megatron_moe_inject.recipe.run_part import BuiltStudent, RunContext, RunPart
 from megatron_moe_inject.recipe.schema import Recipe
 from megatron_moe_inject.recipe.student import check_options, check_recipe, student_facts_from_args
@@ -44,6 +44,7 @@ _NO_PLAN = {
     EVALUATION: "--inject-dry-run: a run that only measures has no plan to show; leave it out",
     PROFILE: "--inject-dry-run: a run that only records a profile has no plan to show; leave out "
     "--skip-train or --inject-dry-run",
+    GENERATION: "--inject-dry-run: a run that only writes text has no plan to show; leave it out",
 }
 
 
@@ -82,7 +83,7 @@ class Run:
         if kind == INJECTION:
             recipe = resolve_experts(recipe, facts)
             check_recipe(recipe, facts)
-        elif kind == EVALUATION:
+        elif kind in (EVALUATION, GENERATION):
             check_options(recipe, facts, kind)
         if features is None:
             features = {name: FEATURES[name] for name in FEATURES.names()}
@@ -208,7 +209,7 @@ class Run:
     def _watch(self, student: BuiltStudent) -> list[StepPart]:
         """The seam of the loss; in training, what sees where a step stops being finite."""
         context = self.context
-        if context.kind != PROFILE and student.last is not None:
+        if context.kind not in (PROFILE, GENERATION) and student.last is not None:
             context.provide(LossSeam, LossSeam(student.last))
         if context.kind != INJECTION:
             return []
@@ -325,4 +326,6 @@ def run_kind(args: Namespace) -> str:
         return EVALUATION
     if args.inject_profile is not None and args.skip_train:
         return PROFILE
+    if args.inject_rollouts is not None:
+        return GENERATION
     return INJECTION

@@ -2,10 +2,11 @@
 
 One wrapper around Megatron's forward-backward function. It takes the step's micro-batches from
 the data iterators once, removes what stock code must not see, sends the domain labels to every
-model-parallel rank, and where a part of the step reads them which tokens count and where documents
-begin, begins those parts (``host.step``: teachers, losses, retention, what is watched), and then
-lets the stock schedule run on the very same micro-batches. No collective of ours runs inside the
-schedule, except a teacher's when its recipe asks for a window of them.
+model-parallel rank, lets rollouts take the places of samples, and where a part of the step reads
+them sends which tokens count and where documents begin. It begins those parts (``host.step``:
+teachers, losses, retention, what is watched), and then lets the stock schedule run on the very same
+micro-batches. No collective of ours runs inside the schedule, except a teacher's when its recipe
+asks for a window of them.
 """
 
 from __future__ import annotations
@@ -74,6 +75,8 @@ class StepHook:
                 arguments,
                 as_read=next((chunk for chunk in batches if chunk is not None), None),
             )
+            for part in self.parts:
+                part.rewrite(step)
             if any(part.reads_tokens for part in self.parts):
                 step.loss_mask, step.starts = self._tokens(step)
             for part in self.parts:

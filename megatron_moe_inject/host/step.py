@@ -37,6 +37,7 @@ class Step:
         as_read: ``micro_batches`` with all that the data has, such as ``dataset_id``.
         starts: ``[n, b, s]`` bool on the host, where documents begin; ``None`` where samples are
             not packed, and where no part ``reads_tokens``.
+        before: what was ``as_read`` where a part has written over samples; else ``None``.
     """
 
     labels: torch.Tensor
@@ -50,6 +51,7 @@ class Step:
     loss_mask: torch.Tensor | None = None
     as_read: list[MicroBatch] | None = None
     starts: torch.Tensor | None = None
+    before: list[MicroBatch] | None = None
 
     @property
     def micro_batches(self) -> list[MicroBatch] | None:
@@ -69,6 +71,10 @@ class StepPart:
     """
 
     reads_tokens = False
+
+    def rewrite(self, step: Step) -> None:
+        """Before anything of the step is looked at but labels: it may write over samples, in
+        ``batches`` of every chunk and ``as_read``."""
 
     def begin(self, step: Step) -> None:
         """Before the schedule, in the order of the parts."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from megatron_moe_inject.recipe.facts import StudentFacts
 from megatron_moe_inject.recipe.feature import Feature
-from megatron_moe_inject.recipe.run_kinds import EVALUATION, INJECTION, PROFILE
+from megatron_moe_inject.recipe.run_kinds import EVALUATION, GENERATION, INJECTION, PROFILE
 from megatron_moe_inject.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ class BeginningFeature(Feature):
     """From which checkpoint and iteration a run goes on, and with which recipe; see
     ``recipe.beginning_checks``."""
 
-    runs = (INJECTION, EVALUATION, PROFILE)
+    runs = (INJECTION, EVALUATION, PROFILE, GENERATION)
 
     def foresee(self, recipe: Recipe, facts: StudentFacts, args: Namespace) -> list[str]:
         """As ``start``, and that the student is there."""

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from megatron_moe_inject.recipe.facts import StudentFacts
 
 SPLITS = ("train", "valid", "test")
+ROLLOUTS_KIND = "rollouts:"
+"""What an entry of a domain begins with that is a folder of the student's own text, and none of the
+blend's."""
 
 
 def data_paths(args: Namespace) -> dict[str, tuple[str, ...]]:
@@ -175,6 +178,8 @@ def _train_labels(recipe: Recipe, facts: StudentFacts) -> tuple[list[int], dict[
         claims.append(("objective.preference.data", PREFERENCE, pairs.data))
     for path, label, data in [*claims, ("general_data", GENERAL, recipe.general_data)]:
         for j, entry in enumerate(data):
+            if isinstance(entry, str) and entry.startswith(ROLLOUTS_KIND):
+                continue
             key = f"{path}[{j}]"
             positions = _positions(key, entry, entries, everywhere)
             if isinstance(entry, str):

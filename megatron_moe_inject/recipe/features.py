@@ -14,6 +14,8 @@ FEATURES: Registry[Feature] = Registry(
     "megatron_moe_inject.features",
     {
         "data": "megatron_moe_inject.data.feature:DataFiles",
+        "rollouts": "megatron_moe_inject.rollouts.feature:RolloutsFeature",
+        "generation": "megatron_moe_inject.rollouts.feature:GenerationFeature",
         "stores": "megatron_moe_inject.teachers.store.feature:StoresFeature",
         "servers": "megatron_moe_inject.teachers.served.feature:ServersFeature",
         "validation_sets": "megatron_moe_inject.data.feature:SeveralValidationSets",

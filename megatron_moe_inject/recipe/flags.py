@@ -27,7 +27,7 @@ _TRAIN = ("train_router", "train_everything")
 _PLAIN = ("teacher", "domain_data", "domain_name", "experts", *_OBJECTIVE, *_TRAIN)
 _PROFILE = ("profile", "profile_coselections", "profile_logits")
 _CHECKS = ("from_scratch", "verify_frozen", "verify_inputs")
-_RUN = ("dry_run", "progress", *_CHECKS, *_PROFILE, "evaluate")
+_RUN = ("dry_run", "progress", *_CHECKS, *_PROFILE, "evaluate", "rollouts")
 _FLAG_OF_KEY = (
     (r"domains\[0\]\.experts\.layers\.(\d+)", r"--inject-experts (layer \1)"),
     (r"domains\[0\]\.experts(\.layers)?", "--inject-experts"),
@@ -97,6 +97,12 @@ def add_inject_arguments(parser: ArgumentParser) -> ArgumentParser:
         help="With --skip-train: measure student and teachers on the validation data and write "
         "the evaluation to this file (JSON).",
     )
+    group.add_argument(
+        "--inject-rollouts",
+        metavar="JSON",
+        help="With --skip-train: let the student go on from prompts, and write what it wrote, as "
+        "moe-inject rollouts asks.",
+    )
     for flag, metavar, text in (
         ("teacher", "SOURCE", "megatron:/dir or hf:/dir."),
         ("domain-name", "NAME", "name in the logs (default: domain)."),
@@ -151,6 +157,11 @@ def recipe_from_args(args: Namespace, argv: Sequence[str] | None = None) -> Reci
             "--inject-evaluate: the run trains; add --skip-train, or write evaluation: {} in the "
             "recipe to measure while training"
         )
+    if _given(args, "rollouts"):
+        others = [n for n in ("evaluate", "profile") if _given(args, n)]
+        if others or not getattr(args, "skip_train", False):
+            beside = f"stands beside {_flag(others[0])}" if others else "the run trains"
+            raise RecipeError(f"--inject-rollouts: {beside}; use moe-inject rollouts")
     if _given(args, "evaluate") and _given(args, "profile"):
         raise RecipeError("--inject-evaluate: stands beside --inject-profile; run them one by one")
     plain = [name for name in _PLAIN if _given(args, name)]
@@ -195,7 +206,7 @@ def _recipe_from_plain_flags(args: Namespace, overrides: list[str]) -> Recipe:
             "--inject-domain-data: missing; name the blend entries of the domain by 0-based "
             "position or path prefix (0 when there is one dataset)"
         )
-    reads = args.inject_profile is not None or args.inject_evaluate is not None
+    reads = any(_given(args, name) for name in ("profile", "evaluate", "rollouts"))
     only_reads = reads and bool(args.skip_train)
     trained = any(_given(args, name) for name in ("experts", *_TRAIN))
     if not trained and not only_reads:

@@ -44,7 +44,8 @@ class Domain:
     Attributes:
         name: appears in logs as ``kd loss/<name>``; letters, digits, ``_`` and ``-``.
         data: entries of the student's data blend, each a 0-based position in the training
-            blend or a path prefix exactly as written there.
+            blend or a path prefix exactly as written there; besides, ``rollouts:/dir``, a folder
+            with text of the student's own, which takes the places of their samples.
         teacher: key of ``Recipe.teachers``, or several with weights, whose distributions are mixed;
             None = no distillation here, cross-entropy only.
         committee: how several teachers are weighed: ``fixed``, or at each token also by their

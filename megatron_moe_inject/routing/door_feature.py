@@ -9,7 +9,7 @@ from megatron_moe_inject.host.errors import fail
 from megatron_moe_inject.recipe.facts import StudentFacts
 from megatron_moe_inject.recipe.feature import Feature, RefusedBeside
 from megatron_moe_inject.recipe.refused_options import Refusal
-from megatron_moe_inject.recipe.run_kinds import EVALUATION, INJECTION, PROFILE
+from megatron_moe_inject.recipe.run_kinds import EVALUATION, GENERATION, INJECTION, PROFILE
 from megatron_moe_inject.recipe.schedule import Schedule, Weight, highest, show_weight
 from megatron_moe_inject.recipe.schema import Recipe
 from megatron_moe_inject.routing import uses
@@ -35,7 +35,7 @@ class DoorFeature(Feature):
     """``routing.open``; also what measures a checkpoint that was saved while it opened."""
 
     section = ROUTING
-    runs = (INJECTION, EVALUATION, PROFILE)
+    runs = (INJECTION, EVALUATION, PROFILE, GENERATION)
     refuses = (
         RefusedBeside(
             _NO_DOOR,

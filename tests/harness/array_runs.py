@@ -5,12 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from megatron_moe_inject.rollouts.identity import writer_of_folder
 from tests.harness import covering_array as array
-from tests.harness import lane
+from tests.harness import lane, rollout_files
 from tests.harness.grouped import SCRIPT
 from tests.harness.material import make_student, student_flags
 
@@ -49,6 +51,14 @@ def store_of(llama, material):
     return folder
 
 
+def rollouts_of(student):
+    """A folder of what a student wrote before it was trained: enough for most samples."""
+    folder = Path(f"{student} wrote")
+    if not folder.exists():
+        rollout_files.write(folder, "a.jsonl", 12, writer=writer_of_folder(student))
+    return folder
+
+
 def run_set(
     material, llama, folder, name, layout=None, *, like=None, flags=(), save=False, load=False
 ):
@@ -68,7 +78,12 @@ def run_set(
     shared = array.LAYOUTS[like or layout] if like or layout else at
     recipe = folder / "recipe.yaml"
     text = array.recipe_of(own, shared.recipe)
-    paths = {"teacher": material.teacher, "llama": llama, "folder": folder}
+    paths = {
+        "teacher": material.teacher,
+        "llama": llama,
+        "folder": folder,
+        "rollouts": rollouts_of(student_of(own, material)),
+    }
     if "store of states" in own.features:
         paths["store"] = store_of(llama, material)
     for key, path in paths.items():

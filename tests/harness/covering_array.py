@@ -61,6 +61,12 @@ FEATURES = {
     # A third of the committee.
     "store of states": Feature("stores", {"teachers.third.source": "store:{store}"}),
     "window": Feature("teachers", {"teachers.coder.window": 1, "teachers.second.window": 2}),
+    # Of some samples of the domain, the last ones too; the others read its fixed text.
+    "rollouts": Feature(
+        "rollouts",
+        {"domains.0.data": [1, "rollouts:{rollouts}"], "rollouts.every": 2},
+        terms=("rollout share/code", "rollout age/code"),
+    ),
     # Of a committee one teacher runs on all stages, the other on the last one alone.
     "teacher on all stages": Feature("teachers", {"teachers.coder.ranks": "pipeline"}),
     "teacher on the last stage": Feature("teachers", {"teachers.second.ranks": "last"}),
@@ -405,7 +411,8 @@ def gaps(
 
 
 def recipe_of(own: FeatureSet, more: Mapping[str, Any] | None = None) -> str:
-    """The recipe of a set as YAML, with ``{teacher}``, ``{llama}`` and ``{folder}`` to fill in.
+    """The recipe of a set as YAML, with ``{teacher}``, ``{llama}``, ``{rollouts}`` and ``{folder}``
+    to fill in.
 
     Args:
         own: the set. The teacher of Hugging Face is the second of a committee, a store the third.

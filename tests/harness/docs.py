@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "megatron_moe_inject"
 ROOMS = (
     "host", "losses", "recipe", "data", "teachers", "experts", "convert", "adapters", "routing",
-    "retention", "preference", "evaluation", "planning",
+    "retention", "preference", "evaluation", "rollouts", "planning",
 )  # fmt: skip
 """From the ground up; what stands in none of them is the hall and the doors, above all."""
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.S)

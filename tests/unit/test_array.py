@@ -26,6 +26,7 @@ TESTED_ALONE = {
     "report": "training/test_report.py",
     "progress": "unit/host/test_progress.py",
     "stages": "training/test_boundary.py",
+    "generation": "training/test_generation.py",
     "servers": "training/test_servers.py",
     "aligned": "training/test_aligned_teachers.py",
     "validation_sets": "training/test_validation_sets.py",
@@ -190,6 +191,15 @@ TESTED_ELSEWHERE = {
     },
     "training/test_aligned_stores.py": {
         "test_a_server_is_its_teacher": ["teachers.*.server.tokenizer"],
+    },
+    "training/test_rollouts.py": {
+        "test_a_checkpoint_reads_what_it_wrote_itself": ["rollouts.max_age"],
+        "test_a_step_waits_for_what_is_being_written": ["rollouts.late"],
+        "test_who_waits_in_vain_leaves_with_a_checkpoint": ["rollouts.patience"],
+        "test_a_faulty_file_stops_the_run_if_it_is_to": ["rollouts.faulty"],
+    },
+    "unit/rollouts/test_shelf.py": {
+        "test_older_text_is_read_more_rarely_by_half_each_max_age": ["rollouts.stale"],
     },
     "training/test_servers.py": {
         "test_servers_that_die_end_training_with_a_checkpoint": [

@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 class NewExpertsFeature(Feature):
     """What ``moe-inject add-experts`` wrote beside the model."""
 
-    runs = (run_kinds.INJECTION, run_kinds.EVALUATION, run_kinds.PROFILE)
+    runs = (
+        run_kinds.INJECTION,
+        run_kinds.EVALUATION,
+        run_kinds.PROFILE,
+        run_kinds.GENERATION,
+    )
 
     def plan_lines(self, recipe: Recipe, facts: StudentFacts | None) -> dict[str, list[str]]:
         """What is new, and whose."""

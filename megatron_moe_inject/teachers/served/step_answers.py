@@ -143,7 +143,7 @@ class StepAnswers(StepPart):
         assert step.as_read is not None, "of this rank"
         if not self.coming.any:  # at first, and after a loader that was not foreseen
             self.coming.reach((1 + self._steps_ahead) * len(step.labels))
-        self.coming.came(step.as_read)
+        self.coming.came(step.before or step.as_read)
 
     def _fetch(self, step: Step) -> str | None:
         """Leave the step's answers where teachers take them; why they cannot be had."""

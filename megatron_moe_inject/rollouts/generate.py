@@ -1,0 +1,200 @@
+"""A student writes: a sampling loop over the forward pass of the model that Megatron has built.
+
+Each token takes one pass of Megatron's own schedule, forward only, over all that was written so
+far, so it works at every tensor-, pipeline- and expert-parallel layout that trains, for GPT and
+hybrid models, and its logits are those of training. There is no cache of keys and values: the cost
+grows with the square of the length, which suits small models and short texts. Megatron's inference
+engines (``megatron.core.inference``) need a GPU (CUDA events, streams and generators); large
+students are served (``rollouts.served``).
+
+Shapes: b texts, s tokens so far, v vocabulary, p tensor-parallel size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+
+from megatron_moe_inject.recipe.run_part import BuiltStudent
+from megatron_moe_inject.retention.original_pass import allowed_rounds
+from megatron_moe_inject.rollouts.settings import Sampling
+
+_FP8_ROWS = 16
+"""Rows of a product in FP8 are a multiple of this."""
+
+
+def next_tokens(logits: torch.Tensor, sampling: Sampling, uniforms: torch.Tensor) -> torch.Tensor:
+    """The next token of each text, ``[b]`` int64; of equal logits the lowest id counts first.
+
+    Args:
+        logits: ``[b, v]`` without padding of the vocabulary.
+        uniforms: ``[b]`` float64 in [0, 1), on the same device.
+    """
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    probs = torch.softmax(logits.double() / sampling.temperature, -1)
+    ordered, ids = probs.sort(dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(-1) - ordered
+    ordered = torch.where(before < sampling.top_p, ordered, 0.0)
+    ends = ordered.cumsum(-1)
+    drawn = uniforms[:, None] * ends[:, -1:]
+    place = (ends <= drawn).sum(-1, keepdim=True).clamp(max=logits.shape[-1] - 1)
+    return ids.gather(-1, place)[:, 0]
+
+
+class Generator:
+    """Writes with one student.
+
+    Args:
+        student: built and loaded.
+        args: Megatron's arguments.
+        vocab_size: ids of the tokenizer; those beyond are padding, which is never written.
+    """
+
+    def __init__(self, student: BuiltStudent, args: Namespace, vocab_size: int) -> None:
+        self._student = student
+        self._vocab_size = vocab_size
+        self._length = args.seq_length
+        self._mask = bool(getattr(args, "create_attention_mask_in_dataloader", True))
+        chunks, groups = student.chunks, student.groups
+        self._config = chunks[0].config
+        self._stages = groups.pp.size()
+        self._multiple = groups.tp.size() if self._config.sequence_parallel else 1
+        if getattr(self._config, "fp8", None):
+            self._multiple *= _FP8_ROWS
+        self._group = self._config.microbatch_group_size_per_vp_stage if len(chunks) > 1 else 1
+        self._group = self._group or self._stages
+
+    def complete(
+        self,
+        prompts: Sequence[Sequence[int]],
+        numbers: Sequence[int],
+        sampling: Sampling,
+        size: int,
+    ) -> list[list[int]]:
+        """Completions of this data-parallel rank's prompts, at most ``size`` of them.
+
+        All ranks call it together, also with nothing to write; ranks of one data-parallel index
+        with the same prompts.
+
+        Args:
+            prompts: ids of each.
+            numbers: of each, see ``Sampling.uniforms``.
+            size: texts of a pass, the same on every rank.
+
+        Collectives: for each token one all-reduce of two numbers over the world; those of a forward
+        pass; on the last stage an all-gather of ``[b, v/p]`` over the tensor-parallel group; a
+        broadcast of ``[b]`` over the pipeline.
+        """
+        device = self._student.device
+        rounds = allowed_rounds(1, self._stages, self._group)
+        size = -(-size // rounds) * rounds
+        texts = [list(prompt) for prompt in prompts] + [[0] for _ in range(size - len(prompts))]
+        limits = [min(len(prompt) + sampling.max_tokens, self._length) for prompt in prompts]
+        draws = [sampling.uniforms(number) for number in numbers]
+        open_ones = [at for at in range(len(prompts)) if len(texts[at]) < limits[at]]
+        with torch.no_grad(), _evaluating(self._student.chunks):
+            while True:
+                longest = max(len(texts[at]) for at in open_ones) if open_ones else 0
+                state = torch.tensor([len(open_ones), longest], device=device)
+                dist.all_reduce(state, op=dist.ReduceOp.MAX)
+                going, longest = state.tolist()
+                if not going:
+                    break
+                logits = self._logits(texts, longest, rounds)
+                uniforms = np.zeros(size)
+                for at in open_ones:
+                    uniforms[at] = draws[at][len(texts[at]) - len(prompts[at])]
+                found = self._chosen(logits, sampling, torch.from_numpy(uniforms).to(device))
+                still = []
+                for at in open_ones:
+                    texts[at].append(found[at])
+                    if found[at] not in sampling.stop and len(texts[at]) < limits[at]:
+                        still.append(at)
+                open_ones = still
+        return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=False)]
+
+    def _chosen(
+        self, logits: torch.Tensor | None, sampling: Sampling, uniforms: torch.Tensor
+    ) -> list[int]:
+        """The next token of each text, on every stage."""
+        if logits is None:
+            found = torch.empty(len(uniforms), dtype=torch.int64, device=uniforms.device)
+        else:
+            found = next_tokens(logits, sampling, uniforms)
+        group = self._student.groups.pp
+        if group.size() > 1:
+            dist.broadcast(found, src=dist.get_process_group_ranks(group)[-1], group=group)
+        return found.tolist()
+
+    def _logits(
+        self, texts: Sequence[Sequence[int]], longest: int, rounds: int
+    ) -> torch.Tensor | None:
+        """Logits behind the last token of each text, ``[b, v]`` float32 on the last stage."""
+        length = -(-longest // self._multiple) * self._multiple
+        device = self._student.device
+        tokens = torch.zeros(len(texts), length, dtype=torch.int64)
+        for row, text in zip(tokens, texts, strict=True):
+            row[: min(len(text), length)] = torch.tensor(text[:length])
+        ends = torch.tensor([min(len(text), length) - 1 for text in texts], device=device)
+        inputs = [
+            (part, at)
+            for part, at in zip(tokens.to(device).chunk(rounds), ends.chunk(rounds), strict=True)
+        ]
+        chunks = list(self._student.chunks)
+        several = len(chunks) > 1
+        iterators = [iter(inputs) for _ in chunks]
+        found = get_forward_backward_func()(
+            forward_step_func=self._forward_step,
+            data_iterator=iterators if several else iterators[0],
+            model=chunks if several else chunks[0],
+            num_microbatches=rounds,
+            seq_length=length,
+            micro_batch_size=len(texts) // rounds,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+        if self._student.last is None:
+            return None
+        return torch.cat([found[at] for at in range(rounds)])[:, : self._vocab_size]
+
+    def _forward_step(self, inputs: Iterator[Any], model: Any) -> tuple[torch.Tensor, Any]:
+        tokens, ends = next(inputs)
+        count, length = tokens.shape
+        positions = torch.arange(length, device=tokens.device).expand(count, -1)
+        mask = None
+        if self._mask:
+            whole = torch.ones(length, length, dtype=torch.bool, device=tokens.device)
+            mask = whole.triu(1).expand(count, 1, -1, -1)
+        output = model(tokens, positions, mask)
+
+        def of_ends(logits: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
+            own = logits[torch.arange(count, device=logits.device), ends].float()
+            group = self._student.groups.tp
+            if group.size() == 1:
+                return own
+            parts = [torch.empty_like(own) for _ in range(group.size())]
+            dist.all_gather(parts, own.contiguous(), group=group)
+            return torch.cat(parts, -1)
+
+        return output, of_ends
+
+
+@contextlib.contextmanager
+def _evaluating(chunks: Sequence[Any]) -> Iterator[None]:
+    """Chunks in eval mode: no dropout, no auxiliary losses, no counts for an expert bias."""
+    training = [chunk.training for chunk in chunks]
+    try:
+        for chunk in chunks:
+            chunk.eval()
+        yield
+    finally:
+        for chunk, mode in zip(chunks, training, strict=True):
+            chunk.train(mode)
