@@ -69,6 +69,9 @@ def add_commands(commands: Commands) -> None:
     command.add_argument(
         "--stop", type=int, metavar="ID", nargs="+", default=[], help="ids that end a completion"
     )
+    command.add_argument(
+        "--no-cache", action="store_true", help="compute all keys and values anew for each token"
+    )
     served = command.add_argument_group("at servers")
     for flag, metavar, text in (
         ("server", "URLS", "http://host:port of vLLM or SGLang, several with commas"),
@@ -107,6 +110,7 @@ def asked_of(options: argparse.Namespace) -> Asked:
         documents=documents,
         per_file=options.per_file,
         batch=options.batch,
+        cache=not options.no_cache,
         sampling=Sampling(
             options.max_tokens,
             options.temperature,

@@ -2,10 +2,11 @@
 
 Each token takes one pass of Megatron's own schedule, forward only, over all that was written so
 far, so it works at every tensor-, pipeline- and expert-parallel layout that trains, for GPT and
-hybrid models, and its logits are those of training. There is no cache of keys and values: the cost
-grows with the square of the length, which suits small models and short texts. Megatron's inference
-engines (``megatron.core.inference``) need a GPU (CUDA events, streams and generators); large
-students are served (``rollouts.served``).
+hybrid models, and its logits are those of training. Where a model is whole on its ranks (no
+pipeline, no sequence parallelism, nothing in FP8, attention with keys and values) and all prompts
+of a pass are equally long, Megatron's ``StaticInferenceContext`` keeps keys and values, and a token
+takes a pass over itself alone. Megatron's inference engines (``megatron.core.inference.engines``)
+need a GPU (CUDA events, streams and generators); large students are served (``rollouts.served``).
 
 Shapes: b texts, s tokens so far, v vocabulary, p tensor-parallel size.
 """
@@ -20,6 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
 from megatron_moe_inject.recipe.run_part import BuiltStudent
@@ -56,9 +59,12 @@ class Generator:
         student: built and loaded.
         args: Megatron's arguments.
         vocab_size: ids of the tokenizer; those beyond are padding, which is never written.
+        cache: whether keys and values may be kept.
     """
 
-    def __init__(self, student: BuiltStudent, args: Namespace, vocab_size: int) -> None:
+    def __init__(
+        self, student: BuiltStudent, args: Namespace, vocab_size: int, *, cache: bool = True
+    ) -> None:
         self._student = student
         self._vocab_size = vocab_size
         self._length = args.seq_length
@@ -71,6 +77,13 @@ class Generator:
             self._multiple *= _FP8_ROWS
         self._group = self._config.microbatch_group_size_per_vp_stage if len(chunks) > 1 else 1
         self._group = self._group or self._stages
+        self._caches = (
+            cache
+            and isinstance(chunks[0], GPTModel)
+            and self._stages == self._multiple == 1
+            and not self._config.multi_latent_attention
+        )
+        self._context: StaticInferenceContext | None = None
 
     def complete(
         self,
@@ -89,37 +102,61 @@ class Generator:
             numbers: of each, see ``Sampling.uniforms``.
             size: texts of a pass, the same on every rank.
 
-        Collectives: for each token one all-reduce of two numbers over the world; those of a forward
-        pass; on the last stage an all-gather of ``[b, v/p]`` over the tensor-parallel group; a
-        broadcast of ``[b]`` over the pipeline.
+        Collectives: one all-reduce of two numbers over the world, and one for each token; those of
+        a forward pass for each; on the last stage an all-gather of ``[b, v/p]`` over the
+        tensor-parallel group; a broadcast of ``[b]`` over the pipeline.
         """
         device = self._student.device
         rounds = allowed_rounds(1, self._stages, self._group)
         size = -(-size // rounds) * rounds
-        texts = [list(prompt) for prompt in prompts] + [[0] for _ in range(size - len(prompts))]
+        common = self._common_length([len(prompt) for prompt in prompts])
+        filler = [0] * (common or 1)
+        texts = [list(prompt) for prompt in prompts]
+        texts += [list(filler) for _ in range(size - len(prompts))]
         limits = [min(len(prompt) + sampling.max_tokens, self._length) for prompt in prompts]
         draws = [sampling.uniforms(number) for number in numbers]
-        open_ones = [at for at in range(len(prompts)) if len(texts[at]) < limits[at]]
+        ends = [len(prompt) for prompt in prompts]
+        open_ones = [at for at, end in enumerate(ends) if end < limits[at]]
+        self._context = None
+        if common:
+            self._context = StaticInferenceContext(
+                size, min(common + sampling.max_tokens, self._length)
+            )
         with torch.no_grad(), _evaluating(self._student.chunks):
             while True:
-                longest = max(len(texts[at]) for at in open_ones) if open_ones else 0
+                longest = max((ends[at] for at in open_ones), default=0)
                 state = torch.tensor([len(open_ones), longest], device=device)
                 dist.all_reduce(state, op=dist.ReduceOp.MAX)
                 going, longest = state.tolist()
                 if not going:
                     break
-                logits = self._logits(texts, longest, rounds)
                 uniforms = np.zeros(size)
                 for at in open_ones:
-                    uniforms[at] = draws[at][len(texts[at]) - len(prompts[at])]
+                    uniforms[at] = draws[at][ends[at] - len(prompts[at])]
+                logits = self._logits(texts, longest, rounds)
                 found = self._chosen(logits, sampling, torch.from_numpy(uniforms).to(device))
-                still = []
-                for at in open_ones:
+                for at in range(size) if common else open_ones:  # a cache has all rows go along
                     texts[at].append(found[at])
-                    if found[at] not in sampling.stop and len(texts[at]) < limits[at]:
-                        still.append(at)
-                open_ones = still
-        return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=False)]
+                for at in open_ones:
+                    ends[at] += 1
+                open_ones = [
+                    at
+                    for at in open_ones
+                    if found[at] not in sampling.stop and ends[at] < limits[at]
+                ]
+        self._context = None
+        return [
+            text[len(prompt) : end] for text, prompt, end in zip(texts, prompts, ends, strict=False)
+        ]
+
+    def _common_length(self, lengths: Sequence[int]) -> int:
+        """The length of all prompts of this pass on all ranks, where keys and values are kept; 0
+        where they are not."""
+        longest, shortest = max(lengths, default=0), min(lengths, default=self._length)
+        state = torch.tensor([longest, -shortest], device=self._student.device)
+        dist.all_reduce(state, op=dist.ReduceOp.MAX)
+        longest, shortest = state.tolist()
+        return longest if self._caches and longest == -shortest else 0
 
     def _chosen(
         self, logits: torch.Tensor | None, sampling: Sampling, uniforms: torch.Tensor
@@ -138,6 +175,8 @@ class Generator:
         self, texts: Sequence[Sequence[int]], longest: int, rounds: int
     ) -> torch.Tensor | None:
         """Logits behind the last token of each text, ``[b, v]`` float32 on the last stage."""
+        if self._context is not None:
+            return self._gathered(self._behind(texts, self._context))
         length = -(-longest // self._multiple) * self._multiple
         device = self._student.device
         tokens = torch.zeros(len(texts), length, dtype=torch.int64)
@@ -163,28 +202,49 @@ class Generator:
         )
         if self._student.last is None:
             return None
-        return torch.cat([found[at] for at in range(rounds)])[:, : self._vocab_size]
+        return torch.cat([found[at] for at in range(rounds)])
 
     def _forward_step(self, inputs: Iterator[Any], model: Any) -> tuple[torch.Tensor, Any]:
         tokens, ends = next(inputs)
         count, length = tokens.shape
         positions = torch.arange(length, device=tokens.device).expand(count, -1)
-        mask = None
-        if self._mask:
-            whole = torch.ones(length, length, dtype=torch.bool, device=tokens.device)
-            mask = whole.triu(1).expand(count, 1, -1, -1)
-        output = model(tokens, positions, mask)
+        output = model(tokens, positions, self._causal(count, length))
 
         def of_ends(logits: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
-            own = logits[torch.arange(count, device=logits.device), ends].float()
-            group = self._student.groups.tp
-            if group.size() == 1:
-                return own
-            parts = [torch.empty_like(own) for _ in range(group.size())]
-            dist.all_gather(parts, own.contiguous(), group=group)
-            return torch.cat(parts, -1)
+            return self._gathered(logits[torch.arange(count, device=logits.device), ends])
 
         return output, of_ends
+
+    def _behind(
+        self, texts: Sequence[Sequence[int]], context: StaticInferenceContext
+    ) -> torch.Tensor:
+        """Logits ``[b, v/p]`` by what is new of each text; all are equally long."""
+        begin = context.sequence_len_offset
+        new = torch.tensor([text[begin:] for text in texts], device=self._student.device)
+        count, length = new.shape
+        positions = torch.arange(begin, begin + length, device=new.device).expand(count, -1)
+        mask = None if begin else self._causal(count, length)
+        if begin:
+            context.enable_decode_mode()
+        logits = self._student.chunks[0](new, positions, mask, inference_context=context)
+        context.sequence_len_offset += length
+        return logits[:, -1]
+
+    def _causal(self, count: int, length: int) -> torch.Tensor | None:
+        """The mask that data loaders give, ``[b, 1, s, s]``, where they do."""
+        if not self._mask:
+            return None
+        whole = torch.ones(length, length, dtype=torch.bool, device=self._student.device)
+        return whole.triu(1).expand(count, 1, -1, -1)
+
+    def _gathered(self, own: torch.Tensor) -> torch.Tensor:
+        """``[b, v]`` float32 without padding, of ``[b, v/p]``."""
+        own, group = own.float(), self._student.groups.tp
+        if group.size() > 1:
+            parts = [torch.empty_like(own) for _ in range(group.size())]
+            dist.all_gather(parts, own.contiguous(), group=group)
+            own = torch.cat(parts, -1)
+        return own[:, : self._vocab_size]
 
 
 @contextlib.contextmanager

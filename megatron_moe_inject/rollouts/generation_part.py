@@ -80,7 +80,7 @@ class GenerationPart(RunPart):
         parts = parts_of(asked.folder, self._prompts, asked.per_file, writer, settings)
         todo = on_first_rank(lambda: missing(parts, writer))
         lanes, lane = student.groups.dp.size(), student.groups.dp.rank()
-        generator = Generator(student, run.args, run.valid_vocab_size)
+        generator = Generator(student, run.args, run.valid_vocab_size, cache=asked.cache)
         writes = student.last is not None and student.groups.tp.rank() == 0
         tokens = 0
         for start in range(0, len(todo), lanes):

@@ -48,6 +48,7 @@ class Asked:
         documents: the first and the one behind the last that prompts may be of; None = all.
         per_file: texts of a file.
         batch: texts that are written at once, by each data-parallel rank.
+        cache: whether keys and values may be kept from one token to the next.
         sampling: how tokens are chosen.
     """
 
@@ -58,6 +59,7 @@ class Asked:
     documents: tuple[int, int] | None = None
     per_file: int = 64
     batch: int = 16
+    cache: bool = True
     sampling: Sampling = field(default_factory=Sampling)
 
     def check(self) -> None:

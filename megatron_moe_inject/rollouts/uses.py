@@ -28,6 +28,12 @@ WRITING = Contract(
             ),
         ),
         Use(
+            "megatron.core.inference.contexts.StaticInferenceContext",
+            ("max_batch_size", "max_sequence_length"),
+            ("enable_decode_mode", "sequence_len_offset"),
+        ),
+        Use("megatron.core.models.gpt.GPTModel.forward", ("inference_context",)),
+        Use(
             "megatron.core.datasets.indexed_dataset.IndexedDataset",
             attributes=("document_indices", "get", "sequence_lengths"),
         ),

@@ -15,6 +15,7 @@ GREEDY = Sampling(max_tokens=8, temperature=0.0, stop=(20,))
 DRAWN = Sampling(max_tokens=8, temperature=1.3, top_p=0.95, seed=5)
 VIRTUAL = ("--num-layers-per-virtual-pipeline-stage", "1")
 LAYOUTS = {
+    "no cache": dict(cache=False),
     "tp2": dict(nproc=2, tp=2),
     "pp2": dict(nproc=2, pp=2),
     "pp2-vpp2": dict(nproc=2, pp=2, extra=VIRTUAL),
@@ -23,15 +24,15 @@ LAYOUTS = {
 SLOW = ("pp2",)
 
 
-def write(material, output, sampling, *, nproc=1, extra=(), check=True, env=None, **layout):
+def write(material, output, sampling, *, nproc=1, extra=(), check=True, cache=True, **layout):
     asked = Asked(
-        material.domain, str(output), prompt_tokens=6, count=10, per_file=3, batch=2,
+        material.domain, str(output), prompt_tokens=6, count=10, per_file=3, batch=2, cache=cache,
         sampling=sampling,
     )  # fmt: skip
     ours = ("--inject-recipe", recipe_file(material), "--inject-rollouts", asked.plain())
     load = ("--load", material.student, "--skip-train", "--train-iters", "1", "--eval-iters", "0")
     flags = student_flags(*material.blend, *load, *ours, *extra, **layout)
-    return lane.run(flags, nproc=nproc, check=check, env=env)
+    return lane.run(flags, nproc=nproc, check=check)
 
 
 def content(folder):
@@ -82,7 +83,9 @@ def test_greedy_text_is_that_of_a_plain_loop_over_the_logits(material, greedy, t
     [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in LAYOUTS],
 )
 def test_a_layout_writes_what_one_process_writes(material, greedy, drawn, tmp_path, layout):
-    sampling, expected = (DRAWN, drawn) if layout in ("tp2", "ep2") else (GREEDY, greedy)
+    sampling, expected = (
+        (DRAWN, drawn) if layout in ("no cache", "tp2", "ep2") else (GREEDY, greedy)
+    )
     write(material, tmp_path, sampling, **LAYOUTS[layout])
     assert content(tmp_path) == content(expected)
 

@@ -130,7 +130,7 @@ def test_a_command_goes_on_where_it_stopped(tmp_path):
 
 
 def test_what_is_asked_survives_being_a_flag():
-    asked = Asked("p", "o", 5, 6, (1, 9), 7, 8, Sampling(3, 0.5, 0.9, 4, (1, 2)))
+    asked = Asked("p", "o", 5, 6, (1, 9), 7, 8, False, Sampling(3, 0.5, 0.9, 4, (1, 2)))
     assert Asked.of_plain(asked.plain()) == asked
     assert json.loads(asked.plain())["sampling"]["stop"] == [1, 2]
 
