@@ -50,7 +50,7 @@ def add_commands(commands: Commands) -> None:
         ("prompts", str, "DATA", None, "prefix of a data set (.bin, .idx), or JSON Lines with "
          '{"prompt": ids or text}'),
         ("output", str, "DIR", None, "the folder that gets the files"),
-        ("prompt-tokens", int, "N", 32, "of a document that are its prompt (default 32)"),
+        ("prompt-tokens", int, "N", 32, "of a stretch of text that are a prompt (default 32)"),
         ("count", int, "N", None, "prompts at most (default: all)"),
         ("documents", str, "A:B", None, "take prompts of documents A to B - 1 alone; keep held-out "
          "ones out"),
@@ -72,16 +72,23 @@ def add_commands(commands: Commands) -> None:
     command.add_argument(
         "--no-cache", action="store_true", help="compute all keys and values anew for each token"
     )
+    command.add_argument(
+        "--checkpoint",
+        metavar="DIR",
+        help="the folder that training saves to, where a copy of its student writes: at servers, "
+        "or merged with its adapters (--load)",
+    )
+    command.add_argument(
+        "--ckpt-step", type=int, metavar="N", help="its iteration (default: newest)"
+    )
     served = command.add_argument_group("at servers")
     for flag, metavar, text in (
         ("server", "URLS", "http://host:port of vLLM or SGLang, several with commas"),
-        ("checkpoint", "DIR", "the folder that training saves to, of which servers have a copy"),
         ("model", "NAME", "its name at the servers (default: the only one)"),
         ("tokenizer", "DIR", "Hugging Face folder, for prompts that are text"),
         ("key-from", "VARIABLE", "environment variable with the servers' API key"),
     ):
         served.add_argument(f"--{flag}", metavar=metavar, help=text)
-    served.add_argument("--ckpt-step", type=int, metavar="N", help="iteration (default: newest)")
     served.add_argument(
         "--protocol", choices=("auto", "vllm", "sglang"), default="auto", help="(default auto)"
     )
@@ -118,6 +125,8 @@ def asked_of(options: argparse.Namespace) -> Asked:
             options.seed,
             tuple(options.stop),
         ),
+        checkpoint=options.checkpoint,
+        step=options.ckpt_step,
     )
     asked.check()
     if asked.folder.exists() and not asked.folder.is_dir():
@@ -132,7 +141,7 @@ def _flags(options: argparse.Namespace) -> list[str]:
             "rollouts: RECIPE is missing; name it and put -- and the flags of the training command "
             "behind the options, or name --server and --checkpoint"
         )
-    for name in ("checkpoint", "model", "tokenizer", "key_from", "ckpt_step"):
+    for name in ("model", "tokenizer", "key_from"):
         if getattr(options, name) is not None:
             flag = f"--{name.replace('_', '-')}"
             raise RecipeError(f"{flag}: is about servers; add --server, or leave it out", flag)
@@ -155,8 +164,6 @@ def _at_servers(options: argparse.Namespace) -> str:
         asked_of(options),
         At(
             options.server,
-            options.checkpoint,
-            options.ckpt_step,
             options.model,
             options.protocol,
             options.timeout,

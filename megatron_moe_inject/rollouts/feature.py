@@ -29,6 +29,13 @@ _NO_PLACES = (
     Refusal("reset_attention_mask", _FIXED_BORDERS),
     Refusal("sft", "gives conversations, whose packs have other borders"),
 )
+_MEANS_OF_PARTS = (
+    Refusal(
+        "context_parallel_size",
+        "takes the mean of each rank's part of a sample, of which other numbers of tokens count",
+        unset=1,
+    ),
+)
 _REMEDY = "leave the folder of rollouts out"
 
 
@@ -44,6 +51,14 @@ class RolloutsFeature(Feature):
     refuses = (
         RefusedBeside(
             _NO_PLACES, "rollouts: in data", lambda recipe, facts: has_rollouts(recipe), _REMEDY
+        ),
+        RefusedBeside(
+            _MEANS_OF_PARTS,
+            "rollouts: in data, without --calculate-per-token-loss",
+            lambda recipe, facts: (
+                has_rollouts(recipe) and not facts.options.get("calculate_per_token_loss")
+            ),
+            "add --calculate-per-token-loss",
         ),
     )
 

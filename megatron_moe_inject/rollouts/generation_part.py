@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from megatron_moe_inject.host.lineage import identity_stored
 from megatron_moe_inject.host.stored_checkpoint import checkpoint_to_load
 from megatron_moe_inject.recipe.run_part import BuiltStudent, RunContext, RunPart
 from megatron_moe_inject.rollouts.file_format import Writer
+from megatron_moe_inject.rollouts.identity import writer_of_folder
 from megatron_moe_inject.rollouts.parts import Part, missing, parts_of, write_part
 from megatron_moe_inject.rollouts.prompts import Prompt, checksum, read_prompts
 from megatron_moe_inject.rollouts.settings import Asked, told
@@ -32,9 +34,12 @@ class GenerationPart(RunPart):
             raise RecipeError(
                 "--load: missing; name the folder that training saves to, whose student writes"
             )
-        self._iteration = checkpoint.iteration
-        self._identity = identity_stored(checkpoint.arguments())
-        self.writes_about = self._identity is None
+        if asked.checkpoint is not None:
+            self._writer = writer_of_folder(asked.checkpoint, asked.step)
+        else:
+            identity = identity_stored(checkpoint.arguments())
+            self._writer = Writer(identity, checkpoint.iteration)
+            self.writes_about = identity is None  # then its weights are what it is known by
         self._prompts: list[Prompt] = read_prompts(asked, compat.tokenize(), run.valid_vocab_size)
         room = run.args.seq_length
         long = next((prompt for prompt in self._prompts if len(prompt.ids) >= room), None)
@@ -75,7 +80,9 @@ class GenerationPart(RunPart):
         assert self._student is not None, "Megatron has built the student"
         run, asked, student = self._run, self._asked, self._student
         begin = time.monotonic()
-        writer = Writer(self._identity, self._iteration, run.origin.sha256)
+        writer = self._writer
+        if self.writes_about:
+            writer = replace(writer, sha256=run.origin.sha256)
         settings = told(asked, checksum(self._prompts), "megatron")
         parts = parts_of(asked.folder, self._prompts, asked.per_file, writer, settings)
         todo = on_first_rank(lambda: missing(parts, writer))
@@ -105,7 +112,7 @@ class GenerationPart(RunPart):
         earlier = f", {there} were there" if there else ""
         return (
             f"rollouts: {len(todo)} files written to {asked.folder}{earlier}; "
-            f"{len(self._prompts)} prompts, iteration {self._iteration}, "
+            f"{len(self._prompts)} prompts, iteration {writer.iteration}, "
             f"{time.monotonic() - begin:.1f} s"
         )
 

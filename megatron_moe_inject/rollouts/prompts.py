@@ -1,4 +1,4 @@
-"""What a student is to go on from: beginnings of documents, or lines of a file."""
+"""What a student is to go on from: stretches of documents, or lines of a file."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ class Prompt(NamedTuple):
 def read_prompts(asked: Asked, tokenize: Tokenize | None, vocab_size: int | None) -> list[Prompt]:
     """All prompts that are asked for, in the order in which they are written.
 
-    Of a data set they are the first tokens of documents in an order drawn by the seed, so that
-    another seed takes others first; documents that are no longer than that are left out. Of a file
-    they are its lines in order, ``{"prompt": ids or text}``.
+    Of a data set they are the first tokens of each document, and of each further stretch of it that
+    is as long as a prompt with its completion, in an order drawn by the seed, so that another seed
+    takes others; what is no longer than a prompt is left out. Of a file they are its lines in
+    order, ``{"prompt": ids or text}``.
 
     Args:
         tokenize: ids of a text; None where there is no tokenizer with text.
@@ -88,16 +89,19 @@ def _of_documents(asked: Asked) -> list[Prompt]:
             "--documents", f"{first}:{stop}", f"is more than the {documents} of {asked.prompts}",
             f"write {first}:{documents} or less",
         )  # fmt: skip
-    order = np.random.default_rng(asked.sampling.seed).permutation(np.arange(first, stop))
+    sequences = np.asarray(data.document_indices[first:stop], np.int64)
+    lengths = np.asarray(data.sequence_lengths, np.int64)[sequences]
+    stretch = asked.prompt_tokens + asked.sampling.max_tokens
+    ends = np.cumsum(np.maximum(0, -(-(lengths - asked.prompt_tokens) // stretch)))
+    there = int(ends[-1])
+    count = there if asked.count is None else min(asked.count, there)
+    order = np.random.default_rng(asked.sampling.seed).choice(there, count, replace=False)
     prompts: list[Prompt] = []
-    for document in order.tolist():
-        if asked.count is not None and len(prompts) == asked.count:
-            break
-        sequence = int(data.document_indices[document])
-        if int(data.sequence_lengths[sequence]) <= asked.prompt_tokens:
-            continue
-        ids = data.get(sequence, offset=0, length=asked.prompt_tokens)
-        prompts.append(Prompt(len(prompts), [int(i) for i in ids], document))
+    for place in order.tolist():
+        document = int(np.searchsorted(ends, place, side="right"))
+        begin = (place - (int(ends[document - 1]) if document else 0)) * stretch
+        ids = data.get(int(sequences[document]), offset=begin, length=asked.prompt_tokens)
+        prompts.append(Prompt(len(prompts), [int(i) for i in ids], first + document))
     return prompts
 
 

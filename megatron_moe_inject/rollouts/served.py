@@ -37,12 +37,10 @@ _MOST_WAIT = 30.0
 
 @dataclass(frozen=True)
 class At:
-    """Which servers, and whose copy they have.
+    """Which servers, and how they are asked.
 
     Attributes:
         servers: URLs with commas between them.
-        checkpoint: the folder that training saves to.
-        step: its iteration; None = the newest.
         model: its name there; None = the only one.
         protocol: ``vllm``, ``sglang`` or ``auto``.
         timeout: seconds for one text.
@@ -51,8 +49,6 @@ class At:
     """
 
     servers: str
-    checkpoint: str
-    step: int | None = None
     model: str | None = None
     protocol: str = "auto"
     timeout: float = 300.0
@@ -84,7 +80,8 @@ def write_at_servers(asked: Asked, at: At) -> str:
     if not 0 < at.timeout < 1e6:
         raise fail("--timeout", at.timeout, "is no time", "write seconds")
     prompts = read_prompts(asked, _tokenize(at.tokenizer), None)
-    writer = writer_of_folder(at.checkpoint, at.step)
+    assert asked.checkpoint is not None, "the command asks for it"
+    writer = writer_of_folder(asked.checkpoint, asked.step)
     servers = _Servers(addresses, at, key, asked.sampling)
     settings = told(asked, checksum(prompts), servers.protocol)
     parts = parts_of(asked.folder, prompts, asked.per_file, writer, settings)

@@ -43,13 +43,16 @@ class Asked:
     Attributes:
         prompts: prefix of an indexed data set, or a JSON Lines file.
         output: the folder that gets the files.
-        prompt_tokens: of a document that are its prompt.
+        prompt_tokens: of a stretch of a document that are a prompt.
         count: prompts at most; None = all.
         documents: the first and the one behind the last that prompts may be of; None = all.
         per_file: texts of a file.
         batch: texts that are written at once, by each data-parallel rank.
         cache: whether keys and values may be kept from one token to the next.
         sampling: how tokens are chosen.
+        checkpoint: the folder that training saves to, where another copy of its student writes: a
+            merged or exported one; None = what ``--load`` names writes.
+        step: its iteration; None = the newest.
     """
 
     prompts: str
@@ -61,6 +64,8 @@ class Asked:
     batch: int = 16
     cache: bool = True
     sampling: Sampling = field(default_factory=Sampling)
+    checkpoint: str | None = None
+    step: int | None = None
 
     def check(self) -> None:
         """Raises ``RecipeError`` for a number that is none."""

@@ -65,6 +65,8 @@ FEATURES = {
     "rollouts": Feature(
         "rollouts",
         {"domains.0.data": [1, "rollouts:{rollouts}"], "rollouts.every": 2},
+        # Samples have other numbers of tokens that count: means of micro-batches differ by split.
+        flags=("--calculate-per-token-loss",),
         terms=("rollout share/code", "rollout age/code"),
     ),
     # Of a committee one teacher runs on all stages, the other on the last one alone.
@@ -238,7 +240,7 @@ IMITATED = {"imitated states", "imitated experts"}
 TRAINED = {"trained router", "trained head", "trained attention", "trained shared experts"}
 _ALWAYS = frozenset(FEATURES) - IMITATED - TRAINED - {
     "store of states", "window", "trained rows", "frozen experts in fp8", "expert retention",
-    "adapters", HYBRID, EVERYTHING,
+    "adapters", "rollouts", HYBRID, EVERYTHING,
 }  # fmt: skip
 _FEW = {1: [2], 2: [0, 3], 3: [3]}
 SETS: dict[str, FeatureSet] = {
@@ -262,22 +264,25 @@ SETS: dict[str, FeatureSet] = {
     ),
     # The other pairs of what excludes each other.
     "router, fp8": FeatureSet(
-        _FEW, _ALWAYS | IMITATED | TRAINED | {"frozen experts in fp8", "adapters"}
+        _FEW, _ALWAYS | IMITATED | TRAINED | {"frozen experts in fp8", "adapters", "rollouts"}
     ),
     "rows, imitation": FeatureSet(
         _FEW,
         _ALWAYS
         | IMITATED
         | TRAINED - {"trained router"}
-        | {"trained rows", "expert retention", "adapters"},
+        | {"trained rows", "expert retention", "adapters", "rollouts"},
     ),
     "router, window": FeatureSet(
         _FEW, _ALWAYS | TRAINED | {"store of states", "window", "expert retention", "adapters"}
     ),
+    "rollouts, window": FeatureSet(
+        _FEW, _ALWAYS | {"window", "rollouts"}, slow_at=frozenset({"cp2"})
+    ),
     # The domain's experts are for steering and imitation.
     "everything": FeatureSet(
         _FEW,
-        _ALWAYS - {"pattern"} | IMITATED | {EVERYTHING, "expert retention"},
+        _ALWAYS - {"pattern"} | IMITATED | {EVERYTHING, "expert retention", "rollouts"},
         slow_at=frozenset(LAYOUTS) - {"ep2", "pp2-vpp2"},
     ),
     "everything, window": FeatureSet(
@@ -303,6 +308,7 @@ ROWS = (
     ("dp2, distributed optimizer", "router, fp8"),
     ("ep2", "rows, imitation"),
     ("cp2", "router, window"),
+    ("cp2", "rollouts, window"),
     *((layout, "hybrid") for layout in LAYOUTS),
     ("pp2", "hybrid, rows"),
     *((layout, "everything") for layout in LAYOUTS),
@@ -362,6 +368,9 @@ REFUSED = {
     ),
     frozenset({"store of states", "imitated experts"}): Refusal(
         "imitation.experts", "compares layers, and teacher third"
+    ),
+    frozenset({"store of states", "rollouts"}): Refusal(
+        "domains[0].teacher", "is a store, which knows nothing of text that is still to be written"
     ),
     frozenset({"frozen experts in fp8", "expert retention"}): Refusal(
         "--fp8-format", "does not let experts run again as they were"

@@ -1,5 +1,7 @@
 """A saved student writes: the same text at every layout, that of a plain loop over its logits."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,7 @@ GREEDY = Sampling(max_tokens=8, temperature=0.0, stop=(20,))
 DRAWN = Sampling(max_tokens=8, temperature=1.3, top_p=0.95, seed=5)
 VIRTUAL = ("--num-layers-per-virtual-pipeline-stage", "1")
 LAYOUTS = {
-    "no cache": dict(cache=False),
+    "no cache": dict(more={"cache": False}),
     "tp2": dict(nproc=2, tp=2),
     "pp2": dict(nproc=2, pp=2),
     "pp2-vpp2": dict(nproc=2, pp=2, extra=VIRTUAL),
@@ -24,10 +26,10 @@ LAYOUTS = {
 SLOW = ("pp2",)
 
 
-def write(material, output, sampling, *, nproc=1, extra=(), check=True, cache=True, **layout):
+def write(material, output, sampling, *, nproc=1, extra=(), check=True, more=None, **layout):
     asked = Asked(
-        material.domain, str(output), prompt_tokens=6, count=10, per_file=3, batch=2, cache=cache,
-        sampling=sampling,
+        material.domain, str(output), prompt_tokens=6, count=10, per_file=3, batch=2,
+        sampling=sampling, **(more or {}),
     )  # fmt: skip
     ours = ("--inject-recipe", recipe_file(material), "--inject-rollouts", asked.plain())
     load = ("--load", material.student, "--skip-train", "--train-iters", "1", "--eval-iters", "0")
@@ -117,3 +119,18 @@ def test_a_layout_that_cannot_write_is_refused(material, tmp_path):
     run = write(material, tmp_path, GREEDY, nproc=2, cp=2, check=False)
     assert run.returncode == 2
     assert "--context-parallel-size: divides the text" in run.output
+
+
+def test_a_merged_copy_writes_for_the_checkpoint_that_it_is_of(material, drawn, tmp_path):
+    """Its weights are elsewhere; the files say whose text it is."""
+    copy = tmp_path / "copy"
+    shutil.copytree(material.student, copy)
+    load = ("--load", str(copy))
+    write(material, tmp_path / "own", DRAWN, extra=load, more={"checkpoint": material.teacher})
+    found = [read_rollouts(path) for path in sorted((tmp_path / "own").iterdir())]
+    expected = [read_rollouts(path) for path in sorted(drawn.iterdir())]
+    assert {file.writer for file in found} == {writer_of_folder(material.teacher)}
+    assert {file.writer for file in found}.isdisjoint(file.writer for file in expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        for one, other in zip(ours.rollouts, theirs.rollouts, strict=True):
+            assert np.array_equal(one.completion, other.completion)

@@ -74,6 +74,17 @@ def test_options_that_leave_no_places_are_refused(option, value):
         refused.check(recipe_with({"domains.0.data": [1]}), known)
 
 
+def test_parts_of_samples_are_no_samples():
+    """Where a rank has a part of each, their means are none of the whole."""
+    (refused,) = (r for r in FEATURE.refuses if "per-token" in r.setting)
+    known = dataclasses.replace(facts(), options={"context_parallel_size": 2})
+    said = message_of(lambda: refused.check(recipe_with({}), known))
+    assert said.startswith("--context-parallel-size: takes the mean of each rank's part")
+    assert said.endswith("add --calculate-per-token-loss")
+    for options in ({"context_parallel_size": 1}, {**known.options, "calculate_per_token_loss": 1}):
+        refused.check(recipe_with({}), dataclasses.replace(known, options=options))
+
+
 def test_mock_data_has_no_places():
     known = dataclasses.replace(facts(), mock_data=True)
     assert "--mock-data" in message_of(lambda: FEATURE.check(recipe_with({}), known))

@@ -27,13 +27,20 @@ def asked(tmp_path):
 
     def made(**sampling):
         sampling = Sampling(**{"max_tokens": 6, "temperature": 0.0, "stop": (9,)} | sampling)
-        return Asked(str(path), str(tmp_path / "own"), per_file=3, batch=2, sampling=sampling)
+        return Asked(
+            str(path),
+            str(tmp_path / "own"),
+            per_file=3,
+            batch=2,
+            sampling=sampling,
+            checkpoint="save",
+        )
 
     return made
 
 
 def at(*servers, **more):
-    return served.At(",".join(server.url for server in servers), "save", **more)
+    return served.At(",".join(server.url for server in servers), **more)
 
 
 def texts(folder):
@@ -134,5 +141,5 @@ def test_what_is_no_server_is_named(asked):
     with pytest.raises(RecipeError, match="cannot be spoken to"):
         served.write_at_servers(asked(), at(gone))
     with pytest.raises(RecipeError, match="holds credentials") as caught:
-        served.write_at_servers(asked(), served.At("http://me:secret@a", "save"))
+        served.write_at_servers(asked(), served.At("http://me:secret@a"))
     assert "secret" not in str(caught.value)

@@ -41,6 +41,21 @@ def test_prompts_are_beginnings_of_documents_in_an_order_of_the_seed(data):
     assert sorted(prompt.source for prompt in some) == [3, 4, 5]
 
 
+def test_a_long_document_gives_a_prompt_for_each_stretch(data):
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    asked = Asked(data, "o", prompt_tokens=4, sampling=Sampling(max_tokens=7))
+    found = read_prompts(asked, None, 61)
+    documents = IndexedDataset(data)
+    texts = [documents[document].tolist() for document in range(12)]
+    assert sorted((p.source, p.ids) for p in found) == sorted(
+        (document, text[begin : begin + 4])
+        for document, text in enumerate(texts)
+        for begin in (0, 11, 22)
+    )
+    assert [prompt.number for prompt in found] == list(range(36))
+
+
 def test_prompts_of_lines_are_ids_or_text(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": [1, 2]}\n\n{"prompt": "ab"}\n')
@@ -130,7 +145,7 @@ def test_a_command_goes_on_where_it_stopped(tmp_path):
 
 
 def test_what_is_asked_survives_being_a_flag():
-    asked = Asked("p", "o", 5, 6, (1, 9), 7, 8, False, Sampling(3, 0.5, 0.9, 4, (1, 2)))
+    asked = Asked("p", "o", 5, 6, (1, 9), 7, 8, False, Sampling(3, 0.5, 0.9, 4, (1, 2)), "c", 9)
     assert Asked.of_plain(asked.plain()) == asked
     assert json.loads(asked.plain())["sampling"]["stop"] == [1, 2]
 
@@ -145,7 +160,7 @@ def test_what_is_asked_survives_being_a_flag():
         (("r.yaml", "--documents", "5:5"), "--documents: '5:5' is no range"),
         (("r.yaml", "--stop", "-1"), "--stop: [-1] has a negative id"),
         (("r.yaml", "--count", "0"), "--count: 0 is too small"),
-        (("r.yaml", "--checkpoint", "c"), "--checkpoint: is about servers; add --server"),
+        (("r.yaml", "--model", "m"), "--model: is about servers; add --server"),
         ((), "RECIPE is missing"),
         (("r.yaml", "--server", "http://a"), "--server: needs no recipe"),
         (("--server", "http://a"), "--checkpoint: missing"),
