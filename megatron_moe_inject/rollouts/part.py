@@ -366,13 +366,17 @@ class RolloutStep(StepPart):
     def _written(
         self, batch: MicroBatch, samples: Sequence[tuple[int, Sequence[Rollout]]]
     ) -> MicroBatch:
-        own = {
-            key: torch.as_tensor(value).clone() if key in _REPLACED else value
-            for key, value in batch.items()
-        }
+        own = {key: _copied(value) if key in _REPLACED else value for key, value in batch.items()}
         for place, rollouts in samples:
             put(own, place, rollouts, packed=self._packed)
         return own
+
+
+def _copied(value: Any) -> torch.Tensor:
+    """A copy of a batch's tensor, pinned if that is, so that the device takes it without a wait."""
+    tensor = torch.as_tensor(value)
+    copy = torch.empty_like(tensor, pin_memory=tensor.is_pinned())
+    return copy.copy_(tensor)
 
 
 def _say(text: str) -> None:
