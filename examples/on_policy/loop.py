@@ -139,7 +139,7 @@ class Loop:
         megatron(
             log,
             *self.flags(arm, recipe, self.out / arm),
-            *("--inject-set", *settings, "--override-opt-param-scheduler", "--lr", "0"),
+            *("--inject-set", *settings, "--no-load-optim", "--no-load-rng", "--lr", "0"),
             *("--min-lr", "0", "--exit-interval", str(iteration + 10)),
         )
         found = log.read_text(errors="replace")
