@@ -247,7 +247,10 @@ SETS: dict[str, FeatureSet] = {
     # The one whose originals are on the device.
     "router": FeatureSet(
         _FEW,
-        _ALWAYS - {"originals on the host"} | IMITATED | TRAINED | {"expert retention", "adapters"},
+        _ALWAYS - {"originals on the host"}
+        | IMITATED
+        | TRAINED
+        | {"expert retention", "adapters", "rollouts"},
         instead={"steering.confidence": "top"},
     ),
     # Nothing trains on the last of two stages, no expert on the last of two expert ranks.

@@ -4,4 +4,4 @@ from tests.harness.array_tests import ArrayTests
 
 
 class TestPairs(ArrayTests):
-    sets = ("nothing first", "router, fp8", "rows, imitation", "router, window")
+    sets = ("nothing first", "router, fp8", "rows, imitation", "router, window", "rollouts, window")
