@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from tests.harness import lane
-from tests.harness.architectures import ARCHITECTURES, VOCAB
+from tests.harness.architecture_configs import VOCAB
+from tests.harness.architectures import ARCHITECTURES
 from tests.harness.checkpoints import SAVE, changed
 from tests.harness.document_gpt import PER_SAMPLE
 from tests.harness.injection import OTHER, PROVEN
