@@ -30,7 +30,7 @@ from megatron_moe_inject.host.errors import (
 from megatron_moe_inject.host.files import is_plain_name
 from megatron_moe_inject.host.rng import untouched_rng
 from megatron_moe_inject.losses.spec import LogitTransform
-from megatron_moe_inject.teachers import vocabulary
+from megatron_moe_inject.teachers import trained_folder, vocabulary
 from megatron_moe_inject.teachers.base import (
     RoutedExperts,
     Source,
@@ -142,7 +142,11 @@ def check(
     details = {name: getattr(text, name) for name in names if hasattr(text, name)}
     shared = vocabulary.check_vocabulary(student, teacher_vocabulary, source)
     front, prefix_origin = resolved_prefix(
-        source, prefix, files=source.path, ids=teacher_vocabulary.ids, rows=text.vocab_size
+        source,
+        prefix,
+        files=trained_folder.tokenizer_folder(source.path),
+        ids=teacher_vocabulary.ids,
+        rows=text.vocab_size,
     )
     return TeacherInfo(
         name=source.name,
@@ -207,15 +211,7 @@ def _config(source: Source) -> Any:
     import transformers
 
     _refuse_gguf(source)
-    if not (source.path / "config.json").is_file():
-        raise source.error(
-            "is no Hugging Face model folder: config.json is not there",
-            "name a folder that save_pretrained() wrote",
-        )
-    if (source.path / "adapter_config.json").is_file():
-        raise source.error(
-            "is an adapter, not a whole model", "merge it into its base model and save that"
-        )
+    trained_folder.check_is_model(source)
     try:
         config = transformers.AutoConfig.from_pretrained(
             str(source.path), local_files_only=True, trust_remote_code=False
@@ -232,6 +228,7 @@ def _config(source: Source) -> Any:
             "language model",
             "use a causal language model",
         )
+    trained_folder.check_purpose(source, config)
     if getattr(config, "quantization_config", None) is not None:
         raise source.error(
             "is quantized",
@@ -289,24 +286,21 @@ def _stored_shapes(source: Source) -> dict[str, tuple[int, ...]]:
     for name in names:
         path = source.path / name
         if not path.is_file():
-            pickled = sorted(p.name for p in source.path.glob("*.bin"))
-            instead = f", only {pickled[0]}" if pickled else ""
-            raise source.error(
-                f"has no {name}{instead}",
-                "save the model with safetensors: save_pretrained(folder)",
-            )
+            raise trained_folder.without_safetensors(source, name)
         try:
             with safe_open(path, framework="pt") as file:
                 stored = list(file.keys())
                 shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in stored}
         except (OSError, SafetensorError) as error:
             raise _damaged(source, path, error) from error
+    trained_folder.check_is_merged(source, shapes)
     return shapes
 
 
 def _vocabulary(source: Source, rows: int) -> vocabulary.Vocabulary:
     origin = f"tokenizer of {source.path.name}"
-    teacher_vocabulary = vocabulary.vocabulary_of_files(source.path, origin=origin, rows=rows)
+    files = trained_folder.tokenizer_folder(source.path)
+    teacher_vocabulary = vocabulary.vocabulary_of_files(files, origin=origin, rows=rows)
     remedy = "resize the embedding or restore the tokenizer that it was trained with"
     return vocabulary.within_rows(teacher_vocabulary, source, remedy)
 
@@ -483,11 +477,18 @@ def read_files(folder: Folder) -> list[Path]:
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise folder.error(f"cannot be read at {index} ({error})", "copy it again") from None
     files = [folder.path / name for name in names]
-    return files + [path for kind in _READ_BESIDE for path in sorted(folder.path.glob(kind))]
+    places = dict.fromkeys((folder.path, trained_folder.tokenizer_folder(folder.path)))
+    return files + [
+        path for place in places for kind in _READ_BESIDE for path in sorted(place.glob(kind))
+    ]
 
 
 def source_kind() -> SourceKind:
     """``hf:/dir``: a folder of any causal language model that ``transformers`` loads."""
     return SourceKind(
-        "hf:/dir", check, load, files=read_files, tokenizer=lambda source: source.path
+        "hf:/dir",
+        check,
+        load,
+        files=read_files,
+        tokenizer=lambda source: trained_folder.tokenizer_folder(source.path),
     )

@@ -56,6 +56,8 @@ def test_reverse_kl_needs_a_teacher_with_all_ids():
 
 def test_remarks():
     assert remarks({"t": info()}, 8, {}) == ["teacher t: not compared: why"]
+    sizes = Comparison("sizes agree (9 ids), tokens not compared: /t holds no tokenizer.json")
+    assert remarks({"t": info(sizes)}, 8, {}) == [f"teacher t: {sizes.told}"]
     same = Comparison("the same 9 tokens", True, 9)
     assert remarks({"t": info(same, prefix_told="as its tokenizer does")}, 8, {}) == []
     told = "its tokenizer cannot be read, so that nobody knows what stood in front"
