@@ -23,6 +23,11 @@ from typing import Any
 
 from megatron_moe_inject.host.errors import listing
 
+_STORE_ATTR, _LOAD_CONST, _EXTENDED_ARG = (
+    dis.opmap[name] for name in ("STORE_ATTR", "LOAD_CONST", "EXTENDED_ARG")
+)
+_REGISTER = frozenset({"register_buffer", "register_parameter", "setattr"})
+
 
 @dataclass(frozen=True)
 class Use:
@@ -188,11 +193,14 @@ def _set_by(kind: type) -> frozenset[str]:
 
 
 def _set_in(function: FunctionType) -> Iterator[str]:
-    registers = {"register_buffer", "register_parameter", "setattr"} & set(
-        function.__code__.co_names
-    )
-    for step in dis.get_instructions(function):
-        if step.opname == "STORE_ATTR" or (
-            registers and step.opname == "LOAD_CONST" and isinstance(step.argval, str)
-        ):
-            yield step.argval
+    """By its bytecode as it is, since ``dis`` takes ten times as long at each start of a rank."""
+    code = function.__code__
+    registers = not _REGISTER.isdisjoint(code.co_names)
+    extended = 0
+    for operation, argument in zip(code.co_code[::2], code.co_code[1::2], strict=True):
+        index = extended | argument
+        extended = index << 8 if operation == _EXTENDED_ARG else 0
+        if operation == _STORE_ATTR:
+            yield code.co_names[index]
+        elif registers and operation == _LOAD_CONST and isinstance(code.co_consts[index], str):
+            yield code.co_consts[index]

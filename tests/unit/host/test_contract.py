@@ -1,6 +1,8 @@
 """The contract with Megatron is whole: what the package uses stands in it, and Megatron has it."""
 
 import ast
+import dis
+import enum
 import importlib
 import inspect
 import json
@@ -13,9 +15,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from megatron_moe_inject import contracts
-from megatron_moe_inject.host import compat
+from megatron_moe_inject.host import compat, contract
 from megatron_moe_inject.host.contract import (
     Contract,
     Hooked,
@@ -463,3 +466,25 @@ def test_anothers_wrapper_that_hands_everything_on_lacks_nothing(monkeypatch):
     assert list(lacking(use)) == []
     monkeypatch.setattr(training, "setup_model_and_optimizer", lambda provider: None)
     assert list(lacking(use)) == [f"{use.path}(model_provider_func)"]
+
+
+def test_bytecode_is_read_as_dis_reads_it():
+    """Also behind names and constants beyond the 256th, whose index takes more than one byte."""
+    many = "".join(f"    self.a{i} = 'c{i}'\n" for i in range(300))
+    space = {}
+    exec(f"def many(self):\n{many}    setattr(self, 'last', 1)\n", space)
+    kinds = (torch.nn.Module, torch.nn.MultiheadAttention, torch.optim.Adam, enum.Enum)
+    functions = [f for kind in kinds for f in vars(kind).values() if inspect.isfunction(f)]
+    found = []
+    for function in (*functions, space["many"]):
+        registers = {"register_buffer", "register_parameter", "setattr"} & set(
+            function.__code__.co_names
+        )
+        found = [
+            step.argval
+            for step in dis.get_instructions(function)
+            if step.opname == "STORE_ATTR"
+            or (registers and step.opname == "LOAD_CONST" and isinstance(step.argval, str))
+        ]
+        assert list(contract._set_in(function)) == found, function
+    assert len(found) == 601
