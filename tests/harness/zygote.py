@@ -18,6 +18,7 @@ import json
 import multiprocessing.process
 import multiprocessing.util
 import os
+import pkgutil
 import signal
 import sys
 import time
@@ -26,6 +27,33 @@ from typing import NoReturn
 
 GRACE_SECONDS = 5.0
 """After one rank fails, the others get this long to say why they stop."""
+
+
+_OF_OTHERS = (
+    "megatron.core.datasets.helpers",
+    "megatron.core.tokenizers.text.models",
+    "megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader",
+    "megatron.core.models.mimo",
+    "numpy.ma",
+    "torch._subclasses.schema_check_mode",
+    "torch.utils.serialization.config",
+)
+_COMMANDS = ("convert", "planning")
+"""Rooms of commands that start no run."""
+
+
+def _modules_of_runs() -> list[str]:
+    """Modules of the package, but for the doors, what commands alone need, and layers that a model
+    asks for by name, which some version of Megatron cannot have."""
+    import megatron_moe_inject
+
+    names = ["megatron_moe_inject.run"]
+    for room in pkgutil.iter_modules(megatron_moe_inject.__path__, "megatron_moe_inject."):
+        if room.ispkg and not room.name.endswith((*_COMMANDS, ".host")):
+            folder = [f"{megatron_moe_inject.__path__[0]}/{room.name.rpartition('.')[2]}"]
+            found = pkgutil.walk_packages(folder, f"{room.name}.")
+            names += [module.name for module in found if "command" not in module.name]
+    return names
 
 
 def _fork(request: dict, rank: int) -> int:
@@ -92,12 +120,13 @@ def serve(answers) -> None:
 
 
 def _import_everything() -> None:
-    """What a training run imports before its first step, and the help texts of Megatron's flags.
+    """What a training run imports, also later on, and the help texts of Megatron's flags.
 
-    Megatron parses the sources of its configs for help texts, three times per run; the answers
-    do not change.
+    The plugin imports its parts when a run asks for them, as Megatron does some of its own: every
+    rank would do so anew. Megatron parses the sources of its configs for help texts, three times
+    per run; the answers do not change.
     """
-    for module in ("megatron.core.tokenizers.text", "megatron_moe_inject.host.gpt_entry"):
+    for module in (*_OF_OTHERS, "megatron_moe_inject.host.gpt_entry", *_modules_of_runs()):
         importlib.import_module(module)
     from megatron.training import arguments
     from megatron.training.argument_utils import ArgumentGroupFactory
