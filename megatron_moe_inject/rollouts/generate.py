@@ -26,7 +26,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
 from megatron_moe_inject.recipe.run_part import BuiltStudent
-from megatron_moe_inject.retention.original_pass import allowed_rounds
+from megatron_moe_inject.retention.selected_pass import allowed_rounds
 from megatron_moe_inject.rollouts.settings import Sampling
 
 _FP8_ROWS = 16
