@@ -87,7 +87,8 @@ class AnswerSums:
         if not rows:
             return
         head = output_layer.weight if output_weight is None else output_weight
-        compat.run_forward_pre_hooks(output_layer, hidden_states)
+        if self._head is None:  # else that layer's own value, which a hook would bring, is not used
+            compat.run_forward_pre_hooks(output_layer, hidden_states)
         answers = index(rows, hidden_states.device)
         hidden = hidden_states.index_select(1, answers)
         if config.sequence_parallel:

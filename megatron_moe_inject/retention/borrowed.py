@@ -59,8 +59,9 @@ def borrowing(
 
     def begin(module: torch.nn.Module, *_: Any) -> None:
         for parameter in parts[module]:
-            saved[parameter] = parameter.data
-            parameter.data = value_of(parameter)
+            if parameter not in saved:  # a part that has begun, and was left before its end
+                saved[parameter] = parameter.data
+                parameter.data = value_of(parameter)
 
     def end(module: torch.nn.Module, *_: Any) -> None:
         for parameter in parts[module]:

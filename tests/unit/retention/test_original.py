@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from megatron_moe_inject.host.labels import (
-    GENERAL,
-)
+from megatron_moe_inject.host import compat
+from megatron_moe_inject.host.labels import GENERAL
 from megatron_moe_inject.retention.borrowed import units
 from megatron_moe_inject.retention.originals import OriginalParameters
 from megatron_moe_inject.retention.selected_pass import _packed, allowed_rounds
@@ -129,6 +128,23 @@ def test_from_host_memory_an_exception_inside_a_layer_leaves_everything_in_place
         model(torch.arange(7))
     assert not elsewhere(storages)
     assert not any(part._forward_hooks for part in model.modules())
+
+
+def test_a_part_that_begins_twice_is_left_in_place_all_the_same():
+    """As where a loss runs what stands before a part's forward pass, and not what stands behind."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4))
+    originals = OriginalParameters([model], {}, on_host=True)
+    before = model[0].weight.detach().clone()
+    with torch.no_grad():
+        model[0].weight.add_(1)
+    trained, storage = model[0].weight.detach().clone(), model[0].weight.data_ptr()
+    with originals.running():
+        for _ in range(2):
+            compat.run_forward_pre_hooks(model[0], torch.zeros(1, 3))
+            assert torch.equal(model[0].weight, before)
+    assert torch.equal(model[0].weight, trained)
+    assert model[0].weight.data_ptr() == storage
+    assert torch.equal(originals.of(model[0].weight), before)
 
 
 def test_general_samples_fill_micro_batches_in_order():
