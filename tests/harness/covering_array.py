@@ -280,7 +280,9 @@ SETS: dict[str, FeatureSet] = {
         _FEW, _ALWAYS | TRAINED | {"store of states", "window", "expert retention", "adapters"}
     ),
     "rollouts, window": FeatureSet(
-        _FEW, _ALWAYS | {"window", "rollouts"}, slow_at=frozenset({"cp2"})
+        _FEW,
+        _ALWAYS - {"router retention"} | {"window", "rollouts"},
+        slow_at=frozenset({"cp2"}),
     ),
     # The domain's experts are for steering and imitation.
     "everything": FeatureSet(
