@@ -56,7 +56,8 @@ class ArrayTests:
         assert bool(PROVEN.search(run.output)) is array.SETS[name].freezes
         assert_same_routing(*(read_profile(path / "profile.json") for path in (folder, one_folder)))
         assert len(run.iterations) == STEPS
-        assert different(run.iterations, one.iterations, {CLOCK}, rel=2e-5, abs=1e-6) == []
+        logs = [_decided(log.iterations) for log in (run, one)]
+        assert different(*logs, {CLOCK}, rel=2e-5, abs=1e-6) == []
         assert len(run.evaluations) > 0
         assert different(run.evaluations, one.evaluations, {CLOCK}, rel=2e-5, abs=1e-6) == []
         ours, theirs = (read_list(path / "evaluation.jsonl") for path in (folder, one_folder))
@@ -96,3 +97,11 @@ class ArrayTests:
 
 def _marks(slow: bool) -> list[pytest.MarkDecorator]:
     return [pytest.mark.slow] if slow else []
+
+
+def _decided(iterations: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Without the share of pairs in the right order of the first step, where no answer has moved
+    from the original yet and rounding decides."""
+    first, *others = iterations
+    name = "preference accuracy"
+    return [{term: value for term, value in first.items() if term != name}, *others]

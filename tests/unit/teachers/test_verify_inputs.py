@@ -97,7 +97,8 @@ def test_the_students_checkpoint_where_it_has_checksums(folders):
     flip(megatron / "iter_0000007" / "__0_0.distcp")
     _, errors = verify(f"hf:{hf}", load=str(megatron), ckpt_step=7)
     assert len(errors) == 1
-    assert errors[0].startswith(f"--load: '{megatron}' is damaged or was changed: __0_0.distcp")
+    assert errors[0].startswith("--load: ")
+    assert " is damaged or was changed: __0_0.distcp" in errors[0]
 
 
 def test_shares_are_a_partition_and_even(tmp_path):
