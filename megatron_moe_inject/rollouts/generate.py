@@ -120,7 +120,8 @@ class Generator:
         self._context = None
         if common:
             self._context = StaticInferenceContext(
-                size, min(common + sampling.max_tokens, self._length)
+                max_batch_size=size,
+                max_sequence_length=min(common + sampling.max_tokens, self._length),
             )
         with torch.no_grad(), _evaluating(self._student.chunks):
             while True:

@@ -163,6 +163,7 @@ def test_every_plain_flag_is_covered():
         "--inject-progress",
         "--inject-evaluate",
         "--inject-from-scratch",
+        "--inject-rollouts",
         "--inject-verify-inputs",
     }
     assert flags == shared | {flag.split()[0] for flag in PLAIN_ALONE}
