@@ -10,8 +10,8 @@ from megatron_moe_inject.rollouts.file_format import read_rollouts
 from megatron_moe_inject.rollouts.identity import writer_of_folder
 from megatron_moe_inject.rollouts.settings import Asked, Sampling
 from tests.harness import lane
-from tests.harness.injection import recipe_file
-from tests.harness.material import student_flags
+from tests.harness.injection import OTHER, recipe_file
+from tests.harness.material import make_material, student_flags
 
 GREEDY = Sampling(max_tokens=8, temperature=0.0, stop=(20,))
 DRAWN = Sampling(max_tokens=8, temperature=1.3, top_p=0.95, seed=5)
@@ -26,7 +26,9 @@ LAYOUTS = {
 SLOW = ("pp2",)
 
 
-def write(material, output, sampling, *, nproc=1, extra=(), check=True, more=None, **layout):
+def write(
+    material, output, sampling, *, nproc=1, extra=(), check=True, more=None, path=(), **layout
+):
     asked = Asked(
         material.domain, str(output), prompt_tokens=6, count=10, per_file=3, batch=2,
         sampling=sampling, **(more or {}),
@@ -34,7 +36,7 @@ def write(material, output, sampling, *, nproc=1, extra=(), check=True, more=Non
     ours = ("--inject-recipe", recipe_file(material), "--inject-rollouts", asked.plain())
     load = ("--load", material.student, "--skip-train", "--train-iters", "1", "--eval-iters", "0")
     flags = student_flags(*material.blend, *load, *ours, *extra, **layout)
-    return lane.run(flags, nproc=nproc, check=check)
+    return lane.run(flags, nproc=nproc, check=check, pythonpath=path)
 
 
 def content(folder):
@@ -134,3 +136,12 @@ def test_a_merged_copy_writes_for_the_checkpoint_that_it_is_of(material, drawn, 
     for ours, theirs in zip(found, expected, strict=True):
         for one, other in zip(ours.rollouts, theirs.rollouts, strict=True):
             assert np.array_equal(one.completion, other.completion)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not OTHER, reason="MEGATRON_OTHER names no other Megatron")
+def test_the_other_version_writes_the_same_at_two_tensor_parallel_ranks(tmp_path):
+    old = make_material(tmp_path, (OTHER,))
+    for name, layout in (("one", {}), ("two", dict(nproc=2, tp=2))):
+        write(old, tmp_path / name, DRAWN, path=(OTHER,), **layout)
+    assert content(tmp_path / "one") == content(tmp_path / "two")

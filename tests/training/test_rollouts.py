@@ -12,8 +12,8 @@ import pytest
 from megatron_moe_inject.rollouts.file_format import Writer
 from megatron_moe_inject.rollouts.identity import writer_of_folder
 from tests.harness import lane
-from tests.harness.injection import RECIPE, TERMS, inject, recipe_file
-from tests.harness.material import student_flags
+from tests.harness.injection import OTHER, RECIPE, TERMS, inject, recipe_file
+from tests.harness.material import make_material, student_flags
 from tests.harness.rollout_files import write
 
 SHARE, AGE = "rollout share/code", "rollout age/code"
@@ -172,3 +172,16 @@ def test_packs_of_rollouts_at_layouts(material, start, tmp_path, layout):
     assert 0 < one.losses(SHARE)[2] <= 1
     for term in (*TERMS, SHARE):
         assert other.losses(term) == lane.approx(one.losses(term), rel=2e-5), term
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not OTHER, reason="MEGATRON_OTHER names no other Megatron")
+def test_the_other_version_reads_the_same_at_two_stages(tmp_path):
+    old, own = make_material(tmp_path, (OTHER,)), tmp_path / "own"
+    write(own, "a.jsonl", 8, writer=writer_of_folder(old.student))
+    one, two = (
+        inject(old, recipe(own), path=(OTHER,), **layout) for layout in ({}, dict(nproc=2, pp=2))
+    )
+    assert one.losses(SHARE)[0] == 1
+    for term in (*TERMS, SHARE):
+        assert two.losses(term) == lane.approx(one.losses(term), rel=2e-5), term
