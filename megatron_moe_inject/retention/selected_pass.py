@@ -12,7 +12,7 @@ divided by the tensor-parallel size under sequence parallelism), h hidden.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -20,8 +20,8 @@ import torch.distributed as dist
 
 from megatron_moe_inject.data.labels import samples_of
 from megatron_moe_inject.host.agreement import host_twin
+from megatron_moe_inject.host.forward_passes import allowed_rounds, evaluating
 from megatron_moe_inject.host.loss_seam import LossSeam
-from megatron_moe_inject.host.megatron_types import Chunk
 from megatron_moe_inject.host.rng import untouched_rng
 from megatron_moe_inject.host.step import MicroBatch, Step
 from megatron_moe_inject.recipe.run_part import BuiltStudent, RunContext
@@ -129,7 +129,7 @@ class SelectedPass:
         chunks = given if isinstance(given, list) else [given]
         seam = contextlib.nullcontext() if self._seam is None else self._seam.using(process)
         alone = untouched_rng(next(chunks[0].parameters()).device)
-        with torch.no_grad(), alone, _evaluating(chunks), model(rounds, size), seam:
+        with torch.no_grad(), alone, evaluating(chunks), model(rounds, size), seam:
             step.schedule(
                 forward_step_func=_without_loss(step.forward_step),
                 data_iterator=replay if len(replay) > 1 else replay[0],
@@ -146,16 +146,6 @@ class SelectedPass:
         largest = torch.tensor([count])
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._host_group)
         return int(largest)
-
-
-def allowed_rounds(least: int, stages: int, group: int) -> int:
-    """The smallest number of micro-batches, from ``least`` on, that Megatron's schedules take.
-
-    An interleaved one wants at least one whole group, and of the last group nothing or at least as
-    many as there are stages. So the number is no larger than that of the step's micro-batches.
-    """
-    rounds = max(least, group)
-    return rounds + max(0, stages - rounds % group) if rounds % group else rounds
 
 
 def _packed(
@@ -199,16 +189,3 @@ def _without_loss(forward_step: Callable) -> Callable:
         return output, loss_func
 
     return wrapped
-
-
-@contextlib.contextmanager
-def _evaluating(chunks: Sequence[Chunk]) -> Iterator[None]:
-    """Chunks in eval mode: no expert-bias counts, no dropout, no auxiliary losses."""
-    training = [chunk.training for chunk in chunks]
-    try:
-        for chunk in chunks:
-            chunk.eval()
-        yield
-    finally:
-        for chunk, mode in zip(chunks, training, strict=True):
-            chunk.train(mode)

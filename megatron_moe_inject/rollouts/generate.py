@@ -13,7 +13,6 @@ Shapes: b texts, s tokens so far, v vocabulary, p tensor-parallel size.
 
 from __future__ import annotations
 
-import contextlib
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -25,8 +24,8 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
+from megatron_moe_inject.host.forward_passes import allowed_rounds, evaluating
 from megatron_moe_inject.recipe.run_part import BuiltStudent
-from megatron_moe_inject.retention.selected_pass import allowed_rounds
 from megatron_moe_inject.rollouts.settings import Sampling
 
 _FP8_ROWS = 16
@@ -123,7 +122,7 @@ class Generator:
                 max_batch_size=size,
                 max_sequence_length=min(common + sampling.max_tokens, self._length),
             )
-        with torch.no_grad(), _evaluating(self._student.chunks):
+        with torch.no_grad(), evaluating(self._student.chunks):
             while True:
                 longest = max((ends[at] for at in open_ones), default=0)
                 state = torch.tensor([len(open_ones), longest], device=device)
@@ -246,16 +245,3 @@ class Generator:
             dist.all_gather(parts, own.contiguous(), group=group)
             own = torch.cat(parts, -1)
         return own[:, : self._vocab_size]
-
-
-@contextlib.contextmanager
-def _evaluating(chunks: Sequence[Any]) -> Iterator[None]:
-    """Chunks in eval mode: no dropout, no auxiliary losses, no counts for an expert bias."""
-    training = [chunk.training for chunk in chunks]
-    try:
-        for chunk in chunks:
-            chunk.eval()
-        yield
-    finally:
-        for chunk, mode in zip(chunks, training, strict=True):
-            chunk.train(mode)

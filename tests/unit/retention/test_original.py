@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from megatron_moe_inject.host import compat
+from megatron_moe_inject.host.forward_passes import allowed_rounds
 from megatron_moe_inject.host.labels import GENERAL
 from megatron_moe_inject.retention.borrowed import units
 from megatron_moe_inject.retention.originals import OriginalParameters
-from megatron_moe_inject.retention.selected_pass import _packed, allowed_rounds
+from megatron_moe_inject.retention.selected_pass import _packed
 
 
 @pytest.fixture
