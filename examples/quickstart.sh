@@ -29,7 +29,7 @@ logged() { # LOG COMMAND...: shows the end of the log when the command fails
 progress() { # LOG: what the run that writes it last said of its progress, every few seconds
   local line last=
   while sleep 5 >/dev/null 2>&1; do
-    line=$(grep -aoE '^(training: step [^A-Z]*|(evaluation at|frozen check).*)' "$1" 2>/dev/null | tail -n 1 || true)
+    line=$(grep -aoE '^(training: step [^[A-Z]*|(evaluation at|frozen check).*)' "$1" 2>/dev/null | tail -n 1 || true)
     [ "$line" = "$last" ] || say "  ${line#training: }"
     last=$line
   done
