@@ -17,6 +17,7 @@ import re
 import resource
 import shutil
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,6 +30,7 @@ QUICKSTART = HERE.parent / "quickstart"
 LENGTH, BATCH = 128, 8
 """Tokens of a sample, and samples of a step."""
 PROMPT = 32
+NAMES = {"own": "half its own text", "fixed": "fixed corpus"}
 LIMIT = 400
 """Steps that a run's schedule knows; runs end before."""
 
@@ -51,9 +53,14 @@ class Loop:
         self.out, self.steps = out, steps
         self.data = out / "data"
         self.seconds: dict[str, float] = {}
+        self._began = time.monotonic()
+
+    def _say(self, text: str) -> None:
+        print(f"[{time.monotonic() - self._began:.0f} s] {text}", flush=True)
 
     def prepare(self) -> None:
         """Cut the corpora and unpack both models."""
+        self._say("text, student and teacher")
         logged(self.out / "corpora.log", str(QUICKSTART / "corpora.py"), str(self.data))
         for name, architecture in (("student", "STUDENT"), ("teacher", "TEACHER")):
             logged(
@@ -99,6 +106,7 @@ class Loop:
     def train(self, arm: str, load: Path, *more: str) -> None:
         """Until the next checkpoint."""
         save = self.out / arm
+        self._say(f"{NAMES[arm]}: {self.steps} steps")
         begin = used()
         megatron(
             self.out / f"train-{arm}.log",
@@ -112,6 +120,7 @@ class Loop:
         self, arm: str, load: Path, output: Path, prompts: str, count: int, seed: int
     ) -> None:
         """Let the newest checkpoint of an arm write; the processor time counts for the arm."""
+        self._say(f"{NAMES[arm]}: the student writes {count} texts")
         begin = used()
         options = ("--prompt-tokens", str(PROMPT), "--max-tokens", str(LENGTH + 1 - PROMPT))
         logged(
@@ -135,6 +144,7 @@ class Loop:
         recipe = self.out / f"recipe-judge-{arm}.yaml"
         recipe.write_text(text.replace("evaluation:", "# evaluation:"))
         log = self.out / f"judge-{arm}.log"
+        self._say(f"{NAMES[arm]}: the teacher reads them")
         settings = ("objective.divergence=reverse_kl", "rollouts.every=1", "rollouts.late=wait")
         megatron(
             log,
@@ -204,8 +214,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{text[0]:.4f} | {text[1]:.4f} |"
         )
 
-    lines.append(line("half its own", "own", last, loop.seconds["own"], own))
-    lines += [line("fixed corpus", "fixed", *rest) for rest in judged]
+    lines.append(line(NAMES["own"], "own", last, loop.seconds["own"], own))
+    lines += [line(NAMES["fixed"], "fixed", *rest) for rest in judged]
     (loop.out / "table.md").write_text("\n".join(lines) + "\n")
     (loop.out / "seconds.json").write_text(json.dumps(loop.seconds))
     print("\n".join(lines))
