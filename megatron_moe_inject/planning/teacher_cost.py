@@ -14,7 +14,7 @@ from megatron_moe_inject.recipe.entries import split_labels
 from megatron_moe_inject.recipe.facts import StudentFacts
 from megatron_moe_inject.recipe.preference import CLASS
 from megatron_moe_inject.recipe.schedule import ever_positive, value_at
-from megatron_moe_inject.recipe.schema import Recipe
+from megatron_moe_inject.recipe.schema import Recipe, TeacherSpec
 from megatron_moe_inject.teachers.base import TeacherInfo
 from megatron_moe_inject.teachers.imitation.section import IMITATION
 from megatron_moe_inject.teachers.imitation.terms import imitation_terms
@@ -25,6 +25,21 @@ from megatron_moe_inject.teachers.spread import MAX_SEQUENCES, UNKNOWN
 _STATES_OF_A_LAYER = 12
 """Widths of hidden states that a layer of a dense model holds at once in a forward pass: those of
 attention (4) and of a gated MLP of 3.5 times its width (2 x 3.5 + 1)."""
+
+
+def _states_of_a_layer(info: TeacherInfo, spec: TeacherSpec) -> float:
+    """Widths of hidden states that the fullest layer holds at once in a forward pass.
+
+    One with experts has a row for each token and expert: in their order, as they arrive and are
+    sorted where experts lie on several ranks, filled up in FP8, what comes out of them, likewise,
+    and inside a gated MLP.
+    """
+    if info.experts is None:
+        return _STATES_OF_A_LAYER
+    each = info.experts.parameters / (info.experts.number * info.num_layers)
+    inside = each / info.hidden_size**2
+    rows = 2 * (1 + (spec.fp8 != "none") + 2 * (spec.ep > 1))
+    return max(_STATES_OF_A_LAYER, 4 + info.experts.topk * (inside + rows))
 
 
 def class_shares(recipe: Recipe, facts: StudentFacts, args: Namespace) -> dict[int, float]:
@@ -74,10 +89,8 @@ def placed(
     wishes = {}
     for name, info in infos.items():
         spec = recipe.teachers[name]
-        held = info.held_parameters(spec.ep) * _size(recipe, name, args)
-        alone = not info.runs_model or spec.aligned or spec.ep > 1
-        ranks = "last" if alone else spec.ranks
-        wishes[name] = Wish(ranks, held, bool(spec.window))
+        held = info.held_bytes(_size(recipe, name, args), spec.ep, spec.fp8 != "none")
+        wishes[name] = Wish.of(spec, info.runs_model, held)
     return placements(wishes, stages, spare)
 
 
@@ -106,6 +119,7 @@ def teacher_costs(
     context = args.context_parallel_size
     sharing = args.tensor_model_parallel_size * context
     for name, info in infos.items():
+        spec = recipe.teachers[name]
         size, share = _size(recipe, name, args), _share(recipe, name, shares)
         sequence = args.seq_length * info.hidden_size * size
         body = info.active_parameters - 2 * info.vocab_rows * info.hidden_size
@@ -115,13 +129,13 @@ def teacher_costs(
         count = math.ceil(rows * share / sharing)
         parts = where[name].sequences(count, stages, args.seq_length, ratio)
         states = 0 if info.aligned else sequence
-        kept = min(recipe.teachers[name].window * args.micro_batch_size or rows, rows) * share
+        kept = min(spec.window * args.micro_batch_size or rows, rows) * share
         for stage in where[name].stages(stages):
             cost, last = costs[stage], stage == stages - 1
-            working = MAX_SEQUENCES * sequence * _STATES_OF_A_LAYER
+            working = int(MAX_SEQUENCES * sequence * _states_of_a_layer(info, spec))
             working += 0 if last else parts[stage] * sequence
             costs[stage] = TeacherCost(
-                weights=cost.weights + info.held_parameters(recipe.teachers[name].ep) * size,
+                weights=cost.weights + info.held_bytes(size, spec.ep, spec.fp8 != "none"),
                 states=cost.states + (int(kept * states) // context if last else 0),
                 working=max(cost.working, working),
                 flops=cost.flops + parts[stage] * flops,

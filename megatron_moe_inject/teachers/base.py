@@ -178,6 +178,13 @@ class TeacherInfo:
         routed = 0 if self.experts is None else self.experts.parameters
         return self.parameters - routed + routed // ep
 
+    def held_bytes(self, number: int, ep: int, in_fp8: bool) -> int:
+        """Bytes of the parameters that a rank holds, of so many each, and of FP8 copies of those
+        that layers multiply by."""
+        held = self.held_parameters(ep)
+        copies = max(0, held - 2 * self.vocab_rows * self.hidden_size)
+        return held * number + (copies if in_fp8 else 0)
+
     @property
     def active_parameters(self) -> int:
         """Parameters that a token passes."""

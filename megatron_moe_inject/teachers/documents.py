@@ -171,7 +171,7 @@ def document_values(
     Args:
         teacher: the same teacher on every rank.
         tokens: ``[t]`` int64, one document behind the other, equal on every rank of the group.
-        lengths: of the documents, on the host; at least one.
+        lengths: of the documents, on the host; there may be none.
         value: of states ``[u, h_t]`` and the places ``[u]`` of their tokens among the t: ``[u]``
             float32.
         group: ranks that share the work; None runs everything here.
@@ -180,16 +180,20 @@ def document_values(
     Returns:
         ``[t]`` float32 on every rank.
 
-    Collectives: one all-gather over ``group`` of as many numbers as the fullest rank has tokens;
-    none if the group has one rank.
+    Collectives: those of ``Teacher.passes``, also without a document; one all-gather over ``group``
+    of as many numbers as the fullest rank has tokens, none if the group has one rank or there is
+    no document.
     """
     size, rank = (1, 0) if group is None else (group.size(), group.rank())
     shares = plan_rows([lengths], size, max_tokens)
     values = [torch.zeros(0, device=tokens.device)]
-    for rows in shares[rank]:
-        places = _places(rows, tokens.device)
-        (states,) = _in_pass(teacher, rows, tokens[places], ())
-        values.append(value(states, places.flatten()[_real(rows, tokens.device)]))
+    with teacher.passes(len(shares[rank])):
+        for rows in shares[rank]:
+            places = _places(rows, tokens.device)
+            (states,) = _in_pass(teacher, rows, tokens[places], ())
+            values.append(value(states, places.flatten()[_real(rows, tokens.device)]))
+    if not lengths:
+        return values[0]
     (whole,) = _gathered([torch.cat(values)], shares, group)
     return whole
 
@@ -252,12 +256,14 @@ class DocumentWork:
     def run(
         self, stage: int, teacher: Teacher, inputs: Sequence[torch.Tensor], layers: Sequence[int]
     ) -> list[torch.Tensor]:
-        """States ``[t, h_t]`` of a stage's ``inputs``, for the head and each of ``layers``."""
+        """States ``[t, h_t]`` of a stage's ``inputs``, for the head and each of ``layers``; empty
+        without any. Collectives: those of ``Teacher.passes``."""
         (tokens,) = inputs
         parts = []
-        for rows in self._own[stage]:
-            own, tokens = tokens[: rows.cost], tokens[rows.cost :]
-            parts.append(_in_pass(teacher, rows, own.view(-1, rows.length), layers))
+        with teacher.passes(len(self._own[stage])):
+            for rows in self._own[stage]:
+                own, tokens = tokens[: rows.cost], tokens[rows.cost :]
+                parts.append(_in_pass(teacher, rows, own.view(-1, rows.length), layers))
         return [torch.cat(layer_parts) for layer_parts in zip(*parts, strict=True)]
 
     def together(self, mine: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:

@@ -1,25 +1,30 @@
 """Expert parallelism of teachers that are mixtures of experts, apart from the student's.
 
-A teacher with ``ep: n`` has its experts in n parts, one on each of n ranks of the last pipeline
-stage, whatever the student's own layout is: ranks of one stage, in their order, form groups of n.
-Everything else of the teacher is whole on each. Tokens travel to their experts and back inside its
-forward pass, so that all ranks of a group must run as many passes. Each has its own samples: before
-they begin they agree over gloo on the most, and who has fewer then runs a few tokens that nobody
-looks at.
+A teacher with ``ep: n`` has its experts in n parts, one on each of n ranks of a pipeline stage that
+holds it, whatever the student's own layout is: ranks of one stage, in their order, form groups of
+n. Everything else of the teacher is whole on each. Tokens travel to their experts and back inside
+its forward pass, so that all ranks of a group must run as many passes. Each has its own samples:
+before they begin they agree over gloo on the most, and who has fewer then runs a few tokens that
+nobody looks at. They do so whenever they run the teacher: before the schedule, and inside it on the
+last stage, where all ranks come to the same window of micro-batches in the same order.
+
+What an expert multiplies at once are the tokens of one pass of each rank. So that a run which is
+resumed does the same, which passes go together must follow from the samples alone, and not from
+what was measured (``pipeline``).
 """
 
 from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 
 from megatron_moe_inject.host.agreement import of_each_rank
 from megatron_moe_inject.host.errors import RecipeError, fail
-from megatron_moe_inject.recipe.schema import Recipe
+from megatron_moe_inject.recipe.schema import Recipe, TeacherSpec
 from megatron_moe_inject.teachers.base import TeacherInfo
 
 
@@ -96,29 +101,45 @@ def check_ranks(recipe: Recipe, args: Namespace) -> None:
             )  # fmt: skip
 
 
-def expert_ranks(sizes: Iterable[int], stage: int, stages: int) -> dict[int, ExpertRanks]:
-    """The groups of this rank by size, of the last stage; empty elsewhere, and of size 1.
+@dataclass(frozen=True)
+class ExpertGroups:
+    """The groups of this rank, by size."""
+
+    by_size: Mapping[int, ExpertRanks] = field(default_factory=dict)
+
+    def of(self, spec: TeacherSpec) -> ExpertRanks | None:
+        """The ranks that hold a teacher's experts together; None where each holds them all."""
+        return self.by_size.get(spec.ep)
+
+
+def expert_groups(holders: Iterable[tuple[int, range]], stage: int) -> ExpertGroups:
+    """The groups that this rank is in.
 
     Args:
-        sizes: of the teachers' groups, the same on every rank; each divides the ranks of a stage.
+        holders: of each teacher the size of its groups and the stages that hold it, the same on
+            every rank; a size divides the ranks of a stage.
         stage: of this rank.
-        stages: of the pipeline.
 
     Collectives: where a size is above 1, one all-gather of an int64 over the whole world, and for
     each such size two ``new_group`` for each group.
     """
-    wanted = sorted(set(sizes) - {1})
-    if not wanted:
-        return {}
-    numbers = of_each_rank([stage])
-    last = [rank for rank, (number,) in enumerate(numbers) if number == stages - 1]
+    stages_by_size: dict[int, set[int]] = {}
+    for size, stages in holders:
+        if size > 1:
+            stages_by_size.setdefault(size, set()).update(stages)
+    if not stages_by_size:
+        return ExpertGroups()
+    numbers = [number for (number,) in of_each_rank([stage])]
     found = {}
-    for size in wanted:
-        members = [last[first : first + size] for first in range(0, len(last), size)]
+    for size, wanted in sorted(stages_by_size.items()):
+        members = []
+        for number in sorted(wanted):
+            ranks = [rank for rank, own in enumerate(numbers) if own == number]
+            members += [ranks[first : first + size] for first in range(0, len(ranks), size)]
         group, _ = dist.new_subgroups_by_enumeration(members)
         host, _ = dist.new_subgroups_by_enumeration(members, backend="gloo")
-        if stage == stages - 1:
+        if stage in wanted:
             assert isinstance(group, dist.ProcessGroup), "this rank is one of the members"
             assert isinstance(host, dist.ProcessGroup), "this rank is one of the members"
             found[size] = ExpertRanks(group, host)
-    return found
+    return ExpertGroups(found)

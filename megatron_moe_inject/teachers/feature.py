@@ -93,7 +93,9 @@ class Teachers(Feature):
         """Data files, and building a teacher of Megatron's."""
         kinds = {spec.kind for spec in recipe.teachers.values()}
         parts = [uses.DATA_FILES] if kinds else []
-        return [*parts, uses.MEGATRON] if "megatron" in kinds else parts
+        parts += [uses.MEGATRON] if "megatron" in kinds else []
+        in_fp8 = any(spec.fp8 != "none" for spec in recipe.teachers.values())
+        return [*parts, uses.IN_FP8] if in_fp8 else parts
 
     def start(self, run: RunContext) -> RunPart | None:
         """Look at the teachers' files."""
@@ -103,19 +105,14 @@ class Teachers(Feature):
 
 
 def _check_ep(path: str, spec: TeacherSpec) -> None:
-    """What goes with experts on several ranks: the last stage runs the whole step at once."""
+    """Whose experts can lie on several ranks."""
     if spec.ep < 1:
         raise fail(path, spec.ep, "is no number of ranks", "write 1 or more")
-    for there, problem, remedy in (
-        (not SOURCES[spec.kind].takes_ep, f"is not for a teacher of {spec.kind}",
-         "moe-inject import-hf makes a megatron: checkpoint of a folder; or remove it"),
-        (spec.aligned, "does not go with align", "remove one of them"),
-        (spec.window, "does not go with window, whose passes are of one rank's samples",
-         "remove one of them"),
-        (spec.ranks == "pipeline", "does not go with ranks: pipeline", "write ranks: last"),
-    ):  # fmt: skip
-        if there:
-            raise fail(path, spec.ep, problem, remedy)
+    if not SOURCES[spec.kind].takes_ep:
+        raise fail(
+            path, spec.ep, f"is not for a teacher of {spec.kind}",
+            "moe-inject import-hf makes a megatron: checkpoint of a folder; or remove it",
+        )  # fmt: skip
 
 
 def _check_prefix(path: str, prefix: str | list[int]) -> None:

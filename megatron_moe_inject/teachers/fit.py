@@ -240,10 +240,11 @@ def helper(
     device: torch.device,
     *,
     layers_of: Callable[[Teacher], Sequence[int]],
+    experts: ExpertRanks | None = None,
 ) -> Helper:
-    """Load a teacher on a stage that helps the last one; no collective. Arguments and errors as of
+    """Load a teacher on a stage that helps the last one. Arguments, collectives and errors as of
     ``teacher_pass``."""
-    teacher = loaded_teacher(recipe, info, args, args.params_dtype, device)
+    teacher = loaded_teacher(recipe, info, args, args.params_dtype, device, experts)
     window = recipe.teachers[info.name].window
     spread = SpreadTeacher(teacher, layers_of(teacher), reads_masks(args), window)
     return Helper(spread, taught_domains(recipe)[info.name])

@@ -154,7 +154,8 @@ class SampleWork:
     def run(
         self, stage: int, teacher: Teacher, inputs: Sequence[torch.Tensor], layers: Sequence[int]
     ) -> list[torch.Tensor]:
-        """States of a stage's ``inputs``, ``[k, s, h_t]`` for the head and each of ``layers``."""
+        """States of a stage's ``inputs``, ``[k, s, h_t]`` for the head and each of ``layers``;
+        empty without any. Collectives: those of ``Teacher.passes``."""
         tokens, *others = inputs
         positions, mask = others or (None, None)
         count = self._parts[stage]

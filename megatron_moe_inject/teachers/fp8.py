@@ -2,7 +2,9 @@
 
 Scales come from the tensors at hand, never from a history, so nothing is shared with the student's
 FP8 state, whatever recipe that has. The teacher's weights are quantised in its first forward pass
-and kept; embedding, norms, attention scores and the head stay in the parameters' dtype.
+and kept beside those of the parameters' dtype; embedding, norms, attention scores, routers and the
+head are not of Transformer Engine's linear layers and stay in that dtype. Routed experts get rows
+that FP8 can multiply (``expert_rows``).
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from megatron_moe_inject.teachers.base import Source
 _MULTIPLES = {"tensorwise": 16, "blockwise": 128}
 """What must divide the widths of layers, by kind of scaling."""
 LENGTH_MULTIPLE = 16
-"""What divides the length of sequences in FP8, so that it divides the tokens of every pass."""
+"""What divides the length of sequences in FP8, so that it divides the tokens of every pass. Of the
+rows of a product Transformer Engine asks for as many with either scaling, grouped or not."""
 
 
 def fp8_context(
@@ -38,17 +41,11 @@ def fp8_context(
         fp8: ``TeacherSpec.fp8``.
 
     Raises:
-        RecipeError: no Transformer Engine, no GPU with FP8, widths that FP8 cannot multiply, or
-            routed experts, whose numbers of tokens it cannot multiply.
+        RecipeError: no Transformer Engine, no GPU with FP8, or widths that FP8 cannot multiply.
     """
     if fp8 == "none":
         return contextlib.nullcontext
     key = f"teachers.{source.name}.fp8"
-    if megatron_args.number_of_experts(saved):
-        raise fail(
-            key, fp8, f"does not run {source.text}, which has experts: each gets any number of "
-            "tokens, and FP8 multiplies by 16", "write none",
-        )  # fmt: skip
     try:
         import transformer_engine.pytorch as te
         from transformer_engine.common import recipe

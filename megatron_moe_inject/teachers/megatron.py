@@ -49,6 +49,7 @@ from megatron_moe_inject.teachers.base import (
     padded_rows,
 )
 from megatron_moe_inject.teachers.expert_parallel import ExpertRanks
+from megatron_moe_inject.teachers.expert_rows import fill_up_experts
 from megatron_moe_inject.teachers.fp8 import LENGTH_MULTIPLE, fp8_context
 from megatron_moe_inject.teachers.megatron_model import build, sharded_state_dict
 from megatron_moe_inject.teachers.prefix import resolved_prefix
@@ -248,6 +249,8 @@ def _loaded(
         for _, bias in _expert_biases(model):
             bias.data = bias.data.float()  # as routers keep it, whatever the parameters are
         _fill(checkpoint, model)
+    if fp8 != "none":
+        fill_up_experts(model, LENGTH_MULTIPLE)
     size = _vocabulary(source, checkpoint, rows).size or rows
     return MegatronTeacher(source.name, model, size, precision, experts)
 

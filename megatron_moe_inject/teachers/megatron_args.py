@@ -275,9 +275,35 @@ def number_of_experts(args: Namespace) -> int:
 
 def low_precision_widths(args: Namespace) -> dict[str, int]:
     """What the linear layers' widths are multiples of, by name, for FP8."""
-    widths = {"hidden": args.hidden_size, "ffn": args.ffn_hidden_size}
+    widths = {"hidden": args.hidden_size, **_widths_of_attention(args), **_widths_of_mlps(args)}
     pattern = pattern_of(args)
     return widths if pattern is None else widths | _widths_of_recurrences(args, pattern)
+
+
+def _widths_of_attention(args: Namespace) -> dict[str, int]:
+    """Of what the layers behind attention and latent projections read."""
+    heads, size = args.num_attention_heads, getattr(args, "kv_channels", None)
+    if not getattr(args, "multi_latent_attention", False):
+        return {} if size is None else {"attention": heads * size}
+    ranks = {"latent queries": args.q_lora_rank, "latent keys": args.kv_lora_rank}
+    known = {name: rank for name, rank in ranks.items() if rank is not None}
+    return known | {"attention": heads * args.v_head_dim}
+
+
+def _widths_of_mlps(args: Namespace) -> dict[str, int]:
+    """Of dense layers, unless all have experts, and of experts."""
+    if not number_of_experts(args):
+        return {"ffn": args.ffn_hidden_size}
+    frequency = getattr(args, "moe_layer_freq", 1)
+    everywhere = frequency == 1 if isinstance(frequency, int) else all(frequency)
+    dense = not everywhere or pattern_of(args) is not None
+    widths = {
+        "ffn": args.ffn_hidden_size if dense else None,
+        "experts": getattr(args, "moe_ffn_hidden_size", None) or args.ffn_hidden_size,
+        "shared experts": getattr(args, "moe_shared_expert_intermediate_size", None),
+        "latent states": getattr(args, "moe_latent_size", None),
+    }
+    return {name: width for name, width in widths.items() if width is not None}
 
 
 def _widths_of_recurrences(args: Namespace, pattern: LayerPattern) -> dict[str, int]:

@@ -31,7 +31,7 @@ class Pace:
 
     Args:
         chunks: this rank's bare model chunks for whose forward another stage waits.
-        names: of the teachers that are shared over stages.
+        names: of the teachers that are shared over stages by what is measured.
         device: where both run.
     """
 
@@ -102,8 +102,9 @@ class Pace:
 
     @contextlib.contextmanager
     def running(self, name: str, sequences: float) -> Iterator[None]:
-        """Around a teacher's forward of so many sequences."""
-        if not (self.measuring and sequences):
+        """Around a teacher's forward of so many sequences; of one that is not to be measured,
+        too."""
+        if not (self.measuring and sequences and name in self._ratios):
             yield
             return
         span = _Span(self._device)

@@ -23,7 +23,11 @@ from megatron_moe_inject.recipe.run_kinds import INJECTION
 from megatron_moe_inject.recipe.run_part import BuiltStudent, RunContext, RunPart
 from megatron_moe_inject.recipe.schema import Recipe
 from megatron_moe_inject.teachers.base import TeacherInfo
-from megatron_moe_inject.teachers.expert_parallel import check_ranks, expert_ranks
+from megatron_moe_inject.teachers.expert_parallel import (
+    ExpertGroups,
+    check_ranks,
+    expert_groups,
+)
 from megatron_moe_inject.teachers.fit import (
     by_domain,
     checked_teachers,
@@ -55,7 +59,7 @@ class TeacherInfos:
 
 
 class TeachersPart(RunPart):
-    """Provides ``TeacherInfos``, and once attached ``StepTeachers``."""
+    """Provides ``TeacherInfos``, and once attached ``ExpertGroups`` and ``StepTeachers``."""
 
     def __init__(self, run: RunContext) -> None:
         if run.recipe.teachers:
@@ -80,7 +84,7 @@ class TeachersPart(RunPart):
         """Load them on the last stage, or on all.
 
         Collectives: those of ``agree``, of ``_spare``, of ``Pipeline`` where one is run by all
-        stages, of ``host_twin`` where one has another tokenizer, and of ``expert_ranks``.
+        stages, of ``host_twin`` where one has another tokenizer, and of ``expert_groups``.
 
         Raises:
             RecipeError: on every rank: one cannot be loaded.
@@ -89,8 +93,11 @@ class TeachersPart(RunPart):
         pipeline = self._pipeline(student)
         self._host_group = host_twin(student.groups.tp) if self._aligned else None
         stages = student.groups.pp
-        sizes = [run.recipe.teachers[name].ep for name in self._infos]
-        self._experts = expert_ranks(sizes, stages.rank(), stages.size())
+        holders = [
+            (run.recipe.teachers[name].ep, where.stages(stages.size()))
+            for name, where in self._placements.items()
+        ]
+        run.provide(ExpertGroups, expert_groups(holders, stages.rank()))
         taught, helpers = agree(
             lambda: (
                 ({}, self._helpers(student, pipeline))
@@ -134,19 +141,18 @@ class TeachersPart(RunPart):
         return teacher_lines(self._run.recipe, rows)
 
     def _size(self, info: TeacherInfo) -> int:
-        """Bytes of its parameters, FP8 copies not counted."""
+        """Bytes of its parameters, FP8 copies included."""
         spec = self._run.recipe.teachers[info.name]
         size = states_dtype(spec.dtype, self._run.args.params_dtype).itemsize
-        return info.held_parameters(spec.ep) * size
+        return info.held_bytes(size, spec.ep, spec.fp8 != "none")
 
     def _pipeline(self, student: BuiltStudent) -> Pipeline | None:
         """Decide which teachers are run by all stages, which then work together."""
-        wishes = {}
-        for name, info in self._infos.items():
-            spec = self._run.recipe.teachers[name]
-            alone = not info.runs_model or spec.aligned or spec.ep > 1
-            ranks = "last" if alone else spec.ranks
-            wishes[name] = Wish(ranks, self._size(info), bool(spec.window))
+        teachers = self._run.recipe.teachers
+        wishes = {
+            name: Wish.of(teachers[name], info.runs_model, self._size(info))
+            for name, info in self._infos.items()
+        }
         groups, stages = student.groups, student.groups.pp.size()
         spare = _spare(student) if stages > 1 and wishes else None
         self._placements = placements(wishes, stages, spare)
@@ -155,8 +161,8 @@ class TeachersPart(RunPart):
         if not names:
             return None
         waited_for = [chunk for chunk in student.chunks if chunk is not student.last]
-        pace = Pace(waited_for, names, student.device)
-        return Pipeline(groups.pp, groups.tp_cp, pace, student.device)
+        pace = Pace(waited_for, [n for n in names if teachers[n].ep == 1], student.device)
+        return Pipeline(groups.pp, groups.tp_cp, pace, student.device, names)
 
     def _helpers(self, student: BuiltStudent, pipeline: Pipeline | None) -> list[Helper]:
         """Teachers that a stage without output layer helps with."""
@@ -165,6 +171,7 @@ class TeachersPart(RunPart):
             helper(
                 *(run.recipe, self._infos[name], run.args, student.device),
                 layers_of=self._layers_of,
+                experts=run.need(ExpertGroups).of(run.recipe.teachers[name]),
             )
             for name in (() if pipeline is None else pipeline.names)
         ]
@@ -198,7 +205,7 @@ class TeachersPart(RunPart):
                 valid_vocab_size=run.valid_vocab_size,
                 layers_of=self._layers_of,
                 pipeline=pipeline if self._placements[name].spread else None,
-                experts=self._experts.get(run.recipe.teachers[name].ep),
+                experts=run.need(ExpertGroups).of(run.recipe.teachers[name]),
             )
         self._reference = passes.get(run.recipe.reference_teacher() or "")
         return by_domain(run.recipe, passes)

@@ -6,6 +6,10 @@ other stages what they are to read, runs its own part, and gets the states of th
 sent of a step goes in one exchange there and one back. The last stage expects the states before it
 runs its own part, so that a stage which has sent its own goes on to its first micro-batch at once.
 
+A teacher whose experts lie on several ranks of a stage (``expert_parallel``) is shared evenly,
+whatever else the stages do: the tokens that an expert gets at once are those of several pipelines,
+and with other shares they would be others.
+
 Shapes: k samples that a teacher teaches in the step, s sequence, h_t teacher hidden.
 """
 
@@ -25,7 +29,7 @@ from megatron_moe_inject.teachers.documents import DocumentWork
 from megatron_moe_inject.teachers.forward import SampleWork
 from megatron_moe_inject.teachers.pace import Pace
 from megatron_moe_inject.teachers.prefix import PrefixedTeacher
-from megatron_moe_inject.teachers.spread import Loads
+from megatron_moe_inject.teachers.spread import UNKNOWN, Loads
 
 
 class Work(Protocol):
@@ -50,7 +54,8 @@ class Work(Protocol):
     def run(
         self, stage: int, teacher: Teacher, inputs: Sequence[torch.Tensor], layers: Sequence[int]
     ) -> list[torch.Tensor]:
-        """States of a stage's inputs."""
+        """States of a stage's inputs, empty without any. Collectives: those of
+        ``Teacher.passes``."""
         ...
 
     def together(self, mine: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
@@ -156,8 +161,12 @@ class Pipeline:
     Args:
         group: the pipeline group.
         share_group: the TP x CP ranks of a stage, which share the samples.
-        pace: what has been measured.
+        pace: what has been measured. A teacher that it does not measure is shared evenly.
         device: where teachers run.
+        names: of the teachers that all stages hold, in their order.
+
+    Attributes:
+        names: as given.
 
     Collectives: one all-reduce of one number over ``group``.
     """
@@ -168,7 +177,9 @@ class Pipeline:
         share_group: dist.ProcessGroup,
         pace: Pace,
         device: torch.device,
+        names: Sequence[str],
     ) -> None:
+        self.names = tuple(names)
         self._group = group
         self._place = (share_group.rank(), share_group.size())
         self._share_group = share_group if share_group.size() > 1 else None
@@ -181,11 +192,6 @@ class Pipeline:
         self._sending = self._coming = _Exchange()
         # What is sent between some ranks of a group needs what a collective of all of them makes.
         dist.all_reduce(torch.zeros(1, device=device), group=group)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Of the teachers that all stages hold."""
-        return self._pace.names
 
     def begin(self, training: bool) -> None:
         """Start a step. Collectives: those of ``Pace.begin``."""
@@ -206,14 +212,17 @@ class Pipeline:
             inputs: on the last stage, what it reads of the k samples.
             take: there, gets ``[k, s, h_t]`` for each layer of each of ``spread.runs``.
         """
-        ratio, length = self._pace.ratio(spread.teacher.name), reading.sequence_length
+        name, length = spread.teacher.name, reading.sequence_length
+        loads, ratio = Loads(self._last + 1), UNKNOWN
+        if name in self._pace.names:
+            loads, ratio = self._loads, self._pace.ratio(name)
         work: Work
         if reading.starts is None:
             count = int(reading.selected.sum())
-            work = SampleWork(count, length, self._place, self._loads, ratio)
+            work = SampleWork(count, length, self._place, loads, ratio)
         else:
             lengths = document_lengths(reading.starts)
-            work = DocumentWork(lengths, length, self._place, self._loads, ratio)
+            work = DocumentWork(lengths, length, self._place, loads, ratio)
         self._jobs.append(_Job(spread, reading, work, inputs, take))
 
     def start(self) -> None:
@@ -257,8 +266,8 @@ class Pipeline:
     def finish(self) -> None:
         """Run this stage's part; the last stage then has all states.
 
-        Communication: from each other stage to the last one the states of what it has run. On the
-        last stage the collectives of ``Work.together`` for each.
+        Communication: from each other stage to the last one the states of what it has run. The
+        collectives of ``Work.run`` for each, on the last stage those of ``Work.together``.
         """
         if self._stage != self._last:
             operations = []
@@ -278,8 +287,6 @@ class Pipeline:
     def _run(self, job: _Job) -> list[torch.Tensor]:
         """States of this stage's part, of all runs' layers; empty without a part."""
         sequences = job.work.sequences(self._stage)
-        if not sequences:
-            return []
         inputs = job.inputs
         if self._stage == self._last:
             inputs = job.work.inputs(self._stage, inputs)

@@ -37,6 +37,13 @@ class Wish:
     size: int
     windowed: bool = False
 
+    @classmethod
+    def of(cls, spec: TeacherSpec, runs_model: bool, size: int) -> Wish:
+        """Of a teacher of the recipe: what runs no model, and what is aligned, is the last
+        stage's."""
+        alone = spec.aligned or not runs_model
+        return cls("last" if alone else spec.ranks, size, bool(spec.window))
+
 
 @dataclass(frozen=True)
 class Placement:

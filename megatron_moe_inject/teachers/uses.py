@@ -117,6 +117,20 @@ MEGATRON = Contract(
     ),
 )
 
+_ROWS = ("permuted_local_hidden_states", "tokens_per_expert", "permuted_probs")
+FILLED_EXPERTS = Wrapped(
+    f"{EXPERTS}.forward", _ROWS, does="fills up the rows of a teacher's experts, for FP8"
+)
+FILLED_GROUPED_EXPERTS = Wrapped(f"{GROUPED_EXPERTS}.forward", _ROWS, does=FILLED_EXPERTS.does)
+IN_FP8 = Contract(
+    "teachers in FP8",
+    (
+        FILLED_EXPERTS,
+        FILLED_GROUPED_EXPERTS,
+        Use(MOE_LAYER, attributes=("experts", "token_dispatcher")),
+    ),
+)
+
 COMBINED = Wrapped(
     f"{MOE_LAYER}.postprocess", does="combines the outputs of the experts that imitate"
 )

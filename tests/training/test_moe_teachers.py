@@ -54,22 +54,34 @@ def one_process(material):
     return taught, teach(taught, RECIPE, *uneven(material))
 
 
+SPREAD, LAST = "teachers.coder.ranks=pipeline", "teachers.coder.ranks=last"
+WINDOW = "teachers.coder.window=2"
+
+
 @pytest.mark.parametrize(
-    ("nproc", "ep", "layout"),
+    ("nproc", "ep", "layout", "sets"),
     [
-        (2, 2, {}),
-        pytest.param(2, 1, {}, marks=pytest.mark.slow),
-        pytest.param(2, 2, {"tp": 2}, marks=pytest.mark.slow),
-        pytest.param(2, 2, {"cp": 2}, marks=pytest.mark.slow),
-        pytest.param(4, 4, {}, marks=pytest.mark.slow),
-        (4, 2, {"pp": 2}),
-        pytest.param(4, 4, {"tp": 2}, marks=pytest.mark.slow),
+        (2, 2, {}, ()),
+        pytest.param(2, 1, {}, (), marks=pytest.mark.slow),
+        pytest.param(2, 2, {"tp": 2}, (), marks=pytest.mark.slow),
+        pytest.param(2, 2, {"cp": 2}, (), marks=pytest.mark.slow),
+        pytest.param(4, 4, {}, (), marks=pytest.mark.slow),
+        pytest.param(4, 2, {"pp": 2}, (LAST,), marks=pytest.mark.slow),
+        (4, 2, {"pp": 2}, (SPREAD, WINDOW)),
+        pytest.param(4, 2, {"pp": 2}, (SPREAD,), marks=pytest.mark.slow),
+        pytest.param(4, 2, {"pp": 2}, (LAST, WINDOW), marks=pytest.mark.slow),
+        pytest.param(4, 2, {"pp": 2, "tp": 2}, (SPREAD,), marks=pytest.mark.slow),
+        pytest.param(4, 4, {"tp": 2}, (), marks=pytest.mark.slow),
+        pytest.param(2, 2, {}, (WINDOW,), marks=pytest.mark.slow),
     ],
-    ids=["dp2, ep2", "dp2", "tp2, ep2", "cp2, ep2", "dp4, ep4", "dp2-pp2, ep2", "dp2-tp2, ep4"],
 )
-def test_experts_on_several_ranks_teach_the_same(material, one_process, nproc, ep, layout):
+def test_experts_on_several_ranks_teach_the_same(material, one_process, nproc, ep, layout, sets):
     taught, one = one_process
-    more = (*uneven(material), "--inject-set", f"teachers.coder.ep={ep}")
+    sets = [
+        f"teachers.coder.ep={ep}",
+        *(s.replace("window", "teachers.coder.window") for s in sets),
+    ]
+    more = (*uneven(material), "--inject-set", *sets)
     run = teach(taught, RECIPE, *more, nproc=nproc, **layout)
     assert_same_losses(run, one)
 

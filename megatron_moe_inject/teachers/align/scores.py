@@ -29,7 +29,8 @@ class Scores(Protocol):
         """log P(label | all before it in its text), ``[t]`` float32, on every rank that asks.
 
         Args:
-            reading: the same on every rank; at least one text.
+            reading: the same on every rank. Also one without a text is asked about, in every step:
+                other ranks that run the teacher may have some.
             most: tokens of one pass; a longer text has one of its own.
         """
         ...
@@ -59,8 +60,7 @@ class ModelScores(Scores):
         self._options = FusedOptions(kernels=kernels)
 
     def __call__(self, reading: Reading, most: int) -> torch.Tensor:
-        """See ``Scores``. Collectives: one all-gather of as many numbers as the fullest rank has
-        tokens."""
+        """See ``Scores``. Collectives: those of ``documents.document_values``."""
         inputs, labels = (
             torch.from_numpy(ids).to(self._device, non_blocking=True).long()
             for ids in (reading.inputs, reading.labels)

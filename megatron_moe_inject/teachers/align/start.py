@@ -21,6 +21,7 @@ from megatron_moe_inject.teachers.align.samples import SampleReader
 from megatron_moe_inject.teachers.align.scores import ModelScores
 from megatron_moe_inject.teachers.align.step_teacher import AlignedTeacher
 from megatron_moe_inject.teachers.base import Comparison, Source, TeacherInfo
+from megatron_moe_inject.teachers.expert_parallel import ExpertGroups
 from megatron_moe_inject.teachers.fp8 import LENGTH_MULTIPLE
 from megatron_moe_inject.teachers.loading import load_teacher, states_dtype
 from megatron_moe_inject.teachers.sources import SOURCES, Alignment, parse_source
@@ -78,7 +79,7 @@ def aligned_teacher(
     run: RunContext, info: TeacherInfo, student: BuiltStudent, host_group: dist.ProcessGroup | None
 ) -> StepTeacher:
     """The teacher loaded beside the student's last chunk, with its own head whole, or what stands
-    in a model's place; no collective.
+    in a model's place; no collective, but those of ``load_teacher`` with ``experts``.
 
     Args:
         info: of ``check_aligned``.
@@ -98,6 +99,7 @@ def aligned_teacher(
         params_dtype=states_dtype(spec.dtype, args.params_dtype),
         device=student.device,
         fp8=spec.fp8,
+        experts=run.need(ExpertGroups).of(spec),
     )
     source = parse_source(name, spec.source)
     longest = info.max_positions

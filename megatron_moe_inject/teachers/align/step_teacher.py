@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from megatron_moe_inject.host.step import MicroBatch
 from megatron_moe_inject.teachers.align.chunk_teacher import ChunkTeacher
-from megatron_moe_inject.teachers.align.reading import Reading
+from megatron_moe_inject.teachers.align.reading import Reading, nothing_read
 from megatron_moe_inject.teachers.align.samples import Reads
 from megatron_moe_inject.teachers.align.scores import Scores
 from megatron_moe_inject.teachers.spread import MAX_SEQUENCES
@@ -66,18 +66,19 @@ class AlignedTeacher(ChunkTeacher):
     ) -> None:
         """Read the step's samples; see ``step_pass.StepTeacher``.
 
-        Collectives: over ``host_group`` two broadcasts of what is read; those of ``Scores``. None
-        where nothing is selected.
+        Collectives: over ``host_group`` two broadcasts of what is read, none where nothing is
+        selected; those of ``Scores``.
         """
         count = self._select(selected, sequence_length)
-        if not count:
-            return
-        reading = None
-        if batches is not None:
-            reading = self._reads(batches, selected, sequence_length, starts)
-        reading = self._shared(reading, (count, sequence_length))
+        reading = nothing_read(sequence_length)
+        if count:
+            own = None
+            if batches is not None:
+                own = self._reads(batches, selected, sequence_length, starts)
+            reading = self._shared(own, (count, sequence_length))
+        scores = self._scores(reading, MAX_SEQUENCES * sequence_length)
         if len(reading.lengths):
-            self._keep(reading)
+            self._keep(reading, scores)
 
     def _shared(self, reading: Reading | None, shape: tuple[int, int]) -> Reading:
         """What the reading rank has read, on all ranks of its group."""
@@ -106,9 +107,8 @@ class AlignedTeacher(ChunkTeacher):
             places.int().numpy().reshape(shape),
         )
 
-    def _keep(self, reading: Reading) -> None:
-        """Let the teacher say how likely the chunks are; keep this rank's labels of them."""
-        scores = self._scores(reading, MAX_SEQUENCES * self._length)
+    def _keep(self, reading: Reading, scores: torch.Tensor) -> None:
+        """Make chunks of the teacher's ``scores``; keep this rank's labels of them."""
         numbers = self._on_device(reading.numbers)
         places = self._on_device(reading.places).long()
         sums = scores.new_zeros(places.numel() + 1, dtype=torch.float64)

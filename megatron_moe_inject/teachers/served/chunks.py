@@ -79,7 +79,9 @@ class ServedScores(Scores):
 
     def __call__(self, reading: Reading, most: int) -> torch.Tensor:
         """See ``Scores``. Collectives: one broadcast of t numbers over the TP x CP ranks; none of
-        one rank."""
+        one rank, or of no text."""
+        if not len(reading.lengths):
+            return torch.zeros(0, device=self._device)
         scores = torch.empty(len(reading.labels), device=self._device)
         if self._group.rank() == 0:
             said = torch.from_numpy(self._answers.of_texts[self._name][1])
