@@ -81,7 +81,7 @@ def make_aligned_material(folder: Path) -> AlignedMaterial:
     other = own_tokenizers.sentencepiece(folder / "pieces", 450)
     made = AlignedMaterial(
         folder, tokenizer, general, domain, str(folder / "student"),
-        _llama(folder / "teacher", other, 450, seed=3), _llama(folder / "same", tokenizer, 300, 4),
+        llama(folder / "teacher", other, 450, seed=3), llama(folder / "same", tokenizer, 300, 4),
     )  # fmt: skip
     made.make_student()
     return made
@@ -123,7 +123,8 @@ def write_documents(folder: Path, tokenizer: Path, length: int) -> tuple[str, ..
     return ("--data-path", "0.4", general, "0.6", domain, "--split", "90,5,5", "--eod-mask-loss")
 
 
-def _llama(folder: Path, tokenizer: Path, size: int, seed: int) -> Path:
+def llama(folder: Path, tokenizer: Path, size: int, seed: int) -> Path:
+    """A random one with a tokenizer of so many ids, in a folder."""
     import shutil
 
     import torch

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from megatron_moe_inject.rollouts.identity import writer_of_folder
+from tests.harness import aligned, lane, own_tokenizers, rollout_files
 from tests.harness import covering_array as array
-from tests.harness import lane, rollout_files
 from tests.harness.grouped import SCRIPT
 from tests.harness.material import make_student, student_flags
+from tests.harness.moe_teacher import with_teacher
 
 STEPS = 4
 CLOCK = "elapsed time per iteration (ms)"
@@ -51,6 +52,21 @@ def store_of(llama, material):
     return folder
 
 
+def tokenizer_of(material):
+    """The student's ids as characters: the corpora are then text."""
+    folder = material.folder / "letters"
+    return folder if folder.exists() else own_tokenizers.letters(folder, 61)
+
+
+def aligned_of(material):
+    """A random teacher with a tokenizer of its own; made when first wanted."""
+    folder = material.folder / "aligned teacher"
+    if not folder.exists():
+        own = own_tokenizers.byte_level(material.folder / "its tokenizer", 300)
+        aligned.llama(folder, own, 300, seed=3)
+    return folder
+
+
 def rollouts_of(student):
     """A folder of what a student wrote before it was trained: enough for most samples."""
     folder = Path(f"{student} wrote")
@@ -77,7 +93,10 @@ def run_set(
         own = replace(own, features=own.features - {array.HYBRID})
     shared = array.LAYOUTS[like or layout] if like or layout else at
     recipe = folder / "recipe.yaml"
-    text = array.recipe_of(own, shared.recipe)
+    fields = dict(shared.recipe)
+    if array.WITH_EXPERTS in own.features:
+        fields["teachers.coder.ep"] = at.expert_ranks
+    text = array.recipe_of(own, fields)
     paths = {
         "teacher": material.teacher,
         "llama": llama,
@@ -86,9 +105,17 @@ def run_set(
     }
     if "store of states" in own.features:
         paths["store"] = store_of(llama, material)
-    for key, path in paths.items():
-        text = text.replace(f"{{{key}}}", str(path))
-    recipe.write_text(text)
+    if array.ALIGNED in own.features:
+        paths |= {"tokenizer": tokenizer_of(material), "other": aligned_of(material)}
+    if array.WITH_EXPERTS in own.features:
+        paths["experts"] = with_teacher(material, "deepseek").teacher
+
+    def filled(text):
+        for key, path in paths.items():
+            text = text.replace(f"{{{key}}}", str(path))
+        return text
+
+    recipe.write_text(filled(text))
     start = ("--load", student_of(own, material), "--finetune", "--no-load-optim", "--no-load-rng")
     keep = ("--save", str(folder), "--save-interval", "2")
     if load:
@@ -100,7 +127,7 @@ def run_set(
             *student_flags("--train-iters", str(STEPS), *start, *array.blend_of(own, material)),
             *("--inject-recipe", str(recipe)),
             *(("--inject-verify-frozen",) if own.freezes else ()),
-            *(*array.flags_of(own, at, folder), *shared.shared, *flags),
+            *(*map(filled, array.flags_of(own, at, folder)), *shared.shared, *flags),
         ],
         nproc=at.nproc,
         script=SCRIPT if own.grouped else lane.PRETRAIN,

@@ -9,6 +9,7 @@ missing; ``tests/unit/test_array.py`` asks it, ``tests/training/test_array_*.py`
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,9 +28,10 @@ class Feature:
 
     Attributes:
         of: the package's feature (``recipe.features``) that it is of.
-        recipe: fields of the recipe by dotted path; ``{llama}`` and ``{store}`` in texts are
-            folders.
-        flags: of the run; ``{folder}`` is a folder of its own.
+        recipe: fields of the recipe by dotted path; ``{llama}``, ``{store}`` and ``{experts}`` in
+            texts are folders.
+        flags: of the run; ``{folder}`` is a folder of its own, ``{tokenizer}`` that of the ids as
+            characters.
         terms: what the log then has, above 0 in the end.
     """
 
@@ -41,6 +43,8 @@ class Feature:
 
 HYBRID = "hybrid model"
 EVERYTHING = "everything trains"
+ALIGNED = "aligned teacher"
+WITH_EXPERTS = "teacher with experts"
 SHARED_EXPERTS = ("--moe-shared-expert-intermediate-size", "64")
 FEATURES = {
     "distillation": Feature(
@@ -72,6 +76,15 @@ FEATURES = {
     # Of a committee one teacher runs on all stages, the other on the last one alone.
     "teacher on all stages": Feature("teachers", {"teachers.coder.ranks": "pipeline"}),
     "teacher on the last stage": Feature("teachers", {"teachers.second.ranks": "last"}),
+    # Of a domain of its own, prose; the student's ids are then characters.
+    ALIGNED: Feature(
+        "aligned",
+        {"teachers.other.align": "chunks"},
+        flags=("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", "{tokenizer}"),
+        terms=("aligned share", "kd loss/prose"),
+    ),
+    # Where a stage has several ranks, its experts lie on them.
+    WITH_EXPERTS: Feature("teachers", {"teachers.coder.source": "megatron:{experts}"}),
     EVERYTHING: Feature("train", {"train.everything": True}),
     "trained router": Feature("train", {"train.router": True}),
     "trained rows": Feature("router_rows", {"train.router_rows": True}),
@@ -171,6 +184,11 @@ class Layout:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     slow: bool = False
 
+    @property
+    def expert_ranks(self) -> int:
+        """Ranks that hold the four experts of a teacher together: those of a stage."""
+        return min(4, self.nproc // self.sizes.get("pp", 1))
+
 
 _VIRTUAL = ("--num-layers-per-virtual-pipeline-stage", "1")
 _FULL = ("--recompute-granularity", "full", "--recompute-method", "uniform")
@@ -240,8 +258,10 @@ IMITATED = {"imitated states", "imitated experts"}
 TRAINED = {"trained router", "trained head", "trained attention", "trained shared experts"}
 _ALWAYS = frozenset(FEATURES) - IMITATED - TRAINED - {
     "store of states", "window", "trained rows", "frozen experts in fp8", "expert retention",
-    "adapters", "rollouts", HYBRID, EVERYTHING,
+    "adapters", "rollouts", ALIGNED, WITH_EXPERTS, HYBRID, EVERYTHING,
 }  # fmt: skip
+# A second domain has its share.
+_FOR_TWO: Mapping[str, Any] = {"mixing.general": {"points": {0: 0.5, 3: 0.25}}}
 _FEW = {1: [2], 2: [0, 3], 3: [3]}
 SETS: dict[str, FeatureSet] = {
     # The one whose originals are on the device.
@@ -250,14 +270,14 @@ SETS: dict[str, FeatureSet] = {
         _ALWAYS - {"originals on the host"}
         | IMITATED
         | TRAINED
-        | {"expert retention", "adapters", "rollouts"},
-        instead={"steering.confidence": "top"},
+        | {"expert retention", "adapters", "rollouts", WITH_EXPERTS},
+        instead={"steering.confidence": "top", "objective.confidence": "entropy"},
     ),
     # Nothing trains on the last of two stages, no expert on the last of two expert ranks.
     "rows": FeatureSet(
         {0: [1], 1: [0, 1]},
-        _ALWAYS | {"store of states", "window", "trained rows", "frozen experts in fp8"},
-        instead={"domains.0.committee": "top", "objective.confidence": "entropy"},
+        _ALWAYS | {"store of states", "window", "trained rows", "frozen experts in fp8", ALIGNED},
+        instead={"domains.0.committee": "top", **_FOR_TWO},
     ),
     # Routers are frozen: nothing trains on the first stage, nor on the first of two expert ranks.
     "nothing first": FeatureSet(
@@ -267,32 +287,44 @@ SETS: dict[str, FeatureSet] = {
     ),
     # The other pairs of what excludes each other.
     "router, fp8": FeatureSet(
-        _FEW, _ALWAYS | IMITATED | TRAINED | {"frozen experts in fp8", "adapters", "rollouts"}
+        _FEW,
+        _ALWAYS
+        | IMITATED
+        | TRAINED
+        | {"frozen experts in fp8", "adapters", "rollouts", WITH_EXPERTS},
     ),
     "rows, imitation": FeatureSet(
         _FEW,
         _ALWAYS
         | IMITATED
         | TRAINED - {"trained router"}
-        | {"trained rows", "expert retention", "adapters", "rollouts"},
+        | {"trained rows", "expert retention", "adapters", "rollouts", WITH_EXPERTS},
     ),
     "router, window": FeatureSet(
-        _FEW, _ALWAYS | TRAINED | {"store of states", "window", "expert retention", "adapters"}
+        _FEW,
+        _ALWAYS
+        | TRAINED
+        | {"store of states", "window", "expert retention", "adapters", ALIGNED, WITH_EXPERTS},
+        instead=_FOR_TWO,
     ),
     "rollouts, window": FeatureSet(
         _FEW,
-        _ALWAYS - {"router retention"} | {"window", "rollouts"},
+        _ALWAYS - {"router retention"} | {"window", "rollouts", ALIGNED},
+        instead=_FOR_TWO,
         slow_at=frozenset({"cp2"}),
     ),
     # The domain's experts are for steering and imitation.
     "everything": FeatureSet(
         _FEW,
-        _ALWAYS - {"pattern"} | IMITATED | {EVERYTHING, "expert retention", "rollouts"},
+        _ALWAYS - {"pattern"}
+        | IMITATED
+        | {EVERYTHING, "expert retention", "rollouts", WITH_EXPERTS},
         slow_at=frozenset(LAYOUTS) - {"ep2", "pp2-vpp2"},
     ),
     "everything, window": FeatureSet(
         _FEW,
-        _ALWAYS - {"pattern"} | {EVERYTHING, "store of states", "window"},
+        _ALWAYS - {"pattern"} | {EVERYTHING, "store of states", "window", ALIGNED},
+        instead=_FOR_TWO,
         slow_at=frozenset({"cp2"}),
     ),
 }
@@ -374,6 +406,12 @@ REFUSED = {
     frozenset({"store of states", "imitated experts"}): Refusal(
         "imitation.experts", "compares layers, and teacher third"
     ),
+    frozenset({ALIGNED, "imitated states"}): Refusal(
+        "imitation.hidden", "compares layers token by token, and teacher other"
+    ),
+    frozenset({ALIGNED, "imitated experts"}): Refusal(
+        "imitation.experts", "compares layers token by token, and teacher other"
+    ),
     frozenset({"store of states", "rollouts"}): Refusal(
         "domains[0].teacher", "is a store, which knows nothing of text that is still to be written"
     ),
@@ -425,8 +463,8 @@ def gaps(
 
 
 def recipe_of(own: FeatureSet, more: Mapping[str, Any] | None = None) -> str:
-    """The recipe of a set as YAML, with ``{teacher}``, ``{llama}``, ``{rollouts}`` and ``{folder}``
-    to fill in.
+    """The recipe of a set as YAML, with ``{teacher}``, ``{experts}``, ``{llama}``, ``{other}``,
+    ``{rollouts}`` and ``{folder}`` to fill in.
 
     Args:
         own: the set. The teacher of Hugging Face is the second of a committee, a store the third.
@@ -443,6 +481,10 @@ def recipe_of(own: FeatureSet, more: Mapping[str, Any] | None = None) -> str:
         "teachers": {name: {"source": "megatron:{teacher}"} for name in names},
         "objective": {"alpha": 0.0, "beta": 0.3},
     }
+    if ALIGNED in own.features:
+        prose = {"name": "prose", "data": [3], "teacher": "other", "experts": domain["experts"]}
+        tree["domains"].append(prose)
+        tree["teachers"]["other"] = {"source": "hf:{other}"}
     for name in sorted(own.features):
         for dotted, value in FEATURES[name].recipe.items():
             _set(tree, dotted, own.instead.get(dotted, value))
@@ -463,7 +505,8 @@ def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def flags_of(own: FeatureSet, at: Layout, folder: Path) -> list[str]:
-    """Flags of a set at a layout, in a run that may write to ``folder``."""
+    """Flags of a set at a layout, in a run that may write to ``folder``; ``{tokenizer}`` is left to
+    fill in."""
     flags = [flag for name in sorted(own.features) for flag in FEATURES[name].flags]
     own_flags = at.flags
     if HYBRID in own.features:  # whose virtual stages are in the pattern
@@ -475,7 +518,7 @@ def flags_of(own: FeatureSet, at: Layout, folder: Path) -> list[str]:
     return [
         *lane.layout(**at.sizes),
         *(*own_flags, *(at.grouped if own.grouped else ())),
-        *(flag.format(folder=folder) for flag in flags),
+        *(flag.replace("{folder}", str(folder)) for flag in flags),
     ]
 
 
@@ -490,7 +533,17 @@ def blend_of(own: FeatureSet, material: Material) -> Sequence[str]:
         pairs = material.folder / "pairs"
         if not pairs.with_suffix(".idx").exists():
             write_pairs(pairs)
-        return data_flags(material, str(pairs))
+        prose = [prose_of(material)] if ALIGNED in own.features else []
+        return data_flags(material, str(pairs), *prose)
     if "scheduled shares" in own.features:
         return ("--data-path", material.general, material.domain, "--split", "90,5,5")
     return material.blend
+
+
+def prose_of(material: Material) -> str:
+    """A data set like the domain's under another name."""
+    prose = material.folder / "prose"
+    for suffix in (".bin", ".idx"):
+        if not (copied := prose.with_suffix(suffix)).exists():
+            shutil.copy(f"{material.domain}{suffix}", copied)
+    return str(prose)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import string
 from functools import cache
 from pathlib import Path
 
@@ -33,6 +34,17 @@ def byte_level(folder: Path, size: int = 320, part: int = 0) -> Path:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts()[part::2], trainer)
+    return _saved(folder, json.loads(tokenizer.to_str()), eos_token=END)
+
+
+def letters(folder: Path, size: int) -> Path:
+    """Byte-level, each id one character and no merges; the last of so many ids is the end."""
+    text = (string.ascii_lowercase + string.ascii_uppercase + string.digits)[: size - 1]
+    assert len(text) == size - 1, size
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(text)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([END])
     return _saved(folder, json.loads(tokenizer.to_str()), eos_token=END)
 
 

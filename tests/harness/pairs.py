@@ -32,7 +32,8 @@ def write_pairs(prefix: Path, pairs: int = 60, seed: int = 0, lengths: tuple = (
     return str(prefix)
 
 
-def data_flags(material: Material, pairs: str) -> tuple[str, ...]:
-    """Entry 0 is general, entry 1 the domain, entry 2 pairs, which are not evaluated on."""
+def data_flags(material: Material, pairs: str, *more: str) -> tuple[str, ...]:
+    """Entry 0 is general, entry 1 the domain, entry 2 pairs, which are not evaluated on; then
+    ``more`` text."""
     text = (material.general, material.domain)
-    return ("--train-data-path", *text, pairs, "--valid-data-path", *text)
+    return ("--train-data-path", *text, pairs, *more, "--valid-data-path", *text, *more)
