@@ -154,6 +154,13 @@ def runs(tmp_path_factory) -> Runs:
     for name in ("tensorwise", "blockwise"):
         taught = ("--inject-set", f"teachers.coder.fp8={name}")
         runs.inject(f"teacher {name}", *BF16, *taught, recipe=RECIPE)
+    experts = (*BF16, "--inject-set", f"teachers.coder.source=megatron:{runs.experts}")
+    runs.inject("experts teach", *experts, recipe=RECIPE)
+    for name in ("tensorwise", "blockwise"):
+        in_fp8 = (*experts, f"teachers.coder.fp8={name}")
+        runs.inject(f"experts teach {name}", *in_fp8, recipe=RECIPE)
+        on_two = (*in_fp8, "teachers.coder.ep=2")
+        runs.inject_by_two(f"experts on two teach {name}", *on_two, recipe=RECIPE)
     runs.inject(
         "poisoned", *BF16, *FP8["blockwise"], recipe=RECIPE, check=False,
         env={"TESTS_POISON_LAYER": "2"},
@@ -315,6 +322,20 @@ def test_teachers_in_fp8(runs, name):
     kd = losses(runs, f"teacher {name}", "kd loss")
     assert kd == pytest.approx(losses(runs, "bf16", "kd loss"), rel=3e-2)
     assert kd != losses(runs, "bf16", "kd loss")
+
+
+@pytest.mark.parametrize("name", ["tensorwise", "blockwise"])
+def test_teachers_with_experts_in_fp8(runs, name):
+    """Each expert gets rows that FP8 can multiply, however many tokens choose it."""
+    kd, exact = (losses(runs, f"experts teach{name}", "kd loss") for name in (f" {name}", ""))
+    assert kd == pytest.approx(exact, rel=3e-2)
+    assert kd != exact
+
+
+@pytest.mark.parametrize("name", ["tensorwise", "blockwise"])
+def test_their_experts_on_two_processes_teach_the_same(runs, name):
+    one, two = (losses(runs, f"experts {on}teach {name}", "kd loss") for on in ("", "on two "))
+    assert two == pytest.approx(one, rel=1e-2)
 
 
 def test_a_step_that_is_not_finite_says_where(runs):

@@ -46,6 +46,7 @@ def teach(
     start: Sequence[str] | None = None,
     check: bool = True,
     pythonpath: Sequence[str] = (),
+    script: Sequence[str] = lane.PRETRAIN,
     **layout: int,
 ) -> lane.Run:
     """Four steps of the dense student with a recipe, from ``checkpoint`` unless ``start`` says
@@ -60,7 +61,7 @@ def teach(
         )
     ours = ("--inject-recipe", recipe_file(material, recipe), *start, "--train-iters", "4")
     flags = dense_flags(*material.blend, *ours, *extra, **layout)
-    return lane.run(flags, nproc=nproc, check=check, pythonpath=pythonpath)
+    return lane.run(flags, nproc=nproc, check=check, pythonpath=pythonpath, script=script)
 
 
 def measure(

@@ -30,7 +30,7 @@ from tests.harness import lane
 from tests.harness.corpus import write_corpora
 
 AT_ONCE = 14
-MODELS = ("student", "teacher")
+MODELS = ("student", "teacher", "experts")
 DONE = "latest_checkpointed_iteration.txt"
 SIZES = shlex.split(
     "--no-persist-layer-norm --num-layers 4 --hidden-size 128 --num-attention-heads 4 "
@@ -125,7 +125,7 @@ class Runs:
         self._runs: dict[str, Future[lane.Run]] = {}
         self._left_out: dict[str, str] = {}
         self.general, self.domain = write_corpora(folder)
-        self.student, self.teacher = str(folder / "student"), str(folder / "teacher")
+        self.student, self.teacher, self.experts = (str(folder / name) for name in MODELS)
 
     def __getitem__(self, name: str) -> lane.Run:
         if name in self._left_out:
@@ -197,23 +197,26 @@ class Runs:
         self.inject(name, *extra, recipe=recipe, fused=True, **options)
 
     def make_models(self) -> None:
-        """Train the student (MoE) and the teacher (dense) for a moment, on the CPU lane.
+        """Train the student (MoE), the teacher (dense) and one with experts for a moment, on the
+        CPU lane.
 
         ``GPU_MODELS`` in the environment names a folder that keeps them for other calls.
         """
         kept = os.environ.get("GPU_MODELS")
         if kept:
-            self.student, self.teacher = (str(Path(kept).resolve() / name) for name in MODELS)
+            self.student, self.teacher, self.experts = (
+                str(Path(kept).resolve() / name) for name in MODELS
+            )
             if all((Path(kept) / name / DONE).exists() for name in MODELS):
                 return
         small = [f for f in lane.moe() if f != "--mock-data"]
         save = ("--save-interval", "100", "--no-save-optim", "--split", "90,5,5")
         student = [*small, *SIZES, "--data-path", self.general, "--save", self.student, *save]
         dense = [f for f in lane.dense() if f != "--mock-data"]
-        teacher = [*dense, *SIZES, "--num-layers", "2", "--train-iters", "40"]
-        teacher += ["--data-path", self.domain, "--save", self.teacher, *save]
+        taught = [*SIZES, "--num-layers", "2", "--train-iters", "40", "--data-path", self.domain]
         self.start("student", student, cpu=True)
-        self.start("teacher", teacher, cpu=True)
+        self.start("teacher", [*dense, *taught, "--save", self.teacher, *save], cpu=True)
+        self.start("experts", [*small, *taught, "--save", self.experts, *save], cpu=True)
         for name in MODELS:
             self[name]
 

@@ -14,6 +14,7 @@ from megatron_moe_inject.experts.delta.delta import export_delta
 from megatron_moe_inject.host.checkpoint_place import CheckpointPlace
 from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.host.stored_adapters import StoredAdapters
+from megatron_moe_inject.teachers.fp8 import LENGTH_MULTIPLE
 from tests.harness import lane
 from tests.harness.gpu_runs import BF16, DISTRIBUTED, EP2, FP8, MLA, PP2, RECIPE, TP2, Runs
 
@@ -97,6 +98,14 @@ def differences(base: Path, other: Path, folder: Path) -> dict[str, int]:
         if "does not differ" not in str(error):
             raise
         return {}
+
+
+@pytest.mark.parametrize("name", ["Float8BlockScaling", "Float8CurrentScaling"])
+def test_a_teachers_experts_get_the_rows_that_fp8_asks_for(name):
+    from transformer_engine.common import recipe
+    from transformer_engine.pytorch.quantization import get_align_size_for_quantization
+
+    assert get_align_size_for_quantization(getattr(recipe, name)()) == LENGTH_MULTIPLE
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -101,6 +101,18 @@ def test_fp8_asks_for_the_widths_of_the_layers_that_are_there():
         return low_precision_widths(Namespace(**sizes | {"hybrid_layer_pattern": pattern}))
 
     assert widths(None) == widths("*-") == {"hidden": 8, "ffn": 32}
+    experts = {"num_experts": 4, "moe_ffn_hidden_size": 24, "moe_latent_size": 16}
+    sizes |= experts | {"moe_layer_freq": [1, 1], "moe_shared_expert_intermediate_size": 40}
+    every = {"hidden": 8, "experts": 24, "shared experts": 40, "latent states": 16}
+    assert widths(None) == every
+    sizes |= {"moe_layer_freq": [0, 1]}
+    assert widths(None) == widths("*E") == every | {"ffn": 32}
+    sizes |= {"num_experts": None, "kv_channels": 4}
+    assert widths(None) == {"hidden": 8, "ffn": 32, "attention": 16}
+    latent = {"multi_latent_attention": True, "q_lora_rank": None, "kv_lora_rank": 12}
+    sizes |= latent | {"v_head_dim": 6}
+    assert widths(None) == {"hidden": 8, "ffn": 32, "latent keys": 12, "attention": 24}
+    sizes |= {"multi_latent_attention": False, "kv_channels": None}
     # The gate and x, B and C of two groups, one time step for each of four heads.
     projection = 2 * 16 + 2 * 2 * 16 + 4
     assert widths("M-") == widths("*-") | {
