@@ -105,7 +105,7 @@ class TeacherSpec:
         align: ``none``, it has the student's tokenizer; or ``chunks``: it has one of its own, and
             both are compared by how likely they find the same pieces of text (ALM).
         server: how a ``server`` is asked.
-        ep: ranks of the last stage that hold the experts of a ``megatron`` teacher together, each
+        ep: ranks of a pipeline stage that hold the experts of a ``megatron`` teacher together, each
             its part of them; 1 = every rank holds all. Apart from the student's own.
     """
 

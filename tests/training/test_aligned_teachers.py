@@ -53,9 +53,9 @@ def assert_same(run, other, rel=2e-5, terms=TERMS):
 
 LAYOUTS = [
     pytest.param(dict(nproc=2, tp=2), id="tp2-sp"),
-    pytest.param(dict(nproc=2, pp=2), id="pp2"),
-    pytest.param(dict(nproc=2, cp=2), id="cp2"),
-    pytest.param(dict(nproc=2, ep=2), id="ep2"),
+    pytest.param(dict(nproc=2, pp=2), id="pp2", marks=pytest.mark.slow),
+    pytest.param(dict(nproc=2, cp=2), id="cp2", marks=pytest.mark.slow),
+    pytest.param(dict(nproc=2, ep=2), id="ep2", marks=pytest.mark.slow),
     pytest.param(dict(nproc=4, tp=2, cp=2), id="tp2-cp2", marks=pytest.mark.slow),
     pytest.param(dict(nproc=4, tp=2, pp=2), id="tp2-pp2", marks=pytest.mark.slow),
     pytest.param(
@@ -115,19 +115,33 @@ def test_documents_apart(train):
     assert masked.losses("aligned share") == lane.approx(packed.losses("aligned share"))
 
 
-@pytest.mark.slow
-def test_a_megatron_teacher(train, of_text, tmp_path):
-    """Its tokenizer is the one that its checkpoint was trained with."""
-    own = own_tokenizers.byte_level(tmp_path / "tokenizer", 420, part=1)
+def source_of(of_text, folder, model):
+    """Setting of a teacher that was trained for two steps with a tokenizer of its own."""
+    own = own_tokenizers.byte_level(folder / "tokenizer", 420, part=1)
     flags = of_text.flags()
     data = flags[flags.index("--data-path") : flags.index("--load")]
     kind = ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(own))
-    save = ("--save", str(tmp_path / "teacher"), "--save-interval", "10", "--train-iters", "2")
-    lane.run([*without_tokenizer(lane.dense()), *kind, *data, *save])
-    sets = [f"teachers.coder.source=megatron:{tmp_path / 'teacher'}"]
+    save = ("--save", str(folder / "teacher"), "--save-interval", "10", "--train-iters", "2")
+    lane.run([*without_tokenizer(model), *kind, *data, *save])
+    return f"teachers.coder.source=megatron:{folder / 'teacher'}"
+
+
+@pytest.mark.slow
+def test_a_megatron_teacher(train, of_text, tmp_path):
+    """Its tokenizer is the one that its checkpoint was trained with."""
+    sets = [source_of(of_text, tmp_path, lane.dense())]
     run = train(sets=sets)
     assert "420 ids; texts are aligned by their bytes" in run.output
     assert_same(train(sets=sets, nproc=2, tp=2), run)
+
+
+def test_a_megatron_teacher_with_experts(train, of_text, tmp_path):
+    """On two ranks: in some steps only one of them has a text."""
+    few = ("--data-path", "0.9", of_text.general, "0.1", of_text.domain, "--train-iters", "6")
+    sets = [source_of(of_text, tmp_path, lane.moe()), "steering.coeff=0"]
+    one = train(*few, sets=sets)
+    two = train(*few, sets=[*sets, "teachers.coder.ep=2"], nproc=2)
+    assert_same(two, one)
 
 
 @pytest.mark.slow

@@ -141,12 +141,19 @@ def test_all_stages_run_a_teacher_whose_experts_are_whole_on_each(material, one_
 
 
 @pytest.mark.slow
-def test_a_resumed_run_goes_on_bitwise(material, one_process, tmp_path):
+@pytest.mark.parametrize(
+    ("sets", "layout"),
+    [((), {"nproc": 2}), ((SPREAD,), {"nproc": 4, "pp": 2})],
+    ids=["dp2", "dp2-pp2 on all stages"],
+)
+def test_a_resumed_run_goes_on_bitwise(material, one_process, tmp_path, sets, layout):
+    """Also where times that are measured in the first steps would divide other teachers' work."""
     taught, _ = one_process
-    more = (*uneven(material), *ON_TWO, "--save", str(tmp_path), "--save-interval", "2")
-    whole = teach(taught, RECIPE, *uneven(material), *ON_TWO, nproc=2)
-    teach(taught, RECIPE, *more, "--exit-interval", "2", nproc=2)
-    run = teach(taught, RECIPE, *more, start=("--load", str(tmp_path)), nproc=2)
+    own = (*uneven(material), *ON_TWO, *sets)
+    more = (*own, "--save", str(tmp_path), "--save-interval", "2")
+    whole = teach(taught, RECIPE, *own, **layout)
+    teach(taught, RECIPE, *more, "--exit-interval", "2", **layout)
+    run = teach(taught, RECIPE, *more, start=("--load", str(tmp_path)), **layout)
     for term in TERMS:
         assert run.losses(term) == whole.losses(term)[2:], term
 

@@ -247,6 +247,7 @@ def _announced(job: StoreJob, writer: StoreWriter) -> list[str]:
         f"{sum(d.last - d.first for d in plan.data):,} documents, {rows:,} tokens, "
         f"{len(writer.pieces)} shards: {most}{memory_text(rows * largest)}",
     ]
+    lines += job.remarks
     if job.told is not None:
         lines.append(job.told.told)
     done = len(writer.pieces) - len(writer.missing)

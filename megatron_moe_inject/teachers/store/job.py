@@ -213,6 +213,16 @@ class StoreJob:
         params = torch.float16 if getattr(args, "fp16", False) else params
         return states_dtype(self._spec.dtype, params)
 
+    @property
+    def remarks(self) -> list[str]:
+        """What of the recipe is of training alone."""
+        if self._spec.ep == 1 or self.info.experts is None:
+            return []
+        return [
+            f"teachers.{self.name}.ep: {self._spec.ep} is of training; here each process holds all "
+            f"{self.info.experts.number} experts of a layer"
+        ]
+
     def _described(self) -> StoredTeacher:
         source = parse_source(self.name, self._spec.source)
         if self.told is not None:
