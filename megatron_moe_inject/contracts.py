@@ -16,7 +16,7 @@ from megatron_moe_inject.adapters.uses import (
     VOCABULARY_ROWS,
 )
 from megatron_moe_inject.convert.uses import IMPORT
-from megatron_moe_inject.data.uses import MIXING, PLACES, PREPARE, VALIDATION_SETS
+from megatron_moe_inject.data.uses import HELD_OUT_PAIRS, MIXING, PLACES, PREPARE, VALIDATION_SETS
 from megatron_moe_inject.experts.train.uses import FROZEN_FP8, GROUPED, HYBRID_TRAIN, TRAIN
 from megatron_moe_inject.host import compat
 from megatron_moe_inject.host.contract import Contract, Use, Wrapped, symbols, unmet
@@ -112,7 +112,7 @@ EVERYTHING = (
     *(ADAPTERS, GROUPED_ADAPTERS, DOMAIN_ADAPTERS, VOCABULARY_ROWS),
     *(ROUTING_WATCH, STEERING, ROUTER_ROWS, DOOR),
     *(ORIGINALS, EXPERT_RETENTION, L2),
-    PREFERENCE,
+    *(PREFERENCE, HELD_OUT_PAIRS),
     *(DATA_FILES, MEGATRON, IMITATION),
     *(PLACES, WRITER, CONVERTER, SERVED),
     *(MIXING, VALIDATION_SETS),

@@ -38,6 +38,7 @@ from megatron_moe_inject.losses.report import LossReport, merge
 from megatron_moe_inject.losses.spec import LogitTransform, TokenWeighting
 from megatron_moe_inject.losses.triton_rows import AUTO
 from megatron_moe_inject.losses.upstream import common_factor
+from megatron_moe_inject.preference.held_out import HeldOutMeasurement
 from megatron_moe_inject.preference.term import PreferenceTerm
 from megatron_moe_inject.recipe.run_kinds import EVALUATION
 from megatron_moe_inject.recipe.run_part import BuiltStudent, RunContext, RunPart
@@ -69,6 +70,7 @@ class LossHook(StepPart):
         cp_group: group that divides sequences.
         by_document: packed rows were divided among it document by document; see ``data.packed``.
         preference: weighs the answers of pairs; begun before this part.
+        held_out: gets the micro-batches of evaluations of held-out pairs.
 
     Attributes:
         weights_at: as given.
@@ -92,8 +94,10 @@ class LossHook(StepPart):
         cp_group: torch.distributed.ProcessGroup | None = None,
         by_document: bool = False,
         preference: PreferenceTerm | None = None,
+        held_out: HeldOutMeasurement | None = None,
     ) -> None:
         self._preference = preference
+        self._held_out = held_out
         self._cp_group = cp_group
         self._by_document = by_document
         self._watch = watch
@@ -193,6 +197,20 @@ class LossHook(StepPart):
                 hidden_states, labels, loss_mask, domains
             )
         self._see("states before the output layer", hidden_states)
+        transform = LogitTransform(scale=compat.logit_scale(config))
+        student = losses.Student(
+            hidden_states,
+            head,
+            labels.t(),
+            self._vocabulary,
+            transform,
+            losses.HeadRows.given(self._seam.head_rows),
+            losses.LowRankHead.given(self._seam.head_low_rank),
+        )
+        if self._held_out is not None and self._held_out.active:
+            self._held_out.read(index, student)
+            self._pending.append(({}, None))
+            return labels.new_zeros(row, dtype=torch.float32)
         groups = self._teachers.groups(index, domains, labels, self._weights, head)
         running = self._running_confidence
         if running is not None and torch.is_grad_enabled():
@@ -204,16 +222,6 @@ class LossHook(StepPart):
                 loss_mask=loss_mask,
                 kernels=self._kernels,
             )
-        transform = LogitTransform(scale=compat.logit_scale(config))
-        student = losses.Student(
-            hidden_states,
-            head,
-            labels.t(),
-            self._vocabulary,
-            transform,
-            losses.HeadRows.given(self._seam.head_rows),
-            losses.LowRankHead.given(self._seam.head_low_rank),
-        )
         values: dict[str, torch.Tensor] = {}
         if self._measurement is not None and self._measurement.active:
             measured, values = self._measurement.micro_batch(
@@ -231,7 +239,7 @@ class LossHook(StepPart):
             upstream_mask=loss_mask.t() if promise else None,
         )
         if self._preference is not None:
-            groups = self._preference.weighed(groups, index, domains, labels.shape[1])
+            groups = self._preference.weighed(groups, index, domains)
         terms = injection_loss(student, groups, options)
         self._see("loss", terms.total)
         if self._preference is not None:
@@ -308,4 +316,5 @@ class ObjectivePart(RunPart):
             cp_group=student.groups.cp,
             by_document=bool(getattr(run.args, "sft", False)),
             preference=run.get(PreferenceTerm),
+            held_out=run.get(HeldOutMeasurement),
         )

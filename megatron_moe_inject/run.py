@@ -93,6 +93,7 @@ class Run:
         labels = {split: split_labels(recipe, facts, split) for split in SPLITS}
         self.context = context = RunContext(kind, recipe, args, facts, valid_vocab_size, labels)
         self.splits = SplitRegistry(labels)
+        context.provide(SplitRegistry, self.splits)
         self.student_load = StudentLoad(args)
         self._features = features
         self.parts: dict[str, RunPart] = {}

@@ -10,14 +10,16 @@ from megatron_moe_inject.data import uses
 from megatron_moe_inject.data.files_there import check_data_files
 from megatron_moe_inject.data.section import MIXING, ordered, scheduled
 from megatron_moe_inject.host.errors import RecipeError, fail, suggest
+from megatron_moe_inject.host.labels import PREFERENCE
 from megatron_moe_inject.host.text import table
+from megatron_moe_inject.recipe.entries import split_labels
 from megatron_moe_inject.recipe.facts import StudentFacts
 from megatron_moe_inject.recipe.feature import Feature, RefusedBeside
 from megatron_moe_inject.recipe.fields import check_weight
 from megatron_moe_inject.recipe.numbers import SHARES, check_bounds
 from megatron_moe_inject.recipe.preference import CLASS
 from megatron_moe_inject.recipe.refused_options import Refusal
-from megatron_moe_inject.recipe.run_kinds import EVALUATION, INJECTION, PROFILE
+from megatron_moe_inject.recipe.run_kinds import EVALUATION, GENERATION, INJECTION, PROFILE
 from megatron_moe_inject.recipe.schedule import (
     Schedule,
     ever_positive,
@@ -57,6 +59,57 @@ class DataFiles(Feature):
         if not getattr(run.args, "rank", 0):
             check_data_files(run.args, run.facts, other_formats=True)
         return None
+
+
+class HeldOutPairsOfAnswers(Feature):
+    """Pairs of answers among the validation data are evaluated as pairs, and not as text."""
+
+    runs = (INJECTION, EVALUATION, PROFILE, GENERATION)
+
+    def check(self, recipe: Recipe, facts: StudentFacts) -> None:
+        """They are where they are found."""
+        _check_held_out_pairs(recipe, facts)
+
+    def uses(
+        self, recipe: Recipe, facts: StudentFacts | None, args: Namespace | None
+    ) -> list[Contract]:
+        """Their files, and an evaluation of them."""
+        return [uses.HELD_OUT_PAIRS] if recipe.objective.preference is not None else []
+
+    def start(self, run: RunContext) -> RunPart | None:
+        """Takes them out of the validation data where these are named by themselves; whoever
+        measures them says so."""
+        _check_held_out_pairs(run.recipe, run.facts)
+        named = run.args.valid_data_path or run.args.per_split_data_args_path
+        if not named or PREFERENCE not in run.labels["valid"]:
+            return None
+        from megatron_moe_inject.data.held_out_pairs import HeldOutPairs
+
+        pairs = HeldOutPairs(run)
+        run.provide(HeldOutPairs, pairs)
+        return pairs
+
+
+def _check_held_out_pairs(recipe: Recipe, facts: StudentFacts) -> None:
+    """Held-out pairs are named by themselves, beside text that Megatron evaluates on."""
+    options, pairs = facts.options, recipe.objective.preference
+    if pairs is None or not (options.get("eval_iters") or options.get("full_validation")):
+        return
+    key, one_blend = "objective.preference.data", options.get("data_path")
+    for split in (split for split in ("valid", "test") if split in facts.data_paths):
+        labels = split_labels(recipe, facts, split)
+        if PREFERENCE not in labels:
+            continue
+        if split == "test" or one_blend or options.get("data_args_path"):
+            raise fail(
+                key, pairs.data, f"is in the {split} data, too, where pairs are not measured",
+                "name the data by --train-data-path, held-out text and pairs by --valid-data-path",
+            )  # fmt: skip
+        if set(labels) == {PREFERENCE}:
+            raise fail(
+                key, pairs.data, "is all of the validation data, and Megatron's own evaluation "
+                "reads text", "name text beside the pairs by --valid-data-path",
+            )  # fmt: skip
 
 
 class SeveralValidationSets(Feature):
@@ -216,4 +269,6 @@ class Mixing(Feature):
         order = mix(run.recipe, run.args, run.facts)
         if order is None:
             return None
-        return BlendSchedule(order, run.facts.data_paths["train"], run.args)
+        schedule = BlendSchedule(order, run.facts.data_paths["train"], run.args)
+        run.provide(BlendSchedule, schedule)
+        return schedule

@@ -28,11 +28,12 @@ DATASET_ID = "dataset_id"
 """Batch key set by ``megatron.core.datasets.blended_dataset.BlendedDataset``."""
 TOKEN_PLACES = "token_places"
 """Batch key set by ``data.token_places`` where a run asks for it, ``[b, s]`` int64."""
-PAIR_SAMPLE = "pair_sample"
-"""Batch key set by ``data.scheduled_blend`` where data holds pairs of answers, ``[b]`` int64: twice
-the number of the pair, which no other pair of the step has, and 1 more for the rejected answer; -1
-for other samples."""
-_HIDDEN = (DATASET_ID, TOKEN_PLACES, PAIR_SAMPLE)
+ANSWERS = "answers"
+"""Batch key set where data holds pairs of answers (``data.pairs``), ``[b, m]`` int64: of each
+document of a sample, in their order, twice the number of the pair whose answer it is, which no
+other pair of the step has, and 1 more for the rejected answer; -1 for all others. A sample that is
+not packed is one document."""
+_HIDDEN = (DATASET_ID, TOKEN_PLACES, ANSWERS)
 
 
 def pull(iterator: Iterator[MicroBatch] | None, num_microbatches: int) -> list[MicroBatch] | None:
@@ -48,7 +49,7 @@ def pull(iterator: Iterator[MicroBatch] | None, num_microbatches: int) -> list[M
 
 def for_stock_code(batches: list[MicroBatch] | None) -> list[MicroBatch] | None:
     """Copies without what is ours or what stock slicing under context parallelism cannot handle:
-    ``dataset_id``, ``token_places`` and ``pair_sample``.
+    ``dataset_id``, ``token_places`` and ``answers``.
 
     The originals stay as they are, because a rerun is given the same dictionaries again.
     """

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from megatron_moe_inject.data.packed import packing_flag
 from megatron_moe_inject.data.scheduled_blend import SampleOrder
 from megatron_moe_inject.data.section import MIXING, ordered, scheduled
 from megatron_moe_inject.host import compat
@@ -126,7 +127,8 @@ def mix(recipe: Recipe, args: Namespace, facts: StudentFacts) -> SampleOrder | N
     if not ordered(recipe):
         return None
     by_class = _of_all_classes(labels, by_label, wanted)
-    return SampleOrder(sizes, labels, by_class, wanted, paired=PREFERENCE)
+    together = 1 if packing_flag(args) else 2
+    return SampleOrder(sizes, labels, by_class, wanted, PREFERENCE, together)
 
 
 def mix_held_out(recipe: Recipe, args: Namespace, facts: StudentFacts) -> None:

@@ -7,7 +7,8 @@ is read from its first sample on, each sample once. The order is a function of t
 recipe and the flags, so that a resumed run goes on where it stopped and nothing has to be saved.
 
 Entries of pairs (``data.pairs``) give each iteration an even number of samples, so that a batch has
-both answers of each pair, at whichever places of it; each sample then says which it is.
+both answers of each pair, at whichever places of it; each sample then says which it is. Packed, a
+sample has both.
 
 Kept are the counts by iteration and entry; the order of one batch is made when its first sample is
 asked for. The price is that positions have to belong to iterations as they did from the start of
@@ -27,9 +28,9 @@ import numpy as np
 import torch
 
 from megatron_moe_inject.data.apportion import UNIT, dealt, diffuse, spread, to_units
-from megatron_moe_inject.data.labels import DATASET_ID, PAIR_SAMPLE
+from megatron_moe_inject.data.labels import ANSWERS, DATASET_ID
 from megatron_moe_inject.data.pairs import PairSamples
-from megatron_moe_inject.host.agreement import agree
+from megatron_moe_inject.host.agreement import agree, on_first_rank
 from megatron_moe_inject.host.errors import (
     RecipeError,
 )
@@ -44,7 +45,9 @@ class SampleOrder:
         labels: class of each entry.
         shares: by class, its share in each iteration, ``[I]``; 1 in sum.
         weights: of each entry, which divide its class among its entries.
-        paired: the class whose samples belong together by two; None without.
+        paired: the class of pairs of answers; None without.
+        together: samples of it that belong into one batch: 2, or 1 where both answers of a pair are
+            in one sample.
 
     Attributes:
         counts: samples of each entry in each iteration, ``[I, E]``.
@@ -59,18 +62,19 @@ class SampleOrder:
         shares: dict[int, np.ndarray],
         weights: Sequence[float],
         paired: int | None = None,
+        together: int = 2,
     ) -> None:
         self._members = [np.flatnonzero(np.equal(labels, label)) for label in shares]
         self.paired = (
             np.equal(labels, paired) if paired is not None else np.zeros(len(labels), bool)
         )
-        by_class = _by_class(sizes, shares, paired)
+        by_class = _by_class(sizes, shares, paired if together == 2 else None)
         self.counts = np.zeros((len(sizes), len(labels)), dtype=np.int64)
         for label, class_counts, entries in zip(shares, by_class.T, self._members, strict=True):
             units = to_units(np.asarray(weights)[None, entries])
             within = np.broadcast_to(units, (len(sizes), len(entries)))
-            together = 2 if label == paired else 1
-            self.counts[:, entries] = together * diffuse(class_counts // together, within)
+            of_unit = together if label == paired else 1
+            self.counts[:, entries] = of_unit * diffuse(class_counts // of_unit, within)
         self.starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
         self._first = np.cumsum(self.counts, axis=0) - self.counts
 
@@ -128,6 +132,7 @@ class ScheduledBlend(torch.utils.data.Dataset):
         self._datasets = blend.datasets
         self._order = order
         self._dealing = (micro_batch_size, lanes)
+        self._documents = answers_at_most(blend)
         self._iteration = -1
         self._batch: tuple[np.ndarray, np.ndarray] | None = None
 
@@ -144,12 +149,22 @@ class ScheduledBlend(torch.utils.data.Dataset):
         begin = int(self._order.starts[iteration])
         at = dealt(int(position) - begin, len(entries), *self._dealing)
         sample = {DATASET_ID: entries[at], **self._datasets[entries[at]][samples[at]]}
-        paired = self._order.paired
-        if paired.any():
-            pair, rejected = divmod(int(samples[at]), 2)
-            number = 2 * (pair * len(paired) + int(entries[at])) + rejected
-            sample[PAIR_SAMPLE] = np.int64(number if paired[entries[at]] else -1)
+        if self._documents:
+            sample[ANSWERS] = self._numbered(sample.get(ANSWERS), int(entries[at]))
         return sample
+
+    def _numbered(self, answers: torch.Tensor | None, entry: int) -> torch.Tensor:
+        """Numbers of pairs that no other entry's have, ``[m]``."""
+        numbers = torch.full((self._documents,), -1)
+        if answers is not None:
+            pairs = answers // 2 * len(self._order.paired) + entry
+            numbers[: len(answers)] = torch.where(answers >= 0, 2 * pairs + answers % 2, -1)
+        return numbers
+
+
+def answers_at_most(blend: Any) -> int:
+    """Documents of a sample that may be answers, in any data set of a blend; 0 without pairs."""
+    return max((d.documents for d in blend.datasets if isinstance(d, PairSamples)), default=0)
 
 
 class BlendSchedule(RunPart):
@@ -159,6 +174,9 @@ class BlendSchedule(RunPart):
         order: what stands at which position.
         entries: the blend's entries as the command line names them.
         args: Megatron's arguments.
+
+    Attributes:
+        documents: ``answers_at_most`` of the blend, on every rank once it is built.
     """
 
     def __init__(self, order: SampleOrder, entries: Sequence[str], args: Namespace) -> None:
@@ -166,6 +184,7 @@ class BlendSchedule(RunPart):
         self._entries = entries
         self._args = args
         self._problem: RecipeError | None = None
+        self.documents = self._own_documents = 0
         self.around = {
             "build_train_valid_test_datasets": lambda stock, *a, **k: self.datasets(stock(*a, **k)),
             "build_train_valid_test_data_iterators": self._checked,
@@ -192,6 +211,7 @@ class BlendSchedule(RunPart):
         except RecipeError as error:
             self._problem = error
             return None, valid, test
+        self._own_documents = answers_at_most(train)
         from megatron.core import mpu
 
         lanes = mpu.get_data_parallel_world_size()
@@ -200,13 +220,15 @@ class BlendSchedule(RunPart):
     def check(self) -> None:
         """Fail on every rank where a rank's data cannot be mixed.
 
-        Collectives: those of ``agree``.
+        Collectives: those of ``agree``, and with pairs of answers of ``on_first_rank``.
 
         Raises:
             RecipeError: the data is no blend of Megatron's, an entry has too few samples, or a
                 resumed run took its batches in other sizes.
         """
         agree(self._raise)
+        if self._order.paired.any():  # the first rank reads data in every layout
+            self.documents = on_first_rank(lambda: self._own_documents)
 
     def _raise(self) -> None:
         if self._problem is not None:
@@ -231,7 +253,7 @@ class BlendSchedule(RunPart):
         samples = self._order.samples
         for number in np.flatnonzero(self._order.paired).tolist():
             built, entry = train.datasets[number], self._entries[number]
-            train.datasets[number] = PairSamples(built, entry, int(samples[number]))
+            train.datasets[number] = PairSamples.in_place_of(built, entry, int(samples[number]))
 
     def _check(self, train: Any) -> None:
         samples = self._order.samples

@@ -35,6 +35,10 @@ class SplitRegistry:
                 if one is not None:
                     self._by_iterator[id(one)] = one, own
 
+    def register_set(self, iterator: Any, labels: list[int]) -> None:
+        """Record one more iterator, and the label of each entry of what it reads."""
+        self._by_iterator[id(iterator)] = iterator, labels
+
     def domain_of_entry(self, iterator: Any) -> list[int]:
         """Domain index or ``GENERAL`` by blend entry, of the data that ``iterator`` reads."""
         return self._by_iterator[id(iterator)][1]

@@ -10,6 +10,23 @@ VALIDATION_SETS = Contract(
     ),
 )
 
+HELD_OUT_PAIRS = Contract(
+    "held-out pairs of answers",
+    (
+        Use(
+            "megatron.core.datasets.indexed_dataset.IndexedDataset",
+            ("mmap",),
+            ("document_indices", "get", "sequence_lengths"),
+        ),
+        *symbols("megatron.core.datasets.utils", "Split"),
+        *symbols("megatron.core.datasets.utils.Split", "test"),
+        Use(
+            "megatron.training.training.evaluate",
+            ("forward_step_func", "data_iterator", "model", "config", "eval_iters"),
+        ),
+    ),
+)
+
 PREPARE = Contract(
     "prepare-data",
     (

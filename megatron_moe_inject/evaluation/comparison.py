@@ -19,6 +19,7 @@ from megatron_moe_inject.evaluation.evaluation import (
     Evaluation,
     same_text,
 )
+from megatron_moe_inject.evaluation.pair_rows import pair_changes
 
 _HEADER = ("class", "", "before", "after", "teacher", "change (95 % interval)", "of the lead")
 
@@ -45,6 +46,12 @@ def comparison(
     for name, ours in before.classes.items():
         rows += _class_rows(name, ours, after.classes[name])
     notes = []
+    if before.pairs is not None and after.pairs is not None:
+        changes, against = pair_changes(before.pairs, after.pairs)
+        for i, (title, *numbers, change) in enumerate(changes):
+            cells = [*map(_number, numbers), show_interval(change), ""]
+            rows.append(("pairs" if i == 0 else "", title.removeprefix("preference "), *cells))
+        notes.append(against)
     for number, (name, evaluation) in enumerate(zip(names, (before, after), strict=True)):
         provenance = evaluation.provenance
         title = ("Before", "After")[number]

@@ -14,13 +14,16 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from megatron_moe_inject.host.errors import (
     RecipeError,
 )
+
+if TYPE_CHECKING:
+    from megatron_moe_inject.preference.measured_pairs import MeasuredPairs
 
 BINS = 15
 """Bins of equal width that the expected calibration error sorts confidences into."""
@@ -139,17 +142,25 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything that was measured at one moment; classes without a sequence are left out."""
+    """Everything that was measured at one moment; classes without a sequence are left out.
+
+    Attributes:
+        pairs: held-out pairs of answers by rising hash (``MeasuredPairs.in_order``); ``None``
+            without.
+    """
 
     provenance: Provenance
     classes: Mapping[str, ClassEvaluation]
+    pairs: MeasuredPairs | None = None
 
     def text(self) -> str:
         """Hash of the text: equal where the same sequences were read, each as often and as the
-        same class."""
+        same class, and the same pairs of answers."""
         digest = hashlib.sha256()
         for name in sorted(self.classes):
             digest.update(f"{name}:{','.join(self.classes[name].sequences)};".encode())
+        if self.pairs is not None:
+            digest.update(f"\npairs:{','.join(self.pairs.hashes)};".encode())
         return digest.hexdigest()
 
 
@@ -180,6 +191,7 @@ def same_text(before: Evaluation, after: Evaluation, names: tuple[str, str]) -> 
         RecipeError: names what differs, and settings that may be the reason.
     """
     first, second = names
+    _same_pairs(before, after, names)
     missing = set(before.classes) ^ set(after.classes)
     if missing:
         name = min(missing)
@@ -203,6 +215,25 @@ def same_text(before: Evaluation, after: Evaluation, names: tuple[str, str]) -> 
             f"here and {len(ours.sequences)} there, {common} in common;"
             f"{_reasons(before, after)} measure both with the same data, --split, --seed, "
             "--eval-iters, --global-batch-size, --seq-length and tokenizer"
+        )
+
+
+def _same_pairs(before: Evaluation, after: Evaluation, names: tuple[str, str]) -> None:
+    ours, theirs = before.pairs, after.pairs
+    if ours is None and theirs is None:
+        return
+    if ours is None or theirs is None:
+        having, lacking = names if theirs is None else names[::-1]
+        raise RecipeError(
+            f"{lacking}: has no pairs of answers, which {having} has; measure both with one recipe "
+            "on the same data"
+        )
+    if ours.hashes != theirs.hashes or not ours.tokens.equal(theirs.tokens):
+        common = len(set(ours.hashes) & set(theirs.hashes))
+        raise RecipeError(
+            f"{names[1]}: its pairs of answers are not those of {names[0]}: {len(theirs.hashes)} "
+            f"here and {len(ours.hashes)} there, {common} in common; measure both with the same "
+            "data and tokenizer"
         )
 
 

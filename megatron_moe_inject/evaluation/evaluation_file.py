@@ -14,9 +14,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -37,12 +38,17 @@ from megatron_moe_inject.host.errors import (
 )
 from megatron_moe_inject.host.files import readable_json, replace_file
 
+if TYPE_CHECKING:
+    from megatron_moe_inject.preference.measured_pairs import MeasuredPairs
+
 FORMAT = "megatron_moe_inject.evaluation"
 VERSION = 1
 LIST = "inject_evaluation.jsonl"
 """Name of a run's list of evaluations in ``<save>``."""
 _AGAIN = "measure again, or restore the file from a copy"
 _KEYS = ("format", "version", "sha256", "provenance", "text", "classes")
+_PAIRS = "pairs"
+_PAIRS_KEYS = ("data", "reference", "loss", "summary", "pairs", "sums")
 _CLASS_KEYS = ("data", "teacher", "summary", "calibration", "sequences", "sums")
 
 
@@ -118,7 +124,7 @@ def _plain(evaluation: Evaluation) -> dict[str, Any]:
 
 def _content(evaluation: Evaluation) -> dict[str, Any]:
     """Everything that the checksum covers, in plain values."""
-    return {
+    content = {
         "provenance": asdict(evaluation.provenance),
         "text": evaluation.text(),
         "classes": {
@@ -132,6 +138,20 @@ def _content(evaluation: Evaluation) -> dict[str, Any]:
             }
             for name, results in evaluation.classes.items()
         },
+    }
+    return (
+        content if evaluation.pairs is None else content | {_PAIRS: _plain_pairs(evaluation.pairs)}
+    )
+
+
+def _plain_pairs(pairs: MeasuredPairs) -> dict[str, Any]:
+    return {
+        "data": list(pairs.data),
+        "reference": pairs.against,
+        "loss": asdict(pairs.spec),
+        "summary": pairs.summary(),
+        "pairs": list(pairs.hashes),
+        "sums": pairs.sums(),
     }
 
 
@@ -170,25 +190,30 @@ def _parse(text: str) -> Evaluation:
             f"{VERSION}: measure again, or use the package that wrote it",
             "version",
         )
-    typed.check_keys("", plain, _KEYS, _AGAIN)
+    own = (_PAIRS,) if _PAIRS in plain else ()
+    typed.check_keys("", plain, (*_KEYS, *own), _AGAIN)
     provenance = typed.build(Provenance, plain["provenance"], "provenance")
     if not isinstance(plain["classes"], dict):
         raise _wrong("classes", "is not a mapping")
     classes = {
         name: _class(f"classes.{name}", results) for name, results in plain["classes"].items()
     }
-    if plain["sha256"] != _checksum({key: plain[key] for key in ("provenance", "text", "classes")}):
+    pairs = _pairs(plain[_PAIRS]) if own else None
+    covered = ("provenance", "text", "classes", *own)
+    if plain["sha256"] != _checksum({key: plain[key] for key in covered}):
         raise RecipeError(f"sha256: does not fit the content, which was changed; {_AGAIN}")
-    evaluation = Evaluation(provenance, classes)
+    evaluation = Evaluation(provenance, classes, pairs)
     if plain["text"] != evaluation.text():
         raise _wrong("text", "is not the hash of the sequences")
     for name, results in classes.items():
-        _check_summary(f"classes.{name}.summary", plain["classes"][name]["summary"], results)
+        summary = plain["classes"][name]["summary"]
+        _check_summary(f"classes.{name}.summary", summary, results.summary())
+    if pairs is not None:
+        _check_summary(f"{_PAIRS}.summary", plain[_PAIRS]["summary"], pairs.summary())
     return evaluation
 
 
-def _check_summary(key: str, plain: Any, found: ClassEvaluation) -> None:
-    expected = found.summary()
+def _check_summary(key: str, plain: Any, expected: Mapping[str, float | None]) -> None:
     typed.check_keys(key, plain, tuple(expected), _AGAIN)
     for name, value in expected.items():
         stored = plain[name]
@@ -234,6 +259,38 @@ def _class(key: str, plain: Any) -> ClassEvaluation:
         typed.build(str | None, plain["teacher"], f"{key}.teacher"),
         tuple(typed.build(list[str], plain["data"], f"{key}.data")),
     )
+
+
+def _pairs(plain: Any) -> MeasuredPairs:
+    from megatron_moe_inject.losses.preference import PreferenceSpec
+    from megatron_moe_inject.preference.measured_pairs import MeasuredPairs
+
+    typed.check_keys(_PAIRS, plain, _PAIRS_KEYS, _AGAIN)
+    hashes = typed.build(list[str], plain["pairs"], f"{_PAIRS}.pairs")
+    if hashes != sorted(hashes) or not hashes:
+        raise _wrong(f"{_PAIRS}.pairs", "is not sorted, or empty")
+    against = typed.build(str | None, plain["reference"], f"{_PAIRS}.reference")
+    sums = typed.build(dict[str, list[float]], plain["sums"], f"{_PAIRS}.sums")
+    names = ["log_prob", "tokens", *([] if against is None else ["reference_log_prob"])]
+    typed.check_keys(
+        f"{_PAIRS}.sums", sums, [f"{n}_{side}" for n in names for side in ("chosen", "rejected")],
+        _AGAIN,
+    )  # fmt: skip
+    for name, values in sums.items():
+        key = f"{_PAIRS}.sums.{name}"
+        if len(values) != len(hashes):
+            raise _wrong(key, f"has {len(values)} entries for {len(hashes)} pairs")
+        if name.startswith("tokens"):
+            if not all(1 <= value <= 2**53 for value in values):
+                raise _wrong(key, "has a number that is no count")
+        elif not all(-LARGEST <= value <= 0 for value in values):
+            raise _wrong(key, "has a number that is no log-probability")
+    try:
+        spec = typed.build(PreferenceSpec, plain["loss"], f"{_PAIRS}.loss")
+    except ValueError as error:
+        raise _wrong(f"{_PAIRS}.loss", str(error)) from None
+    data = tuple(typed.build(list[str], plain["data"], f"{_PAIRS}.data"))
+    return MeasuredPairs.of_sums(sums, hashes=tuple(hashes), spec=spec, against=against, data=data)
 
 
 def _wrong(key: str, problem: str) -> RecipeError:

@@ -31,6 +31,7 @@ from megatron_moe_inject.host.labels import (
     GENERAL,
 )
 from megatron_moe_inject.host.rng import untouched_rng
+from megatron_moe_inject.preference.held_out import HeldOutMeasurement
 from megatron_moe_inject.recipe.run_part import BuiltStudent, RunContext, RunPart
 from megatron_moe_inject.teachers.align.rules import aligned_domains
 from megatron_moe_inject.teachers.step_teachers import ComparesPrefix
@@ -132,9 +133,14 @@ class Evaluator(RunPart, ABC):
         with self.measurement.running(), untouched_rng(self._device):
             result = stock(*args, **kwargs)
             collected = self.measurement.collect()
-        if collected.sequences == self.text.samples:  # else the time was up
+        whole = collected.sequences == self.text.samples
+        if whole and (self._pairs is None or self._pairs.measured):  # else the time was up
             self.measured(collected, self.iteration(arguments["iteration"]))
         return result
+
+    @property
+    def _pairs(self) -> HeldOutMeasurement | None:
+        return self._run.get(HeldOutMeasurement)
 
     def measured(self, collected: Collected, iteration: int) -> None:
         """Make an evaluation of what was measured; called on every rank with the same."""
@@ -186,7 +192,15 @@ class Evaluator(RunPart, ABC):
                         f"evaluation: {key} of {name} is not finite at iteration {iteration}; the "
                         "student, a teacher, or a label beyond the vocabulary gave it"
                     )
-        return Evaluation(provenance, classes)
+        pairs = None if self._pairs is None else self._pairs.measured
+        if pairs is not None:
+            pairs = pairs.in_order()
+            if not torch.tensor(list(pairs.means().values())).isfinite().all():
+                raise RecipeError(
+                    f"evaluation: pairs of answers are not finite at iteration {iteration}; the "
+                    "student or the reference gave it"
+                )
+        return Evaluation(provenance, classes, pairs)
 
     def _data(self, label: int) -> list[str]:
         if self._facts.mock_data:

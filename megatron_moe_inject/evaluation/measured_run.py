@@ -15,6 +15,7 @@ from megatron_moe_inject.host.agreement import on_first_rank
 from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.host.files import try_file
 from megatron_moe_inject.host.text import table
+from megatron_moe_inject.preference.measured_pairs import MeasuredPairs
 from megatron_moe_inject.recipe.run_part import RunContext
 
 _FLAG = "--inject-evaluate"
@@ -79,4 +80,14 @@ def describe(evaluation: Evaluation) -> str:
     lines = table(rows, right=range(1, len(rows[0])))
     if not any("bytes" in results.sums for results in evaluation.classes.values()):
         lines.append("(no bits per byte: this tokenizer has no text)")
+    if evaluation.pairs is not None:
+        lines += ["", *_pairs(evaluation.pairs)]
     return "\n".join(lines)
+
+
+def _pairs(pairs: MeasuredPairs) -> list[str]:
+    against = pairs.against or "no reference, so no loss and no rewards"
+    rows = [
+        (name.removeprefix("preference "), f"{mean:.4f}") for name, mean in pairs.means().items()
+    ]
+    return [f"{len(pairs.hashes):,} pairs of answers, against {against}", *table(rows, right=(1,))]

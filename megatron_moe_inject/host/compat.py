@@ -148,6 +148,26 @@ def evaluate_before_training(train: Callable, args: Sequence[Any], kwargs: dict[
     options.consumed_valid_samples = consumed
 
 
+def evaluate_all(given: dict[str, Any], data_iterator: Any, batches: int) -> bool:
+    """Evaluate on other data, as ``evaluate_and_print_results`` does on the data that it is given;
+    whether there was time for all of it. Samples that are read do not count as consumed.
+
+    Args:
+        given: arguments of ``evaluate_and_print_results`` by name.
+        data_iterator: of the other data.
+        batches: how many there are.
+    """
+    from megatron.training import get_args, training
+
+    options = get_args()
+    consumed = options.consumed_valid_samples
+    arguments = {**given, "data_iterator": data_iterator, "eval_iters": batches}
+    arguments |= {"process_non_loss_data_func": None, "non_loss_data_func": None}
+    *_, out_of_time = training.evaluate(**accepted(training.evaluate, arguments))
+    options.consumed_valid_samples = consumed
+    return not out_of_time
+
+
 def bound_arguments(function: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> dict:
     """The arguments of a call by name."""
     return inspect.signature(function).bind(*args, **kwargs).arguments

@@ -228,14 +228,26 @@ class TermLog:
             if not terms:
                 continue
             numbers = {name: value.item() for name, value in terms.items()}
-            of_set = f"validation{self._set_suffix(place)}"
-            if dist.get_rank() == dist.get_world_size() - 1:
-                text = " | ".join(f"{name} value: {value:.6E}" for name, value in numbers.items())
-                print(f" {of_set} loss at {bound['prefix']} | {text} |", flush=True)
-            if bound.get("write_to_tensorboard", True):
-                numbers = {f"{name} {of_set}": value for name, value in numbers.items()}
-                _write_validation(numbers, bound["iteration"], self._args.consumed_train_samples)
+            self.print_held_out(f"validation{self._set_suffix(place)}", numbers, bound)
         return result
+
+    def print_held_out(
+        self, of_set: str, numbers: Mapping[str, float], given: Mapping[str, Any]
+    ) -> None:
+        """Log numbers of an evaluation in the form of Megatron's, without perplexities. No
+        collective.
+
+        Args:
+            of_set: what Megatron calls the data, such as ``validation``.
+            numbers: by name.
+            given: arguments of ``evaluate_and_print_results`` by name.
+        """
+        if dist.get_rank() == dist.get_world_size() - 1:
+            text = " | ".join(f"{name} value: {value:.6E}" for name, value in numbers.items())
+            print(f" {of_set} loss at {given['prefix']} | {text} |", flush=True)
+        if given.get("write_to_tensorboard", True):
+            named = {f"{name} {of_set}": value for name, value in numbers.items()}
+            _write_validation(named, given["iteration"], self._args.consumed_train_samples)
 
     def _set_suffix(self, place: int) -> str:
         """What Megatron adds to the names of one of several validation sets."""

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from megatron_moe_inject.losses.preference import (
         PairTerms,
         PreferenceSpec,
-        answer_sums,
+        answer_log_probs,
         preference_loss,
     )
     from megatron_moe_inject.losses.sparse import sample_teacher, vocab_parallel_sparse_divergence
@@ -63,7 +63,7 @@ __all__ = [
     "TritonRows",
     "Vocabulary",
     "aligned_loss",
-    "answer_sums",
+    "answer_log_probs",
     "default_chunk_tokens",
     "fused_linear_distillation",
     "fused_loss",
@@ -90,7 +90,7 @@ _HOMES = {
     "head_rows": ("HeadRows", "LowRankHead"),
     "kinds": ("COMMITTEES", "KINDS", "TAILS"),
     "measure": ("TokenMeasures", "measure_tokens", "target_confidence"),
-    "preference": ("PairTerms", "PreferenceSpec", "answer_sums", "preference_loss"),
+    "preference": ("PairTerms", "PreferenceSpec", "answer_log_probs", "preference_loss"),
     "sparse": ("sample_teacher", "vocab_parallel_sparse_divergence"),
     "spec": ("Divergence", "LogitTransform", "TermWeights"),
     "student": ("Student", "Vocabulary"),

@@ -19,7 +19,7 @@ rejected one's. So the sums come first, without a graph, and then each token's c
 weight (``weights``) and goes through the fused loss as any other. The weighted cross-entropies have
 the gradient of the loss, not its value.
 
-All is float64, on two numbers for each pair. Shapes: p pairs, k answers, s positions, h hidden.
+All is float64, on two numbers for each pair. Shapes: p pairs, k samples, s positions, h hidden.
 """
 
 from dataclasses import dataclass, replace
@@ -79,21 +79,23 @@ class PairTerms:
     weights: Tensor
 
 
-def answer_sums(student: Student, kernels: RowKernels | str | None = AUTO) -> Tensor:
-    """Log-probabilities of k answers, float64 ``[k]``.
+def answer_log_probs(student: Student, kernels: RowKernels | str | None = AUTO) -> Tensor:
+    """Log-probability of each label, float64 ``[s, k]``, 0 where there is none.
+
+    An answer's is the sum over its tokens. Context-parallel ranks hold parts of it.
 
     Args:
         student: a model by hidden states ``[s, k, h]``, its head, and labels ``[s, k]``, which are
             negative but at an answer's tokens.
         kernels: see ``losses.FusedOptions``.
 
-    Collectives: those of ``label_margins``. Context-parallel ranks hold parts of the sums.
+    Collectives: those of ``label_margins``.
     """
     hidden, labels = student.hidden.flatten(0, 1), student.labels.flatten()
     flat = replace(student, hidden=hidden, labels=labels)
     margins = label_margins(flat, FusedOptions(kernels=kernels))
     log_probs = logsigmoid(margins.double()).view(student.labels.shape)
-    return torch.where(student.labels >= 0, log_probs, 0.0).sum(0)
+    return torch.where(student.labels >= 0, log_probs, 0.0)
 
 
 def preference_loss(

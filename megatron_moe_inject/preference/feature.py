@@ -6,15 +6,13 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from megatron_moe_inject.host.errors import RecipeError, fail, listing, suggest
-from megatron_moe_inject.host.labels import PREFERENCE
 from megatron_moe_inject.preference import uses
-from megatron_moe_inject.recipe.entries import split_labels
 from megatron_moe_inject.recipe.facts import StudentFacts
 from megatron_moe_inject.recipe.feature import Feature, RefusedBeside
 from megatron_moe_inject.recipe.numbers import check_bounds
 from megatron_moe_inject.recipe.preference import CLASS, Preference, measured_by_original
 from megatron_moe_inject.recipe.refused_options import Refusal
-from megatron_moe_inject.recipe.run_kinds import EVALUATION, INJECTION, PROFILE
+from megatron_moe_inject.recipe.run_kinds import EVALUATION, INJECTION
 from megatron_moe_inject.recipe.schedule import ever_positive, show_weight
 from megatron_moe_inject.recipe.schema import Recipe
 
@@ -46,7 +44,7 @@ def _asked(recipe: Recipe, facts: StudentFacts) -> bool:
 class PreferenceFeature(Feature):
     """``objective.preference``."""
 
-    runs = (INJECTION, EVALUATION, PROFILE)
+    runs = (INJECTION, EVALUATION)
     refuses = (RefusedBeside(_NO_PASSES, _KEY, _asked, f"leave {_KEY} out"),)
 
     def rules(self, recipe: Recipe) -> None:
@@ -69,11 +67,6 @@ class PreferenceFeature(Feature):
                 f"give it a weight, or leave {_KEY} out",
             )  # fmt: skip
         _check_reference(recipe, pairs)
-
-    def check(self, recipe: Recipe, facts: StudentFacts) -> None:
-        """Held-out text is text."""
-        if recipe.objective.preference is not None:
-            _check_held_out(recipe, facts)
 
     def kept_originals(self, recipe: Recipe) -> Collection[str] | None:
         """All, where the original is the reference."""
@@ -105,11 +98,8 @@ class PreferenceFeature(Feature):
         return [] if recipe.objective.preference is None else [uses.PREFERENCE]
 
     def start(self, run: RunContext) -> RunPart | None:
-        """Takes part in training; what only measures has no pairs."""
+        """Takes part in training, and where held-out pairs are measured."""
         if run.recipe.objective.preference is None:
-            return None
-        if run.kind != INJECTION:
-            _check_held_out(run.recipe, run.facts)
             return None
         from megatron_moe_inject.preference.part import PreferencePart
 
@@ -154,18 +144,3 @@ def _check_reference(recipe: Recipe, pairs: Preference) -> None:
             "answers of a batch are measured at once",
             f"write window: 0, or {_KEY}.reference: original",
         )  # fmt: skip
-
-
-def _check_held_out(recipe: Recipe, facts: StudentFacts) -> None:
-    """No pairs in what is evaluated on."""
-    options = facts.options
-    if not (options.get("eval_iters") or options.get("full_validation")):
-        return
-    for split in ("valid", "test"):
-        if split in facts.data_paths and PREFERENCE in split_labels(recipe, facts, split):
-            pairs = recipe.objective.preference
-            raise fail(
-                f"{_KEY}.data", None if pairs is None else pairs.data,
-                f"is in the {split} data, too, where only text is measured",
-                "name the data by --train-data-path, and text alone by --valid-data-path",
-            )  # fmt: skip

@@ -4,12 +4,12 @@ The weights are known before the schedule runs (``step.py``). A pair's loss is a
 of the batch, which has nothing to do with how many tokens there are: what the script's loss divides
 by is left out of its gradient, as it is for losses inside the model (``host.attached_loss``).
 
-Shapes: b samples of a micro-batch, s sequence (this context-parallel rank's part).
+Shapes: n micro-batches, b samples each, s sequence (this context-parallel rank's part), a answers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -29,43 +29,41 @@ class PreferenceTerm:
 
     def clear(self) -> None:
         """A step without pairs."""
-        self._rows: Mapping[tuple[int, int], int] = {}
+        self._rows = torch.zeros(0, 0, 0, dtype=torch.int64)
         self._weights = torch.zeros(0)
         self._scale = torch.ones(())
 
-    def begin(
-        self, samples: Sequence[tuple[int, int]], weights: torch.Tensor, scale: torch.Tensor
-    ) -> None:
+    def begin(self, rows: torch.Tensor, weights: torch.Tensor, scale: torch.Tensor) -> None:
         """Take the weights of a step.
 
         Args:
-            samples: its answers on this rank, by micro-batch and place in it.
-            weights: of each, what multiplies the cross-entropy of its tokens; fp32 on the device.
+            rows: of each token, which of this rank's answers it is of, ``[n, b, s]`` on the device,
+                -1 for none.
+            weights: of each, what multiplies the cross-entropy of its tokens, ``[a]`` fp32 on the
+                device.
             scale: of the sum over all ranks, see ``host.attached_loss.step_scale``.
         """
-        self._rows = {sample: row for row, sample in enumerate(samples)}
-        self._weights, self._scale = weights, scale
+        self._rows, self._weights, self._scale = rows, weights, scale
 
     def weighed(
-        self, groups: Sequence[SampleGroup], micro_batch: int, domains: Sequence[int], length: int
+        self, groups: Sequence[SampleGroup], micro_batch: int, domains: Sequence[int]
     ) -> list[SampleGroup]:
         """The groups of a micro-batch, that of answers with a weight for each of its tokens.
 
         Args:
             domains: labels of its b samples.
-            length: s.
         """
         return [
-            replace(group, weights=self._token_weights(group.samples, micro_batch, length))
+            replace(group, weights=self._token_weights(group.samples, micro_batch))
             if domains[group.samples[0]] == PREFERENCE
             else group
             for group in groups
         ]
 
-    def _token_weights(self, samples: Sequence[int], micro_batch: int, length: int) -> TermWeights:
-        rows = index([self._rows[micro_batch, i] for i in samples], self._weights.device)
-        of_samples = self._weights.index_select(0, rows)
-        return TermWeights(0.0, of_samples.expand(length, -1).flatten())
+    def _token_weights(self, samples: Sequence[int], micro_batch: int) -> TermWeights:
+        own = self._rows[micro_batch].index_select(0, index(samples, self._rows.device))
+        weights = self._weights.index_select(0, own.clamp(min=0).flatten()).view(own.shape)
+        return TermWeights(0.0, torch.where(own >= 0, weights, 0.0).t().flatten())
 
     def attached(
         self, terms: LossTerms, domains: Sequence[int], loss_mask: torch.Tensor

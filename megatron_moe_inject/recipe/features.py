@@ -14,6 +14,7 @@ FEATURES: Registry[Feature] = Registry(
     "megatron_moe_inject.features",
     {
         "data": "megatron_moe_inject.data.feature:DataFiles",
+        "held_out_pairs": "megatron_moe_inject.data.feature:HeldOutPairsOfAnswers",
         "rollouts": "megatron_moe_inject.rollouts.feature:RolloutsFeature",
         "generation": "megatron_moe_inject.rollouts.feature:GenerationFeature",
         "stores": "megatron_moe_inject.teachers.store.feature:StoresFeature",

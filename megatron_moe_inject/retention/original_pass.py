@@ -27,8 +27,8 @@ from megatron_moe_inject.retention.originals import OriginalParameters
 from megatron_moe_inject.retention.selected_pass import SelectedPass
 
 Reader = Callable[..., None]
-"""Is shown each micro-batch of a pass: which of its samples are answers of pairs, and by name what
-an output processor is given (``host.loss_seam``)."""
+"""Is shown each micro-batch of a pass: which of its samples are answers of pairs, how many samples
+it has, and by name what an output processor is given (``host.loss_seam``)."""
 
 
 class OriginalPass:
@@ -103,7 +103,9 @@ class OriginalPass:
             begin, size = self._passed * self._selected.size, self._selected.size
             of_rows = self._labels[begin : begin + size]
             rows = [row for row, label in enumerate(of_rows) if label == PREFERENCE]
-            self.reader(rows, hidden_states=hidden_states, labels=labels, config=config, **more)
+            self.reader(
+                rows, size, hidden_states=hidden_states, labels=labels, config=config, **more
+            )
         self._passed += 1
         return hidden_states.new_zeros(labels.shape, dtype=torch.float32)
 

@@ -10,7 +10,7 @@ from megatron_moe_inject.losses import (
     Student,
     TermWeights,
     Vocabulary,
-    answer_sums,
+    answer_log_probs,
     fused_loss,
     preference_loss,
     reference,
@@ -59,7 +59,7 @@ def dense(case, log_ref, spec) -> dict[str, torch.Tensor]:
 def two_passes(student, log_ref, spec, groups=()):
     """Sums of the answers, then weighted cross-entropies; the loss of each pair."""
     with torch.no_grad():
-        sums = answer_sums(student, None)
+        sums = answer_log_probs(student, None).sum(0)
     tokens = (student.labels >= 0).sum(0).double()
     for group in groups:
         dist.all_reduce(sums, group=group)

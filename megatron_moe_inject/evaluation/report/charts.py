@@ -12,6 +12,7 @@ from megatron_moe_inject.recipe.features import FEATURES
 from megatron_moe_inject.recipe.schedule import Schedule, Weight, ever_positive, value_at
 from megatron_moe_inject.recipe.schema import Recipe
 
+_RANKINGS = ("ranking accuracy", "ranking accuracy/per token")
 SHARES = (
     "new share", "new experts open", "target share", "target gates", "target mass",
     "general on targets", "dropped on targets",
@@ -85,6 +86,28 @@ def gain_charts(evaluations: Sequence[Evaluation]) -> list[Chart]:
                 zero="xy",
             )
         )
+    return charts
+
+
+def pair_charts(evaluations: Sequence[Evaluation]) -> list[Chart]:
+    """Held-out pairs of answers by iteration: how often the chosen answer has the larger reward, and is the likelier one; and the margin."""
+    measured = [e.pairs for e in evaluations if e.pairs is not None]
+    if len(measured) < len(evaluations):
+        return []
+    iterations = [evaluation.provenance.iteration for evaluation in evaluations]
+    by_name: dict[str, list[float | None]] = {}
+    for pairs in measured:
+        for name, mean in pairs.means().items():
+            by_name.setdefault(name.removeprefix("preference "), []).append(mean)
+    charts = []
+    for title, names in (
+        ("held-out pairs: the chosen answer is better", ("accuracy", *_RANKINGS)),
+        ("held-out pairs: margin", ("margin",)),
+    ):
+        told = [name for name in names if len(by_name.get(name, ())) == len(iterations)]
+        series = [Series(name, iterations, by_name[name], marks=True) for name in told]
+        if series:
+            charts.append(Chart(title, series))
     return charts
 
 

@@ -20,6 +20,7 @@ from megatron_moe_inject.evaluation.evaluation import Evaluation
 from megatron_moe_inject.evaluation.evaluation_file import LIST, read_list
 from megatron_moe_inject.evaluation.report.charts import (
     gain_charts,
+    pair_charts,
     term_charts,
     time_charts,
     weight_charts,
@@ -179,7 +180,7 @@ def _gain(data: RunData) -> Section:
     if not charts:
         return Section(title, missing="no class of the evaluations has a token")
     words = "Changes since the first evaluation; bars are the last one's 95 % paired intervals."
-    return Section(title, [words, _charts(charts)])
+    return Section(title, [words, _charts([*charts, *pair_charts(data.evaluations)])])
 
 
 def _terms(data: RunData) -> Section:

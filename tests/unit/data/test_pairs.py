@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_moe_inject.data.labels import PAIR_SAMPLE, TOKEN_PLACES
+from megatron_moe_inject.data.labels import ANSWERS, TOKEN_PLACES
 from megatron_moe_inject.data.pairs import PairSamples
 from megatron_moe_inject.data.scheduled_blend import SampleOrder, ScheduledBlend
 from megatron_moe_inject.data.token_places import WithPlaces
@@ -41,7 +41,7 @@ def parts(prefix):
 
 def test_a_sample_is_a_prompt_and_one_answer(prefix):
     """Of which only the answer has labels; both of a pair follow each other."""
-    samples = PairSamples(built(prefix), "pairs", 2 * PAIRS)
+    samples = PairSamples.in_place_of(built(prefix), "pairs", 2 * PAIRS)
     assert len(samples) == 2 * PAIRS
     seen = []
     for number in range(PAIRS):
@@ -66,7 +66,7 @@ def test_a_sample_is_a_prompt_and_one_answer(prefix):
 
 
 def test_every_pass_has_all_pairs_in_an_order_of_its_own(prefix):
-    samples = PairSamples(built(prefix, mask=False), "pairs", 6 * PAIRS)
+    samples = PairSamples.in_place_of(built(prefix, mask=False), "pairs", 6 * PAIRS)
     passes = [
         [tuple(samples[turn * 2 * PAIRS + 2 * i]["tokens"].tolist()) for i in range(PAIRS)]
         for turn in range(3)
@@ -74,38 +74,38 @@ def test_every_pass_has_all_pairs_in_an_order_of_its_own(prefix):
     assert "attention_mask" not in samples[0]
     assert len({frozenset(read) for read in passes}) == 1
     assert len({tuple(read) for read in passes}) == 3
-    again = PairSamples(built(prefix), "pairs", 6 * PAIRS)
+    again = PairSamples.in_place_of(built(prefix), "pairs", 6 * PAIRS)
     assert tuple(again[4 * PAIRS]["tokens"].tolist()) == passes[2][0]
-    other = PairSamples(built(prefix, seed=6), "pairs", 2 * PAIRS)
+    other = PairSamples.in_place_of(built(prefix, seed=6), "pairs", 2 * PAIRS)
     assert [tuple(other[2 * i]["tokens"].tolist()) for i in range(PAIRS)] != passes[0]
 
 
 def test_a_split_has_the_pairs_that_lie_in_it_whole(prefix):
-    samples = PairSamples(built(prefix, np.arange(2, 3 * 5 + 1)), "pairs", 8)
+    samples = PairSamples.in_place_of(built(prefix, np.arange(2, 3 * 5 + 1)), "pairs", 8)
     read = {tuple(samples[2 * i]["tokens"].tolist()) for i in range(4)}
     whole = [prompt + chosen for prompt, chosen, _ in parts(prefix)[1:5]]
     assert read == {tuple(text + [0] * (24 - len(text))) for text in whole}
     with pytest.raises(RecipeError, match="no whole pair"):
-        PairSamples(built(prefix, np.arange(1, 3)), "pairs", 2)
+        PairSamples.in_place_of(built(prefix, np.arange(1, 3)), "pairs", 2)
 
 
 def test_beside_a_store_tokens_have_no_place(prefix):
-    samples = PairSamples(WithPlaces(built(prefix), 0), "pairs", 2)
+    samples = PairSamples.in_place_of(WithPlaces(built(prefix), 0), "pairs", 2)
     assert samples[0][TOKEN_PLACES].tolist() == [-1] * 24
 
 
 def test_the_longest_pair_has_to_fit(prefix):
     longest = max(len(prompt) + max(map(len, answers)) for prompt, *answers in parts(prefix))
-    PairSamples(built(prefix, length=longest), "pairs", 2)
+    PairSamples.in_place_of(built(prefix, length=longest), "pairs", 2)
     with pytest.raises(RecipeError, match=f"longest has {longest} tokens; raise it") as caught:
-        PairSamples(built(prefix, length=longest - 1), "pairs", 2)
+        PairSamples.in_place_of(built(prefix, length=longest - 1), "pairs", 2)
     assert f"--max-length {longest - 1}" in str(caught.value)
 
 
 def test_text_is_no_pairs(tmp_path):
     general, _ = write_corpora(tmp_path, documents=6)
     with pytest.raises(RecipeError, match="holds no pairs"):
-        PairSamples(built(general), "general", 2)
+        PairSamples.in_place_of(built(general), "general", 2)
 
 
 class Told:
@@ -116,8 +116,20 @@ class Told:
         return {"at": (self.entry, int(i))}
 
 
+class ToldPairs(PairSamples):
+    """Two samples for each pair."""
+
+    def __init__(self, entry):
+        self.entry, self.documents = entry, 1
+
+    def __getitem__(self, i):
+        return {"at": (self.entry, int(i)), ANSWERS: torch.tensor([int(i)])}
+
+
 LABELS = (GENERAL, PREFERENCE, 0, PREFERENCE)
-BLEND = SimpleNamespace(split="train", datasets=[Told(entry) for entry in range(4)])
+BLEND = SimpleNamespace(
+    split="train", datasets=[(Told, ToldPairs)[at == PREFERENCE](i) for i, at in enumerate(LABELS)]
+)
 sizes = st.lists(st.integers(1, 11), min_size=1, max_size=14)
 
 
@@ -131,7 +143,7 @@ def test_every_batch_has_both_answers_of_its_pairs(sizes, share):
     blend, begin, seen = ScheduledBlend(BLEND, order, 1, 1), 0, set()
     for size in sizes:
         batch = [blend[i] for i in range(begin, begin + size)]
-        numbers = sorted(int(sample[PAIR_SAMPLE]) for sample in batch)
+        numbers = sorted(int(sample[ANSWERS]) for sample in batch)
         numbers = [number for number in numbers if number >= 0]
         assert [n // 2 for n in numbers[::2]] == [n // 2 for n in numbers[1::2]]
         assert all(n % 2 == i % 2 for i, n in enumerate(numbers))
@@ -139,9 +151,9 @@ def test_every_batch_has_both_answers_of_its_pairs(sizes, share):
         seen |= set(numbers)
         for sample in batch:
             entry, at = sample["at"]
-            assert (sample[PAIR_SAMPLE] >= 0) == (LABELS[entry] == PREFERENCE)
+            assert (sample[ANSWERS] >= 0) == (LABELS[entry] == PREFERENCE)
             if LABELS[entry] == PREFERENCE:
-                assert sample[PAIR_SAMPLE] % 2 == at % 2
+                assert sample[ANSWERS] % 2 == at % 2
         begin += size
     due = np.cumsum(pairs * np.asarray(sizes) // 1)
     taken = np.cumsum(order.counts[:, [1, 3]].sum(axis=1))

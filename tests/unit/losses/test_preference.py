@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 
 from megatron_moe_inject.losses import FusedOptions, Student, TermWeights, fused_loss
-from megatron_moe_inject.losses.preference import PreferenceSpec, answer_sums, preference_loss
+from megatron_moe_inject.losses.preference import PreferenceSpec, answer_log_probs, preference_loss
 
 TRL = Path(__file__).with_name("trl_dpo.safetensors")
 
@@ -78,7 +78,7 @@ def test_trl_gives_the_same(each_token):
 
     student, reference = student_of("student", "head"), student_of("reference", "reference_head")
     with torch.no_grad():
-        sums = [pairs(answer_sums(model, None)) for model in (student, reference)]
+        sums = [pairs(answer_log_probs(model, None).sum(0)) for model in (student, reference)]
     tokens = pairs((labels >= 0).sum(1))
     terms = preference_loss(*sums, tokens, PreferenceSpec(beta, each_token))
     assert terms.loss.mean().item() == pytest.approx(saved[f"{name} loss"].item(), rel=1e-5)

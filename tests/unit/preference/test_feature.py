@@ -114,7 +114,19 @@ def test_options_that_are_refused(option, value):
         check_recipe(recipe(), facts(**{option: value}))
 
 
-def test_pairs_are_not_evaluated_on():
-    with pytest.raises(RecipeError, match="is in the valid data, too"):
-        check_recipe(recipe(), facts(valid=BLEND, eval_iters=2))
-    check_recipe(recipe(), facts(valid=BLEND, eval_iters=0))
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (dict(valid=BLEND, data_path=list(BLEND)), "is in the valid data, too"),
+        (dict(valid=("pairs",)), "is all of the validation data"),
+    ],
+)
+def test_where_held_out_pairs_are_not_found(given, says):
+    with pytest.raises(RecipeError, match=says):
+        check_recipe(recipe(), facts(**given, eval_iters=2))
+    check_recipe(recipe(), facts(**given, eval_iters=0))
+
+
+def test_held_out_pairs_stand_among_the_validation_data():
+    check_recipe(recipe(), facts(valid=BLEND, eval_iters=2))
+    check_recipe(recipe(), facts(valid=(*HELD_OUT, "pairs_held_out"), eval_iters=2))

@@ -24,7 +24,10 @@ def given():
 
 def term_of(scale=3.0):
     term = PreferenceTerm()
-    term.begin(list(WEIGHTS), torch.tensor(list(WEIGHTS.values())), torch.tensor(scale))
+    rows = torch.full((2, B, S), -1)
+    for row, (micro_batch, sample) in enumerate(WEIGHTS):
+        rows[micro_batch, sample] = row
+    term.begin(rows, torch.tensor(list(WEIGHTS.values())), torch.tensor(scale))
     return term
 
 
@@ -37,7 +40,7 @@ def test_answers_weigh_by_pair_and_text_by_class(given, promised):
         SampleGroup([1, 3], TermWeights(0.0, 0.7)),
     ]
     term, mask = term_of(), torch.ones(B, S)
-    weighed = term.weighed(groups, 1, DOMAINS, S)
+    weighed = term.weighed(groups, 1, DOMAINS)
     assert weighed[1] is groups[1]
     options = FusedOptions(upstream_mask=mask.t() if promised else None)
     terms = term.attached(injection_loss(student, weighed, options), DOMAINS, mask)
@@ -57,9 +60,9 @@ def test_answers_weigh_by_pair_and_text_by_class(given, promised):
 def test_a_micro_batch_of_answers_alone_has_a_graph(given):
     student, _ = given
     term = PreferenceTerm()
-    term.begin([(0, i) for i in range(B)], torch.ones(B), torch.ones(()))
+    term.begin(torch.arange(B).expand(S, -1).t()[None], torch.ones(B), torch.ones(()))
     domains = [PREFERENCE] * B
-    groups = term.weighed([SampleGroup(range(B), TermWeights(0.0, 0.0))], 0, domains, S)
+    groups = term.weighed([SampleGroup(range(B), TermWeights(0.0, 0.0))], 0, domains)
     terms = term.attached(injection_loss(student, groups), domains, torch.ones(B, S))
     assert terms.total.sum().item() == 0
     (gradient,) = torch.autograd.grad(terms.total.sum(), student.hidden)
@@ -71,6 +74,6 @@ def test_a_micro_batch_without_answers_is_as_it_was(given):
     groups = [SampleGroup(range(B), TermWeights(0.0, 0.7))]
     domains = [GENERAL] * B
     term = term_of()
-    assert term.weighed(groups, 1, domains, S) == groups
+    assert term.weighed(groups, 1, domains) == groups
     terms = injection_loss(student, groups)
     assert term.attached(terms, domains, torch.ones(B, S)) is terms
