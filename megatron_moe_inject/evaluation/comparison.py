@@ -48,9 +48,10 @@ def comparison(
     notes = []
     if before.pairs is not None and after.pairs is not None:
         changes, against = pair_changes(before.pairs, after.pairs)
-        for i, (title, *numbers, change) in enumerate(changes):
-            cells = [*map(_number, numbers), show_interval(change), ""]
-            rows.append(("pairs" if i == 0 else "", title.removeprefix("preference "), *cells))
+        for i, row in enumerate(changes):
+            named = "pairs" if i == 0 else "", row.name.removeprefix("preference ")
+            numbers = map(_number, (row.before, row.after, row.teacher))
+            rows.append((*named, *numbers, show_interval(row.change), ""))
         notes.append(against)
     for number, (name, evaluation) in enumerate(zip(names, (before, after), strict=True)):
         provenance = evaluation.provenance

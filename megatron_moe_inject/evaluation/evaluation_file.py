@@ -124,7 +124,7 @@ def _plain(evaluation: Evaluation) -> dict[str, Any]:
 
 def _content(evaluation: Evaluation) -> dict[str, Any]:
     """Everything that the checksum covers, in plain values."""
-    content = {
+    content: dict[str, Any] = {
         "provenance": asdict(evaluation.provenance),
         "text": evaluation.text(),
         "classes": {
@@ -139,9 +139,9 @@ def _content(evaluation: Evaluation) -> dict[str, Any]:
             for name, results in evaluation.classes.items()
         },
     }
-    return (
-        content if evaluation.pairs is None else content | {_PAIRS: _plain_pairs(evaluation.pairs)}
-    )
+    if evaluation.pairs is not None:
+        content[_PAIRS] = _plain_pairs(evaluation.pairs)
+    return content
 
 
 def _plain_pairs(pairs: MeasuredPairs) -> dict[str, Any]:

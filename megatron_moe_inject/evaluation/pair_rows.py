@@ -1,15 +1,15 @@
 """Two measurements of the same pairs of answers side by side.
 
-What a reference tells is of one reference: that of the evaluations, if only one of them has it (as a
-run alone has no original model) of both. Where neither has any, it is the student before, so that
-the table says what training has changed.
+What a reference tells is of one: that of the evaluations, of both if only one of them has it, as a
+run alone has no original model. Where neither has any, it is the student before, so that the table
+says what training has changed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -19,11 +19,19 @@ if TYPE_CHECKING:
     from megatron_moe_inject.preference.measured_pairs import MeasuredPairs
 
 
-def pair_changes(
-    before: MeasuredPairs, after: MeasuredPairs
-) -> tuple[list[tuple[str, float, float, float | None, Interval]], str]:
-    """Of each number its name, the means before and after, that of a teacher that is the reference,
-    and the change over the pairs; and a sentence on what they are measured against."""
+class PairChange(NamedTuple):
+    """A number of pairs: its term, the means before and after, that of a teacher that is the
+    reference, and the change."""
+
+    name: str
+    before: float
+    after: float
+    teacher: float | None
+    change: Interval
+
+
+def pair_changes(before: MeasuredPairs, after: MeasuredPairs) -> tuple[list[PairChange], str]:
+    """What has changed; and a sentence on what it is measured against."""
     from megatron_moe_inject.preference import terms
     from megatron_moe_inject.preference.measured_pairs import ORIGINAL
 
@@ -41,9 +49,10 @@ def pair_changes(
         if name not in theirs or name.startswith(terms.REFERENCE):
             continue
         sides = [values[name].numpy() for values in (ours, theirs)]
-        means = [float(values.mean()) for values in sides]
-        change = paired_difference(*sides, np.ones(len(sides[0])))
-        rows.append((name, *means, of_teacher.get(name), change))
+        first, last = sides
+        change = paired_difference(first, last, np.ones(len(first)))
+        means = float(first.mean()), float(last.mean())
+        rows.append(PairChange(name, *means, of_teacher.get(name), change))
     beta = f"beta {after.spec.beta:g}{', per token' if after.spec.length_normalised else ''}"
     if against is None:
         what = "the evaluations have other references, so that loss and rewards are left out"
@@ -59,11 +68,10 @@ def _beside(
     before = replace(before, spec=after.spec)
     having: Sequence[MeasuredPairs] = [side for side in (after, before) if side.against is not None]
     if len({side.against for side in having}) > 1:
-        nothing = {"against": None, "reference": None}
-        return replace(before, **nothing), replace(after, **nothing), None
+        return before.beside(None, None), after.beside(None, None), None
     if not having:
-        start = {"against": "Before", "reference": before.log_probs}
-        return replace(before, **start), replace(after, **start), "Before"
-    known = {"against": having[0].against, "reference": having[0].reference}
-    sides = [side if side.against else replace(side, **known) for side in (before, after)]
+        start = "Before", before.log_probs
+        return before.beside(*start), after.beside(*start), "Before"
+    known = having[0].against, having[0].reference
+    sides = [side if side.against else side.beside(*known) for side in (before, after)]
     return sides[0], sides[1], having[0].against

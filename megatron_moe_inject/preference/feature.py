@@ -26,11 +26,12 @@ _KEY = "objective.preference"
 _BETAS = 1e-6, 1e6
 _TWICE = "also counts the attention of the passes that measure answers"
 _NO_PASSES = (
-    Refusal("sft", "packs documents, where a sample is to be one answer"),
+    Refusal("sft", "reads conversations, where a sample is to be answers of pairs"),
     Refusal(
-        "dataloader_inter_document_masking", "packs documents, where a sample is to be one answer"
+        "mtp_num_layers",
+        "divides its loss by the unmasked tokens of each micro-batch, so that answers left out of it "
+        "would weigh text by how samples are dealt",
     ),
-    Refusal("mtp_num_layers", "would train the prediction of rejected answers as of chosen ones"),
     Refusal("cuda_graph_impl", "replays what a step runs, where answers are to run before it"),
     Refusal("qk_clip", _TWICE),
     Refusal("log_max_attention_logit", _TWICE),

@@ -85,6 +85,10 @@ class MeasuredPairs:
         reference = both("reference_log_prob") if known else None
         return cls(log_probs=both("log_prob"), tokens=both("tokens"), reference=reference, **fields)
 
+    def beside(self, against: str | None, reference: torch.Tensor | None) -> MeasuredPairs:
+        """The same with another reference, or none."""
+        return replace(self, against=against, reference=reference)
+
     def in_order(self) -> MeasuredPairs:
         """By rising hash, and with the ten digits that a file keeps."""
         order = sorted(range(len(self.hashes)), key=lambda i: self.hashes[i])

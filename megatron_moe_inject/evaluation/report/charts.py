@@ -90,7 +90,8 @@ def gain_charts(evaluations: Sequence[Evaluation]) -> list[Chart]:
 
 
 def pair_charts(evaluations: Sequence[Evaluation]) -> list[Chart]:
-    """Held-out pairs of answers by iteration: how often the chosen answer has the larger reward, and is the likelier one; and the margin."""
+    """Held-out pairs of answers by iteration: how often the chosen answer has the larger reward and
+    how often it is the likelier one, and the margin."""
     measured = [e.pairs for e in evaluations if e.pairs is not None]
     if len(measured) < len(evaluations):
         return []
