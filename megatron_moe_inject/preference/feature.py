@@ -29,8 +29,8 @@ _NO_PASSES = (
     Refusal("sft", "reads conversations, where a sample is to be answers of pairs"),
     Refusal(
         "mtp_num_layers",
-        "divides its loss by the unmasked tokens of each micro-batch, so that answers left out of it "
-        "would weigh text by how samples are dealt",
+        "divides its loss by the unmasked tokens of each micro-batch, so that text would weigh by "
+        "the answers beside it that are left out",
     ),
     Refusal("cuda_graph_impl", "replays what a step runs, where answers are to run before it"),
     Refusal("qk_clip", _TWICE),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from tests.harness.corpus import VOCAB
 from tests.harness.material import Material
 
 
-def write_pairs(prefix: Path, pairs: int = 60, seed: int = 0, lengths: tuple = (4, 10)) -> str:
+def write_pairs(prefix: Path, pairs: int = 60, seed: int = 0, lengths: tuple = (4, 9)) -> str:
     """Write pairs of uneven lengths over the vocabulary of ``corpus``; returns the prefix.
 
     Prompts count up by one, chosen answers go on by seven and rejected ones by one.
@@ -32,8 +33,24 @@ def write_pairs(prefix: Path, pairs: int = 60, seed: int = 0, lengths: tuple = (
     return str(prefix)
 
 
-def data_flags(material: Material, pairs: str, *more: str) -> tuple[str, ...]:
-    """Entry 0 is general, entry 1 the domain, entry 2 pairs, which are not evaluated on; then
+def data_flags(
+    material: Material, pairs: str, *more: str, held_out: str | None = None
+) -> tuple[str, ...]:
+    """Entry 0 is general, entry 1 the domain, entry 2 pairs, with others held out, or none; then
     ``more`` text."""
     text = (material.general, material.domain)
-    return ("--train-data-path", *text, pairs, *more, "--valid-data-path", *text, *more)
+    own = () if held_out is None else (held_out,)
+    return (
+        *("--train-data-path", *text, pairs, *more),
+        *("--valid-data-path", *text, *own, *more),
+    )
+
+
+def of_held_out(output: str) -> list[dict[str, float]]:
+    """What a run has logged of held-out pairs, an evaluation each."""
+    found = []
+    for line in output.splitlines():
+        if " validation loss at " in line and "| preference " in line:
+            told = re.findall(r"\| (preference [^|]*?) value: (\S+)", line)
+            found.append({name: float(value) for name, value in told})
+    return found

@@ -1,18 +1,26 @@
 """Preference through ``pretrain()``: the same at every layout, resumed, learned; its mistakes."""
 
 import math
+import re
 import shutil
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from megatron_moe_inject import cli
+from megatron_moe_inject.data.pairs import packs
+from megatron_moe_inject.evaluation.comparison import compare
+from megatron_moe_inject.evaluation.evaluation_file import LIST, read_evaluation, read_list
+from megatron_moe_inject.host import compat
 from tests.harness import covering_array as array
 from tests.harness import lane
 from tests.harness.array_runs import different
 from tests.harness.injection import OTHER, PROVEN, assert_clean_end
 from tests.harness.material import make_material, student_flags
-from tests.harness.pairs import data_flags, write_pairs
+from tests.harness.pairs import data_flags, of_held_out, write_pairs
 
 PREFERENCE = ("preference loss", "preference accuracy", "preference margin")
 BY_SIDE = tuple(
@@ -21,6 +29,7 @@ BY_SIDE = tuple(
     for side in ("chosen", "rejected")
 )
 TEXT = ("lm loss", "kd loss", "total loss", "retention loss", "grad norm")
+HELD_OUT = ("--eval-iters", "2", "--eval-interval", "2")
 FLAGS = (
     *("--global-batch-size", "8", "--micro-batch-size", "2", "--train-iters", "4"),
     *("--moe-router-load-balancing-type", "none"),
@@ -33,7 +42,13 @@ def pairs(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(material, pairs, tmp_path_factory):
+def held_out(tmp_path_factory):
+    """Seven pairs, which fill no batch; in another order than their hashes'."""
+    return write_pairs(tmp_path_factory.mktemp("pairs") / "held_out", pairs=7, seed=5)
+
+
+@pytest.fixture(scope="module")
+def run(material, pairs, held_out, tmp_path_factory):
     """A run with a preference; ``changes`` are fields of the recipe by dotted path."""
     known = {}
 
@@ -66,9 +81,10 @@ def run(material, pairs, tmp_path_factory):
             path.write_text(yaml.safe_dump(tree))
             begin = ("--load", material.student, "--finetune", "--no-load-optim", "--no-load-rng")
             flags = student_flags(
-                *data_flags(material, pairs),
+                *data_flags(material, pairs, held_out=held_out),
                 *(begin if start is None else start),
-                *("--inject-recipe", str(path), "--inject-verify-frozen", *FLAGS, *extra),
+                *("--inject-recipe", str(path), "--inject-verify-frozen", *FLAGS, *HELD_OUT),
+                *extra,
                 **layout,
             )
             known[key] = lane.run(flags, nproc=nproc, check=check)
@@ -79,6 +95,10 @@ def run(material, pairs, tmp_path_factory):
 
 def assert_same(ours, theirs, names=(*PREFERENCE, *BY_SIDE, *TEXT)):
     """All terms; rewards are differences of log-probabilities, about 20 each."""
+    measured, expected = of_held_out(ours.output), of_held_out(theirs.output)
+    assert len(measured) == len(expected) > 0
+    for mine, other in zip(measured, expected, strict=True):
+        assert mine == pytest.approx(other, rel=2e-5, abs=2e-5)
     assert len(ours.iterations) == len(theirs.iterations) > 0
     for name in names:
         assert ours.losses(name) == lane.approx(theirs.losses(name), rel=2e-5, abs=2e-6), name
@@ -232,9 +252,136 @@ def test_mistakes_of_the_data(run, material, pairs, kind, tmp_path):
             shutil.copy(material.general + end, other + end)
         extra, says = ("--train-data-path", *data, other), ("holds no pairs", "prepare-pairs")
     else:
-        extra = ("--valid-data-path", *data, pairs)
-        says = ("objective.preference.data", "is in the valid data, too")
+        extra = ("--test-data-path", *data, pairs)
+        says = ("objective.preference.data", "is in the test data, too")
     assert_clean_end(run(check=False, nproc=2, tp=2, extra=extra), says)
+
+
+@pytest.fixture(scope="module")
+def alone(material, pairs, held_out, tmp_path_factory):
+    """Held-out pairs in a run that only evaluates."""
+
+    def call(reference="original", *, nproc=1, extra=(), held=held_out, **layout):
+        folder = tmp_path_factory.mktemp("alone")
+        recipe, path = folder / "recipe.yaml", folder / "evaluation.json"
+        recipe.write_text(
+            "domains: [{name: code, data: [1], teacher: coder, experts: {layers: {3: [3]}}}]\n"
+            f"teachers: {{coder: {{source: 'megatron:{material.teacher}'}}}}\n"
+            f"objective: {{preference: {{data: [2], beta: 0.5, reference: {reference}}}}}\n"
+            "mixing: {preference: 0.5}\n"
+        )
+        flags = student_flags(
+            *(*data_flags(material, pairs, held_out=held), "--load", material.student, "--skip-train"),
+            *("--inject-recipe", str(recipe), "--inject-evaluate", str(path), *FLAGS, *HELD_OUT),
+            *extra,
+            **layout,
+        )
+        lane.run(flags, nproc=nproc)
+        return read_evaluation(path)
+
+    return call
+
+
+def test_held_out_pairs_beside_training(run, alone, held_out, tmp_path):
+    """Before, between and after; the same as alone, side by side, on the page."""
+    changes = {"evaluation": {"gate": False}}
+    save = ("--save", str(tmp_path), "--save-interval", "2")
+    stopped = run(extra=(*save, "--exit-interval", "2"), changes=changes)
+    assert len(of_held_out(stopped.output)) == 2
+    rest = run(extra=save, changes=changes, start=("--load", str(tmp_path)))
+    found = read_list(tmp_path / LIST)
+    assert [e.provenance.iteration for e in found] == [0, 2, 4]
+    first, _, last = (e.pairs for e in found)
+    assert first.data == (held_out,)
+    assert first.against == last.against == "original"
+    assert first.hashes == last.hashes == tuple(sorted(set(first.hashes)))
+    assert len(first.hashes) == 7
+    assert not any(first.values()["preference margin"])
+    assert last.reference.equal(first.reference)
+    assert first.reference.equal(first.log_probs)
+    assert last.values()["preference margin"].abs().min() > 0
+    assert of_held_out(rest.output)[-1] == pytest.approx(last.means(), rel=1e-5)
+    # Alone there is no original model; the student before is the reference then.
+    before = alone()
+    assert before.pairs.against is None
+    torch.testing.assert_close(before.pairs.log_probs, first.log_probs, rtol=1e-6, atol=1e-6)
+    told = compare(found[0], found[-1], ("first", "last"))
+    for row in ("loss", "accuracy", "margin", "reward/chosen", "log prob/rejected"):
+        assert re.search(rf"\| {row} +\|", told), row
+    assert "7; loss and rewards against original, beta 0.5" in told
+    pytest.importorskip("jinja2")
+    assert cli.main(["report", str(tmp_path)]) == 0
+    page = (tmp_path / "inject_report.html").read_text()
+    assert "held-out pairs: margin" in page
+
+
+@pytest.mark.parametrize("layout", [
+    "dp2, distributed optimizer",
+    pytest.param("tp2-sp", marks=pytest.mark.slow),
+    pytest.param("cp2", marks=pytest.mark.slow),
+    pytest.param("pp2-vpp2", marks=pytest.mark.slow),
+])  # fmt: skip
+def test_a_teacher_measures_held_out_pairs_alone(alone, layout):
+    at = array.LAYOUTS[layout]
+    flags = [flag for flag in at.flags if "overlap" not in flag and "optimizer" not in flag]
+    one, ours = (
+        found.pairs
+        for found in (alone("teacher"), alone("teacher", nproc=at.nproc, extra=flags, **at.sizes))
+    )
+    assert ours.hashes == one.hashes
+    assert ours.against == "coder"
+    for mine, other in zip(ours.sums().values(), one.sums().values(), strict=True):
+        assert mine == pytest.approx(other, rel=2e-5)
+
+
+PACKED = ("--dataloader-inter-document-masking", "--micro-batch-size", "1")
+not_before_19 = pytest.mark.skipif(
+    compat.megatron_version().startswith("0.18"), reason="0.18 does not pack in the loader"
+)
+
+
+@not_before_19
+def test_packed_pairs_give_what_they_give_one_by_one(run, alone, material, tmp_path):
+    """Each step has all pairs, in packs of several or an answer to a sample. Held out, the same."""
+    own = write_pairs(tmp_path / "pairs", pairs=6, seed=9)
+    sizes = np.asarray(IndexedDataset(own).sequence_lengths).reshape(-1, 3)
+    count = len(packs((sizes.sum(1) + sizes[:, 0]).tolist(), 32))
+    assert count < 6
+    changes = {
+        "objective.alpha": 0.0, "objective.beta": 1e-12, "objective.gamma": 0.0,
+        "mixing": {"preference": 0.5},
+    }  # fmt: skip
+    data = ("--train-data-path", material.general, material.domain, own)
+    runs = [
+        run(changes=changes, extra=(*data, "--global-batch-size", str(size), *more))
+        for size, more in ((2 * count, PACKED), (24, ()))
+    ]
+    for name in (*PREFERENCE, *BY_SIDE, "grad norm"):
+        one, other = (found.losses(name) for found in runs)
+        assert one == lane.approx(other, rel=2e-5, abs=2e-6), name
+    packed, single = (alone(held=own, extra=extra).pairs for extra in (PACKED, ()))
+    assert packed.hashes == single.hashes
+    torch.testing.assert_close(packed.log_probs, single.log_probs, rtol=2e-5, atol=2e-5)
+    means, first = single.means(), runs[0].iterations[0]
+    for side in ("chosen", "rejected"):  # which the passes before a step measured
+        name = f"preference log prob/{side}"
+        assert means[name] == pytest.approx(first[name], rel=2e-5)
+
+
+@not_before_19
+@pytest.mark.parametrize("layout", [
+    "tp2-sp",
+    pytest.param("pp2", marks=pytest.mark.slow),
+    pytest.param("dp2, distributed optimizer", marks=pytest.mark.slow),
+    pytest.param("several packs in a row", marks=pytest.mark.slow),
+])  # fmt: skip
+def test_a_layout_gives_the_same_packed(run, layout):
+    if layout == "several packs in a row":
+        ours = run(extra=(*PACKED, "--micro-batch-size", "2"))
+    else:
+        at = array.LAYOUTS[layout]
+        ours = run(nproc=at.nproc, extra=(*at.flags, *PACKED), **at.sizes)
+    assert_same(ours, run(extra=PACKED))
 
 
 @pytest.mark.slow
@@ -250,7 +397,8 @@ def test_the_other_version_gives_the_same_at_pipeline_stages(tmp_path):
     runs = []
     for nproc, layout in ((1, {}), (2, {"pp": 2})):
         flags = student_flags(
-            *data_flags(material, pairs),
+            *data_flags(material, pairs, held_out=pairs),
+            *HELD_OUT,
             *("--load", material.student, "--finetune", "--no-load-optim", "--no-load-rng"),
             *("--inject-recipe", str(recipe), *FLAGS),
             **layout,
