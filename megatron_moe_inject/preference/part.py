@@ -27,6 +27,7 @@ from megatron_moe_inject.retention.original_pass import OriginalPass
 from megatron_moe_inject.retention.selected_pass import SelectedPass
 from megatron_moe_inject.teachers.fit import excluded_ids
 from megatron_moe_inject.teachers.part import TeacherInfos
+from megatron_moe_inject.teachers.served.rules import KIND as SERVED
 from megatron_moe_inject.teachers.step_teachers import StepTeachers
 
 
@@ -47,8 +48,8 @@ class PreferencePart(RunPart):
             return
         info = run.need(TeacherInfos).by_name[name]
         what = "has no log-probability for every token of an answer"
-        remedy = "measure pairs against a teacher of hf: or megatron:, or the original"
-        if not info.runs_model:
+        remedy = "measure pairs against a teacher of hf:, megatron: or server:, or the original"
+        if not info.runs_model and info.kind != SERVED:
             raise fail(f"teachers.{name}.source", info.source, what, remedy)
         if excluded_ids(info) or info.shared.unknown:
             raise fail(

@@ -15,7 +15,7 @@ from megatron_moe_inject.host.step import Step
 from megatron_moe_inject.losses.preference import answer_log_probs
 from megatron_moe_inject.losses.rows import RowKernels
 from megatron_moe_inject.losses.student import Student, Vocabulary
-from megatron_moe_inject.losses.target import Dense, Target
+from megatron_moe_inject.losses.target import Dense, Sparse, Target
 from megatron_moe_inject.preference.answers import NO_ANSWERS, AnswerReader
 from megatron_moe_inject.retention.original_pass import OriginalPass
 from megatron_moe_inject.teachers.step_teachers import StepTeachers
@@ -93,7 +93,11 @@ class TeacherReference:
 
     @torch.no_grad()
     def _of_target(self, target: Target, labels: torch.Tensor) -> torch.Tensor:
-        assert isinstance(target, Dense), "checked: a teacher that runs a model"
+        if isinstance(target, Sparse):
+            assert target.label_log_probs is not None, "checked: servers, which tell the text's"
+            told = target.label_log_probs.squeeze(-1).t().double()
+            return torch.where(labels >= 0, told, 0.0)
+        assert isinstance(target, Dense), "checked: another one runs a model"
         hidden = target.hidden.transpose(0, 1)
         student = Student(hidden, target.head, labels, self._vocabulary, target.transform)
         return answer_log_probs(student, self._kernels)

@@ -21,6 +21,7 @@ from tests.harness.array_runs import different
 from tests.harness.injection import OTHER, PROVEN, assert_clean_end
 from tests.harness.material import make_material, student_flags
 from tests.harness.pairs import data_flags, of_held_out, write_pairs
+from tests.harness.teacher_server import TeacherServer, thinker
 
 PREFERENCE = ("preference loss", "preference accuracy", "preference margin")
 BY_SIDE = tuple(
@@ -332,6 +333,21 @@ def test_a_teacher_measures_held_out_pairs_alone(alone, layout):
     assert ours.against == "coder"
     for mine, other in zip(ours.sums().values(), one.sums().values(), strict=True):
         assert mine == pytest.approx(other, rel=2e-5)
+
+
+def test_servers_as_reference(run, llama):
+    """Over HTTP what the same model beside the student says, in training and of held-out pairs."""
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(str(llama)).eval()
+    changes = {"objective.gamma": 0.0, "objective.preference.teacher": "judge"}
+    live = run("teacher", changes=changes | {"teachers.judge": {"source": f"hf:{llama}"}})
+    with TeacherServer(thinker(model)) as server:
+        patience = {"top": 69, "timeout": 20, "patience": 20}
+        judge = {"source": f"server:{server.url}", "server": patience}
+        ours = run("teacher", changes=changes | {"teachers.judge": judge})
+        longest = max(len(text) for text in server.asked)
+    assert_same(ours, live, (*PREFERENCE, *BY_SIDE, "grad norm"))
+    assert longest < 32  # what fills up a sample is not asked about
 
 
 PACKED = ("--dataloader-inter-document-masking", "--micro-batch-size", "1")

@@ -117,6 +117,8 @@ def check_temperature(recipe: Recipe, name: str, vocab_size: int | None) -> None
     if spec.aligned:  # which divides log-probabilities of chunks by it
         return
     used = {recipe.temperature(domain) for domain in taught_by(recipe, name)}
+    if not used:  # the reference of pairs alone, at temperature 1
+        return
     key = f"teachers.{name}.temperature"
     if len(used) > 1:
         raise fail(

@@ -181,9 +181,9 @@ def served_teacher(run: RunContext, info: TeacherInfo, student: BuiltStudent) ->
     """The servers as a teacher of a step on a rank of the last stage; no collective."""
     recipe, groups = run.recipe, student.groups
     spec = recipe.teachers[info.name]
-    temperature = 1.0
-    if run.kind != EVALUATION:  # which measures at 1
-        temperature = recipe.temperature(taught_by(recipe, info.name)[0])
+    temperature, domains = 1.0, taught_by(recipe, info.name)
+    if run.kind != EVALUATION and domains:  # which measures at 1, as the reference of pairs is
+        temperature = recipe.temperature(domains[0])
     return ServedTeacher(
         info.name,
         run.need(AnswersOfStep),

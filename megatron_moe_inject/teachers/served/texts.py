@@ -2,8 +2,8 @@
 
 A sample is asked about with its last label behind it, so that there is a row for each of its
 positions and the label's probability in each. Where samples are packed, each document is a text of
-its own, as a model reads it, with the label at its end behind it. A position whose label is none
-(negative) at the end of a text has no row.
+its own, as a model reads it, with the label at its end behind it. Positions at the end of a text
+whose labels are none (negative) are not asked about, such as what fills up an answer of a pair.
 
 Shapes: k samples, s sequence, t ids of a text.
 """
@@ -49,9 +49,10 @@ def texts_of(
         begin = 0
         for length in [len(own)] if lengths is None else lengths[sample]:
             end = begin + length
-            label = own_labels[end - 1]
-            ids = own[begin:end] if label < 0 else np.append(own[begin:end], label)
-            if len(ids) > 1:
+            labelled = np.flatnonzero(own_labels[begin:end] >= 0)
+            if len(labelled):
+                last = begin + labelled[-1]
+                ids = np.append(own[begin : last + 1], own_labels[last])
                 texts.append(Text(ids.astype(np.int32), sample, begin))
             begin = end
     return texts

@@ -30,6 +30,13 @@ def test_documents_of_packed_samples():
     assert [text.rows for text in found] == [slice(0, 2), slice(2, 3), slice(3, 4)]
 
 
+def test_what_has_no_label_at_the_end_is_not_asked_about():
+    tokens, labels = np.array([[5, 6, 7, 8], [1, 2, 3, 4]]), np.array([[-1, 7, -1, -1], [-1] * 4])
+    (text,) = texts_of(tokens, labels)
+    assert text.tokens.tolist() == [5, 6, 7]
+    assert (text.sample, text.rows) == (0, slice(0, 2))
+
+
 def test_ids_that_the_student_lacks_take_no_part():
     answer = Answer(
         np.array([[9, 2, 5], [1, 0, -1], [8, 9, -1]], np.int32),
