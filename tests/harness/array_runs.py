@@ -76,7 +76,7 @@ def rollouts_of(student):
 
 
 def run_set(
-    material, llama, folder, name, layout=None, *, like=None, flags=(), save=False, load=False
+    material, llama, folder, name, layout=None, *, like=None, flags=(), save=False, load=False, env=None
 ):
     """One run of a set at a layout, on one process without one.
 
@@ -87,6 +87,7 @@ def run_set(
         flags: further ones.
         save: end after two of four steps, and save to ``folder``.
         load: go on from there.
+        env: of the run, besides.
     """
     own, at = array.SETS[name], array.LAYOUTS[layout] if layout else array.Layout()
     if layout is None:
@@ -132,7 +133,7 @@ def run_set(
         nproc=at.nproc,
         script=SCRIPT if own.grouped else lane.PRETRAIN,
         # As TE's layer: all weights are rounded, also where a rank has none that is frozen.
-        env={"TESTS_FP8_PRODUCTS": "1"} if own.grouped else None,
+        env={**({"TESTS_FP8_PRODUCTS": "1"} if own.grouped else {}), **(env or {})},
     )
 
 

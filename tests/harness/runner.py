@@ -71,6 +71,7 @@ def _run_stock() -> None:
     compat.use_prebuilt_dataset_helpers()
     from megatron.training import training
 
+    _pretend_gpu(training)
     _report_steps(training)
     _report_evaluations(training)
     assert not hasattr(training.pretrain, "_megatron_moe_inject")
@@ -174,6 +175,17 @@ def _report_host_syncs(training) -> None:
     training.train_step = train_step
 
 
+def _pretend_gpu(training) -> None:
+    """Where the test asks for it: tensors have places, and steps say what the host waits for."""
+    if os.environ.get("TESTS_PRETENDED_GPU"):
+        from tests.harness import pretended_gpu
+
+        # With it Megatron leaves the parameters on the CPU.
+        sys.argv = [argument for argument in sys.argv if argument != "--use-cpu-initialization"]
+        pretended_gpu.install()
+        pretended_gpu.report_steps(training)
+
+
 def _stand_in_for_fused_wgrad() -> None:
     """What Megatron calls of Apex for ``--gradient-accumulation-fusion``, by plain products."""
     module = types.ModuleType("fused_weight_gradient_mlp_cuda")
@@ -209,6 +221,7 @@ def main() -> None:
 
     if os.environ.get("TESTS_TE_ON_CPU"):
         te_on_cpu.stop_before_training(training)
+    _pretend_gpu(training)
     _report_steps(training)
     _report_evaluations(training)
     if os.environ.get("TESTS_POISON_LAYER"):
