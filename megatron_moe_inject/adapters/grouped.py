@@ -26,6 +26,7 @@ from megatron_moe_inject.adapters.blocks import (
     suffixes,
 )
 from megatron_moe_inject.adapters.low_rank import Sharding, factors, whole_summed
+from megatron_moe_inject.host.to_device import to_device
 
 _LEAST_GROUPED = 4
 """Experts from which grouped products pay."""
@@ -187,9 +188,9 @@ def grouped_products(
         labels: with domains, that of each row of the chosen and of each block of every one.
     """
     lengths = [part.stop - part.start for part in parts.values()]
-    ends = torch.tensor(list(itertools.accumulate(lengths)), dtype=torch.int32)
-    if rows.is_cuda:
-        ends = ends.pin_memory().to(rows.device, non_blocking=True)
+    ends = to_device(
+        torch.tensor(list(itertools.accumulate(lengths)), dtype=torch.int32), rows.device
+    )
     chosen = torch.cat([rows[part] for part in parts.values()])
     first = torch.stack([a for a, _ in pairs.values()]).transpose(-2, -1)
     second = torch.stack([b * one.scale for one, (_, b) in pairs.items()]).transpose(-2, -1)

@@ -29,6 +29,7 @@ from megatron_moe_inject.host.megatron_types import Chunk, MegatronModule
 from megatron_moe_inject.host.model_parts import decoder_layers, mlp_of
 from megatron_moe_inject.host.own_tokens import OwnTokens
 from megatron_moe_inject.host.step import Step, StepPart
+from megatron_moe_inject.host.to_device import to_device
 from megatron_moe_inject.host.wrap import Call, wrap_method
 
 
@@ -64,7 +65,7 @@ class ChunkLabels:
 
     def begin(self, step: Step) -> None:
         """Start a step. No collective."""
-        labels = step.labels.to(self._device, non_blocking=True)
+        labels = to_device(step.labels, self._device)
         length = step.sequence_length // self._chunk.config.context_parallel_size
         self._labels = self._tokens.of_samples(labels, length)
         self._clock.reset()

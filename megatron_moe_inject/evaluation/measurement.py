@@ -29,6 +29,7 @@ from megatron_moe_inject.host.labels import (
     GENERAL,
 )
 from megatron_moe_inject.host.step import MicroBatch, Step, StepPart
+from megatron_moe_inject.host.to_device import to_device
 from megatron_moe_inject.losses.measure import TokenMeasures, measure_tokens
 from megatron_moe_inject.losses.objective import LossTerms, SampleGroup
 from megatron_moe_inject.losses.rows import RowKernels
@@ -263,7 +264,7 @@ class Measurement(StepPart):
         values = dict(zip(_COLUMNS, sums.float(), strict=True))
         for label in self._reported:
             member = torch.tensor([float(domain == label) for domain in domains])
-            member = member.to(sums.device, non_blocking=True)
+            member = to_device(member, sums.device)
             terms = {"accuracy": ("correct", "tokens")}
             if label in self._taught:
                 terms["teacher loss"] = ("teacher_loss", "taught_tokens")

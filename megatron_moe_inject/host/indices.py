@@ -9,8 +9,9 @@ from collections.abc import Iterable
 
 import torch
 
+from megatron_moe_inject.host.to_device import to_device
+
 
 def index(positions: Iterable[int], device: torch.device) -> torch.Tensor:
     """``[n]`` int64 on ``device``, copied in the order of its stream."""
-    host = torch.tensor(list(positions), dtype=torch.int64)
-    return host.to(device, non_blocking=True)
+    return to_device(torch.tensor(list(positions), dtype=torch.int64), device)

@@ -24,6 +24,7 @@ from megatron_moe_inject.host.clock import ChunkClock
 from megatron_moe_inject.host.megatron_types import Chunk, Groups, MegatronModule
 from megatron_moe_inject.host.model_parts import routers
 from megatron_moe_inject.host.own_tokens import OwnTokens
+from megatron_moe_inject.host.to_device import to_device
 from megatron_moe_inject.host.uses import WATCHED_ROUTING
 from megatron_moe_inject.host.wrap import Call, wrap_method
 
@@ -89,7 +90,7 @@ class RoutingWatch:
         """
         self._mask = None
         if loss_mask is not None:
-            mask = self.tokens.of_rank(loss_mask).to(self._device, non_blocking=True)
+            mask = to_device(self.tokens.of_rank(loss_mask), self._device)
             self._mask = self.tokens.of(mask)
         shape = (len(SUMS), micro_batches, samples, len(self.layers), self._config.num_moe_experts)
         self._step = torch.zeros(shape, dtype=torch.float32, device=self._device)
@@ -164,7 +165,7 @@ class RoutingWatch:
     def _by_sample(self, rows: torch.Tensor, samples: int) -> torch.Tensor:
         """Sums ``[4, b, E]`` of what a router saw of a row, ``[4, l, b', E]``."""
         sample = self.tokens.samples_of_row(samples, rows.shape[1] * rows.shape[2])
-        sample = sample.to(rows.device, non_blocking=True)
+        sample = to_device(sample, rows.device)
         sums = rows.new_zeros(len(rows), samples, rows.shape[-1])
         row = rows.transpose(1, 2).flatten(1, 2)
         return sums.index_add_(1, sample, row)

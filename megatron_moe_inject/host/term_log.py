@@ -24,6 +24,7 @@ from megatron_moe_inject.host.attached_loss import (
     take_terms,
 )
 from megatron_moe_inject.host.step import Step, StepPart
+from megatron_moe_inject.host.to_device import to_device
 
 CROSS_ENTROPIES = ("lm loss", "teacher loss")
 """Of our terms, by the word before the class: those whose exponential is a perplexity."""
@@ -50,7 +51,7 @@ class Interval:
             places = torch.tensor([both.index(name) for name in (*self._names, *names)])
             rows = torch.cat([self._sums, values.double()])
             whole = rows.new_zeros(len(both), 2)
-            places = places.to(rows.device, non_blocking=True)
+            places = to_device(places, rows.device)
             self._names, self._sums = both, whole.index_add(0, places, rows)
 
     def read(self) -> dict[str, float]:

@@ -20,6 +20,7 @@ from megatron_moe_inject.host.indices import index
 from megatron_moe_inject.host.labels import (
     GENERAL,
 )
+from megatron_moe_inject.host.to_device import to_device
 from megatron_moe_inject.losses.objective import LossTerms
 
 LM_LOSS = "lm loss"
@@ -81,7 +82,7 @@ class LossReport:
         readable = mask if terms.readable is None else mask * terms.readable
         rows = torch.stack([*summed, mask.sum(1), readable.sum(1)])
         member = torch.tensor([[float(x == c) for c in self._classes] for x in labels])
-        ce, kd, factor, count, readable = rows @ member.to(rows.device, non_blocking=True)
+        ce, kd, factor, count, readable = rows @ to_device(member, rows.device)
         report = {LM_LOSS: sum_and_count(ce.sum(), count.sum())}
         if self._distilled:
             taught = index(self._distilled, kd.device)

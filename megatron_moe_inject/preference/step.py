@@ -27,6 +27,7 @@ from megatron_moe_inject.host.labels import PREFERENCE
 from megatron_moe_inject.host.megatron_types import Config, Groups
 from megatron_moe_inject.host.own_tokens import OwnTokens
 from megatron_moe_inject.host.step import Step, StepPart
+from megatron_moe_inject.host.to_device import to_device
 from megatron_moe_inject.losses.preference import PairTerms, PreferenceSpec, preference_loss
 from megatron_moe_inject.preference.answers import (
     NO_ANSWERS,
@@ -138,7 +139,7 @@ class PreferenceStep(StepPart):
         weights[:, 0] += sft / table[:, 0, 2]
         places = index(found.places, self._device)
         own = (weights / found.pairs).flatten().index_select(0, places).float()
-        tokens = torch.tensor(float(found.tokens)).to(self._device, non_blocking=True)
+        tokens = to_device(torch.tensor(float(found.tokens)), self._device)
         scale = step_scale(self._config, self._groups, tokens, self._device)
         self._term.begin(rows, own, scale)
 

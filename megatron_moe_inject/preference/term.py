@@ -17,6 +17,7 @@ import torch
 from megatron_moe_inject.host.attached_loss import attach_loss
 from megatron_moe_inject.host.indices import index
 from megatron_moe_inject.host.labels import PREFERENCE
+from megatron_moe_inject.host.to_device import to_device
 from megatron_moe_inject.losses.objective import LossTerms, SampleGroup
 from megatron_moe_inject.losses.spec import TermWeights
 
@@ -79,7 +80,7 @@ class PreferenceTerm:
             return terms
         total = terms.total
         answers = torch.tensor([domain == PREFERENCE for domain in domains]).unsqueeze(1)
-        answers = answers.to(total.device, non_blocking=True)
+        answers = to_device(answers, total.device)
         loss = torch.where(answers, total * loss_mask, 0.0).sum()
         total = torch.where(answers, 0.0, total)
         if loss.requires_grad:

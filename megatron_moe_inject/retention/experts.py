@@ -51,6 +51,7 @@ from megatron_moe_inject.host.model_parts import (
     places,
 )
 from megatron_moe_inject.host.own_tokens import OwnTokens
+from megatron_moe_inject.host.to_device import to_device
 from megatron_moe_inject.host.wrap import Call, wrap_method
 from megatron_moe_inject.retention.originals import OriginalParameters
 from megatron_moe_inject.retention.uses import DISPATCH, HELD_EXPERTS, HELD_GROUPED_EXPERTS
@@ -78,8 +79,23 @@ class _HeldLayer(Passages):
         super().__init__(clock)
         self.experts = layer.experts
         self.parameters = [p for parameters in trains.values() for p in parameters]
-        self.trains = torch.tensor([i in trains for i in range(layer.num_local_experts)])
         self.first = False
+        trained = torch.tensor([i in trains for i in range(layer.num_local_experts)])
+        self._trained = to_device(trained, next(layer.parameters()).device)
+
+    def wanted(
+        self, general: torch.Tensor, counts: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which of the experts' m rows are of general tokens and of experts that train, bool
+        ``[m]``, and how many of each expert, ``[E_l]``.
+
+        Args:
+            general: bool ``[m]``.
+            counts: rows by expert, on the same device.
+        """
+        expert = torch.repeat_interleave(counts, output_size=len(general))
+        wanted = general & self._trained[expert]
+        return wanted, torch.zeros_like(counts).index_add_(0, expert, wanted.to(counts.dtype))
 
 
 class ExpertRetention:
@@ -194,8 +210,8 @@ class ExpertRetention:
             counted = self._tokens.of_rank(loss_mask)
             mask = counted & general.unsqueeze(-1)
             own, counts = self._tokens.of(mask), [mask.sum(), counted.sum()]
-        self._general = own.to(self._device, non_blocking=True)
-        totals = torch.tensor([float(count) for count in counts]).to(self._device)
+        self._general = to_device(own, self._device)
+        totals = to_device(torch.tensor([float(count) for count in counts]), self._device)
         if self._groups.dp_cp.size() > 1:
             dist.all_reduce(totals, group=self._groups.dp_cp)
         self._count, tokens = totals
@@ -250,17 +266,13 @@ class ExpertRetention:
         trains = torch.is_grad_enabled() and output.requires_grad and self._attaches
         if not held.parameters or not (trains or held.first):
             return output
-        rows = general.nonzero().flatten()
-        if not len(rows):
-            return output
         counts = torch.as_tensor(call["tokens_per_expert"])
-        ends = counts.cumsum(0).to(rows)
-        expert = torch.searchsorted(ends, rows, right=True)
-        wanted = held.trains.to(rows.device)[expert]
-        rows, expert = rows[wanted], expert[wanted]
-        if not len(rows):
+        wanted, per_expert = held.wanted(general, to_device(counts, general.device))
+        wanted_counts = per_expert.to(counts)  # for which the host waits, as to dispatch the rows
+        chosen = int(wanted_counts.sum())
+        if not chosen:
             return output
-        wanted_counts = torch.bincount(expert, minlength=len(counts)).to(counts)
+        rows = torch.nonzero_static(wanted, size=chosen).flatten()
         gates = probs.detach()[rows]
         again = functools.partial(
             call.stock,

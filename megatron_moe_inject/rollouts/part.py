@@ -29,6 +29,7 @@ from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.host.leave import CannotGoOn
 from megatron_moe_inject.host.run_arguments import stored_argument
 from megatron_moe_inject.host.step import MicroBatch, Step, StepPart
+from megatron_moe_inject.host.to_device import to_device
 from megatron_moe_inject.recipe.run_part import BuiltStudent, RunContext, RunPart
 from megatron_moe_inject.rollouts.file_format import Rollout
 from megatron_moe_inject.rollouts.folder import Folder, News, Student
@@ -213,9 +214,7 @@ class RolloutStep(StepPart):
             add_reports(
                 reports,
                 {
-                    f"rollout {what}/{domain.name}": torch.tensor(value).to(
-                        self._device, non_blocking=True
-                    )
+                    f"rollout {what}/{domain.name}": to_device(torch.tensor(value), self._device)
                     for what, value in values.items()
                 },
             )

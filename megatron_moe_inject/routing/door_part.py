@@ -17,6 +17,7 @@ from megatron_moe_inject.host.new_experts import NewExperts, card_of_run
 from megatron_moe_inject.host.open_door import STORED, OpenDoor, door_for
 from megatron_moe_inject.host.step import Step, StepPart
 from megatron_moe_inject.host.stored_checkpoint import StoredCheckpoint, checkpoint_to_load
+from megatron_moe_inject.host.to_device import to_device
 from megatron_moe_inject.recipe.run_kinds import INJECTION
 from megatron_moe_inject.recipe.run_part import BuiltStudent, RunContext, RunPart
 from megatron_moe_inject.recipe.schedule import Weight, value_at
@@ -85,7 +86,7 @@ class DoorStep(StepPart):
         """Report it, and let checkpoints to come have what holds for the next step."""
         self._door.end(training=step.training)
         value = torch.tensor(self._door.opened(step.iteration))
-        value = value.to(self._device, non_blocking=True)
+        value = to_device(value, self._device)
         add_reports(reports, {OPEN: sum_and_count(value, torch.ones_like(value))})
         if step.training:
             self._keep(self._door.opened(step.iteration + 1))

@@ -26,6 +26,7 @@ from megatron_moe_inject.host.routing_watch import (
     SUMS,
     RoutingWatch,
 )
+from megatron_moe_inject.host.to_device import to_device
 
 NEW_SHARE = "new share"
 """Share of a class's choices that go to new experts, in the layers that got some."""
@@ -98,8 +99,8 @@ class RoutingShares:
         by_class = sums.new_zeros(len(SUMS), classes, *sums.shape[2:])
         flat = self._labels.flatten()
         text = (flat >= GENERAL).nonzero().flatten()  # pairs of answers are of no class
-        label = (flat[text] + 1).to(self._device, non_blocking=True)
-        by_class.index_add_(1, label, sums[:, text.to(self._device, non_blocking=True)])
+        label = to_device(flat[text] + 1, self._device)
+        by_class.index_add_(1, label, sums[:, to_device(text, self._device)])
         values = [self._of_domain(domain, by_class) for domain in self._steered]
         named = {
             f"{name}/{self._domains[domain]}": pair

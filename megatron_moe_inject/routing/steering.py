@@ -45,6 +45,7 @@ from megatron_moe_inject.host.routing_watch import (
     chosen_before_dropping,
     router_distribution,
 )
+from megatron_moe_inject.host.to_device import to_device
 from megatron_moe_inject.host.wrap import Call, wrap_method
 from megatron_moe_inject.routing.balance import GeneralBalance
 from megatron_moe_inject.routing.losses import (
@@ -228,12 +229,12 @@ class SteeringHook:
         if loss_mask is not None:
             mask = self._tokens.of_rank(loss_mask)
             counted = mask.sum(-1, dtype=torch.float32)
-            mask = mask.to(self.device, torch.float32, non_blocking=True)
+            mask = to_device(mask, self.device).float()
             self._mask = self._tokens.of(mask)
         index = self._class_of(labels)
         tokens = torch.bincount(index.flatten(), counted.flatten(), minlength=self._classes)
-        sums = torch.stack([tokens, tokens]).to(self.device, non_blocking=True)
-        index = index.to(self.device, non_blocking=True)
+        sums = to_device(torch.stack([tokens, tokens]), self.device)
+        index = to_device(index, self.device)
         self._index = self._tokens.of_samples(index, length)
         self._token_weights = None
         if self._weighs:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megatron_moe_inject.host.to_device import to_device
 from megatron_moe_inject.teachers.base import Teacher
 from megatron_moe_inject.teachers.fp8 import LENGTH_MULTIPLE
 from megatron_moe_inject.teachers.spread import MAX_SEQUENCES, Loads, pass_size
@@ -282,7 +283,7 @@ def _places(rows: Rows, device: torch.device) -> torch.Tensor:
     first = torch.tensor([document[0] for document in rows.documents]).unsqueeze(1)
     last = torch.tensor([own - 1 for _, own in rows.documents]).unsqueeze(1)
     places = first + torch.minimum(torch.arange(rows.length), last)
-    return places.to(device, non_blocking=True)
+    return to_device(places, device)
 
 
 def _real(rows: Rows, device: torch.device) -> torch.Tensor:
@@ -292,7 +293,7 @@ def _real(rows: Rows, device: torch.device) -> torch.Tensor:
         torch.arange(start, start + own)
         for start, (_, own) in zip(starts, rows.documents, strict=True)
     ]
-    return torch.cat(places).to(device, non_blocking=True)
+    return to_device(torch.cat(places), device)
 
 
 def _order(shares: Sequence[Sequence[Rows]], most: int, device: torch.device) -> torch.Tensor:
@@ -307,4 +308,4 @@ def _order(shares: Sequence[Sequence[Rows]], most: int, device: torch.device) ->
     token = torch.cat(tokens)
     order = torch.empty_like(token)
     order[token] = torch.cat(places)
-    return order.to(device, non_blocking=True)
+    return to_device(order, device)

@@ -30,6 +30,7 @@ from megatron_moe_inject.host.errors import (
     fail,
     listing,
 )
+from megatron_moe_inject.host.to_device import to_device
 from megatron_moe_inject.teachers.base import Source, Teacher
 from megatron_moe_inject.teachers.tokenizer_files import named_tokens
 
@@ -70,7 +71,7 @@ class PrefixedTeacher(Teacher):
         ahead = len(self.prefix)
         behind = -(ahead + length) % self._multiple
         front = torch.tensor(self.prefix, dtype=tokens.dtype)
-        front = front.to(tokens.device, non_blocking=True).expand(count, ahead)
+        front = to_device(front, tokens.device).expand(count, ahead)
         parts = [front, tokens]
         if behind:
             parts.append(front[:, :1].expand(count, behind))

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from megatron_moe_inject.host.context_parallel import context_parallel_slice
 from megatron_moe_inject.host.indices import index
+from megatron_moe_inject.host.to_device import to_device
 from megatron_moe_inject.losses.target import Target
 
 
@@ -120,12 +121,10 @@ def handed_on(
             name: torch.empty(shape, dtype=dtype, device=device)
             for name, (shape, dtype) in kinds.items()
         }
-    elif device.type == "cuda":
-        found = {name: value.pin_memory() for name, value in found.items()}
     first, handed = dist.get_process_group_ranks(group)[0], {}
     for name, value in found.items():
         shape = kinds[name][0]
-        on_device = value.to(device, non_blocking=True).view(shape)
+        on_device = to_device(value, device).view(shape)
         if group.size() > 1 and shape[0]:
             dist.broadcast(on_device, src=first, group=group)
         handed[name] = on_device

@@ -29,6 +29,7 @@ from megatron_moe_inject.data.packed import document_lengths
 from megatron_moe_inject.host.context_parallel import context_parallel_slice
 from megatron_moe_inject.host.indices import index
 from megatron_moe_inject.host.step import MicroBatch
+from megatron_moe_inject.host.to_device import to_device
 from megatron_moe_inject.losses.spec import LogitTransform
 from megatron_moe_inject.losses.target import Dense, Mixed, Sparse, Target
 from megatron_moe_inject.teachers.base import Teacher
@@ -300,7 +301,7 @@ class TeacherPass:
             if batches is not None:
                 value = samples_of([batch[name] for batch in batches], selected.nonzero().tolist())
                 value = torch.empty(shape) if value is None else value.reshape(shape)
-                value = value.to(device, dtype, non_blocking=True)
+                value = to_device(value, device).to(dtype)
             else:
                 value = torch.empty(shape, dtype=dtype, device=device)
             if self._tp_group.size() > 1 and count:
@@ -419,7 +420,7 @@ def _before_documents(counts: torch.Tensor, starts: torch.Tensor) -> torch.Tenso
     """Of counts ``[k, s]`` that never fall, at each token that of the first token of its document,
     which begin where ``starts`` ``[k, s]`` on the host says."""
     places = torch.where(starts, torch.arange(starts.shape[1]), 0).cummax(1).values
-    return counts.gather(1, places.to(counts.device, non_blocking=True))
+    return counts.gather(1, to_device(places, counts.device))
 
 
 @dataclass(frozen=True)

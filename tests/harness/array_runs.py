@@ -76,7 +76,17 @@ def rollouts_of(student):
 
 
 def run_set(
-    material, llama, folder, name, layout=None, *, like=None, flags=(), save=False, load=False, env=None
+    material,
+    llama,
+    folder,
+    name,
+    layout=None,
+    *,
+    like=None,
+    flags=(),
+    save=False,
+    load=False,
+    env=None,
 ):
     """One run of a set at a layout, on one process without one.
 

@@ -2,12 +2,12 @@
 
 On the lane a tensor "on the GPU" is a CPU tensor like any other, so nothing shows that a factory
 lacks its ``device=``, nor that the host waits for a number. Here the storage of a tensor that would
-lie on the GPU is marked. Views, ``.data``, optimizers, autograd and gloo keep storages as they are, so
-the mark follows the values everywhere, and the numbers of a run are the lane's. A mode that sees
+lie on the GPU is marked. Views, ``.data``, optimizers, autograd and gloo keep storages as they are,
+so the mark follows the values everywhere, and the numbers of a run are the lane's. A mode that sees
 every operation then does what a device would:
 
-- an operation whose tensors lie in two places raises what torch raises, by the rules that
-  ``torch._subclasses.fake_tensor`` has: CPU tensors without a dimension, and indices, may come along;
+- an operation whose tensors lie in two places raises what torch raises, by the rules of
+  ``torch._subclasses.fake_tensor``: CPU tensors without a dimension, and indices, may come along;
 - new tensors lie where their ``device=``, or what they are made of, says; those of ``torch.empty``
   hold NaN, or a number that no index has;
 - a collective over a device group (Megatron's default) wants tensors on the GPU, one over a group
@@ -39,14 +39,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_moe_inject.host.cpu_lane import torch_device
+from megatron_moe_inject.host.to_device import STAGED_BYTES
 from megatron_moe_inject.losses import triton_rows
 from tests.harness import pretended_rules as rules
 
 PREFIX = "pretended gpu: "
 CPU, GPU, EITHER = "cpu", "gpu", "either"
-"""Places. ``EITHER`` has what torch's own C++ code made of a tensor's options, of which the place is
-not known: the first operation with another tensor decides."""
+"""Places. ``EITHER`` has what torch's own C++ code made of a tensor's options, of which the place
+is not known: the first operation with another tensor decides."""
 
+_BY_SIZE = "megatron_moe_inject/host/to_device.py"
+"""Pins what is large. Tests are small, so that elsewhere every size counts."""
 _torch: Any = torch
 _without_function_modes = torch._C.DisableTorchFunction
 _HERE = (os.path.dirname(torch.__file__), __file__, rules.__file__, torch_device.__file__)
@@ -152,7 +155,7 @@ def _copies(
         return
     if not non_blocking:
         waits(f"{what}: a copy {'from' if source == GPU else 'to'} the GPU")
-    elif not pinned:
+    elif not pinned and not (_line().startswith(_BY_SIZE) and size <= STAGED_BYTES):
         waits(f"{what}: an asynchronous copy of memory that is not pinned")
 
 
@@ -179,8 +182,10 @@ def _moved(x: torch.Tensor, where: str, non_blocking: bool, kw: Any) -> torch.Te
     finally:
         _state.moving = before
     at = place(x)
-    # torch itself pins what an asynchronous copy to the CPU makes.
-    _copies(at, where, non_blocking, at == GPU or _pinned(x), x.nbytes, "to")
+    # torch itself pins what an asynchronous copy to the CPU makes. What it also converts, or
+    # arranges, it copies from memory that is not pinned.
+    as_it_is = out.dtype == x.dtype and out.stride() == x.stride()
+    _copies(at, where, non_blocking, at == GPU or (_pinned(x) and as_it_is), x.nbytes, "to")
     if where == CPU and non_blocking:
         storage = _storage(out)
         storage.pinned, storage.lands = True, _state.landed
@@ -541,6 +546,7 @@ def _groups() -> None:
 
     module.new_group = _torch.distributed.new_group = new_group
     _torch.distributed.get_backend_config = lambda group=None: "cuda:nccl"
+
     def device_of_objects(group: Any = None) -> str:
         named = group or dist.group.WORLD
         return "cpu" if named.group_name in _state.on_host else "cuda"

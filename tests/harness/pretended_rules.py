@@ -40,7 +40,12 @@ SHAPES = {
 
 _WAITING = {
     *("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal"),
-    *("aten::_unique2", "aten::unique_dim", "aten::unique_consecutive", "aten::unique_dim_consecutive"),
+    *(
+        "aten::_unique2",
+        "aten::unique_dim",
+        "aten::unique_consecutive",
+        "aten::unique_dim_consecutive",
+    ),
     *("aten::bincount", "aten::is_nonzero", "aten::_linalg_check_errors", "aten::histc"),
     *("aten::argwhere"),
 }

@@ -25,6 +25,7 @@ from megatron_moe_inject.host.routing_watch import (
     RoutingWatch,
 )
 from megatron_moe_inject.host.step import Step, StepPart
+from megatron_moe_inject.host.to_device import to_device
 
 
 class RoutingRecorder(StepPart):
@@ -112,8 +113,8 @@ class RoutingRecorder(StepPart):
         sums = self.watch.end().double()
         flat = self._labels.flatten()
         text = (flat >= GENERAL).nonzero().flatten()  # answers of pairs are of no class
-        label = (flat[text] + 1).to(self._device, non_blocking=True)
-        sums = sums[:, text.to(self._device, non_blocking=True)]
+        label = to_device(flat[text] + 1, self._device)
+        sums = sums[:, to_device(text, self._device)]
         for name, values in zip(SUMS, sums, strict=True):
             self._totals[name].index_add_(0, label, values)
         chosen = sums[0]
@@ -148,7 +149,7 @@ class RoutingRecorder(StepPart):
             yield from chosen.float().unbind(1)
             return
         row = chosen.squeeze(1).float()
-        own = self.watch.tokens.samples_of_row(samples, len(row)).to(row.device, non_blocking=True)
+        own = to_device(self.watch.tokens.samples_of_row(samples, len(row)), row.device)
         for sample in range(samples):
             yield row * (own == sample).unsqueeze(1)
 

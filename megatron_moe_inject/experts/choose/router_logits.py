@@ -34,6 +34,7 @@ from megatron_moe_inject.host.errors import (
 from megatron_moe_inject.host.files import replace_file
 from megatron_moe_inject.host.labels import GENERAL
 from megatron_moe_inject.host.megatron_types import Groups
+from megatron_moe_inject.host.to_device import to_device
 
 POSITIONS = 8
 """Tokens of one sequence, which resemble each other: more sequences are worth more."""
@@ -185,7 +186,7 @@ class LogitSampler:
         places = self._positions + sample * self._length - rank * tokens
         columns = ((places >= 0) & (places < tokens)).nonzero().flatten()
         device = self._logits.device
-        return places[columns].to(device, non_blocking=True), columns.to(device, non_blocking=True)
+        return to_device(places[columns], device), to_device(columns, device)
 
     def collect(self, layers: Sequence[int]) -> list[LogitSample] | None:
         """The sample of each class on the first pipeline rank, None on others.

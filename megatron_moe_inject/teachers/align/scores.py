@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
+from megatron_moe_inject.host.to_device import to_device
 from megatron_moe_inject.losses.fused import FusedOptions, label_margins
 from megatron_moe_inject.losses.rows import RowKernels
 from megatron_moe_inject.losses.student import Student
@@ -62,7 +63,7 @@ class ModelScores(Scores):
     def __call__(self, reading: Reading, most: int) -> torch.Tensor:
         """See ``Scores``. Collectives: those of ``documents.document_values``."""
         inputs, labels = (
-            torch.from_numpy(ids).to(self._device, non_blocking=True).long()
+            to_device(torch.from_numpy(ids), self._device).long()
             for ids in (reading.inputs, reading.labels)
         )
         return document_values(

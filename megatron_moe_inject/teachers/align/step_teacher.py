@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_moe_inject.host.step import MicroBatch
+from megatron_moe_inject.host.to_device import to_device
 from megatron_moe_inject.teachers.align.chunk_teacher import ChunkTeacher
 from megatron_moe_inject.teachers.align.reading import Reading, nothing_read
 from megatron_moe_inject.teachers.align.samples import Reads
@@ -116,10 +117,7 @@ class AlignedTeacher(ChunkTeacher):
         self._tell(places, sums[self._of_chunks(places)].float())
 
     def _on_device(self, values: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(values)
-        if self._device.type == "cuda":
-            tensor = tensor.pin_memory()
-        return tensor.to(self._device, non_blocking=True)
+        return to_device(torch.from_numpy(values), self._device)
 
 
 _PARTS = ("lengths", "inputs", "labels", "numbers", "places")

@@ -22,6 +22,7 @@ from megatron_moe_inject.host.context_parallel import (
 )
 from megatron_moe_inject.host.megatron_types import Groups
 from megatron_moe_inject.host.step import MicroBatch
+from megatron_moe_inject.host.to_device import to_device
 from megatron_moe_inject.teachers.step_pass import LayeredTeacher, StepTeacher
 
 
@@ -172,7 +173,7 @@ class FeatureExchange:
             mask = torch.empty(n, b, length, device=self._device)
         else:
             masks = [torch.as_tensor(batch["loss_mask"]).reshape(b, length) for batch in batches]
-            mask = torch.stack(masks).to(self._device, torch.float32, non_blocking=True)
+            mask = to_device(torch.stack(masks), self._device).float()
         if self._tp.size() > 1:
             dist.broadcast(mask, dist.get_global_rank(self._tp, 0), self._tp)
         rows = context_parallel_slice(mask.view(n * b, length, 1), *self._cp)

@@ -33,6 +33,7 @@ from megatron_moe_inject.host.model_parts import (
 )
 from megatron_moe_inject.host.own_tokens import OwnTokens
 from megatron_moe_inject.host.step import Step, StepPart
+from megatron_moe_inject.host.to_device import to_device
 from megatron_moe_inject.host.wrap import Call, wrap_method
 from megatron_moe_inject.losses.features import (
     feature_loss,
@@ -292,8 +293,9 @@ class ImitationHook(StepPart):
             both = torch.stack([by_sample.detach(), part.weight.sum(0)], dim=1)
             self._sums[self._kinds.index(term.kind)].index_add_(0, index, both)
         shares = torch.tensor([term.shares[domain] for domain in part.domains], dtype=torch.float32)
-        shares = shares.to(self._device, non_blocking=True)
-        return (by_sample * shares).sum() * self._scales[term.kind][micro_batch]
+        return (by_sample * to_device(shares, self._device)).sum() * self._scales[term.kind][
+            micro_batch
+        ]
 
     def _part(
         self,
@@ -341,8 +343,7 @@ class ImitationHook(StepPart):
 
         def picked(tokens: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
             """Some of tokens ``[t, ...]``, ``[1, k, ...]``."""
-            index = at.to(tokens.device, non_blocking=True)
-            return tokens.index_select(0, index).unsqueeze(0)
+            return tokens.index_select(0, to_device(at, tokens.device)).unsqueeze(0)
 
         weight = picked(mask.flatten(), sample * length + position)
         among_taught = (taught.cumsum(0) - 1)[sample] * length + position
@@ -377,7 +378,8 @@ class ImitationHook(StepPart):
         order = [i for i, d in enumerate(self._labels[micro_batch]) if d in taught]
         states = states[before : before + len(order)]
         if order != list(samples):
-            states = states[[order.index(sample) for sample in samples]]
+            places = positions((order.index(sample) for sample in samples), states.device)
+            states = states.index_select(0, places)
         return states
 
 
@@ -425,8 +427,8 @@ class _ExpertOutputs:
         Collectives: those of the dispatcher's combine step.
         """
         local = self._layer.local_expert_indices
-        chosen = torch.tensor([expert in experts for expert in local], device=outputs.device)
-        counts = torch.as_tensor(tokens_per_expert).to(outputs.device)
+        chosen = to_device(torch.tensor([expert in experts for expert in local]), outputs.device)
+        counts = to_device(torch.as_tensor(tokens_per_expert), outputs.device)
         rows = chosen.repeat_interleave(counts, output_size=len(outputs))
         dispatcher = self._layer.token_dispatcher
         prepared = dispatcher.combine_preprocess(outputs * rows.unsqueeze(1).to(outputs.dtype))

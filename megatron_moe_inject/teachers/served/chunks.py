@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_moe_inject.host.step import MicroBatch
+from megatron_moe_inject.host.to_device import to_device
 from megatron_moe_inject.recipe.run_part import BuiltStudent, RunContext
 from megatron_moe_inject.recipe.schema import TeacherSpec
 from megatron_moe_inject.teachers import vocabulary
@@ -82,12 +83,11 @@ class ServedScores(Scores):
         one rank, or of no text."""
         if not len(reading.lengths):
             return torch.zeros(0, device=self._device)
-        scores = torch.empty(len(reading.labels), device=self._device)
         if self._group.rank() == 0:
             said = torch.from_numpy(self._answers.of_texts[self._name][1])
-            if self._device.type == "cuda":
-                said = said.pin_memory()
-            scores.copy_(said, non_blocking=True)
+            scores = to_device(said.float(), self._device)
+        else:
+            scores = torch.empty(len(reading.labels), device=self._device)
         if self._group.size() > 1:
             first = dist.get_process_group_ranks(self._group)[0]
             dist.broadcast(scores, src=first, group=self._group)

@@ -25,6 +25,7 @@ from megatron_moe_inject.host.attached_loss import add_reports
 from megatron_moe_inject.host.errors import Failure
 from megatron_moe_inject.host.leave import CannotGoOn
 from megatron_moe_inject.host.step import MicroBatch, Step, StepPart
+from megatron_moe_inject.host.to_device import to_device
 from megatron_moe_inject.teachers.align.reading import Reading, nothing_read
 from megatron_moe_inject.teachers.align.samples import Reads
 from megatron_moe_inject.teachers.served.ahead import Ahead
@@ -136,7 +137,7 @@ class StepAnswers(StepPart):
         waited, missed, ready = self._told
         names = {"server wait": waited, "server misses": missed, "server ahead": -ready}
         values = torch.tensor([[value, 1.0] for value in names.values()])
-        values = values.to(self._device, non_blocking=True)
+        values = to_device(values, self._device)
         add_reports(reports, dict(zip(names, values, strict=True)))
 
     def _foresee(self, step: Step) -> None:
