@@ -281,7 +281,7 @@ class SteeringHook:
         if not means:
             return whole
         by_class = [means.get(domain, 0.0) for domain in range(-1, self._classes - 1)]
-        return whole + torch.tensor(by_class, device=self.device)[index].unsqueeze(-1)
+        return whole + to_device(torch.tensor(by_class), self.device)[index].unsqueeze(-1)
 
     def _shared(self, own: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor:
         """The last stage's tensor on every stage."""

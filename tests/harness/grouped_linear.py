@@ -56,8 +56,9 @@ class GroupedLinear(torch.nn.Module):
         self._groups = pg_collection
         self._axis = axis
         for i in range(num_gemms):
+            shape, kind = (output_size, input_size), config.params_dtype
             weight = torch.nn.Parameter(
-                torch.empty(output_size, input_size, dtype=config.params_dtype)
+                torch.empty(shape, dtype=kind, device=torch.cuda.current_device())
             )
             init_method(weight)
             set_tensor_model_parallel_attributes(weight, True, axis, 1)

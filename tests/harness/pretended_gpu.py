@@ -18,8 +18,9 @@ every operation then does what a device would:
 Not seen: work of other threads, streams that do not wait for each other, memory, kernels (Triton is
 off), and waits inside Transformer Engine, Apex or NCCL.
 
-``install()`` in a process with the CPU lane; ``runner`` does where ``TESTS_PRETENDED_GPU`` is set,
-and ``runs()`` reads what such a run printed.
+``install()`` in a process with the CPU lane; ``runner`` does where ``TESTS_PRETENDED_GPU`` is set
+(``ENV``), also for all runs of ``TESTS_PRETENDED_GPU=1 pytest ...``; ``steady_waits`` reads what
+such a run printed.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ from megatron_moe_inject.host.to_device import STAGED_BYTES
 from megatron_moe_inject.losses import triton_rows
 from tests.harness import pretended_rules as rules
 
+ENV = {"TESTS_PRETENDED_GPU": "1"}
+"""Of a run on the pretended GPU."""
 PREFIX = "pretended gpu: "
 CPU, GPU, EITHER = "cpu", "gpu", "either"
 """Places. ``EITHER`` has what torch's own C++ code made of a tensor's options, of which the place
@@ -50,6 +53,7 @@ is not known: the first operation with another tensor decides."""
 
 _BY_SIZE = "megatron_moe_inject/host/to_device.py"
 """Pins what is large. Tests are small, so that elsewhere every size counts."""
+_STAND_INS = "megatron_moe_inject/host/cpu_lane/"
 _torch: Any = torch
 _without_function_modes = torch._C.DisableTorchFunction
 _HERE = (os.path.dirname(torch.__file__), __file__, rules.__file__, torch_device.__file__)
@@ -79,8 +83,9 @@ _state = _State()
 
 
 def place(tensor: torch.Tensor) -> str:
-    """Where a tensor lies."""
-    return getattr(_storage(tensor), "place", CPU)
+    """Where a tensor lies; a quantised one of Transformer Engine's kind, where its codes do."""
+    codes = tensor.__dict__.get("_rowwise_data")
+    return getattr(_storage(tensor if codes is None else codes), "place", CPU)
 
 
 def _storage(tensor: torch.Tensor) -> Any:
@@ -122,12 +127,14 @@ def _line() -> str:
     name = frame.f_code.co_filename
     for root in (_ROOT, os.path.dirname(os.path.dirname(torch.__file__))):
         name = name.removeprefix(root + os.sep)
-    return f"{name}:{frame.f_lineno}"
+    return f"{name}:{frame.f_lineno} {frame.f_code.co_qualname}"
 
 
 def waits(why: str) -> None:
     """The host waits for the device."""
-    _state.waits[f"{_line()} ({why})"] += 1
+    line = _line()
+    if not line.startswith(_STAND_INS):
+        _state.waits[f"{line} ({why})"] += 1
     _state.landed += 1
 
 
@@ -382,6 +389,8 @@ class _Operations(TorchDispatchMode):
     """Sees every operation, also of autograd's backward passes."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ for kind in types):
+            return NotImplemented  # it runs operations of its own, which are seen
         with _without_function_modes():
             return _operate(func, args, kwargs or {})
 
@@ -654,6 +663,22 @@ def report_steps(training: Any) -> None:
 
 
 def steps_of(output: str) -> list[dict[str, int]]:
-    """What a run printed of its steps, of all ranks: waits by line and reason."""
+    """What a run printed of its steps, rank by rank: waits by line and reason."""
     lines = [line for line in output.splitlines() if line.startswith(f"{PREFIX}step ")]
     return [json.loads(line.split(" ", 4)[4]) for line in lines]
+
+
+def steady_waits(output: str, ranks: int = 1) -> Counter[tuple[str, str]]:
+    """Of the last step of each rank, how often which function of which file waited; the most of
+    any rank."""
+    steps = steps_of(output)
+    assert steps, f"no step was reported:\n{output[-2000:]}"
+    assert len(steps) % ranks == 0, "every rank ends in its last step"
+    per_rank, most = len(steps) // ranks, Counter()
+    for rank in range(ranks):
+        found: Counter[tuple[str, str]] = Counter()
+        for line, times in steps[(rank + 1) * per_rank - 1].items():
+            where, function = line.split(" (")[0].split(" ", 1)
+            found[where.rpartition(":")[0], function] += times
+        most |= found
+    return most

@@ -69,13 +69,14 @@ class ContextParallelAttention(DotProductAttention):
         """
         assert packed_seq_params is None
         cp_size, rank = self.cp_group.size(), self.cp_group.rank()
-        positions = zigzag_positions(cp_size, key.size(0) * cp_size)
+        positions = zigzag_positions(cp_size, key.size(0) * cp_size).to(key.device)
         in_order = positions.flatten().argsort()
         key, value = (
             gather_from_sequence_parallel_region(x, group=self.cp_group).index_select(0, in_order)
             for x in (key, value)
         )
-        future = torch.arange(positions.numel()) > positions[rank].unsqueeze(1)
+        order = torch.arange(positions.numel(), device=key.device)
+        future = order > positions[rank].unsqueeze(1)
         hidden = future if attention_mask is None else attention_mask | future
         return super().forward(query, key, value, hidden, *args, **kwargs)
 

@@ -21,7 +21,7 @@ def hidden_pairs(boundaries: torch.Tensor, tokens: int) -> torch.Tensor:
 
     ``boundaries`` holds the start of each document and the end of the last, as ``cu_seqlens``.
     """
-    position = torch.arange(tokens)
+    position = torch.arange(tokens, device=boundaries.device)
     document = torch.searchsorted(boundaries.long(), position, right=True)
     other = document.unsqueeze(1) != document
     return other | (position > position.unsqueeze(1))
