@@ -8,6 +8,19 @@ from __future__ import annotations
 
 from typing import Any
 
+DISPATCHES = (
+    "megatron/core/transformer/moe/token_dispatcher.py",
+    "MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize",
+)
+"""Megatron's wait for the numbers of rows, in each forward pass of a layer of experts."""
+NEEDED = {
+    # How many rows of general tokens each expert has: the host sets the sizes of their products.
+    ("megatron_moe_inject/retention/experts.py", "ExpertRetention._hold"): DISPATCHES,
+    # Of the step that ends, for the next one. Megatron waits for the gradient's norm right behind.
+    ("megatron_moe_inject/teachers/confidence.py", "RunningConfidence.end"): 1,
+}
+"""Where the package waits, by file and function, and at most how often in a step: a number, or as
+often as another wait."""
 COPIES = {
     *("aten::copy_", "aten::copy", "aten::_to_copy", "aten::_foreach_copy_"),
     "aten::_foreach_copy",

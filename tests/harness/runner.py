@@ -154,7 +154,7 @@ def _report_host_syncs(training) -> None:
         mirrored = inner.filename.endswith("gpt_entry.py")  # NVIDIA's script waits there as well
         if "megatron_moe_inject" in inner.filename and not mirrored and where not in seen:
             seen.add(where)
-            print(f"host sync: {where} ({inner.line})", flush=True)
+            print(f"host sync: {where} {inner.name} ({inner.line})", flush=True)
 
     steps = []
 

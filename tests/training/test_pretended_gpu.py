@@ -11,42 +11,34 @@ import pytest
 from tests.harness import covering_array as array
 from tests.harness import lane
 from tests.harness.array_runs import CLOCK, different, run_set
+from tests.harness.newer_features import NEWER, make
 from tests.harness.pretended_gpu import ENV, steady_waits
+from tests.harness.pretended_rules import DISPATCHES, NEEDED
 
 PACKAGE = "megatron_moe_inject/"
-DISPATCHES = (
-    "megatron/core/transformer/moe/token_dispatcher.py",
-    "MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize",
-)
-"""Megatron's wait for the numbers of rows, in each forward pass of a layer of experts."""
-NEEDED = {
-    # How many rows of general tokens each expert has: the host sets the sizes of their products.
-    (f"{PACKAGE}retention/experts.py", "ExpertRetention._hold"): DISPATCHES,
-    # Of the step that ends, for the next one. Megatron waits for the gradient's norm right behind.
-    (f"{PACKAGE}teachers/confidence.py", "RunningConfidence.end"): 1,
-}
-"""Where the package waits, and how often in a step: a number, or at most as often as that does."""
 
 
 def of_package(waits):
     return {where: times for where, times in waits.items() if where[0].startswith(PACKAGE)}
 
 
-def assert_no_wait_but(waits, *allowed):
-    """The package waits nowhere else; these do, as often as ``NEEDED`` says."""
+def assert_no_other_wait(waits, stock):
+    """Of the package those of ``NEEDED``, so often, and none of Megatron's that stock has not."""
     own = of_package(waits)
-    assert set(own) == set(allowed), own
-    for where in allowed:
+    assert set(own) <= set(NEEDED), own
+    for where, times in own.items():
         bound = NEEDED[where]
-        assert own[where] <= (bound if isinstance(bound, int) else waits[bound]), own
+        assert times <= (bound if isinstance(bound, int) else waits[bound]), own
+    megatron = {where for where in waits if where[0].startswith("megatron/")}
+    assert megatron <= set(stock), megatron - set(stock)
 
 
 @pytest.fixture(scope="module")
 def stock():
-    """What Megatron waits for in a step without a recipe."""
-    flags = lane.moe("--calculate-per-token-loss")
-    run, on_cpu = (lane.run(flags, env=env) for env in (ENV, {"TESTS_DRAWN_ON_DEVICE": "1"}))
-    assert different(run.iterations, on_cpu.iterations, {CLOCK}) == []
+    """What Megatron waits for in a step without a recipe, whose numbers are those of the lane."""
+    flags = [flag for flag in lane.moe() if flag != "--use-cpu-initialization"]
+    run, on_lane = lane.run(flags, env=ENV), lane.run(flags)
+    assert different(run.iterations, on_lane.iterations, {CLOCK}) == []
     return steady_waits(run.output)
 
 
@@ -56,31 +48,39 @@ def test_it_does_what_a_device_does():
     assert "all checks of the pretended GPU passed" in run.output
 
 
-def test_stock_megatron_waits_and_the_plugin_without_a_recipe_does_not(stock):
+def test_without_a_recipe_megatron_alone_waits(stock):
     assert stock[DISPATCHES] > 0
     assert of_package(stock) == {}
 
 
-@pytest.fixture(scope="module")
-def run_of_set(material, llama, tmp_path_factory):
-    def run(name, layout=None):
-        folder = tmp_path_factory.mktemp("set")
-        found = run_set(material, llama, folder, name, layout, env=ENV)
-        ranks = array.LAYOUTS[layout].nproc if layout else 1
-        return found, steady_waits(found.output, ranks)
-
-    return run
-
-
-SETS = {name: tuple(NEEDED) for name in array.SETS}
-SETS["router"] = ()
-
-
-@pytest.mark.parametrize(("name", "layout"), [("router", None), ("rows", "pp2")])
-def test_features_of_the_array(run_of_set, stock, name, layout):
-    run, waits = run_of_set(name, layout)
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("router", None),
+        ("rows", "pp2"),
+        pytest.param("everything", "ep2", marks=pytest.mark.slow),
+        pytest.param("router", "tp2-sp", marks=pytest.mark.slow),
+        pytest.param("rows, imitation", "cp2", marks=pytest.mark.slow),
+        pytest.param("hybrid", "pp2-vpp2", marks=pytest.mark.slow),
+        pytest.param("router, fp8", "dp2, distributed optimizer", marks=pytest.mark.slow),
+    ],
+)
+def test_features_of_the_array(material, llama, tmp_path, stock, name, layout):
+    run = run_set(material, llama, tmp_path, name, layout, env=ENV)
     assert all(math.isfinite(loss) for loss in run.losses("total loss"))
-    allowed = [w for w in NEEDED if w in waits]
-    assert_no_wait_but(waits, *allowed)
-    others = {where for where in waits if where not in of_package(waits)}
-    assert others <= set(stock), others - set(stock)
+    waits = steady_waits(run.output, array.LAYOUTS[layout].nproc if layout else 1)
+    assert_no_other_wait(waits, stock)
+
+
+QUICK = ("aligned teacher", "teacher with experts")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in NEWER]
+)
+def test_what_has_not_run_on_a_gpu(material, stock, name):
+    """The runs of ``tests/gpu/test_features.py``; what is for a GPU alone is left out."""
+    run = lane.run(make(material.folder, [name]).flags(name), env=ENV)
+    for term in NEWER[name].terms:
+        assert math.isfinite(run.losses(term)[-1]), term
+    assert_no_other_wait(steady_waits(run.output), stock)
