@@ -4,14 +4,17 @@
 #   bash tests/gpu/run.sh                     with the packages that are installed
 #   WHEELS=DIR bash tests/gpu/run.sh          a bare machine: unpacks the wheels in DIR first
 #   bash tests/gpu/run.sh --tp 1 --repeats 3  arguments go to loss_bench.py
+#   PARTS=features bash tests/gpu/run.sh      what has not run on a GPU yet: checks, then times of a step
+#                                             (meant for 10 minutes, which has not been measured)
 #
 # Further variables: PYTHON (python3), SITE, the folder that the wheels are unpacked into (a new one),
 # RESULTS, a folder for the figures as JSON (none), PARTS, what to do, in this order (tests precision rows
-# loss overlap step), TESTS, the tests (tests/gpu), GPU_RUNS, a regular expression over the names of
-# training runs (all), GPU_MODELS, a folder that keeps the small models they start from, QUICKSTART, the
-# folder of a finished quickstart, on whose data precisions are compared (not done without), and
-# NCCL_LIBRARY, the path of a libnccl.so.2 of version 2.30 or newer, with which two processes can share a
-# device (else layouts of two want two devices or a newer torch). Nothing is timed unless the tests pass.
+# loss overlap step; features, too, where it is named), TESTS, the tests (tests/gpu), GPU_RUNS, a regular
+# expression over the names of training runs (all), GPU_MODELS, a folder that keeps the small models they
+# start from, QUICKSTART, the folder of a finished quickstart, on whose data precisions are compared (not
+# done without), and NCCL_LIBRARY, the path of a libnccl.so.2 of version 2.30 or newer, with which two
+# processes can share a device (else layouts of two want two devices or a newer torch). Nothing is timed
+# unless the tests pass, but for features.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 PYTHON=${PYTHON:-python3}
@@ -48,6 +51,12 @@ for part in ${PARTS:-tests precision rows loss overlap step}; do
   echo "== $part, after $SECONDS s"
   case $part in
     tests) "$PYTHON" -m pytest -q -m gpu ${TESTS:-tests/gpu} ;;
+    features)
+      failed=0
+      "$PYTHON" -m pytest -q -s -m gpu tests/gpu/test_features.py || failed=$?
+      "$PYTHON" $bench/gpu/step_bench.py --precisions bf16 --steps 4 --warm-up 2 --traced 0 --together 10 \
+        --arms stock freeze kd bare adapters grouped domain retained imitated everything "${json[@]}"
+      [ "$failed" = 0 ] || exit "$failed" ;;
     precision)
       [ -z "${QUICKSTART:-}" ] || "$PYTHON" $bench/gpu/precision_curves.py "$QUICKSTART" \
         --work "$(mktemp -d)" "${json[@]}" ${RESULTS:+--plot "$RESULTS/$part.png"} ;;

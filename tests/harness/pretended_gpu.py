@@ -259,7 +259,8 @@ def _to_host(what: str) -> Callable[..., Any]:
                 "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the "
                 f"tensor to host memory first. [{_line()}]"
             )
-        _read(self, what)
+        if not _line().startswith("megatron/"):  # which looks at the array once it has waited
+            _read(self, what)
         with _without_function_modes():
             return _stock[what](self, *args, **kwargs)
 

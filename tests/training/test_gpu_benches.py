@@ -41,7 +41,7 @@ def test_every_arm_steps(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     rows = {row["arm"]: row for row in json.loads(out.read_text())["rows"]}
     named = {"stock", "off", "freeze", "kd", "gamma", "host", "steering", "features"}
-    named |= {"bare", "adapters", "grouped"}
+    named |= {"bare", "adapters", "grouped", "domain", "retained", "imitated", "everything"}
     assert set(rows) == named
     assert {arm: row["ended"] for arm, row in rows.items() if "ended" in row} == {}
     assert all(len(row["seconds"]) == 2 for row in rows.values()), rows
@@ -50,7 +50,8 @@ def test_every_arm_steps(tmp_path):
     assert rows["steering"]["trained"] == chosen + 2 * 64
     layer = 4 * 3 * 64 * 64 + 4 * 64 * 64 + 4 * 64 + 2 * 64  # experts, attention, router, norms
     everything = 2 * layer + 64 + 2 * 512 * 64
-    assert rows["stock"]["trained"] == rows["off"]["trained"] == everything
+    for arm in ("stock", "off", "everything"):
+        assert rows[arm]["trained"] == everything, arm
     assert "| bf16 | + teacher, distillation alone |" in done.stdout
 
 

@@ -98,6 +98,22 @@ ARMS = {
         beside="bare",
         taught=False,
     ),
+    "domain": Arm(
+        "adapters of rank 8 on all experts, of the domain's rows alone, cross-entropy",
+        (
+            *ADAPTED,
+            "train.adapters=[{targets: [experts], experts: all, rank: 8, by: domain}]",
+        ),
+        beside="grouped",
+        taught=False,
+    ),
+    "retained": Arm(
+        "+ retention of experts' outputs", (*TAUGHT, "retention.experts=1.0"), beside="kd"
+    ),
+    "imitated": Arm(
+        "+ imitation of experts' outputs", (*TAUGHT, "imitation.experts=0.5"), beside="kd"
+    ),
+    "everything": Arm("teacher, everything trains", (*TAUGHT, "train.everything=true"), places=2),
     "bare": Arm(
         "norms alone train, cross-entropy: what adapters stand beside",
         (*ADAPTED, "train.norms=true"),
