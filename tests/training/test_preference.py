@@ -272,7 +272,8 @@ def alone(material, pairs, held_out, tmp_path_factory):
             "mixing: {preference: 0.5}\n"
         )
         flags = student_flags(
-            *(*data_flags(material, pairs, held_out=held), "--load", material.student, "--skip-train"),
+            *data_flags(material, pairs, held_out=held),
+            *("--load", material.student, "--skip-train"),
             *("--inject-recipe", str(recipe), "--inject-evaluate", str(path), *FLAGS, *HELD_OUT),
             *extra,
             **layout,
