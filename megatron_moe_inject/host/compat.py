@@ -90,6 +90,20 @@ def tokenize() -> Callable[[str], list[int]] | None:
     return get_tokenizer().tokenize
 
 
+def end_of_text() -> int | None:
+    """The id that ends a document, by Megatron's tokenizer; None for one that has none."""
+    from megatron.training import get_args
+    from megatron.training.global_vars import get_tokenizer
+
+    if get_args().tokenizer_type.startswith("Null"):
+        return None
+    try:
+        found = get_tokenizer().eod
+    except (AttributeError, NotImplementedError):
+        return None
+    return found if isinstance(found, int) and found >= 0 else None
+
+
 def text_length() -> Callable[[list[int]], int] | None:
     """UTF-8 length of ids as text, by Megatron's tokenizer; None for one that has no text.
 

@@ -56,6 +56,7 @@ def add_commands(commands: Commands) -> None:
          "ones out"),
         ("max-tokens", int, "N", 64, "of a completion (default 64)"),
         ("temperature", float, "T", 1.0, "0 takes the most likely token (default 1)"),
+        ("top-k", int, "K", 0, "so many of the most likely tokens alone (default 0: all)"),
         ("top-p", float, "P", 1.0, "most likely tokens with so much probability (default 1)"),
         ("seed", int, "N", 0, "of the order of documents and of the draws (default 0)"),
         ("per-file", int, "N", 64, "texts of a file (default 64)"),
@@ -67,7 +68,12 @@ def add_commands(commands: Commands) -> None:
             required=flag in ("prompts", "output"),
         )  # fmt: skip
     command.add_argument(
-        "--stop", type=int, metavar="ID", nargs="+", default=[], help="ids that end a completion"
+        "--stop",
+        type=int,
+        metavar="ID",
+        nargs="+",
+        default=[],
+        help="ids that end a completion, beside the tokenizer's end of text",
     )
     command.add_argument(
         "--no-cache", action="store_true", help="compute all keys and values anew for each token"
@@ -124,6 +130,7 @@ def asked_of(options: argparse.Namespace) -> Asked:
             options.top_p,
             options.seed,
             tuple(options.stop),
+            options.top_k,
         ),
         checkpoint=options.checkpoint,
         step=options.ckpt_step,
@@ -145,6 +152,11 @@ def _flags(options: argparse.Namespace) -> list[str]:
         if getattr(options, name) is not None:
             flag = f"--{name.replace('_', '-')}"
             raise RecipeError(f"{flag}: is about servers; add --server, or leave it out", flag)
+    if options.ckpt_step is not None and options.checkpoint is None:
+        raise RecipeError(
+            "--ckpt-step: is about --checkpoint here; for the iteration of --load, write it behind "
+            "--, with the flags of the training command"
+        )
     ours = asked_of(options).plain()
     return ["--inject-recipe", options.recipe, "--inject-rollouts", ours, "--eval-iters", "0"]
 

@@ -8,13 +8,15 @@ business of a reader. No torch.
 
 A text is ``{"prompt": ..., "completion": ..., "mask": [...]}``: prompt and completion each as ids
 or as text for the student's tokenizer; ``mask``, which may be left out, has a 1 for each token of
-the completion that is to be learned from.
+the completion that is to be learned from; ``log_probs``, likewise, has each token's natural
+log-probability by who wrote it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -62,11 +64,13 @@ class Rollout:
     Attributes:
         prompt, completion: [p] and [c] int64 ids.
         mask: [c] bool, tokens of the completion that are to be learned from.
+        log_probs: [c] float64, of the completion by who wrote it; None where that is not told.
     """
 
     prompt: np.ndarray
     completion: np.ndarray
     mask: np.ndarray
+    log_probs: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,16 @@ class RolloutFile:
     sha256: str
     settings: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def lm_loss(self) -> float | None:
+        """Mean of -log p of the tokens that are to be learned from, by who wrote; None where that
+        is not told of all of them."""
+        told = [(rollout.log_probs, rollout.mask) for rollout in self.rollouts]
+        own = [log_probs[mask] for log_probs, mask in told if log_probs is not None]
+        if len(own) < len(told) or not sum(map(len, own)):
+            return None
+        return float(-np.concatenate(own).mean())
+
 
 def write_rollouts(
     path: Path,
@@ -95,8 +109,8 @@ def write_rollouts(
     """Write a file whole, or not at all.
 
     Args:
-        rollouts: each with ``prompt``, ``completion`` and, if wanted, ``mask``; other keys are
-            kept.
+        rollouts: each with ``prompt``, ``completion`` and, if wanted, ``mask`` and ``log_probs``;
+            other keys are kept.
         settings: how they were sampled.
 
     Raises:
@@ -204,15 +218,27 @@ def _rollout(
     completion = _ids(value.get("completion"), f"completion in line {line}", vocab_size, tokenize)
     if not len(prompt) or not len(completion):
         raise Damaged(f"has an empty prompt or completion in line {line}")
+    log_probs = _log_probs(value.get("log_probs"), len(completion), line)
     mask = value.get("mask")
     if mask is None:
-        return Rollout(prompt, completion, np.ones(len(completion), bool))
+        return Rollout(prompt, completion, np.ones(len(completion), bool), log_probs)
     told = isinstance(mask, list) and all(
         isinstance(one, int | bool) and one in (0, 1) for one in mask
     )
     if not told or len(mask) != len(completion):
         raise Damaged(f"has a mask in line {line} that is no 0 or 1 for each completed token")
-    return Rollout(prompt, completion, np.array(mask, bool))
+    return Rollout(prompt, completion, np.array(mask, bool), log_probs)
+
+
+def _log_probs(value: Any, length: int, line: int) -> np.ndarray | None:
+    if value is None:
+        return None
+    numbers = isinstance(value, list) and all(
+        isinstance(one, int | float) and math.isfinite(one) for one in value
+    )
+    if not numbers or len(value) != length:
+        raise Damaged(f"has log_probs in line {line} that are no number for each completed token")
+    return np.array(value, np.float64)
 
 
 def _ids(value: Any, what: str, vocab_size: int | None, tokenize: Tokenize | None) -> np.ndarray:

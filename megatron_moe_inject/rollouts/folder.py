@@ -168,7 +168,7 @@ class Folder:
         samples = samples_of_file(whole.rollouts, self._length, packed=self._packed)
         if not samples:
             raise Damaged(f"has no token to learn from in samples of {self._length} tokens")
-        file = ShelfFile(name, whole.sha256, iteration, len(samples))
+        file = ShelfFile(name, whole.sha256, iteration, len(samples), whole.lm_loss)
         self._waiting[name] = stamp, file
         return file
 

@@ -43,11 +43,13 @@ def next_tokens(logits: torch.Tensor, sampling: Sampling, uniforms: torch.Tensor
         return logits.argmax(-1)
     probs = torch.softmax(logits.double() / sampling.temperature, -1)
     ordered, ids = probs.sort(dim=-1, descending=True, stable=True)
+    if sampling.top_k:
+        ordered, ids = ordered[:, : sampling.top_k], ids[:, : sampling.top_k]
     before = ordered.cumsum(-1) - ordered
-    ordered = torch.where(before < sampling.top_p, ordered, 0.0)
+    ordered = torch.where(before < sampling.top_p * ordered.sum(-1, keepdim=True), ordered, 0.0)
     ends = ordered.cumsum(-1)
     drawn = uniforms[:, None] * ends[:, -1:]
-    place = (ends <= drawn).sum(-1, keepdim=True).clamp(max=logits.shape[-1] - 1)
+    place = (ends <= drawn).sum(-1, keepdim=True).clamp(max=ordered.shape[-1] - 1)
     return ids.gather(-1, place)[:, 0]
 
 

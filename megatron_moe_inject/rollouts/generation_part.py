@@ -18,7 +18,15 @@ from megatron_moe_inject.host.stored_checkpoint import checkpoint_to_load
 from megatron_moe_inject.recipe.run_part import BuiltStudent, RunContext, RunPart
 from megatron_moe_inject.rollouts.file_format import Writer
 from megatron_moe_inject.rollouts.identity import writer_of_folder
-from megatron_moe_inject.rollouts.parts import Part, missing, parts_of, write_part
+from megatron_moe_inject.rollouts.parts import (
+    Completion,
+    Part,
+    missing,
+    parts_of,
+    say_begin,
+    say_done,
+    write_part,
+)
 from megatron_moe_inject.rollouts.prompts import Prompt, checksum, read_prompts
 from megatron_moe_inject.rollouts.settings import Asked, told
 
@@ -40,6 +48,10 @@ class GenerationPart(RunPart):
             identity = identity_stored(checkpoint.arguments())
             self._writer = Writer(identity, checkpoint.iteration)
             self.writes_about = identity is None  # then its weights are what it is known by
+        end = compat.end_of_text()
+        if end is not None and end not in asked.sampling.stop:
+            sampling = replace(asked.sampling, stop=(*asked.sampling.stop, end))
+            self._asked = asked = replace(asked, sampling=sampling)
         self._prompts: list[Prompt] = read_prompts(asked, compat.tokenize(), run.valid_vocab_size)
         room = run.args.seq_length
         long = next((prompt for prompt in self._prompts if len(prompt.ids) >= room), None)
@@ -86,6 +98,8 @@ class GenerationPart(RunPart):
         settings = told(asked, checksum(self._prompts), "megatron")
         parts = parts_of(asked.folder, self._prompts, asked.per_file, writer, settings)
         todo = on_first_rank(lambda: missing(parts, writer))
+        if dist.get_rank() == 0:
+            say_begin(todo, parts)
         lanes, lane = student.groups.dp.size(), student.groups.dp.rank()
         generator = Generator(student, run.args, run.valid_vocab_size, cache=asked.cache)
         writes = student.last is not None and student.groups.tp.rank() == 0
@@ -98,16 +112,12 @@ class GenerationPart(RunPart):
 
             def write(part: Part | None = part, done: Any = completions) -> None:
                 if part is not None and writes:
-                    write_part(part, done, writer, settings)
+                    write_part(part, [Completion(ids) for ids in done], writer, settings)
 
             agree(write)
             if dist.get_rank() == 0:
                 done = min(start + lanes, len(todo))
-                print(
-                    f"megatron_moe_inject: rollouts: {done} of {len(todo)} files, "
-                    f"{time.monotonic() - begin:.0f} s",
-                    flush=True,
-                )
+                say_done(done, len(todo), time.monotonic() - begin)
         there = len(parts) - len(todo)
         earlier = f", {there} were there" if there else ""
         return (

@@ -14,6 +14,13 @@ from megatron_moe_inject.host.stored_checkpoint import (
 from megatron_moe_inject.rollouts.file_format import Writer
 
 
+def vocabulary_of(folder: str, step: int | None = None) -> int | None:
+    """Rows of the word table of a student that Megatron saved, with padding; None where its
+    arguments do not say. Arguments as of ``writer_of_folder``."""
+    rows = getattr(_checkpoint(folder, step).arguments(), "padded_vocab_size", None)
+    return rows if isinstance(rows, int) else None
+
+
 def writer_of_folder(folder: str, step: int | None = None) -> Writer:
     """Of a folder that Megatron saved to, without loading it. No collective.
 
@@ -26,6 +33,14 @@ def writer_of_folder(folder: str, step: int | None = None) -> Writer:
     Raises:
         RecipeError: there is no checkpoint, or it cannot be read.
     """
+    checkpoint = _checkpoint(folder, step)
+    identity = identity_stored(checkpoint.arguments())
+    return Writer(
+        identity, checkpoint.iteration, _checksum(checkpoint) if identity is None else None
+    )
+
+
+def _checkpoint(folder: str, step: int | None) -> StoredCheckpoint:
     args = Namespace(
         load=folder, ckpt_step=step, ckpt_format="torch_dist", finetune=False,
         use_dist_ckpt=True, auto_detect_ckpt_format=True,
@@ -35,10 +50,7 @@ def writer_of_folder(folder: str, step: int | None = None) -> Writer:
         raise RecipeError(
             f"--checkpoint: {folder} holds no checkpoint; name the folder that training saves to"
         )
-    identity = identity_stored(checkpoint.arguments())
-    return Writer(
-        identity, checkpoint.iteration, _checksum(checkpoint) if identity is None else None
-    )
+    return checkpoint
 
 
 def _checksum(checkpoint: StoredCheckpoint) -> str:

@@ -37,7 +37,7 @@ from megatron_moe_inject.rollouts.lanes import Lanes
 from megatron_moe_inject.rollouts.reading import FolderReader, Unreadable
 from megatron_moe_inject.rollouts.samples import put
 from megatron_moe_inject.rollouts.section import ROLLOUTS, folder_of
-from megatron_moe_inject.rollouts.shelf import AgePolicy, Place, Shelf
+from megatron_moe_inject.rollouts.shelf import AgePolicy, Place, Shelf, ShelfFile
 
 STATE = "inject_rollouts_state"
 """Name in Megatron's arguments: ``shelves`` by domain, and ``start``, ``start_iteration`` of
@@ -62,6 +62,33 @@ class _Domain:
     name: str
     path: Path
     shelf: Shelf
+
+
+@dataclass
+class _Told:
+    """What the log is to say of a step's samples of a domain on this data-parallel rank.
+
+    Attributes:
+        total: all of them.
+        taken: those that are rollouts.
+        ages: of these, summed, in steps.
+        with_loss: those of files that tell their loss by who wrote them.
+        losses: these, summed.
+    """
+
+    total: float
+    taken: float = 0.0
+    ages: float = 0.0
+    with_loss: float = 0.0
+    losses: float = 0.0
+
+    def count(self, file: ShelfFile, iteration: int) -> None:
+        """Count a sample of a file."""
+        self.taken += 1
+        self.ages += iteration - file.iteration
+        if file.lm_loss is not None:
+            self.with_loss += 1
+            self.losses += file.lm_loss
 
 
 class RolloutsPart(RunPart):
@@ -167,7 +194,7 @@ class RolloutStep(StepPart):
         self._consumed = -1
         self._after = {domain.name: domain.shelf for domain in domains}
         self._opened: set[str] = set()
-        self._told: dict[str, tuple[float, float, float]] = {}
+        self._told: dict[str, _Told] = {}
         self._store()
 
     def rewrite(self, step: Step) -> None:
@@ -194,7 +221,7 @@ class RolloutStep(StepPart):
         some = (d.shelf.waiting(step.iteration, self._age, 1) for d in self._domains)
         if not waits and not any(some):
             self._after = {domain.name: domain.shelf for domain in self._domains}
-            self._told = {d.name: (self._here(step, d), 0.0, 0.0) for d in self._domains}
+            self._told = {d.name: _Told(self._here(step, d)) for d in self._domains}
             return
         labels = self._lanes.gather(step.labels)
         places = {d.name: self._lanes.ordered(labels, d.index) for d in self._domains}
@@ -209,8 +236,10 @@ class RolloutStep(StepPart):
             return
         self._store()
         for domain in self._domains:
-            total, taken, ages = self._told[domain.name]
-            values = {"share": (taken, total), "age": (ages, taken)}
+            told = self._told[domain.name]
+            values = {"share": (told.taken, told.total), "age": (told.ages, told.taken)}
+            if self._after[domain.name].told:
+                values["lm loss"] = (told.losses, told.with_loss)
             add_reports(
                 reports,
                 {
@@ -311,15 +340,14 @@ class RolloutStep(StepPart):
         self._told = {}
         for name, own in places.items():
             mine = sum(rank == self._lanes.rank for rank, _, _ in own)
-            ages, count = 0.0, 0
+            told = self._told[name] = _Told(float(mine))
             for (rank, micro_batch, sample), place in zip(own, taken[name], strict=False):
                 if rank != self._lanes.rank:
                     continue
-                ages, count = ages + step.iteration - place.file.iteration, count + 1
+                told.count(place.file, step.iteration)
                 if step.micro_batches is not None:
                     rollouts = self._readers[name].sample(place)
                     put_here.setdefault(micro_batch, []).append((sample, rollouts))
-            self._told[name] = (float(mine), float(count), ages)
         for micro_batch, own_samples in put_here.items():
             self._write(step, micro_batch, own_samples)
 

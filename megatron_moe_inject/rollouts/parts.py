@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_moe_inject.host.errors import RecipeError, show_path
 from megatron_moe_inject.rollouts.file_format import (
@@ -23,6 +23,18 @@ from megatron_moe_inject.rollouts.file_format import (
 )
 from megatron_moe_inject.rollouts.prompts import Prompt
 from megatron_moe_inject.rollouts.settings import digest
+
+
+class Completion(NamedTuple):
+    """What was written behind a prompt.
+
+    Attributes:
+        ids: of its tokens.
+        log_probs: of each, in nats, by who wrote it; None where it is not kept.
+    """
+
+    ids: list[int]
+    log_probs: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -78,8 +90,23 @@ def missing(parts: Sequence[Part], writer: Writer) -> list[int]:
     return places
 
 
+def say_begin(todo: Sequence[int], parts: Sequence[Part]) -> None:
+    """One line in the log before the first text."""
+    texts = sum(len(parts[place].prompts) for place in todo)
+    _say(f"{len(todo)} of {len(parts)} files to write, {texts} texts")
+
+
+def say_done(done: int, todo: int, seconds: float) -> None:
+    """One line in the log for files that are whole."""
+    _say(f"{done} of {todo} files, {seconds:.0f} s")
+
+
+def _say(text: str) -> None:
+    print(f"megatron_moe_inject: rollouts: {text}", flush=True)
+
+
 def write_part(
-    part: Part, completions: Sequence[list[int]], writer: Writer, settings: dict[str, Any]
+    part: Part, completions: Sequence[Completion], writer: Writer, settings: dict[str, Any]
 ) -> None:
     """Write one file whole.
 
@@ -87,7 +114,8 @@ def write_part(
         RecipeError: it cannot be written.
     """
     texts = [
-        {"prompt": prompt.ids, "completion": completion, "source": prompt.source}
+        {"prompt": prompt.ids, "completion": completion.ids, "source": prompt.source}
+        | ({} if completion.log_probs is None else {"log_probs": completion.log_probs})
         for prompt, completion in zip(part.prompts, completions, strict=True)
     ]
     part.path.parent.mkdir(parents=True, exist_ok=True)

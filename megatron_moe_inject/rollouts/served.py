@@ -1,26 +1,37 @@
 """Servers write: vLLM or SGLang with a copy of a saved student, over HTTP. Needs no torch.
 
 Prompts are sent as ids and completions are taken as ids, so that no tokenizer stands between. Each
-prompt has a seed of its own. A server that fails is left for another, or asked again, until
-patience ends; files that are whole by then stay, and the same command goes on behind them. Whether
-servers have the checkpoint that is named is for who starts them to know.
+prompt has a seed of its own, and every setting of sampling is sent, since servers take what a
+request leaves out from the model's ``generation_config.json``. A completion comes with the
+log-probability of each of its tokens, which training compares with its own. A server that fails is
+left for another, or asked again, until patience ends; files that are whole by then stay, and the
+same command goes on behind them. That servers have the checkpoint that is named is for who starts
+them to see to; a larger vocabulary is found out at once.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import hashlib
+import math
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_moe_inject.host.errors import RecipeError, fail, listing
 from megatron_moe_inject.rollouts.file_format import Tokenize
-from megatron_moe_inject.rollouts.parts import missing, parts_of, write_part
-from megatron_moe_inject.rollouts.prompts import Prompt, checksum, read_prompts
+from megatron_moe_inject.rollouts.parts import (
+    Completion,
+    missing,
+    parts_of,
+    say_begin,
+    say_done,
+    write_part,
+)
+from megatron_moe_inject.rollouts.prompts import FLAG, Prompt, checksum, read_prompts
 from megatron_moe_inject.rollouts.settings import Asked, Sampling, told
 from megatron_moe_inject.teachers.served.address import (
     Address,
@@ -33,6 +44,11 @@ _FLAG = "--server"
 _PATIENCE = 5
 """Times that a text is asked for, over all servers, before the command ends."""
 _MOST_WAIT = 30.0
+_NEUTRAL = {
+    "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
+    "n": 1,
+}  # fmt: skip
+"""What a model's ``generation_config.json`` would set, and a student's own distribution has not."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +89,7 @@ def write_at_servers(asked: Asked, at: At) -> str:
     Raises:
         RecipeError: servers, prompts, checkpoint or files are not as they must be.
     """
-    from megatron_moe_inject.rollouts.identity import writer_of_folder
+    from megatron_moe_inject.rollouts.identity import vocabulary_of, writer_of_folder
 
     begin = time.monotonic()
     addresses, key = at.addresses(), api_key(at.key_from, "--key-from")
@@ -82,19 +98,25 @@ def write_at_servers(asked: Asked, at: At) -> str:
     prompts = read_prompts(asked, _tokenize(at.tokenizer), None)
     assert asked.checkpoint is not None, "the command asks for it"
     writer = writer_of_folder(asked.checkpoint, asked.step)
-    servers = _Servers(addresses, at, key, asked.sampling)
+    servers = _Servers(
+        addresses, at, key, asked.sampling, vocabulary_of(asked.checkpoint, asked.step)
+    )
+    servers.check(prompts)
     settings = told(asked, checksum(prompts), servers.protocol)
     parts = parts_of(asked.folder, prompts, asked.per_file, writer, settings)
     todo = missing(parts, writer)
-    tokens = 0
+    say_begin(todo, parts)
+    tokens, surprise = 0, 0.0
     workers = max(1, asked.batch * len(addresses))
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         texts = {place: pool.map(servers.complete, parts[place].prompts) for place in todo}
         try:
-            for place in todo:
+            for done, place in enumerate(todo, 1):
                 completions = list(texts.pop(place))
-                tokens += sum(map(len, completions))
+                tokens += sum(len(completion.ids) for completion in completions)
+                surprise -= sum(sum(completion.log_probs or ()) for completion in completions)
                 write_part(parts[place], completions, writer, settings)
+                say_done(done, len(todo), time.monotonic() - begin)
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
@@ -103,6 +125,7 @@ def write_at_servers(asked: Asked, at: At) -> str:
     return (
         f"rollouts: {len(todo)} files written to {asked.folder}{earlier}; {len(prompts)} prompts, "
         f"iteration {writer.iteration}, {tokens:,} tokens in {time.monotonic() - begin:.1f} s"
+        + (f", mean log-probability {-surprise / tokens:.3f}" if tokens else "")
     )
 
 
@@ -112,17 +135,25 @@ def _tokenize(folder: Path | None) -> Tokenize | None:
     from megatron_moe_inject.data.document_ids import load_tokenizer
 
     tokenizer = load_tokenizer("--tokenizer", folder)
-    return lambda text: list(tokenizer(text)["input_ids"])
+    # As Megatron's tokenizer: training text has no other special tokens than those in it.
+    return lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 class _Servers:
     """All of them; each thread has connections of its own."""
 
     def __init__(
-        self, addresses: Sequence[Address], at: At, key: str | None, sampling: Sampling
+        self,
+        addresses: Sequence[Address],
+        at: At,
+        key: str | None,
+        sampling: Sampling,
+        vocabulary: int | None,
     ) -> None:
         self._addresses, self._timeout, self._key = addresses, at.timeout, key
         self._sampling = sampling
+        self._vocabulary = vocabulary
+        self._rooms: dict[Address, int] = {}
         self._local = threading.local()
         found = [self._what(address, at) for address in addresses]
         if len(set(found)) > 1:
@@ -131,6 +162,23 @@ class _Servers:
                 f"{next(f for f in found if f != found[0])[1]}; name servers of one model"
             )
         self.protocol, self._model = found[0]
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raises ``RecipeError`` for a prompt that leaves no room in a server's context."""
+        for address, room in self._rooms.items():
+            long = next((prompt for prompt in prompts if len(prompt.ids) >= room), None)
+            if long is not None:
+                raise RecipeError(
+                    f"{FLAG}: the prompt of document or line {long.source} has {len(long.ids)} "
+                    f"tokens, which leaves none of the {room} of {address} (max_model_len); "
+                    "shorten it (--prompt-tokens), or start the server with more"
+                )
+
+    def _most(self, prompt: Prompt) -> int:
+        """Tokens that a completion may have, the same whichever server writes it."""
+        room = min(self._rooms.values(), default=None)
+        most = self._sampling.max_tokens
+        return most if room is None else min(most, room - len(prompt.ids))
 
     def _connection(self, address: Address) -> Connection:
         known: dict[Address, Connection] = self._local.__dict__.setdefault("known", {})
@@ -144,6 +192,7 @@ class _Servers:
             cards = self._connection(address).get("/v1/models")["data"]
             names = [str(card["id"]) for card in cards]
             owners = {str(card.get("owned_by")) for card in cards}
+            rooms = {str(card["id"]): card.get("max_model_len") for card in cards}
         except Fault as fault:
             raise RecipeError(f"{_FLAG}: {address} {fault}; start it, or name another") from None
         except (TypeError, KeyError, AttributeError):
@@ -168,22 +217,27 @@ class _Servers:
             raise fail(
                 "--model", at.model, f"is not at {address}", f"it has {listing(names) or 'none'}"
             )
-        return protocol, at.model or names[0]
+        name = at.model or names[0]
+        if isinstance(rooms[name], int):
+            self._rooms[address] = rooms[name]
+        return protocol, name
 
-    def complete(self, prompt: Prompt) -> list[int]:
-        """The ids that some server writes behind a prompt.
+    def complete(self, prompt: Prompt) -> Completion:
+        """What some server writes behind a prompt.
 
         Raises:
             RecipeError: none does.
         """
         path, request, answer = _PROTOCOLS[self.protocol]
-        body = request(prompt, self._sampling, self._model)
+        most = self._most(prompt)
+        body = request(prompt, replace(self._sampling, max_tokens=most), self._model)
         count, problem = len(self._addresses), ""
         for turn in range(_PATIENCE * count):
             address = self._addresses[(prompt.number + turn) % count]
             try:
-                return answer(self._connection(address).post(path, body), self._sampling)
-            except _NoIds as bad:
+                found = answer(self._connection(address).post(path, body))
+                return _checked(found, most, self._vocabulary)
+            except _Unusable as bad:
                 raise RecipeError(f"{_FLAG}: {address} sent an answer that {bad}") from None
             except Fault as fault:
                 problem = f"{address} {fault}"
@@ -197,8 +251,8 @@ class _Servers:
         )
 
 
-class _NoIds(Exception):
-    """The answer has no ids; the message is a clause without subject."""
+class _Unusable(Exception):
+    """The answer is none to be written down; the message is a clause without subject."""
 
 
 def _seed(sampling: Sampling, number: int) -> int:
@@ -213,19 +267,23 @@ def _vllm_request(prompt: Prompt, sampling: Sampling, model: str) -> dict[str, A
         "max_tokens": sampling.max_tokens,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
+        "top_k": sampling.top_k or -1,
+        **_NEUTRAL,
         "seed": _seed(sampling, prompt.number),
         "stop_token_ids": list(sampling.stop),
         "return_token_ids": True,
+        "logprobs": 0,
     }
 
 
-def _vllm_answer(content: Any, sampling: Sampling) -> list[int]:
+def _vllm_answer(content: Any) -> Completion:
     try:
         (choice,) = content["choices"]
-        ids = choice["token_ids"]
+        return Completion(choice["token_ids"], choice["logprobs"]["token_logprobs"])
     except (TypeError, KeyError, ValueError):
-        raise _NoIds("has no single choice with token_ids; use vLLM 0.10.2 or later") from None
-    return _ids(ids, sampling)
+        raise _Unusable(
+            "has no single choice with token_ids and logprobs; use vLLM 0.10.2 or later"
+        ) from None
 
 
 def _sglang_request(prompt: Prompt, sampling: Sampling, model: str) -> dict[str, Any]:
@@ -235,25 +293,41 @@ def _sglang_request(prompt: Prompt, sampling: Sampling, model: str) -> dict[str,
             "max_new_tokens": sampling.max_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
+            "top_k": sampling.top_k or -1,
+            **_NEUTRAL,
             "stop_token_ids": list(sampling.stop),
             "sampling_seed": _seed(sampling, prompt.number),
         },
+        "return_logprob": True,
     }
 
 
-def _sglang_answer(content: Any, sampling: Sampling) -> list[int]:
+def _sglang_answer(content: Any) -> Completion:
     try:
-        ids = content["output_ids"]
-    except (TypeError, KeyError):
-        raise _NoIds("has no output_ids; use a release of SGLang that gives them") from None
-    return _ids(ids, sampling)
+        told = content["meta_info"]["output_token_logprobs"]
+        return Completion(content["output_ids"], [one[0] for one in told])
+    except (TypeError, KeyError, IndexError):
+        raise _Unusable(
+            "has no output_ids and output_token_logprobs; use a release of SGLang that gives them"
+        ) from None
 
 
-def _ids(ids: Any, sampling: Sampling) -> list[int]:
+def _checked(found: Completion, most: int, vocabulary: int | None) -> Completion:
+    ids, log_probs = found
     whole = isinstance(ids, list) and all(isinstance(i, int) and i >= 0 for i in ids)
-    if not whole or not 0 < len(ids) <= sampling.max_tokens:
-        raise _NoIds(f"has no 1 to {sampling.max_tokens} ids, which were asked for")
-    return ids
+    if not whole or not 0 < len(ids) <= most:
+        raise _Unusable(f"has no 1 to {most} ids, which were asked for")
+    if vocabulary is not None and max(ids) >= vocabulary:
+        raise _Unusable(
+            f"has id {max(ids)}, where the student of --checkpoint has rows for ids below "
+            f"{vocabulary}: it serves another model; start it with a copy of that student"
+        )
+    numbers = isinstance(log_probs, list) and all(
+        isinstance(value, int | float) and math.isfinite(value) for value in log_probs
+    )
+    if not numbers or len(log_probs) != len(ids):
+        raise _Unusable(f"has no log-probability for each of its {len(ids)} ids")
+    return found
 
 
 _PROTOCOLS: Mapping[str, tuple[str, Any, Any]] = {

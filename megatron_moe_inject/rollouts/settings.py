@@ -20,9 +20,12 @@ class Sampling:
     Attributes:
         max_tokens: of a completion.
         temperature: 0 = always the most likely token.
-        top_p: the most likely tokens that have so much of the probability together.
+        top_p: the most likely tokens that have so much of the probability together, of those that
+            ``top_k`` leaves.
         seed: of the draws; each prompt has its own, whatever else is written with it.
-        stop: ids that end a completion, which keeps the one that ended it.
+        stop: ids that end a completion, which keeps the one that ended it, beside the end of text
+            of the model's tokenizer.
+        top_k: so many of the most likely tokens alone; 0 = all.
     """
 
     max_tokens: int = 64
@@ -30,6 +33,7 @@ class Sampling:
     top_p: float = 1.0
     seed: int = 0
     stop: tuple[int, ...] = ()
+    top_k: int = 0
 
     def uniforms(self, prompt: int) -> np.ndarray:
         """The draws of a prompt, one for each token that it may get, in [0, 1)."""
@@ -77,6 +81,7 @@ class Asked:
             ("batch", self.batch, 1),
             ("max-tokens", own.max_tokens, 1),
             ("seed", own.seed, 0),
+            ("top-k", own.top_k, 0),
         ):
             if value < least:
                 raise fail(f"--{name}", value, "is too small", f"write {least} or more")

@@ -26,12 +26,14 @@ class ShelfFile:
         sha256: of its content.
         iteration: of the checkpoint that wrote it.
         samples: how many it gives.
+        lm_loss: of its tokens by who wrote it; None where that is not told.
     """
 
     name: str
     sha256: str
     iteration: int
     samples: int
+    lm_loss: float | None = None
 
 
 class Place(NamedTuple):
@@ -84,6 +86,7 @@ class Shelf:
         read: by the beginning of its checksum, each file that was ever put here, with the
             iteration of its checkpoint.
         taken, stale: samples that were read, and that were too old by then.
+        told: whether a file has told the loss of its tokens by who wrote it.
     """
 
     files: list[ShelfFile] = field(default_factory=list)
@@ -91,6 +94,7 @@ class Shelf:
     read: dict[str, int] = field(default_factory=dict)
     taken: int = 0
     stale: int = 0
+    told: bool = False
 
     def knows(self, sha256: str) -> bool:
         """Whether a file of this content was put here before."""
@@ -102,6 +106,7 @@ class Shelf:
             if not self.knows(file.sha256):
                 self.read[file.sha256[:_DIGITS]] = file.iteration
                 self.files.append(file)
+                self.told |= file.lm_loss is not None
 
     def take(self, samples: int, iteration: int, age: AgePolicy) -> list[Place]:
         """The next samples, at most as many as asked for; what is too old is left out for good."""
@@ -125,7 +130,9 @@ class Shelf:
 
     def copy(self) -> Shelf:
         """One that changes by itself."""
-        return Shelf(list(self.files), self.next, dict(self.read), self.taken, self.stale)
+        return Shelf(
+            list(self.files), self.next, dict(self.read), self.taken, self.stale, self.told
+        )
 
     def plain(self) -> dict[str, Any]:
         """In plain values, for a checkpoint."""

@@ -71,7 +71,7 @@ FEATURES = {
         {"domains.0.data": [1, "rollouts:{rollouts}"], "rollouts.every": 2},
         # Samples have other numbers of tokens that count: means of micro-batches differ by split.
         flags=("--calculate-per-token-loss",),
-        terms=("rollout share/code", "rollout age/code"),
+        terms=("rollout share/code", "rollout age/code", "rollout lm loss/code"),
     ),
     # Of a committee one teacher runs on all stages, the other on the last one alone.
     "teacher on all stages": Feature("teachers", {"teachers.coder.ranks": "pipeline"}),

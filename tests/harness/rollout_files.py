@@ -18,6 +18,7 @@ def texts(count: int, *, seed: int = 0, longest: int = 40) -> list[dict]:
         prompt, length = int(rng.integers(4, 9)), int(rng.integers(6, longest + 1))
         ids = (rng.integers(VOCAB) + 7 * np.arange(prompt + length)) % VOCAB
         text = {"prompt": ids[:prompt].tolist(), "completion": ids[prompt:].tolist()}
+        text["log_probs"] = (-rng.random(length) * 5).round(3).tolist()
         if number % 3 == 0:
             text["mask"] = [1] * (length - 2) + [0, 1]
         found.append(text)

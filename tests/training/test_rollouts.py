@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from megatron_moe_inject.rollouts.file_format import Writer
+from megatron_moe_inject.rollouts.file_format import Writer, read_rollouts
 from megatron_moe_inject.rollouts.identity import writer_of_folder
 from tests.harness import lane
 from tests.harness.injection import OTHER, RECIPE, TERMS, inject, recipe_file
@@ -17,6 +17,7 @@ from tests.harness.material import make_material, student_flags
 from tests.harness.rollout_files import write
 
 SHARE, AGE = "rollout share/code", "rollout age/code"
+LOSS = "rollout lm loss/code"
 
 
 def recipe(folder, settings="every: 2"):
@@ -56,7 +57,8 @@ def test_what_is_whole_and_the_students_own_is_read_once(material, start, tmp_pa
     assert 0 < one.losses(SHARE)[2] < 1
     assert one.losses(SHARE)[3] == 0
     assert one.losses(AGE)[:3] == [0, 1, 2]
-    for term in TERMS:
+    assert one.losses(LOSS)[0] == lane.approx([read_rollouts(clean / "b.jsonl").lm_loss])[0]
+    for term in (*TERMS, LOSS):
         assert one.losses(term) == two.losses(term), term
     assert said(one) == []
     lines = said(two)

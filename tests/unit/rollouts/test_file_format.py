@@ -69,6 +69,8 @@ def test_every_changed_line_is_seen(path):
         ({"prompt": "a", "completion": [1]}, "a text as prompt in line 2, and this tokenizer"),
         ({"prompt": [1], "completion": [1], "mask": [2]}, "a mask in line 2 that is no 0 or 1"),
         ({"prompt": [1], "completion": [1], "mask": [1, 1]}, "a mask in line 2"),
+        ({"prompt": [1], "completion": [1], "log_probs": [-1, -1]}, "log_probs in line 2 that are"),
+        ({"prompt": [1], "completion": [1], "log_probs": ["a"]}, "log_probs in line 2 that are"),
     ],
 )
 def test_what_no_rollout_can_have_is_named(tmp_path, text, said):
@@ -108,3 +110,14 @@ def test_other_files_are_no_rollouts(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
     with pytest.raises(RecipeError, match=r"a\.jsonl.* does not begin with a line with \"format\""):
         read_rollouts(tmp_path / "a.jsonl")
+
+
+def test_a_file_tells_the_loss_of_its_tokens_by_who_wrote_them(tmp_path):
+    told = [
+        {"prompt": [1], "completion": [2, 3, 4], "mask": [1, 0, 1], "log_probs": [-1.0, -7.0, -2]},
+        {"prompt": [1], "completion": [2], "log_probs": [-6.0]},
+    ]
+    write_rollouts(tmp_path / "a.jsonl", WRITER, told)
+    assert read_rollouts(tmp_path / "a.jsonl").lm_loss == pytest.approx(3.0)
+    write_rollouts(tmp_path / "b.jsonl", WRITER, [*told, {"prompt": [1], "completion": [2]}])
+    assert read_rollouts(tmp_path / "b.jsonl").lm_loss is None

@@ -1,5 +1,6 @@
 """Rollouts from servers: against a real HTTP server that speaks as vLLM or SGLang."""
 
+import numpy as np
 import pytest
 
 from megatron_moe_inject.host.errors import RecipeError
@@ -17,6 +18,7 @@ PROMPTS = [[n + 1, 2 * n + 3, 7] for n in range(7)]
 @pytest.fixture(autouse=True)
 def _checkpoint(monkeypatch):
     monkeypatch.setattr(identity, "writer_of_folder", lambda folder, step=None: WRITER)
+    monkeypatch.setattr(identity, "vocabulary_of", lambda folder, step=None: 50)
     monkeypatch.setattr(served.time, "sleep", lambda seconds: None)
 
 
@@ -73,6 +75,30 @@ def test_what_a_server_writes_is_what_its_model_says(asked, protocol, monkeypatc
         found = read_rollouts(path)
         assert found.writer == WRITER
         assert found.settings["by"] == protocol
+        for text in found.rollouts:
+            whole = np.concatenate([text.prompt, text.completion])
+            told = THINK(whole.tolist())[len(text.prompt) - 1 : -1]
+            said = told[np.arange(len(text.completion)), text.completion]
+            assert np.allclose(text.log_probs, said)
+
+
+@pytest.mark.parametrize("protocol", ["vllm", "sglang"])
+def test_nothing_of_sampling_is_left_to_the_server(asked, protocol):
+    own = asked(temperature=0.7, top_p=0.9, top_k=3)
+    with WritingServer(THINK, protocol) as server:
+        served.write_at_servers(own, at(server))
+    for body in server.bodies:
+        said = body if protocol == "vllm" else body["sampling_params"]
+        wanted = {"temperature": 0.7, "top_p": 0.9, "top_k": 3, "min_p": 0, "n": 1}
+        wanted |= {"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
+        assert wanted.items() <= said.items()
+
+
+def test_a_completion_ends_where_the_servers_context_does(asked):
+    own = asked(stop=())
+    with WritingServer(THINK) as one, WritingServer(THINK, max_model_len=7) as two:
+        served.write_at_servers(own, at(one, two))
+    assert {len(completion) for _, completion in texts(own.folder)} == {4}
 
 
 def test_two_servers_share_the_work_and_give_what_one_gives(asked, tmp_path):
@@ -113,6 +139,12 @@ def test_an_interrupted_command_goes_on_behind_what_is_whole(asked):
 @pytest.mark.parametrize(
     ("server", "more", "said"),
     [
+        (dict(told=False), {}, "has no single choice with token_ids and logprobs"),
+        (
+            dict(max_model_len=3),
+            {},
+            "the prompt of document or line 0 has 3 tokens, which leaves none of the 3 of http",
+        ),
         (dict(ids=False), {}, "has no single choice with token_ids; use vLLM 0.10.2 or later"),
         (dict(faults=lambda n: "other_json"), {}, "has no single choice with token_ids"),
         (dict(faults=lambda n: "503"), {}, "says HTTP 503: as the test asks: 503; see to it"),
@@ -127,6 +159,17 @@ def test_what_does_not_work_is_named(asked, server, more, said):
     with WritingServer(THINK, **server) as one, pytest.raises(RecipeError) as caught:
         served.write_at_servers(asked(), at(one, **more))
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("rows", [20, None])
+def test_a_server_with_more_words_than_the_student_is_another_model(asked, monkeypatch, rows):
+    monkeypatch.setattr(identity, "vocabulary_of", lambda folder, step=None: rows)
+    with WritingServer(THINK) as server:
+        if rows is None:  # the checkpoint does not say
+            served.write_at_servers(asked(), at(server))
+            return
+        with pytest.raises(RecipeError, match="has rows for ids below 20: it serves another model"):
+            served.write_at_servers(asked(), at(server))
 
 
 def test_servers_of_two_models_are_refused(asked):

@@ -10,7 +10,7 @@ from megatron_moe_inject.cli import main
 from megatron_moe_inject.host.errors import RecipeError
 from megatron_moe_inject.rollouts.file_format import Writer, read_rollouts
 from megatron_moe_inject.rollouts.generate import next_tokens
-from megatron_moe_inject.rollouts.parts import missing, parts_of, write_part
+from megatron_moe_inject.rollouts.parts import Completion, missing, parts_of, write_part
 from megatron_moe_inject.rollouts.prompts import Prompt, checksum, read_prompts
 from megatron_moe_inject.rollouts.settings import Asked, Sampling, told
 from tests.harness.corpus import write_corpora
@@ -111,6 +111,17 @@ def test_top_p_leaves_the_least_likely_out():
     assert float(first.mean()) == pytest.approx(0.5 / 0.8, abs=1e-3)
 
 
+def test_top_k_leaves_as_many_and_top_p_is_a_share_of_these():
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
+    places = (torch.arange(8000, dtype=torch.float64) + 0.5) / 8000
+    for top_k, top_p, kept in ((1, 1.0, 1), (3, 1.0, 3), (9, 1.0, 4), (2, 0.56, 1), (2, 0.58, 2)):
+        sampling = Sampling(top_k=top_k, top_p=top_p)
+        found = next_tokens(logits.expand(8000, -1), sampling, places)
+        assert set(found.tolist()) == set(range(kept)), (top_k, top_p)
+    first = (next_tokens(logits.expand(8000, -1), Sampling(top_k=2), places) == 0).float()
+    assert float(first.mean()) == pytest.approx(0.4 / 0.7, abs=1e-3)
+
+
 def test_at_temperature_0_the_most_likely_counts():
     logits = torch.tensor([[1.0, 3.0, 3.0], [2.0, 0.0, 1.0]])
     assert next_tokens(logits, Sampling(temperature=0.0), torch.rand(2).double()).tolist() == [1, 0]
@@ -130,10 +141,14 @@ def test_a_command_goes_on_where_it_stopped(tmp_path):
     parts = parts_of(tmp_path, prompts, 3, WRITER, settings)
     assert [len(part.prompts) for part in parts] == [3, 3, 1]
     assert missing(parts, WRITER) == [0, 1, 2]
-    write_part(parts[1], [[5], [6, 7], [8]], WRITER, settings)
+    texts = [Completion([5]), Completion([6, 7], [-0.5, -1.5]), Completion([8])]
+    write_part(parts[1], texts, WRITER, settings)
     assert missing(parts, WRITER) == [0, 2]
     found = read_rollouts(parts[1].path)
     assert [r.prompt.tolist() for r in found.rollouts] == [[4], [5], [6]]
+    assert found.rollouts[0].log_probs is None
+    assert found.rollouts[1].log_probs.tolist() == [-0.5, -1.5]
+    assert found.lm_loss is None
     assert found.settings == settings
     other = told(Asked("p", "o", sampling=Sampling(seed=1)), checksum(prompts), "megatron")
     assert {p.path for p in parts_of(tmp_path, prompts, 3, WRITER, other)}.isdisjoint(
@@ -145,7 +160,7 @@ def test_a_command_goes_on_where_it_stopped(tmp_path):
 
 
 def test_what_is_asked_survives_being_a_flag():
-    asked = Asked("p", "o", 5, 6, (1, 9), 7, 8, False, Sampling(3, 0.5, 0.9, 4, (1, 2)), "c", 9)
+    asked = Asked("p", "o", 5, 6, (1, 9), 7, 8, False, Sampling(3, 0.5, 0.9, 4, (1, 2), 7), "c", 9)
     assert Asked.of_plain(asked.plain()) == asked
     assert json.loads(asked.plain())["sampling"]["stop"] == [1, 2]
 
@@ -155,6 +170,8 @@ def test_what_is_asked_survives_being_a_flag():
     [
         (("r.yaml", "--temperature", "-1"), "--temperature: -1.0 is none"),
         (("r.yaml", "--top-p", "0"), "--top-p: 0.0 is not in (0, 1]"),
+        (("r.yaml", "--top-k", "-1"), "--top-k: -1 is too small"),
+        (("r.yaml", "--ckpt-step", "3"), "--ckpt-step: is about --checkpoint here"),
         (("r.yaml", "--max-tokens", "0"), "--max-tokens: 0 is too small"),
         (("r.yaml", "--documents", "5"), "--documents: '5' is no range"),
         (("r.yaml", "--documents", "5:5"), "--documents: '5:5' is no range"),

@@ -1,0 +1,109 @@
+"""vLLM with the newest checkpoint of a student: started once, its weights read anew each round."""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from processes import Process
+from runner import logged
+
+SHAPES = Path(__file__).resolve().parent.parent / "strengthened_teacher" / "folders.py"
+PATIENCE = 1800.0
+"""Seconds that a server may take to begin."""
+_ENVIRONMENT = {
+    "VLLM_SERVER_DEV_MODE": "1",  # /collective_rpc
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "PYTHONPATH": "",
+}
+
+
+class Server:
+    """A student's.
+
+    Args:
+        python: of an environment with vLLM.
+        out: folder for the model and logs.
+        length: tokens of a text at most.
+    """
+
+    def __init__(self, python: str, out: Path, length: int) -> None:
+        self._python, self._out, self._length = python, out, length
+        self._process: Process | None = None
+        self.url = ""
+
+    def serve(self, checkpoint: Path, step: int) -> float:
+        """Export a checkpoint as a Hugging Face folder and let the server have its weights.
+
+        Returns processor seconds of exporting.
+        """
+        shapes, model = self._out / "shapes", self._out / "served"
+        if not shapes.exists():
+            logged(self._out / "shapes.log", str(SHAPES), str(shapes))
+        new = self._out / "exported"
+        spent = Process(
+            self._out / "export.log",
+            *("-m", "megatron_moe_inject.cli", "export-hf", str(checkpoint / f"iter_{step:07d}")),
+            *("--hf", str(shapes / "student"), "--output", str(new)),
+        ).end()
+        old = self._out / "served-before"
+        if model.exists():
+            model.rename(old)
+        new.rename(model)
+        if old.exists():
+            for path in old.iterdir():
+                path.unlink()
+            old.rmdir()
+        if self._process is None:
+            self._start(model)
+        else:
+            self._ask("/collective_rpc", {"method": "reload_weights"})
+            self._ask("/reset_prefix_cache", {})
+        return spent
+
+    def seconds(self) -> float:
+        """Processor seconds of the server so far."""
+        return 0.0 if self._process is None else self._process.seconds()
+
+    def stop(self) -> None:
+        """End it, if it runs."""
+        if self._process is not None:
+            self._process.stop()
+            self._process = None
+
+    def _start(self, model: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self._process = Process(
+            self._out / "server.log",
+            *(self._python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)),
+            *("--served-model-name", "student", "--dtype", "float32", "--enforce-eager"),
+            *("--max-model-len", str(self._length), "--host", "127.0.0.1", "--port", str(port)),
+            environment=_ENVIRONMENT,
+        )
+        end = time.monotonic() + PATIENCE
+        while self._process.running():
+            try:
+                with urllib.request.urlopen(f"{self.url}/health", timeout=5):
+                    return
+            except (urllib.error.URLError, ConnectionError, TimeoutError):
+                pass
+            if time.monotonic() > end:
+                self.stop()
+                sys.exit(f"no server after {PATIENCE:.0f} s; its log is {self._out}/server.log")
+        sys.exit(f"the server has ended; its log is {self._out}/server.log")
+
+    def _ask(self, path: str, body: dict[str, str]) -> None:
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=PATIENCE):
+            pass
