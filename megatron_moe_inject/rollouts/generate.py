@@ -33,7 +33,8 @@ _FP8_ROWS = 16
 
 
 def next_tokens(logits: torch.Tensor, sampling: Sampling, uniforms: torch.Tensor) -> torch.Tensor:
-    """The next token of each text, ``[b]`` int64; of equal logits the lowest id counts first.
+    """The next token of each text, ``[b]`` int64; of equal logits the lowest id counts
+    first.
 
     Args:
         logits: ``[b, v]`` without padding of the vocabulary.
@@ -42,15 +43,21 @@ def next_tokens(logits: torch.Tensor, sampling: Sampling, uniforms: torch.Tensor
     if sampling.temperature == 0:
         return logits.argmax(-1)
     probs = torch.softmax(logits.double() / sampling.temperature, -1)
+    if sampling.top_p == 1 and not sampling.top_k:  # nothing is left out: no order is needed
+        return _drawn(probs, uniforms)[:, 0]
     ordered, ids = probs.sort(dim=-1, descending=True, stable=True)
     if sampling.top_k:
         ordered, ids = ordered[:, : sampling.top_k], ids[:, : sampling.top_k]
     before = ordered.cumsum(-1) - ordered
     ordered = torch.where(before < sampling.top_p * ordered.sum(-1, keepdim=True), ordered, 0.0)
-    ends = ordered.cumsum(-1)
+    return ids.gather(-1, _drawn(ordered, uniforms))[:, 0]
+
+
+def _drawn(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """The place ``[b, 1]`` where each row's sum has come to its share; ``weights`` ``[b, n]``."""
+    ends = weights.cumsum(-1)
     drawn = uniforms[:, None] * ends[:, -1:]
-    place = (ends <= drawn).sum(-1, keepdim=True).clamp(max=ordered.shape[-1] - 1)
-    return ids.gather(-1, place)[:, 0]
+    return (ends <= drawn).sum(-1, keepdim=True).clamp(max=weights.shape[-1] - 1)
 
 
 class Generator:

@@ -145,7 +145,7 @@ def test_an_interrupted_command_goes_on_behind_what_is_whole(asked):
             {},
             "the prompt of document or line 0 has 3 tokens, which leaves none of the 3 of http",
         ),
-        (dict(ids=False), {}, "has no single choice with token_ids; use vLLM 0.10.2 or later"),
+        (dict(ids=False), {}, "token_ids and logprobs; use vLLM 0.10.2 or later"),
         (dict(faults=lambda n: "other_json"), {}, "has no single choice with token_ids"),
         (dict(faults=lambda n: "503"), {}, "says HTTP 503: as the test asks: 503; see to it"),
         (dict(key="secret"), {}, "refuses the key, or wants one"),
