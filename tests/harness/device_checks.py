@@ -5,8 +5,10 @@ import sys
 import torch
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from torch.utils._device import _device_constructors
 
 from megatron_moe_inject.host import cpu_lane
+from megatron_moe_inject.host.cpu_lane import torch_device
 from megatron_moe_inject.host.cpu_lane.context_parallel import zigzag_positions
 from megatron_moe_inject.host.cpu_lane.packed import hidden_pairs
 
@@ -45,6 +47,25 @@ def check_devices():
     with torch.device("meta"):
         assert torch.empty(2).device.type == "meta"
     assert torch.empty(2, device="meta").device.type == "meta"
+
+
+def check_every_maker():
+    """Whatever torch itself takes for a function that makes tensors, and what its names say."""
+    ours = {(owner, name) for owner, names in torch_device.MAKERS for name in names.split()}
+    ours |= {(torch.Tensor, "to")}
+    replaced = {getattr(owner, name).__wrapped__ for owner, name in ours}
+    assert _device_constructors() - replaced == set()
+    named = {(torch, name) for name in dir(torch) if name.endswith("_like")}
+    named |= {(torch.Tensor, name) for name in dir(torch.Tensor) if name.startswith("new_")}
+    assert named - ours == set()
+    one, here = torch.ones(2), torch.cuda.current_device()
+    made = [
+        *(make(one, device=here) for make in (torch.zeros_like, torch.randn_like)),
+        *(torch.full_like(one, 2, device="cuda"), torch.normal(0.0, 1.0, (2,), device="cuda")),
+        *(one.new_zeros(2, device="cuda"), one.new_tensor([1], device=here)),
+        *(torch.arange(3, device="cuda"), torch.randperm(3, device="cuda"), torch.eye(2).to(here)),
+    ]
+    assert {tensor.device.type for tensor in made} == {"cpu"}
 
 
 class DoubleOnDevice(torch.autograd.Function):
@@ -110,6 +131,7 @@ if __name__ == "__main__":
     check_packages_for_gpus_are_out_of_sight()
     check_random_states()
     check_devices()
+    check_every_maker()
     check_devices_inside_backward()
     check_types_streams_and_memory()
     check_attention_helpers()

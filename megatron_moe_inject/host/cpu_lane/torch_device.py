@@ -17,11 +17,29 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 
 _CPU = torch.device("cpu")
 _torch: Any = torch
 """What the stand-ins are put into: other functions and types than the stubs know there."""
+MAKERS = (
+    (
+        _torch,
+        "arange as_tensor asarray bartlett_window blackman_window empty empty_like empty_permuted "
+        "empty_quantized empty_strided eye full full_like hamming_window hann_window kaiser_window "
+        "linspace logspace normal ones ones_like rand rand_like randint randint_like randn "
+        "randn_like randperm range scalar_tensor sparse_bsc_tensor sparse_bsr_tensor "
+        "sparse_compressed_tensor sparse_coo_tensor sparse_csc_tensor sparse_csr_tensor tensor "
+        "tril_indices triu_indices zeros zeros_like",
+    ),
+    (_torch.fft, "fftfreq rfftfreq"),
+    (_torch.nested, "as_nested_tensor nested_tensor"),
+    (
+        _torch.Tensor,
+        "new_empty new_empty_strided new_full new_ones new_tensor new_zeros",
+    ),
+)
+"""Functions that make a tensor where ``device=`` says, by where they stand."""
 
 
 class Stream:
@@ -88,20 +106,6 @@ class Event:
     def elapsed_time(self, end: "Event") -> float:
         """Milliseconds from this event to ``end``."""
         return 1e3 * (end._recorded_at - self._recorded_at)
-
-
-class OnCpu(TorchFunctionMode):
-    """Factories and ``Tensor.to`` that name a CUDA device (``device="cuda"``, an index)."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if kwargs:
-            if kwargs.get("device") is not None:
-                kwargs = {**kwargs, "device": _cpu_for(kwargs["device"])}
-            if kwargs.get("pin_memory"):
-                kwargs = {**kwargs, "pin_memory": False}
-        if func is torch.Tensor.to and len(args) > 1:
-            args = (args[0], _cpu_for(args[1]), *args[2:])
-        return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager
@@ -243,20 +247,45 @@ def _type_names_are_cuda() -> None:
     _torch.Tensor.type = type_
 
 
-def _backward_keeps_the_mode() -> None:
-    """Recompute runs forward code in backward, where torch suspends ``OnCpu`` as it dispatches."""
+def _made_on_cpu(owner: Any, name: str) -> None:
+    """That function of ``owner``: a CUDA device that it is told to make a tensor on is the CPU,
+    and no memory is pinned."""
+    stock = getattr(owner, name)
 
-    def backward(
-        self: torch.Tensor,
-        gradient: torch.Tensor | None = None,
-        retain_graph: bool | None = None,
-        create_graph: bool = False,
-        inputs: Any = None,
-    ) -> None:
-        torch.autograd.backward(self, gradient, retain_graph, create_graph, inputs=inputs)
+    @functools.wraps(stock)
+    def made(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("device") is not None:
+            kwargs["device"] = _cpu_for(kwargs["device"])
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        return stock(*args, **kwargs)
 
-    _torch.autograd.has_torch_function = lambda tensors: False
-    _torch.Tensor.backward = backward
+    setattr(owner, name, made)
+
+
+def _tensors_are_made_on_cpu() -> None:
+    """Factories and ``Tensor.to`` that name a CUDA device (``device="cuda"``, an index).
+
+    Each is replaced. A ``TorchFunctionMode`` would be shorter, but has every operation and every
+    look at a tensor's shape call Python, which is a third of the time of a small model's step.
+    """
+    # torch's own list of functions for ``with torch.device(...)``: made now, of what is called
+    # below the replacements.
+    _device_constructors()
+    for owner, names in MAKERS:
+        for name in names.split():
+            _made_on_cpu(owner, name)
+    stock = torch.Tensor.to
+
+    @functools.wraps(stock)
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args:
+            args = (_cpu_for(args[0]), *args[1:])
+        if kwargs.get("device") is not None:
+            kwargs["device"] = _cpu_for(kwargs["device"])
+        return stock(self, *args, **kwargs)
+
+    _torch.Tensor.to = to
 
 
 def _torch_sees_no_accelerator() -> None:
@@ -271,5 +300,4 @@ def install() -> None:
     _tensors_stay()
     _type_names_are_cuda()
     _torch_sees_no_accelerator()
-    _backward_keeps_the_mode()
-    OnCpu().__enter__()
+    _tensors_are_made_on_cpu()
