@@ -30,7 +30,7 @@ setup(
             "pytest>=8",
             "hypothesis>=6",
             "jsonschema>=4.20",
-            "pytest-xdist>=3.6",
+            "pytest-xdist>=3.7",
             "ruff>=0.9",
             "mypy>=1.13",
             "transformers>=4.56",

@@ -4,7 +4,8 @@
 #   bash tests/run.sh                 everything but the tests marked slow or gpu
 #   bash tests/run.sh -m slow         the slow ones; any other pytest arguments work as well
 #
-# Test files are shared by TEST_WORKERS processes (three: the runs of small models wait a lot).
+# Test files are shared by TEST_WORKERS processes (three: the runs of small models wait a lot), in
+# their order: those with training runs come before the many short ones of tests/unit.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source examples/environment.sh
@@ -20,7 +21,7 @@ fi
 "$PYTHON" -m ruff check --quiet .
 "$PYTHON" -m ruff format --check --quiet .
 "$PYTHON" -m mypy --no-error-summary
-set -- -n "${TEST_WORKERS:-3}" --dist loadfile "$@"
+set -- -n "${TEST_WORKERS:-3}" --dist loadfile --no-loadscope-reorder "$@"
 case " $* " in
   *" -m "*) exec "$PYTHON" -m pytest "$@" ;;
   *) exec "$PYTHON" -m pytest -m "not slow and not gpu" "$@" ;;

@@ -67,7 +67,7 @@ def without_tokenizer(flags: list[str]) -> list[str]:
 
 
 def _flags(tokenizer: tuple[str, ...], **layout: int) -> list[str]:
-    small = ("--num-layers", "4", "--lr", "1e-2", "--weight-decay", "0.1")
+    small = ("--num-layers", "4", "--lr", "1e-2", "--weight-decay", "0.1", "--eval-iters", "0")
     padding = ("--make-vocab-size-divisible-by", "16")
     return [*without_tokenizer(lane.moe(**layout)), *small, *padding, *tokenizer]
 

@@ -152,7 +152,7 @@ FEATURES = {
     "evaluation": Feature(
         "evaluation",
         {"evaluation.gate": False, "evaluation.file": "{folder}/evaluation.jsonl"},
-        flags=("--eval-iters", "2", "--eval-interval", "2"),
+        flags=("--eval-iters", "1", "--eval-interval", "2"),
     ),
     "profile": Feature("profile", flags=("--inject-profile", "{folder}/profile.json")),
     # A run on one process, which others are compared with, is of a GPT model all the same.
@@ -272,12 +272,14 @@ SETS: dict[str, FeatureSet] = {
         | TRAINED
         | {"expert retention", "adapters", "rollouts", WITH_EXPERTS},
         instead={"steering.confidence": "top", "objective.confidence": "entropy"},
+        slow_at=frozenset({"full recompute", "per-token loss"}),
     ),
     # Nothing trains on the last of two stages, no expert on the last of two expert ranks.
     "rows": FeatureSet(
         {0: [1], 1: [0, 1]},
         _ALWAYS | {"store of states", "window", "trained rows", "frozen experts in fp8", ALIGNED},
         instead={"domains.0.committee": "top", **_FOR_TWO},
+        slow_at=frozenset({"selective recompute", "micro-batches of one"}),
     ),
     # Routers are frozen: nothing trains on the first stage, nor on the first of two expert ranks.
     "nothing first": FeatureSet(

@@ -46,6 +46,9 @@ TRAIN = shlex.split(
     "--micro-batch-size 2 --global-batch-size 8 --train-iters 3 --lr 1e-3 --log-interval 1 "
     "--eval-iters 1 --eval-interval 1000"
 )
+ONE_BATCH = ("--micro-batch-size", "8")
+"""A step's eight samples in one micro-batch on one process: for runs of many steps of which only
+what they learn matters."""
 MOE = shlex.split(
     "--num-experts 4 --moe-router-topk 2 --moe-token-dispatcher-type alltoall "
     "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.01"

@@ -7,6 +7,8 @@ from pathlib import Path
 from tests.harness import lane
 
 SEQUENCE = 32
+EVALUATES = ("--eval-iters", "1")
+"""Of a run that is also evaluated, as Megatron does at its end; without, none of these is."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ def student_flags(*extra: str, **layout: int) -> list[str]:
     """A 4-layer student with weight decay high enough to be seen if it touched the frozen."""
     small = ("--num-layers", "4", "--tokenizer-type", "NullTokenizer", "--vocab-size", "61")
     optimizer = ("--lr", "1e-2", "--weight-decay", "0.1", "--make-vocab-size-divisible-by", "16")
+    optimizer += ("--eval-iters", "0")
     return [f for f in lane.moe(**layout) if f != "--mock-data"] + [*small, *optimizer, *extra]
 
 
@@ -63,7 +66,8 @@ def make_material(folder: Path, pythonpath: Sequence[str] = ()) -> Material:
             *teacher_flags,
             *("--hidden-size", "48", "--ffn-hidden-size", "64", "--vocab-size", "61"),
             *("--make-vocab-size-divisible-by", "8", "--lr", "1e-2", "--train-iters", "40"),
-            *("--data-path", domain, "--split", "90,5,5", "--global-batch-size", "16"),
+            *("--data-path", domain, "--split", "90,5,5", "--eval-iters", "0"),
+            *("--global-batch-size", "16", "--micro-batch-size", "16"),
             *("--save", teacher, "--save-interval", "100"),
         ],
         pythonpath=pythonpath,

@@ -22,10 +22,18 @@ WORLD = 4
 T = 11
 
 
-def _matches_dense(size, chunk, head, tol=1e-10, **options):
-    group = gloo.block_group(size)
+def _matches_dense(sizes, chunk, head, tol=1e-10, **options):
+    """With the head over as many ranks as each of ``sizes`` says: the total and the hidden
+    gradient of the last."""
     case = FusedCase.make(t=T, **options)
     expected = case.dense()
+    for size in sizes:
+        found = _matches(case, expected, size, chunk, head, tol)
+    return found
+
+
+def _matches(case, expected, size, chunk, head, tol):
+    group = gloo.block_group(size)
     part = case.shard(group.rank(), size)
     hidden, weight = part.leaves(head != "frozen")
     before = [tensor.detach().clone() for tensor in (hidden, weight)]
@@ -52,7 +60,7 @@ def _matches_dense(size, chunk, head, tol=1e-10, **options):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_losses_and_gradients(size, kind, head):
-    ranks = gloo.pool(WORLD).run(_matches_dense, size, 4, head, kind=kind)
+    ranks = gloo.pool(WORLD).run(_matches_dense, (size,), 4, head, kind=kind)
     for total, hidden_grad in ranks[:size]:
         assert torch.equal(total, ranks[0][0]), "ranks disagree about the loss"
         assert torch.equal(hidden_grad, ranks[0][1]), "ranks disagree about the gradient"
@@ -61,7 +69,7 @@ def test_losses_and_gradients(size, kind, head):
 @pytest.mark.parametrize("chunk", [1, 3, T, 64, None])
 @pytest.mark.parametrize("head", HEADS)
 def test_any_chunk_size(chunk, head):
-    gloo.pool(WORLD).run(_matches_dense, 4, chunk, head, kind="jsd")
+    gloo.pool(WORLD).run(_matches_dense, (4,), chunk, head, kind="jsd")
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 8.0, "per token"])
@@ -70,14 +78,14 @@ def test_temperatures(temperature, head):
     if temperature == "per token":
         temperature = 0.5 + 7 * per_token(T)
     for kind in KINDS:
-        gloo.pool(WORLD).run(_matches_dense, 4, 4, head, kind=kind, temperature=temperature)
+        gloo.pool(WORLD).run(_matches_dense, (4,), 4, head, kind=kind, temperature=temperature)
 
 
 @pytest.mark.parametrize("head", HEADS)
 def test_weights_per_token(head):
     weights = {"alpha": per_token(T, seed=1), "beta": per_token(T, seed=2)}
-    gloo.pool(WORLD).run(_matches_dense, 4, 4, head, **weights)
-    gloo.pool(WORLD).run(_matches_dense, 2, 4, head, alpha=0.0, beta=weights["beta"])
+    gloo.pool(WORLD).run(_matches_dense, (4,), 4, head, **weights)
+    gloo.pool(WORLD).run(_matches_dense, (2,), 4, head, alpha=0.0, beta=weights["beta"])
 
 
 TRANSFORMS = {
@@ -91,11 +99,10 @@ TRANSFORMS = {
 @pytest.mark.parametrize("head", HEADS)
 def test_transformed_logits(transform, head):
     for kind in KINDS:
-        for size in (1, 2, 4):
-            gloo.pool(WORLD).run(
-                _matches_dense, size, 4, head, kind=kind,
-                student_transform=transform, teacher_transform=LogitTransform(0.5, 4.0),
-            )  # fmt: skip
+        gloo.pool(WORLD).run(
+            _matches_dense, (1, 2, 4), 4, head, kind=kind,
+            student_transform=transform, teacher_transform=LogitTransform(0.5, 4.0),
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("confidence", CONFIDENCES)
@@ -104,22 +111,23 @@ def test_transformed_logits(transform, head):
 def test_weighted_tokens(confidence, skip_worse, head):
     weighting = TokenWeighting(confidence, skip_worse)
     for kind in KINDS:
-        for size in (1, 2, 4):
-            gloo.pool(WORLD).run(
-                _matches_dense, size, 4, head, kind=kind, weighting=weighting,
-                alpha=per_token(T, seed=1),
-            )  # fmt: skip
+        gloo.pool(WORLD).run(
+            _matches_dense, (1, 2, 4), 4, head, kind=kind, weighting=weighting,
+            alpha=per_token(T, seed=1),
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("valid", [1, 6, VALID, V, None])
 def test_any_padding(valid):
     for kind, head in itertools.product(KINDS, HEADS[1:]):
-        gloo.pool(WORLD).run(_matches_dense, 4, 4, head, kind=kind, valid=valid)
+        gloo.pool(WORLD).run(_matches_dense, (4,), 4, head, kind=kind, valid=valid)
 
 
 def test_float32():
     for kind, head in itertools.product(KINDS, HEADS[1:]):
-        gloo.pool(WORLD).run(_matches_dense, 4, 4, head, kind=kind, dtype=torch.float32, tol=5e-6)
+        gloo.pool(WORLD).run(
+            _matches_dense, (4,), 4, head, kind=kind, dtype=torch.float32, tol=5e-6
+        )
 
 
 def _unreduced(head):

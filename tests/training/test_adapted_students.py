@@ -1,6 +1,7 @@
 """Adapters on students of every kind at layouts that divide them, what they end in, and the student
 without them."""
 
+import functools
 import re
 
 import pytest
@@ -65,15 +66,37 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize(("more", "without", "recipe", "layout"), KINDS.values(), ids=KINDS)
-def test_a_layout_gives_what_one_process_gives(material, tmp_path, more, without, recipe, layout):
-    small = [f for f in lane.dense() if f not in ("--mock-data", *without)]
-    small += ["--vocab-size", "61", "--make-vocab-size-divisible-by", "16", *more, *material.blend]
-    start = str(tmp_path / "student")
-    lane.run([*small, "--train-iters", "1", "--save", start, "--save-interval", "9"])
-    small += ["--load", start, "--finetune", "--no-load-optim", "--no-load-rng"]
-    small += ["--inject-recipe", recipe_file(material, recipe), "--inject-verify-frozen"]
-    one, two = lane.run(small), lane.run([*small, *layout], nproc=2)
+SELDOM = ("dense, rows, TP 2", "dense, tied rows, TP 2 + SP", "shared experts, EP 2")
+SELDOM += ("latent attention, TP 2 + SP",)
+
+
+@pytest.fixture(scope="module")
+def train(material, tmp_path_factory):
+    """A run of a kind of student at a layout; each student is made, and each run taken, once."""
+
+    @functools.cache
+    def student(more, without):
+        small = [f for f in lane.dense("--eval-iters", "0") if f not in ("--mock-data", *without)]
+        small += ["--vocab-size", "61", "--make-vocab-size-divisible-by", "16"]
+        small += [*more, *material.blend]
+        start = str(tmp_path_factory.mktemp("student"))
+        lane.run([*small, "--train-iters", "1", "--save", start, "--save-interval", "9"])
+        return [*small, "--load", start, "--finetune", "--no-load-optim", "--no-load-rng"]
+
+    @functools.cache
+    def run(more, without, recipe, layout=()):
+        ours = ("--inject-recipe", recipe_file(material, recipe), "--inject-verify-frozen")
+        return lane.run([*student(more, without), *ours, *layout], nproc=2 if layout else 1)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind in SELDOM)) for kind in KINDS]
+)
+def test_a_layout_gives_what_one_process_gives(train, kind):
+    *student, layout = KINDS[kind]
+    one, two = train(*student), train(*student, layout)
     assert PROVEN.search(two.output)
     assert one.losses("retention loss")[-1] > 0
     for term in TERMS:

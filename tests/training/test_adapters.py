@@ -52,7 +52,10 @@ def one(material):
     return inject(material, RECIPE)
 
 
-@pytest.mark.parametrize("layout", ["ep2", "tp2-sp", "pp2", "cp2", "full recompute"])
+@pytest.mark.parametrize(
+    "layout",
+    ["ep2", "tp2-sp", *(pytest.param(at, marks=slow) for at in ("pp2", "cp2", "full recompute"))],
+)
 def test_a_layout_gives_what_one_process_gives(material, one, layout):
     run = inject(material, RECIPE, **LAYOUTS[layout])
     assert PROVEN.search(run.output)

@@ -242,7 +242,7 @@ def test_a_store_of_what_a_server_said(write, train, think, encode, ask, live, t
         source, sets = ask(server)
         sets = [f"teachers.coder.source={source}", *sets]
         folder, told = write("--log-probs", "fp32", sets=sets)
-        assert f"tiny at {server.url}, vLLM 0.33.0; the same" in told or "the same" in told
+        assert "the same" in told
         short = [write("--context", "16", "--log-probs", "fp32", sets=own)[0]
                  for own in (sets, ())]  # fmt: skip
     assert_same(train(f"store:{folder}"), live)

@@ -28,7 +28,7 @@ TRAIN = shlex.split(
     "--tokenizer-type NullTokenizer --make-vocab-size-divisible-by 16 --attention-dropout 0 "
     "--hidden-dropout 0 --use-cpu-initialization --num-workers 0 --micro-batch-size 2 "
     "--global-batch-size 8 --train-iters 3 --lr 1e-2 --weight-decay 0.1 --log-interval 1 "
-    f"--eval-iters 1 --eval-interval 1000 --ckpt-format torch_dist --vocab-size {VOCAB}"
+    f"--eval-iters 0 --eval-interval 1000 --ckpt-format torch_dist --vocab-size {VOCAB}"
 )
 RECIPE = """
 {numbers}

@@ -11,6 +11,7 @@ import pytest
 from tests.harness import lane
 from tests.harness.grouped import grouped
 from tests.harness.injection import PROVEN, RECIPE, inject
+from tests.harness.material import EVALUATES
 from tests.harness.training_recipes import EVERYTHING
 
 PLAIN = RECIPE.replace("{{2: [3], 3: [3]}}", "{{1: [1], 3: [0, 3]}}")
@@ -21,7 +22,7 @@ TERMS = ("lm loss", "kd loss", "total loss", "grad norm", *OWN)
 
 @pytest.fixture(scope="module")
 def single(material):
-    return inject(material, HELD)
+    return inject(material, HELD, extra=EVALUATES)
 
 
 def same(run, other, rel=2e-5):
@@ -65,7 +66,7 @@ def test_grouped_experts_give_the_same_curve(material, single):
 
 def test_each_holds_what_it_is_there_to_hold(material):
     """The same run with a weight that acts, and with one that only watches."""
-    more = ("--train-iters", "12")
+    more = ("--train-iters", "12", *lane.ONE_BATCH)
     runs = [
         inject(material, HELD.replace("experts: 2.0, l2: 0.05", weights), extra=more)
         for weights in (

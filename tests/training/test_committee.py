@@ -20,8 +20,17 @@ def prose(material) -> str:
     sizes = "--hidden-size 24 --ffn-hidden-size 32 --vocab-size 61 --make-vocab-size-divisible-by 8"
     lane.run(
         [
-            *(*flags, *sizes.split(), "--lr", "1e-2", "--train-iters", "20"),
-            *("--data-path", material.general, "--split", "90,5,5", "--seed", "5"),
+            *(*flags, *sizes.split(), "--lr", "1e-2", "--train-iters", "20", *lane.ONE_BATCH),
+            *(
+                "--data-path",
+                material.general,
+                "--split",
+                "90,5,5",
+                "--seed",
+                "5",
+                "--eval-iters",
+                "0",
+            ),
             *("--save", path, "--save-interval", "100"),
         ]
     )
@@ -78,7 +87,8 @@ def test_confidence_steers_and_leaves_imitation_as_it_is(material, prose, both):
 
 
 @pytest.mark.parametrize(
-    "layout", ["tp2-sp", "pp2", "cp2", pytest.param("pp2-vpp2", marks=pytest.mark.slow)]
+    "layout",
+    ["tp2-sp", *(pytest.param(at, marks=pytest.mark.slow) for at in ("pp2", "cp2", "pp2-vpp2"))],
 )
 def test_steering_and_imitation_take_both_teachers(material, prose, both, layout):
     """Their confidence is sliced with the sequence, and reaches the chunks of every stage."""

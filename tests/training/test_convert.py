@@ -22,7 +22,7 @@ LOGITS = (str(lane.HARNESS / "logits_gpt.py"),)
 VOCAB = 61
 SEQUENCE = 32
 RUN = shlex.split(
-    f"--seq-length {SEQUENCE} --micro-batch-size 2 --global-batch-size 8 --lr 1e-2 --eval-iters 1 "
+    f"--seq-length {SEQUENCE} --micro-batch-size 2 --global-batch-size 8 --lr 1e-2 --eval-iters 0 "
     "--log-interval 1 --eval-interval 1000 --tokenizer-type NullTokenizer --num-workers 0 "
     f"--vocab-size {VOCAB} --use-cpu-initialization --moe-token-dispatcher-type alltoall"
 )

@@ -62,9 +62,11 @@ slow = pytest.mark.slow
     [
         pytest.param(2, {"tp": 2, "ep": 2}, FULL_RECOMPUTE, id="tp-sp-ep-full-recompute"),
         pytest.param(2, {"pp": 2}, VIRTUAL_PIPELINE, id="virtual-pp"),
-        pytest.param(2, {"cp": 2}, SELECTIVE_RECOMPUTE, id="cp-selective-recompute"),
-        pytest.param(2, {"ep": 2}, lane.DISTRIBUTED_OPTIMIZER, id="ep-distributed-optimizer"),
-        pytest.param(2, {"pp": 2}, (), id="pp"),
+        pytest.param(2, {"cp": 2}, SELECTIVE_RECOMPUTE, id="cp-selective-recompute", marks=slow),
+        pytest.param(
+            2, {"ep": 2}, lane.DISTRIBUTED_OPTIMIZER, id="ep-distributed-optimizer", marks=slow
+        ),
+        pytest.param(2, {"pp": 2}, (), id="pp", marks=slow),
         pytest.param(2, {"tp": 2}, (), id="tp-sp", marks=slow),
         pytest.param(2, {"cp": 2, "ep": 2}, FULL_RECOMPUTE, id="cp-ep-recompute"),
         pytest.param(4, {"cp": 4}, (), id="cp4", marks=slow),

@@ -11,6 +11,7 @@ import pytest
 from megatron_moe_inject.host.save_lock import SaveLock
 from tests.harness import lane
 from tests.harness.injection import RECIPE, assert_clean_end, inject, recipe_file
+from tests.harness.material import EVALUATES
 
 WRONG = {
     "an expert the student lacks": (
@@ -64,7 +65,9 @@ def test_data_that_cannot_be_read_to_the_end_ends_at_start(material, flags, frag
         [x.format(general=material.general, domain=material.domain) for x in given]
         for given in (flags, fragments)
     )
-    assert_clean_end(inject(material, nproc=2, pp=2, extra=flags, check=False), fragments)
+    assert_clean_end(
+        inject(material, nproc=2, pp=2, extra=(*EVALUATES, *flags), check=False), fragments
+    )
 
 
 def test_two_runs_do_not_save_into_one_folder(material, tmp_path):

@@ -27,7 +27,7 @@ from tests.harness.evaluating import (
     plain,
 )
 from tests.harness.injection import LAYOUTS, OTHER, inject, recipe_file
-from tests.harness.material import make_material, student_flags
+from tests.harness.material import EVALUATES, make_material, student_flags
 
 TOKENIZER = str(lane.ROOT / "examples" / "quickstart" / "tokenizer")
 KEEP = ("--save-interval", "100")
@@ -201,6 +201,7 @@ def ignorant(material):
     flags = [f for f in lane.dense() if f != "--mock-data"]
     sizes = "--hidden-size 48 --ffn-hidden-size 64 --vocab-size 61 --make-vocab-size-divisible-by 8"
     data = ("--data-path", material.general, "--split", "90,5,5", "--train-iters", "40")
+    data += (*lane.ONE_BATCH, "--eval-iters", "0")
     lane.run(
         [*flags, *sizes.split(), *data, "--lr", "1e-2", "--save", folder, "--save-interval", "100"]
     )
@@ -234,7 +235,9 @@ def test_the_gate_says_what_it_found(trained):
 
 @pytest.mark.parametrize("none", [("--eval-iters", "0"), ("--split", "90,0,10")], ids=str)
 def test_a_run_without_validation_data(material, tmp_path, none):
-    run = inject(material, MEASURED, extra=("--save", str(tmp_path), *KEEP, *none), check=False)
+    run = inject(
+        material, MEASURED, extra=("--save", str(tmp_path), *KEEP, *EVALUATES, *none), check=False
+    )
     assert run.returncode == 2, run.tail()
     assert "evaluation: there is no validation data to measure on" in run.output
 
@@ -254,7 +257,7 @@ def test_text_that_would_count_twice_is_an_error(material, tmp_path, layout):
 
 
 def test_a_run_without_a_place_to_write_to(material):
-    run = inject(material, MEASURED, check=False)
+    run = inject(material, MEASURED, extra=EVALUATES, check=False)
     assert run.returncode == 2, run.tail()
     assert "evaluation.file: missing, and there is no --save folder" in run.output
 

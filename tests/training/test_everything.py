@@ -38,7 +38,7 @@ LAYOUTS = {
     if "ep" not in at.sizes and name != "micro-batches of one"
 }
 """Those of the covering array that a student without experts has."""
-SELDOM = ("pp2", "cp2", "selective recompute", "per-token loss")
+SELDOM = ("pp2", "cp2", "full recompute", "selective recompute", "per-token loss")
 BF16_SHARDED = (*lane.DISTRIBUTED_OPTIMIZER, "--bf16")
 VIRTUAL = ("--num-layers-per-virtual-pipeline-stage", "1")
 

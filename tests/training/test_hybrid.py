@@ -59,19 +59,19 @@ def assert_same(run, other, rel=0.0):
 
 @pytest.fixture(scope="module")
 def gpt(material):
-    return run(material, "--train-iters", "10")
+    return run(material, "--train-iters", "5")
 
 
 def test_a_recipe_in_gpt_blocks_trains_the_same_as_a_gpt_model(material, gpt):
-    hybrid = run(material, *HYBRID, "--train-iters", "10")
-    assert len(hybrid.iterations) == 10
+    hybrid = run(material, *HYBRID, "--train-iters", "5")
+    assert len(hybrid.iterations) == 5
     assert "imitation loss" in hybrid.iterations[-1]
     assert_same(hybrid, gpt)
     assert PROVEN.search(hybrid.output)
 
 
 def test_a_stage_may_begin_at_an_expert_layer(material, gpt):
-    uneven = ("--hybrid-layer-pattern", "*E*|E*E*E", "--train-iters", "10")
+    uneven = ("--hybrid-layer-pattern", "*E*|E*E*E", "--train-iters", "5")
     assert_same(run(material, *uneven, nproc=2, pp=2), gpt, rel=2e-5)
 
 

@@ -9,7 +9,7 @@ import pytest
 from megatron_moe_inject.host.torch_dist import stored_shapes
 from tests.harness import lane
 from tests.harness.injection import LAYOUTS, OTHER, inject, recipe_file
-from tests.harness.material import make_material, student_flags
+from tests.harness.material import EVALUATES, make_material, student_flags
 from tests.harness.training_recipes import FEATURES
 
 TERMS = (
@@ -25,11 +25,11 @@ TERMS = (
 
 @pytest.fixture(scope="module")
 def single(material):
-    return inject(material, FEATURES)
+    return inject(material, FEATURES, extra=EVALUATES)
 
 
 def test_both_losses_are_reported_and_fall(material):
-    more = ("--train-iters", "16")
+    more = ("--train-iters", "16", *lane.ONE_BATCH)
     imitating = inject(
         material, FEATURES.replace("0.5, experts: 0.25", "3.0, experts: 3.0"), extra=more
     )
@@ -70,7 +70,14 @@ def two(material):
     return inject(material, TWO)
 
 
-@pytest.mark.parametrize("layout", ["ep2", "pp2", "tp2-sp", "full recompute"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "ep2",
+        "pp2",
+        *(pytest.param(at, marks=pytest.mark.slow) for at in ("tp2-sp", "full recompute")),
+    ],
+)
 def test_two_domains_with_teachers_layers_and_experts_of_their_own(material, two, layout):
     names = ("imitation loss", "expert imitation loss")
     terms = ["lm loss", "grad norm", *names]

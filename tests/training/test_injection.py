@@ -23,7 +23,7 @@ from tests.harness.injection import (
     inject,
     recipe_file,
 )
-from tests.harness.material import make_material, student_flags
+from tests.harness.material import EVALUATES, make_material, student_flags
 from tests.harness.profiles import from_counts
 
 
@@ -47,7 +47,7 @@ def test_terms_are_reported_and_add_up(single):
 def test_distillation_moves_the_student_towards_the_teacher(material):
     """Distillation alone, into all experts: the student follows what it was never shown as text."""
     only = ("--inject-set", "train.experts=all", "objective.alpha=1.0", "objective.beta=0.0")
-    run = inject(material, extra=("--train-iters", "30", *only))
+    run = inject(material, extra=("--train-iters", "30", *lane.ONE_BATCH, *only))
     first, last = run.iterations[0], run.iterations[-1]
     assert last["kd loss"] < 0.9 * first["kd loss"]
     assert last["lm loss/code"] < first["lm loss/code"] - 0.3
@@ -241,7 +241,7 @@ def test_dry_run_prints_the_plan_and_what_is_wrapped_and_trains_nothing(material
     """It needs no folder to write to."""
     recipe = RECIPE + "evaluation: {{}}\n"
     more = "steering={coeff: 0.01, target_mass: 0.5}", "retention.experts=0.1"
-    extra = ("--inject-set", *more, "--inject-dry-run")
+    extra = (*EVALUATES, "--inject-set", *more, "--inject-dry-run")
     run = inject(material, recipe, extra=extra, nproc=2, ep=2)
     assert "moe-inject plan" in run.output
     assert "training needs it: evaluation.file: missing" in run.output

@@ -7,7 +7,7 @@ from megatron_moe_inject.evaluation.evaluation_file import read_evaluation, read
 from megatron_moe_inject.experts.choose.profile_file import read_profile
 from tests.harness import lane
 from tests.harness.injection import OTHER, RECIPE, TERMS, inject, recipe_file
-from tests.harness.material import make_material, student_flags
+from tests.harness.material import EVALUATES, make_material, student_flags
 
 MIXED = RECIPE + "mixing: {{general: 0.4}}\n"
 FALLING = RECIPE + "mixing: {{general: {{points: {{0: 0.75, 3: 0.0}}}}}}\n"
@@ -125,6 +125,7 @@ def test_validation_reads_what_it_reads_without_an_order_of_training(material):
 def test_evaluations_beside_training_leave_the_order_alone(material, falling, tmp_path):
     """They notice the validation set among the same datasets."""
     measured = ("--inject-set", f"evaluation={{file: {tmp_path / 'found.jsonl'}, gate: false}}")
+    measured += EVALUATES
     run = inject(material, FALLING, extra=(*without_weights(material), *measured))
     for term in (*TERMS, "data share/general"):
         assert run.losses(term) == falling.losses(term), term

@@ -139,6 +139,7 @@ def trained(material, grown, tmp_path_factory):
     student = Path(material.student)
     begin = grown("--layers", "1-3", "--domain", "code", "--unmeasured", base=student)
     extra = ("--load", str(begin), "--num-experts", "6", "--train-iters", "24", *SAVE, str(folder))
+    extra += ("--micro-batch-size", "4")
     run = inject(material, RECIPE, nproc=2, ep=2, extra=extra)
     return begin, folder, run
 

@@ -6,7 +6,7 @@ import pytest
 
 from tests.harness import lane
 from tests.harness.injection import CE_ONLY, RECIPE, inject, recipe_file
-from tests.harness.material import student_flags
+from tests.harness.material import EVALUATES, student_flags
 
 RAMP = RECIPE.replace("alpha: 0.7", "alpha: {{points: {{1: 0.0, 5: 1.0}}}}")
 WEIGHTED = RECIPE.replace(
@@ -66,7 +66,7 @@ def test_all_that_goes_through_logits_is_told_which_kernels(material, tmp_path):
         "steering.coeff=0.1",
         "steering.confidence=label",
     )
-    flags = material.flags("--inject-recipe", recipe, "--inject-set", *steering)
+    flags = material.flags(*EVALUATES, "--inject-recipe", recipe, "--inject-set", *steering)
     for fields, told in (((), "auto"), (("objective.kernels=torch",), "None")):
         output = lane.run([*flags, *fields], script=(str(script),)).output
         found = set(re.findall(r"^kernels of megatron_moe_inject\.(.*)$", output, re.M))

@@ -65,7 +65,7 @@ def apart(material, tmp_path_factory):
     folder = tmp_path_factory.mktemp("apart")
     prefixes = write_apart(folder, ("text", "code", "html"))
     dense = [f for f in lane.dense() if f != "--mock-data"]
-    data = ("--data-path", prefixes[2], "--split", "90,5,5", "--train-iters", "20")
+    data = ("--data-path", prefixes[2], "--split", "90,5,5", "--train-iters", "20", *lane.ONE_BATCH)
     sizes = ("--hidden-size", "48", "--ffn-hidden-size", "64", "--vocab-size", "61")
     save = (*SAVE, str(folder / "writer"), "--make-vocab-size-divisible-by", "8")
     lane.run([*dense, *sizes, *data, *save, "--lr", "1e-2"])

@@ -171,7 +171,10 @@ def test_they_take_part_in_a_run(one):
     assert int(counted[0].split()[1]) > 0
 
 
-@pytest.mark.parametrize("layout", ["tp2-sp", "pp2", "ep2", "cp2"])
+@pytest.mark.parametrize(
+    "layout",
+    ["tp2-sp", "ep2", *(pytest.param(at, marks=pytest.mark.slow) for at in ("pp2", "cp2"))],
+)
 def test_every_layout_gives_the_same(material, one, layout):
     other = run(material, **LAYOUTS[layout])
     assert other.returncode == 0, other.tail()

@@ -108,11 +108,11 @@ def assert_same(ours, theirs, names=(*PREFERENCE, *BY_SIDE, *TEXT)):
 LAYOUTS = {
     "tp2-sp": {},
     "pp2": {},
-    "cp2": {},
-    "ep2": {},
+    "cp2": {"marks": pytest.mark.slow},
+    "ep2": {"marks": pytest.mark.slow},
     "dp2, distributed optimizer": {},
     "micro-batches of one": {},
-    "per-token loss": {},
+    "per-token loss": {"marks": pytest.mark.slow},
     "pp2-vpp2": {"marks": pytest.mark.slow},
     "full recompute": {"marks": pytest.mark.slow},
     "tp2-pp2": {"marks": pytest.mark.slow},
@@ -219,7 +219,7 @@ def test_a_resumed_run_goes_on_bitwise(run, tmp_path):
 def test_it_learns(run):
     """Chosen answers go on as the domain does; held to the start by the reference alone."""
     changes = {"objective.alpha": 0.0, "objective.preference.coeff": 5.0}
-    extra = ("--train-iters", "40")
+    extra = ("--train-iters", "40", *lane.ONE_BATCH)
     learned = run(extra=extra, changes=changes)
     accuracy = learned.losses("preference accuracy")
     assert sum(accuracy[-10:]) / 10 > 0.95

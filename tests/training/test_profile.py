@@ -96,7 +96,13 @@ def test_sampled_logits_are_those_that_chose(sampled, single):
     assert max(code | general) < sum(found.spread.sequences for found in single.classes.values())
 
 
-@pytest.mark.parametrize("layout", ["ep2", "tp2-sp", "pp2", "pp2-vpp2", "cp2"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        *("ep2", "pp2-vpp2"),
+        *(pytest.param(at, marks=pytest.mark.slow) for at in ("tp2-sp", "pp2", "cp2")),
+    ],
+)
 def test_counts_and_sampled_logits_do_not_depend_on_the_layout(
     material, single, sampled, tmp_path, layout
 ):

@@ -6,6 +6,7 @@ The original's pass runs in every step with weight 0, and each step is evaluated
 import pytest
 
 from tests.harness.injection import inject
+from tests.harness.material import EVALUATES
 
 PLAIN = """
 domains:
@@ -34,6 +35,7 @@ def test_neither_gammas_pass_nor_evaluation_leaves_a_trace(material, quiet, tmp_
     noise = (*noise, *DROPOUT)
     plain = inject(material, PLAIN.replace("{gamma}", "0.0"), extra=noise)
     file = ("--inject-set", f"evaluation.file={tmp_path / 'list.jsonl'}", "--eval-interval", "1")
+    file += EVALUATES
     beside = inject(material, BESIDE, extra=(*noise, *file))
     assert len(beside.evaluations) > 3
     assert beside.losses("lm loss") == pytest.approx(plain.losses("lm loss"), rel=1e-6)

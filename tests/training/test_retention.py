@@ -4,7 +4,7 @@ import pytest
 
 from tests.harness import lane
 from tests.harness.injection import OTHER, RECIPE, inject, recipe_file
-from tests.harness.material import make_material, student_flags
+from tests.harness.material import EVALUATES, make_material, student_flags
 from tests.harness.training_recipes import EVERYTHING
 
 GAMMA = RECIPE.replace("beta: 0.3", "beta: 0.3, gamma: 2.0")
@@ -13,7 +13,7 @@ TERMS = ("lm loss", "kd loss", "retention loss", "total loss", "lm loss/general"
 
 @pytest.fixture(scope="module")
 def single(material):
-    return inject(material, GAMMA)
+    return inject(material, GAMMA, extra=EVALUATES)
 
 
 def _shares(step):
@@ -45,7 +45,7 @@ def test_evaluation_reports_it_too(single):
 
 def test_evaluations_may_have_micro_batches_of_another_size(material, single):
     """The original's pass of a training step has training's size, with the model in eval mode."""
-    sizes = ("--eval-micro-batch-size", "4", "--eval-global-batch-size", "8")
+    sizes = (*EVALUATES, "--eval-micro-batch-size", "4", "--eval-global-batch-size", "8")
     run = inject(material, GAMMA, nproc=2, tp=2, extra=sizes)
     for term in TERMS:
         assert run.losses(term) == pytest.approx(single.losses(term), rel=2e-5, abs=1e-6), term
@@ -56,7 +56,7 @@ def test_evaluations_may_have_micro_batches_of_another_size(material, single):
 @pytest.mark.parametrize("group", ["3", pytest.param("6", marks=pytest.mark.slow)])
 def test_groups_of_an_interleaved_schedule_larger_than_the_pipeline(material, group):
     """Twelve micro-batches, of which general samples fill one or two, or about four."""
-    steps = ("--global-batch-size", "24", "--train-iters", "6", "--eval-iters", "1")
+    steps = ("--global-batch-size", "24", "--train-iters", "6")
     blends = [("0.1", "0.9"), ("0.33", "0.67")]
     for general, domain in blends if group == "3" else blends[1:]:
         blend = ("--data-path", general, material.general, domain, material.domain)
@@ -81,7 +81,7 @@ def test_with_everything_training_the_original_head_and_embedding_are_kept_too(m
 
 def test_it_holds_general_samples_to_the_original(material):
     """The same run without gamma goes away from the original further."""
-    more = ("--train-iters", "12")
+    more = ("--train-iters", "12", *lane.ONE_BATCH)
     held = inject(material, GAMMA.replace("2.0}}", "20.0}}"), extra=more)
     watched = inject(material, GAMMA.replace("gamma: 2.0", "gamma: 1.0e-9"), extra=more)
     assert held.losses("retention loss")[-1] < 0.7 * watched.losses("retention loss")[-1]
@@ -102,7 +102,9 @@ def test_a_vanishing_gamma_changes_nothing_else(material):
     assert runs[1].losses("retention loss")[-1] > 0
 
 
-@pytest.mark.parametrize("layout", [dict(tp=2), dict(pp=2)], ids=str)
+@pytest.mark.parametrize(
+    "layout", [dict(tp=2), pytest.param(dict(pp=2), marks=pytest.mark.slow)], ids=str
+)
 def test_the_stored_original_is_read_at_another_layout(material, tmp_path, layout):
     """The next step's loss is a function of the weights alone, so the optimizer may start anew."""
     save = str(tmp_path / "resumed")

@@ -7,7 +7,7 @@ import pytest
 
 from tests.harness import lane
 from tests.harness.injection import LAYOUTS, PROVEN, inject, recipe_file
-from tests.harness.material import student_flags
+from tests.harness.material import EVALUATES, student_flags
 
 TWO = """
 domains:
@@ -23,7 +23,7 @@ BOTH = TWO.replace("window: 0", "window: 2")
 AHEAD = TWO.replace("window: 1", "window: 0")
 SURE = ("teacher confidence/prose", "teacher confidence/code")
 TERMS = ("lm loss", "total loss", "steering loss", "target balance loss", "grad norm", *SURE)
-LONGER = ("--train-iters", "6")
+LONGER = ("--train-iters", "6", *EVALUATES)
 
 
 @pytest.fixture(scope="module")

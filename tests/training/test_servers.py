@@ -10,7 +10,7 @@ import pytest
 from megatron_moe_inject.host import compat
 from tests.harness import lane
 from tests.harness.injection import OTHER, assert_clean_end, recipe_file
-from tests.harness.material import make_material
+from tests.harness.material import EVALUATES, make_material
 from tests.harness.teacher_server import TeacherServer, thinker
 from tests.harness.training_recipes import TOLD
 
@@ -188,6 +188,7 @@ def test_a_server_that_fails_in_an_evaluation(train, think, material, tmp_path):
         return "500" if text in held_out and text not in trained else None
 
     save = ("--save", str(tmp_path), "--save-interval", "100", "--eval-interval", "2")
+    save += EVALUATES
     with TeacherServer(think, faults=fault) as server:
         source, sets = ask(server, "teachers.coder.server.patience=1.5")
         run = train(source, *save, sets=sets, check=False)

@@ -61,7 +61,7 @@ def test_retention_is_zero_at_the_first_step_and_then_grows(single):
     assert min(values[1:]) > 1e-4
 
 
-MORE = ("--train-iters", "30", "--moe-router-load-balancing-type", "none")
+MORE = ("--train-iters", "30", "--moe-router-load-balancing-type", "none", *lane.ONE_BATCH)
 ONLY = STEERED.replace("retention: 1.0", "retention: 0.0").replace("0.5, target", "3.0, target")
 
 

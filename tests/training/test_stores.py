@@ -105,8 +105,8 @@ def assert_same(run, other, rel=2e-5):
 def test_all_ids_of_a_store_are_its_teacher(live, stored):
     """Loss, gradient, and how sure it is of each token, which steering weighs by."""
     assert_same(stored, live)
-    for shown in ("a store of GPTModel", "400 documents", "61 ids, fp32 log-probabilities"):
-        assert shown in stored.output or shown == "400 documents"
+    for shown in ("a store of GPTModel", "61 ids, fp32 log-probabilities"):
+        assert shown in stored.output
     assert "12,400 tokens" in stored.output
 
 
@@ -115,7 +115,7 @@ def test_all_ids_of_a_store_are_its_teacher(live, stored):
     [
         dict(nproc=2, tp=2),
         dict(nproc=2, pp=2),
-        dict(nproc=2, cp=2),
+        pytest.param(dict(nproc=2, cp=2), marks=pytest.mark.slow),
         pytest.param(dict(nproc=2, ep=2), marks=pytest.mark.slow),
         pytest.param(dict(nproc=4, tp=2, pp=2), marks=pytest.mark.slow),
         pytest.param(dict(nproc=4, tp=2, cp=2), marks=pytest.mark.slow),

@@ -15,7 +15,7 @@ from megatron_moe_inject.evaluation.report.run_file import Step, read_run
 from tests.harness import lane
 from tests.harness.checkpoints import TRACKER
 from tests.harness.injection import RECIPE, assert_clean_end, inject, recipe_file
-from tests.harness.material import student_flags
+from tests.harness.material import EVALUATES, student_flags
 from tests.harness.training_recipes import EVERYTHING
 
 HELD = (
@@ -23,6 +23,7 @@ HELD = (
     "steering: {{retention: 1.0}}\nevaluation: {{}}\n"
 )
 KEEP = ("--train-iters", "6", "--save-interval", "2", "--eval-interval", "2", "--log-interval", "1")
+KEEP += EVALUATES
 TERMS = ("lm loss", "kd loss", "total loss", "grad norm", "retention loss", "expert retention")
 TERMS += ("l2 to start", "router retention")
 
@@ -185,6 +186,7 @@ def ignorant(material):
     flags = [f for f in lane.dense() if f != "--mock-data"]
     sizes = "--hidden-size 48 --ffn-hidden-size 64 --vocab-size 61 --make-vocab-size-divisible-by 8"
     data = ("--data-path", material.general, "--split", "90,5,5", "--train-iters", "20")
+    data += (*lane.ONE_BATCH, "--eval-iters", "0")
     lane.run(
         [*flags, *sizes.split(), *data, "--lr", "1e-2", "--save", folder, "--save-interval", "100"]
     )
@@ -245,7 +247,7 @@ def test_what_fails_at_the_end_costs_no_checkpoint(material, tmp_path):
 
 @pytest.mark.parametrize("which", ["profile", "evaluation", "run"])
 def test_outputs_are_tried_before_anything_is_built(material, tmp_path, which):
-    extra = ["--save", str(tmp_path / "save"), "--save-interval", "100"]
+    extra = ["--save", str(tmp_path / "save"), "--save-interval", "100", *EVALUATES]
     taken = tmp_path / "save" / "inject_run.jsonl"
     if which == "profile":
         taken = tmp_path / "p.json"

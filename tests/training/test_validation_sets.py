@@ -9,7 +9,7 @@ from tests.harness import lane
 from tests.harness.corpus import write_corpora
 from tests.harness.evaluating import GAMMA, assert_same
 from tests.harness.injection import LAYOUTS, OTHER, RECIPE, assert_clean_end, recipe_file
-from tests.harness.material import make_material, student_flags
+from tests.harness.material import EVALUATES, make_material, student_flags
 
 SETS = ("--full-validation", "--multiple-validation-sets", "--validation-set-names", "en", "py")
 SAMPLES = 28
@@ -30,7 +30,7 @@ def flags(material, held_out, *extra, **layout):
 def train(material, folder, held_out, *extra, recipe=GAMMA, nproc=1, path=(), check=True, **layout):
     """A run of two iterations that measures before and after them, and its list."""
     ours = ("--inject-recipe", recipe_file(material, recipe), "--save", str(folder))
-    steps = ("--train-iters", "2", "--eval-interval", "2", "--save-interval", "100")
+    steps = ("--train-iters", "2", "--eval-interval", "2", "--save-interval", "100", *EVALUATES)
     given = flags(material, held_out, *ours, *steps, *extra, **layout)
     run = lane.run(given, nproc=nproc, pythonpath=path, check=check)
     listed = Path(folder, "inject_evaluation.jsonl")
