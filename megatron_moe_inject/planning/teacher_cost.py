@@ -125,7 +125,8 @@ def teacher_costs(
         body = info.active_parameters - 2 * info.vocab_rows * info.hidden_size
         attention = 2 * info.num_layers * info.hidden_size * args.seq_length  # causal
         flops = args.seq_length * (2 * max(body, 0) + attention)
-        ratio = flops / forward_flops if forward_flops else UNKNOWN
+        measured = forward_flops and spec.ep == 1  # others are shared evenly
+        ratio = flops / forward_flops if measured else UNKNOWN
         count = math.ceil(rows * share / sharing)
         parts = where[name].sequences(count, stages, args.seq_length, ratio)
         states = 0 if info.aligned else sequence

@@ -150,7 +150,7 @@ class Alignment:
             ``loading.check_teacher``.
         in_step: makes what teaches in a step, on a rank of the last stage, of the run, what
             ``check`` gave, the built student, and the tensor-parallel ranks over gloo (None for one
-            alone); no collective.
+            alone); no collective, but those of ``load_teacher`` for a teacher with ``ep``.
     """
 
     check: Callable[[str, TeacherSpec, TokenizerFlags], TeacherInfo]

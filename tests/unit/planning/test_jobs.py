@@ -258,7 +258,7 @@ teachers: {{coder: {{source: "hf:/coder", ranks: {ranks}}}}}
 """
 EVERYTHING = """
 domains: [{{name: code, data: [0], teacher: coder}}]
-teachers: {{coder: {{source: "megatron:/coder", ep: {ep}}}}}
+teachers: {{coder: {{source: "megatron:/coder", ep: {ep}, fp8: {fp8}}}}}
 train: {{everything: true}}
 """
 TEACHER = {
@@ -295,8 +295,8 @@ def test_a_teacher_with_experts_is_held_in_parts_and_works_as_a_token_passes():
     given = re.sub(r"--(moe|num-experts)\S*( [^-]\S*)*", "", " ".join(QWEN3_30B))
     dense = [*given.split(), "--num-layers", "2", "--global-batch-size", "8"]
 
-    def planned(ep, experts):
-        recipe = EVERYTHING.format(ep=ep)
+    def planned(ep, experts, fp8="none"):
+        recipe = EVERYTHING.format(ep=ep, fp8=fp8)
         options = {"teachers": {"coder": TEACHER | {"experts": experts}}}
         return session_planner().plan(recipe, dense, 4, **options).plan
 
@@ -306,6 +306,12 @@ def test_a_teacher_with_experts_is_held_in_parts_and_works_as_a_token_passes():
     weights = [plan.teachers[0].weights for plan in (whole, parts, other)]
     routed = 2 * experts["parameters"]
     assert weights == [2 * TEACHER["parameters"], weights[0] - routed + routed // 4, weights[0]]
+    in_fp8 = planned(4, experts, "blockwise")
+    multiplied = weights[1] // 2 - 2 * TEACHER["vocab_rows"] * TEACHER["hidden_size"]
+    assert in_fp8.teachers[0].weights == weights[1] + multiplied
+    # A row for each token and expert: on several ranks, and filled up, there are more of them.
+    working = [plan.teachers[0].working for plan in (other, whole, parts, in_fp8)]
+    assert working == sorted(set(working))
     flops = [plan.teachers[0].flops for plan in (whole, parts, other)]
     assert flops[0] == flops[1]
     tokens = flops[2] - flops[0]
