@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moe_inject.host.errors import RecipeError, listing, one_line, show, show_path
+from megatron_moe_inject.host.text import is_whole
 
 FLAG = "--input"
 _CHUNK_BYTES = 1 << 20
@@ -90,13 +91,11 @@ class Lines:
         text = content[field]
         if not isinstance(text, str):
             raise self.error(number, f"has {show(text)} under {show(field)}", "--field needs text")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
+        if not is_whole(text):
             raise self.error(
                 number, f"has text under {show(field)} with half a character (a lone surrogate)",
                 "correct it",
-            ) from None  # fmt: skip
+            )  # fmt: skip
         return text
 
 

@@ -19,6 +19,7 @@ from megatron_moe_inject.data.json_lines import Lines, read_lines
 from megatron_moe_inject.data.prepare import refuse_existing
 from megatron_moe_inject.host.errors import RecipeError, listing, show
 from megatron_moe_inject.host.files import new_files
+from megatron_moe_inject.host.text import is_whole
 
 _LAST = (".json", ".idx")
 Answered = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -33,7 +34,8 @@ class PairEncoding:
         fields: keys of prompt, chosen and rejected answer in a line.
         special_tokens: whether the tokenizer's own tokens are put around a prompt that is a text.
         end: id that ends an answer, unless it is of chat messages or ids; ``None`` for none.
-        rows: of the model's embedding; an id beyond is an error. ``None`` where it is not known.
+        rows: of the model's embedding; an id beyond is an error. ``None`` where it is not known,
+            and then ids of the tokenizer alone are taken.
         max_length: pairs of which prompt and an answer are longer together are left out; ``None``
             keeps all.
     """
@@ -130,6 +132,8 @@ class _PairEncoder:
     def __init__(self, tokenizer: Any, encoding: PairEncoding) -> None:
         self._tokenizer = tokenizer
         self._how = encoding
+        known = max(tokenizer.get_vocab().values()) + 1
+        self._below = known if encoding.rows is None else encoding.rows
 
     def pairs(self, lines: Lines) -> Iterable[Answered]:
         """The pairs of some lines.
@@ -166,18 +170,18 @@ class _PairEncoder:
         made = self._by_kind(kinds.pop(), prompt, answers)
         for key, ids in zip(self._how.fields, made, strict=True):
             self._check(key, ids)
-        return made
+        return tuple(np.array(ids, np.int64) for ids in made)  # type: ignore[return-value]
 
-    def _by_kind(self, kind: str, prompt: Any, answers: Sequence[Any]) -> Answered:
+    def _by_kind(self, kind: str, prompt: Any, answers: Sequence[Any]) -> list[list[int]]:
         end = [] if self._how.end is None else [self._how.end]
         if kind == "ids":
-            return tuple(np.array(x, np.int64) for x in (prompt, *answers))  # type: ignore[return-value]
+            return [prompt, *answers]
         if kind == "text":
             first = self._ids(prompt, special=self._how.special_tokens)
             others = [self._ids(answer, special=False) + end for answer in answers]
         else:
             first, others = self._of_messages(prompt, answers)
-        return tuple(np.array(x, np.int64) for x in (first, *others))  # type: ignore[return-value]
+        return [first, *others]
 
     def _of_messages(
         self, prompt: Sequence[Any], answers: Sequence[Any]
@@ -211,17 +215,20 @@ class _PairEncoder:
             raise _Unfit(f"does not fit the chat template ({problem})", "correct it") from None
 
     def _ids(self, text: str, *, special: bool) -> list[int]:
+        if not is_whole(text):
+            raise _Unfit("has text with half a character (a lone surrogate)", "correct it")
         return list(self._tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
-    def _check(self, key: str, ids: np.ndarray) -> None:
+    def _check(self, key: str, ids: Sequence[int]) -> None:
         if not len(ids):
             raise _Unfit(f"has no token under {show(key)}", "correct it, or leave it out")
-        rows = self._how.rows
-        if ids.min() < 0 or (rows is not None and ids.max() >= rows):
-            bad = int(ids.min() if ids.min() < 0 else ids.max())
-            known = "" if rows is None else f", and the model of its folder has {rows} rows"
-            remedy = "use the tokenizer that belongs to the model"
-            raise _Unfit(f"has id {bad} under {show(key)}{known}", remedy)
+        bad = min(ids) if min(ids) < 0 else max(ids)
+        if not 0 <= bad < self._below:
+            whose = "tokenizer" if self._how.rows is None else "model of its folder"
+            raise _Unfit(
+                f"has id {bad} under {show(key)}, and the {whose} has ids below {self._below}",
+                "use the tokenizer that belongs to the model",
+            )
 
 
 class _Unfit(Exception):

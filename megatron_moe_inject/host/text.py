@@ -43,3 +43,12 @@ def ranges(ids: tuple[int, ...] | list[int]) -> str:
         else:
             runs.append([i, i])
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def is_whole(text: str) -> bool:
+    """Whether UTF-8 has it: JSON can hold half a character (a lone surrogate), no tokenizer can."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -26,6 +26,7 @@ import numpy as np
 
 from megatron_moe_inject.host.errors import RecipeError, one_line, show_path
 from megatron_moe_inject.host.files import replace_file
+from megatron_moe_inject.host.text import is_whole
 
 FORMAT = "megatron_moe_inject rollouts"
 VERSION = 1
@@ -245,6 +246,8 @@ def _ids(value: Any, what: str, vocab_size: int | None, tokenize: Tokenize | Non
     if isinstance(value, str):
         if tokenize is None:
             raise Damaged(f"has a text as {what}, and this tokenizer has no text; write ids")
+        if not is_whole(value):
+            raise Damaged(f"has half a character (a lone surrogate) in the {what}")
         value = tokenize(value)
     if not isinstance(value, list) or not all(_is_count(one) for one in value):
         raise Damaged(f"has no ids and no text as {what}")

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_moe_inject.host.errors import RecipeError, fail, show_path
+from megatron_moe_inject.host.text import is_whole
 from megatron_moe_inject.rollouts.file_format import Tokenize
 from megatron_moe_inject.rollouts.settings import Asked
 
@@ -132,6 +133,8 @@ def _ids(path: Path, line: int, content: bytes, tokenize: Tokenize | None) -> li
     if isinstance(prompt, str):
         if tokenize is None:
             raise wrong("is text, for which there is no tokenizer here", "write ids")
+        if not is_whole(prompt):
+            raise wrong("has half a character (a lone surrogate)", "correct it")
         prompt = tokenize(prompt)
     whole = isinstance(prompt, list) and all(
         isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in prompt

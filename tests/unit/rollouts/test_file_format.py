@@ -67,6 +67,7 @@ def test_every_changed_line_is_seen(path):
         ({"prompt": [1], "completion": [True]}, "no ids and no text as completion"),
         ({"prompt": [1], "completion": [60]}, "has id 60 in the completion in line 2"),
         ({"prompt": "a", "completion": [1]}, "a text as prompt in line 2, and this tokenizer"),
+        ({"prompt": [1], "completion": [10**30]}, "has id 1000000000000000000000000000000"),
         ({"prompt": [1], "completion": [1], "mask": [2]}, "a mask in line 2 that is no 0 or 1"),
         ({"prompt": [1], "completion": [1], "mask": [1, 1]}, "a mask in line 2"),
         ({"prompt": [1], "completion": [1], "log_probs": [-1, -1]}, "log_probs in line 2 that are"),
@@ -77,6 +78,14 @@ def test_what_no_rollout_can_have_is_named(tmp_path, text, said):
     write_rollouts(tmp_path / "a.jsonl", WRITER, [text])
     with pytest.raises(Damaged, match=said):
         parse_rollouts((tmp_path / "a.jsonl").read_bytes(), vocab_size=60)
+
+
+def test_half_a_character_is_no_text(tmp_path):
+    write_rollouts(tmp_path / "a.jsonl", WRITER, [{"prompt": "a", "completion": "\ud800"}])
+    with pytest.raises(Damaged, match="half a character .* in the completion in line 2"):
+        parse_rollouts(
+            (tmp_path / "a.jsonl").read_bytes(), 300, lambda text: list(text.encode("utf-8"))
+        )
 
 
 def test_text_goes_through_the_tokenizer(tmp_path):

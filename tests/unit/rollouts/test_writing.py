@@ -82,6 +82,13 @@ def test_wrong_prompts_are_named(tmp_path, line, said):
         read_prompts(Asked(str(path), "o"), None, 61)
 
 
+def test_half_a_character_is_no_prompt(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps({"prompt": "a \ud800"}) + "\n")
+    with pytest.raises(RecipeError, match="line 1 has half a character"):
+        read_prompts(Asked(str(path), "o"), lambda text: list(text.encode()), 256)
+
+
 def test_prompts_that_are_not_there(data):
     with pytest.raises(RecipeError, match="is no data set"):
         read_prompts(Asked("/nowhere", "o"), None, 61)
