@@ -20,8 +20,8 @@ from megatron_moe_inject.adapters.folder_adapters import FolderAdapters
 from megatron_moe_inject.adapters.peft_format import plan_peft
 from megatron_moe_inject.adapters.served_formats import plan_sglang, plan_vllm
 from megatron_moe_inject.convert.folder_model import FolderModel
-from megatron_moe_inject.experts.delta.delta import must_not_exist
 from megatron_moe_inject.host.checkpoint_place import CheckpointPlace
+from megatron_moe_inject.host.commands import must_not_exist
 from megatron_moe_inject.host.domain_choice import NOTHING_CHOSEN, DomainChoice
 
 Plan = Callable[[FolderModel, FolderAdapters], tuple[list[Planned], dict[str, Any]]]

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_moe_inject.experts.delta.delta import must_not_exist
 from megatron_moe_inject.host.checkpoint_place import CheckpointPlace
+from megatron_moe_inject.host.commands import must_not_exist
 from megatron_moe_inject.host.domain_choice import NOTHING_CHOSEN, DomainChoice
 from megatron_moe_inject.host.files import new_folder
 from megatron_moe_inject.host.gpt_names import Place, stacked_axes

@@ -36,6 +36,7 @@ from megatron_moe_inject.host.files import new_folder, require_room
 from megatron_moe_inject.host.gpt_names import Place
 from megatron_moe_inject.host.stored_adapters import refuse_adapters
 from megatron_moe_inject.host.torch_dist_write import CheckpointWriter
+from megatron_moe_inject.recipe.numbers import check_noise
 
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]
 _FEED_FORWARD = re.compile(r"^mlp\.(linear_fc[12])\.(weight|bias)$")
@@ -148,8 +149,7 @@ class Upcycling:
                 "--topk", topk, f"takes no whole copies of {asked.granularity} experts",
                 f"write a multiple of {asked.granularity}, at most {asked.experts}",
             )  # fmt: skip
-        if asked.noise < 0:
-            raise fail("--noise", asked.noise, "is negative", "write a share such as 0.01")
+        check_noise("--noise", asked.noise)
         return topk
 
     def _checked_layers(self) -> list[int]:

@@ -65,6 +65,27 @@ def diffuse(sizes: Sequence[int] | np.ndarray, units: np.ndarray) -> np.ndarray:
     return samples
 
 
+def diffuse_pairs(sizes: Sequence[int] | np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """How many pairs every batch gets, ``[I]`` int64: two samples each, both in one batch.
+
+    Args:
+        sizes: B of each of the I batches.
+        shares: of the samples of a batch that are of pairs, ``[I]`` in units.
+
+    Returns:
+        Counts of at most B // 2. Over any first batches their samples differ from the shares' sum
+        by at most one, but where batches cannot hold what is due: one of a single sample holds no
+        pair, one of three holds one. Later batches make up for it.
+    """
+    pairs = np.zeros(len(shares), dtype=np.int64)
+    owed = 0
+    for i, (size, share) in enumerate(zip(map(int, sizes), shares.tolist(), strict=True)):
+        owed += size * share
+        pairs[i] = min(max(0, (owed + UNIT) // (2 * UNIT)), size // 2)
+        owed -= 2 * UNIT * int(pairs[i])
+    return pairs
+
+
 def spread(counts: Sequence[int] | np.ndarray) -> np.ndarray:
     """An order of a batch in which each part is spread evenly: the part of each place, ``[B]``.
 

@@ -128,7 +128,27 @@ def mix(recipe: Recipe, args: Namespace, facts: StudentFacts) -> SampleOrder | N
         return None
     by_class = _of_all_classes(labels, by_label, wanted)
     together = 1 if packing_flag(args) else 2
-    return SampleOrder(sizes, labels, by_class, wanted, PREFERENCE, together)
+    order = SampleOrder(sizes, labels, by_class, wanted, PREFERENCE, together)
+    if together == 2:
+        _check_pairs(recipe, order, sizes, by_label)
+    return order
+
+
+def _check_pairs(
+    recipe: Recipe, order: SampleOrder, sizes: np.ndarray, shares: Mapping[int, np.ndarray]
+) -> None:
+    """The run's batches hold the pairs that are asked for; an odd one has a place for none."""
+    if PREFERENCE not in shares:
+        return
+    due, given = float(shares[PREFERENCE] @ sizes), int(order.samples[order.paired].sum())
+    if due - given > max(2.0, TOLERANCE * due) or not (given or sizes.max() > 1):
+        odd = int(sizes[sizes % 2 == 1].max())
+        raise fail(
+            f"mixing.{CLASS}", recipe[MIXING][CLASS],
+            f"is more than batches of {odd} can have, which hold {odd // 2} pairs each (two "
+            f"answers to a pair): {given} of {due:.0f} samples in this run",
+            "use an even --global-batch-size, or lower the share",
+        )  # fmt: skip
 
 
 def mix_held_out(recipe: Recipe, args: Namespace, facts: StudentFacts) -> None:

@@ -27,7 +27,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_moe_inject.data.apportion import UNIT, dealt, diffuse, spread, to_units
+from megatron_moe_inject.data.apportion import (
+    UNIT,
+    dealt,
+    diffuse,
+    diffuse_pairs,
+    spread,
+    to_units,
+)
 from megatron_moe_inject.data.labels import ANSWERS, DATASET_ID
 from megatron_moe_inject.data.pairs import PairSamples
 from megatron_moe_inject.host.agreement import agree, on_first_rank
@@ -109,8 +116,7 @@ def _by_class(
     if paired is None or paired not in shares:
         return diffuse(sizes, units)
     at, whole = list(shares).index(paired), np.asarray(sizes, np.int64)
-    own = units[:, at]
-    pairs = 2 * diffuse(whole // 2, np.stack([own, UNIT - own], axis=1))[:, 0]
+    pairs = 2 * diffuse_pairs(whole, units[:, at])
     others = np.delete(units, at, axis=1)
     assert others.shape[1], "a recipe has a domain, and its data a share"
     # What an odd batch of pairs alone has left goes to the first of the others.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -87,8 +88,10 @@ def check_options(options: argparse.Namespace, flags: Sequence[str] | None) -> N
         raise RecipeError("--gpus: needs the model and its layout; add -- and the Megatron flags")
     for name in ("gpus", "gpu_memory", "reserve", "tflops"):
         value = getattr(options, name)
-        if value is not None and value <= 0 and not (name == "reserve" and value == 0):
-            raise RecipeError(f"--{name.replace('_', '-')}: {value:g} is not positive")
+        if value is None or 0 < value < math.inf or (name == "reserve" and value == 0):
+            continue
+        problem = "positive" if value <= 0 else "finite"
+        raise RecipeError(f"--{name.replace('_', '-')}: {value:g} is not {problem}")
     if options.tflops is not None and options.calibrate is not None:
         raise RecipeError("--calibrate: stands beside --tflops; leave one of them out")
     if options.calibrate is not None:

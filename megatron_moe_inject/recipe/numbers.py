@@ -8,6 +8,7 @@ Megatron's largest loss scale (2^32), a loss of 100 nats and a step of a million
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 
 from megatron_moe_inject.host.errors import (
@@ -39,6 +40,17 @@ def check_bounds(
     others = "".join(f"{other:g}, or " for other in besides)
     remedy = f"write {others}a number from {least:g} to {most:.7g}"
     raise fail(path, value, f"is too {size} for a calculation in float32", remedy)
+
+
+def check_noise(flag: str, noise: float) -> None:
+    """Check a share of noise that is added to weights.
+
+    Raises:
+        RecipeError: it is negative or not finite.
+    """
+    if not 0 <= noise < math.inf:
+        problem = "is negative" if noise < 0 else "is not finite"
+        raise fail(flag, noise, problem, "write a share such as 0.01")
 
 
 def check_weight_bounds(path: str, weight: Weight | None) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -131,7 +132,10 @@ def read_content(path: Path) -> bytes:
         Damaged: it cannot be read, or is no file of this kind by its size.
     """
     try:
-        if path.stat().st_size > _MOST_BYTES:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise Damaged("is no file")
+        if status.st_size > _MOST_BYTES:
             raise Damaged(f"is larger than {_MOST_BYTES >> 30} GiB")
         return path.read_bytes()
     except OSError as error:

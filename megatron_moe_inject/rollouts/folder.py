@@ -8,6 +8,7 @@ one) waits.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,14 +137,16 @@ class Folder:
         return news
 
     def _listed(self) -> list[tuple[str, _Stamp]]:
-        """Names of files with when they were last written, and their sizes."""
+        """Names of files with when they were last written, and their sizes; what is gone between
+        two calls, and a link to nothing, is left for the next look."""
+        entries = []
         try:
-            entries = []
             for path in self.path.iterdir():
                 if path.name.endswith(SUFFIX) and not path.name.startswith("."):
-                    status = path.stat()
-                    entries.append((path.name, (status.st_mtime_ns, status.st_size)))
-        except FileNotFoundError:  # not there yet, or gone between two calls: the next look sees
+                    with contextlib.suppress(FileNotFoundError):
+                        status = path.stat()
+                        entries.append((path.name, (status.st_mtime_ns, status.st_size)))
+        except FileNotFoundError:  # the folder is not there yet
             return []
         except OSError as error:
             reason = error.strerror or type(error).__name__

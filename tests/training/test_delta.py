@@ -131,7 +131,7 @@ def test_mistakes_are_one_line_and_leave_nothing(
     _fails(capsys, apply(student, broken), "other version 3")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["broken"]
     out.mkdir()
-    _fails(capsys, apply(student, delta), "exists already")
+    _fails(capsys, apply(student, delta), "is there already")
 
 
 def test_an_interrupted_export_leaves_nothing(material, trained, tmp_path):

@@ -122,6 +122,8 @@ MISTAKES = [
     (("--experts", "6", "--granularity", "3"), "--granularity: 3 does not divide the width 64"),
     (("--experts", "4", "--layers", "2-4"), "--layers: 4 is not in the model; its last is 3"),
     (("--experts", "4", "--noise", "-1"), "--noise: -1.0 is negative"),
+    (("--experts", "4", "--noise", "nan"), "--noise: nan is not finite"),
+    (("--experts", "4", "--noise", "inf"), "--noise: inf is not finite"),
 ]
 
 

@@ -47,9 +47,9 @@ from megatron_moe_inject.experts.delta.index import (
 )
 from megatron_moe_inject.experts.delta.weights import Weights
 from megatron_moe_inject.host.checkpoint_place import CheckpointPlace
+from megatron_moe_inject.host.commands import must_not_exist
 from megatron_moe_inject.host.domain_choice import NOTHING_CHOSEN, DomainChoice
 from megatron_moe_inject.host.errors import (
-    RecipeError,
     listing,
     show,
 )
@@ -344,9 +344,3 @@ def _changes(
                 raise damaged(delta, f"has a slice {show(name)} that is none of the base's")
             changes[tensor][own_place] = new
     return changes
-
-
-def must_not_exist(output: Path) -> None:
-    """RecipeError where an output is there already."""
-    if output.exists():
-        raise RecipeError(f"--output {output} exists already; name another or remove it")

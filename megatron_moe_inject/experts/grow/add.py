@@ -53,6 +53,7 @@ from megatron_moe_inject.experts.grow.stored_names import (
     moe_layers,
 )
 from megatron_moe_inject.host.checkpoint_place import CheckpointPlace
+from megatron_moe_inject.host.commands import must_not_exist
 from megatron_moe_inject.host.errors import RecipeError, fail
 from megatron_moe_inject.host.files import new_folder, require_room
 from megatron_moe_inject.host.layer_pattern import MLP, pattern_of
@@ -62,6 +63,7 @@ from megatron_moe_inject.host.stored_adapters import refuse_adapters
 from megatron_moe_inject.host.text import ranges
 from megatron_moe_inject.host.torch_dist import TorchDistCheckpoint, is_training_state
 from megatron_moe_inject.host.torch_dist_parts import Rearranged, rearranged_copy
+from megatron_moe_inject.recipe.numbers import check_noise
 
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]
 _TWINS = 0.01
@@ -256,9 +258,8 @@ class Addition:
             same = any(len(set(donors[layer])) < len(donors[layer]) for layer in self._chosen)
         if noise is None:
             noise = _TWINS if same else 0.0
-        elif noise < 0:
-            raise fail("--noise", noise, "is negative", "write a share such as 0.01")
-        elif same and not noise:
+        check_noise("--noise", noise)
+        if same and not noise:
             raise fail(
                 "--noise", noise, "leaves new experts of a layer the same, which then train alike",
                 f"write {_TWINS}, or other donors",
@@ -441,6 +442,5 @@ def add_experts(
     check: Callable[[Path, NewExperts], None] = lambda folder, card: None,
 ) -> Added:
     """Write a checkpoint with new experts; see ``Addition`` and its ``write``."""
-    if output.exists():
-        raise RecipeError(f"--output {output} exists already; name another or remove it")
+    must_not_exist(output)
     return Addition(place, asked, teachers).write(output, progress, check)

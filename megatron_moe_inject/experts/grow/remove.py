@@ -15,7 +15,7 @@ from megatron_moe_inject.experts.grow.moving import Moved
 from megatron_moe_inject.experts.grow.numbering import restored
 from megatron_moe_inject.experts.grow.stored_names import ExpertName, Layer
 from megatron_moe_inject.host.checkpoint_place import CheckpointPlace
-from megatron_moe_inject.host.errors import RecipeError
+from megatron_moe_inject.host.commands import must_not_exist
 from megatron_moe_inject.host.files import new_folder, require_room
 from megatron_moe_inject.host.model_parts import is_own
 from megatron_moe_inject.host.new_experts import STORED, NewExperts, card_in
@@ -64,8 +64,7 @@ def remove_experts(
         RecipeError: there is no card, or it is another model's; something cannot be read or
             written.
     """
-    if output.exists():
-        raise RecipeError(f"--output {output} exists already; name another or remove it")
+    must_not_exist(output)
     checkpoint = place.open()
     refuse_adapters(checkpoint.tensors, place.error)
     card = _card(place, card_of)

@@ -245,4 +245,4 @@ def test_nothing_to_export_is_an_error(qwen, tmp_path, capsys):
     words = ["export-adapters", str(qwen / "base"), "--hf", str(qwen / "hf"), "--output"]
     refused(capsys, main([*words, str(tmp_path / "out")]), "holds neither adapters nor vocabulary")
     (tmp_path / "out").mkdir()
-    refused(capsys, main([*words, str(tmp_path / "out")]), "exists already")
+    refused(capsys, main([*words, str(tmp_path / "out")]), "is there already")

@@ -206,5 +206,5 @@ def test_the_output_is_never_written_over(base, tmp_path, capsys):
     write_adapters(base, tmp_path / "trained", SITES, ENTRIES)
     (tmp_path / "out").mkdir()
     assert merged(tmp_path / "trained", tmp_path / "out") == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "is there already" in capsys.readouterr().err
     assert list((tmp_path / "out").iterdir()) == []

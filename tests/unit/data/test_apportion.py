@@ -5,7 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_moe_inject.data.apportion import UNIT, dealt, diffuse, spread, to_units
+from megatron_moe_inject.data.apportion import (
+    UNIT,
+    dealt,
+    diffuse,
+    diffuse_pairs,
+    spread,
+    to_units,
+)
 
 
 @st.composite
@@ -45,6 +52,25 @@ def test_counts_fill_their_batches_and_stay_beside_the_shares(run):
         assert astray < UNIT
     else:
         assert astray < 2 * UNIT
+
+
+@given(runs(least=2, most=2))
+def test_pairs_are_whole_and_stay_beside_their_share(run):
+    """In odd batches, too, where they can hold what is due."""
+    sizes, shares = run
+    own = np.minimum(shares[:, :1], 0.66)  # a batch of three can have that
+    units = to_units(np.concatenate([own, 1 - own], axis=1))
+    sizes = [size + (size == 1) for size in sizes]
+    pairs = diffuse_pairs(sizes, units[:, 0])
+    assert (pairs >= 0).all()
+    assert (pairs <= np.array(sizes) // 2).all()
+    due = np.cumsum(np.array(sizes) * units[:, 0])
+    assert np.abs(np.cumsum(2 * pairs) * UNIT - due).max() <= UNIT
+
+
+def test_pairs_of_batches_that_hold_none_come_later():
+    assert diffuse_pairs([1, 1, 1, 4], np.array([UNIT // 2] * 4)).tolist() == [0, 0, 0, 2]
+    assert diffuse_pairs([3, 3, 3, 3], np.array([UNIT // 2] * 4)).tolist() == [1, 1, 0, 1]
 
 
 def test_parts_that_are_owed_more_than_a_small_batch_has_wait():

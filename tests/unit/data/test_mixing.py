@@ -187,6 +187,39 @@ def test_mistakes_in_schedules(mixing, sizes, expected):
     assert expected in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("share", "sizes", "expected"),
+    [
+        (0.5, (1,) * 40, "batches of 1 can have, which hold 0 pairs each"),
+        (0.05, (1,) * 4, "hold 0 pairs each (two answers to a pair): 0 of 0 samples in this run"),
+        (0.9, (3,) * 40, "batches of 3 can have, which hold 1 pairs each"),
+        (0.5, (3,) * 40, None),
+        (0.5, (1, 1, *(8,) * 20), None),
+        (0.01, (8,) * 4, None),
+    ],
+)
+def test_odd_batches_hold_the_pairs_that_are_asked_for(share, sizes, expected):
+    text = (
+        "domains: [{name: code, data: [1]}]\ntrain: {experts: all}\n"
+        "objective: {alpha: 0, beta: 1, preference: {data: [2]}}\n"
+        f"mixing: {{preference: {share}}}\n"
+    )
+    args = arguments("train_data_path", BLEND["train"][:3])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compat, "batch_sizes", lambda _: list(sizes))
+        own = StudentFacts(
+            num_layers=4, num_moe_experts=4, data_paths={"train": BLEND["train"][:3]}, options={}
+        )
+        if expected is None:
+            order = mix(recipe_from_yaml(text), args, own)
+            assert abs(order.samples[2] - share * sum(sizes)) <= 1
+            return
+        with pytest.raises(RecipeError) as error:
+            mix(recipe_from_yaml(text), args, own)
+    assert expected in str(error.value)
+    assert str(error.value).startswith(f"mixing.preference: {share}")
+
+
 def test_weights_of_other_means_are_an_error():
     with pytest.raises(RecipeError) as error:
         scheduled(FALLING, "4", "text", "3", "code", "0", "web", "3", "law")

@@ -221,6 +221,8 @@ def test_suggested_layouts_fit(tmp_path, capsys):
     [
         ("--gpus 6", [], "--gpus: 6 is no multiple of EP 4 = 4; give 4 or 8, or another layout"),
         ("--gpus 0", [], "--gpus: 0 is not positive"),
+        ("--gpus 8 --gpu-memory nan", ["--bf16"], "--gpu-memory: nan is not finite"),
+        ("--gpus 8 --tflops inf", ["--bf16"], "--tflops: inf is not finite"),
         ("--tflops 100", [], "--tflops: is of a plan of ranks; add --gpus"),
         ("--gpus 8 --calibrate none.json", [], "--calibrate: 'none.json' cannot be read"),
         ("--gpus 8 --calibrate RECIPE", [], "cannot be read (not JSON); give what"),

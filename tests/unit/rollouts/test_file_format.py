@@ -82,7 +82,7 @@ def test_what_no_rollout_can_have_is_named(tmp_path, text, said):
 
 def test_half_a_character_is_no_text(tmp_path):
     write_rollouts(tmp_path / "a.jsonl", WRITER, [{"prompt": "a", "completion": "\ud800"}])
-    with pytest.raises(Damaged, match="half a character .* in the completion in line 2"):
+    with pytest.raises(Damaged, match=r"half a character .* in the completion in line 2"):
         parse_rollouts(
             (tmp_path / "a.jsonl").read_bytes(), 300, lambda text: list(text.encode("utf-8"))
         )

@@ -1,5 +1,7 @@
 """What the first rank finds in a folder: late, twice, damaged, of another student, too old."""
 
+import os
+
 import pytest
 
 from megatron_moe_inject.host.errors import RecipeError
@@ -48,6 +50,20 @@ def test_a_folder_that_is_not_there_yet_is_empty(folder, tmp_path):
         tmp_path / "x", STUDENT, sequence_length=8, packed=False, age=AgePolicy(), tokenize=None
     )
     assert look(other, Shelf()) == ([], [], [])
+
+
+def test_what_is_no_file_hides_no_other(folder, tmp_path):
+    """A link to nothing, which waits for what it names, a folder, and a pipe without a writer."""
+    (tmp_path / "a.jsonl").symlink_to("later")
+    (tmp_path / "b.jsonl").mkdir()
+    os.mkfifo(tmp_path / "c.jsonl")
+    write(tmp_path, "d.jsonl", 2, writer=OWN)
+    seen, shelf = folder(), Shelf()
+    news = look(seen, shelf)
+    assert [f.name for f in news.files] == ["d.jsonl"]
+    assert [fault.endswith("is no file") for fault in news.faults] == [True, True]
+    write(tmp_path, "later", 1, writer=OWN, seed=1)
+    assert [f.name for f in look(seen, shelf).files] == ["a.jsonl"]
 
 
 def test_a_copy_is_read_once_and_said_once(folder, tmp_path):

@@ -346,6 +346,7 @@ MISTAKES = {
     "closed": ("--per-layer 2 --rows closed", "needs routers with a bias"),
     "same": ("--per-layer 2 --donors 1,1 --noise 0", "leaves new experts of a layer the same"),
     "noise": ("--per-layer 2 --noise -1", "--noise: -1.0 is negative"),
+    "noise, nan": ("--per-layer 2 --noise nan", "--noise: nan is not finite"),
     "pre-softmax": ("--per-layer 2 --donors 1,2 --rows donor",
                     "take the softmax over all experts before they choose",
                     {"moe_router_pre_softmax": True}),
