@@ -1,8 +1,13 @@
 """Evaluations of invented text, for tests."""
 
+from dataclasses import replace
+
 import numpy as np
+import torch
 
 from megatron_moe_inject.evaluation.evaluation import BINS, Evaluation, Provenance, build_class
+from megatron_moe_inject.losses.preference import PreferenceSpec
+from megatron_moe_inject.preference.measured_pairs import MeasuredPairs
 
 
 def provenance(**changed) -> Provenance:
@@ -51,3 +56,19 @@ def evaluation(code=None, general=None, **changed) -> Evaluation:
             own = rows(**options)
             made[name] = build_class(own, bins(len(own)), teacher, [f"/data/{name}"])
     return Evaluation(provenance(**changed), made)
+
+
+def with_pairs(measured: Evaluation, gain=0.0, against="original", seed=0) -> Evaluation:
+    """With three pairs, whose chosen answers are ``gain`` nats likelier than by the reference."""
+    generator = np.random.default_rng(seed)
+    reference = torch.from_numpy(-20 * generator.random((3, 2)) - 5)
+    pairs = MeasuredPairs(
+        tuple(f"{7 * i % 3:032x}" for i in range(3)),
+        reference + torch.tensor([gain, 0.0]),
+        torch.tensor([[4.0, 5.0]] * 3, dtype=torch.float64),
+        PreferenceSpec(0.5),
+        against,
+        None if against is None else reference,
+        ("/data/pairs",),
+    )
+    return replace(measured, pairs=pairs.in_order())

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from megatron_moe_inject.data.held_out_pairs import HeldOutAnswers
 from megatron_moe_inject.data.labels import ANSWERS, TOKEN_PLACES
-from megatron_moe_inject.data.pairs import PairSamples
+from megatron_moe_inject.data.pairs import Layout, PairSamples, packs
 from megatron_moe_inject.data.scheduled_blend import SampleOrder, ScheduledBlend
 from megatron_moe_inject.data.token_places import WithPlaces
 from megatron_moe_inject.host.errors import RecipeError
@@ -106,6 +107,62 @@ def test_text_is_no_pairs(tmp_path):
     general, _ = write_corpora(tmp_path, documents=6)
     with pytest.raises(RecipeError, match="holds no pairs"):
         PairSamples.in_place_of(built(general), "general", 2)
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=60))
+def test_packs_hold_everything_once_and_no_more_than_fits(lengths):
+    made = packs(lengths, 40)
+    assert sorted(place for pack in made for place in pack) == list(range(len(lengths)))
+    sizes = [sum(lengths[place] for place in pack) for pack in made]
+    assert max(sizes) <= 40
+    assert len(made) <= 11 / 9 * -(-sum(lengths) // 40) + 1 or min(sizes) > 20
+
+
+def test_a_pack_is_whole_pairs_as_documents(prefix):
+    source = built(prefix, length=64)
+    source.config.inter_document_masking = True
+    samples = PairSamples(source.dataset, source.indices, Layout.of(source), "pairs")
+    seen = set()
+    for sample in (samples[i] for i in range(len(samples))):
+        numbers = [n for n in sample[ANSWERS].tolist() if n >= 0]
+        assert len(sample[ANSWERS]) == samples.documents
+        ends = sample["cu_seqlens"].tolist()[: len(numbers) + 1]
+        for number, begin, end in zip(numbers, ends, ends[1:], strict=False):
+            pair, rejected = divmod(number, 2)
+            prompt, *answers = parts(prefix)[pair]
+            text = prompt + answers[rejected]
+            assert sample["tokens"][begin:end].tolist() == text
+            labels = [-1] * (len(prompt) - 1) + answers[rejected] + [-1]
+            assert sample["labels"][begin:end].tolist() == labels
+            assert sample["position_ids"][begin:end].tolist() == list(range(end - begin))
+        assert (sample["labels"][ends[-1] :] == -1).all()
+        assert sample["max_seqlen"] == np.diff([*ends, 64]).max()
+        assert {n ^ 1 for n in numbers} == set(numbers)
+        seen |= set(numbers)
+    assert seen == set(range(2 * PAIRS))
+    assert 2 * len(samples) < 2 * PAIRS
+    source.config.sequence_length = 30
+    with pytest.raises(RecipeError, match="with both answers, each behind the prompt, in one pack"):
+        PairSamples(source.dataset, source.indices, Layout.of(source), "pairs")
+
+
+def test_held_out_pairs_come_once_and_fillers_without_answers(prefix, tmp_path):
+    other = write_pairs(tmp_path / "other", 4, seed=8)
+    layout = Layout(24, 5, False, False)
+    sources = [(name, IndexedDataset(name)) for name in (prefix, other)]
+    data = HeldOutAnswers(
+        [PairSamples(f, np.arange(len(f.sequence_lengths)), layout, n) for n, f in sources]
+    )
+    assert (data.pairs, data.answered, len(data.hashes())) == (PAIRS + 4, 2 * PAIRS + 8, PAIRS + 4)
+    data.filled_up(30)
+    samples = [data[i] for i in range(len(data))]
+    numbers = [int(sample[ANSWERS]) for sample in samples]
+    assert sorted(numbers[:26]) == list(range(26))
+    assert numbers[26:] == [-1] * 4
+    assert all((sample["labels"] == -1).all() for sample in samples[26:])
+    last = samples[numbers.index(2 * PAIRS)]  # the first pair of the second file
+    prompt, chosen = (sources[1][1].get(i).tolist() for i in (0, 1))
+    assert last["tokens"][: len(prompt) + len(chosen)].tolist() == prompt + chosen
 
 
 class Told:

@@ -1,5 +1,7 @@
 """Before and after side by side, and the teacher gate."""
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_moe_inject import cli
@@ -10,7 +12,7 @@ from megatron_moe_inject.host.errors import (
     RecipeError,
 )
 from megatron_moe_inject.recipe.schema import Domain
-from tests.harness.evaluations import evaluation
+from tests.harness.evaluations import evaluation, with_pairs
 
 NAMES = ("before.json", "after.json")
 BEFORE = evaluation({"loss": 3.0, "teacher": 1.0, "length": 100}, {"original": 0.0, "length": 90})
@@ -53,6 +55,54 @@ def test_the_table():
     assert "Before: before.json (iteration 0" in text
     assert "After: after.json (iteration 100" in text
     assert "No bits per byte" not in text
+
+
+def pair_rows(text):
+    rows = cells(text)[2:]
+    begin = next(i for i, row in enumerate(rows) if row[0] == "pairs")
+    return {row[1]: row[2:] for row in rows[begin:]}
+
+
+@pytest.mark.parametrize("sides", [("original", "original"), (None, "original"), (None, None)])
+def test_pairs_of_answers(sides):
+    """Against the reference of the two files, of either, or else the student before."""
+    before, after = (
+        with_pairs(side, gain, against)
+        for side, gain, against in zip((BEFORE, AFTER), (0.0, 0.4), sides, strict=True)
+    )
+    text = compare(before, after, NAMES)
+    rows = pair_rows(text)
+    assert rows["loss"][:2] == ["0.6931", "0.5981"]  # -log sigmoid(0.5 * 0.4)
+    assert rows["margin"][1] == rows["reward/chosen"][1] == "0.2000"
+    assert rows["accuracy"][:2] == ["0.0000", "1.0000"]
+    assert rows["log prob/chosen"][3] == "+0.4000 [+0.4000, +0.4000]"
+    assert "ranking accuracy" in rows
+    whose = "original" if sides[1] else "Before"
+    assert f"Pairs of answers: 3; loss and rewards against {whose}, beta 0.5" in text
+
+
+def test_pairs_against_other_references_have_log_probabilities_alone():
+    text = compare(with_pairs(BEFORE), with_pairs(AFTER, against="coder"), NAMES)
+    assert "loss" not in pair_rows(text)
+    assert "other references" in text
+
+
+def test_pairs_of_a_teacher_stand_beside_it():
+    rows = pair_rows(
+        compare(with_pairs(BEFORE, 0.3, "coder"), with_pairs(AFTER, 0.1, "coder"), NAMES)
+    )
+    before, _, teacher = (float(cell) for cell in rows["log prob/chosen"][:3])
+    assert before - teacher == pytest.approx(0.3, abs=2e-4)
+
+
+def test_other_pairs_are_not_compared():
+    with pytest.raises(RecipeError, match="after.json: has no pairs"):
+        compare(with_pairs(BEFORE), AFTER, NAMES)
+    other = with_pairs(AFTER)
+    hashes = ("a" * 32, *other.pairs.hashes[:2])
+    other = replace(other, pairs=replace(other.pairs, hashes=hashes))
+    with pytest.raises(RecipeError, match="not those of before.json: 3 here and 3 there, 2 in"):
+        compare(with_pairs(BEFORE), other, NAMES)
 
 
 def test_without_text_the_table_says_so():

@@ -16,7 +16,7 @@ from megatron_moe_inject.evaluation.evaluation_file import (
 from megatron_moe_inject.host.errors import (
     RecipeError,
 )
-from tests.harness.evaluations import evaluation
+from tests.harness.evaluations import evaluation, with_pairs
 
 
 def both(**changed):
@@ -50,6 +50,45 @@ def test_it_reads_back_what_was_written(tmp_path):
     assert summary["calibration_error"] == pytest.approx(0.25)
     assert summary["teacher_loss"] < summary["loss"]
     assert plain["classes"]["general"]["summary"]["original_kl"] == pytest.approx(0.01)
+
+
+def test_pairs_read_back_as_they_were_written(tmp_path):
+    for against in (None, "original"):
+        found = with_pairs(both(), against=against)
+        path = tmp_path / "e.json"
+        write_evaluation(path, found)
+        again = read_evaluation(path)
+        assert_equal(again, found)
+        assert again.text() != both().text()
+        assert again.pairs.hashes == found.pairs.hashes == tuple(sorted(found.pairs.hashes))
+        assert again.pairs.sums() == found.pairs.sums()
+        assert (again.pairs.against, again.pairs.spec) == (against, found.pairs.spec)
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "message"),
+    [
+        (("sums", "log_prob_chosen", 0), 1.0, "is no log-probability"),
+        (("sums", "tokens_rejected", 0), 0, "is no count"),
+        (("sums", "log_prob_chosen"), [-1.0], "has 1 entries for 3 pairs"),
+        (("pairs", 0), "z" * 32, "is not sorted"),
+        (("loss", "beta"), -1.0, "must be positive"),
+        (("summary", "margin"), 9.0, "sha256: does not fit"),
+        (("reference",), None, "reference_log_prob_chosen"),
+    ],
+)
+def test_pairs_that_were_changed_are_refused(tmp_path, keys, value, message):
+    path = tmp_path / "e.json"
+    write_evaluation(path, with_pairs(both()))
+    plain = json.loads(path.read_text())
+    *inner, last = keys
+    place = plain["pairs"]
+    for key in inner:
+        place = place[key]
+    place[last] = value
+    path.write_text(json.dumps(plain))
+    with pytest.raises(RecipeError, match=message):
+        read_evaluation(path)
 
 
 def test_layout_of_the_file_does_not_matter(tmp_path):
