@@ -88,20 +88,19 @@ def test_pairs_against_other_references_have_log_probabilities_alone():
 
 
 def test_pairs_of_a_teacher_stand_beside_it():
-    rows = pair_rows(
-        compare(with_pairs(BEFORE, 0.3, "coder"), with_pairs(AFTER, 0.1, "coder"), NAMES)
-    )
+    sides = with_pairs(BEFORE, 0.3, "coder"), with_pairs(AFTER, 0.1, "coder")
+    rows = pair_rows(compare(*sides, NAMES))
     before, _, teacher = (float(cell) for cell in rows["log prob/chosen"][:3])
     assert before - teacher == pytest.approx(0.3, abs=2e-4)
 
 
 def test_other_pairs_are_not_compared():
-    with pytest.raises(RecipeError, match="after.json: has no pairs"):
+    with pytest.raises(RecipeError, match=r"after\.json: has no pairs"):
         compare(with_pairs(BEFORE), AFTER, NAMES)
     other = with_pairs(AFTER)
     hashes = ("a" * 32, *other.pairs.hashes[:2])
     other = replace(other, pairs=replace(other.pairs, hashes=hashes))
-    with pytest.raises(RecipeError, match="not those of before.json: 3 here and 3 there, 2 in"):
+    with pytest.raises(RecipeError, match=r"not those of before\.json: 3 here and 3 there, 2 in"):
         compare(with_pairs(BEFORE), other, NAMES)
 
 
