@@ -33,8 +33,7 @@ _FP8_ROWS = 16
 
 
 def next_tokens(logits: torch.Tensor, sampling: Sampling, uniforms: torch.Tensor) -> torch.Tensor:
-    """The next token of each text, ``[b]`` int64; of equal logits the lowest id counts
-    first.
+    """The next token of each text, ``[b]`` int64; of equal logits the lowest id counts first.
 
     Args:
         logits: ``[b, v]`` without padding of the vocabulary.

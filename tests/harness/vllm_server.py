@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-PATIENCE = 400
+PATIENCE = 1800
 """Seconds that a server may take to begin."""
 
 
