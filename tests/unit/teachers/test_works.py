@@ -4,13 +4,14 @@ A teacher whose states show what it was given runs every share; what the ranks o
 would send is put in by hand.
 """
 
+import contextlib
 import random
 
 import pytest
 import torch
 
 from megatron_moe_inject.teachers import Teacher
-from megatron_moe_inject.teachers.documents import DocumentWork
+from megatron_moe_inject.teachers.documents import DocumentWork, document_values
 from megatron_moe_inject.teachers.forward import SampleWork
 from megatron_moe_inject.teachers.spread import UNKNOWN, Loads
 
@@ -33,6 +34,23 @@ class Echo(Teacher):
 
     def head_weight(self, start, stop):
         return torch.zeros(stop - start, 4, dtype=torch.float64)
+
+
+class Counted(Echo):
+    """Keeps how many passes it was told of before they ran, and whether they did."""
+
+    def __init__(self):
+        self.told, self.ran = [], []
+
+    @contextlib.contextmanager
+    def passes(self, own):
+        self.told.append(own)
+        self.ran.append(0)
+        yield
+
+    def states(self, *args, **kwargs):
+        self.ran[-1] += 1
+        return super().states(*args, **kwargs)
 
 
 class Group:
@@ -135,6 +153,30 @@ def test_documents(monkeypatch, places, stages, count):
             assert torch.equal(deeper, states + 3000)
         seen.append(found[0][0])
     assert all(torch.equal(states, seen[0]) for states in seen)
+
+
+@pytest.mark.parametrize("count", [0, 1, 6])
+def test_ranks_that_hold_its_experts_together_hear_of_every_share(count):
+    """Also of one without a pass, as others' shares may have some."""
+    tokens, lengths = torch.zeros(count, 64, dtype=torch.int64), [[20, 44]] * count
+    for work in (
+        SampleWork(count, 64, (0, 1), Loads(3), UNKNOWN),
+        DocumentWork(lengths, 64, (0, 1), Loads(3), UNKNOWN),
+    ):
+        teacher = Counted()
+        for stage in range(3):
+            work.run(stage, teacher, work.inputs(stage, [tokens]), ())
+        assert len(teacher.told) == 3
+        assert teacher.told == teacher.ran
+        assert (sum(teacher.told) > 0) == (count > 0)
+    teacher, flat = Counted(), [length for sample in lengths for length in sample]
+    found = document_values(
+        teacher, tokens.flatten(), flat, lambda states, places: states[:, 0].float(),
+        group=None, max_tokens=64,
+    )  # fmt: skip
+    assert found.shape == (64 * count,)
+    assert len(teacher.told) == 1
+    assert teacher.told == teacher.ran
 
 
 def test_documents_of_two_teachers_are_planned_alike_at_every_place():
