@@ -361,7 +361,8 @@ not_before_19 = pytest.mark.skipif(
 def test_packed_pairs_give_what_they_give_one_by_one(run, alone, material, tmp_path):
     """Each step has all pairs, in packs of several or an answer to a sample. Held out, the same."""
     own = write_pairs(tmp_path / "pairs", pairs=6, seed=9)
-    sizes = np.asarray(IndexedDataset(own).sequence_lengths).reshape(-1, 3)
+    files = IndexedDataset(own)
+    sizes = np.array(files.sequence_lengths).reshape(-1, 3)
     count = len(packs((sizes.sum(1) + sizes[:, 0]).tolist(), 32))
     assert count < 6
     changes = {

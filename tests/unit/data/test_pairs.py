@@ -141,7 +141,7 @@ def test_a_pack_is_whole_pairs_as_documents(prefix):
         seen |= set(numbers)
     assert seen == set(range(2 * PAIRS))
     assert 2 * len(samples) < 2 * PAIRS
-    source.config.sequence_length = 30
+    source.config.sequence_length = 16
     with pytest.raises(RecipeError, match="with both answers, each behind the prompt, in one pack"):
         PairSamples(source.dataset, source.indices, Layout.of(source), "pairs")
 
