@@ -84,8 +84,9 @@ _state = _State()
 
 def place(tensor: torch.Tensor) -> str:
     """Where a tensor lies; a quantised one of Transformer Engine's kind, where its codes do."""
-    codes = tensor.__dict__.get("_rowwise_data")
-    return getattr(_storage(tensor if codes is None else codes), "place", CPU)
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        tensor = tensor.__dict__.get("_rowwise_data", tensor)
+    return getattr(_storage(tensor), "place", CPU)
 
 
 def _storage(tensor: torch.Tensor) -> Any:
@@ -312,14 +313,28 @@ def _tensor_methods() -> None:
 # Calls of torch's functions: what their arguments say of the place
 
 
-def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+def _tensors(values: Iterable[Any]) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
     for value in values:
         if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors(value)
-        elif isinstance(value, dict):
-            yield from _tensors(value.values())
+            found.append(value)
+        elif type(value) in (list, tuple) or isinstance(value, list | tuple):
+            found += _tensors(value)
+        elif isinstance(value, dict) and value:
+            found += _tensors(value.values())
+    return found
+
+
+@functools.cache
+def _name(func: Any) -> str:
+    return func._schema.name
+
+
+@functools.cache
+def _writes_first(func: Any) -> bool:
+    """Whether an operation changes its first tensor."""
+    arguments = func._schema.arguments
+    return bool(arguments and arguments[0].alias_info and arguments[0].alias_info.is_write)
 
 
 _FROM_DATA = (torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor)
@@ -397,8 +412,8 @@ class _Operations(TorchDispatchMode):
 
 
 def _operate(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    name = func._schema.name
-    inputs = list(_tensors((args, kwargs)))
+    name = _name(func)
+    inputs = _tensors((args, kwargs))
     if any(tensor.is_meta for tensor in inputs):
         return func(*args, **kwargs)
     if name.startswith("c10d::"):
@@ -435,17 +450,15 @@ def _together(func: Any, inputs: list[torch.Tensor]) -> str:
     places = [place(tensor) for tensor in inputs]
     if GPU not in places:
         return EITHER if places and all(at == EITHER for at in places) else CPU
-    first = func._schema.arguments[0].alias_info if func._schema.arguments else None
-    writes = first is not None and first.is_write
     for number, (tensor, at) in enumerate(zip(inputs, places, strict=True)):
         if at == EITHER:
             put(tensor, GPU)
-        elif at == CPU and (tensor.dim() > 0 or (writes and number == 0)):
-            if func._schema.name in rules.ANY_PLACE:
+        elif at == CPU and (tensor.dim() > 0 or (number == 0 and _writes_first(func))):
+            if _name(func) in rules.ANY_PLACE:
                 continue
             _fault(
                 "Expected all tensors to be on the same device, but found at least two devices, "
-                f"cuda:0 and cpu! ({func._schema.name}: "
+                f"cuda:0 and cpu! ({_name(func)}: "
                 f"{[(list(x.shape), place(x)) for x in inputs]})"
             )
     return GPU
@@ -489,8 +502,8 @@ def _pairs(name: str, args: Any) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
 def _indexed(name: str, args: Any) -> str:
     """An index may come from the host, which waits while it is copied."""
     at = place(args[0])
-    values = list(_tensors(args[2:3]))
-    indices = list(_tensors(args[1]))
+    values = _tensors(args[2:3])
+    indices = _tensors(args[1])
     for index in indices:
         if at == GPU and place(index) == CPU:
             waits("an index on the CPU")
