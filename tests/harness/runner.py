@@ -26,25 +26,48 @@ def _print_exact(record: dict) -> None:
         print(PREFIX + json.dumps(record), flush=True)
 
 
+def _around(training, name: str, make) -> None:
+    """``make`` of the stock function in its place, inside the plugin's wrapper where it has one."""
+    ours = getattr(training, name)
+    if hasattr(ours, "__wrapped__"):
+        ours.__wrapped__ = make(ours.__wrapped__)
+    else:
+        setattr(training, name, make(ours))
+
+
 def _report_steps(training) -> None:
     """Losses and grad norm of each step, as Megatron's own ``training_log`` gets them."""
-    ours = training.training_log if hasattr(training.training_log, "__wrapped__") else None
-    stock = training.training_log if ours is None else ours.__wrapped__
-    signature = inspect.signature(stock)
 
-    @functools.wraps(stock)
-    def training_log(*args, **kwargs):
-        given = signature.bind(*args, **kwargs).arguments
-        losses = {name: _number(value) for name, value in given["loss_dict"].items()}
-        if given["grad_norm"] is not None:
-            losses["grad norm"] = _number(given["grad_norm"])
-        _print_exact({"iteration": int(given["iteration"]), **losses})
-        return stock(*args, **kwargs)
+    def make(stock):
+        signature = inspect.signature(stock)
 
-    if ours is None:
-        training.training_log = training_log
-    else:
-        ours.__wrapped__ = training_log
+        @functools.wraps(stock)
+        def training_log(*args, **kwargs):
+            given = signature.bind(*args, **kwargs).arguments
+            losses = {name: _number(value) for name, value in given["loss_dict"].items()}
+            if given["grad_norm"] is not None:
+                losses["grad norm"] = _number(given["grad_norm"])
+            _print_exact({"iteration": int(given["iteration"]), **losses})
+            return stock(*args, **kwargs)
+
+        return training_log
+
+    _around(training, "training_log", make)
+
+
+def _no_loader_of_nothing(training) -> None:
+    """Megatron fails at the loader of a blend of which ``--eval-iters 0`` leaves no sample."""
+
+    def make(stock):
+        @functools.wraps(stock)
+        def build_pretraining_data_loader(dataset, *args, **kwargs):
+            if dataset is not None and len(dataset) == 0:
+                return None
+            return stock(dataset, *args, **kwargs)
+
+        return build_pretraining_data_loader
+
+    _around(training, "build_pretraining_data_loader", make)
 
 
 def _report_evaluations(training) -> None:
@@ -73,6 +96,7 @@ def _run_stock() -> None:
 
     _pretend_gpu(training)
     _report_steps(training)
+    _no_loader_of_nothing(training)
     _report_evaluations(training)
     assert not hasattr(training.pretrain, "_megatron_moe_inject")
     del sys.argv[0]
@@ -223,6 +247,7 @@ def main() -> None:
         te_on_cpu.stop_before_training(training)
     _pretend_gpu(training)
     _report_steps(training)
+    _no_loader_of_nothing(training)
     _report_evaluations(training)
     if os.environ.get("TESTS_POISON_LAYER"):
         _poison(training, int(os.environ["TESTS_POISON_LAYER"]))
