@@ -2,7 +2,8 @@
 
     bash examples/moe_to_dense.sh                               one seed, then the table
     bash examples/moe_to_dense.sh --seeds 3                     as in README.md
-    bash examples/moe_to_dense.sh --direction dense_to_moe      a dense teacher, upcycled
+    bash examples/moe_to_dense.sh --direction dense_to_moe      a weaker dense model, upcycled
+    bash examples/moe_to_dense.sh --direction densify           what densify's options give
     bash examples/moe_to_dense.sh --report                      of the runs that there are
 
 A finished run is a line of results/<direction>.jsonl and is never repeated. Text, models, logs and
@@ -30,11 +31,15 @@ import runner  # noqa: E402
 from megatron_moe_inject.host import files  # noqa: E402
 
 SEEDS = (1234, 1, 2)
-STEPS = 100
 LATEST = "latest_checkpointed_iteration.txt"
 COMMAND = ("-m", "megatron_moe_inject.cli")
 START = ("--finetune", "--no-load-optim", "--no-load-rng")
-COLOURS = ("#8c8c8c", "#56b4e9", "#0072b2", "#e69f00", "#d55e00", "#cc79a7", "#009e73")
+COLOURS = (
+    *("#7f7f7f", "#0072b2", "#d55e00", "#cc79a7"),
+    *("#4d4d4d", "#56b4e9", "#e69f00", "#882255", "#009e73"),
+)
+LINES = ("--", "-", "-.", ":")
+"""By start; colours are by arm."""
 
 
 class Study:
@@ -43,21 +48,21 @@ class Study:
     Args:
         name: of ``directions.DIRECTIONS``.
         folder: of text, models and logs.
+        processes: of a run, over which a teacher's experts are spread.
     """
 
-    def __init__(self, name: str, folder: Path) -> None:
+    def __init__(self, name: str, folder: Path, processes: int = 1) -> None:
         self.name, self.direction, self.folder = name, directions.DIRECTIONS[name], folder
+        self.processes = processes
         self.data, self.teacher = folder / "data", folder / self.direction.teacher
 
     @property
     def source(self) -> str:
         """The teacher, as a recipe names it."""
-        if self.name == "moe_to_dense":
-            return f"hf:{self.folder}/exported"
         return f"megatron:{self.teacher}"
 
     def prepare(self) -> None:
-        """Make what is missing: text, the teacher, and the student's start from it."""
+        """Make what is missing: text, the teacher, and what students' starts are made with."""
         if not (self.data / "manifest.json").exists():
             script = str(QUICKSTART / "corpora.py")
             say("cutting the text")
@@ -69,41 +74,62 @@ class Study:
             architecture = runner.flags(self.direction.architecture, "BOTH")
             log = self.folder / f"unpack-{self.teacher.name}.log"
             runner.logged(log, *command, str(self.teacher), "--", *architecture)
-        if self.name == "moe_to_dense":
-            self._export()
+        if self.direction.experts:
             self._profile()
-            profile = ("--profile", str(self.folder / "profile.json"))
-            width = ("--ffn-hidden-size", str(directions.WIDTH))
-            self._convert("densified", "densify", *width, *profile)
-            drawn = self.folder / "drawn"
-            if not drawn.exists():
-                script = str(HERE / "drawn.py")
-                densified = str(self.folder / "densified")
-                runner.logged(self.folder / "drawn.log", script, densified, str(drawn))
         else:
-            experts = ("--experts", str(directions.EXPERTS), "--topk", str(directions.TOPK))
-            parts = ("--granularity", str(directions.GRANULARITY))
-            self._convert("upcycled", "upcycle", *experts, *parts)
+            self._small()
 
-    def _convert(self, name: str, *command: str) -> None:
-        """A student's start from the teacher."""
+    def _small(self) -> None:
+        """The weaker dense model, trained from random weights on the text that students learn."""
+        small = self.folder / "small"
+        if (small / LATEST).exists():
+            return
+        say(f"training the dense model that becomes a mixture: {directions.SMALL_STEPS} steps")
+        shutil.rmtree(small, ignore_errors=True)
+        recipe = self.folder / "small.json"
+        made = directions.recipe(self.direction, directions.CE, str(self.data), "", 1)
+        recipe.write_text(json.dumps(made))
+        steps = str(directions.SMALL_STEPS)
+        length = (*self._held_out(), "--train-iters", steps, "--eval-interval", steps)
+        saving = ("--save", str(small), "--save-interval", steps, "--no-save-optim")
+        self._megatron(
+            self.folder / "small.log",
+            *(*directions.SMALL, *self._flags(1234, "cache-small"), *length, *saving),
+            *self._rate(directions.SMALL_RATE),
+            *("--inject-from-scratch", "--inject-recipe", str(recipe)),
+        )
+
+    def _converted(self, name: str, command: str, *options: str) -> Path:
+        """A student's start from another checkpoint, made where it is missing."""
         output = self.folder / name
         if not output.exists():
-            say(f"{command[0]}: {output}")
-            subcommand, *options = command
-            log = self.folder / f"{subcommand}.log"
-            words = (*COMMAND, subcommand, str(self.teacher), "--output", str(output))
-            runner.logged(log, *words, *options)
+            say(f"{command}: {output}")
+            origin = self.teacher if self.direction.experts else self.folder / "small"
+            words = (*COMMAND, command, str(origin), "--output", str(output), *options)
+            runner.logged(self.folder / f"{name}.log", *words)
+        return output
 
-    def _export(self) -> None:
-        template, output = self.folder / "template", self.folder / "exported"
-        if not output.exists():
-            say("exporting the teacher as a Hugging Face folder")
-            runner.logged(self.folder / "template.log", str(HERE / "as_mixtral.py"), str(template))
-            words = ("--hf", str(template), "--output", str(output))
-            runner.logged(
-                self.folder / "export.log", *COMMAND, "export-hf", str(self.teacher), *words
-            )
+    def _densified(self, start: str) -> Path:
+        name = "densified"
+        if start != directions.DENSIFIED:
+            name = slug(f"densified {start}")
+        profile = ("--profile", str(self.folder / "profile.json"))
+        width = ("--ffn-hidden-size", str(directions.WIDTH))
+        return self._converted(name, "densify", *width, *profile, *directions.DENSIFY[start])
+
+    def _drawn(self) -> Path:
+        drawn = self.folder / "drawn"
+        if not drawn.exists():
+            densified = str(self._densified(directions.DENSIFIED))
+            script = str(HERE / "drawn.py")
+            runner.logged(self.folder / "drawn.log", script, densified, str(drawn))
+        return drawn
+
+    def _upcycled(self) -> Path:
+        return self._converted(
+            *("upcycled", "upcycle", "--experts", str(directions.EXPERTS)),
+            *("--topk", str(directions.TOPK), "--granularity", str(directions.GRANULARITY)),
+        )
 
     def _profile(self) -> None:
         profile, recipe = self.folder / "profile.json", self.folder / "profile.yaml"
@@ -136,25 +162,28 @@ class Study:
         path = str(self.data / f"{self.direction.text}_held_out")
         return ("--full-validation", *names, "--valid-data-path", path)
 
+    def _megatron(self, log: Path, *arguments: str) -> None:
+        runner.megatron(log, *arguments, processes=self.processes)
+
+    @staticmethod
+    def _rate(peak: float) -> tuple[str, ...]:
+        return ("--lr", str(peak), "--min-lr", str(peak / 10))
+
     def model(self, start: str) -> tuple[list[str], Path | None]:
-        """Flags and checkpoint of a start."""
+        """Flags and checkpoint of a start, which is made where it is missing."""
         if start == directions.SCRATCH:
             return list(directions.DENSE), None
-        if start in (directions.DENSIFIED, directions.DRAWN):
-            name = "densified" if start == directions.DENSIFIED else "drawn"
-            return list(directions.DENSE), self.folder / name
-        dense = runner.flags(self.direction.architecture)
-        if start == directions.ITSELF:
-            return dense, self.teacher
-        width = int(dense[dense.index("--ffn-hidden-size") + 1]) // directions.GRANULARITY
-        experts = (
-            "--num-experts",
-            str(directions.EXPERTS),
-            "--moe-router-topk",
-            str(directions.TOPK),
-        )
-        sizes = ("--moe-ffn-hidden-size", str(width))
-        return [*dense, *experts, *sizes, *directions.ROUTER], self.folder / "upcycled"
+        if start in directions.DENSIFY:
+            return list(directions.DENSE), self._densified(start)
+        if start == directions.DRAWN:
+            return list(directions.DENSE), self._drawn()
+        small = list(directions.SMALL)
+        if start == directions.SMALL_ON:
+            return small, self.folder / "small"
+        width = int(small[small.index("--ffn-hidden-size") + 1]) // directions.GRANULARITY
+        experts = ("--num-experts", str(directions.EXPERTS))
+        chosen = ("--moe-router-topk", str(directions.TOPK), "--moe-ffn-hidden-size", str(width))
+        return [*small, *experts, *chosen, *directions.ROUTER], self._upcycled()
 
     def measure(self, model: list[str], checkpoint: Path) -> float:
         """Bits per byte of a checkpoint on the held-out text, whole; once for a folder."""
@@ -162,7 +191,7 @@ class Study:
         if not log.exists() or not figures.read_log(log).validation:
             steps = ("--train-iters", "1", "--lr", "1e-3", "--eval-interval", "1", "--skip-train")
             run = (*self._flags(1234, "cache-measure"), *self._held_out(), *steps)
-            runner.megatron(log, *model, *run, "--load", str(checkpoint), *START)
+            self._megatron(log, *model, *run, "--load", str(checkpoint), *START)
         return self._bits(figures.read_log(log))[-1][1]
 
     def _bits(self, run: figures.Run) -> figures.Series:
@@ -174,22 +203,22 @@ class Study:
     def train(self, start: str, by: str, seed: int, steps: int) -> dict:
         """Train one arm; what it gave."""
         model, checkpoint = self.model(start)
-        name = re.sub(r"[^a-z0-9]+", "-", f"{self.name} {start} {by} {seed} {steps}".lower())
+        name = slug(f"{self.name} {start} {by} {seed} {steps}")
         work = self.folder / name
         work.mkdir(exist_ok=True)
         recipe = work / "recipe.json"
-        made = directions.recipe(self.direction, by, str(self.data), self.source, steps)
+        words = (by, str(self.data), self.source, steps, self.processes)
+        made = directions.recipe(self.direction, *words)
         recipe.write_text(json.dumps(made, indent=1))
         begin = ("--inject-from-scratch",)
         if checkpoint is not None:
             begin = ("--load", str(checkpoint), *START)
-        rate = self.direction.rates[start]
-        runner.megatron(
+        self._megatron(
             work / "train.log",
             *(*model, *self._flags(seed, f"{name}/cache"), *self._held_out(), *begin),
             *("--inject-recipe", str(recipe), "--train-iters", str(steps)),
-            *("--lr", str(rate), "--min-lr", str(rate / 10)),
-            *("--eval-interval", str(max(1, steps // 4))),
+            *self._rate(self.direction.rate),
+            *("--eval-interval", str(max(1, steps // self.direction.evaluations))),
         )
         shutil.rmtree(work / "cache", ignore_errors=True)
         run = figures.read_log(work / "train.log")
@@ -201,6 +230,11 @@ class Study:
             **{"start": start, "by": by, "seed": seed, "steps": steps, "bits": bits},
             "step_milliseconds": round(fmean(times[1:] or times)),
         }
+
+
+def slug(text: str) -> str:
+    """The text as the name of a file."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower())
 
 
 def say(text: str) -> None:
@@ -230,31 +264,50 @@ def table(name: str, runs: list[dict], teacher: float) -> str:
         found = [run["bits"] for run in runs if (run["start"], run["by"]) == (start, by)]
         if found:
             before = spread([bits[0][1] for bits in found]) if found[0][0][0] == 0 else "-"
-            quarter = spread([next(value for step, value in bits if step) for bits in found])
+            early = [next(value for step, value in bits if step) for bits in found]
+            quarter = spread(early) if directions.DIRECTIONS[name].evaluations > 1 else "-"
             end = spread([bits[-1][1] for bits in found])
             lines.append(f"| {start} | {by} | {before} | {quarter} | {end} | {len(found)} |")
     return "\n".join([*lines, f"| the teacher | | {teacher:.3f} | | | |"])
 
 
 def draw(name: str, runs: list[dict], teacher: float, path: Path) -> None:
-    """Bits per byte by step, the mean of the seeds."""
+    """Left bits per byte by step, mean and range of the seeds; right each seed at the end."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panel = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
-    for (start, by), colour in zip(directions.DIRECTIONS[name].arms, COLOURS, strict=False):
+    figure, (curves, ends) = pyplot.subplots(
+        1, 2, figsize=(11, 4.4), width_ratios=(3, 2), layout="constrained"
+    )
+    finished = {(run["start"], run["by"]) for run in runs}
+    coloured = zip(directions.DIRECTIONS[name].arms, COLOURS, strict=False)
+    arms = {arm: colour for arm, colour in coloured if arm in finished}
+    starts = list(dict.fromkeys(start for start, _ in arms))
+    for row, ((start, by), colour) in enumerate(arms.items()):
         found = [run["bits"] for run in runs if (run["start"], run["by"]) == (start, by)]
-        if found:
-            steps = [step for step, _ in found[0]]
-            means = [fmean(bits[at][1] for bits in found) for at in range(len(steps))]
-            panel.plot(steps, means, marker="o", color=colour, label=f"{start}, {by}")
-    panel.axhline(teacher, color="black", linestyle="--", label="the teacher")
-    panel.set(xlabel="step", ylabel="bits per byte on held-out text")
-    panel.legend(fontsize=8)
-    panel.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
+        steps = [step for step, _ in found[0]]
+        values = [[bits[at][1] for bits in found] for at in range(len(steps))]
+        line = LINES[starts.index(start) % len(LINES)]
+        means = [fmean(seeds) for seeds in values]
+        curves.plot(steps, means, line, marker="o", markersize=4, color=colour)
+        low, high = ([edge(seeds) for seeds in values] for edge in (min, max))
+        curves.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
+        ends.plot(values[-1], [row] * len(found), "o", color=colour, alpha=0.7)
+    for panel, draw_line in ((curves, curves.axhline), (ends, ends.axvline)):
+        draw_line(teacher, color="black", linestyle=":", linewidth=1)
+        panel.spines[["top", "right"]].set_visible(False)
+    curves.annotate("the teacher", (0, teacher), (2, -3), textcoords="offset points", va="top")
+    curves.set(xlabel="step", ylabel="bits per byte on held-out text", title="While training")
+    curves.margins(y=0.08)
+    ends.set(xlabel="bits per byte on held-out text", title="At the end, each seed")
+    ends.set_yticks(range(len(arms)), [f"{start}: {by}" for start, by in arms])
+    for label, colour in zip(ends.get_yticklabels(), arms.values(), strict=True):
+        label.set_color(colour)
+    ends.set_ylim(len(arms) - 0.5, -0.5)
+    ends.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=110)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -264,11 +317,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--direction", choices=list(directions.DIRECTIONS), default="moe_to_dense")
     parser.add_argument("--seeds", type=int, default=1, help="how many, of 3")
-    parser.add_argument("--steps", type=int, default=STEPS, help="of 4,096 tokens")
+    parser.add_argument("--steps", type=int, help="of 4,096 tokens (100; of densify 25)")
+    parser.add_argument("--processes", type=int, default=1, help="of a run, 1 or 2")
     parser.add_argument("--folder", type=Path, default=Path("runs/moe_to_dense"))
     parser.add_argument("--results", type=Path, help="default: results in --folder")
     parser.add_argument("--report", action="store_true", help="run nothing")
     options = parser.parse_args(arguments)
+    options.steps = options.steps or directions.DIRECTIONS[options.direction].steps
     if not 1 <= options.seeds <= len(SEEDS):
         parser.error(f"--seeds: {options.seeds} is none of 1 to {len(SEEDS)}")
     return options
@@ -279,7 +334,7 @@ def main() -> None:
     folder, name = options.folder.absolute(), options.direction
     results = options.results or folder / "results"
     results.mkdir(parents=True, exist_ok=True)
-    listed, study = results / f"{name}.jsonl", Study(name, folder)
+    listed, study = results / f"{name}.jsonl", Study(name, folder, options.processes)
     reference = results / f"{name}-teacher.json"
     if not options.report:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Runs Megatron on one process of this machine with the quickstart's flags, for studies.
+"""Runs Megatron on processes of this machine with the quickstart's flags, for studies.
 
 Everything a run prints goes to its log; a run that fails ends the study with the end of that log.
 """
@@ -46,7 +46,8 @@ def logged(log: Path, *command: str) -> None:
         raise SystemExit(f"{tail}\nfailed; the whole log is {log}")
 
 
-def megatron(log: Path, *arguments: str) -> None:
-    """One run of Megatron's training loop on one process."""
-    distributed = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1")
+def megatron(log: Path, *arguments: str, processes: int = 1) -> None:
+    """One run of Megatron's training loop on gloo processes."""
+    distributed = ("-m", "torch.distributed.run", "--standalone")
+    distributed += ("--nproc-per-node", str(processes))
     logged(log, *distributed, "-m", "megatron_moe_inject.pretrain", "--cpu", *arguments)

@@ -25,6 +25,9 @@ COLOURS = {
     "all": "#0072b2", "chosen": "#cc79a7", "random": "#8c8c8c", "quarter": "#e69f00",
     "none": "#009e73", "new": "#d55e00",
 }  # fmt: skip
+FORGOTTEN_LINEAR = 0.02
+FORGOTTEN_TICKS = (-0.02, -0.01, 0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
+"""The horizontal axis of the picture: up to where it is linear, and its labels."""
 NUMBERS = {arm.name: number for number, arm in enumerate(arms.ARMS, 1)}
 
 
@@ -215,7 +218,7 @@ def draw(rows: list[dict], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     names = list(dict.fromkeys(row["domain"] for row in rows))
     figure, panels = pyplot.subplots(
@@ -230,8 +233,12 @@ def draw(rows: list[dict], path: Path) -> None:
                 handles[row["arm"]] = _point(panel, row)
             elif row["teacher_bits"] is not None:
                 title += f" (the teacher leads by {_lead(row):.2f})"
-        panel.set_xscale("symlog", linthresh=0.02, linscale=0.6)
-        panel.set(title=title, xlabel="English forgotten, bits per byte (symlog)")
+        panel.set_xscale("symlog", linthresh=FORGOTTEN_LINEAR, linscale=0.6)
+        panel.xaxis.set_major_locator(ticker.FixedLocator(FORGOTTEN_TICKS))
+        panel.xaxis.set_minor_locator(ticker.NullLocator())
+        panel.xaxis.set_major_formatter("{x:g}")
+        xlabel = f"English forgotten, bits per byte (logarithmic beyond {FORGOTTEN_LINEAR})"
+        panel.set(title=title, xlabel=xlabel)
         panel.set_ylabel("gain on held-out text, bits per byte")
         panel.margins(0.08)
         panel.spines[["top", "right"]].set_visible(False)

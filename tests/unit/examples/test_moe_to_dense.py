@@ -17,7 +17,6 @@ from tests.harness.stored_moe import HIDDEN, write_moe
 ROOT = Path(__file__).parents[3]
 sys.path.insert(0, str(ROOT / "examples" / "moe_to_dense"))
 
-import as_mixtral  # noqa: E402
 import compare  # noqa: E402
 import directions  # noqa: E402
 import drawn  # noqa: E402
@@ -34,7 +33,7 @@ ARMS = [
 def test_every_arm_is_a_valid_recipe_that_trains_everything(tmp_path, name, start, by):
     direction = directions.DIRECTIONS[name]
     study = compare.Study(name, tmp_path)
-    made = directions.recipe(direction, by, "/data", study.source, steps=100)
+    made = directions.recipe(direction, by, "/data", study.source, 100, processes=2)
     path = tmp_path / "recipe.json"
     path.write_text(json.dumps(made))
     recipe = load_recipe(path)
@@ -42,21 +41,38 @@ def test_every_arm_is_a_valid_recipe_that_trains_everything(tmp_path, name, star
     (domain,) = recipe.domains
     assert domain.data[0] == f"/data/{direction.text}_train"
     assert bool(domain.teacher) is (by != directions.CE)
+    if domain.teacher:
+        assert recipe.teachers["teacher"].ep == (2 if direction.experts else 1)
     weights = made["objective"]
     if by == directions.FALLING:
         alpha, beta = (weights[key]["points"] for key in ("alpha", "beta"))
         assert [alpha[at] + beta[at] for at in (0, 100)] == [1, 1]
         assert beta[0] > 0.5 > beta[100] > 0
+    elif by == directions.BESIDE:
+        assert (weights["alpha"], weights["beta"]["points"]) == (1, {0: 0.8, 100: 0})
     else:
         assert (weights["alpha"], weights["beta"]) == ((1, 0) if by == directions.KD else (0, 1))
-    assert start in direction.rates
 
 
 def value(flags, name):
     return int(flags[flags.index(name) + 1])
 
 
-def test_starts_are_those_of_the_quickstart_s_models(tmp_path):
+@pytest.fixture
+def commands(monkeypatch):
+    """What would be run, by the name of its log; a command's checkpoint is taken as written."""
+    found = {}
+
+    def logged(log, *words):
+        found[log.name] = words
+        if "--output" in words:
+            Path(words[words.index("--output") + 1]).mkdir()
+
+    monkeypatch.setattr(runner, "logged", logged)
+    return found
+
+
+def test_dense_students_begin_as_the_teacher_in_half_the_width(tmp_path, commands):
     study = compare.Study("moe_to_dense", tmp_path)
     dense, folder = study.model(directions.DENSIFIED)
     teacher = runner.flags("STUDENT")
@@ -65,35 +81,39 @@ def test_starts_are_those_of_the_quickstart_s_models(tmp_path):
     experts = value(dense, "--ffn-hidden-size") / value(teacher, "--moe-ffn-hidden-size")
     assert 0 < experts < value(teacher, "--num-experts")
     assert folder == tmp_path / "densified"
+    words = commands["densified.log"]
+    assert words[words.index("densify") + 1] == str(tmp_path / "student")
+    assert value(words, "--ffn-hidden-size") == value(dense, "--ffn-hidden-size")
     assert study.model(directions.SCRATCH) == (dense, None)
+    assert study.model(directions.DRAWN) == (dense, tmp_path / "drawn")
 
+
+def test_a_mixture_begins_as_the_weaker_dense_model_and_uses_as_much(tmp_path, commands):
     study = compare.Study("dense_to_moe", tmp_path)
-    dense = runner.flags("TEACHER")
-    assert study.model(directions.ITSELF) == (dense, tmp_path / "teacher")
+    small, folder = study.model(directions.SMALL_ON)
+    assert folder == tmp_path / "small"
+    assert value(small, "--hidden-size") < value(runner.flags("TEACHER"), "--hidden-size")
     experts, folder = study.model(directions.UPCYCLED)
     assert folder == tmp_path / "upcycled"
-    copies = directions.EXPERTS // directions.GRANULARITY
-    width = value(experts, "--num-experts") * value(experts, "--moe-ffn-hidden-size")
-    assert width == copies * value(dense, "--ffn-hidden-size")
-    assert directions.TOPK % directions.GRANULARITY == 0
+    assert experts[: len(small)] == small
+    width, neurons = value(experts, "--moe-ffn-hidden-size"), value(small, "--ffn-hidden-size")
+    assert width * directions.GRANULARITY == neurons
+    assert width * value(experts, "--moe-router-topk") == neurons, "a token passes one copy"
+    words = commands["upcycled.log"]
+    assert words[words.index("upcycle") + 1] == str(tmp_path / "small")
+    asked = [value(words, name) for name in ("--experts", "--topk", "--granularity")]
+    assert asked == [directions.EXPERTS, directions.TOPK, directions.GRANULARITY]
 
 
-def test_the_folder_that_the_export_is_like_has_the_teacher_s_sizes(tmp_path):
-    pytest.importorskip("transformers")
-    as_mixtral.write(tmp_path / "template")
-    config = json.loads((tmp_path / "template" / "config.json").read_text())
-    flags = runner.flags("STUDENT")
-    for key, name in (
-        ("num_hidden_layers", "--num-layers"),
-        ("hidden_size", "--hidden-size"),
-        ("num_attention_heads", "--num-attention-heads"),
-        ("num_local_experts", "--num-experts"),
-        ("num_experts_per_tok", "--moe-router-topk"),
-        ("intermediate_size", "--moe-ffn-hidden-size"),
-    ):
-        assert config[key] == value(flags, name), key
-    tokenizer = json.loads((as_mixtral.TOKENIZER / "tokenizer.json").read_text())
-    assert config["vocab_size"] == len(tokenizer["model"]["vocab"])
+def test_each_of_densify_s_options_is_a_start_of_its_own(tmp_path, commands):
+    study = compare.Study("densify", tmp_path)
+    folders = {study.model(start)[1] for start in directions.DENSIFY}
+    assert len(folders) == len(directions.DENSIFY) == len(commands)
+    base = write_moe(tmp_path / "moe", hidden_size=HIDDEN, params_dtype=torch.float32, swiglu=True)
+    for number, options in enumerate(directions.DENSIFY.values()):
+        output = str(tmp_path / f"dense-{number}")
+        words = ["densify", str(base), "--output", output, "--ffn-hidden-size", "20", *options]
+        assert main(words) == 0, options
 
 
 def test_drawn_feed_forwards_leave_all_else(tmp_path):
