@@ -172,6 +172,8 @@ class _Wiring:
         return self._run.call(name, stock, *args, **kwargs)
 
     def build_data_iterators(self, stock: Callable, *args: Any, **kwargs: Any) -> Any:
+        if self._run is None:
+            _refuse_bypass()
         iterators = self.around("build_train_valid_test_data_iterators", stock, *args, **kwargs)
         if self._run is not None:
             self._run.splits.register(*iterators)
@@ -200,6 +202,27 @@ class _Wiring:
                 raise
 
         return run.call("train", training, *args, **kwargs)
+
+
+def _refuse_bypass() -> None:
+    """Ends a job that asks for the plugin and trains by a ``pretrain()`` that is not wrapped.
+
+    Its script bound Megatron's name before ``install()``: flags are read, and nothing else is done.
+    """
+    from megatron.training import get_args
+
+    from megatron_moe_inject.host import failure
+    from megatron_moe_inject.host.meeting import Meeting
+    from megatron_moe_inject.recipe.flags import recipe_from_args
+
+    options = get_args()
+    if recipe_from_args(options) is not None:
+        message = (
+            "--inject-*: this script took pretrain() from megatron.training before "
+            "megatron_moe_inject.install() was called, so that it would train without the recipe; "
+            "call it above the script's first import of megatron.training"
+        )
+        failure.end(message, Meeting.of_job(options))
 
 
 def _finish(run: Run) -> None:

@@ -13,6 +13,7 @@ from tests.harness import lane
 from tests.harness.injection import RECIPE, assert_clean_end, inject, recipe_file
 from tests.harness.material import EVALUATES
 
+EARLY = (str(lane.HARNESS / "early_gpt.py"),)
 WRONG = {
     "an expert the student lacks": (
         RECIPE.replace("[3]", "[3, 4]", 1).replace("2: [3, 4]", "2: [3, 9]"),
@@ -41,6 +42,12 @@ WRONG = {
 def test_a_wrong_recipe_ends_at_start(material, recipe, fragments):
     assert recipe != RECIPE
     assert_clean_end(inject(material, recipe, check=False), fragments)
+
+
+def test_a_script_that_took_pretrain_too_early_does_not_train_without_its_recipe(material):
+    flags = material.flags("--inject-recipe", recipe_file(material, RECIPE), ep=2)
+    run = lane.run(flags, nproc=2, script=EARLY, check=False)
+    assert_clean_end(run, ("--inject-*", "install()", "above the script's first import"))
 
 
 DATA = {
