@@ -267,8 +267,12 @@ class Loop:
         fixed = self.fixed()
         try:
             own = self.own(fixed.at[self.steps])
-            spent = own.at[self.last]
-            alike = next((step for step, s in fixed.at.items() if s >= spent), max(fixed.at))
+            # A step costs the same in both, but for what else the machine does meanwhile.
+            most = max(fixed.at)
+            trained = fixed.at[most] + own.at[self.last] - own.writing - fixed.at[self.steps]
+            price = trained / (most + self.last - self.steps)
+            worth = self.last + own.writing / price
+            alike = next((step for step in fixed.at if step >= worth), most)
             rows = []
             for arm, run, step, what in (
                 ("own", own, self.last, "steps"),
@@ -278,7 +282,8 @@ class Loop:
                 means = measured(self.out / f"evaluation-{arm}.jsonl")[step]
                 row: dict[str, float | str] = {
                     "arm": arm, "alike": what, "seed": self.seed, "step": step,
-                    "seconds": run.at[step], "writing": run.writing, "starts": run.starts,
+                    "seconds": step * price + run.writing, "writing": run.writing,
+                    "starts": run.starts, "worth": worth,
                     "loss": means["loss"], "kl": means["teacher_kl"],
                 }  # fmt: skip
                 if judge:
@@ -304,7 +309,8 @@ def table(rows: Sequence[dict[str, float | str]]) -> str:
     """Mean over seeds, and the largest distance from it, of each run and step."""
     names = {
         "step": ("steps", 0), "seconds": ("processor seconds", 0), "writing": ("of writing", 0),
-        "starts": ("starts beside", 0), "loss": ("loss on held-out code", 3),
+        "starts": ("starts beside", 0), "worth": ("its own text is worth steps", 0),
+        "loss": ("loss on held-out code", 3),
         "kl": ("KL to the teacher there", 3), "own_kl": ("KL to the teacher on own text", 3),
         "own_ce": ("own text's entropy", 3),
     }  # fmt: skip

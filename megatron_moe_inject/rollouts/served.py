@@ -325,7 +325,7 @@ def _checked(found: Completion, most: int, vocabulary: int | None) -> Completion
     numbers = isinstance(log_probs, list) and all(
         isinstance(value, int | float) and math.isfinite(value) for value in log_probs
     )
-    if not numbers or len(log_probs) != len(ids):
+    if log_probs is None or not numbers or len(log_probs) != len(ids):
         raise _Unusable(f"has no log-probability for each of its {len(ids)} ids")
     return found
 
