@@ -30,7 +30,7 @@ from tests.harness.profiles import from_counts
 @pytest.fixture(scope="session")
 def single(material):
     """The curve of one process."""
-    return inject(material)
+    return inject(material, extra=EVALUATES)
 
 
 def test_terms_are_reported_and_add_up(single):
