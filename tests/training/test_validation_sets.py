@@ -24,13 +24,13 @@ def held_out(tmp_path_factory):
 def flags(material, held_out, *extra, **layout):
     start = ("--load", material.student, "--finetune", "--no-load-optim", "--no-load-rng")
     data = ("--train-data-path", *material.blend[1:5], "--valid-data-path", *held_out)
-    return student_flags(*data, *start, *extra, **layout)
+    return student_flags(*data, *start, *EVALUATES, *extra, **layout)
 
 
 def train(material, folder, held_out, *extra, recipe=GAMMA, nproc=1, path=(), check=True, **layout):
     """A run of two iterations that measures before and after them, and its list."""
     ours = ("--inject-recipe", recipe_file(material, recipe), "--save", str(folder))
-    steps = ("--train-iters", "2", "--eval-interval", "2", "--save-interval", "100", *EVALUATES)
+    steps = ("--train-iters", "2", "--eval-interval", "2", "--save-interval", "100")
     given = flags(material, held_out, *ours, *steps, *extra, **layout)
     run = lane.run(given, nproc=nproc, pythonpath=path, check=check)
     listed = Path(folder, "inject_evaluation.jsonl")
