@@ -30,12 +30,9 @@ SCRATCH, DENSIFIED, UPCYCLED, SMALL_ON = "from scratch", "densify", "upcycle", "
 DRAWN = "densify, feed-forwards drawn"
 DENSIFY = {
     DENSIFIED: (),
-    "concatenate, by mean gates": ("--score", "gate"),
     "merge, by outputs": ("--method", "merge"),
     "keep, by outputs": ("--method", "keep"),
-    "keep, by mean gates": ("--method", "keep", "--score", "gate"),
     "keep, most used": ("--method", "keep", "--score", "token"),
-    "concatenate, as large as the routed": ("--scale", "norm"),
 }
 """Starts that ``moe-inject densify`` makes, by its options; the first has none."""
 
@@ -91,7 +88,7 @@ DIRECTIONS = {
         "STUDENT",
         True,
         3e-3,
-        tuple((start, KD) for start in DENSIFY),
+        tuple((start, CE) for start in DENSIFY),
         steps=25,
         evaluations=1,
     ),
