@@ -30,12 +30,20 @@ def first_line(path: Path) -> str:
 
 
 def files(folder: Path) -> str:
-    """Modules of a folder and of the folders in it, each with what it is; empty packages aside."""
+    """Modules of a folder and of the folders in it, each with what it is; empty packages aside. A
+    folder with a page of its own is one row, the page's title."""
     rows = ["| file | what it is |", "|---|---|"]
+    pages = {page.parent: page for page in folder.rglob("README.md") if page.parent != folder}
+    for inner, page in pages.items():
+        name = inner.relative_to(folder)
+        title = page.read_text(encoding="utf-8").split("\n", 1)[0].removeprefix("# ")
+        rows.append(f"| [`{name}/`]({name}/README.md) | {title} |")
     for path in sorted(folder.rglob("*.py")):
         line = first_line(path)
-        if path.name != "__init__.py" or (line and path.parent != folder):
+        told = pages.keys().isdisjoint(path.parents)
+        if told and (path.name != "__init__.py" or (line and path.parent != folder)):
             rows.append(f"| `{path.relative_to(folder)}` | {line} |")
+    rows[2:] = sorted(rows[2:], key=lambda row: row.split("`")[1])
     return "\n".join(rows) + "\n"
 
 
