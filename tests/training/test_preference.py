@@ -77,7 +77,10 @@ def run(material, pairs, held_out, tmp_path_factory):
                 "mixing": {"general": 0.25, "preference": 0.5},
             }
             for dotted, value in dict(changes).items():
-                array._set(tree, dotted, value)
+                if dotted == "teachers":
+                    tree["teachers"] |= value
+                else:
+                    array._set(tree, dotted, value)
             path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
             path.write_text(yaml.safe_dump(tree))
             begin = ("--load", material.student, "--finetune", "--no-load-optim", "--no-load-rng")
@@ -341,11 +344,11 @@ def test_servers_as_reference(run, llama):
     transformers = pytest.importorskip("transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(str(llama)).eval()
     changes = {"objective.gamma": 0.0, "objective.preference.teacher": "judge"}
-    live = run("teacher", changes=changes | {"teachers.judge": {"source": f"hf:{llama}"}})
+    live = run("teacher", changes=changes | {"teachers": {"judge": {"source": f"hf:{llama}"}}})
     with TeacherServer(thinker(model)) as server:
         patience = {"top": 69, "timeout": 20, "patience": 20}
         judge = {"source": f"server:{server.url}", "server": patience}
-        ours = run("teacher", changes=changes | {"teachers.judge": judge})
+        ours = run("teacher", changes=changes | {"teachers": {"judge": judge}})
         longest = max(len(text) for text in server.asked)
     assert_same(ours, live, (*PREFERENCE, *BY_SIDE, "grad norm"))
     assert longest < 32  # what fills up a sample is not asked about
@@ -360,7 +363,7 @@ not_before_19 = pytest.mark.skipif(
 @not_before_19
 def test_packed_pairs_give_what_they_give_one_by_one(run, alone, material, tmp_path):
     """Each step has all pairs, in packs of several or an answer to a sample. Held out, the same."""
-    own = write_pairs(tmp_path / "pairs", pairs=6, seed=9)
+    own = write_pairs(tmp_path / "pairs", pairs=6, seed=9, lengths=(3, 6))
     files = IndexedDataset(own)
     sizes = np.array(files.sequence_lengths).reshape(-1, 3)
     count = len(packs((sizes.sum(1) + sizes[:, 0]).tolist(), 32))
