@@ -11,13 +11,18 @@ from megatron_moe_inject.rollouts.file_format import read_rollouts
 from megatron_moe_inject.rollouts.identity import writer_of_folder
 from megatron_moe_inject.rollouts.settings import Asked, Sampling
 from tests.harness import lane
-from tests.harness.injection import RECIPE
+from tests.harness.corpus import write_corpora
 from tests.harness.vllm_server import vllm_server
 
 pytestmark = pytest.mark.slow
 VOCAB, LENGTH, MOST, END = 64, 48, 16, 63
 """Ids, tokens of a text and of a completion, and the id that ends a text."""
 COUNT = 24
+RECIPE = """
+domains: [{{name: code, data: [1], teacher: coder}}]
+teachers: {{coder: {{source: "hf:{folder}"}}}}
+train: {{everything: true}}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +91,11 @@ def serve(server, student, prompts):
 
 
 @pytest.fixture(scope="module")
-def megatron(student, prompts, tmp_path_factory):
-    recipe = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
-    recipe.write_text(RECIPE.replace("{teacher}", "/nowhere"))
+def megatron(folder, student, prompts, tmp_path_factory):
+    place = tmp_path_factory.mktemp("recipe")
+    general, domain = write_corpora(place)
+    recipe = place / "recipe.yaml"
+    recipe.write_text(RECIPE.format(folder=folder))
 
     def write(output, **sampling):
         asked = Asked(
@@ -100,7 +107,7 @@ def megatron(student, prompts, tmp_path_factory):
             f"--seq-length {LENGTH} --micro-batch-size 1 --global-batch-size 1 --train-iters 1 "
             f"--lr 1e-3 --tokenizer-type NullTokenizer --vocab-size {VOCAB} --num-workers 0 "
             "--use-cpu-initialization --moe-token-dispatcher-type alltoall --eval-iters 0 "
-            f"--mock-data --load {student} --no-load-optim --no-load-rng --skip-train"
+            f"--data-path 0.4 {general} 0.6 {domain} --split 90,5,5 --load {student} --no-load-optim --no-load-rng --skip-train"
         )
         ours = ("--inject-recipe", str(recipe), "--inject-rollouts", asked.plain())
         lane.run([*model, *run, *ours])
