@@ -107,7 +107,8 @@ def megatron(folder, student, prompts, tmp_path_factory):
             f"--seq-length {LENGTH} --micro-batch-size 1 --global-batch-size 1 --train-iters 1 "
             f"--lr 1e-3 --tokenizer-type NullTokenizer --vocab-size {VOCAB} --num-workers 0 "
             "--use-cpu-initialization --moe-token-dispatcher-type alltoall --eval-iters 0 "
-            f"--data-path 0.4 {general} 0.6 {domain} --split 90,5,5 --load {student} --no-load-optim --no-load-rng --skip-train"
+            f"--data-path 0.4 {general} 0.6 {domain} --split 90,5,5 --load {student} "
+            "--no-load-optim --no-load-rng --skip-train"
         )
         ours = ("--inject-recipe", str(recipe), "--inject-rollouts", asked.plain())
         lane.run([*model, *run, *ours])
