@@ -272,27 +272,36 @@ class Loop:
             trained = fixed.at[most] + own.at[self.last] - own.writing - fixed.at[self.steps]
             price = trained / (most + self.last - self.steps)
             worth = self.last + own.writing / price
-            alike = next((step for step in fixed.at if step >= worth), most)
             rows = []
             for arm, run, step, what in (
-                ("own", own, self.last, "steps"),
-                ("fixed", fixed, self.last, "steps"),
-                ("fixed", fixed, alike, "time"),
+                ("own", own, float(self.last), "steps"),
+                ("fixed", fixed, float(self.last), "steps"),
+                ("fixed", fixed, min(worth, most), "time"),
             ):
-                means = measured(self.out / f"evaluation-{arm}.jsonl")[step]
+                evaluations = measured(self.out / f"evaluation-{arm}.jsonl")
                 row: dict[str, float | str] = {
                     "arm": arm, "alike": what, "seed": self.seed, "step": step,
                     "seconds": step * price + run.writing, "writing": run.writing,
-                    "starts": run.starts, "worth": worth,
-                    "loss": means["loss"], "kl": means["teacher_kl"],
+                    "starts": run.starts,
+                    "loss": between(evaluations, step, "loss"),
+                    "kl": between(evaluations, step, "teacher_kl"),
                 }  # fmt: skip
                 if judge:
-                    row["own_kl"], row["own_ce"] = self.own_text(arm, step)
+                    saved = round(step / self.steps) * self.steps
+                    row["own_kl"], row["own_ce"] = self.own_text(arm, saved)
                 rows.append(row)
         finally:
             if self.server is not None:
                 self.server.stop()
         return rows
+
+
+def between(evaluations: dict[int, dict[str, float]], step: float, name: str) -> float:
+    """A mean at a step, on the line between the evaluations around it."""
+    before = max(at for at in evaluations if at <= step)
+    after = min(at for at in evaluations if at >= step)
+    part = (step - before) / max(after - before, 1)
+    return evaluations[before][name] * (1 - part) + evaluations[after][name] * part
 
 
 def measured(path: Path) -> dict[int, dict[str, float]]:
@@ -309,7 +318,7 @@ def table(rows: Sequence[dict[str, float | str]]) -> str:
     """Mean over seeds, and the largest distance from it, of each run and step."""
     names = {
         "step": ("steps", 0), "seconds": ("processor seconds", 0), "writing": ("of writing", 0),
-        "starts": ("starts beside", 0), "worth": ("its own text is worth steps", 0),
+        "starts": ("starts beside", 0),
         "loss": ("loss on held-out code", 3),
         "kl": ("KL to the teacher there", 3), "own_kl": ("KL to the teacher on own text", 3),
         "own_ce": ("own text's entropy", 3),

@@ -27,6 +27,7 @@ TESTED_ALONE = {
     "progress": "unit/host/test_progress.py",
     "stages": "training/test_boundary.py",
     "generation": "training/test_generation.py",
+    "held_out_pairs": "training/test_preference.py",
     "servers": "training/test_servers.py",
     "validation_sets": "training/test_validation_sets.py",
 }
