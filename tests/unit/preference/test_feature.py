@@ -103,7 +103,6 @@ def test_the_name_of_pairs_is_taken():
     ("option", "value"),
     [
         ("sft", True),
-        ("dataloader_inter_document_masking", True),
         ("mtp_num_layers", 1),
         ("qk_clip", True),
         ("dataloader_type", "cyclic"),
