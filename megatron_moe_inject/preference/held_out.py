@@ -26,6 +26,7 @@ from megatron_moe_inject.host.own_tokens import OwnTokens
 from megatron_moe_inject.host.rng import untouched_rng
 from megatron_moe_inject.host.step import Step, StepPart
 from megatron_moe_inject.host.term_log import TermLog
+from megatron_moe_inject.host.to_device import to_device
 from megatron_moe_inject.losses.preference import PreferenceSpec, answer_log_probs
 from megatron_moe_inject.losses.rows import RowKernels
 from megatron_moe_inject.losses.student import Student
@@ -133,7 +134,7 @@ class HeldOutMeasurement(StepPart):
             return
         numbers = numbers_of(step, self._source, self._pairs.documents)
         rows = self._own_tokens.of_rank(of_tokens(numbers, step.starts, step.sequence_length))
-        self._rows = rows.to(self._device, non_blocking=True)
+        self._rows = to_device(rows, self._device)
         if self._original is not None:
             log_probs = self._original.log_probs(step)
             if self._last:

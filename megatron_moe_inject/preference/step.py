@@ -126,7 +126,7 @@ class PreferenceStep(StepPart):
         if self._term is None:
             return
         rows = of_tokens(found.rows, step.starts, step.sequence_length)
-        rows = self._own_tokens.of_rank(rows).to(self._device, non_blocking=True)
+        rows = to_device(self._own_tokens.of_rank(rows), self._device)
         answered = (step.labels == PREFERENCE).flatten().nonzero().flatten().tolist()
         rows_read = rows.flatten(0, 1).index_select(0, index(answered, self._device))
         table = self._table(found, answers, reference, rows_read)

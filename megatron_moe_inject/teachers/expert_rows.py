@@ -23,6 +23,7 @@ import torch
 
 from megatron_moe_inject.host.megatron_types import Chunk
 from megatron_moe_inject.host.model_parts import decoder_layers, grouped_linears, mlp_of
+from megatron_moe_inject.host.to_device import to_device
 from megatron_moe_inject.host.wrap import Call, wrap_method
 from megatron_moe_inject.teachers.uses import FILLED_EXPERTS, FILLED_GROUPED_EXPERTS
 
@@ -65,7 +66,7 @@ def _places(numbers: Sequence[int], filled: Sequence[int], device: torch.device)
     before = torch.tensor([numbers, filled]).cumsum(1)
     shifts = (before[1] - before[0]).roll(1)
     shifts[0] = 0
-    by_expert = torch.stack([shifts, torch.tensor(numbers)]).to(device, non_blocking=True)
+    by_expert = to_device(torch.stack([shifts, torch.tensor(numbers)]), device)
     total = sum(numbers)
     shift = by_expert[0].repeat_interleave(by_expert[1], output_size=total)
     return torch.arange(total, device=device) + shift
