@@ -46,7 +46,7 @@ def test_a_model_taught_by_itself_has_nothing_to_learn(material, kind):
     ours = ("--inject-recipe", recipe_file(taught, RECIPE), "--train-iters", "2")
     run = lane.run(flags_of(kind, *material.blend, *start, *ours))
     first, second = run.losses("kd loss")
-    assert abs(first) < 1e-8
+    assert abs(first) < 1e-7
     assert second > 1e-5
 
 
@@ -79,11 +79,7 @@ WINDOW = "teachers.coder.window=2"
 )
 def test_experts_on_several_ranks_teach_the_same(material, one_process, nproc, ep, layout, sets):
     taught, one = one_process
-    sets = [
-        f"teachers.coder.ep={ep}",
-        *(s.replace("window", "teachers.coder.window") for s in sets),
-    ]
-    more = (*uneven(material), "--inject-set", *sets)
+    more = (*uneven(material), "--inject-set", f"teachers.coder.ep={ep}", *sets)
     run = teach(taught, RECIPE, *more, nproc=nproc, **layout)
     assert_same_losses(run, one)
 
