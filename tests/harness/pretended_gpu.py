@@ -126,7 +126,10 @@ def _line() -> str:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_HERE):
         frame = frame.f_back
     name = frame.f_code.co_filename
-    for root in (_ROOT, os.path.dirname(os.path.dirname(torch.__file__))):
+    for root in (
+        os.path.dirname(os.path.dirname(torch.__file__)),
+        _ROOT,
+    ):  # one may be in the other
         name = name.removeprefix(root + os.sep)
     return f"{name}:{frame.f_lineno} {frame.f_code.co_qualname}"
 
@@ -337,7 +340,14 @@ def _writes_first(func: Any) -> bool:
     return bool(arguments and arguments[0].alias_info and arguments[0].alias_info.is_write)
 
 
-_FROM_DATA = (torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor)
+def _of_torch(function: Any) -> Any:
+    """torch's own where the lane has put a stand-in."""
+    return getattr(function, "__wrapped__", function)
+
+
+_FROM_DATA = tuple(
+    map(_of_torch, (torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor))
+)
 _SET = torch.Tensor.__setitem__
 
 
@@ -627,6 +637,29 @@ def _no_kernels() -> None:
     """What ``triton_rows`` has where Triton cannot be imported."""
 
 
+def _stock_makers() -> None:
+    """The lane's makers of tensors would turn ``device="cuda"`` to the CPU before ``_Calls``."""
+    for owner, names in torch_device.MAKERS:
+        for name in names.split():
+            setattr(owner, name, _of_torch(getattr(owner, name)))
+
+
+def _backward_keeps_calls() -> None:
+    """Recompute runs forward code in backward, where torch suspends ``_Calls`` as it dispatches."""
+
+    def backward(
+        self: torch.Tensor,
+        gradient: torch.Tensor | None = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        inputs: Any = None,
+    ) -> None:
+        torch.autograd.backward(self, gradient, retain_graph, create_graph, inputs=inputs)
+
+    _torch.autograd.has_torch_function = lambda tensors: False
+    _torch.Tensor.backward = backward
+
+
 def _megatron() -> None:
     """Stock again where the lane answers for a CPU."""
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
@@ -638,7 +671,9 @@ def _megatron() -> None:
 
 def install() -> None:
     """Pretend, for the rest of this process, which has the CPU lane enabled."""
+    _stock_makers()
     _tensor_methods()
+    _backward_keeps_calls()
     _device_calls()
     _groups()
     _loaders_pin()

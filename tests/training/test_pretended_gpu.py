@@ -15,9 +15,6 @@ from tests.harness.newer_features import NEWER, make
 from tests.harness.pretended_gpu import ENV, steady_waits
 from tests.harness.pretended_rules import DISPATCHES, NEEDED
 
-pytestmark = pytest.mark.skip(
-    reason="the pretended GPU marks what the lane's earlier mode made; the lane has none any more"
-)
 PACKAGE = "megatron_moe_inject/"
 IN_TRANSFORMERS = {("transformers/masking_utils.py", "find_packed_sequence_indices")}
 """Whether documents are packed, asked in each forward pass of a teacher from Hugging Face."""
