@@ -45,7 +45,7 @@ def with_teacher(material: Material, kind: str, pythonpath: Sequence[str] = ()) 
     path = material.folder / f"teacher with experts, {kind}"
     if not path.exists():
         data = ("--data-path", material.domain, "--split", "90,5,5", "--train-iters", "10")
-        data += (*lane.ONE_BATCH, "--eval-iters", "0")
+        data += ("--eval-iters", "0")
         keep = ("--save", str(path), "--save-interval", "100")
         only = ONLY_TRAINING.get(kind, ())
         lane.run([*flags_of(kind, *data, *keep, *only)], pythonpath=pythonpath)
