@@ -126,10 +126,8 @@ def _line() -> str:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_HERE):
         frame = frame.f_back
     name = frame.f_code.co_filename
-    for root in (
-        os.path.dirname(os.path.dirname(torch.__file__)),
-        _ROOT,
-    ):  # one may be in the other
+    packages = os.path.dirname(os.path.dirname(torch.__file__))  # may lie below the root
+    for root in (packages, _ROOT):
         name = name.removeprefix(root + os.sep)
     return f"{name}:{frame.f_lineno} {frame.f_code.co_qualname}"
 
