@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 from step_overhead import model_flags, train
-from term_cost import DOCUMENT, SEQUENCE, write_corpora
+from term_cost import DOCUMENT, SEQUENCE, write_corpora, write_pairs
 
 BATCH, WARM_UP, HELD_OUT = 8, 1, 40
 RECIPE = """
@@ -30,19 +30,6 @@ mixing: {{general: 0.25, preference: 0.5}}
 """
 
 
-def write_pairs(folder: Path, name: str, vocabulary: int, pairs: int, size: int) -> str:
-    """A data set of pairs of random tokens, ``size`` in the prompt and in each answer."""
-    import numpy as np
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    generator = np.random.default_rng(1)
-    builder = IndexedDatasetBuilder(f"{folder}/{name}.bin", dtype=np.uint16)
-    for _ in range(pairs):
-        builder.add_document(generator.integers(vocabulary - 1, size=3 * size), [size] * 3)
-    builder.finalize(f"{folder}/{name}.idx")
-    return f"{folder}/{name}"
-
-
 def parent(options: argparse.Namespace) -> None:
     """Make data, run both, print the table."""
     environment = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
@@ -50,8 +37,8 @@ def parent(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         documents = BATCH * (steps + 2) * SEQUENCE // DOCUMENT + 4
         general, domain = write_corpora(Path(folder), options.vocab, documents)
-        pairs = write_pairs(Path(folder), "pairs", options.vocab, 400, options.answer)
-        held_out = write_pairs(Path(folder), "held_out", options.vocab, HELD_OUT, options.answer)
+        pairs = write_pairs(f"{folder}/pairs", options.vocab, 400, options.answer)
+        held_out = write_pairs(f"{folder}/held_out", options.vocab, HELD_OUT, options.answer)
         recipe, times = Path(folder, "recipe.yaml"), Path(folder, "times.json")
         recipe.write_text(RECIPE.format())
         for name, packed in (("one by one", []), ("packed", [_FLAG])):

@@ -90,17 +90,18 @@ def write_corpora(folder: Path, vocabulary: int, documents: int) -> list[str]:
     return prefixes
 
 
-def write_pairs(folder: Path, vocabulary: int, pairs: int) -> str:
-    """A data set of pairs of random tokens, half of a sequence for each prompt; its prefix."""
+def write_pairs(prefix: str, vocabulary: int, pairs: int, size: int = SEQUENCE // 2) -> str:
+    """A data set of pairs of random tokens, ``size`` in the prompt and in each answer; its
+    prefix."""
     import numpy as np
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    generator, half = np.random.default_rng(1), SEQUENCE // 2
-    builder = IndexedDatasetBuilder(f"{folder}/pairs.bin", dtype=np.uint16)
+    generator = np.random.default_rng(1)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
     for _ in range(pairs):
-        builder.add_document(generator.integers(vocabulary - 1, size=3 * half), [half] * 3)
-    builder.finalize(f"{folder}/pairs.idx")
-    return f"{folder}/pairs"
+        builder.add_document(generator.integers(vocabulary - 1, size=3 * size), [size] * 3)
+    builder.finalize(f"{prefix}.idx")
+    return prefix
 
 
 def parent(options: argparse.Namespace) -> None:
@@ -132,7 +133,7 @@ def parent(options: argparse.Namespace) -> None:
         share = options.general
         data = f"--data-path {share} {general} {1 - share} {domain} --split 80,20,0 "
         if options.feature.startswith("preference"):
-            pairs = write_pairs(Path(folder), options.vocab, 200)
+            pairs = write_pairs(f"{folder}/pairs", options.vocab, 200)
             data = f"--train-data-path {general} {domain} {pairs} --valid-data-path {general} "
         flags += (
             "--num-experts 8 --moe-router-topk 2 --moe-token-dispatcher-type alltoall "
