@@ -4,6 +4,7 @@ A run ends at the first operation whose tensors lie in two places, so that it en
 there is none. What the host waits for is counted in the last step of every rank.
 """
 
+import functools
 import math
 
 import pytest
@@ -37,11 +38,18 @@ def assert_no_other_wait(waits, stock):
 
 @pytest.fixture(scope="module")
 def stock():
-    """What Megatron waits for in a step without a recipe, whose numbers are those of the lane."""
-    flags = [flag for flag in lane.moe() if flag != "--use-cpu-initialization"]
-    run, on_lane = lane.run(flags, env=ENV), lane.run(flags)
-    assert different(run.iterations, on_lane.iterations, {CLOCK}) == []
-    return steady_waits(run.output)
+    """By layout, what Megatron waits for in a step without a recipe; its numbers are the lane's."""
+
+    @functools.cache
+    def at(layout=None):
+        row = array.LAYOUTS[layout] if layout else array.Layout()
+        flags = lane.moe("--num-layers", "4", *row.flags, **row.sizes)
+        flags = [flag for flag in flags if flag != "--use-cpu-initialization"]
+        run, on_lane = (lane.run(flags, nproc=row.nproc, env=env) for env in (ENV, {}))
+        assert different(run.iterations, on_lane.iterations, {CLOCK}) == []
+        return steady_waits(run.output, row.nproc)
+
+    return at
 
 
 def test_it_does_what_a_device_does():
@@ -51,8 +59,8 @@ def test_it_does_what_a_device_does():
 
 
 def test_without_a_recipe_megatron_alone_waits(stock):
-    assert stock[DISPATCHES] > 0
-    assert of_package(stock) == {}
+    assert stock()[DISPATCHES] > 0
+    assert of_package(stock()) == {}
 
 
 @pytest.mark.parametrize(
@@ -71,7 +79,7 @@ def test_features_of_the_array(material, llama, tmp_path, stock, name, layout):
     run = run_set(material, llama, tmp_path, name, layout, env=ENV, flags=("--train-iters", "2"))
     assert all(math.isfinite(loss) for loss in run.losses("total loss"))
     waits = steady_waits(run.output, array.LAYOUTS[layout].nproc if layout else 1)
-    assert_no_other_wait(waits, stock)
+    assert_no_other_wait(waits, stock(layout))
 
 
 QUICK = ("aligned teacher", "teacher with experts")
@@ -85,4 +93,4 @@ def test_what_has_not_run_on_a_gpu(material, stock, name):
     run = lane.run(make(material.folder, [name]).flags(name), env=ENV)
     for term in NEWER[name].terms:
         assert math.isfinite(run.losses(term)[-1]), term
-    assert_no_other_wait(steady_waits(run.output), stock)
+    assert_no_other_wait(steady_waits(run.output), stock())

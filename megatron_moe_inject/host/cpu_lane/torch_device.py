@@ -267,7 +267,7 @@ def _tensors_are_made_on_cpu() -> None:
     """Factories and ``Tensor.to`` that name a CUDA device (``device="cuda"``, an index).
 
     Each is replaced. A ``TorchFunctionMode`` would be shorter, but has every operation and every
-    look at a tensor's shape call Python, which is a third of the time of a small model's step.
+    look at a tensor's shape call Python.
     """
     # torch's own list of functions for ``with torch.device(...)``: made now, of what is called
     # below the replacements.
