@@ -86,12 +86,12 @@ def child() -> None:
     launch.prepare()
     import runpy
 
+    from megatron_moe_inject.host import compat
     from megatron_moe_inject.preference import step as preference
-    from megatron_moe_inject.preference.held_out import HeldOutMeasurement
     from megatron_moe_inject.step import StepHook
 
     times: dict = {"step": [], "text": [], "measured": [], "pairs": [], "evaluations": 0}
-    wrap, find, evaluated = StepHook.wrap, preference.pairing, HeldOutMeasurement._evaluated
+    wrap, find, evaluate = StepHook.wrap, preference.pairing, compat.evaluate_all
     of_pairs = [False]
 
     def timed(self, forward_backward):
@@ -112,14 +112,14 @@ def child() -> None:
         times["pairs"].append(found.pairs)
         return found
 
-    def evaluation(self, *arguments):
+    def evaluation(*arguments):
         of_pairs[0] = True
         times["evaluations"] += 1
-        evaluated(self, *arguments)
+        whole = evaluate(*arguments)
         of_pairs[0] = False
+        return whole
 
-    StepHook.wrap, preference.pairing = timed, pairing
-    HeldOutMeasurement._evaluated = evaluation
+    StepHook.wrap, preference.pairing, compat.evaluate_all = timed, pairing, evaluation
     runpy.run_module("megatron_moe_inject.pretrain", run_name="__main__", alter_sys=True)
     for kind in ("step", "pairs"):
         times[kind] = times[kind][WARM_UP:]
