@@ -1,7 +1,8 @@
 """Features that had not run on a GPU when this was written (November 2026), in TE's layers.
 
 Each run must end, near the CPU lane's in fp32, with what is frozen unchanged, and without a wait of
-the host in the package but those of ``pretended_gpu.NEEDED``. The first test tells all outcomes.
+the host in the package but those of ``pretended_gpu.rules.NEEDED``. The first test tells all
+outcomes.
 """
 
 import os
@@ -16,7 +17,7 @@ from tests.harness import lane
 from tests.harness.gpu_runs import BF16, ON_CPU
 from tests.harness.injection import PROVEN
 from tests.harness.newer_features import NEWER, make_apart
-from tests.harness.pretended_rules import NEEDED
+from tests.harness.pretended_gpu.rules import NEEDED
 
 pytestmark = [
     pytest.mark.gpu,

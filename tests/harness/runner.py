@@ -202,12 +202,13 @@ def _report_host_syncs(training) -> None:
 def _pretend_gpu(training) -> None:
     """Where the test asks for it: tensors have places, and steps say what the host waits for."""
     if os.environ.get("TESTS_PRETENDED_GPU"):
-        from tests.harness import pretended_gpu
+        from tests.harness.pretended_gpu.machine import install
+        from tests.harness.pretended_gpu.reports import report_steps
 
         # With it Megatron leaves the parameters on the CPU.
         sys.argv = [argument for argument in sys.argv if argument != "--use-cpu-initialization"]
-        pretended_gpu.install()
-        pretended_gpu.report_steps(training)
+        install()
+        report_steps(training)
 
 
 def _stand_in_for_fused_wgrad() -> None:

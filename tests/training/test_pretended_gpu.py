@@ -13,8 +13,9 @@ from tests.harness import covering_array as array
 from tests.harness import lane
 from tests.harness.array_runs import CLOCK, different, run_set
 from tests.harness.newer_features import NEWER, make
-from tests.harness.pretended_gpu import ENV, steady_waits
-from tests.harness.pretended_rules import DISPATCHES, NEEDED
+from tests.harness.pretended_gpu import ENV
+from tests.harness.pretended_gpu.reports import steady_waits
+from tests.harness.pretended_gpu.rules import DISPATCHES, NEEDED
 
 PACKAGE = "megatron_moe_inject/"
 IN_TRANSFORMERS = {("transformers/masking_utils.py", "find_packed_sequence_indices")}
@@ -53,7 +54,7 @@ def stock():
 
 
 def test_it_does_what_a_device_does():
-    script = lane.HARNESS / "pretended_checks.py"
+    script = lane.HARNESS / "pretended_gpu" / "checks.py"
     run = lane.run([str(lane.free_port())], script=(str(script),))
     assert "all checks of the pretended GPU passed" in run.output
 

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from megatron_moe_inject.host.to_device import STAGED_BYTES, to_device
-from tests.harness import pretended_gpu
+from tests.harness.pretended_gpu.machine import install
+from tests.harness.pretended_gpu.reports import counted
 
 CUDA = "cuda"
 
@@ -24,7 +25,7 @@ def refused(action, says: str, error: type[Exception] = RuntimeError) -> None:
 
 def waited(action) -> list[str]:
     """Why the host waited, once for each time."""
-    with pretended_gpu.counted() as found:
+    with counted() as found:
         action()
     return sorted(re.search(r"\((.*)\)$", key)[1] for key in found.elements())
 
@@ -148,7 +149,7 @@ def check_groups():
 
 if __name__ == "__main__":
     os.environ["MASTER_PORT"] = sys.argv[-1]
-    pretended_gpu.install()
+    install()
     check_places()
     check_mixes()
     check_waits()

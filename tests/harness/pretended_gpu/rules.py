@@ -1,7 +1,7 @@
 """What an operation on a GPU makes the host wait for, by the name that torch's dispatcher has.
 
 As the kernels of CUDA do it (``torch.cuda.set_sync_debug_mode`` warns at the same ones), but for
-copies and indices, which ``pretended_gpu`` decides by the places of what is copied.
+copies and indices, which ``copies`` and ``operations`` decide by the places of what is copied.
 """
 
 from __future__ import annotations
