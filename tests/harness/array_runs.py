@@ -13,6 +13,7 @@ import pytest
 from megatron_moe_inject.rollouts.identity import writer_of_folder
 from tests.harness import aligned, lane, own_tokenizers, rollout_files
 from tests.harness import covering_array as array
+from tests.harness.array_features import SHARED_EXPERTS
 from tests.harness.grouped import SCRIPT
 from tests.harness.material import make_student, student_flags
 from tests.harness.moe_teacher import with_teacher
@@ -27,7 +28,7 @@ def student_of(own, material):
         return material.student
     path = material.folder / "student with shared experts"
     if not path.exists():
-        make_student(str(path), material.general, *array.SHARED_EXPERTS)
+        make_student(str(path), material.general, *SHARED_EXPERTS)
     return str(path)
 
 

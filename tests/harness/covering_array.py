@@ -18,208 +18,16 @@ from typing import Any
 import yaml
 
 from tests.harness import lane
+from tests.harness.array_features import (
+    ALIGNED,
+    EVERYTHING,
+    FEATURES,
+    HYBRID,
+    WITH_EXPERTS,
+)
+from tests.harness.array_layouts import LAYOUTS, VIRTUAL, Layout
 from tests.harness.material import Material
 from tests.harness.pairs import data_flags, write_pairs
-
-
-@dataclass(frozen=True)
-class Feature:
-    """Something that a recipe or a flag switches on.
-
-    Attributes:
-        of: the package's feature (``recipe.features``) that it is of.
-        recipe: fields of the recipe by dotted path; ``{llama}``, ``{store}`` and ``{experts}`` in
-            texts are folders.
-        flags: of the run; ``{folder}`` is a folder of its own, ``{tokenizer}`` that of the ids as
-            characters.
-        terms: what the log then has, above 0 in the end.
-    """
-
-    of: str
-    recipe: Mapping[str, Any] = field(default_factory=dict)
-    flags: tuple[str, ...] = ()
-    terms: tuple[str, ...] = ()
-
-
-HYBRID = "hybrid model"
-EVERYTHING = "everything trains"
-ALIGNED = "aligned teacher"
-WITH_EXPERTS = "teacher with experts"
-SHARED_EXPERTS = ("--moe-shared-expert-intermediate-size", "64")
-FEATURES = {
-    "distillation": Feature(
-        "objective",
-        {"objective.alpha": {"points": {1: 0.4, 3: 0.8}}},
-        terms=("kd loss", "kd loss/code"),
-    ),
-    "temperature": Feature("objective", {"objective.temperature": 2.0}),
-    "divergence": Feature("objective", {"objective.divergence": "jsd", "objective.jsd_beta": 0.3}),
-    "weighted tokens": Feature(
-        "objective",
-        {"objective.confidence": "label", "objective.skip_worse": True},
-        terms=("kd factor",),
-    ),
-    "scheduled weight": Feature("objective", {"objective.beta": {"points": {0: 0.1, 4: 0.5}}}),
-    "committee": Feature("teachers", {"domains.0.committee": "label"}),
-    "hugging face teacher": Feature("teachers", {"teachers.second.source": "hf:{llama}"}),
-    # A third of the committee.
-    "store of states": Feature("stores", {"teachers.third.source": "store:{store}"}),
-    "window": Feature("teachers", {"teachers.coder.window": 1, "teachers.second.window": 2}),
-    # Of some samples of the domain, the last ones too; the others read its fixed text.
-    "rollouts": Feature(
-        "rollouts",
-        {"domains.0.data": [1, "rollouts:{rollouts}"], "rollouts.every": 2},
-        # Samples have other numbers of tokens that count: means of micro-batches differ by split.
-        flags=("--calculate-per-token-loss",),
-        terms=("rollout share/code", "rollout age/code", "rollout lm loss/code"),
-    ),
-    # Of a committee one teacher runs on all stages, the other on the last one alone.
-    "teacher on all stages": Feature("teachers", {"teachers.coder.ranks": "pipeline"}),
-    "teacher on the last stage": Feature("teachers", {"teachers.second.ranks": "last"}),
-    # Of a domain of its own, prose; the student's ids are then characters.
-    ALIGNED: Feature(
-        "aligned",
-        {"teachers.other.align": "chunks"},
-        flags=("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", "{tokenizer}"),
-        terms=("aligned share", "kd loss/prose"),
-    ),
-    # Where a stage has several ranks, its experts lie on them.
-    WITH_EXPERTS: Feature("teachers", {"teachers.coder.source": "megatron:{experts}"}),
-    EVERYTHING: Feature("train", {"train.everything": True}),
-    "trained router": Feature("train", {"train.router": True}),
-    "trained rows": Feature("router_rows", {"train.router_rows": True}),
-    "trained head": Feature("train", {"train.output_layer": True, "train.embedding": True}),
-    "trained attention": Feature("train", {"train.attention": True, "train.norms": True}),
-    "trained shared experts": Feature(
-        "train", {"train.shared_experts": True}, flags=SHARED_EXPERTS
-    ),
-    "pattern": Feature("train", {"train.patterns": ["*.1.pre_mlp_layernorm.weight"]}),
-    # On experts that no set with them has chosen, beside those that train whole: of all tokens,
-    # and of the domain alone.
-    "adapters": Feature(
-        "adapters",
-        {
-            "train.adapters": [
-                {"targets": [f"*.mlp.experts.1.{name}.*"], "rank": 4, "alpha": 2, "lr": 1, **more}
-                for name, more in (("linear_fc1", {"lr_b": 2}), ("linear_fc2", {"by": "domain"}))
-            ]
-        },
-    ),
-    "frozen experts in fp8": Feature(
-        "train", {"train.frozen_experts": "fp8"}, flags=("--moe-grouped-gemm",)
-    ),
-    "gamma": Feature(
-        "objective",
-        {"objective.gamma": {"points": {1: 0.5, 4: 2.0}}},
-        terms=("retention loss",),
-    ),
-    "expert retention": Feature(
-        "retention", {"retention.experts": 2.0}, terms=("expert retention",)
-    ),
-    "l2": Feature("retention", {"retention.l2": 0.05}, terms=("l2 to start",)),
-    "originals on the host": Feature("originals", {"retention.originals": "host"}),
-    "imitated states": Feature(
-        "imitation",
-        {"imitation.hidden": {"points": {0: 0.2, 4: 0.6}}},
-        terms=("imitation loss",),
-    ),
-    "imitated experts": Feature(
-        "imitation", {"imitation.experts": 0.25}, terms=("expert imitation loss",)
-    ),
-    "steering": Feature(
-        "steering",
-        {"steering.coeff": 0.5, "steering.target_mass": 0.8, "steering.balance": 0.1},
-        terms=("steering loss", "target balance loss", "target share/code", "target mass/code"),
-    ),
-    "steering by confidence": Feature("steering", {"steering.confidence": "label"}),
-    "router retention": Feature(
-        "steering", {"steering.retention": 1.0}, terms=("router retention",)
-    ),
-    "scheduled shares": Feature(
-        "mixing", {"mixing.general": {"points": {0: 0.75, 3: 0.375}}}, terms=("data share/general",)
-    ),
-    "preference": Feature(
-        "preference",
-        {
-            "objective.preference.data": [2],
-            "objective.preference.beta": 0.5,
-            "objective.preference.reference": "original",
-            "objective.preference.coeff": {"points": {0: 0.5, 4: 1.0}},
-            "mixing.preference": 0.25,
-        },
-        terms=("preference loss",),
-    ),
-    "evaluation": Feature(
-        "evaluation",
-        {"evaluation.gate": False, "evaluation.file": "{folder}/evaluation.jsonl"},
-        flags=("--eval-iters", "1", "--eval-interval", "2"),
-    ),
-    "profile": Feature("profile", flags=("--inject-profile", "{folder}/profile.json")),
-    # A run on one process, which others are compared with, is of a GPT model all the same.
-    HYBRID: Feature("train", {"layer_numbers": "gpt"}),
-}
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a row runs.
-
-    Attributes:
-        nproc: processes.
-        sizes: parallel sizes other than 1, as ``lane.moe`` takes them.
-        flags: of this layout.
-        grouped: flags besides where experts are grouped: the stand-in for TE's layer shards them
-            over nothing but experts.
-        pattern: of a hybrid student.
-        shared, recipe: flags and recipe fields that the reference on one process has, too.
-        slow: whether the main suite leaves it to the slow one.
-    """
-
-    nproc: int = 1
-    sizes: Mapping[str, int] = field(default_factory=dict)
-    flags: tuple[str, ...] = ()
-    grouped: tuple[str, ...] = ()
-    pattern: str = "*E*E*E*E"
-    shared: tuple[str, ...] = ()
-    recipe: Mapping[str, Any] = field(default_factory=dict)
-    slow: bool = False
-
-    @property
-    def expert_ranks(self) -> int:
-        """Ranks that hold the four experts of a teacher together: those of a stage."""
-        return min(4, self.nproc // self.sizes.get("pp", 1))
-
-
-_VIRTUAL = ("--num-layers-per-virtual-pipeline-stage", "1")
-_FULL = ("--recompute-granularity", "full", "--recompute-method", "uniform")
-_SELECTIVE = ("--recompute-granularity", "selective", "--recompute-modules", "core_attn", "moe")
-_WHOLE = ("--expert-tensor-parallel-size", "1", "--expert-model-parallel-size", "2")
-_FOUR = "*E|*E|*E|*E"
-_OVERLAPS = tuple(lane.DISTRIBUTED_OPTIMIZER)
-LAYOUTS = {
-    "ep2": Layout(2, {"ep": 2}),
-    "tp2-sp": Layout(2, {"tp": 2}, grouped=_WHOLE),
-    "pp2": Layout(2, {"pp": 2}, pattern="*E*E|*E*E"),
-    "pp2-vpp2": Layout(2, {"pp": 2}, _VIRTUAL, pattern=_FOUR),
-    "cp2": Layout(2, {"cp": 2}),
-    "dp2, distributed optimizer": Layout(2, {}, _OVERLAPS),
-    "full recompute": Layout(flags=(*_FULL, "--recompute-num-layers", "1")),
-    "selective recompute": Layout(flags=_SELECTIVE),
-    "per-token loss": Layout(flags=("--calculate-per-token-loss",)),
-    "micro-batches of one": Layout(
-        flags=("--micro-batch-size", "1"),
-        # Balance losses are taken by micro-batch, whatever trains.
-        shared=("--moe-router-load-balancing-type", "none"),
-        recipe={"steering.balance": 0.0},
-    ),
-    "ep2, distributed optimizer": Layout(2, {"ep": 2}, _OVERLAPS, slow=True),
-    "tp2-pp2": Layout(4, {"tp": 2, "pp": 2}, grouped=_WHOLE, pattern="*E*E|*E*E", slow=True),
-    "tp2-ep2": Layout(4, {"tp": 2, "ep": 2}, slow=True),
-    "pp2-vpp2-ep2": Layout(4, {"pp": 2, "ep": 2}, _VIRTUAL, pattern=_FOUR, slow=True),
-    "cp2-tp2": Layout(4, {"cp": 2, "tp": 2}, grouped=_WHOLE, slow=True),
-    "pp4": Layout(4, {"pp": 4}, pattern=_FOUR, slow=True),
-    "tp4": Layout(4, {"tp": 4}, grouped=(*_WHOLE[:-1], "4"), slow=True),
-}
 
 
 @dataclass(frozen=True)
@@ -515,7 +323,7 @@ def flags_of(own: FeatureSet, at: Layout, folder: Path) -> list[str]:
         own_flags = (
             "--hybrid-layer-pattern",
             at.pattern,
-            *(at.flags if at.flags != _VIRTUAL else ()),
+            *(at.flags if at.flags != VIRTUAL else ()),
         )
     return [
         *lane.layout(**at.sizes),
