@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from typing import TYPE_CHECKING
 
@@ -63,7 +64,8 @@ class RolloutsFeature(Feature):
     )
 
     def rules(self, recipe: Recipe) -> None:
-        """A domain has one folder, beside fixed text whose places it takes."""
+        """A domain has one folder of its own, beside fixed text whose places it takes."""
+        owners: dict[str, str] = {}
         for i, domain in enumerate(recipe.domains):
             own = [
                 (j, entry)
@@ -84,6 +86,12 @@ class RolloutsFeature(Feature):
                         key, named, "stands alone, and rollouts take the places of fixed text",
                         "name an entry of --data-path beside it, such as the text that the "
                         "prompts are from; its weight in the blend (mixing) is their share",
+                    )  # fmt: skip
+                folder = os.path.realpath(named.removeprefix(ROLLOUTS_KIND))
+                if (owner := owners.setdefault(folder, key)) != key:
+                    raise fail(
+                        key, named, f"is the folder of {owner} too, by another name",
+                        "each text is read for one domain; give each a folder",
                     )  # fmt: skip
                 self._check_teachers(recipe, i, key)
         for j, entry in enumerate(recipe.general_data):

@@ -25,7 +25,7 @@ from megatron_moe_inject.data.packed import packing_flag
 from megatron_moe_inject.host import compat
 from megatron_moe_inject.host.agreement import HostWorld
 from megatron_moe_inject.host.attached_loss import add_reports
-from megatron_moe_inject.host.errors import RecipeError
+from megatron_moe_inject.host.errors import RecipeError, show_path
 from megatron_moe_inject.host.leave import CannotGoOn
 from megatron_moe_inject.host.run_arguments import stored_argument
 from megatron_moe_inject.host.step import MicroBatch, Step, StepPart
@@ -136,6 +136,11 @@ class RolloutsPart(RunPart):
             )
             for domain in domains
         }
+        for domain in domains:
+            if dist.get_rank() == 0 and not domain.path.exists():
+                fixed = spec.late == "corpus"
+                until = f"domain {domain.name} reads its fixed text" if fixed else "steps wait"
+                _say(f"{show_path(domain.path)} does not exist yet; until it does, {until}")
         readers = {
             domain.name: FolderReader(
                 domain.path, run.args.seq_length, packed, run.valid_vocab_size, tokenize

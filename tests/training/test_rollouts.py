@@ -104,6 +104,8 @@ def test_a_checkpoint_reads_what_it_wrote_itself(material, start, tmp_path):
     text = recipe(own, "every: 2, max_age: 1")
     none = inject(material, text, extra=save_to(save, 2))
     assert none.losses(SHARE) == [0, 0]
+    (line,) = said(none)
+    assert f"'{own}' does not exist yet; until it does, domain code reads its fixed text" in line
     writer = writer_of_folder(str(save))
     assert (writer.iteration, len(writer.injection)) == (2, 32)
     write(own, "a.jsonl", 20, writer=writer)

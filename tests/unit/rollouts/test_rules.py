@@ -36,6 +36,10 @@ def test_a_folder_is_no_entry_of_the_blend():
         ({"domains.0.data": [1, "rollouts:/a", "rollouts:/b"]}, "is a second folder of rollouts"),
         ({"domains.1.data": [2, "rollouts:/own"]}, "is already claimed by domains[0].data[1]"),
         (
+            {"domains.1.data": [2, "rollouts:/x/../own/"]},
+            "domains[1].data[1]: 'rollouts:/x/../own/' is the folder of domains[0].data[1] too",
+        ),
+        (
             {"general_data": ["rollouts:/g"]},
             "general_data[0]: 'rollouts:/g' is text that a student",
         ),
