@@ -185,7 +185,7 @@ RESUMED = (
     Resumed("pp2", "router"),
     Resumed("pp2-vpp2", "rows"),
     Resumed("ep2", "nothing first"),
-    Resumed("pp2-vpp2", "hybrid"),
+    Resumed("pp2-vpp2", "hybrid", slow=True),
     Resumed("ep2, distributed optimizer", "router", ("--bf16",)),
     Resumed("dp2, distributed optimizer", "rows, imitation", ("--bf16",), slow=True),
     Resumed("ep2, distributed optimizer", "everything", ("--bf16",), slow=True),

@@ -1,5 +1,6 @@
 """Injection runs through the real ``pretrain()``: the base recipe, layouts, one call for a run."""
 
+import copy
 import os
 import re
 import zlib
@@ -42,13 +43,30 @@ def recipe_file(material, recipe: str = RECIPE) -> str:
     return str(path)
 
 
+_ENDED: dict[tuple, lane.Run] = {}
+
+
 def inject(
     material, recipe: str = RECIPE, *, nproc=1, extra=(), check=True, path=(), env=None, **layout
 ):
-    """One run with ``recipe`` and the frozen check; later ``extra`` flags win."""
+    """One run with ``recipe`` and the frozen check; later ``extra`` flags win.
+
+    A run that names no file or folder but the material's runs once in a test session: its numbers
+    are those of the first time, bit for bit (``test_cpu_lane.py``).
+    """
     ours = ("--inject-recipe", recipe_file(material, recipe), "--inject-verify-frozen")
     flags = material.flags(*ours, *extra, **layout)
-    return lane.run(flags, nproc=nproc, check=check, pythonpath=path, env=env)
+    environment = env or {}
+
+    def run():
+        return lane.run(flags, nproc=nproc, check=check, pythonpath=path, env=env)
+
+    if any("/" in str(text) for text in (*extra, recipe, *path, *environment.values())):
+        return run()
+    key = (*map(str, flags), nproc, check, *environment.items())
+    if key not in _ENDED:
+        _ENDED[key] = run()
+    return copy.deepcopy(_ENDED[key])
 
 
 LAYOUTS = {

@@ -32,7 +32,12 @@ def apart(material):
         ),
         pytest.param(1, {}, GROUPED, SCRIPT, id="grouped", marks=SLOW),
         pytest.param(
-            2, {"ep": 2}, (*GROUPED, *lane.DISTRIBUTED_OPTIMIZER), SCRIPT, id="grouped, ep2"
+            2,
+            {"ep": 2},
+            (*GROUPED, *lane.DISTRIBUTED_OPTIMIZER),
+            SCRIPT,
+            id="grouped, ep2",
+            marks=SLOW,
         ),
     ],
 )

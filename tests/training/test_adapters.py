@@ -54,7 +54,7 @@ def one(material):
 
 @pytest.mark.parametrize(
     "layout",
-    ["ep2", "tp2-sp", *(pytest.param(at, marks=slow) for at in ("pp2", "cp2", "full recompute"))],
+    ["ep2", *(pytest.param(at, marks=slow) for at in ("tp2-sp", "pp2", "cp2", "full recompute"))],
 )
 def test_a_layout_gives_what_one_process_gives(material, one, layout):
     run = inject(material, RECIPE, **LAYOUTS[layout])
@@ -73,6 +73,7 @@ def test_grouped_experts_train_as_one_by_one(material, layout):
         assert run.losses(term) == pytest.approx(one.losses(term), rel=2e-5), term
 
 
+@slow
 def test_experts_may_be_divided(material, one):
     run = inject(material, RECIPE, nproc=2, tp=2, extra=ETP)
     for term in TERMS:
@@ -95,8 +96,8 @@ train:
 @pytest.mark.parametrize(
     "layout",
     [
-        *("tp2-sp", "pp2"),
-        *(pytest.param(at, marks=slow) for at in ("dp2, distributed optimizer", "tp2-pp2")),
+        "tp2-sp",
+        *(pytest.param(at, marks=slow) for at in ("pp2", "dp2, distributed optimizer", "tp2-pp2")),
     ],
 )
 def test_rows_of_the_vocabulary(material, layout):
@@ -192,6 +193,7 @@ def test_another_format_cannot_keep_them(material, tmp_path):
 TIED = "--untie-embeddings-and-output-weights"
 
 
+@slow
 def test_rows_of_a_tied_matrix_on_two_stages(material, tmp_path):
     """First and last stage hold a copy each."""
     student = str(tmp_path / "student")
@@ -223,7 +225,7 @@ KEPT = {
 @pytest.mark.parametrize(
     ("recipe", "first", "then", "rel"),
     [
-        pytest.param(*case, id=name, marks=[slow] if name == "rows, from pp 2" else [])
+        pytest.param(*case, id=name, marks=[] if name == "to another layout" else slow)
         for name, case in KEPT.items()
     ],
 )

@@ -149,9 +149,7 @@ def whole_run(folder: Path, model: str, extra=(), **layout) -> lane.Run:
 
 WHOLE = {
     ("deepseek_v3", "tp2"),
-    ("gpt_oss_20b", "tp2"),
     ("olmoe", "tp2"),
-    ("deepseek_v2_lite", "cp2"),
 }
 """What the quick suite runs: a model whose parts are split in a way of their own."""
 

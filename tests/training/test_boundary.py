@@ -215,12 +215,13 @@ PIPELINES = {
 }
 
 
+SELDOM = ("last layer", "bf16, distributed optimizer")
+
+
 @pytest.mark.parametrize(
     ("first", "extra", "layout", "forward_stages"),
     [
-        pytest.param(
-            *c, id=k, marks=[pytest.mark.slow] if c[2]["nproc"] > 2 or k == "last layer" else []
-        )
+        pytest.param(*c, id=k, marks=[pytest.mark.slow] if c[2]["nproc"] > 2 or k in SELDOM else [])
         for k, c in PIPELINES.items()
     ],
 )
@@ -284,6 +285,7 @@ def test_batches_that_grow_pass(material, student):
     check_messages(two, 1, 2, batches=6)
 
 
+@pytest.mark.slow
 def test_embedding_and_head_may_share_a_frozen_matrix(material, tmp_path):
     save = str(tmp_path / "tied")
     tied = student_flags("--data-path", material.general, "--split", "90,5,5")
@@ -308,7 +310,7 @@ ENDS_ALONE = ("--pipeline-model-parallel-layout", "E|tttt|tttt|L")
     [
         ("embedding", (), 0),
         pytest.param("output_layer", (), 1, marks=pytest.mark.slow),
-        ("output_layer", ENDS_ALONE, 3),
+        pytest.param("output_layer", ENDS_ALONE, 3, marks=pytest.mark.slow),
         pytest.param("embedding", ENDS_ALONE, 0, marks=pytest.mark.slow),
     ],
 )
@@ -327,6 +329,7 @@ def test_the_boundary_may_be_an_end_of_the_model(
     check_messages(two, forward_stages, 2, chunks=2 if extra else 1)
 
 
+@pytest.mark.slow
 def test_dropout_draws_the_same_numbers_with_recompute(material, student):
     dropout = ("--hidden-dropout", "0.1", "--attention-dropout", "0.1")
     one, two = (train(material, student, 5, *dropout, *extra) for extra in ((), full("uniform", 2)))

@@ -84,7 +84,7 @@ def test_each_holds_what_it_is_there_to_hold(material):
     ("layout", "extra"),
     [
         pytest.param(dict(tp=2), (), id="tp2"),
-        pytest.param(dict(pp=2), ("--bf16",), id="pp2, bf16"),
+        pytest.param(dict(pp=2), ("--bf16",), id="pp2, bf16", marks=pytest.mark.slow),
         pytest.param({}, ("--bf16", *lane.DISTRIBUTED_OPTIMIZER), id="dp2, distributed, bf16"),
         pytest.param(dict(ep=2), lane.DISTRIBUTED_OPTIMIZER, id="ep2", marks=pytest.mark.slow),
         pytest.param(dict(cp=2), (), id="cp2", marks=pytest.mark.slow),
@@ -101,6 +101,7 @@ def test_where_l2_rules_the_gradient_is_its_weight_times_the_way_from_the_start(
         assert step["grad norm"] == pytest.approx(1e4 * way, rel=2e-3)
 
 
+@pytest.mark.slow
 def test_sharded_and_whole_float32_values_of_16_bit_parameters_agree(material):
     bf16 = ("--bf16", "--train-iters", "6", "--inject-set", "objective.gamma=1.0")
     whole = inject(material, HELD, nproc=2, extra=bf16)

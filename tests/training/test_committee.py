@@ -50,6 +50,7 @@ def test_the_same_teacher_twice_is_that_teacher(material):
         assert twins.losses(term) == pytest.approx(one.losses(term), rel=2e-5), term
 
 
+@pytest.mark.slow
 def test_two_teachers_give_one_curve_by_window_and_layout(material, prose):
     recipe = _two(prose, "top")
     one = inject(material, recipe)

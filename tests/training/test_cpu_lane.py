@@ -185,9 +185,8 @@ def test_unsupported_flags_end_in_one_message():
     assert "Traceback" not in run.output
 
 
-@pytest.mark.parametrize(
-    "layout", [dict(tp=2), pytest.param(dict(tp=2, pp=2), marks=pytest.mark.slow)], ids=str
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [dict(tp=2), dict(tp=2, pp=2)], ids=str)
 def test_evaluation_in_micro_batches_of_another_size(material, layout):
     """Ranks that read no data are told how many samples come; the numbers are the same."""
     sizes = ("--eval-micro-batch-size", "4", "--eval-global-batch-size", "8", "--eval-iters", "2")

@@ -59,6 +59,7 @@ def test_flags_alone_would_train_nothing(material):
     assert stock.losses("lm loss")[-1] != pytest.approx(plain.losses("lm loss")[-1], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_checkpoints_are_exchangeable_with_one_module_per_expert(material, tmp_path):
     """Saved in groups and resumed one by one, and the other way round, optimizer included."""
     recipe = ("--inject-recipe", recipe_file(material, TWO_OF_FOUR))

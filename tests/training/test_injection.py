@@ -185,11 +185,18 @@ def test_a_pattern_does_not_reach_one_half_of_a_shared_matrix(material):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (("3: [3]", "3: [2]"), "experts {2: [3], 3: [2]} trains"),
-        (("2: [3], ", ""), "experts {3: [3]} trains"),
-        (("objective:", "train: {{norms: true}}\nobjective:"), "3: [3]} and norms trains"),
+        pytest.param(("3: [3]", "3: [2]"), "experts {2: [3], 3: [2]} trains", id="another expert"),
+        pytest.param(
+            *(("2: [3], ", ""), "experts {3: [3]} trains"),
+            id="fewer experts",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *(("objective:", "train: {{norms: true}}\nobjective:"), "3: [3]} and norms trains"),
+            id="more components",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["another expert", "fewer experts", "more components"],
 )
 def test_a_resumed_run_that_trains_something_else_is_told(material, tmp_path, change, named):
     save = str(tmp_path / "resumed")

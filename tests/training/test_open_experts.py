@@ -118,7 +118,9 @@ def ran(opening, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize(("kind", "layout"), [("softmax", None), ("sigmoid", "ep2")])
+@pytest.mark.parametrize(
+    ("kind", "layout"), [("softmax", None), pytest.param("sigmoid", "ep2", marks=pytest.mark.slow)]
+)
 def test_each_domain_finds_its_own_and_general_tokens_stay_away(ran, kind, layout):
     run, _ = ran(kind, layout)
     assert PROVEN.search(run.output)

@@ -68,7 +68,7 @@ def test_without_a_recipe_megatron_alone_waits(stock):
     ("name", "layout"),
     [
         ("router", None),
-        ("rows", "pp2"),
+        pytest.param("rows", "pp2", marks=pytest.mark.slow),
         pytest.param("everything", "ep2", marks=pytest.mark.slow),
         pytest.param("router", "tp2-sp", marks=pytest.mark.slow),
         pytest.param("rows, imitation", "cp2", marks=pytest.mark.slow),
