@@ -191,7 +191,7 @@ def test_text_is_trained_as_without_a_preference(run):
     assert one.losses("grad norm")[0] != pytest.approx(none.losses("grad norm")[0], rel=1e-3)
 
 
-@pytest.mark.parametrize("by", [None, "domain"])
+@pytest.mark.parametrize("by", [None, pytest.param("domain", marks=pytest.mark.slow)])
 def test_beside_adapters(run, by):
     """The original is the student without them; those of a domain do nothing for answers."""
     adapters = [{"targets": ["experts"], "rank": 4}]
@@ -389,13 +389,11 @@ def test_packed_pairs_give_what_they_give_one_by_one(run, alone, material, tmp_p
         assert means[name] == pytest.approx(first[name], rel=2e-5)
 
 
+@pytest.mark.slow
 @not_before_19
-@pytest.mark.parametrize("layout", [
-    "tp2-sp",
-    pytest.param("pp2", marks=pytest.mark.slow),
-    pytest.param("dp2, distributed optimizer", marks=pytest.mark.slow),
-    pytest.param("several packs in a row", marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "layout", ["tp2-sp", "pp2", "dp2, distributed optimizer", "several packs in a row"]
+)
 def test_a_layout_gives_the_same_packed(run, layout):
     if layout == "several packs in a row":
         ours = run(extra=(*PACKED, "--micro-batch-size", "2"))
