@@ -288,12 +288,13 @@ STUDENTS = {
 @slow
 @pytest.mark.parametrize(("more", "recipe"), STUDENTS.values(), ids=STUDENTS)
 def test_other_students(material, tmp_path, more, recipe):
+    """By SGD: Adam makes more than rounding of gradients that are near none."""
     student = str(tmp_path / "student")
     make_student(student, material.general, *more)
-    extra = (*more, "--load", student)
+    extra = (*more, "--load", student, "--optimizer", "sgd", "--lr", "0.5")
     expected = run(material, recipe, *extra)
     for layout in ("ep2", "tp2-sp", "selective recompute"):
-        assert_same(at(material, layout, *extra, recipe=recipe), expected)
+        assert_same(at(material, layout, *extra, recipe=recipe), expected, rel=2e-6)
 
 
 PACKED = ("--dataloader-inter-document-masking", "--reset-position-ids")
