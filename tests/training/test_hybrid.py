@@ -189,8 +189,9 @@ def test_a_profile_of_either_chooses_the_same_experts(material, profiles):
 def test_multi_token_prediction_is_told_apart(material):
     """Its own calls of the output layer and of the loss stay stock's, in front of ours. (Its layers
     are two modules instead of one, so that gradients are summed up in another order, of which Adam
-    would make more than rounding where they are small.)"""
-    scratch = ("--inject-from-scratch", "--train-iters", "3", "--optimizer", "sgd", "--lr", "3.0")
+    would make more than rounding where they are small. The rate is so high that the original's
+    divergence is far above its rounding.)"""
+    scratch = ("--inject-from-scratch", "--train-iters", "3", "--optimizer", "sgd", "--lr", "30")
     text = recipe_file(material, RECIPE)
 
     def trained(*flags, nproc=1, **layout):
@@ -205,8 +206,7 @@ def test_multi_token_prediction_is_told_apart(material):
         assert ours.keys() == theirs.keys()
         assert theirs["mtp_1 loss"] > 1
         for name in theirs.keys() - counted:
-            # The absolute part is the rounding of a divergence that is itself small.
-            assert ours[name] == pytest.approx(theirs[name], rel=2e-5, abs=1e-8), name
+            assert ours[name] == pytest.approx(theirs[name], rel=2e-5), name
 
 
 FROZEN_FP8 = """

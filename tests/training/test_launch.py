@@ -84,7 +84,7 @@ def test_entry_equals_script_on_pipeline_stages():
     [
         pytest.param({"ep": 2}, 2, (), id="ep2", marks=pytest.mark.slow),
         pytest.param({"tp": 2}, 2, (), id="tp2-sp"),
-        pytest.param({"pp": 2}, 2, HYBRID, id="pp2-hybrid", marks=pytest.mark.slow),
+        pytest.param({"pp": 2}, 2, HYBRID, id="pp2-hybrid"),
         pytest.param({"pp": 2}, 2, (), id="pp2", marks=pytest.mark.slow),
     ],
 )
