@@ -6,6 +6,7 @@ process's share of the suite (``pytest --dist loadfile``).
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import ClassVar
 
@@ -18,10 +19,9 @@ from tests.harness.array_runs import CLOCK, STEPS, assert_same_routing, differen
 from tests.harness.evaluating import assert_same
 from tests.harness.injection import PROVEN
 
-REWARDS = ("preference reward/chosen", "preference reward/rejected", "preference margin")
-ROUNDING_OF_REWARDS = 4e-6
-"""They are differences of log-probabilities of whole answers, of which each is about -20: its last
-binary digit is 2e-6."""
+SGD = ("--optimizer", "sgd", "--lr", "0.5")
+"""Of slow layouts: their ranks sum gradients up in other orders, of which Adam makes more than
+rounding where they are small."""
 
 
 class ArrayTests:
@@ -56,18 +56,18 @@ class ArrayTests:
 
     def test_a_layout_gives_what_one_process_gives(self, known_run, layout, name):
         """Not one choice of an expert, no term and no evaluation differs; nothing frozen moves."""
+        at = array.LAYOUTS[layout]
+        if array.is_slow(layout, name) and "--use-distributed-optimizer" not in at.flags:
+            known_run = functools.partial(known_run, flags=SGD)
         one, one_folder = reference_of(known_run, name, layout)
         run, folder = known_run(name, layout)
         assert bool(PROVEN.search(run.output)) is array.SETS[name].freezes
         assert_same_routing(*(read_profile(path / "profile.json") for path in (folder, one_folder)))
         assert len(run.iterations) == STEPS
+        logs = [_decided(log.iterations) for log in (run, one)]
+        assert different(*logs, {CLOCK}, rel=2e-5, abs=1e-6) == []
         assert len(run.evaluations) > 0
-        for logs in (
-            [_decided(log.iterations) for log in (run, one)],
-            (run.evaluations, one.evaluations),
-        ):
-            assert different(*logs, {CLOCK, *REWARDS}, rel=2e-5, abs=1e-6) == []
-            assert different(*map(_rewards, logs), rel=2e-5, abs=ROUNDING_OF_REWARDS) == []
+        assert different(run.evaluations, one.evaluations, {CLOCK}, rel=2e-5, abs=1e-6) == []
         ours, theirs = (read_list(path / "evaluation.jsonl") for path in (folder, one_folder))
         assert [measured.provenance.iteration for measured in ours] == [0, 2, 4]
         for measured, expected in zip(ours, theirs, strict=True):
@@ -101,10 +101,6 @@ class ArrayTests:
         assert [measured.provenance.iteration for measured in ours] == [0, 2, 4]
         for measured, expected in zip(ours, theirs, strict=True):
             assert_same(measured, expected, rtol=0)
-
-
-def _rewards(log: list[dict[str, float]]) -> list[dict[str, float]]:
-    return [{term: line[term] for term in REWARDS if term in line} for line in log]
 
 
 def _marks(slow: bool) -> list[pytest.MarkDecorator]:
