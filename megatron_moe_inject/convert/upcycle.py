@@ -299,7 +299,8 @@ class Upcycling:
 
     def _needed(self, slices: Iterable[tuple[str, Place, Slot]]) -> int:
         """Bytes of the output."""
-        needed = 0
+        needed = len(self.layers) * self.asked.experts * self._args.hidden_size
+        needed *= self._args.params_dtype.itemsize  # routers
         for name, place, slot in slices:
             stored = self._weights.tensors[name]
             size = stored.dtype.itemsize * torch.Size(stored.size[len(place) :]).numel()

@@ -2,6 +2,7 @@
 
 import math
 import re
+import shutil
 
 import pytest
 import torch
@@ -133,6 +134,16 @@ def test_a_mistake_is_named(dense, tmp_path, capsys, options, message):
     assert main([*command, *options]) != 0
     assert message in capsys.readouterr().err
     assert not (tmp_path / "moe").exists()
+
+
+def test_more_routers_than_the_disk_holds_are_refused(dense, tmp_path, capsys, monkeypatch):
+    free = 40 * 2**20
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(free, 0, free))
+    output = tmp_path / "moe"
+    command = ["upcycle", str(dense("gated").folder), "--output", str(output)]
+    assert main([*command, "--experts", "100000"]) != 0
+    assert f"--output: '{output}' needs 49.0 MiB" in capsys.readouterr().err
+    assert not output.exists()
 
 
 def test_what_has_experts_is_refused(material, tmp_path, capsys):
