@@ -272,6 +272,7 @@ def _vllm_request(prompt: Prompt, sampling: Sampling, model: str) -> dict[str, A
         "seed": _seed(sampling, prompt.number),
         "stop_token_ids": list(sampling.stop),
         "return_token_ids": True,
+        "return_tokens_as_token_ids": True,  # no text beside each: a server may have no tokenizer
         "logprobs": 0,
     }
 

@@ -35,6 +35,9 @@ class WritingServer(TeacherServer):
         if len(tokens) + most > self.max_model_len:
             self._error(handler, 400, f"{len(tokens)} + {most} is more than max_model_len")
             return
+        if vllm and not body.get("return_tokens_as_token_ids"):
+            self._error(handler, 400, "no tokenizer, as with --skip-tokenizer-init")
+            return
         rng, written, told = np.random.default_rng(seed), [], []
         while len(written) < most:
             log_probs = self.think([*tokens, *written])[-1].astype(np.float64)
