@@ -180,3 +180,11 @@ def different(ours, theirs, but=(), **bound):
             if None in values or values[0] != same:
                 found.append((number, name, *values))
     return found
+
+
+def decided(iterations: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Without the share of pairs in the right order of the first step, where no answer has moved
+    from the original yet and rounding decides."""
+    first, *others = iterations
+    name = "preference accuracy"
+    return [{term: value for term, value in first.items() if term != name}, *others]

@@ -15,7 +15,14 @@ import pytest
 from megatron_moe_inject.evaluation.evaluation_file import read_list
 from megatron_moe_inject.experts.choose.profile_file import read_profile
 from tests.harness import covering_array as array
-from tests.harness.array_runs import CLOCK, STEPS, assert_same_routing, different, reference_of
+from tests.harness.array_runs import (
+    CLOCK,
+    STEPS,
+    assert_same_routing,
+    decided,
+    different,
+    reference_of,
+)
 from tests.harness.evaluating import assert_same
 from tests.harness.injection import PROVEN
 
@@ -64,7 +71,7 @@ class ArrayTests:
         assert bool(PROVEN.search(run.output)) is array.SETS[name].freezes
         assert_same_routing(*(read_profile(path / "profile.json") for path in (folder, one_folder)))
         assert len(run.iterations) == STEPS
-        logs = [_decided(log.iterations) for log in (run, one)]
+        logs = [decided(log.iterations) for log in (run, one)]
         assert different(*logs, {CLOCK}, rel=2e-5, abs=1e-6) == []
         assert len(run.evaluations) > 0
         assert different(run.evaluations, one.evaluations, {CLOCK}, rel=2e-5, abs=1e-6) == []
@@ -105,11 +112,3 @@ class ArrayTests:
 
 def _marks(slow: bool) -> list[pytest.MarkDecorator]:
     return [pytest.mark.slow] if slow else []
-
-
-def _decided(iterations: list[dict[str, float]]) -> list[dict[str, float]]:
-    """Without the share of pairs in the right order of the first step, where no answer has moved
-    from the original yet and rounding decides."""
-    first, *others = iterations
-    name = "preference accuracy"
-    return [{term: value for term, value in first.items() if term != name}, *others]
