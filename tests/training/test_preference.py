@@ -105,7 +105,8 @@ def assert_same(ours, theirs, names=(*PREFERENCE, *BY_SIDE, *TEXT)):
     for mine, other in zip(measured, expected, strict=True):
         assert mine == pytest.approx(other, rel=2e-5, abs=2e-5)
     assert len(ours.iterations) == len(theirs.iterations) > 0
-    if theirs.losses("preference margin")[0] == 0:
+    margins = [run.losses("preference margin")[0] for run in (ours, theirs)]
+    if 0 in margins and any(margins):  # else they are bit for bit at the reference, or not at it
         ours, theirs = (replace(run, iterations=decided(run.iterations)) for run in (ours, theirs))
     for name in names:
         assert ours.losses(name) == lane.approx(theirs.losses(name), rel=2e-5, abs=2e-6), name
